@@ -1,0 +1,42 @@
+"""Fused kernels and a batched decoder for proxy-tuning (Liu et al. 2024, arXiv 2401.08565)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from proxytune_kernels.backends import backends
+from proxytune_kernels.ops import combine, sample, score, verify
+from proxytune_kernels.params import RowParams, SamplingParams
+from proxytune_kernels.reference import SampleOutput, VerifyOutput
+
+if TYPE_CHECKING:
+    from proxytune_kernels.decoder import Decoder
+    from proxytune_kernels.trio import Trio, load_trio
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Decoder",
+    "RowParams",
+    "SampleOutput",
+    "SamplingParams",
+    "Trio",
+    "VerifyOutput",
+    "backends",
+    "combine",
+    "load_trio",
+    "sample",
+    "score",
+    "verify",
+]
+
+# What needs transformers is imported when it is first asked for.
+_LAZY = {"Decoder": "decoder", "Trio": "trio", "load_trio": "trio"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,0 +1,215 @@
+"""Argument checks of the public operators: each error names op, argument, what it got and wanted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxytune_kernels.params import RowParams
+from proxytune_kernels.reference import SampleOutput, VerifyOutput
+
+MAX_VOCAB_SIZE = 2**19
+"""Masses are up to 2^44 a token and their sum stays below 2^63."""
+
+_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PARAM_DTYPES = (
+    torch.float32, torch.float32, torch.int32, torch.float32,
+    torch.float32, torch.int32, torch.int64, torch.int64,
+)  # fmt: skip
+
+
+def _tensor(op: str, name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def _device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like base, got {tensor.device}")
+
+
+def _role(op: str, name: str, tensor: Any, dims: int) -> Tensor:
+    _tensor(op, name, tensor)
+    if tensor.dim() != dims:
+        wanted = "[B, V]" if dims == 2 else "[B, T, V]"
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
+    if tensor.dtype not in _LOGIT_DTYPES:
+        raise ValueError(
+            f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}"
+        )
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(
+            f"{op}: {name} must be contiguous in its last dimension, got stride {tensor.stride(-1)}"
+        )
+    return tensor
+
+
+def logits(
+    op: str, base: Any, expert: Any, anti: Any, dims: int, vocab_size: int | None
+) -> int:
+    """Check the three roles' logits; returns the width in use."""
+    _role(op, "base", base, dims)
+    width = base.shape[-1]
+    if (expert is None) != (anti is None):
+        missing = "expert" if expert is None else "anti"
+        raise ValueError(f"{op}: {missing} must be given with the other of the pair, got None")
+    if expert is not None:
+        for name, tensor in (("expert", expert), ("anti", anti)):
+            _role(op, name, tensor, dims)
+            _device(op, name, tensor, base.device)
+            if tensor.shape[:-1] != base.shape[:-1]:
+                raise ValueError(
+                    f"{op}: {name} must have shape {[*base.shape[:-1], 'V']} like base, "
+                    f"got {list(tensor.shape)}"
+                )
+            width = min(width, tensor.shape[-1])
+    if dims == 3 and base.shape[1] < 1:
+        raise ValueError(f"{op}: base must have at least one position, got {list(base.shape)}")
+    if vocab_size is None:
+        vocab_size = width
+    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"{op}: vocab_size must be an integer, got {vocab_size!r}")
+    elif vocab_size > width:
+        raise ValueError(
+            f"{op}: vocab_size must be at most the narrowest role's width {width}, got {vocab_size}"
+        )
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"{op}: vocab_size must be in [1, 2^19], got {vocab_size}")
+    return vocab_size
+
+
+def row_params(op: str, params: RowParams, batch_size: int, device: torch.device) -> None:
+    """Check that each parameter is a contiguous [B] tensor of its dtype on the logits' device."""
+    for tensor, dtype, name in zip(params, _PARAM_DTYPES, RowParams._fields, strict=True):
+        if tensor.dtype != dtype or tensor.dim() != 1 or tensor.shape[0] != batch_size:
+            raise ValueError(
+                f"{op}: params.{name} must be {dtype} of shape [{batch_size}], "
+                f"got {tensor.dtype} of shape {list(tensor.shape)}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: params.{name} must be contiguous, got stride {tensor.stride(0)}"
+            )
+        if tensor.device != device:
+            raise ValueError(f"{op}: params.{name} must be on {device}, got {tensor.device}")
+
+
+def _constraint(
+    op: str, name: str, tensor: Any, base: Tensor, dtype: torch.dtype, width: int
+) -> None:
+    _tensor(op, name, tensor)
+    shape = [*base.shape[:-1], width]
+    if list(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(
+            f"{op}: {name} must be {dtype} of shape {shape}, "
+            f"got {tensor.dtype} of shape {list(tensor.shape)}"
+        )
+    if tensor.stride(-1) != 1 and width > 1:
+        raise ValueError(
+            f"{op}: {name} must be contiguous in its last dimension, got stride {tensor.stride(-1)}"
+        )
+    _device(op, name, tensor, base.device)
+
+
+def constraints(op: str, base: Tensor, bias: Any, allowed_mask: Any, vocab_size: int) -> None:
+    """Check the optional additive bias and packed mask."""
+    if bias is not None:
+        _constraint(op, "bias", bias, base, torch.float32, vocab_size)
+    if allowed_mask is not None:
+        _constraint(op, "allowed_mask", allowed_mask, base, torch.int32, -(-vocab_size // 32))
+
+
+def alpha(op: str, value: Any, base: Tensor) -> Tensor:
+    """alpha as fp32 [B] on the logits' device."""
+    batch_size = base.shape[0]
+    if isinstance(value, Tensor):
+        if value.shape != (batch_size,) or value.dtype != torch.float32:
+            raise ValueError(
+                f"{op}: alpha must be a number or torch.float32 of shape [{batch_size}], "
+                f"got {value.dtype} of shape {list(value.shape)}"
+            )
+        _device(op, "alpha", value, base.device)
+        return value.contiguous()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{op}: alpha must be a finite number, got {value!r}")
+    return torch.full((batch_size,), value, dtype=torch.float32, device=base.device)
+
+
+def ids(op: str, name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check a tensor of token ids."""
+    _tensor(op, name, tensor)
+    if tuple(tensor.shape) != shape or tensor.dtype != torch.int64:
+        raise ValueError(
+            f"{op}: {name} must be torch.int64 of shape {list(shape)}, "
+            f"got {tensor.dtype} of shape {list(tensor.shape)}"
+        )
+    _device(op, name, tensor, device)
+
+
+
+def draft_logits(
+    value: Any, mode: str, drafts: tuple[int, int], vocab_size: int, device: torch.device
+) -> None:
+    """Check the drafter's logits: needed for rejection, refused for coupled."""
+    if mode == "coupled":
+        if value is not None:
+            raise ValueError("verify: draft_logits must be None in mode 'coupled', got a tensor")
+        return
+    if value is None:
+        raise ValueError("verify: draft_logits must be given in mode 'rejection', got None")
+    _role("verify", "draft_logits", value, 3)
+    if tuple(value.shape[:2]) != drafts or value.shape[2] < vocab_size:
+        raise ValueError(
+            f"verify: draft_logits must have shape {[*drafts, 'V']} with V at least {vocab_size}, "
+            f"got {list(value.shape)}"
+        )
+    _device("verify", "draft_logits", value, device)
+
+
+def matrix_out(
+    op: str, out: Any, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Check a caller-owned fp32 result."""
+    _tensor(op, "out", out)
+    if tuple(out.shape) != shape or out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError(
+            f"{op}: out must be contiguous torch.float32 of shape {list(shape)}, "
+            f"got {out.dtype} of shape {list(out.shape)}"
+        )
+    _device(op, "out", out, device)
+
+
+_OUT_DTYPES = {"token_ids": torch.int64, "num_kept": torch.int32, "status": torch.int32,
+               "num_accepted": torch.int32}  # fmt: skip
+
+
+def _outputs(
+    op: str, out: Any, kind: type, shapes: dict[str, tuple[int, ...]], device: torch.device
+) -> None:
+    if not isinstance(out, kind):
+        raise TypeError(f"{op}: out must be a {kind.__name__}, got {type(out).__name__}")
+    for name, shape in shapes.items():
+        tensor, dtype = getattr(out, name), _OUT_DTYPES.get(name, torch.float32)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: out.{name} must be contiguous {dtype} of shape {list(shape)}, "
+                f"got {tensor.dtype} of shape {list(tensor.shape)}"
+            )
+        _device(op, f"out.{name}", tensor, device)
+
+
+def sample_out(out: Any, base: Tensor) -> None:
+    """Check caller-owned outputs of ``sample``."""
+    rows = (base.shape[0],)
+    _outputs("sample", out, SampleOutput, dict.fromkeys(SampleOutput._fields, rows), base.device)
+
+
+def verify_out(out: Any, base: Tensor) -> None:
+    """Check caller-owned outputs of ``verify``."""
+    rows, grid = (base.shape[0],), tuple(base.shape[:2])
+    shapes = {"token_ids": grid, "num_accepted": rows, "logprobs": grid, "status": rows}
+    _outputs("verify", out, VerifyOutput, shapes, base.device)

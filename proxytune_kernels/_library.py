@@ -1,0 +1,96 @@
+"""Schemas and fake versions of the ``torch.ops.proxytune`` operators, the same for every backend.
+
+A backend registers its implementation for its dispatch key: the C++ extension for CPU.
+Each operator has an ``_out`` twin that writes into tensors of the caller and returns nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOGITS = "Tensor base, Tensor? expert, Tensor? anti"
+_PARAMS = (
+    "Tensor alpha, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+    "Tensor filter_order, Tensor seed, Tensor position"
+)
+_CONSTRAINTS = "Tensor? bias, Tensor? allowed_mask, int vocab_size"
+
+SAMPLE_OUTPUTS = ("token_ids", "logprobs", "raw_logprobs", "num_kept", "status")
+VERIFY_OUTPUTS = ("token_ids", "num_accepted", "logprobs", "status")
+
+_ARGUMENTS = {
+    "sample": f"{_LOGITS}, {_PARAMS}, {_CONSTRAINTS}, int stream",
+    "combine": f"{_LOGITS}, Tensor alpha, {_CONSTRAINTS}",
+    "score": f"{_LOGITS}, Tensor token_ids, Tensor alpha, int vocab_size",
+    "verify": f"{_LOGITS}, Tensor draft_token_ids, Tensor? draft_logits, {_PARAMS}, "
+    f"{_CONSTRAINTS}, int mode",
+}
+_OUTPUTS = {
+    "sample": SAMPLE_OUTPUTS,
+    "combine": ("x",),
+    "score": ("logprobs",),
+    "verify": VERIFY_OUTPUTS,
+}
+
+LIBRARY = torch.library.Library("proxytune", "DEF")
+
+for _name, _arguments in _ARGUMENTS.items():
+    _outputs = _OUTPUTS[_name]
+    _returns = f"({', '.join(['Tensor'] * len(_outputs))})" if len(_outputs) > 1 else "Tensor"
+    _written = ", ".join(f"Tensor({chr(97 + i)}!) out_{n}" for i, n in enumerate(_outputs))
+    LIBRARY.define(f"{_name}({_arguments}) -> {_returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(
+        f"{_name}_out({_arguments}, *, {_written}) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
+    )
+
+
+def empty_sample(base: Tensor) -> tuple[Tensor, ...]:
+    """Unwritten outputs of ``sample`` for logits [B, V]."""
+    rows = base.shape[:1]
+    return (
+        base.new_empty(rows, dtype=torch.int64),
+        base.new_empty(rows, dtype=torch.float32),
+        base.new_empty(rows, dtype=torch.float32),
+        base.new_empty(rows, dtype=torch.int32),
+        base.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def empty_verify(base: Tensor) -> tuple[Tensor, ...]:
+    """Unwritten outputs of ``verify`` for logits [B, k + 1, V]."""
+    rows = base.shape[:1]
+    return (
+        base.new_empty(base.shape[:2], dtype=torch.int64),
+        base.new_empty(rows, dtype=torch.int32),
+        base.new_empty(base.shape[:2], dtype=torch.float32),
+        base.new_empty(rows, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("proxytune::sample", lib=LIBRARY)
+def _(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    return empty_sample(base)
+
+
+@torch.library.register_fake("proxytune::combine", lib=LIBRARY)
+def _(base: Tensor, expert: object, anti: object, alpha: object, bias: object,
+      allowed_mask: object, vocab_size: int) -> Tensor:  # fmt: skip
+    return base.new_empty((base.shape[0], vocab_size), dtype=torch.float32)
+
+
+@torch.library.register_fake("proxytune::score", lib=LIBRARY)
+def _(base: Tensor, *arguments: object) -> Tensor:
+    return base.new_empty(base.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("proxytune::verify", lib=LIBRARY)
+def _(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    return empty_verify(base)
+
+
+for _name in _ARGUMENTS:
+
+    @torch.library.register_fake(f"proxytune::{_name}_out", lib=LIBRARY)
+    def _(*arguments: object, **outputs: Tensor) -> None:
+        return None

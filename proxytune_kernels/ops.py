@@ -1,0 +1,283 @@
+"""The public operators: check the arguments, resolve the backend, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxytune_kernels import _check, reference, rng
+from proxytune_kernels.backends import resolve
+from proxytune_kernels.params import RowParams, SamplingParams
+from proxytune_kernels.reference import SampleOutput, VerifyOutput
+
+VERIFY_MODES = ("coupled", "rejection")
+
+_ops = torch.ops.proxytune
+
+
+def _row_params(
+    op: str, batch_size: int, params: Any, device: torch.device, values: dict[str, Any]
+) -> RowParams:
+    if params is None:
+        return RowParams.make(batch_size, device=device, **values)
+    if values:
+        raise TypeError(
+            f"{op}: give params or single parameters, not both; got params and {sorted(values)}"
+        )
+    if isinstance(params, SamplingParams):
+        params = [params] * batch_size
+    if not isinstance(params, RowParams):
+        if not isinstance(params, Sequence) or not all(
+            isinstance(p, SamplingParams) for p in params
+        ):
+            raise TypeError(
+                f"{op}: params must be RowParams, SamplingParams or a sequence of the latter, "
+                f"got {type(params).__name__}"
+            )
+        params = RowParams.from_sampling_params(params, device=device)
+    _check.row_params(op, params, batch_size, device)
+    return params
+
+
+def sample(
+    base: Tensor,
+    expert: Tensor | None = None,
+    anti: Tensor | None = None,
+    params: RowParams | SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    bias: Tensor | None = None,
+    allowed_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    stream: str = "sample",
+    backend: str | None = None,
+    out: SampleOutput | None = None,
+    **values: Any,
+) -> SampleOutput:
+    """Combine, filter and draw one token per row, reading each logit once.
+
+    Args:
+        base, expert, anti: logits [B, V_role], bf16, fp16 or fp32, last dimension contiguous, any
+            row stride, ``V_role >= vocab_size``. Without expert and anti: base alone.
+        params: one value per row; :class:`RowParams` costs nothing to pass again.
+        bias: fp32 [B, vocab_size], added to the combined logits.
+        allowed_mask: int32 [B, ceil(vocab_size / 32)]; token i is allowed where bit ``i & 31`` of
+            word ``i >> 5`` is set.
+        vocab_size: agreed width; what lies past it is never read. The narrowest role's unless told.
+        stream: which noise the draw uses: "sample", or "draft" for a drafter in rejection mode.
+        backend: None for the fastest usable one; by name it runs or raises.
+        out: tensors to write into, returned.
+        values: in place of ``params``: alpha, temperature, top_k, top_p, min_p, filter_order, seed
+            and position, each a scalar or a tensor [B].
+
+    Returns:
+        :class:`SampleOutput`. Rows with nothing left or a parameter out of range have token -1 and
+        a status bit.
+
+    Raises:
+        ValueError, TypeError: names the argument, what it got and what it wanted.
+        RuntimeError: a backend asked for by name that can't run here.
+
+    Example:
+        >>> base, expert, anti = torch.randn(3, 2, 1000)
+        >>> sample(base, expert, anti, alpha=1.0, top_p=0.9, seed=7).token_ids.shape
+        torch.Size([2])
+
+    Source: docs/contracts.md; Liu et al. 2024, arXiv 2401.08565.
+    """
+    vocab_size = _check.logits("sample", base, expert, anti, 2, vocab_size)
+    row_params = _row_params("sample", base.shape[0], params, base.device, values)
+    _check.constraints("sample", base, bias, allowed_mask, vocab_size)
+    if stream not in rng.STREAMS:
+        raise ValueError(f"sample: stream must be one of {list(rng.STREAMS)}, got {stream!r}")
+    if out is not None:
+        _check.sample_out(out, base)
+    if resolve(backend, base, "sample") == "reference":
+        x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, vocab_size)
+        return _into(out, reference.sample(x, row_params, stream))
+    arguments = (base, expert, anti, *row_params, bias, allowed_mask, vocab_size)
+    code = rng.STREAMS[stream]
+    if out is None:
+        return SampleOutput(*_ops.sample(*arguments, code))
+    _ops.sample_out(
+        *arguments, code, out_token_ids=out.token_ids, out_logprobs=out.logprobs,
+        out_raw_logprobs=out.raw_logprobs, out_num_kept=out.num_kept, out_status=out.status,
+    )  # fmt: skip
+    return out
+
+
+def combine(
+    base: Tensor,
+    expert: Tensor | None,
+    anti: Tensor | None,
+    alpha: float | Tensor = 1.0,
+    *,
+    bias: Tensor | None = None,
+    allowed_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Combined logits ``fma(alpha, expert - anti, base)``, fp32 [B, vocab_size].
+
+    For engines with a sampler of their own. Arguments and errors as in :func:`sample`; alpha is a
+    number or fp32 [B]; ``out`` is fp32 [B, vocab_size], last dimension contiguous. NaN and
+    infinities pass through, except that ``-inf`` in base and disallowed tokens give ``-inf``.
+
+    Example:
+        >>> combine(torch.ones(1, 4), torch.ones(1, 4), torch.zeros(1, 4), 0.5).tolist()
+        [[1.5, 1.5, 1.5, 1.5]]
+    """
+    vocab_size = _check.logits("combine", base, expert, anti, 2, vocab_size)
+    alphas = _check.alpha("combine", alpha, base)
+    _check.constraints("combine", base, bias, allowed_mask, vocab_size)
+    if out is not None:
+        _check.matrix_out("combine", out, (base.shape[0], vocab_size), base.device)
+    if resolve(backend, base, "combine") == "reference":
+        x = _reference_x(base, expert, anti, alphas, bias, allowed_mask, vocab_size)
+        return x if out is None else out.copy_(x)
+    arguments = (base, expert, anti, alphas, bias, allowed_mask, vocab_size)
+    if out is None:
+        return _ops.combine(*arguments)
+    _ops.combine_out(*arguments, out_x=out)
+    return out
+
+
+def score(
+    base: Tensor,
+    expert: Tensor | None,
+    anti: Tensor | None,
+    token_ids: Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Raw logprobs of given tokens under the combined logits, with no [B, T, V] temporary.
+
+    Args:
+        base, expert, anti: logits [B, T, V_role], as in :func:`sample`.
+        token_ids: int64 [B, T]; outside [0, vocab_size) (padding) the result is NaN.
+        alpha: a number or fp32 [B].
+        out: fp32 [B, T], contiguous.
+
+    Returns:
+        fp32 [B, T]: log-softmax of the combined logits at the tokens.
+
+    Raises:
+        As :func:`sample`.
+
+    Example:
+        >>> score(torch.zeros(1, 2, 4), None, None, torch.tensor([[0, 3]])).exp().tolist()
+        [[0.25, 0.25]]
+    """
+    vocab_size = _check.logits("score", base, expert, anti, 3, vocab_size)
+    alphas = _check.alpha("score", alpha, base)
+    _check.ids("score", "token_ids", token_ids, tuple(base.shape[:2]), base.device)
+    if out is not None:
+        _check.matrix_out("score", out, tuple(base.shape[:2]), base.device)
+    if resolve(backend, base, "score") == "reference":
+        x = _reference_x(base, expert, anti, alphas, None, None, vocab_size)
+        result = reference.score(x, token_ids)
+        return result if out is None else out.copy_(result)
+    arguments = (base, expert, anti, token_ids, alphas, vocab_size)
+    if out is None:
+        return _ops.score(*arguments)
+    _ops.score_out(*arguments, out_logprobs=out)
+    return out
+
+
+def verify(
+    base: Tensor,
+    expert: Tensor | None,
+    anti: Tensor | None,
+    draft_token_ids: Tensor,
+    params: RowParams | SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    mode: str = "coupled",
+    draft_logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    allowed_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+    out: VerifyOutput | None = None,
+    **values: Any,
+) -> VerifyOutput:
+    """Check k drafted tokens per row against the target, exactly; emit what decoding would.
+
+    Args:
+        base, expert, anti: logits [B, k + 1, V_role], position j after j drafted tokens.
+        draft_token_ids: int64 [B, k]; -1 from where a row has no more drafts.
+        params: as in :func:`sample`; ``position`` is that of the first drafted token.
+        mode: "coupled": the drafter drew with the target's own noise (stream "sample"), the tokens
+            are plain decoding's. "rejection": the drafter drew with stream "draft".
+        draft_logits: [B, k, V_draft], what the drafter drew from; rejection only.
+        bias, allowed_mask: as in :func:`sample`, with a dimension k + 1 after the first; they
+            apply to the target alone.
+        out: tensors to write into, returned.
+
+    Returns:
+        :class:`VerifyOutput`.
+
+    Raises:
+        As :func:`sample`.
+
+    Example:
+        >>> logits = torch.randn(1, 3, 100)
+        >>> plain = [int(sample(logits[:, j], position=j).token_ids) for j in range(3)]
+        >>> verify(logits, None, None, torch.tensor([plain[:2]])).token_ids.tolist() == [plain]
+        True
+
+    Source: docs/contracts.md, Speculative verification; Leviathan et al. 2023, arXiv 2211.17192;
+    Daliri, Musco and Suresh 2024, arXiv 2408.07978.
+    """
+    vocab_size = _check.logits("verify", base, expert, anti, 3, vocab_size)
+    drafts = (base.shape[0], base.shape[1] - 1)
+    _check.ids("verify", "draft_token_ids", draft_token_ids, drafts, base.device)
+    row_params = _row_params("verify", base.shape[0], params, base.device, values)
+    _check.constraints("verify", base, bias, allowed_mask, vocab_size)
+    if mode not in VERIFY_MODES:
+        raise ValueError(f"verify: mode must be one of {list(VERIFY_MODES)}, got {mode!r}")
+    _check.draft_logits(draft_logits, mode, drafts, vocab_size, base.device)
+    if out is not None:
+        _check.verify_out(out, base)
+    if resolve(backend, base, "verify") == "reference":
+        x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, vocab_size)
+        draft_x = None if draft_logits is None else draft_logits[..., :vocab_size].float()
+        result = reference.verify(x, draft_token_ids, row_params, mode, draft_x)
+        return _into(out, result)
+    arguments = (base, expert, anti, draft_token_ids, draft_logits, *row_params, bias,
+                 allowed_mask, vocab_size, VERIFY_MODES.index(mode))  # fmt: skip
+    if out is None:
+        return VerifyOutput(*_ops.verify(*arguments))
+    _ops.verify_out(
+        *arguments, out_token_ids=out.token_ids, out_num_accepted=out.num_accepted,
+        out_logprobs=out.logprobs, out_status=out.status,
+    )  # fmt: skip
+    return out
+
+
+def _reference_x(
+    base: Tensor, expert: Tensor | None, anti: Tensor | None, alpha: Tensor,
+    bias: Tensor | None, allowed_mask: Tensor | None, vocab_size: int,
+) -> Tensor:  # fmt: skip
+    """Combined logits of [B, V] or [B, T, V] inputs, in the shape of base."""
+    shape = (*base.shape[:-1], vocab_size)
+    rows = [None if t is None else t[..., :vocab_size].reshape(-1, vocab_size)
+            for t in (base, expert, anti, bias)]  # fmt: skip
+    mask = None if allowed_mask is None else allowed_mask.reshape(-1, allowed_mask.shape[-1])
+    if base.dim() == 3:
+        alpha = alpha.repeat_interleave(base.shape[1])
+    assert rows[0] is not None
+    return reference.combine(rows[0], rows[1], rows[2], alpha, rows[3], mask).reshape(shape)
+
+
+def _into(out: Any, result: Any) -> Any:
+    if out is None:
+        return result
+    for target, value in zip(out, result, strict=True):
+        target.copy_(value)
+    return out

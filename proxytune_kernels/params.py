@@ -1,0 +1,280 @@
+"""Sampling parameters: one request's (:class:`SamplingParams`) and a batch's (:class:`RowParams`).
+
+Names and ranges are vLLM's, plus ``alpha`` and ``filter_order``.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FILTER_ORDERS = ("vllm", "hf", "joint")
+"""Filter orders by their code in :attr:`RowParams.filter_order`."""
+
+_SEED_LIMIT = 2**64
+
+
+def _number(name: str, value: Any, wanted: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return float(value)
+
+
+def _integer(name: str, value: Any, low: int, wanted: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return int(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is steered, filtered, sampled and stopped.
+
+    Args:
+        alpha: strength of the steering, any finite number; 1 is the paper's method, 0 the base alone.
+        temperature: 0 for greedy, or positive and finite.
+        top_k: keep this many tokens; 0 or -1 turns it off.
+        top_p: keep the shortest prefix whose mass reaches this share, in (0, 1]; 1 turns it off.
+        min_p: keep tokens of at least this share of the likeliest one's probability, in [0, 1];
+            0 turns it off.
+        filter_order: of what top_p's mass is a share: ``"vllm"``, ``"hf"`` or ``"joint"``
+            (docs/contracts.md, Selection).
+        seed: key of the request's noise, in [-2^63, 2^64); None draws one.
+        max_tokens: output tokens at most, at least 1.
+        min_tokens: output tokens before a stop token or string may end the request, at least 0.
+        stop: strings that end the request.
+        stop_token_ids: tokens that end the request.
+        ignore_eos: go on after the end-of-sequence token.
+        include_stop_str_in_output: keep the stop string at the end of the text.
+
+    Raises:
+        ValueError: names the field, its value and its range.
+    """
+
+    alpha: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    filter_order: str = "vllm"
+    seed: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        _number("alpha", self.alpha, "a finite number")
+        check_filters(self.temperature, self.top_k, self.top_p, self.min_p, self.filter_order)
+        if self.seed is not None:
+            check_seed(self.seed)
+        _integer("max_tokens", self.max_tokens, 1, "an integer of at least 1")
+        _integer("min_tokens", self.min_tokens, 0, "an integer of at least 0")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        ids = self.stop_token_ids
+        if isinstance(ids, str) or not isinstance(ids, Sequence):
+            raise ValueError(f"stop_token_ids must be a sequence of token ids, got {ids!r}")
+        wanted = "token ids of at least 0"
+        checked = tuple(_integer("stop_token_ids", i, 0, wanted) for i in ids)
+        object.__setattr__(self, "stop_token_ids", checked)
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def with_seed(self) -> SamplingParams:
+        """These parameters with a seed drawn from the operating system where none was given."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(f"stop must be a non-empty string or a sequence of them, got {stop!r}")
+    return tuple(strings)
+
+
+def check_filters(
+    temperature: Any, top_k: Any, top_p: Any, min_p: Any, filter_order: Any
+) -> None:
+    """Check one row's filter parameters against their ranges; ValueError names the field."""
+    if _number("temperature", temperature, "0 (greedy) or a positive finite number") < 0:
+        raise ValueError(
+            f"temperature must be 0 (greedy) or a positive finite number, got {temperature!r}"
+        )
+    _integer("top_k", top_k, -1, "a positive integer, or 0 or -1 for off")
+    if not 0 < _number("top_p", top_p, "in (0, 1]") <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+    if not 0 <= _number("min_p", min_p, "in [0, 1]") <= 1:
+        raise ValueError(f"min_p must be in [0, 1], got {min_p!r}")
+    if filter_order not in FILTER_ORDERS:
+        raise ValueError(f"filter_order must be one of {FILTER_ORDERS}, got {filter_order!r}")
+
+
+def check_seed(seed: Any) -> int:
+    """Check a seed, [-2^63, 2^64); returns it."""
+    wanted = "an integer in [-2^63, 2^64)"
+    if _integer("seed", seed, -(2**63), wanted) >= _SEED_LIMIT:
+        raise ValueError(f"seed must be {wanted}, got {seed!r}")
+    return int(seed)
+
+
+def signed_seed(seed: int) -> int:
+    """The int64 that holds a 64-bit seed's bit pattern (tensors have no uint64 arithmetic)."""
+    seed %= _SEED_LIMIT
+    return seed - _SEED_LIMIT if seed >= _SEED_LIMIT // 2 else seed
+
+
+_DTYPES = {
+    "alpha": torch.float32,
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "filter_order": torch.int32,
+    "seed": torch.int64,
+    "position": torch.int64,
+}
+_DEFAULTS: dict[str, Any] = {
+    "alpha": 1.0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "filter_order": "vllm",
+    "seed": 0,
+    "position": 0,
+}
+
+
+class RowParams(NamedTuple):
+    """A batch's sampling parameters: contiguous tensors of shape [B] on one device.
+
+    The kernels read them where they are, so a captured CUDA graph sees what is written into them
+    in place. Values out of range are reported in the row's status, not checked here: a check would
+    stall the device.
+    """
+
+    alpha: Tensor
+    """fp32: strength of the steering."""
+    temperature: Tensor
+    """fp32: 0 is greedy."""
+    top_k: Tensor
+    """int32: 0 or -1 is off."""
+    top_p: Tensor
+    """fp32: 1 is off."""
+    min_p: Tensor
+    """fp32: 0 is off."""
+    filter_order: Tensor
+    """int32: index into :data:`FILTER_ORDERS`."""
+    seed: Tensor
+    """int64: bit pattern of the 64-bit seed."""
+    position: Tensor
+    """int64: index of the output token within its request."""
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.alpha.shape[0]
+
+    @classmethod
+    def make(
+        cls, batch_size: int, *, device: torch.device | str = "cpu", **values: Any
+    ) -> RowParams:
+        """Build from scalars or tensors of shape [batch_size]; what is not named has its default.
+
+        Scalars are checked against their range. A tensor is converted to the field's dtype and
+        device; its values are checked by the kernels (a status bit), not here.
+
+        Example:
+            >>> RowParams.make(2, temperature=0.7, seed=torch.tensor([1, 2])).seed.tolist()
+            [1, 2]
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: a scalar out of range, or a tensor of another shape or kind of number.
+        """
+        unknown = sorted(set(values) - set(_DEFAULTS))
+        if unknown:
+            raise TypeError(
+                f"unknown sampling parameter {unknown[0]!r}; known are {', '.join(_DEFAULTS)}"
+            )
+        merged = {**_DEFAULTS, **values}
+        _check_scalars(merged)
+        return cls(**{n: _column(n, merged[n], batch_size, device) for n in _DEFAULTS})
+
+    @classmethod
+    def from_sampling_params(
+        cls,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> RowParams:
+        """One row per request, at the given positions (0 unless told).
+
+        Raises:
+            ValueError: a request without a seed (see :meth:`SamplingParams.with_seed`), or another
+                number of positions than of requests.
+        """
+        positions = [0] * len(params) if positions is None else positions
+        if len(positions) != len(params):
+            raise ValueError(
+                f"positions must have one value per request ({len(params)}), got {len(positions)}"
+            )
+        columns: dict[str, list[Any]] = {n: [getattr(p, n, None) for p in params] for n in _DTYPES}
+        if None in columns["seed"]:
+            raise ValueError("seed must be set in each SamplingParams, got None: use with_seed()")
+        columns["seed"] = [signed_seed(seed) for seed in columns["seed"]]
+        columns["filter_order"] = [FILTER_ORDERS.index(o) for o in columns["filter_order"]]
+        columns["position"] = list(positions)
+        return cls(
+            **{n: torch.tensor(columns[n], dtype=d, device=device) for n, d in _DTYPES.items()}
+        )
+
+    def rows(self, index: slice | Tensor) -> RowParams:
+        """The parameters of some of the rows, by slice (views) or by index tensor (copies)."""
+        return RowParams(*(column[index] for column in self))
+
+
+def _check_scalars(values: dict[str, Any]) -> None:
+    scalars = {n: _DEFAULTS[n] if isinstance(v, Tensor) else v for n, v in values.items()}
+    _number("alpha", scalars["alpha"], "a finite number")
+    check_filters(*(scalars[n] for n in ("temperature", "top_k", "top_p", "min_p")),
+                  scalars["filter_order"])  # fmt: skip
+    check_seed(scalars["seed"])
+    _integer("position", scalars["position"], 0, "an integer of at least 0")
+
+
+def _column(name: str, value: Any, batch_size: int, device: torch.device | str) -> Tensor:
+    dtype = _DTYPES[name]
+    if isinstance(value, Tensor):
+        if value.shape != (batch_size,):
+            raise ValueError(
+                f"{name} must have shape [{batch_size}], one value per row, "
+                f"got {list(value.shape)}"
+            )
+        if value.is_complex() or (value.is_floating_point() and not dtype.is_floating_point):
+            raise ValueError(f"{name} must be convertible to {dtype}, got {value.dtype}")
+        return value.to(device=device, dtype=dtype).contiguous()
+    if name == "seed":
+        value = signed_seed(value)
+    elif name == "filter_order":
+        value = FILTER_ORDERS.index(value)
+    return torch.full((batch_size,), value, dtype=dtype, device=device)
+
+
+SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+"""Names of the fields of :class:`SamplingParams`, in order."""

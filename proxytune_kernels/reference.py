@@ -1,0 +1,303 @@
+"""The truth: the numerical contract in plain PyTorch, short enough to check against docs/math.md.
+
+Everything here is slow and whole: it sorts the vocabulary, and holds the [B, V] temporaries that
+the kernels exist to avoid. Combined logits are fp32, as the contract defines them (fp64 where the
+inputs are fp64); all that follows is fp64 and int64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxytune_kernels import rng
+from proxytune_kernels.params import RowParams
+
+MASS_ONE = 2.0**44
+"""Mass of the likeliest token: masses are integers, so their sums don't depend on the order."""
+
+STATUS_NAN, STATUS_POSITIVE_INF, STATUS_EMPTY, STATUS_BAD_PARAMS = 1, 2, 4, 8
+
+_SMALLEST_NORMAL = 2.0**-126
+
+
+class SampleOutput(NamedTuple):
+    """What ``sample`` returns, one value per row."""
+
+    token_ids: Tensor
+    """int64 [B]: the token drawn; -1 where nothing was left or a parameter was out of range."""
+    logprobs: Tensor
+    """fp32 [B]: log of the probability it was drawn with; NaN where the token is -1."""
+    raw_logprobs: Tensor
+    """fp32 [B]: its log-softmax at temperature 1, no filter; NaN where the token is -1."""
+    num_kept: Tensor
+    """int32 [B]: size of the kept set."""
+    status: Tensor
+    """int32 [B]: 0, or the sum of 1 (NaN masked), 2 (+inf), 4 (nothing left), 8 (bad parameter)."""
+
+
+class VerifyOutput(NamedTuple):
+    """What ``verify`` returns."""
+
+    token_ids: Tensor
+    """int64 [B, k + 1]: the tokens to emit, -1 past the last."""
+    num_accepted: Tensor
+    """int32 [B]: how many of them are draft tokens."""
+    logprobs: Tensor
+    """fp32 [B, k + 1]: log of the target's probability of each; NaN where the token is -1."""
+    status: Tensor
+    """int32 [B]: as in :class:`SampleOutput`, over the positions that were used."""
+
+
+def fma32(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """fp32 ``a * b + c`` with one rounding, but for double rounding (about one case in 2^29)."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+def combine(
+    base: Tensor,
+    expert: Tensor | None,
+    anti: Tensor | None,
+    alpha: Tensor,
+    bias: Tensor | None = None,
+    allowed_mask: Tensor | None = None,
+) -> Tensor:
+    """Combined logits ``fma(alpha, expert - anti, base)``, [B, V], before NaN and inf are dealt with.
+
+    ``-inf`` in base stays ``-inf`` whatever the other two hold, and alpha = 0 gives base.
+    """
+    double = base.dtype == torch.float64
+    wide = torch.float64 if double else torch.float32
+    x = base.to(wide)
+    if expert is not None and anti is not None:
+        difference = expert.to(wide) - anti.to(wide)
+        a = alpha[:, None].to(wide)
+        steered = a * difference + x if double else fma32(a, difference, x)
+        x = torch.where((a == 0) | (x == -torch.inf), x, steered)
+    if bias is not None:
+        x = torch.where(x == -torch.inf, x, x + bias)
+    if allowed_mask is not None:
+        x = x.masked_fill(~unpack_mask(allowed_mask, x.shape[-1]), -torch.inf)
+    return x
+
+
+def unpack_mask(allowed_mask: Tensor, vocab_size: int) -> Tensor:
+    """bool [B, V] of a packed mask, int32 [B, ceil(V / 32)], token i at bit i & 31 of word i >> 5."""
+    shifts = torch.arange(32, device=allowed_mask.device)
+    bits = (allowed_mask.long()[..., None] >> shifts) & 1
+    return bits.flatten(-2)[..., :vocab_size].bool()
+
+
+class Distribution(NamedTuple):
+    """A batch of filtered distributions over the vocabulary; tensors [B, V] in order of token id."""
+
+    shifted: Tensor
+    """fp64 [B, V]: x - max, -inf where masked."""
+    scaled: Tensor
+    """fp64 [B, V]: (x - max) / T; at temperature 0 just x - max."""
+    kept: Tensor
+    """bool [B, V]: the kept set."""
+    mass: Tensor
+    """int64 [B, V]: 2^44 * exp(scaled), rounded; 0 outside the kept set."""
+    status: Tensor
+    """int32 [B]."""
+
+    @property
+    def total(self) -> Tensor:
+        """int64 [B]: mass of the kept set."""
+        return self.mass.sum(-1)
+
+    def logprobs(self) -> Tensor:
+        """fp64 [B, V]: log of the probability of each token; -inf outside the kept set."""
+        log_total = (self.total.double() / MASS_ONE).log()[:, None]
+        return (self.scaled - log_total).masked_fill(~self.kept, -torch.inf)
+
+    def raw_logprobs(self) -> Tensor:
+        """fp64 [B, V]: log-softmax of x at temperature 1, no filter."""
+        return self.shifted.log_softmax(-1)
+
+
+def _bad_params(params: RowParams) -> Tensor:
+    good = params.alpha.isfinite() & params.temperature.isfinite() & (params.temperature >= 0)
+    good &= (params.top_k >= -1) & (params.top_p > 0) & (params.top_p <= 1)
+    good &= (params.min_p >= 0) & (params.min_p <= 1) & (params.position >= 0)
+    return ~(good & (params.filter_order >= 0) & (params.filter_order <= 2))
+
+
+def mass_target(top_p: Tensor, mass: Tensor) -> Tensor:
+    """``ceil(p * mass)`` with p cut to 32 fractional bits, at least 1: int64, exact.
+
+    ``mass`` is below 2^63, so ``p * mass`` is summed from 32-bit halves.
+    """
+    p = (top_p.double() * 2.0**32).long()
+    low, high = p * (mass & 0xFFFFFFFF), p * (mass >> 32)
+    # low may wrap past 2^63: its bits are right, the shift must not carry the sign.
+    low_high = (low >> 32) & 0xFFFFFFFF
+    return (high + low_high + ((low & 0xFFFFFFFF) != 0)).clamp(min=1)
+
+
+def _prefix_length(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Length of the shortest prefix whose cumulative mass reaches the target: int64 [B]."""
+    return (cumulative < target[:, None]).sum(-1) + 1
+
+
+def _kept_count(mass: Tensor, scaled: Tensor, count: Tensor, params: RowParams) -> Tensor:
+    """Size of the kept set, from masses and scaled logits in descending order: int64 [B]."""
+    cumulative = mass.cumsum(-1)
+    k = torch.where(params.top_k > 0, params.top_k.long(), count).minimum(count)
+    log_min_p = params.min_p.double().log()[:, None]
+    m = torch.where(params.min_p > 0, (scaled >= log_min_p).sum(-1), count).clamp(min=1)
+    vllm, joint = params.filter_order == 0, params.filter_order == 2
+    whole = torch.where(vllm, k.minimum(m), torch.where(joint, count, k))
+    share = cumulative.gather(-1, (whole - 1).clamp(min=0)[:, None])[:, 0]
+    p = _prefix_length(cumulative, mass_target(params.top_p, share))
+    p = torch.where(params.top_p < 1, p, count)
+    return k.minimum(m).minimum(p)
+
+
+def distribution(x: Tensor, params: RowParams) -> Distribution:
+    """Filter combined logits: docs/contracts.md, Selection.
+
+    Args:
+        x: combined logits, fp32 or fp64 [B, V].
+        params: one value per row.
+    """
+    nan = x.isnan()
+    x = x.masked_fill(nan, -torch.inf)
+    infinite = x == torch.inf
+    positive = infinite.any(-1)
+    x = torch.where(positive[:, None], torch.where(infinite, 0.0, -torch.inf), x).double()
+    bad = _bad_params(params)
+    x = x.masked_fill(bad[:, None], -torch.inf)
+    count = (x > -torch.inf).sum(-1)
+
+    top = x.amax(-1, keepdim=True)
+    shifted = torch.where(x > -torch.inf, x - top, -torch.inf)
+    greedy = params.temperature < _SMALLEST_NORMAL
+    scaled = shifted / torch.where(greedy, 1.0, params.temperature.double())[:, None]
+    mass = (MASS_ONE * scaled.exp()).round().long()
+
+    order = x.sort(dim=-1, descending=True, stable=True).indices
+    size = _kept_count(mass.gather(-1, order), scaled.gather(-1, order), count, params)
+    size = torch.where(greedy, count.clamp(max=1), size.minimum(count))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order)
+    )
+    kept = rank < size[:, None]
+
+    status = STATUS_NAN * (nan.any(-1) & ~bad) + STATUS_POSITIVE_INF * (positive & ~bad)
+    status = status + STATUS_EMPTY * ((count == 0) & ~bad) + STATUS_BAD_PARAMS * bad
+    return Distribution(shifted, scaled, kept, mass * kept, status.int())
+
+
+def scores(d: Distribution, params: RowParams, stream: int) -> Tensor:
+    """What the draw is the argmax of: ``(x - max) / T + g`` on the kept set, fp64 [B, V]."""
+    ids = torch.arange(d.kept.shape[-1], device=d.kept.device)
+    noise = rng.gumbel(params.seed, params.position, ids, stream)
+    return (d.scaled + noise).masked_fill(~d.kept, -torch.inf)
+
+
+def _argmax(score: Tensor) -> Tensor:
+    """Argmax, lowest id on ties; -1 where all are -inf: int64 [B]."""
+    best, index = score.sort(dim=-1, descending=True, stable=True)
+    return torch.where(best[:, 0] > -torch.inf, index[:, 0], -1)
+
+
+def _at(values: Tensor, token_ids: Tensor) -> Tensor:
+    """fp32 values at the tokens, NaN where the token is -1; [B, V], [B] -> [B]."""
+    value = values.gather(-1, token_ids.clamp(min=0)[:, None])[:, 0]
+    return value.masked_fill(token_ids < 0, torch.nan).float()
+
+
+def sample(x: Tensor, params: RowParams, stream: str = "sample") -> SampleOutput:
+    """Draw one token per row from combined logits x, fp32 or fp64 [B, V]."""
+    d = distribution(x, params)
+    token_ids = _argmax(scores(d, params, rng.STREAMS[stream]))
+    return SampleOutput(
+        token_ids,
+        _at(d.logprobs(), token_ids),
+        _at(d.raw_logprobs(), token_ids),
+        d.kept.sum(-1).int(),
+        d.status,
+    )
+
+
+def score(x: Tensor, token_ids: Tensor) -> Tensor:
+    """Raw logprobs of given tokens: x [B, T, V], token_ids int64 [B, T] -> fp32 [B, T].
+
+    A token outside [0, V) gives NaN, a masked one -inf.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    params = RowParams.make(len(rows), device=x.device)
+    ids = token_ids.reshape(-1)
+    inside = (ids >= 0) & (ids < x.shape[-1])
+    raw = distribution(rows, params).raw_logprobs()
+    return _at(raw, torch.where(inside, ids, -1)).reshape(token_ids.shape)
+
+
+def verify(
+    x: Tensor,
+    draft_token_ids: Tensor,
+    params: RowParams,
+    mode: str = "coupled",
+    draft_x: Tensor | None = None,
+) -> VerifyOutput:
+    """Check drafted tokens against the target: docs/contracts.md, Speculative verification.
+
+    Args:
+        x: the target's combined logits [B, k + 1, V].
+        draft_token_ids: int64 [B, k]; -1 where a row has fewer drafts.
+        params: one value per request; ``position`` is that of the first drafted token.
+        mode: ``"coupled"`` or ``"rejection"``.
+        draft_x: the drafter's logits [B, k, V], for rejection.
+    """
+    batch, steps, _ = x.shape
+    tokens = torch.full((batch, steps), -1, device=x.device)
+    logprobs = torch.full((batch, steps), torch.nan, device=x.device)
+    accepted = torch.zeros(batch, dtype=torch.int32, device=x.device)
+    status = torch.zeros(batch, dtype=torch.int32, device=x.device)
+    active = torch.ones(batch, dtype=torch.bool, device=x.device)
+    for j in range(steps):
+        at = params._replace(position=params.position + j)
+        target = distribution(x[:, j], at)
+        drafted = draft_token_ids[:, j] if j < steps - 1 else tokens.new_full((batch,), -1)
+        if mode == "coupled":
+            emitted = _argmax(scores(target, at, rng.STREAMS["sample"]))
+            agrees = (emitted == drafted) & (emitted >= 0)
+        else:
+            last = j == steps - 1 or draft_x is None
+            emitted, agrees = _reject(target, None if last else draft_x[:, j], drafted, at)
+        tokens[:, j] = torch.where(active, emitted, tokens[:, j])
+        logprobs[:, j] = torch.where(active, _at(target.logprobs(), emitted), logprobs[:, j])
+        status |= torch.where(active, target.status, 0)
+        active &= agrees
+        accepted += active.int()
+    return VerifyOutput(tokens, accepted, logprobs, status)
+
+
+def _reject(
+    target: Distribution, draft_x: Tensor | None, drafted: Tensor, params: RowParams
+) -> tuple[Tensor, Tensor]:
+    """Rejection at one position: tokens to emit and whether each is the draft, [B], [B]."""
+    bonus = _argmax(scores(target, params, rng.STREAMS["bonus"]))
+    if draft_x is None:
+        return bonus, torch.zeros_like(drafted, dtype=torch.bool)
+    draft = distribution(draft_x, params)
+    p, q = target.logprobs().exp(), draft.logprobs().exp()
+    q = torch.where(draft.kept, q, 0.0)
+    inside = (drafted >= 0) & (drafted < p.shape[-1])
+    at = torch.where(inside, drafted, 0)[:, None]
+    u = rng.uniform(params.seed, params.position, at, rng.STREAMS["accept"])[:, 0].double()
+    p_draft, q_draft = p.gather(-1, at)[:, 0], q.gather(-1, at)[:, 0]
+    agrees = inside & (p_draft > 0) & (u * q_draft < p_draft)
+
+    left = (p - q).clamp(min=0)
+    # Rounding may leave nothing where target and draft agree: then the target itself is drawn.
+    left = torch.where((left > 0).any(-1, keepdim=True), left, p)
+    ids = torch.arange(p.shape[-1], device=p.device)
+    noise = rng.gumbel(params.seed, params.position, ids, rng.STREAMS["residual"])
+    recovered = _argmax((left.log() + noise).masked_fill(~target.kept, -torch.inf))
+    emitted = torch.where(agrees, drafted, torch.where(drafted < 0, bonus, recovered))
+    return emitted, agrees
