@@ -1,4 +1,4 @@
-"""Argument checks of the public operators: each error names op, argument, what it got and wanted."""
+"""Argument checks of the public operators: an error names op, argument, what it got and wanted."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def _role(op: str, name: str, tensor: Any, dims: int) -> Tensor:
         wanted = "[B, V]" if dims == 2 else "[B, T, V]"
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
     if tensor.dtype not in _LOGIT_DTYPES:
-        raise ValueError(
-            f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}"
-        )
+        raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(
             f"{op}: {name} must be contiguous in its last dimension, got stride {tensor.stride(-1)}"
@@ -48,9 +46,7 @@ def _role(op: str, name: str, tensor: Any, dims: int) -> Tensor:
     return tensor
 
 
-def logits(
-    op: str, base: Any, expert: Any, anti: Any, dims: int, vocab_size: int | None
-) -> int:
+def logits(op: str, base: Any, expert: Any, anti: Any, dims: int, vocab_size: int | None) -> int:
     """Check the three roles' logits; returns the width in use."""
     _role(op, "base", base, dims)
     width = base.shape[-1]
@@ -150,7 +146,6 @@ def ids(op: str, name: str, tensor: Any, shape: tuple[int, ...], device: torch.d
     _device(op, name, tensor, device)
 
 
-
 def draft_logits(
     value: Any, mode: str, drafts: tuple[int, int], vocab_size: int, device: torch.device
 ) -> None:
@@ -170,9 +165,7 @@ def draft_logits(
     _device("verify", "draft_logits", value, device)
 
 
-def matrix_out(
-    op: str, out: Any, shape: tuple[int, ...], device: torch.device
-) -> None:
+def matrix_out(op: str, out: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """Check a caller-owned fp32 result."""
     _tensor(op, "out", out)
     if tuple(out.shape) != shape or out.dtype != torch.float32 or not out.is_contiguous():

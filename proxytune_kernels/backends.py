@@ -46,7 +46,7 @@ def _warn_reference(device: str, reason: str) -> None:
 
 
 def resolve(backend: str | None, base: Tensor, op: str) -> str:
-    """Name of the backend that runs ``op`` on these logits: the one asked for, or the fastest usable.
+    """Name of the backend that runs ``op`` on these logits: as asked for, or the fastest usable.
 
     Raises:
         ValueError: an unknown name.

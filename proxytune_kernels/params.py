@@ -38,7 +38,7 @@ class SamplingParams:
     """How one request is steered, filtered, sampled and stopped.
 
     Args:
-        alpha: strength of the steering, any finite number; 1 is the paper's method, 0 the base alone.
+        alpha: strength of the steering, finite; 1 is the paper's method, 0 the base alone.
         temperature: 0 for greedy, or positive and finite.
         top_k: keep this many tokens; 0 or -1 turns it off.
         top_p: keep the shortest prefix whose mass reaches this share, in (0, 1]; 1 turns it off.
@@ -106,9 +106,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def check_filters(
-    temperature: Any, top_k: Any, top_p: Any, min_p: Any, filter_order: Any
-) -> None:
+def check_filters(temperature: Any, top_k: Any, top_p: Any, min_p: Any, filter_order: Any) -> None:
     """Check one row's filter parameters against their ranges; ValueError names the field."""
     if _number("temperature", temperature, "0 (greedy) or a positive finite number") < 0:
         raise ValueError(
@@ -252,8 +250,8 @@ class RowParams(NamedTuple):
 def _check_scalars(values: dict[str, Any]) -> None:
     scalars = {n: _DEFAULTS[n] if isinstance(v, Tensor) else v for n, v in values.items()}
     _number("alpha", scalars["alpha"], "a finite number")
-    check_filters(*(scalars[n] for n in ("temperature", "top_k", "top_p", "min_p")),
-                  scalars["filter_order"])  # fmt: skip
+    filters = ("temperature", "top_k", "top_p", "min_p", "filter_order")
+    check_filters(**{n: scalars[n] for n in filters})
     check_seed(scalars["seed"])
     _integer("position", scalars["position"], 0, "an integer of at least 0")
 
@@ -263,8 +261,7 @@ def _column(name: str, value: Any, batch_size: int, device: torch.device | str) 
     if isinstance(value, Tensor):
         if value.shape != (batch_size,):
             raise ValueError(
-                f"{name} must have shape [{batch_size}], one value per row, "
-                f"got {list(value.shape)}"
+                f"{name} must have shape [{batch_size}], one value per row, got {list(value.shape)}"
             )
         if value.is_complex() or (value.is_floating_point() and not dtype.is_floating_point):
             raise ValueError(f"{name} must be convertible to {dtype}, got {value.dtype}")

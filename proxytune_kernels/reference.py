@@ -64,7 +64,7 @@ def combine(
     bias: Tensor | None = None,
     allowed_mask: Tensor | None = None,
 ) -> Tensor:
-    """Combined logits ``fma(alpha, expert - anti, base)``, [B, V], before NaN and inf are dealt with.
+    """Combined logits ``fma(alpha, expert - anti, base)``, [B, V], NaN and inf not yet dealt with.
 
     ``-inf`` in base stays ``-inf`` whatever the other two hold, and alpha = 0 gives base.
     """
@@ -84,14 +84,14 @@ def combine(
 
 
 def unpack_mask(allowed_mask: Tensor, vocab_size: int) -> Tensor:
-    """bool [B, V] of a packed mask, int32 [B, ceil(V / 32)], token i at bit i & 31 of word i >> 5."""
+    """bool [B, V] of a packed mask, int32 [B, ceil(V / 32)]: token i is bit i % 32 of word i / 32."""
     shifts = torch.arange(32, device=allowed_mask.device)
     bits = (allowed_mask.long()[..., None] >> shifts) & 1
     return bits.flatten(-2)[..., :vocab_size].bool()
 
 
 class Distribution(NamedTuple):
-    """A batch of filtered distributions over the vocabulary; tensors [B, V] in order of token id."""
+    """A batch of filtered distributions over the vocabulary; tensors [B, V] by token id."""
 
     shifted: Tensor
     """fp64 [B, V]: x - max, -inf where masked."""
@@ -267,8 +267,8 @@ def verify(
             emitted = _argmax(scores(target, at, rng.STREAMS["sample"]))
             agrees = (emitted == drafted) & (emitted >= 0)
         else:
-            last = j == steps - 1 or draft_x is None
-            emitted, agrees = _reject(target, None if last else draft_x[:, j], drafted, at)
+            drafter = None if j == steps - 1 or draft_x is None else draft_x[:, j]
+            emitted, agrees = _reject(target, drafter, drafted, at)
         tokens[:, j] = torch.where(active, emitted, tokens[:, j])
         logprobs[:, j] = torch.where(active, _at(target.logprobs(), emitted), logprobs[:, j])
         status |= torch.where(active, target.status, 0)

@@ -49,7 +49,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 
 
 def words(seed: Tensor, position: Tensor, token_ids: Tensor, stream: int, retry: int = 0) -> Tensor:
-    """The 32-bit word of each token: int64 [B, N] from seed, position int64 [B], ids [N] or [B, N]."""
+    """The 32-bit word of each token: int64 [B, N] from seed, position [B], ids [N] or [B, N]."""
     seed, position = seed[:, None], position[:, None]
     shape = torch.broadcast_shapes(seed.shape, token_ids.shape)
     counter = (
