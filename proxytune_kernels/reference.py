@@ -84,7 +84,7 @@ def combine(
 
 
 def unpack_mask(allowed_mask: Tensor, vocab_size: int) -> Tensor:
-    """bool [B, V] of a packed mask, int32 [B, ceil(V / 32)]: token i is bit i % 32 of word i / 32."""
+    """bool [B, V] of a packed mask, int32 [B, ceil(V / 32)]; token i: word i >> 5, bit i & 31."""
     shifts = torch.arange(32, device=allowed_mask.device)
     bits = (allowed_mask.long()[..., None] >> shifts) & 1
     return bits.flatten(-2)[..., :vocab_size].bool()
