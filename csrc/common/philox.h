@@ -1,0 +1,58 @@
+// Keyed noise: Philox4x32-10 with the contract's counter layout (docs/contracts.md, Randomness).
+// Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PTK_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PTK_HOST_DEVICE inline
+#endif
+
+namespace ptk {
+
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u;
+constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
+constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
+// A word of 0 is drawn again at most so often: u stays above 2^-97, an fp32 normal.
+constexpr int kMaxRetries = 2;
+
+enum Stream : uint32_t { kStreamSample, kStreamDraft, kStreamAccept, kStreamResidual, kStreamBonus };
+
+// What a row's noise depends on, but for the token.
+struct NoiseKey {
+  uint32_t key0, key1;            // the request's seed
+  uint32_t position_lo, position_hi;
+  uint32_t stream;
+
+  PTK_HOST_DEVICE uint32_t last(int retry) const { return stream | uint32_t(retry) << 8; }
+};
+
+PTK_HOST_DEVICE NoiseKey make_noise_key(int64_t seed, int64_t position, uint32_t stream) {
+  return {uint32_t(seed), uint32_t(uint64_t(seed) >> 32), uint32_t(position),
+          uint32_t(uint64_t(position) >> 32), stream};
+}
+
+// The word of one token.
+PTK_HOST_DEVICE uint32_t philox_word(const NoiseKey& key, uint32_t token_id, int retry) {
+  uint32_t c0 = token_id >> 2, c1 = key.position_lo, c2 = key.position_hi, c3 = key.last(retry);
+  uint32_t k0 = key.key0, k1 = key.key1;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = uint64_t(kPhiloxMultiplier0) * c0;
+    const uint64_t p1 = uint64_t(kPhiloxMultiplier1) * c2;
+    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(p1);
+    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(p0);
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  const uint32_t pair = token_id & 2 ? (token_id & 1 ? c3 : c2) : (token_id & 1 ? c1 : c0);
+  return pair;
+}
+
+}  // namespace ptk

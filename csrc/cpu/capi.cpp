@@ -1,0 +1,226 @@
+// The C API: checks, addressing, and the loop over rows.
+#include <cstdlib>
+#include <new>
+
+#include "../include/proxytune.h"
+#include "types.h"
+
+namespace ptk {
+namespace {
+
+constexpr size_t kAlign = 64;
+constexpr size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+size_t row_bytes(int64_t vocab_size) { return aligned(size_t(padded(vocab_size)) * sizeof(float)); }
+size_t tile_bytes(int64_t vocab_size) {
+  return aligned(size_t(padded(tiles_of(vocab_size))) * sizeof(float));
+}
+
+// The caller's workspace, or one allocated for the call.
+class Workspace {
+ public:
+  Workspace(void* given, int64_t vocab_size, bool rejection) {
+    if (!given) {
+      owned_ = std::aligned_alloc(kAlign, proxytune_cpu_workspace_size(vocab_size, rejection));
+      given = owned_;
+    }
+    if (!given) return;
+    auto* at = static_cast<char*>(given);
+    buffers.scratch = new (at) Scratch;
+    at += aligned(sizeof(Scratch));
+    for (int i = 0; i < (rejection ? 2 : 1); ++i) {
+      buffers.x[i] = reinterpret_cast<float*>(at);
+      buffers.tile_max[i] = reinterpret_cast<float*>(at + row_bytes(vocab_size));
+      at += row_bytes(vocab_size) + tile_bytes(vocab_size);
+    }
+    ready = true;
+  }
+  ~Workspace() { std::free(owned_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  Buffers buffers{};
+  bool ready = false;
+
+ private:
+  void* owned_ = nullptr;
+};
+
+bool good_logits(const proxytune_logits& l) {
+  return !l.data || (l.dtype >= PROXYTUNE_F32 && l.dtype <= PROXYTUNE_BF16);
+}
+
+bool good_inputs(const proxytune_inputs& in) {
+  return in.vocab_size >= 1 && in.vocab_size <= kMaxVocabSize && in.base.data &&
+         !in.expert.data == !in.anti.data && good_logits(in.base) && good_logits(in.expert) &&
+         good_logits(in.anti);
+}
+
+Matrix matrix_at(const proxytune_logits& l, int64_t row, int64_t position) {
+  if (!l.data) return {};
+  const int64_t bytes = l.dtype == PROXYTUNE_F32 ? 4 : 2;
+  const int64_t offset = row * l.row_stride + position * l.position_stride;
+  return {static_cast<const char*>(l.data) + offset * bytes, l.dtype};
+}
+
+RowInput input_at(const proxytune_inputs& in, int64_t row, int64_t position) {
+  RowInput r{};
+  r.vocab_size = in.vocab_size;
+  r.alpha = in.alpha ? in.alpha[row] : 1.0f;
+  r.base = matrix_at(in.base, row, position);
+  // alpha = 0 gives base exactly, whatever the other two hold: they are not read.
+  if (r.alpha != 0.0f) {
+    r.expert = matrix_at(in.expert, row, position);
+    r.anti = matrix_at(in.anti, row, position);
+  }
+  if (in.bias) r.bias = in.bias + row * in.bias_row_stride + position * in.bias_position_stride;
+  if (in.allowed) {
+    r.allowed = in.allowed + row * in.allowed_row_stride + position * in.allowed_position_stride;
+  }
+  return r;
+}
+
+template <typename T>
+T value_at(const T* values, int64_t row, T fallback) {
+  return values ? values[row] : fallback;
+}
+
+RawParams params_at(const proxytune_params& p, const proxytune_inputs& in, int64_t row) {
+  return {value_at(in.alpha, row, 1.0f),      value_at(p.temperature, row, 1.0f),
+          value_at(p.top_k, row, int32_t(0)), value_at(p.top_p, row, 1.0f),
+          value_at(p.min_p, row, 0.0f),       value_at(p.filter_order, row, int32_t(0)),
+          value_at(p.seed, row, int64_t(0)),  value_at(p.position, row, int64_t(0))};
+}
+
+template <typename T>
+void put(T* out, int64_t i, T value) {
+  if (out) out[i] = value;
+}
+
+void verify_row(const proxytune_verify_args& a, const Kernels& kernels, int64_t row, Buffers& b) {
+  const int64_t k = a.num_drafts;
+  RawParams params = params_at(a.params, a.inputs, row);
+  int32_t status = 0, accepted = 0;
+  bool active = true;
+  for (int64_t j = 0; j <= k; ++j, ++params.position) {
+    VerifyStep step;
+    if (active) {
+      const RowInput in = input_at(a.inputs, row, j);
+      const int64_t draft_id =
+          j < k ? a.draft_token_ids[row * a.draft_token_ids_row_stride + j] : -1;
+      if (a.mode == PROXYTUNE_VERIFY_COUPLED) {
+        step = kernels.coupled(in, params, draft_id, b);
+      } else {
+        RowInput draft{};
+        draft.vocab_size = in.vocab_size;
+        if (j < k) draft.base = matrix_at(a.draft_logits, row, j);
+        step = kernels.reject(in, j < k ? &draft : nullptr, params, draft_id, b);
+      }
+    }
+    a.token_ids[row * (k + 1) + j] = step.token_id;
+    put(a.logprobs, row * (k + 1) + j, step.logprob);
+    status |= step.status;
+    active = active && step.accepted;
+    accepted += active;
+  }
+  a.num_accepted[row] = accepted;
+  put(a.status, row, status);
+}
+
+}  // namespace
+}  // namespace ptk
+
+using namespace ptk;
+
+extern "C" {
+
+size_t proxytune_cpu_workspace_size(int64_t vocab_size, int rejection) {
+  if (vocab_size < 1 || vocab_size > kMaxVocabSize) return 0;
+  const size_t rows = rejection ? 2 : 1;
+  return aligned(sizeof(Scratch)) + rows * (row_bytes(vocab_size) + tile_bytes(vocab_size));
+}
+
+int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64_t end,
+                         void* workspace) {
+  if (!args || !good_inputs(args->inputs) || !args->token_ids || begin < 0 || args->stream < 0 ||
+      args->stream > int32_t(kStreamBonus)) {
+    return PROXYTUNE_ERROR_ARGUMENT;
+  }
+  const Kernels* kernels = current_kernels();
+  if (!kernels) return PROXYTUNE_ERROR_ISA;
+  Workspace w(workspace, args->inputs.vocab_size, false);
+  if (!w.ready) return PROXYTUNE_ERROR_MEMORY;
+  for (int64_t row = begin; row < end; ++row) {
+    const SampleResult r =
+        kernels->sample(input_at(args->inputs, row, 0), params_at(args->params, args->inputs, row),
+                        uint32_t(args->stream), w.buffers);
+    args->token_ids[row] = r.token_id;
+    put(args->logprobs, row, r.logprob);
+    put(args->raw_logprobs, row, r.raw_logprob);
+    put(args->num_kept, row, r.num_kept);
+    put(args->status, row, r.status);
+  }
+  return PROXYTUNE_OK;
+}
+
+int proxytune_cpu_score(const proxytune_score_args* args, int64_t begin, int64_t end,
+                        void* workspace) {
+  if (!args || !good_inputs(args->inputs) || !args->token_ids || !args->logprobs || begin < 0 ||
+      args->positions < 1) {
+    return PROXYTUNE_ERROR_ARGUMENT;
+  }
+  const Kernels* kernels = current_kernels();
+  if (!kernels) return PROXYTUNE_ERROR_ISA;
+  Workspace w(workspace, args->inputs.vocab_size, false);
+  if (!w.ready) return PROXYTUNE_ERROR_MEMORY;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i / args->positions, position = i % args->positions;
+    const int64_t id = args->token_ids[row * args->token_ids_row_stride + position];
+    args->logprobs[i] = kernels->score(input_at(args->inputs, row, position), id, w.buffers);
+  }
+  return PROXYTUNE_OK;
+}
+
+int proxytune_cpu_verify(const proxytune_verify_args* args, int64_t begin, int64_t end,
+                         void* workspace) {
+  if (!args || !good_inputs(args->inputs) || !args->token_ids || !args->num_accepted || begin < 0 ||
+      args->num_drafts < 0 || (args->num_drafts > 0 && !args->draft_token_ids)) {
+    return PROXYTUNE_ERROR_ARGUMENT;
+  }
+  const bool rejection = args->mode == PROXYTUNE_VERIFY_REJECTION;
+  if (!rejection && args->mode != PROXYTUNE_VERIFY_COUPLED) return PROXYTUNE_ERROR_ARGUMENT;
+  const bool drafts = rejection && args->num_drafts > 0;
+  if (drafts && (!args->draft_logits.data || !good_logits(args->draft_logits))) {
+    return PROXYTUNE_ERROR_ARGUMENT;
+  }
+  const Kernels* kernels = current_kernels();
+  if (!kernels) return PROXYTUNE_ERROR_ISA;
+  Workspace w(workspace, args->inputs.vocab_size, rejection);
+  if (!w.ready) return PROXYTUNE_ERROR_MEMORY;
+  for (int64_t row = begin; row < end; ++row) verify_row(*args, *kernels, row, w.buffers);
+  return PROXYTUNE_OK;
+}
+
+int proxytune_cpu_combine(const proxytune_combine_args* args, int64_t begin, int64_t end) {
+  if (!args || !good_inputs(args->inputs) || !args->x || begin < 0) return PROXYTUNE_ERROR_ARGUMENT;
+  const Kernels* kernels = current_kernels();
+  if (!kernels) return PROXYTUNE_ERROR_ISA;
+  for (int64_t row = begin; row < end; ++row) {
+    kernels->combine(input_at(args->inputs, row, 0), args->x + row * args->x_row_stride);
+  }
+  return PROXYTUNE_OK;
+}
+
+const char* proxytune_error(int code) {
+  switch (code) {
+    case PROXYTUNE_OK: return "no error";
+    case PROXYTUNE_ERROR_ARGUMENT:
+      return "a required pointer is missing, or a size, dtype, mode or stream is out of range";
+    case PROXYTUNE_ERROR_ISA:
+      return "PROXYTUNE_FORCE_ISA names an instruction set that is unknown or not on this processor";
+    case PROXYTUNE_ERROR_MEMORY: return "the workspace could not be allocated";
+    default: return "unknown error code";
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,34 @@
+// The kernels for processors with AVX512 (F, BW, DQ, VL).
+#include "types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// Set after the standard headers: their inline functions are shared with the code for processors
+// without these instructions, and must be compiled for all.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,popcnt")
+#endif
+
+#define PTK_ISA avx512
+#include "vec_avx512.h"
+#include "row.h"
+#include "mass.h"
+#include "select.h"
+#include "noise.h"
+#include "sample.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace ptk {
+const Kernels kAvx512Kernels = {"avx512",          avx512::combine_row,  avx512::sample_row,
+                              avx512::score_row, avx512::coupled_step, avx512::reject_step};
+}  // namespace ptk
+#endif  // __x86_64__

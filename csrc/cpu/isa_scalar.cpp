@@ -1,0 +1,15 @@
+// The kernels for any processor.
+#include "types.h"
+
+#define PTK_ISA scalar
+#include "vec_scalar.h"
+#include "row.h"
+#include "mass.h"
+#include "select.h"
+#include "noise.h"
+#include "sample.h"
+
+namespace ptk {
+const Kernels kScalarKernels = {"scalar",          scalar::combine_row,  scalar::sample_row,
+                                scalar::score_row, scalar::coupled_step, scalar::reject_step};
+}  // namespace ptk

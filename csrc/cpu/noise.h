@@ -1,0 +1,183 @@
+// Keyed Gumbel noise and the race: the argmax of score + noise over the kept tokens.
+#pragma once
+
+namespace ptk {
+namespace PTK_ISA {
+
+// log(y) for a positive normal y; Cephes logf, within 2 units in the last place.
+inline F log_positive(F y) {
+  constexpr float kLog[] = {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f,
+                            -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                            2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  // y = m * 2^n with m in [sqrt(1/2), sqrt(2)).
+  const U shifted = sub_u(bits(y), set_u(0x3F3504F3u));
+  const U n = shift_right_signed<23>(shifted);
+  const F f = sub(from_bits(sub_u(bits(y), shift_left<23>(n))), set(1.0f));
+  const F exponent = int_to_float(n), square = mul(f, f);
+  F p = set(kLog[0]);
+  for (int i = 1; i < 9; ++i) p = fma(p, f, set(kLog[i]));
+  p = mul(mul(p, f), square);
+  p = fma(exponent, set(-2.12194440e-4f), p);
+  p = fma(square, set(-0.5f), p);
+  return fma(exponent, set(0.693359375f), add(f, p));
+}
+
+// u = (word + 0.5) * scale, at most 1 - 2^-24.
+inline F uniform(U word, float scale) {
+  return min(fma(uint_to_float(word), set(scale), set(0.5f * scale)), set(1.0f - 0x1p-24f));
+}
+
+// -log(-log1p(-u)); u in [2^-97, 1 - 2^-24], so both logs stay finite.
+inline F gumbel(F u) {
+  const F y = sub(set(1.0f), u);
+  const F lost = sub(sub(set(1.0f), y), u);  // what rounding y lost, exactly
+  const F e = sub(set(0.0f), add(log_positive(y), div(lost, y)));
+  return sub(set(0.0f), log_positive(e));
+}
+
+// Uniform of one token, with its retries.
+inline float uniform_of(const NoiseKey& key, uint32_t token_id) {
+  float scale = 0x1p-32f;
+  for (int retry = 0;; ++retry, scale *= 0x1p-32f) {
+    const uint32_t word = philox_word(key, token_id, retry);
+    if (word != 0 || retry == kMaxRetries) {
+      const float u = std::fma(float(word), scale, 0.5f * scale);
+      return u < 1.0f - 0x1p-24f ? u : 1.0f - 0x1p-24f;
+    }
+  }
+}
+
+// Philox of kWidth counters c0; four words each.
+inline void philox(const NoiseKey& key, U c0, U words[4]) {
+  U c1 = set_u(key.position_lo), c2 = set_u(key.position_hi), c3 = set_u(key.last(0));
+  uint32_t k0 = key.key0, k1 = key.key1;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    U high0, low0, high1, low1;
+    multiply(c0, kPhiloxMultiplier0, high0, low0);
+    multiply(c2, kPhiloxMultiplier1, high1, low1);
+    c0 = xor_u(xor_u(high1, c1), set_u(k0));
+    c1 = low1;
+    c2 = xor_u(xor_u(high0, c3), set_u(k1));
+    c3 = low0;
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+// Words of the kTile consecutive tokens from `first`, a multiple of kTile.
+inline void tile_words(const NoiseKey& key, uint32_t first, uint32_t* out) {
+  for (int i = 0; i < kTile; i += 4 * kWidth) {
+    U words[4], ordered[4];
+    philox(key, add_u(set_u((first + uint32_t(i)) >> 2), iota()), words);
+    interleave4(words, ordered);
+    for (int w = 0; w < 4; ++w) store_u(out + i + w * kWidth, ordered[w]);
+  }
+}
+
+// The winner so far: highest score, lowest id on ties.
+struct Best {
+  float score = -INFINITY;
+  uint32_t id = UINT32_MAX;
+  void offer(float s, uint32_t i) {
+    if (s > score || (s == score && i < id)) score = s, id = i;
+  }
+};
+
+// Offers kWidth tokens: score + noise of their words, where the mask says so.
+inline void offer(const NoiseKey& key, F score, U word, U id, uint32_t mask, Best& best) {
+  const uint32_t zero = le_u(word, set_u(0)) & mask;
+  F u = uniform(word, 0x1p-32f);
+  alignas(64) float us[kWidth];
+  alignas(64) uint32_t ids[kWidth];
+  store_u(ids, id);
+  if (zero) {  // once in 2^32 tokens
+    store(us, u);
+    for (uint32_t m = zero; m; m &= m - 1) {
+      const int lane = std::countr_zero(m);
+      us[lane] = uniform_of(key, ids[lane]);
+    }
+    u = load(us);
+  }
+  const F total = add(score, gumbel(u));
+  uint32_t wins = ge(total, set(best.score)) & mask;
+  if (!wins) return;
+  store(us, total);
+  for (; wins; wins &= wins - 1) {
+    const int lane = std::countr_zero(wins);
+    best.offer(us[lane], ids[lane]);
+  }
+}
+
+// An upper bound of the words that can win for a score of at most `top`: above it the noise is too
+// small. g > r needs u < exp(-r); the power of 2 above exp(-r) leaves room for every rounding.
+inline uint32_t winning_word(float top, const Best& best) {
+  const float r = best.score - top;                       // may be inf or NaN (nothing offered yet)
+  const float slack = 1e-3f + 1e-5f * std::fabs(top) + 1e-5f * std::fabs(best.score);
+  const float power = std::ceil((slack - r) * 1.4426951f) + 32.0f;
+  if (!(power < 32.0f)) return UINT32_MAX;
+  // Words of 0 are drawn again, finer: they may always win.
+  return power <= 0.0f ? 0u : (1u << int(power));
+}
+
+constexpr int kSparse = 24;  // below so many kept tokens a tile's words are not all made
+
+// Offers the tokens of one tile. `scores(i)` gives kWidth scores from token i of the tile, at most
+// `top`; `kept(i)` the mask of those in the race.
+template <typename Scores, typename Kept>
+void race_tile(const NoiseKey& key, uint32_t first, float top, Scores scores, Kept kept, Best& best) {
+  uint32_t masks[kTile / kWidth];
+  int count = 0;
+  for (int i = 0; i < kTile; i += kWidth) count += std::popcount(masks[i / kWidth] = kept(i));
+  if (count == 0) return;
+  alignas(64) uint32_t words[kTile] = {};
+  if (count >= kSparse) {
+    tile_words(key, first, words);
+  } else {
+    for (int i = 0; i < kTile; i += kWidth) {
+      for (uint32_t m = masks[i / kWidth]; m; m &= m - 1) {
+        const int lane = i + std::countr_zero(m);
+        words[lane] = philox_word(key, first + uint32_t(lane), 0);
+      }
+    }
+  }
+  for (int i = 0; i < kTile; i += kWidth) {
+    if (!masks[i / kWidth]) continue;
+    const U word = load_u(words + i);
+    const uint32_t able = le_u(word, set_u(winning_word(top, best))) & masks[i / kWidth];
+    if (!able) continue;
+    offer(key, scores(i), word, add_u(set_u(first + uint32_t(i)), iota()), able, best);
+  }
+}
+
+// The kept tokens of kWidth from x, whose first id is `id`.
+inline uint32_t kept_mask(F x, uint32_t id, const Prefix& kept) {
+  const uint32_t above = gt(x, set(kept.x)), tied = eq(x, set(kept.x));
+  if (!tied) return above;
+  return above | (tied & le_u(add_u(set_u(id), iota()), set_u(kept.id)));
+}
+
+// The draw: argmax of (x - max) / T + g over the kept set, lowest id on ties.
+inline uint32_t race(const Row& row, const Prefix& kept, const RowParams& p, const NoiseKey& key) {
+  Best best;
+  const F inverse = set(p.inv_temperature), top = set(row.max);
+  const auto run = [&](int t) {
+    const float* x = row.tile(t);
+    const uint32_t first = uint32_t(t) * kTile;
+    race_tile(
+        key, first, (row.tile_max[t] - row.max) * p.inv_temperature,
+        [&](int i) { return mul(sub(load(x + i), top), inverse); },
+        [&](int i) { return kept_mask(load(x + i), first + uint32_t(i), kept); }, best);
+  };
+  // The likeliest tile first: its winner spares the others most of their logarithms.
+  int likeliest = 0;
+  while (row.tile_max[likeliest] != row.max) ++likeliest;
+  run(likeliest);
+  for (int t = 0; t < row.tiles; ++t) {
+    if (t != likeliest && row.tile_max[t] >= kept.x) run(t);
+  }
+  return best.id;
+}
+
+}  // namespace PTK_ISA
+}  // namespace ptk

@@ -1,0 +1,180 @@
+// One row: combination into fp32 scratch, with a maximum per tile.
+// Moves 3 logits in and 4 bytes of scratch out per token; the scratch stays in the core's cache.
+#pragma once
+
+namespace ptk {
+namespace PTK_ISA {
+
+// Combined logits of one row in scratch, padded with -inf to whole tiles.
+struct Row {
+  float* x;         // [tiles * kTile]; masked tokens are -inf, all others finite
+  float* tile_max;  // [tiles], -inf where the tile is masked
+  int64_t vocab_size;
+  int tiles;
+  float max = -INFINITY;  // -inf: nothing left
+  uint32_t count = 0;     // tokens that are not masked
+  int32_t status = 0;
+
+  const float* tile(int t) const { return x + int64_t(t) * kTile; }
+};
+
+// How the tokens of one tile were found to be.
+struct TileFlags {
+  uint32_t count = 0;
+  uint32_t nan = 0;
+  uint32_t positive_inf = 0;
+};
+
+// Combines one whole tile; T is the logits' type. expert is null for the base alone.
+template <typename T>
+void combine_tile(const T* base, const T* expert, const T* anti, float alpha, const float* bias,
+                  const uint32_t* allowed, float* out) {
+  const F a = set(alpha), masked = set(-INFINITY);
+  constexpr uint32_t kLanes = kWidth == 32 ? ~0u : (1u << kWidth) - 1;
+  for (int i = 0; i < kTile; i += kWidth) {
+    const F b = load(base + i);
+    F x = b;
+    if (expert) x = fma(a, sub(load(expert + i), load(anti + i)), b);
+    if (bias) x = add(x, load(bias + i));
+    // -inf in base masks the token whatever the others hold (an inf there would make NaN).
+    x = select(eq(b, masked), masked, x);
+    if (allowed) x = select((allowed[i >> 5] >> (i & 31)) & kLanes, x, masked);
+    // -0 + 0 = +0: equal logits must have equal bits for the order by id.
+    store(out + i, add(x, set(0.0f)));
+  }
+}
+
+// Masks NaN, counts, and finds the maximum of a combined tile.
+inline float scan_tile(float* x, TileFlags& flags) {
+  const F masked = set(-INFINITY), infinity = set(INFINITY);
+  F top = masked;
+  for (int i = 0; i < kTile; i += kWidth) {
+    const F v = load(x + i);
+    const uint32_t live = gt(v, masked);  // false for NaN
+    flags.count += uint32_t(std::popcount(live));
+    flags.nan |= is_nan(v);
+    const F clean = select(live, v, masked);
+    flags.positive_inf |= eq(clean, infinity);
+    store(x + i, clean);
+    top = max(top, clean);
+  }
+  return reduce_max(top);
+}
+
+// The last tile's tokens copied behind each other, so that nothing past the row is read.
+struct TailTile {
+  alignas(64) float base[kTile], expert[kTile], anti[kTile], bias[kTile];
+  uint32_t allowed[kTile / 32];
+};
+
+inline float load_one(const void* logits, int32_t dtype, int64_t i) {
+  const auto* bf16 = static_cast<const Bf16*>(logits);
+  const auto* f16 = static_cast<const F16*>(logits);
+  switch (dtype) {
+    case kDtypeBf16: return std::bit_cast<float>(uint32_t(bf16[i].bits) << 16);
+    case kDtypeF16: return half_to_float(f16[i].bits);
+    default: return static_cast<const float*>(logits)[i];
+  }
+}
+
+template <typename T>
+void widen(const void* logits, int64_t start, float* out) {
+  const T* from = static_cast<const T*>(logits) + start;
+  for (int i = 0; i < kTile; i += kWidth) store(out + i, load(from + i));
+}
+
+// kTile logits of any dtype as fp32; `n` of them exist, the rest become `pad`.
+inline void widen_tile(const Matrix& m, int64_t start, int n, float pad, float* out) {
+  if (n == kTile && m.dtype == kDtypeBf16) return widen<Bf16>(m.row, start, out);
+  if (n == kTile && m.dtype == kDtypeF16) return widen<F16>(m.row, start, out);
+  for (int i = 0; i < kTile; ++i) out[i] = i < n ? load_one(m.row, m.dtype, start + i) : pad;
+}
+
+// A tile that is the row's last, partial one, or whose roles differ in dtype: through fp32 copies.
+inline void combine_copied(const RowInput& in, int64_t start, float* out) {
+  TailTile copy;
+  const int n = int(std::min<int64_t>(kTile, in.vocab_size - start));
+  widen_tile(in.base, start, n, -INFINITY, copy.base);
+  if (in.expert.row) {
+    widen_tile(in.expert, start, n, 0.0f, copy.expert);
+    widen_tile(in.anti, start, n, 0.0f, copy.anti);
+  }
+  if (in.bias) {
+    for (int i = 0; i < kTile; ++i) copy.bias[i] = i < n ? in.bias[start + i] : 0.0f;
+  }
+  if (in.allowed) {
+    const int words = (n + 31) / 32;
+    for (int i = 0; i < kTile / 32; ++i) copy.allowed[i] = i < words ? in.allowed[start / 32 + i] : 0;
+  }
+  combine_tile<float>(copy.base, in.expert.row ? copy.expert : nullptr, copy.anti, in.alpha,
+                      in.bias ? copy.bias : nullptr, in.allowed ? copy.allowed : nullptr, out);
+}
+
+template <typename T>
+void combine_whole(const RowInput& in, int64_t start, float* out) {
+  const auto at = [start](const Matrix& m) {
+    return m.row ? static_cast<const T*>(m.row) + start : nullptr;
+  };
+  combine_tile<T>(at(in.base), at(in.expert), at(in.anti), in.alpha, in.bias ? in.bias + start : nullptr,
+                  in.allowed ? in.allowed + start / 32 : nullptr, out);
+}
+
+inline void combine_at(const RowInput& in, int64_t start, float* out) {
+  const bool one_dtype =
+      !in.expert.row || (in.expert.dtype == in.base.dtype && in.anti.dtype == in.base.dtype);
+  if (!one_dtype || in.vocab_size - start < kTile) return combine_copied(in, start, out);
+  switch (in.base.dtype) {
+    case kDtypeBf16: return combine_whole<Bf16>(in, start, out);
+    case kDtypeF16: return combine_whole<F16>(in, start, out);
+    default: return combine_whole<float>(in, start, out);
+  }
+}
+
+// +inf somewhere: only those tokens stay, all equal.
+inline void keep_positive_inf(Row& row) {
+  row.status |= kStatusPositiveInf;
+  row.max = 0.0f;
+  row.count = 0;
+  for (int t = 0; t < row.tiles; ++t) {
+    float* x = row.x + int64_t(t) * kTile;
+    uint32_t kept = 0;
+    for (int i = 0; i < kTile; i += kWidth) {
+      const uint32_t infinite = eq(load(x + i), set(INFINITY));
+      kept += uint32_t(std::popcount(infinite));
+      store(x + i, select(infinite, set(0.0f), set(-INFINITY)));
+    }
+    row.count += kept;
+    row.tile_max[t] = kept ? 0.0f : -INFINITY;
+  }
+}
+
+inline Row prepare_row(const RowInput& in, float* x, float* tile_max) {
+  Row row{x, tile_max, in.vocab_size, int(tiles_of(in.vocab_size))};
+  TileFlags flags;
+  for (int t = 0; t < row.tiles; ++t) {
+    float* out = x + int64_t(t) * kTile;
+    combine_at(in, int64_t(t) * kTile, out);
+    tile_max[t] = scan_tile(out, flags);
+    row.max = row.max > tile_max[t] ? row.max : tile_max[t];
+  }
+  // Read in whole vectors.
+  std::fill(tile_max + row.tiles, tile_max + padded(row.tiles), -INFINITY);
+  row.count = flags.count;
+  row.status = flags.nan ? kStatusNan : 0;
+  if (flags.positive_inf) keep_positive_inf(row);
+  if (row.count == 0) row.status |= kStatusEmpty;
+  return row;
+}
+
+// The public combine: values as they are, straight to the caller's fp32 row.
+inline void combine_row(const RowInput& in, float* out) {
+  int64_t start = 0;
+  for (; start + kTile <= in.vocab_size; start += kTile) combine_at(in, start, out + start);
+  if (start == in.vocab_size) return;
+  float last[kTile];
+  combine_at(in, start, last);
+  std::memcpy(out + start, last, size_t(in.vocab_size - start) * sizeof(float));
+}
+
+}  // namespace PTK_ISA
+}  // namespace ptk

@@ -1,0 +1,154 @@
+// The operators on one row: sample, score, and verify in both modes.
+#pragma once
+
+namespace ptk {
+namespace PTK_ISA {
+
+// A row and its kept set, ready to draw from.
+struct Target {
+  Row row;
+  Prefix kept{};
+  bool drawable = false;
+};
+
+inline double log_mass(uint64_t mass) { return std::log(double(mass) / kMassOne); }
+
+// The first of the likeliest tokens.
+inline Prefix likeliest(const Row& row) {
+  int t = 0;
+  while (row.tile_max[t] != row.max) ++t;
+  uint32_t id = uint32_t(t) * kTile;
+  while (row.x[id] != row.max) ++id;
+  return {row.max, id, 1, uint64_t(kMassOne)};
+}
+
+inline Prefix kept_set(const Row& row, const RowParams& p, Scratch& s) {
+  if (p.greedy) return likeliest(row);
+  const uint64_t total = needs_total_mass(p, row.count) ? row_mass(row, p.exponent) : 0;
+  return select_kept(row, p, total, s);
+}
+
+inline Target make_target(const RowInput& in, const RawParams& raw, RowParams& p, float* x,
+                          float* tile_max, Scratch& s) {
+  Target target;
+  if (!valid(raw)) {
+    target.row.status = kStatusBadParams;
+    return target;
+  }
+  p = make_row_params(raw);
+  target.row = prepare_row(in, x, tile_max);
+  target.drawable = target.row.count > 0;
+  if (target.drawable) target.kept = kept_set(target.row, p, s);
+  return target;
+}
+
+inline bool is_kept(const Target& target, int64_t id) {
+  const float x = target.row.x[id];
+  return x > target.kept.x || (x == target.kept.x && uint32_t(id) <= target.kept.id);
+}
+
+// Log of the probability that the kept set gives a kept token.
+inline float kept_logprob(const Target& target, const RowParams& p, int64_t id) {
+  if (p.greedy) return 0.0f;
+  const double scaled = double(target.row.x[id] - target.row.max) * double(p.inv_temperature);
+  return float(scaled - log_mass(target.kept.mass));
+}
+
+// Mass at temperature 1 of the whole row.
+inline uint64_t raw_mass(const Target& target, const RowParams& p) {
+  const Exponent one = make_exponent(1.0);
+  const bool same = !p.greedy && p.inv_temperature == 1.0f;
+  if (same && target.kept.count == target.row.count) return target.kept.mass;
+  return row_mass(target.row, one);
+}
+
+inline SampleResult sample_row(const RowInput& in, const RawParams& raw, uint32_t stream, Buffers& b) {
+  RowParams p;
+  const Target target = make_target(in, raw, p, b.x[0], b.tile_max[0], *b.scratch);
+  SampleResult out;
+  out.status = target.row.status;
+  if (!target.drawable) return out;
+  const NoiseKey key = make_noise_key(raw.seed, raw.position, stream);
+  const uint32_t id = p.greedy ? target.kept.id : race(target.row, target.kept, p, key);
+  out.token_id = id;
+  out.num_kept = int32_t(target.kept.count);
+  out.logprob = kept_logprob(target, p, id);
+  out.raw_logprob = float(double(target.row.x[id] - target.row.max) - log_mass(raw_mass(target, p)));
+  return out;
+}
+
+inline float score_row(const RowInput& in, int64_t token_id, Buffers& b) {
+  const Row row = prepare_row(in, b.x[0], b.tile_max[0]);
+  if (token_id < 0 || token_id >= in.vocab_size || row.count == 0) return NAN;
+  return float(double(row.x[token_id] - row.max) - log_mass(row_mass(row, make_exponent(1.0))));
+}
+
+// Draws from max(0, target - draft), or from the target where rounding leaves nothing of it.
+inline int64_t draw_residual(const Target& target, const RowParams& p, const Target& draft,
+                             const RowParams& q, const NoiseKey& key) {
+  const F share_p = set(float(kMassOne / double(target.kept.mass)));
+  const float draft_max = draft.drawable ? draft.row.max : target.row.max;
+  const F share_q = set(draft.drawable ? float(kMassOne / double(draft.kept.mass)) : 0.0f);
+  Best best;
+  for (int t = 0; t < target.row.tiles; ++t) {
+    if (!(target.row.tile_max[t] >= target.kept.x)) continue;
+    const float *x = target.row.tile(t), *y = draft.drawable ? draft.row.tile(t) : x;
+    const uint32_t first = uint32_t(t) * kTile;
+    alignas(64) float left[kTile];
+    for (int i = 0; i < kTile; i += kWidth) {
+      const F xs = load(x + i), ys = load(y + i);
+      const F mass = mul(exponential(sub(xs, set(target.row.max)), p.exponent), share_p);
+      const F drafted = mul(exponential(sub(ys, set(draft_max)), q.exponent), share_q);
+      const uint32_t in_draft = draft.drawable ? kept_mask(ys, first + uint32_t(i), draft.kept) : 0;
+      const F rest = sub(mass, select(in_draft, drafted, set(0.0f)));
+      store(left + i, select(kept_mask(xs, first + uint32_t(i), target.kept), rest, set(0.0f)));
+    }
+    race_tile(
+        key, first, 0.0f, [&](int i) { return log_positive(max(load(left + i), set(FLT_MIN))); },
+        [&](int i) { return ge(load(left + i), set(FLT_MIN)); }, best);
+  }
+  if (best.id != UINT32_MAX) return best.id;
+  return p.greedy ? target.kept.id : race(target.row, target.kept, p, key);
+}
+
+// Whether the target accepts a token of the draft: u < target / draft, in fp64 logs.
+inline bool accepts(const Target& target, const RowParams& p, const Target& draft, const RowParams& q,
+                    const RawParams& raw, int64_t id) {
+  if (!is_kept(target, id)) return false;
+  if (!draft.drawable || !is_kept(draft, id)) return true;  // the draft gives it probability 0
+  const NoiseKey key = make_noise_key(raw.seed, raw.position, kStreamAccept);
+  const double log_u = std::log(double(uniform_of(key, uint32_t(id))));
+  return log_u < double(kept_logprob(target, p, id)) - double(kept_logprob(draft, q, id));
+}
+
+// One position of rejection: the token to emit, its logprob, and whether it is the draft.
+inline VerifyStep reject_step(const RowInput& in, const RowInput* draft_in, const RawParams& raw,
+                              int64_t draft_id, Buffers& b) {
+  RowParams p, q = make_row_params(raw);
+  const Target target = make_target(in, raw, p, b.x[0], b.tile_max[0], *b.scratch);
+  VerifyStep step;
+  step.status = target.row.status;
+  if (!target.drawable) return step;
+  const auto draw = [&](uint32_t stream) -> int64_t {
+    const NoiseKey key = make_noise_key(raw.seed, raw.position, stream);
+    return p.greedy ? target.kept.id : race(target.row, target.kept, p, key);
+  };
+  if (!draft_in || draft_id < 0) {
+    step.token_id = draw(kStreamBonus);
+  } else {
+    const Target draft = make_target(*draft_in, raw, q, b.x[1], b.tile_max[1], *b.scratch);
+    step.accepted = draft_id < in.vocab_size && accepts(target, p, draft, q, raw, draft_id);
+    const NoiseKey key = make_noise_key(raw.seed, raw.position, kStreamResidual);
+    step.token_id = step.accepted ? draft_id : draw_residual(target, p, draft, q, key);
+  }
+  step.logprob = kept_logprob(target, p, step.token_id);
+  return step;
+}
+
+inline VerifyStep coupled_step(const RowInput& in, const RawParams& raw, int64_t draft_id, Buffers& b) {
+  const SampleResult drawn = sample_row(in, raw, kStreamSample, b);
+  return {drawn.token_id, drawn.logprob, drawn.status, drawn.token_id >= 0 && drawn.token_id == draft_id};
+}
+
+}  // namespace PTK_ISA
+}  // namespace ptk

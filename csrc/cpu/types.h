@@ -1,0 +1,108 @@
+// Plain types that the kernels of every instruction set share.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "../common/params.h"
+
+namespace ptk {
+
+// Kept apart from integers so that a load picks its conversion by type.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+enum Dtype : int32_t { kDtypeF32 = 0, kDtypeF16 = 1, kDtypeBf16 = 2 };
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
+  if (magnitude >= 0x7C00u) return std::bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
+  // Subnormals through an integer: a flush-to-zero mode of the processor must not reach them.
+  const float value = magnitude < 0x400u ? float(magnitude) * 0x1p-24f
+                                         : std::bit_cast<float>((magnitude << 13) + (112u << 23));
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
+}
+
+// One role's logits of one row; null where the role is absent.
+struct Matrix {
+  const void* row = nullptr;
+  int32_t dtype = kDtypeF32;
+};
+
+struct RowInput {
+  Matrix base, expert, anti;  // expert and anti are null for the base alone
+  float alpha;
+  const float* bias;          // null, or [vocab_size]
+  const uint32_t* allowed;    // null, or [ceil(vocab_size / 32)]
+  int64_t vocab_size;
+};
+
+constexpr int64_t tiles_of(int64_t vocab_size) { return (vocab_size + kTile - 1) / kTile; }
+// Tile summaries are read in whole groups of kTile.
+constexpr int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
+
+constexpr int kMaxTiles = int(kMaxVocabSize / kTile);
+constexpr int kCandidates = 4096;   // tokens sorted at once
+constexpr int kHistogramBits = 11;
+constexpr int kBoundBins = 256;
+
+// Working memory of the selection, about 92 KiB whatever the vocabulary.
+struct Scratch {
+  alignas(64) float x[kCandidates];
+  alignas(64) uint32_t ids[kCandidates];
+  uint64_t order[kCandidates];
+  uint64_t mass[1 << kHistogramBits];
+  uint32_t counts[1 << kHistogramBits];
+  uint8_t bins[kMaxTiles];
+};
+
+// One thread's working memory: two rows for verification by rejection, else one.
+struct Buffers {
+  float* x[2];
+  float* tile_max[2];
+  Scratch* scratch;
+};
+
+struct SampleResult {
+  int64_t token_id = -1;
+  float logprob = NAN, raw_logprob = NAN;
+  int32_t num_kept = 0, status = 0;
+};
+
+struct VerifyStep {
+  int64_t token_id = -1;
+  float logprob = NAN;
+  int32_t status = 0;
+  bool accepted = false;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  void (*combine)(const RowInput&, float* out);
+  SampleResult (*sample)(const RowInput&, const RawParams&, uint32_t stream, Buffers&);
+  float (*score)(const RowInput&, int64_t token_id, Buffers&);
+  VerifyStep (*coupled)(const RowInput&, const RawParams&, int64_t draft_id, Buffers&);
+  VerifyStep (*reject)(const RowInput&, const RowInput* draft, const RawParams&, int64_t draft_id,
+                       Buffers&);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// The kernels in use: the widest this processor runs, or what PROXYTUNE_FORCE_ISA names.
+const Kernels* current_kernels();
+
+}  // namespace ptk

@@ -1,0 +1,126 @@
+// The vector type on AVX-512 (F, BW, DQ, VL): 16 lanes.
+// Every function is one IEEE operation per lane, so all widths give the same bits.
+// Masks are one bit per lane, lane 0 lowest.
+#pragma once
+
+#include <immintrin.h>
+
+#include <bit>
+#include <cstdint>
+
+namespace ptk {
+namespace PTK_ISA {
+
+constexpr int kWidth = 16;
+
+using F = __m512;
+using U = __m512i;
+
+inline F set(float v) { return _mm512_set1_ps(v); }
+inline U set_u(uint32_t v) { return _mm512_set1_epi32(int(v)); }
+inline U iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline F load(const Bf16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+inline F load(const F16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline U load_u(const uint32_t* p) { return _mm512_loadu_si512(p); }
+inline void store_u(uint32_t* p, U v) { _mm512_storeu_si512(p, v); }
+
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+// a > b ? a : b, so NaN in a gives b.
+inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+// To the nearest integer, ties to even.
+inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+
+// Comparisons are false for NaN.
+inline uint32_t gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline uint32_t ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline uint32_t eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline uint32_t is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+inline F select(uint32_t mask, F a, F b) { return _mm512_mask_blend_ps(__mmask16(mask), b, a); }
+inline uint32_t le_u(U a, U b) { return _mm512_cmple_epu32_mask(a, b); }
+inline U select_u(uint32_t mask, U a, U b) { return _mm512_mask_blend_epi32(__mmask16(mask), b, a); }
+
+inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
+inline U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
+inline U and_u(U a, U b) { return _mm512_and_si512(a, b); }
+inline U or_u(U a, U b) { return _mm512_or_si512(a, b); }
+inline U xor_u(U a, U b) { return _mm512_xor_si512(a, b); }
+template <int kBits> inline U shift_left(U a) { return _mm512_slli_epi32(a, kBits); }
+template <int kBits> inline U shift_right(U a) { return _mm512_srli_epi32(a, kBits); }
+template <int kBits> inline U shift_right_signed(U a) { return _mm512_srai_epi32(a, kBits); }
+inline U bits(F a) { return _mm512_castps_si512(a); }
+inline F from_bits(U a) { return _mm512_castsi512_ps(a); }
+// Of an integral value.
+inline U to_int(F a) { return _mm512_cvtps_epi32(a); }
+inline F int_to_float(U a) { return _mm512_cvtepi32_ps(a); }
+// Rounds to nearest.
+inline F uint_to_float(U a) { return _mm512_cvtepu32_ps(a); }
+
+inline void multiply(U a, uint32_t b, U& high, U& low) {
+  const __m512i even = _mm512_mul_epu32(a, set_u(b));
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), set_u(b));
+  high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+
+// out, read as 4 * kWidth lanes, holds w[0][0] w[1][0] w[2][0] w[3][0] w[0][1] ...
+inline void interleave4(const U w[4], U out[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]);
+  const __m512i c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
+  const __m512i l0 = _mm512_unpacklo_epi64(a, c), l1 = _mm512_unpackhi_epi64(a, c);
+  const __m512i l2 = _mm512_unpacklo_epi64(b, d), l3 = _mm512_unpackhi_epi64(b, d);
+  // lk holds lanes k, 4 + k, 8 + k, 12 + k of the four words: transpose the 128-bit blocks.
+  const __m512i m0 = _mm512_shuffle_i32x4(l0, l1, 0x44), m1 = _mm512_shuffle_i32x4(l0, l1, 0xEE);
+  const __m512i m2 = _mm512_shuffle_i32x4(l2, l3, 0x44), m3 = _mm512_shuffle_i32x4(l2, l3, 0xEE);
+  out[0] = _mm512_shuffle_i32x4(m0, m2, 0x88);
+  out[1] = _mm512_shuffle_i32x4(m0, m2, 0xDD);
+  out[2] = _mm512_shuffle_i32x4(m1, m3, 0x88);
+  out[3] = _mm512_shuffle_i32x4(m1, m3, 0xDD);
+}
+
+
+// Writes the masked lanes in order, returns their number; may write kWidth entries.
+inline int compress(F x, U id, uint32_t mask, float* x_out, uint32_t* id_out) {
+  _mm512_storeu_ps(x_out, _mm512_maskz_compress_ps(__mmask16(mask), x));
+  _mm512_storeu_si512(id_out, _mm512_maskz_compress_epi32(__mmask16(mask), id));
+  return std::popcount(mask);
+}
+
+// Sum of round(2^44 p), p in [0, 1 + 2^-22]. 2^52 + q is exact in fp64 and its bit pattern is that
+// of 2^52 plus q, so the patterns are summed as integers.
+struct Mass {
+  __m512i sum;
+  Mass() : sum(_mm512_setzero_si512()) {}  // written out: an implicit one would miss the target attribute
+  static __m512i pattern(__m256 p) {
+    return _mm512_castpd_si512(
+        _mm512_fmadd_pd(_mm512_cvtps_pd(p), _mm512_set1_pd(0x1p44), _mm512_set1_pd(0x1p52)));
+  }
+  void add(F p) {
+    sum = _mm512_add_epi64(sum, pattern(_mm512_castps512_ps256(p)));
+    sum = _mm512_add_epi64(sum, pattern(_mm512_extractf32x8_ps(p, 1)));
+  }
+  // Of `count` calls of add: each of the 16 lanes brought the pattern of 2^52 along.
+  uint64_t total(int count) const {
+    return uint64_t(_mm512_reduce_add_epi64(sum)) - (uint64_t(0x433) << 52) * uint64_t(16 * count);
+  }
+};
+inline void store_mass(uint64_t* out, F p) {
+  const __m512i one = _mm512_set1_epi64(int64_t(0x433) << 52);
+  _mm512_storeu_si512(out, _mm512_sub_epi64(Mass::pattern(_mm512_castps512_ps256(p)), one));
+  _mm512_storeu_si512(out + 8, _mm512_sub_epi64(Mass::pattern(_mm512_extractf32x8_ps(p, 1)), one));
+}
+
+}  // namespace PTK_ISA
+}  // namespace ptk

@@ -1,0 +1,145 @@
+/* proxytune: C API of the CPU kernels, for engines that already hold the three logits.
+ *
+ * Plain pointers and strides, no Python, no torch, no allocation unless asked, no threads: every
+ * call works on rows [begin, end) of its arguments, so a caller spreads rows over its own threads,
+ * each with a workspace of its own. The numbers are those of docs/contracts.md.
+ *
+ * Strides count elements. A per-row parameter that is NULL has its default for all rows.
+ * All structs: zero them first; fields left 0 or NULL are off.
+ */
+#ifndef PROXYTUNE_H
+#define PROXYTUNE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define PROXYTUNE_API __attribute__((visibility("default")))
+#else
+#define PROXYTUNE_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { PROXYTUNE_F32 = 0, PROXYTUNE_F16 = 1, PROXYTUNE_BF16 = 2 };
+enum { PROXYTUNE_ORDER_VLLM = 0, PROXYTUNE_ORDER_HF = 1, PROXYTUNE_ORDER_JOINT = 2 };
+enum { PROXYTUNE_STREAM_SAMPLE = 0, PROXYTUNE_STREAM_DRAFT = 1 };
+enum { PROXYTUNE_VERIFY_COUPLED = 0, PROXYTUNE_VERIFY_REJECTION = 1 };
+
+/* Bits of a row's status. */
+enum {
+  PROXYTUNE_STATUS_NAN = 1,          /* NaN was masked */
+  PROXYTUNE_STATUS_POSITIVE_INF = 2, /* only +inf tokens were kept */
+  PROXYTUNE_STATUS_EMPTY = 4,        /* nothing was left: token -1 */
+  PROXYTUNE_STATUS_BAD_PARAMS = 8    /* a parameter out of range: token -1 */
+};
+
+/* Return values. */
+enum {
+  PROXYTUNE_OK = 0,
+  PROXYTUNE_ERROR_ARGUMENT = 1, /* a pointer missing, or a size, stride or code out of range */
+  PROXYTUNE_ERROR_ISA = 2,      /* no such instruction set, or not on this processor */
+  PROXYTUNE_ERROR_MEMORY = 3    /* the workspace could not be allocated */
+};
+
+/* Logits [rows, positions, V_role]; the last dimension is contiguous. data NULL: no such role. */
+typedef struct {
+  const void* data;
+  int64_t row_stride;
+  int64_t position_stride; /* unused where there is one position */
+  int32_t dtype;           /* PROXYTUNE_F32, _F16, _BF16 */
+} proxytune_logits;
+
+/* What is combined, shared by all calls. */
+typedef struct {
+  int64_t vocab_size;       /* agreed width, in [1, 2^19]; what lies past it is never read */
+  proxytune_logits base;
+  proxytune_logits expert;  /* expert and anti: both, or neither for the base alone */
+  proxytune_logits anti;
+  const float* alpha;       /* [rows], default 1 */
+  const float* bias;        /* [rows, positions, vocab_size], added to the combined logits */
+  int64_t bias_row_stride, bias_position_stride;
+  const uint32_t* allowed;  /* [rows, positions, ceil(vocab_size / 32)], bit i & 31 of word i >> 5 */
+  int64_t allowed_row_stride, allowed_position_stride;
+} proxytune_inputs;
+
+/* One value per row. */
+typedef struct {
+  const float* temperature;    /* default 1; 0 is greedy */
+  const int32_t* top_k;        /* default 0; 0 or -1 is off */
+  const float* top_p;          /* default 1 = off; in (0, 1] */
+  const float* min_p;          /* default 0 = off; in [0, 1] */
+  const int32_t* filter_order; /* default PROXYTUNE_ORDER_VLLM */
+  const int64_t* seed;         /* default 0; the 64-bit key of the request's noise */
+  const int64_t* position;     /* default 0; index of the output token */
+} proxytune_params;
+
+typedef struct {
+  proxytune_inputs inputs;
+  proxytune_params params;
+  int32_t stream;
+  int64_t* token_ids;  /* [rows], required; the others may be NULL */
+  float* logprobs;
+  float* raw_logprobs;
+  int32_t* num_kept;
+  int32_t* status;
+} proxytune_sample_args;
+
+typedef struct {
+  proxytune_inputs inputs;
+  float* x; /* [rows, vocab_size] */
+  int64_t x_row_stride;
+} proxytune_combine_args;
+
+typedef struct {
+  proxytune_inputs inputs;
+  int64_t positions;
+  const int64_t* token_ids; /* [rows, positions] */
+  int64_t token_ids_row_stride;
+  float* logprobs;          /* [rows, positions], contiguous */
+} proxytune_score_args;
+
+typedef struct {
+  proxytune_inputs inputs;          /* logits at num_drafts + 1 positions */
+  proxytune_params params;          /* position: that of the first drafted token */
+  int64_t num_drafts;
+  int32_t mode;
+  const int64_t* draft_token_ids;   /* [rows, num_drafts]; -1 from where a row has no more */
+  int64_t draft_token_ids_row_stride;
+  proxytune_logits draft_logits;    /* [rows, num_drafts, V_draft]; rejection only */
+  int64_t* token_ids;               /* [rows, num_drafts + 1], contiguous; -1 past the last */
+  int32_t* num_accepted;            /* [rows] */
+  float* logprobs;                  /* [rows, num_drafts + 1], or NULL */
+  int32_t* status;                  /* [rows], or NULL */
+} proxytune_verify_args;
+
+/* Bytes of workspace one thread needs: one fp32 row and its summaries (two rows for rejection).
+ * 0 where vocab_size is out of range. */
+PROXYTUNE_API size_t proxytune_cpu_workspace_size(int64_t vocab_size, int rejection);
+
+/* workspace: 64-byte aligned, or NULL to allocate one for the call. */
+PROXYTUNE_API int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64_t end,
+                                       void* workspace);
+/* begin and end count row * positions + position: positions are as independent as rows. */
+PROXYTUNE_API int proxytune_cpu_score(const proxytune_score_args* args, int64_t begin, int64_t end,
+                                      void* workspace);
+PROXYTUNE_API int proxytune_cpu_verify(const proxytune_verify_args* args, int64_t begin, int64_t end,
+                                       void* workspace);
+PROXYTUNE_API int proxytune_cpu_combine(const proxytune_combine_args* args, int64_t begin,
+                                        int64_t end);
+
+/* Instruction set in use: "avx512", "avx2" or "scalar"; NULL where PROXYTUNE_FORCE_ISA names one
+ * that can't run here. Setting NULL chooses the widest. */
+PROXYTUNE_API const char* proxytune_cpu_isa(void);
+PROXYTUNE_API int proxytune_cpu_set_isa(const char* name);
+
+/* One sentence on a return value. */
+PROXYTUNE_API const char* proxytune_error(int code);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
