@@ -1,0 +1,80 @@
+"""Checks of what a caller gives the decoder: each error names the argument, got and wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.trio import Trio
+
+DEFAULT_MAX_SEQ_LEN = 4096
+
+
+def roles(trio: Trio, value: Sequence[str] | None) -> tuple[str, ...]:
+    """The roles to run: all of the trio's, or the base alone."""
+    wanted = trio.roles if value is None else tuple(value)
+    if wanted not in (trio.roles, ("base",)):
+        raise ValueError(f"roles must be {trio.roles} or ('base',), got {wanted}")
+    return wanted
+
+
+def size(name: str, value: Any) -> int:
+    """A count of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def max_seq_len(models: Mapping[str, Any], value: Any) -> int:
+    """Tokens that a slot holds: as asked for, or the shortest context, within bounds."""
+    contexts: dict[str, int] = {
+        role: model.config.get_text_config(decoder=True).max_position_embeddings
+        for role, model in models.items()
+    }
+    shortest = min(contexts, key=contexts.__getitem__)
+    if value is None:
+        return min(contexts[shortest], DEFAULT_MAX_SEQ_LEN)
+    if size("max_seq_len", value) > contexts[shortest]:
+        raise ValueError(
+            f"max_seq_len must be at most {contexts[shortest]}, the context of {shortest}, "
+            f"got {value}"
+        )
+    return int(value)
+
+
+def prompts(value: Any) -> Sequence[Any]:
+    """A list of prompts; a string is a list of one."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        raise TypeError(
+            f"prompts must be a string or a list of prompts, got {type(value).__name__}"
+        )
+    return value
+
+
+def params_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    """One :class:`SamplingParams` per prompt."""
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+        raise TypeError(f"params must be SamplingParams or a list of them, got {params!r:.80}")
+    if len(params) != count:
+        raise ValueError(f"params must have one entry per prompt ({count}), got {len(params)}")
+    return params
+
+
+def fits(prompt_token_ids: Mapping[str, Sequence[int]], max_tokens: int, max_seq_len: int) -> None:
+    """Refuse a request that a slot can't hold."""
+    for role, token_ids in prompt_token_ids.items():
+        # The last output token is not run through the models.
+        if len(token_ids) + max_tokens - 1 > max_seq_len:
+            raise ValueError(
+                f"{role}'s prompt of {len(token_ids)} tokens with max_tokens {max_tokens} must fit "
+                f"in max_seq_len {max_seq_len}"
+            )

@@ -1,0 +1,232 @@
+"""A request from its prompt to its output, with the rules that end it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxytune_kernels.decoder.text import Detokenizer, StopStrings
+from proxytune_kernels.params import SamplingParams
+
+FINISH_REASONS = ("stop", "length", "cancelled")
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Times of a request in seconds, by the monotonic clock, from when it was submitted."""
+
+    queued: float
+    """Until it got a slot."""
+    first_token: float
+    """Until its first token; 0 if it had none."""
+    total: float
+    """Until it finished."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What became of a request.
+
+    Args:
+        index: its place among the prompts of its call.
+        prompt: as it was given.
+        prompt_token_ids: role -> the prompt's tokens.
+        token_ids: output tokens, the one that ended it included.
+        text: output text, without the token or string that ended it (unless asked for).
+        logprobs: per output token, log of the probability it was drawn with.
+        raw_logprobs: per output token, its log-softmax at temperature 1, no filter.
+        finish_reason: ``"stop"`` (a stop token or string), ``"length"`` (max_tokens) or
+            ``"cancelled"``.
+        stop_reason: the token id or string that ended it, else None.
+        seed: of its noise; with the same parameters it gives the same tokens again.
+        status: what the sampler reported, or-ed over the tokens: 0, or the bits of
+            :class:`proxytune_kernels.reference.SampleOutput`.
+        metrics: its times.
+    """
+
+    index: int
+    prompt: Any
+    prompt_token_ids: dict[str, list[int]]
+    token_ids: list[int]
+    text: str
+    logprobs: list[float]
+    raw_logprobs: list[float]
+    finish_reason: str
+    stop_reason: int | str | None
+    seed: int
+    status: int
+    metrics: RequestMetrics
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """Progress of one request.
+
+    Args:
+        request_id: for :meth:`Decoder.cancel`.
+        index: the request's place among the prompts of its call.
+        text: new text; may be empty while a character or a stop string is incomplete.
+        token_ids: new tokens; none in the event of a cancellation.
+        logprobs: per new token.
+        output: the whole output, in the request's last event; None before.
+    """
+
+    request_id: int
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    output: RequestOutput | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the request ended; None while it goes on."""
+        return None if self.output is None else self.output.finish_reason
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """Which tokens end a request, and which can't be drawn before ``min_tokens`` are out.
+
+    Args:
+        token_ids: tokens that end the request.
+        allowed_mask: int32 [ceil(vocab_size / 32)], every token but those; None without min_tokens.
+    """
+
+    token_ids: frozenset[int]
+    allowed_mask: Tensor | None
+
+    @classmethod
+    def of(cls, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int) -> StopRules:
+        """The rules of a request; ValueError if min_tokens leaves no token to draw."""
+        eos = () if params.ignore_eos else eos_token_ids
+        token_ids = frozenset((*params.stop_token_ids, *eos))
+        outside = [i for i in params.stop_token_ids if i >= vocab_size]
+        if outside:
+            raise ValueError(
+                f"stop_token_ids must be below the vocabulary's size {vocab_size}, got {outside[0]}"
+            )
+        if not params.min_tokens or not token_ids:
+            return cls(token_ids, None)
+        if len(token_ids) == vocab_size:
+            raise ValueError("min_tokens must be 0 where every token is a stop token")
+        words = [-1] * (-(-vocab_size // 32))
+        for i in token_ids:
+            words[i >> 5] &= ~(1 << (i & 31))
+        # As int32 bit patterns: a word with bit 31 cleared is positive.
+        mask = torch.tensor(words, dtype=torch.int64).to(torch.int32)
+        return cls(token_ids, mask)
+
+
+@dataclass(eq=False)
+class Request:
+    """A request in the decoder; made by :class:`~proxytune_kernels.decoder.engine.Decoder`.
+
+    Args:
+        request_id: unique in its decoder.
+        index: its place among the prompts of its call.
+        prompt: as it was given.
+        prompt_token_ids: role -> the prompt's tokens.
+        params: with a seed.
+        rules: what ends it.
+        tokenizer: decodes its output.
+    """
+
+    request_id: int
+    index: int
+    prompt: Any
+    prompt_token_ids: Mapping[str, list[int]]
+    params: SamplingParams
+    rules: StopRules
+    tokenizer: Any
+    slot: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    status: int = 0
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    first_token: float | None = None
+
+    def __post_init__(self) -> None:
+        self._detokenizer = Detokenizer(self.tokenizer, self.prompt_token_ids["base"])
+        self._stop = StopStrings(self.params.stop, self.params.include_stop_str_in_output)
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether its next token may not be a stop token."""
+        return self.rules.allowed_mask is not None and len(self.token_ids) < self.params.min_tokens
+
+    def append(self, token_id: int, logprob: float, raw_logprob: float) -> StreamEvent:
+        """Take a drawn token; sets :attr:`finish_reason` if it ends the request."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        self.raw_logprobs.append(raw_logprob)
+        if token_id in self.rules.token_ids:
+            text = self._ended("stop", token_id)
+            if self.params.include_stop_str_in_output:
+                text += self._detokenizer.push(token_id) + self._detokenizer.flush()
+        else:
+            text = self._read(token_id)
+        self.text += text
+        return self._event(text, (token_id,), (logprob,))
+
+    def cancel(self) -> StreamEvent:
+        """End the request where it is."""
+        text = self._ended("cancelled", None)
+        self.text += text
+        return self._event(text, (), ())
+
+    def _read(self, token_id: int) -> str:
+        piece = self._detokenizer.push(token_id)
+        stop: str | None = None
+        # A stop string must lie in the text after the first min_tokens tokens.
+        if len(self.token_ids) > self.params.min_tokens:
+            piece, stop = self._stop.push(piece)
+        if stop is not None:
+            self.finish_reason, self.stop_reason = "stop", stop
+        elif len(self.token_ids) >= self.params.max_tokens:
+            piece += self._ended("length", None)
+        return piece
+
+    def _ended(self, reason: str, stop_reason: int | None) -> str:
+        """Set why the request ended; the text that was held back."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        return self._stop.flush() + self._detokenizer.flush()
+
+    def _event(
+        self, text: str, token_ids: tuple[int, ...], logprobs: tuple[float, ...]
+    ) -> StreamEvent:
+        output = None if self.finish_reason is None else self._output(self.finish_reason)
+        return StreamEvent(self.request_id, self.index, text, token_ids, logprobs, output)
+
+    def _output(self, finish_reason: str) -> RequestOutput:
+        assert self.params.seed is not None
+        now = time.monotonic()
+        queued, first = self.started or now, self.first_token or self.submitted
+        return RequestOutput(
+            index=self.index,
+            prompt=self.prompt,
+            prompt_token_ids=dict(self.prompt_token_ids),
+            token_ids=self.token_ids,
+            text=self.text,
+            logprobs=self.logprobs,
+            raw_logprobs=self.raw_logprobs,
+            finish_reason=finish_reason,
+            stop_reason=self.stop_reason,
+            seed=self.params.seed,
+            status=self.status,
+            metrics=RequestMetrics(
+                queued - self.submitted, first - self.submitted, now - self.submitted
+            ),
+        )

@@ -1,0 +1,107 @@
+"""Tiny random trios in fp64, where rounding can't change a token, and the loop they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from proxytune_kernels.backends import backends
+from proxytune_kernels.decoder import Decoder
+from proxytune_kernels.trio import Trio
+
+VOCAB_SIZE = 262
+BACKEND = "cpu" if backends()["cpu"] is None else "reference"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def byte_tokenizer() -> Any:
+    """Three special tokens, 256 bytes, and three longer tokens: "stop", " stop" and a half-character.
+
+    "\\u00e2\\u0124" spells the first two bytes (e2 82) of the euro sign.
+    """
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("s", "t"), ("o", "p"), ("st", "op")]
+    vocab = {t: i for i, t in enumerate([*special, *alphabet, "st", "op", "stop"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def tiny_llama(seed: int, hidden: int = 32, layers: int = 2, **settings: Any) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **settings,
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def trio(tokenizer: Any) -> Trio:
+    """The base has other sizes than the pair, as in real trios."""
+    return Trio.from_models(
+        tiny_llama(0, 48, 3), tiny_llama(1, 32, 2), tiny_llama(2, 32, 2), tokenizer
+    )
+
+
+@pytest.fixture
+def make_decoder() -> Callable[..., Decoder]:
+    def make(trio: Trio, max_batch_size: int = 4, **options: Any) -> Decoder:
+        return Decoder(trio, max_batch_size, **{"backend": BACKEND, **options})
+
+    return make
+
+
+@torch.no_grad()
+def naive_greedy(
+    models: Mapping[str, Any], prompts: Mapping[str, Sequence[int]], alpha: float, count: int
+) -> list[int]:
+    """Greedy proxy-tuning as one would write it first: no cache, no batch, three whole forwards."""
+    sequences = {role: list(prompts[role]) for role in models}
+    output: list[int] = []
+    for _ in range(count):
+        logits = {
+            role: model(torch.tensor([sequences[role]]), use_cache=False).logits[0, -1]
+            for role, model in models.items()
+        }
+        combined = logits["base"]
+        if "expert" in logits:
+            combined = combined + alpha * (logits["expert"] - logits["anti"])
+        token_id = int(combined.argmax())
+        output.append(token_id)
+        for sequence in sequences.values():
+            sequence.append(token_id)
+    return output
+
+
+@pytest.fixture
+def greedy() -> Callable[..., list[int]]:
+    return naive_greedy
