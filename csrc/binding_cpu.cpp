@@ -37,12 +37,28 @@ void* thread_workspace(int64_t vocab_size, bool rejection) {
 
 void check_code(int code) { STD_TORCH_CHECK(code == PROXYTUNE_OK, "proxytune: ", proxytune_error(code)); }
 
-// Rows over torch's threads, one call of the C API each. An error must not leave a worker thread.
+// at::parallel_for in the form the C API takes.
+void run_chunks(void*, int64_t chunks, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, chunks, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, i);
+  });
+}
+
+// Rows narrower than this are not worth waking threads for.
+constexpr int64_t kParallelVocabSize = 16384;
+
+// Rows over torch's threads, one call of the C API each; where there are fewer rows than threads,
+// each row over all of them. An error must not leave a worker thread as an exception.
 template <typename Call>
 void over_rows(int64_t rows, int64_t vocab_size, bool rejection, Call call) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (rows < threads && vocab_size >= kParallelVocabSize) {
+    const proxytune_parallel parallel{run_chunks, nullptr, int(threads)};
+    return check_code(call(0, rows, thread_workspace(vocab_size, rejection), &parallel));
+  }
   std::atomic<int> code{PROXYTUNE_OK};
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    const int result = call(begin, end, thread_workspace(vocab_size, rejection));
+    const int result = call(begin, end, thread_workspace(vocab_size, rejection), nullptr);
     if (result != PROXYTUNE_OK) code.store(result, std::memory_order_relaxed);
   });
   check_code(code);
@@ -156,8 +172,9 @@ void sample_out(Tensor base, MaybeTensor expert, MaybeTensor anti, PTK_PARAMS, P
   args.raw_logprobs = values_of<float>(raw_logprobs, ScalarType::Float, rows, "raw_logprobs");
   args.num_kept = values_of<int32_t>(num_kept, ScalarType::Int, rows, "num_kept");
   args.status = values_of<int32_t>(status, ScalarType::Int, rows, "status");
-  over_rows(rows, vocab_size, false, [&](int64_t begin, int64_t end, void* workspace) {
-    return proxytune_cpu_sample(&args, begin, end, workspace);
+  over_rows(rows, vocab_size, false, [&](int64_t begin, int64_t end, void* workspace,
+                                           const proxytune_parallel* parallel) {
+    return proxytune_cpu_sample(&args, begin, end, workspace, parallel);
   });
 }
 
@@ -211,8 +228,9 @@ void score_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor token_i
   args.token_ids = static_cast<const int64_t*>(ids.data_ptr());
   args.token_ids_row_stride = positions;
   args.logprobs = values_of<float>(logprobs, ScalarType::Float, rows * positions, "out");
-  over_rows(rows * positions, vocab_size, false, [&](int64_t begin, int64_t end, void* workspace) {
-    return proxytune_cpu_score(&args, begin, end, workspace);
+  over_rows(rows * positions, vocab_size, false, [&](int64_t begin, int64_t end, void* workspace,
+                                           const proxytune_parallel* parallel) {
+    return proxytune_cpu_score(&args, begin, end, workspace, parallel);
   });
 }
 
@@ -249,8 +267,9 @@ void verify_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor draft_
   args.logprobs = values_of<float>(logprobs, ScalarType::Float, rows * positions, "logprobs");
   args.status = values_of<int32_t>(status, ScalarType::Int, rows, "status");
   const bool rejection = mode == PROXYTUNE_VERIFY_REJECTION;
-  over_rows(rows, vocab_size, rejection, [&](int64_t begin, int64_t end, void* workspace) {
-    return proxytune_cpu_verify(&args, begin, end, workspace);
+  over_rows(rows, vocab_size, rejection, [&](int64_t begin, int64_t end, void* workspace,
+                                           const proxytune_parallel* parallel) {
+    return proxytune_cpu_verify(&args, begin, end, workspace, parallel);
   });
 }
 

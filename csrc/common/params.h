@@ -30,12 +30,14 @@ struct RawParams {
 // exp2 argument per unit of logit: log2(e) / T as a sum, so that the argument is rounded once.
 struct Exponent {
   float hi, lo;
+  float floor;  // the logit difference whose exponent is -100; finite
 };
 
 PTK_HOST_DEVICE Exponent make_exponent(double temperature) {
   const double value = 1.4426950408889634 / temperature;
   const float hi = float(value);
-  return {hi, float(value - double(hi))};
+  const double floor = -100.0 / value;
+  return {hi, float(value - double(hi)), floor > -double(FLT_MAX) ? float(floor) : -FLT_MAX};
 }
 
 struct RowParams {

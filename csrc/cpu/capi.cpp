@@ -19,7 +19,11 @@ size_t tile_bytes(int64_t vocab_size) {
 // The caller's workspace, or one allocated for the call.
 class Workspace {
  public:
-  Workspace(void* given, int64_t vocab_size, bool rejection) {
+  Workspace(void* given, int64_t vocab_size, bool rejection, const proxytune_parallel* parallel) {
+    if (parallel) {
+      threads_ = {parallel->run, parallel->pool, parallel->chunks};
+      buffers.parallel = &threads_;
+    }
     if (!given) {
       owned_ = std::aligned_alloc(kAlign, proxytune_cpu_workspace_size(vocab_size, rejection));
       given = owned_;
@@ -44,6 +48,7 @@ class Workspace {
 
  private:
   void* owned_ = nullptr;
+  Parallel threads_{};
 };
 
 bool good_logits(const proxytune_logits& l) {
@@ -141,14 +146,14 @@ size_t proxytune_cpu_workspace_size(int64_t vocab_size, int rejection) {
 }
 
 int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64_t end,
-                         void* workspace) {
+                         void* workspace, const proxytune_parallel* parallel) {
   if (!args || !good_inputs(args->inputs) || !args->token_ids || begin < 0 || args->stream < 0 ||
       args->stream > int32_t(kStreamBonus)) {
     return PROXYTUNE_ERROR_ARGUMENT;
   }
   const Kernels* kernels = current_kernels();
   if (!kernels) return PROXYTUNE_ERROR_ISA;
-  Workspace w(workspace, args->inputs.vocab_size, false);
+  Workspace w(workspace, args->inputs.vocab_size, false, parallel);
   if (!w.ready) return PROXYTUNE_ERROR_MEMORY;
   for (int64_t row = begin; row < end; ++row) {
     const SampleResult r =
@@ -164,14 +169,14 @@ int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64
 }
 
 int proxytune_cpu_score(const proxytune_score_args* args, int64_t begin, int64_t end,
-                        void* workspace) {
+                        void* workspace, const proxytune_parallel* parallel) {
   if (!args || !good_inputs(args->inputs) || !args->token_ids || !args->logprobs || begin < 0 ||
       args->positions < 1) {
     return PROXYTUNE_ERROR_ARGUMENT;
   }
   const Kernels* kernels = current_kernels();
   if (!kernels) return PROXYTUNE_ERROR_ISA;
-  Workspace w(workspace, args->inputs.vocab_size, false);
+  Workspace w(workspace, args->inputs.vocab_size, false, parallel);
   if (!w.ready) return PROXYTUNE_ERROR_MEMORY;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i / args->positions, position = i % args->positions;
@@ -182,7 +187,7 @@ int proxytune_cpu_score(const proxytune_score_args* args, int64_t begin, int64_t
 }
 
 int proxytune_cpu_verify(const proxytune_verify_args* args, int64_t begin, int64_t end,
-                         void* workspace) {
+                         void* workspace, const proxytune_parallel* parallel) {
   if (!args || !good_inputs(args->inputs) || !args->token_ids || !args->num_accepted || begin < 0 ||
       args->num_drafts < 0 || (args->num_drafts > 0 && !args->draft_token_ids)) {
     return PROXYTUNE_ERROR_ARGUMENT;
@@ -195,7 +200,7 @@ int proxytune_cpu_verify(const proxytune_verify_args* args, int64_t begin, int64
   }
   const Kernels* kernels = current_kernels();
   if (!kernels) return PROXYTUNE_ERROR_ISA;
-  Workspace w(workspace, args->inputs.vocab_size, rejection);
+  Workspace w(workspace, args->inputs.vocab_size, rejection, parallel);
   if (!w.ready) return PROXYTUNE_ERROR_MEMORY;
   for (int64_t row = begin; row < end; ++row) verify_row(*args, *kernels, row, w.buffers);
   return PROXYTUNE_OK;

@@ -11,18 +11,37 @@ constexpr float kExp2[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.61843
 // Below this exponent every mass rounds to 0 (2^-45 is the edge).
 constexpr float kNoMass = -46.0f;
 
+// Sum of round(2^44 p), p in [0, 1 + 2^-22], over at most kTile values. Two digits of 22 bits, each
+// rounded by adding 1.5 * 2^23 and summed as integers: what the first digit leaves is exact, and the
+// second's rounding is that of the whole, since 2^22 times the first is even.
+struct Mass {
+  U high, low;
+  Mass() : high(set_u(0)), low(set_u(0)) {}  // written out: an implicit one would miss the target attribute
+  void add(F p) {
+    const F rounder = set(12582912.0f), digit = set(0x1p22f);
+    const F first = fma(p, digit, rounder);
+    const F rest = fma(p, digit, sub(rounder, first));
+    high = add_u(high, sub_u(bits(first), bits(rounder)));
+    low = add_u(low, sub_u(bits(fma(rest, digit, rounder)), bits(rounder)));
+  }
+  uint64_t total() const {
+    return (uint64_t(int64_t(reduce_add(high))) << 22) + uint64_t(int64_t(reduce_add(low)));
+  }
+};
+
 // exp2(d * (e.hi + e.lo)) for d <= 0, 1 exactly at 0. The argument is reduced before its low part
 // is added, so its error is that of one rounding near 0.5, not of one near d * e.
 inline F exponential(F d, Exponent e) {
-  // Far below kNoMass the value only has to stay tiny and free of NaN (d may be -inf): n is
-  // clamped, and max gives -1 for a NaN or -inf in f.
-  const F n = round(max(mul(d, set(e.hi)), set(-100.0f)));
-  F f = fma(d, set(e.hi), sub(set(0.0f), n));
-  f = max(fma(d, set(e.lo), f), set(-1.0f));
+  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+  const F rounder = set(12582912.0f);
+  // e.floor keeps the exponent above -101: far below kNoMass, and -inf becomes finite.
+  const F clamped = max(d, set(e.floor));
+  const F n = fma(clamped, set(e.hi), rounder);
+  const F f = fma(clamped, set(e.lo), fma(clamped, set(e.hi), sub(rounder, n)));
   F p = set(kExp2[0]);
   for (int i = 1; i < 6; ++i) p = fma(p, f, set(kExp2[i]));
   p = fma(p, f, set(1.0f));
-  return from_bits(add_u(bits(p), shift_left<23>(to_int(n))));
+  return from_bits(add_u(bits(p), shift_left<23>(bits(n))));
 }
 
 inline bool massless(float tile_max, float max, Exponent e) {
@@ -32,15 +51,32 @@ inline bool massless(float tile_max, float max, Exponent e) {
 inline uint64_t tile_mass(const float* x, float max, Exponent e) {
   Mass sum;
   for (int i = 0; i < kTile; i += kWidth) sum.add(exponential(sub(load(x + i), set(max)), e));
-  return sum.total(kTile / kWidth);
+  return sum.total();
 }
 
-inline uint64_t row_mass(const Row& row, Exponent e) {
-  uint64_t sum = 0;
-  for (int t = 0; t < row.tiles; ++t) {
-    if (!massless(row.tile_max[t], row.max, e)) sum += tile_mass(row.tile(t), row.max, e);
+// Masses of the whole row at its temperature and at temperature 1, as far as they are wanted.
+struct RowMass {
+  uint64_t scaled = 0, raw = 0;
+};
+
+inline RowMass row_mass(const Row& row, Exponent e, bool scaled, bool raw) {
+  const Exponent one = make_exponent(1.0);
+  RowMass parts[kMaxChunks];
+  const int chunks = over_tiles(row.parallel, row.tiles, [&](int chunk, int begin, int end) {
+    RowMass sum;
+    for (int t = begin; t < end; ++t) {
+      const float top = row.tile_max[t];
+      if (scaled && !massless(top, row.max, e)) sum.scaled += tile_mass(row.tile(t), row.max, e);
+      if (raw && !massless(top, row.max, one)) sum.raw += tile_mass(row.tile(t), row.max, one);
+    }
+    parts[chunk] = sum;
+  });
+  RowMass total;
+  for (int c = 0; c < chunks; ++c) {
+    total.scaled += parts[c].scaled;
+    total.raw += parts[c].raw;
   }
-  return sum;
+  return total;
 }
 
 // Masses of n values, a multiple of kWidth, one by one.

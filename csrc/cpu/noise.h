@@ -120,6 +120,7 @@ inline uint32_t winning_word(float top, const Best& best) {
   return power <= 0.0f ? 0u : (1u << int(power));
 }
 
+constexpr uint32_t kRaceTogether = 8192;  // kept tokens
 constexpr int kSparse = 24;  // below so many kept tokens a tile's words are not all made
 
 // Offers the tokens of one tile. `scores(i)` gives kWidth scores from token i of the tile, at most
@@ -159,9 +160,8 @@ inline uint32_t kept_mask(F x, uint32_t id, const Prefix& kept) {
 
 // The draw: argmax of (x - max) / T + g over the kept set, lowest id on ties.
 inline uint32_t race(const Row& row, const Prefix& kept, const RowParams& p, const NoiseKey& key) {
-  Best best;
   const F inverse = set(p.inv_temperature), top = set(row.max);
-  const auto run = [&](int t) {
+  const auto run = [&](int t, Best& best) {
     const float* x = row.tile(t);
     const uint32_t first = uint32_t(t) * kTile;
     race_tile(
@@ -172,11 +172,20 @@ inline uint32_t race(const Row& row, const Prefix& kept, const RowParams& p, con
   // The likeliest tile first: its winner spares the others most of their logarithms.
   int likeliest = 0;
   while (row.tile_max[likeliest] != row.max) ++likeliest;
-  run(likeliest);
-  for (int t = 0; t < row.tiles; ++t) {
-    if (t != likeliest && row.tile_max[t] >= kept.x) run(t);
-  }
-  return best.id;
+  Best start;
+  run(likeliest, start);
+  Best winners[kMaxChunks];
+  // A small kept set is not worth waking other threads for.
+  const Parallel* parallel = kept.count < kRaceTogether ? nullptr : row.parallel;
+  const int chunks = over_tiles(parallel, row.tiles, [&](int chunk, int begin, int end) {
+    Best best = start;
+    for (int t = begin; t < end; ++t) {
+      if (t != likeliest && row.tile_max[t] >= kept.x) run(t, best);
+    }
+    winners[chunk] = best;
+  });
+  for (int c = 0; c < chunks; ++c) start.offer(winners[c].score, winners[c].id);
+  return start.id;
 }
 
 }  // namespace PTK_ISA

@@ -11,6 +11,7 @@ struct Row {
   float* tile_max;  // [tiles], -inf where the tile is masked
   int64_t vocab_size;
   int tiles;
+  const Parallel* parallel;
   float max = -INFINITY;  // -inf: nothing left
   uint32_t count = 0;     // tokens that are not masked
   int32_t status = 0;
@@ -148,20 +149,49 @@ inline void keep_positive_inf(Row& row) {
   }
 }
 
-inline Row prepare_row(const RowInput& in, float* x, float* tile_max) {
-  Row row{x, tile_max, in.vocab_size, int(tiles_of(in.vocab_size))};
-  TileFlags flags;
-  for (int t = 0; t < row.tiles; ++t) {
-    float* out = x + int64_t(t) * kTile;
-    combine_at(in, int64_t(t) * kTile, out);
-    tile_max[t] = scan_tile(out, flags);
-    row.max = row.max > tile_max[t] ? row.max : tile_max[t];
+// Calls body(chunk, first tile, last tile + 1) for each chunk of the tiles; returns their number.
+// What chunks give must not depend on where they are cut: maxima and integer sums.
+template <typename Body>
+int over_tiles(const Parallel* parallel, int tiles, Body body) {
+  const int chunks = parallel ? std::min({parallel->chunks, kMaxChunks, tiles}) : 1;
+  if (chunks <= 1) {
+    body(0, 0, tiles);
+    return 1;
   }
+  struct Context {
+    Body& body;
+    int tiles, chunks;
+    static void call(void* self, int64_t chunk) {
+      const Context& c = *static_cast<Context*>(self);
+      c.body(int(chunk), int(chunk * c.tiles / c.chunks), int((chunk + 1) * c.tiles / c.chunks));
+    }
+  } context{body, tiles, chunks};
+  parallel->run(parallel->pool, chunks, &Context::call, &context);
+  return chunks;
+}
+
+inline Row prepare_row(const RowInput& in, float* x, float* tile_max, const Parallel* parallel) {
+  Row row{x, tile_max, in.vocab_size, int(tiles_of(in.vocab_size)), parallel};
+  TileFlags flags[kMaxChunks];
+  const int chunks = over_tiles(parallel, row.tiles, [&](int chunk, int begin, int end) {
+    TileFlags found;
+    for (int t = begin; t < end; ++t) {
+      float* out = x + int64_t(t) * kTile;
+      combine_at(in, int64_t(t) * kTile, out);
+      tile_max[t] = scan_tile(out, found);
+    }
+    flags[chunk] = found;
+  });
   // Read in whole vectors.
   std::fill(tile_max + row.tiles, tile_max + padded(row.tiles), -INFINITY);
-  row.count = flags.count;
-  row.status = flags.nan ? kStatusNan : 0;
-  if (flags.positive_inf) keep_positive_inf(row);
+  for (int t = 0; t < row.tiles; ++t) row.max = row.max > tile_max[t] ? row.max : tile_max[t];
+  uint32_t positive_inf = 0;
+  for (int c = 0; c < chunks; ++c) {
+    row.count += flags[c].count;
+    row.status |= flags[c].nan ? kStatusNan : 0;
+    positive_inf |= flags[c].positive_inf;
+  }
+  if (positive_inf) keep_positive_inf(row);
   if (row.count == 0) row.status |= kStatusEmpty;
   return row;
 }

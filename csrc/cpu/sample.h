@@ -8,6 +8,7 @@ namespace PTK_ISA {
 struct Target {
   Row row;
   Prefix kept{};
+  uint64_t raw_mass = 0;  // of the whole row at temperature 1, where wanted
   bool drawable = false;
 };
 
@@ -22,23 +23,21 @@ inline Prefix likeliest(const Row& row) {
   return {row.max, id, 1, uint64_t(kMassOne)};
 }
 
-inline Prefix kept_set(const Row& row, const RowParams& p, Scratch& s) {
-  if (p.greedy) return likeliest(row);
-  const uint64_t total = needs_total_mass(p, row.count) ? row_mass(row, p.exponent) : 0;
-  return select_kept(row, p, total, s);
-}
-
-inline Target make_target(const RowInput& in, const RawParams& raw, RowParams& p, float* x,
-                          float* tile_max, Scratch& s) {
+inline Target make_target(const RowInput& in, const RawParams& raw, bool want_raw, RowParams& p,
+                          Buffers& b, int buffer) {
   Target target;
   if (!valid(raw)) {
     target.row.status = kStatusBadParams;
     return target;
   }
   p = make_row_params(raw);
-  target.row = prepare_row(in, x, tile_max);
+  target.row = prepare_row(in, b.x[buffer], b.tile_max[buffer], b.parallel);
   target.drawable = target.row.count > 0;
-  if (target.drawable) target.kept = kept_set(target.row, p, s);
+  if (!target.drawable) return target;
+  const bool want_scaled = !p.greedy && needs_total_mass(p, target.row.count);
+  const RowMass mass = row_mass(target.row, p.exponent, want_scaled, want_raw);
+  target.raw_mass = mass.raw;
+  target.kept = p.greedy ? likeliest(target.row) : select_kept(target.row, p, mass.scaled, *b.scratch);
   return target;
 }
 
@@ -54,17 +53,9 @@ inline float kept_logprob(const Target& target, const RowParams& p, int64_t id) 
   return float(scaled - log_mass(target.kept.mass));
 }
 
-// Mass at temperature 1 of the whole row.
-inline uint64_t raw_mass(const Target& target, const RowParams& p) {
-  const Exponent one = make_exponent(1.0);
-  const bool same = !p.greedy && p.inv_temperature == 1.0f;
-  if (same && target.kept.count == target.row.count) return target.kept.mass;
-  return row_mass(target.row, one);
-}
-
 inline SampleResult sample_row(const RowInput& in, const RawParams& raw, uint32_t stream, Buffers& b) {
   RowParams p;
-  const Target target = make_target(in, raw, p, b.x[0], b.tile_max[0], *b.scratch);
+  const Target target = make_target(in, raw, true, p, b, 0);
   SampleResult out;
   out.status = target.row.status;
   if (!target.drawable) return out;
@@ -73,14 +64,15 @@ inline SampleResult sample_row(const RowInput& in, const RawParams& raw, uint32_
   out.token_id = id;
   out.num_kept = int32_t(target.kept.count);
   out.logprob = kept_logprob(target, p, id);
-  out.raw_logprob = float(double(target.row.x[id] - target.row.max) - log_mass(raw_mass(target, p)));
+  out.raw_logprob = float(double(target.row.x[id] - target.row.max) - log_mass(target.raw_mass));
   return out;
 }
 
 inline float score_row(const RowInput& in, int64_t token_id, Buffers& b) {
-  const Row row = prepare_row(in, b.x[0], b.tile_max[0]);
+  const Row row = prepare_row(in, b.x[0], b.tile_max[0], b.parallel);
   if (token_id < 0 || token_id >= in.vocab_size || row.count == 0) return NAN;
-  return float(double(row.x[token_id] - row.max) - log_mass(row_mass(row, make_exponent(1.0))));
+  const RowMass mass = row_mass(row, make_exponent(1.0), false, true);
+  return float(double(row.x[token_id] - row.max) - log_mass(mass.raw));
 }
 
 // Draws from max(0, target - draft), or from the target where rounding leaves nothing of it.
@@ -125,7 +117,7 @@ inline bool accepts(const Target& target, const RowParams& p, const Target& draf
 inline VerifyStep reject_step(const RowInput& in, const RowInput* draft_in, const RawParams& raw,
                               int64_t draft_id, Buffers& b) {
   RowParams p, q = make_row_params(raw);
-  const Target target = make_target(in, raw, p, b.x[0], b.tile_max[0], *b.scratch);
+  const Target target = make_target(in, raw, false, p, b, 0);
   VerifyStep step;
   step.status = target.row.status;
   if (!target.drawable) return step;
@@ -136,7 +128,7 @@ inline VerifyStep reject_step(const RowInput& in, const RowInput* draft_in, cons
   if (!draft_in || draft_id < 0) {
     step.token_id = draw(kStreamBonus);
   } else {
-    const Target draft = make_target(*draft_in, raw, q, b.x[1], b.tile_max[1], *b.scratch);
+    const Target draft = make_target(*draft_in, raw, false, q, b, 1);
     step.accepted = draft_id < in.vocab_size && accepts(target, p, draft, q, raw, draft_id);
     const NoiseKey key = make_noise_key(raw.seed, raw.position, kStreamResidual);
     step.token_id = step.accepted ? draft_id : draw_residual(target, p, draft, q, key);

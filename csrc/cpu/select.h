@@ -40,7 +40,7 @@ inline Prefix whole(const Row& row, float low, Exponent e) {
       all.count += uint32_t(std::popcount(inside));
       sum.add(exponential(sub(select(inside, v, set(-INFINITY)), set(row.max)), e));
     }
-    all.mass += sum.total(kTile / kWidth);
+    all.mass += sum.total();
   }
   return all;
 }

@@ -65,11 +65,20 @@ struct Scratch {
   uint8_t bins[kMaxTiles];
 };
 
+// The caller's threads, for the tiles of one row where there are fewer rows than threads.
+struct Parallel {
+  void (*run)(void* pool, int64_t chunks, void (*body)(void* context, int64_t chunk), void* context);
+  void* pool;
+  int chunks;
+};
+constexpr int kMaxChunks = 64;
+
 // One thread's working memory: two rows for verification by rejection, else one.
 struct Buffers {
   float* x[2];
   float* tile_max[2];
   Scratch* scratch;
+  const Parallel* parallel;  // null: one thread
 };
 
 struct SampleResult {

@@ -43,6 +43,11 @@ inline float reduce_max(F a) {
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
 }
 
+inline int32_t reduce_add(U a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
 inline uint32_t mask_bits(__m256 m) { return uint32_t(_mm256_movemask_ps(m)); }
 inline __m256i mask_lanes(uint32_t mask) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -110,28 +115,14 @@ inline int compress(F x, U id, uint32_t mask, float* x_out, uint32_t* id_out) {
   return n;
 }
 
-struct Mass {
-  __m256i sum;
-  Mass() : sum(_mm256_setzero_si256()) {}  // written out: an implicit one would miss the target attribute
-  static __m256i pattern(__m128 p) {
-    return _mm256_castpd_si256(
-        _mm256_fmadd_pd(_mm256_cvtps_pd(p), _mm256_set1_pd(0x1p44), _mm256_set1_pd(0x1p52)));
-  }
-  void add(F p) {
-    sum = _mm256_add_epi64(sum, pattern(_mm256_castps256_ps128(p)));
-    sum = _mm256_add_epi64(sum, pattern(_mm256_extractf128_ps(p, 1)));
-  }
-  uint64_t total(int count) const {
-    alignas(32) uint64_t lanes[4];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
-    return lanes[0] + lanes[1] + lanes[2] + lanes[3] - (uint64_t(0x433) << 52) * uint64_t(8 * count);
-  }
-};
+inline __m256i mass_of(__m128 p) {
+  const __m256d sum = _mm256_fmadd_pd(_mm256_cvtps_pd(p), _mm256_set1_pd(0x1p44), _mm256_set1_pd(0x1p52));
+  return _mm256_sub_epi64(_mm256_castpd_si256(sum), _mm256_set1_epi64x(int64_t(0x433) << 52));
+}
 inline void store_mass(uint64_t* out, F p) {
-  const __m256i one = _mm256_set1_epi64x(int64_t(0x433) << 52);
   auto* to = reinterpret_cast<__m256i*>(out);
-  _mm256_storeu_si256(to, _mm256_sub_epi64(Mass::pattern(_mm256_castps256_ps128(p)), one));
-  _mm256_storeu_si256(to + 1, _mm256_sub_epi64(Mass::pattern(_mm256_extractf128_ps(p, 1)), one));
+  _mm256_storeu_si256(to, mass_of(_mm256_castps256_ps128(p)));
+  _mm256_storeu_si256(to + 1, mass_of(_mm256_extractf128_ps(p, 1)));
 }
 
 }  // namespace PTK_ISA

@@ -41,6 +41,7 @@ inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 // To the nearest integer, ties to even.
 inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline int32_t reduce_add(U a) { return _mm512_reduce_add_epi32(a); }
 inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 
 // Comparisons are false for NaN.
@@ -98,28 +99,14 @@ inline int compress(F x, U id, uint32_t mask, float* x_out, uint32_t* id_out) {
   return std::popcount(mask);
 }
 
-// Sum of round(2^44 p), p in [0, 1 + 2^-22]. 2^52 + q is exact in fp64 and its bit pattern is that
-// of 2^52 plus q, so the patterns are summed as integers.
-struct Mass {
-  __m512i sum;
-  Mass() : sum(_mm512_setzero_si512()) {}  // written out: an implicit one would miss the target attribute
-  static __m512i pattern(__m256 p) {
-    return _mm512_castpd_si512(
-        _mm512_fmadd_pd(_mm512_cvtps_pd(p), _mm512_set1_pd(0x1p44), _mm512_set1_pd(0x1p52)));
-  }
-  void add(F p) {
-    sum = _mm512_add_epi64(sum, pattern(_mm512_castps512_ps256(p)));
-    sum = _mm512_add_epi64(sum, pattern(_mm512_extractf32x8_ps(p, 1)));
-  }
-  // Of `count` calls of add: each of the 16 lanes brought the pattern of 2^52 along.
-  uint64_t total(int count) const {
-    return uint64_t(_mm512_reduce_add_epi64(sum)) - (uint64_t(0x433) << 52) * uint64_t(16 * count);
-  }
-};
+// round(2^44 p) per lane: 2^52 + q is exact in fp64, and its bit pattern is that of 2^52 plus q.
+inline __m512i mass_of(__m256 p) {
+  const __m512d sum = _mm512_fmadd_pd(_mm512_cvtps_pd(p), _mm512_set1_pd(0x1p44), _mm512_set1_pd(0x1p52));
+  return _mm512_sub_epi64(_mm512_castpd_si512(sum), _mm512_set1_epi64(int64_t(0x433) << 52));
+}
 inline void store_mass(uint64_t* out, F p) {
-  const __m512i one = _mm512_set1_epi64(int64_t(0x433) << 52);
-  _mm512_storeu_si512(out, _mm512_sub_epi64(Mass::pattern(_mm512_castps512_ps256(p)), one));
-  _mm512_storeu_si512(out + 8, _mm512_sub_epi64(Mass::pattern(_mm512_extractf32x8_ps(p, 1)), one));
+  _mm512_storeu_si512(out, mass_of(_mm512_castps512_ps256(p)));
+  _mm512_storeu_si512(out + 8, mass_of(_mm512_extractf32x8_ps(p, 1)));
 }
 
 }  // namespace PTK_ISA

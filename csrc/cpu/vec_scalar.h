@@ -31,6 +31,7 @@ inline F fma(F a, F b, F c) { return std::fma(a, b, c); }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
 inline F round(F a) { return std::nearbyint(a); }
+inline int32_t reduce_add(U a) { return int32_t(a); }
 inline float reduce_max(F a) { return a; }
 
 inline uint32_t gt(F a, F b) { return a > b; }
@@ -70,11 +71,6 @@ inline int compress(F x, U id, uint32_t mask, float* x_out, uint32_t* id_out) {
   return int(mask);
 }
 
-struct Mass {
-  uint64_t sum = 0;
-  void add(F p) { sum += uint64_t(std::nearbyint(double(p) * 0x1p44)); }
-  uint64_t total(int) const { return sum; }
-};
 inline void store_mass(uint64_t* out, F p) { *out = uint64_t(std::nearbyint(double(p) * 0x1p44)); }
 
 }  // namespace PTK_ISA

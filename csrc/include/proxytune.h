@@ -115,18 +115,27 @@ typedef struct {
   int32_t* status;                  /* [rows], or NULL */
 } proxytune_verify_args;
 
+/* The caller's threads, to share the work of one row: run(pool, n, body, context) calls
+ * body(context, i) for i in [0, n), in any order, on any threads, and returns when all have. Worth it
+ * where there are fewer rows than threads; results do not depend on it. */
+typedef struct {
+  void (*run)(void* pool, int64_t chunks, void (*body)(void* context, int64_t chunk), void* context);
+  void* pool;
+  int chunks; /* number of threads */
+} proxytune_parallel;
+
 /* Bytes of workspace one thread needs: one fp32 row and its summaries (two rows for rejection).
  * 0 where vocab_size is out of range. */
 PROXYTUNE_API size_t proxytune_cpu_workspace_size(int64_t vocab_size, int rejection);
 
-/* workspace: 64-byte aligned, or NULL to allocate one for the call. */
+/* workspace: 64-byte aligned, or NULL to allocate one for the call. parallel: NULL for one thread. */
 PROXYTUNE_API int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64_t end,
-                                       void* workspace);
+                                       void* workspace, const proxytune_parallel* parallel);
 /* begin and end count row * positions + position: positions are as independent as rows. */
 PROXYTUNE_API int proxytune_cpu_score(const proxytune_score_args* args, int64_t begin, int64_t end,
-                                      void* workspace);
+                                      void* workspace, const proxytune_parallel* parallel);
 PROXYTUNE_API int proxytune_cpu_verify(const proxytune_verify_args* args, int64_t begin, int64_t end,
-                                       void* workspace);
+                                       void* workspace, const proxytune_parallel* parallel);
 PROXYTUNE_API int proxytune_cpu_combine(const proxytune_combine_args* args, int64_t begin,
                                         int64_t end);
 
