@@ -1,0 +1,1 @@
+"""Benchmarks: the decoder end to end (``throughput``) and the operators alone (``kernels``)."""

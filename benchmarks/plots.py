@@ -1,0 +1,126 @@
+"""Pictures of results; needs matplotlib (the ``plots`` extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by colour-blind readers and in grey.
+_COLOURS = {
+    "naive": "#999999",
+    "base-only": "#56B4E9",
+    "ours": "#D55E00",
+    "ours-compiled": "#E69F00",
+}
+_ROLE_COLOURS = {"base": "#0072B2", "expert": "#009E73", "anti": "#CC79A7"}
+
+
+def _providers(records: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(record["provider"] for record in records))
+
+
+def _bars(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
+    """One panel: ms per token of each provider, the stacked bare forwards on their left."""
+    forwards = records[0]["bare_forwards_ms"]
+    bottom = 0.0
+    for role, colour in _ROLE_COLOURS.items():
+        if role in forwards:
+            axes.bar(0, forwards[role], bottom=bottom, color=colour, width=0.75)
+            bottom += forwards[role]
+    axes.text(0, bottom, f"{bottom:.3g}", ha="center", va="bottom")
+    axes.axhline(bottom, color="black", linewidth=0.9, linestyle="--", zorder=0)
+    for i, record in enumerate(records, start=1):
+        times = record["output_token_ms"]
+        axes.bar(i, times["p50"], color=_COLOURS[record["provider"]], width=0.75)
+        axes.text(i, times["p50"], f"{times['p50']:.3g}", ha="center", va="bottom")
+    labels = ["bare\nforwards", *(r["provider"].replace("-", "-\n") for r in records)]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.margins(y=0.12)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def plot_throughput(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of milliseconds per output token, a panel per case, beside the sum of bare forwards.
+
+    Args:
+        records: as the throughput benchmark writes them.
+        path: of the PNG.
+        title: above the panels.
+    """
+    keys = ("prompt_length", "output_length", "batch_size")
+    cases = list(dict.fromkeys(tuple(r[k] for k in keys) for r in records))
+    batch_sizes = sorted({case[2] for case in cases})
+    lengths = list(dict.fromkeys(case[:2] for case in cases))
+    width = 1.1 * (len(_providers(records)) + 1) * len(lengths)
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(
+            figsize=(max(7.0, width), 1.2 + 2.6 * len(batch_sizes)), layout="constrained"
+        )
+        grid = figure.subplots(len(batch_sizes), len(lengths), squeeze=False, sharey="row")
+        for row, batch_size in enumerate(batch_sizes):
+            for column, (prompt, output) in enumerate(lengths):
+                key = (prompt, output, batch_size)
+                axes = grid[row][column]
+                _bars(axes, [r for r in records if tuple(r[k] for k in keys) == key])
+                axes.set_title(
+                    f"batch {batch_size}, {prompt} prompt + {output} output tokens", fontsize=9
+                )
+            grid[row][0].set_ylabel("ms per output token (median)")
+        handles = [mpl.patches.Patch(color=c, label=role) for role, c in _ROLE_COLOURS.items()]
+        figure.legend(
+            handles=handles,
+            title="bare forwards of",
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+        )
+        figure.suptitle(title, fontsize=10)
+        figure.savefig(path, dpi=150)
+
+
+_KERNEL_COLOURS = {
+    "ours": "#D55E00",
+    "softmax only": "#000000",
+    "transformers": "#999999",
+    "torch": "#56B4E9",
+    "torch.compile": "#0072B2",
+    "numpy": "#009E73",
+}
+
+
+def plot_kernels(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Microseconds of every provider, one line of dots per case, on a logarithmic axis.
+
+    Args:
+        records: of ``sample``, as the operator benchmark writes them.
+        path: of the PNG.
+    """
+    keys = ("kind", "dtype", "filters", "vocab_size", "batch_size")
+    cases = list(dict.fromkeys(tuple(r[k] for k in keys) for r in records))
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(8.5, 1.6 + 0.34 * len(cases)), layout="constrained")
+        axes = figure.subplots()
+        for name in _providers(records):
+            own = [r for r in records if r["provider"] == name]
+            lines = [cases.index(tuple(r[k] for k in keys)) for r in own]
+            marker = "|" if name == "softmax only" else "o"
+            size = 160 if marker == "|" else 40
+            times = [r["microseconds"]["median"] for r in own]
+            axes.scatter(
+                times, lines, s=size, marker=marker, color=_KERNEL_COLOURS[name], label=name
+            )
+        labels = [f"{k}, {d}, {f}, V={v:,}, B={b}" for k, d, f, v, b in cases]
+        axes.set_yticks(range(len(cases)), labels)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel("microseconds per call (median, logarithmic)")
+        axes.grid(axis="both", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside upper center", ncols=6, frameon=False)
+        figure.savefig(path, dpi=150)

@@ -1,0 +1,179 @@
+"""What decodes a trio: the loop a researcher writes, our decoder, and the bare forwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from proxytune_kernels import Decoder, SamplingParams, Trio
+
+ALPHA, TEMPERATURE, TOP_P = 1.0, 0.7, 0.9
+"""Parameters of the timed runs."""
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A batch's output tokens, and when its caller had each, in seconds from the call."""
+
+    token_ids: list[list[int]]
+    seconds: list[list[float]]
+
+
+class Provider(Protocol):
+    """Decodes prompts of one length to exactly ``max_tokens`` tokens each."""
+
+    name: str
+    roles: tuple[str, ...]
+
+    def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
+        """Greedy, or sampled at the temperature and top_p above."""
+
+
+class NaiveLoop:
+    """Proxy-tuning as one writes it with transformers: three forwards in turn, then the warpers.
+
+    Everything that could slow it without changing its tokens is left out: there is no attention
+    mask (the prompts have one length), no stopping, no detokenising, and inference mode is on.
+
+    Args:
+        trio: the models.
+        roles: those to run; the base alone is not steered.
+    """
+
+    name = "naive"
+
+    def __init__(self, trio: Trio, roles: Sequence[str] | None = None) -> None:
+        self.roles = trio.roles if roles is None else tuple(roles)
+        self.models = {role: trio.models[role] for role in self.roles}
+        self.vocab_size = trio.vocab_size
+        self.warpers = LogitsProcessorList(
+            [TemperatureLogitsWarper(TEMPERATURE), TopPLogitsWarper(TOP_P)]
+        )
+
+    @torch.inference_mode()
+    def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
+        """See :class:`Provider`."""
+        start = time.perf_counter()
+        seconds: list[float] = []
+        input_ids = torch.tensor(prompts)
+        caches = {role: DynamicCache(config=m.config) for role, m in self.models.items()}
+        new_ids = input_ids
+        for _ in range(max_tokens):
+            logits = {
+                role: model(input_ids=new_ids, past_key_values=caches[role], use_cache=True)
+                .logits[:, -1, : self.vocab_size]
+                .float()
+                for role, model in self.models.items()
+            }
+            scores = combined(logits)
+            if greedy:
+                new_ids = scores.argmax(-1, keepdim=True)
+            else:
+                warped: Any = self.warpers(cast(torch.LongTensor, input_ids), cast(Any, scores))
+                probabilities = torch.softmax(warped, dim=-1)
+                new_ids = torch.multinomial(probabilities, num_samples=1)
+            input_ids = torch.cat([input_ids, new_ids], dim=-1)
+            # A loop that streams or looks for the end of the text reads its tokens every step.
+            new_ids.tolist()
+            seconds.append(time.perf_counter() - start)
+        output = input_ids[:, -max_tokens:].tolist()
+        return Generation(output, [seconds] * len(output))
+
+
+def combined(logits: Mapping[str, Tensor]) -> Tensor:
+    """Combined logits as the paper's code writes them; the base's where it is alone."""
+    if "expert" not in logits:
+        return logits["base"]
+    return logits["base"] + ALPHA * (logits["expert"] - logits["anti"])
+
+
+class DecoderProvider:
+    """Our decoder, timed at its stream: a token counts when the caller has it."""
+
+    def __init__(self, name: str, trio: Trio, **options: Any) -> None:
+        self.name = name
+        self.decoder = Decoder(trio, **options)
+        self.roles = self.decoder.roles
+
+    def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
+        """See :class:`Provider`."""
+        params = [
+            SamplingParams(
+                alpha=ALPHA,
+                temperature=0.0 if greedy else TEMPERATURE,
+                top_p=1.0 if greedy else TOP_P,
+                seed=row,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+            )
+            for row in range(len(prompts))
+        ]
+        token_ids: list[list[int]] = [[] for _ in prompts]
+        seconds: list[list[float]] = [[] for _ in prompts]
+        start = time.perf_counter()
+        for event in self.decoder.stream([list(prompt) for prompt in prompts], params):
+            token_ids[event.index].extend(event.token_ids)
+            seconds[event.index].extend([time.perf_counter() - start] * len(event.token_ids))
+        return Generation(token_ids, seconds)
+
+
+@torch.inference_mode()
+def bare_forwards(
+    models: Mapping[str, Any], prompts: Prompts, steps: int
+) -> dict[str, list[float]]:
+    """Seconds of each of ``steps`` one-token forwards, role by role, each role's run alone.
+
+    The floor of a step: ``model(one token, past_key_values=DynamicCache, use_cache=True)`` on a
+    cache that holds the prompt, growing by one each step as in decoding. Prefill is not timed.
+    """
+    input_ids = torch.tensor(prompts)
+    one = input_ids[:, -1:]
+    seconds: dict[str, list[float]] = {}
+    for role, model in models.items():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        seconds[role] = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            model(input_ids=one, past_key_values=cache, use_cache=True)
+            seconds[role].append(time.perf_counter() - start)
+    return seconds
+
+
+Factory = Callable[[Trio, int, int], Provider]
+"""Makes a provider from a trio, max_batch_size and max_seq_len."""
+
+
+def _naive(trio: Trio, max_batch_size: int, max_seq_len: int) -> Provider:
+    return NaiveLoop(trio)
+
+
+def _decoder(name: str, **options: Any) -> Factory:
+    def make(trio: Trio, max_batch_size: int, max_seq_len: int) -> Provider:
+        return DecoderProvider(
+            name, trio, max_batch_size=max_batch_size, max_seq_len=max_seq_len, **options
+        )
+
+    return make
+
+
+PROVIDERS: dict[str, Factory] = {
+    "naive": _naive,
+    "base-only": _decoder("base-only", roles=("base",)),
+    "ours": _decoder("ours"),
+    "ours-compiled": _decoder("ours-compiled", compile=True),
+}
+"""Providers by name, in the order of tables and plots; ``naive`` is what ratios are taken to."""
