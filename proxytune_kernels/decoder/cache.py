@@ -81,7 +81,7 @@ class SlotCache:
         self.lengths[slot] = 0
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [slots, max_seq_len, kv_heads, D], made when first asked for."""
+        """A layer's keys and values, [slots, max_seq_len, kv_heads, D]; made at the first call."""
         while len(self.keys) <= index:
             slots = (self.max_batch_size, self.max_seq_len)
             self.keys.append(key.new_zeros(*slots, key.shape[1], key.shape[3]))

@@ -35,7 +35,7 @@ class Decoder:
             context of the roles, at most 4096. A slot's keys and values are reserved for it.
         roles: all of the trio's, or ``("base",)`` for the base alone, unsteered.
         compile: run decoding steps through torch.compile; needs a C++ compiler, and some seconds
-            per role at the first steps, or at :meth:`warm_up`.
+            per role at the first request, or before it in :meth:`warm_up`.
         backend: of the sampling op; None is the fastest usable one.
 
     Raises:
@@ -64,7 +64,8 @@ class Decoder:
         self.max_batch_size = arguments.size("max_batch_size", max_batch_size)
         models = {role: trio.models[role] for role in self.roles}
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
-        self._compiled = compile
+        self._compile = compile
+        self._cold = compile
         self._runner = Runner(models, self.max_batch_size, self.max_seq_len, compile=compile)
         self._sampler = SlotSampler(
             self.max_batch_size, trio.vocab_size, backend, self._runner.device
@@ -123,14 +124,10 @@ class Decoder:
             self._remove(request)
 
     def warm_up(self) -> None:
-        """Compile the decoding steps now, so that no request waits for it; for ``compile=True``.
-
-        Raises:
-            RuntimeError: requests are running.
-        """
-        if self._scheduler.unfinished:
-            raise RuntimeError("warm_up must be called while no request runs")
-        self._runner.warm_up()
+        """With ``compile=True``: compile now, so that no request waits for it; else nothing."""
+        if self._cold:
+            self._runner.warm_up()
+            self._cold = False
 
     def info(self) -> dict[str, Any]:
         """How the decoder is set up, as plain values for printing or JSON."""
@@ -138,7 +135,7 @@ class Decoder:
             "roles": list(self.roles),
             "max_batch_size": self.max_batch_size,
             "max_seq_len": self.max_seq_len,
-            "compile": self._compiled,
+            "compile": self._compile,
             "backend": self._sampler.backend,
             "cache_bytes": self._runner.cache_bytes(),
         }
@@ -163,6 +160,7 @@ class Decoder:
         )
 
     def _drain(self, requests: list[Request]) -> Iterator[StreamEvent]:
+        self.warm_up()
         queue: deque[StreamEvent | DecodeError] = deque()
         for request in requests:
             self._requests[request.request_id] = request

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from proxytune_kernels.decoder.attention import ATTENTION_NAME, register_attention
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache
+from proxytune_kernels.decoder.compiled import CompiledStep
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -46,9 +47,11 @@ class RoleRunner:
         self.device = next(model.parameters()).device
         self.model = _sharing_copy(model)
         self.cache = SlotCache(max_batch_size, max_seq_len, self.device)
+        # Always the same tensor, for graphs that are compiled or captured around it.
+        self._token_ids = torch.zeros((max_batch_size, 1), dtype=torch.int64, device=self.device)
         accepted = inspect.signature(model.forward).parameters
         self._keywords = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._compiled = torch.compile(self._forward, dynamic=False) if compile else None
+        self._compiled = CompiledStep(self._forward, _windows(model.config)) if compile else None
 
     def prefill(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Run equally long prompts into empty slots; logits [B, V] after their last tokens."""
@@ -57,12 +60,24 @@ class RoleRunner:
 
     def decode(self, token_ids: Tensor) -> Tensor:
         """Run one token in each of the first slots, token_ids int64 [B, 1]; logits [B, V]."""
-        step = self.cache.decode_step(token_ids.shape[0])
-        token_ids = token_ids.to(self.device)
+        rows = token_ids.shape[0]
+        inputs = self._token_ids[:rows].copy_(token_ids)
+        forward = self._forward if self._compiled is None else self._compiled
+        return forward(inputs, self.cache.decode_step(rows))
+
+    def warm_up(self) -> None:
+        """Compile all there is to compile; the slots must be empty, and are again."""
         if self._compiled is None:
-            return self._forward(token_ids, step)
-        torch._dynamo.mark_dynamic(step.span, 0)
-        return self._compiled(token_ids, step)
+            return
+        self.prefill([0], [[0]])
+        sizes = (self.cache.max_batch_size, self.cache.max_seq_len)
+        for lengths in self._compiled.warm_up_lengths(*sizes):
+            for slot, length in enumerate(lengths):
+                # The forward's cost depends on the lengths; what the slots hold doesn't matter.
+                self.cache.prefill_step([slot], length)
+            self.decode(self._token_ids[: len(lengths)])
+            for slot in range(len(lengths)):
+                self.cache.release(slot)
 
     def _forward(self, token_ids: Tensor, step: CacheStep) -> Tensor:
         output = self.model(
@@ -123,6 +138,12 @@ class Runner:
         return [x.to(self.device) for x in logits]
 
     @torch.inference_mode()
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile all there is to compile; the slots must be empty, and are again."""
+        for runner in self.roles.values():
+            runner.warm_up()
+
     def move(self, source: int, target: int) -> None:
         """Move a slot's content to an empty slot."""
         for runner in self.roles.values():
@@ -137,6 +158,14 @@ class Runner:
     def cache_bytes(self) -> int:
         """Bytes reserved for keys and values."""
         return sum(runner.cache.nbytes() for runner in self.roles.values())
+
+
+def _windows(config: Any) -> list[int | None]:
+    """The attention windows of a model's layers, each once; None is full attention."""
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None) or ["sliding_attention"]
+    return list({window if kind == "sliding_attention" else None: None for kind in types})
 
 
 def _sharing_copy(model: Module) -> Any:
