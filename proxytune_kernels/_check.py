@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxytune_kernels.params import RowParams
+from proxytune_kernels.params import DTYPES, RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, VerifyOutput
+from proxytune_kernels.rng import STREAMS
 
 MAX_VOCAB_SIZE = 2**19
 """Masses are up to 2^44 a token and their sum stays below 2^63."""
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PARAM_DTYPES = (
-    torch.float32, torch.float32, torch.int32, torch.float32,
-    torch.float32, torch.int32, torch.int64, torch.int64,
-)  # fmt: skip
 
 
 def _tensor(op: str, name: str, value: Any) -> Tensor:
@@ -78,10 +76,32 @@ def logits(op: str, base: Any, expert: Any, anti: Any, dims: int, vocab_size: in
     return vocab_size
 
 
-def row_params(op: str, params: RowParams, batch_size: int, device: torch.device) -> None:
+def params(op: str, value: Any, values: dict[str, Any]) -> None:
+    """Check what stands for the row parameters, before it is turned into tensors."""
+    if value is None:
+        return
+    if values:
+        raise TypeError(
+            f"{op}: give params or single parameters, not both; got params and {sorted(values)}"
+        )
+    requests = (value,) if isinstance(value, SamplingParams) else value
+    if isinstance(value, RowParams):
+        return
+    if not isinstance(requests, Sequence) or not all(
+        isinstance(p, SamplingParams) for p in requests
+    ):
+        raise TypeError(
+            f"{op}: params must be RowParams, SamplingParams or a sequence of the latter, "
+            f"got {type(value).__name__}"
+        )
+
+
+def row_params(op: str, value: RowParams, base: Tensor) -> None:
     """Check that each parameter is a contiguous [B] tensor of its dtype on the logits' device."""
-    for tensor, dtype, name in zip(params, _PARAM_DTYPES, RowParams._fields, strict=True):
-        if tensor.dtype != dtype or tensor.dim() != 1 or tensor.shape[0] != batch_size:
+    batch_size = base.shape[0]
+    for name, dtype in DTYPES.items():
+        tensor = _tensor(op, f"params.{name}", getattr(value, name))
+        if tensor.dtype != dtype or tensor.shape != (batch_size,):
             raise ValueError(
                 f"{op}: params.{name} must be {dtype} of shape [{batch_size}], "
                 f"got {tensor.dtype} of shape {list(tensor.shape)}"
@@ -90,8 +110,25 @@ def row_params(op: str, params: RowParams, batch_size: int, device: torch.device
             raise ValueError(
                 f"{op}: params.{name} must be contiguous, got stride {tensor.stride(0)}"
             )
-        if tensor.device != device:
-            raise ValueError(f"{op}: params.{name} must be on {device}, got {tensor.device}")
+        _device(op, f"params.{name}", tensor, base.device)
+
+
+def sample(
+    base: Any, expert: Any, anti: Any, value: Any, values: dict[str, Any],
+    bias: Any, allowed_mask: Any, vocab_size: Any, stream: Any,
+) -> None:  # fmt: skip
+    """Check the arguments of ``sample``."""
+    width = logits("sample", base, expert, anti, 2, vocab_size)
+    params("sample", value, values)
+    if isinstance(value, RowParams):
+        row_params("sample", value, base)
+    elif isinstance(value, Sequence) and len(value) != base.shape[0]:
+        raise ValueError(
+            f"sample: params must have one entry per row ({base.shape[0]}), got {len(value)}"
+        )
+    constraints("sample", base, bias, allowed_mask, width)
+    if stream not in STREAMS:
+        raise ValueError(f"sample: stream must be one of {list(STREAMS)}, got {stream!r}")
 
 
 def _constraint(

@@ -18,28 +18,26 @@ VERIFY_MODES = ("coupled", "rejection")
 _ops = torch.ops.proxytune
 
 
-def _row_params(
-    op: str, batch_size: int, params: Any, device: torch.device, values: dict[str, Any]
-) -> RowParams:
+# Checking every argument takes longer than a small call, and the C++ operators refuse what would
+# be read out of bounds. So `sample` calls first, and finds the words for the error when refused.
+
+
+def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None) -> int:
+    width = base.shape[-1]
+    if expert is not None and anti is not None:
+        width = min(width, expert.shape[-1], anti.shape[-1])
+    return width
+
+
+def _row_params(base: Tensor, params: Any, values: dict[str, Any]) -> RowParams:
     if params is None:
-        return RowParams.make(batch_size, device=device, **values)
+        return RowParams.make(base.shape[0], device=base.device, **values)
     if values:
-        raise TypeError(
-            f"{op}: give params or single parameters, not both; got params and {sorted(values)}"
-        )
-    if isinstance(params, SamplingParams):
-        params = [params] * batch_size
-    if not isinstance(params, RowParams):
-        if not isinstance(params, Sequence) or not all(
-            isinstance(p, SamplingParams) for p in params
-        ):
-            raise TypeError(
-                f"{op}: params must be RowParams, SamplingParams or a sequence of the latter, "
-                f"got {type(params).__name__}"
-            )
-        params = RowParams.from_sampling_params(params, device=device)
-    _check.row_params(op, params, batch_size, device)
-    return params
+        raise TypeError("params and single parameters")  # _check finds the words
+    if isinstance(params, RowParams):
+        return params
+    requests = [params] * base.shape[0] if isinstance(params, SamplingParams) else params
+    return RowParams.from_sampling_params(requests, device=base.device)
 
 
 def sample(
@@ -87,22 +85,30 @@ def sample(
 
     Source: docs/contracts.md; Liu et al. 2024, arXiv 2401.08565.
     """
-    vocab_size = _check.logits("sample", base, expert, anti, 2, vocab_size)
-    row_params = _row_params("sample", base.shape[0], params, base.device, values)
-    _check.constraints("sample", base, bias, allowed_mask, vocab_size)
-    if stream not in rng.STREAMS:
-        raise ValueError(f"sample: stream must be one of {list(rng.STREAMS)}, got {stream!r}")
+    try:
+        row_params = _row_params(base, params, values)
+        width = _width(base, expert, anti) if vocab_size is None else vocab_size
+        code = rng.STREAMS[stream]
+        resolved = resolve(backend, base, "sample")
+        if out is None and resolved != "reference":
+            result = SampleOutput(
+                *_ops.sample(base, expert, anti, *row_params, bias, allowed_mask, width, code)
+            )
+            if result.status.device == base.device:
+                return result
+    except Exception:
+        _check.sample(base, expert, anti, params, values, bias, allowed_mask, vocab_size, stream)
+        raise
+    _check.sample(base, expert, anti, row_params, {}, bias, allowed_mask, vocab_size, stream)
     if out is not None:
         _check.sample_out(out, base)
-    if resolve(backend, base, "sample") == "reference":
-        x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, vocab_size)
+    if resolved == "reference":
+        x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, width)
         return _into(out, reference.sample(x, row_params, stream))
-    arguments = (base, expert, anti, *row_params, bias, allowed_mask, vocab_size)
-    code = rng.STREAMS[stream]
-    if out is None:
-        return SampleOutput(*_ops.sample(*arguments, code))
+    assert out is not None
     _ops.sample_out(
-        *arguments, code, out_token_ids=out.token_ids, out_logprobs=out.logprobs,
+        base, expert, anti, *row_params, bias, allowed_mask, width, code,
+        out_token_ids=out.token_ids, out_logprobs=out.logprobs,
         out_raw_logprobs=out.raw_logprobs, out_num_kept=out.num_kept, out_status=out.status,
     )  # fmt: skip
     return out
@@ -237,7 +243,9 @@ def verify(
     vocab_size = _check.logits("verify", base, expert, anti, 3, vocab_size)
     drafts = (base.shape[0], base.shape[1] - 1)
     _check.ids("verify", "draft_token_ids", draft_token_ids, drafts, base.device)
-    row_params = _row_params("verify", base.shape[0], params, base.device, values)
+    _check.params("verify", params, values)
+    row_params = _row_params(base, params, values)
+    _check.row_params("verify", row_params, base)
     _check.constraints("verify", base, bias, allowed_mask, vocab_size)
     if mode not in VERIFY_MODES:
         raise ValueError(f"verify: mode must be one of {list(VERIFY_MODES)}, got {mode!r}")

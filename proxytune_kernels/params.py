@@ -135,7 +135,7 @@ def signed_seed(seed: int) -> int:
     return seed - _SEED_LIMIT if seed >= _SEED_LIMIT // 2 else seed
 
 
-_DTYPES = {
+DTYPES = {
     "alpha": torch.float32,
     "temperature": torch.float32,
     "top_k": torch.int32,
@@ -145,6 +145,7 @@ _DTYPES = {
     "seed": torch.int64,
     "position": torch.int64,
 }
+"""Dtype of each field of :class:`RowParams`."""
 _DEFAULTS: dict[str, Any] = {
     "alpha": 1.0,
     "temperature": 1.0,
@@ -232,14 +233,14 @@ class RowParams(NamedTuple):
             raise ValueError(
                 f"positions must have one value per request ({len(params)}), got {len(positions)}"
             )
-        columns: dict[str, list[Any]] = {n: [getattr(p, n, None) for p in params] for n in _DTYPES}
+        columns: dict[str, list[Any]] = {n: [getattr(p, n, None) for p in params] for n in DTYPES}
         if None in columns["seed"]:
             raise ValueError("seed must be set in each SamplingParams, got None: use with_seed()")
         columns["seed"] = [signed_seed(seed) for seed in columns["seed"]]
         columns["filter_order"] = [FILTER_ORDERS.index(o) for o in columns["filter_order"]]
         columns["position"] = list(positions)
         return cls(
-            **{n: torch.tensor(columns[n], dtype=d, device=device) for n, d in _DTYPES.items()}
+            **{n: torch.tensor(columns[n], dtype=d, device=device) for n, d in DTYPES.items()}
         )
 
     def rows(self, index: slice | Tensor) -> RowParams:
@@ -257,7 +258,7 @@ def _check_scalars(values: dict[str, Any]) -> None:
 
 
 def _column(name: str, value: Any, batch_size: int, device: torch.device | str) -> Tensor:
-    dtype = _DTYPES[name]
+    dtype = DTYPES[name]
     if isinstance(value, Tensor):
         if value.shape != (batch_size,):
             raise ValueError(

@@ -11,29 +11,34 @@ constexpr float kExp2[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.61843
 // Below this exponent every mass rounds to 0 (2^-45 is the edge).
 constexpr float kNoMass = -46.0f;
 
-// Sum of round(2^44 p), p in [0, 1 + 2^-22], over at most kTile values. Two digits of 22 bits, each
-// rounded by adding 1.5 * 2^23 and summed as integers: what the first digit leaves is exact, and the
-// second's rounding is that of the whole, since 2^22 times the first is even.
+// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+constexpr float kRounder = 12582912.0f;
+
+// Sum of round(2^44 p), p in [0, 1 + 2^-22], over the kTile values of a tile. Two digits of 22 bits,
+// each rounded by adding kRounder and summed as integers: what the first digit leaves is exact, and
+// the second's rounding is that of the whole, since 2^22 times the first is even.
 struct Mass {
   U high, low;
   Mass() : high(set_u(0)), low(set_u(0)) {}  // written out: an implicit one would miss the target attribute
   void add(F p) {
-    const F rounder = set(12582912.0f), digit = set(0x1p22f);
+    const F rounder = set(kRounder), digit = set(0x1p22f);
     const F first = fma(p, digit, rounder);
     const F rest = fma(p, digit, sub(rounder, first));
-    high = add_u(high, sub_u(bits(first), bits(rounder)));
-    low = add_u(low, sub_u(bits(fma(rest, digit, rounder)), bits(rounder)));
+    high = add_u(high, bits(first));
+    low = add_u(low, bits(fma(rest, digit, rounder)));
   }
+  // Both sums are below 2^30 once the rounders' bits are taken off, modulo 2^32.
   uint64_t total() const {
-    return (uint64_t(int64_t(reduce_add(high))) << 22) + uint64_t(int64_t(reduce_add(low)));
+    constexpr uint32_t kRounders = uint32_t(kTile) * std::bit_cast<uint32_t>(kRounder);
+    const auto sum = [&](const U& digits) { return int64_t(int32_t(reduce_add(digits) - kRounders)); };
+    return uint64_t(sum(high) << 22) + uint64_t(sum(low));
   }
 };
 
 // exp2(d * (e.hi + e.lo)) for d <= 0, 1 exactly at 0. The argument is reduced before its low part
 // is added, so its error is that of one rounding near 0.5, not of one near d * e.
 inline F exponential(F d, Exponent e) {
-  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
-  const F rounder = set(12582912.0f);
+  const F rounder = set(kRounder);
   // e.floor keeps the exponent above -101: far below kNoMass, and -inf becomes finite.
   const F clamped = max(d, set(e.floor));
   const F n = fma(clamped, set(e.hi), rounder);

@@ -43,10 +43,10 @@ inline float reduce_max(F a) {
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
 }
 
-inline int32_t reduce_add(U a) {
+inline uint32_t reduce_add(U a) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+  return uint32_t(_mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1))));
 }
 inline uint32_t mask_bits(__m256 m) { return uint32_t(_mm256_movemask_ps(m)); }
 inline __m256i mask_lanes(uint32_t mask) {

@@ -41,7 +41,8 @@ inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 // To the nearest integer, ties to even.
 inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline int32_t reduce_add(U a) { return _mm512_reduce_add_epi32(a); }
+// Modulo 2^32.
+inline uint32_t reduce_add(U a) { return uint32_t(_mm512_reduce_add_epi32(a)); }
 inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 
 // Comparisons are false for NaN.

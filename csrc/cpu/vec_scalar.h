@@ -31,7 +31,7 @@ inline F fma(F a, F b, F c) { return std::fma(a, b, c); }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
 inline F round(F a) { return std::nearbyint(a); }
-inline int32_t reduce_add(U a) { return int32_t(a); }
+inline uint32_t reduce_add(U a) { return a; }
 inline float reduce_max(F a) { return a; }
 
 inline uint32_t gt(F a, F b) { return a > b; }
