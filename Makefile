@@ -1,0 +1,92 @@
+# `make` says what there is. Everything is installed into .venv; a second run is quick.
+# A change of setup.py, pyproject.toml, constraints.txt or csrc/ is built again.
+
+PYTHON ?= python3
+EXTRAS ?= hf,lora,plots,test
+TESTS ?= tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOGS := $(VENV)/logs
+STAMPS := $(VENV)/stamps
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# $(call logged,what it does,log name,command): run quietly; on failure say where the output is.
+define logged
+	echo "$(1)"
+	mkdir -p $(LOGS)
+	if ! ($(3)) > $(LOGS)/$(2).log 2>&1; then
+		if grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|Connection refused|No route to host|name resolution' $(LOGS)/$(2).log; then
+			echo "make: pip could not reach the package index: is there a network? (output: $(LOGS)/$(2).log)" >&2
+		else
+			echo "make: this step failed: $(1) (output: $(LOGS)/$(2).log, last line: $$(grep -v '^ *$$' $(LOGS)/$(2).log | tail -n 1))" >&2
+		fi
+		exit 1
+	fi
+endef
+
+.PHONY: help
+help: ## Say what there is (the default)
+	@echo "make TARGET [PYTHON=python3.12] [EXTRAS=$(EXTRAS)] [TESTS=$(TESTS)]"
+	sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+.PHONY: demo
+demo: install ## Continue four prompts, base alone and proxy-tuned side by side; then a short benchmark
+	@$(BIN)/proxytune demo
+	$(BIN)/python -m benchmarks.throughput --quick --trio shipped
+
+.PHONY: test
+test: install ## Run the tests (TESTS=tests/ops for some of them)
+	@echo "Running the tests"
+	$(BIN)/python -m pytest -n auto $(TESTS)
+
+.PHONY: lint
+lint: install ## ruff (rules and format) and mypy
+	@echo "Checking style and types"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: install
+install: $(STAMPS)/package ## Create .venv, install everything, build the extension
+
+.PHONY: clean
+clean: ## Remove .venv and what was built
+	@rm -rf $(VENV) build dist *.egg-info
+	find proxytune_kernels -name '*.so' -delete
+
+# For the extension. Checked first, so that nothing is downloaded in vain.
+define check_compiler
+	if [ "$${PROXYTUNE_SKIP_EXT:-}" != 1 ]; then
+		command -v $(firstword $(CXX)) > /dev/null || { echo "make: no C++ compiler ($(CXX)): install one (Debian: apt install g++), or name it: make CXX=clang++" >&2; exit 1; }
+		$(1) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null || { echo "make: the headers of $(1) are missing: install them (Debian: apt install python3-dev)" >&2; exit 1; }
+	fi
+endef
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) > /dev/null || { echo "make: $(PYTHON) is not installed: install Python 3.11 or later, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or later is needed, $(PYTHON) is $$($(PYTHON) -V): name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "make: $(PYTHON) can't create virtual environments: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	$(call check_compiler,$(PYTHON))
+	echo "Creating $(VENV) with $$($(PYTHON) -V)"
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# torch first, so that nothing else picks its version or its build.
+$(STAMPS)/torch: constraints.txt $(STAMPS)/venv
+	@$(call logged,Installing pip,pip,$(BIN)/python -m pip install -c constraints.txt pip)
+	$(call logged,Installing torch,torch,$(BIN)/python scripts/install_torch.py)
+	touch $@
+
+$(STAMPS)/package: setup.py pyproject.toml constraints.txt $(SOURCES) $(STAMPS)/torch
+	@$(call check_compiler,$(BIN)/python)
+	$(call logged,Installing build tools and linters,tools,$(BIN)/pip install -c constraints.txt --group build --group lint)
+	$(call logged,Building the extension and installing the package with [$(EXTRAS)],package,$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]')
+	touch $@

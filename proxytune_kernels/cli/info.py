@@ -1,0 +1,92 @@
+"""``proxytune info``: what can run here, and why the rest can't."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import typer
+
+import proxytune_kernels
+from proxytune_kernels.backends import backends
+from proxytune_kernels.cli import models
+from proxytune_kernels.cli.errors import expected
+from proxytune_kernels.trio import Trio
+
+_PACKAGES = ("torch", "transformers", "peft", "triton", "vllm")
+
+
+def info(
+    trio: models.Source = None,
+    base: models.Base = None,
+    expert: models.Expert = None,
+    anti: models.Anti = None,
+    tokenizer: models.TokenizerName = None,
+    dtype: models.Dtype = "auto",
+    device: models.Device = "cpu",
+    trust_remote_code: models.TrustRemoteCode = False,
+) -> None:
+    """Say which backends run here and why not, versions, and how a trio's vocabularies agree."""
+    lines = _environment()
+    if trio is not None or base is not None or expert is not None or anti is not None:
+        opened = models.open_trio(
+            trio,
+            base=base,
+            expert=expert,
+            anti=anti,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        lines += _agreement(opened)
+    width = max(len(name) for name, _ in lines) + 2
+    for name, value in lines:
+        typer.echo(f"{name:<{width}}{value}")
+
+
+def _environment() -> list[tuple[str, str]]:
+    lines = [
+        ("proxytune_kernels", proxytune_kernels.__version__),
+        ("python", platform.python_version()),
+        *((name, _version(name)) for name in _PACKAGES),
+        ("platform", platform.platform()),
+        ("threads", str(torch.get_num_threads())),
+    ]
+    for name, reason in backends().items():
+        lines.append((f"backend {name}", "usable" if reason is None else f"not usable: {reason}"))
+    if backends()["cpu"] is None:
+        lines.append(("instruction set", _instruction_set()))
+    return lines
+
+
+def _instruction_set() -> str:
+    """What the CPU kernels use; the environment may have forced one that can't run."""
+    from proxytune_kernels import _cpu
+
+    with expected(RuntimeError):
+        return str(_cpu.isa())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _agreement(trio: Trio) -> list[tuple[str, str]]:
+    described = trio.info()
+    lines = [
+        (
+            role,
+            f"{model['model']}, {model['parameters']:,} parameters, {model['dtype']} on "
+            f"{model['device']}, {model['logits']} logits, {described['prompts'][role]} prompts",
+        )
+        for role, model in described["roles"].items()
+    ]
+    lines.append(("vocabulary", f"{trio.vocab_size} ids that mean the same to every role"))
+    lines += [("", note) for note in described["vocabulary_notes"]]
+    lines.append(("ends at", ", ".join(map(str, described["eos_token_ids"])) or "no token"))
+    return lines

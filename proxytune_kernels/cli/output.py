@@ -1,0 +1,137 @@
+"""Writes what is decoded: as text, as JSON lines, or the base alone beside the proxy-tuned."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from proxytune_kernels.cli.requests import CliRequest
+from proxytune_kernels.decoder import Decoder, RequestOutput, StreamEvent
+
+BASE_ALONE = "base alone"
+PROXY_TUNED = "proxy-tuned"
+
+
+def write_text(events: Iterable[StreamEvent], requests: Sequence[CliRequest]) -> None:
+    """Texts in the order of the prompts, as they come; under headings if there are several."""
+    waiting = [""] * len(requests)
+    finished = [False] * len(requests)
+    current = 0
+    _heading(requests, current)
+    for event in events:
+        waiting[event.index] += event.text
+        finished[event.index] |= event.output is not None
+        while current < len(requests):
+            print(waiting[current], end="", flush=True)
+            waiting[current] = ""
+            if not finished[current]:
+                break
+            print(flush=True)
+            current += 1
+            _heading(requests, current)
+
+
+def _heading(requests: Sequence[CliRequest], index: int) -> None:
+    if len(requests) > 1 and index < len(requests):
+        print(f"{'' if index == 0 else chr(10)}==> {requests[index].label} <==", flush=True)
+
+
+def write_jsonl(events: Iterable[StreamEvent]) -> None:
+    """One object per prompt, in the order of the prompts, as soon as it is there."""
+    outputs: dict[int, RequestOutput] = {}
+    current = 0
+    for event in events:
+        if event.output is not None:
+            outputs[event.index] = event.output
+        while current in outputs:
+            print(json.dumps(_record(outputs.pop(current)), ensure_ascii=False), flush=True)
+            current += 1
+
+
+def _record(output: RequestOutput) -> dict[str, Any]:
+    return {
+        "index": output.index,
+        "prompt": output.prompt,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "logprobs": output.logprobs,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "seed": output.seed,
+    }
+
+
+def side_by_side(
+    base: Decoder, tuned: Decoder, requests: Sequence[CliRequest]
+) -> list[tuple[str, str]]:
+    """Stream both decoders' texts in two columns, a batch of prompts at a time.
+
+    Plain blocks of text instead where standard output is not a terminal.
+
+    Returns:
+        Per prompt, the base's text and the proxy-tuned one.
+    """
+    console = Console(file=sys.stdout)
+    live = console.is_terminal and not console.is_dumb_terminal
+    texts: list[tuple[str, str]] = []
+    for first in range(0, len(requests), tuned.max_batch_size):
+        batch = requests[first : first + tuned.max_batch_size]
+        progress = _together(base, tuned, batch)
+        rows = _show_live(console, batch, progress) if live else _show_plain(batch, progress)
+        texts += [(left, right) for left, right in rows]
+    return texts
+
+
+def _together(
+    base: Decoder, tuned: Decoder, batch: Sequence[CliRequest]
+) -> Iterator[list[list[str]]]:
+    """The texts so far, [base, tuned] per prompt, after each token of either decoder."""
+    prompts, params = [r.prompt for r in batch], [r.params for r in batch]
+    rows = [["", ""] for _ in batch]
+    for events in zip_longest(base.stream(prompts, params), tuned.stream(prompts, params)):
+        for column, event in enumerate(events):
+            if event is not None:
+                rows[event.index][column] += event.text
+        yield rows
+
+
+def _show_live(
+    console: Console, batch: Sequence[CliRequest], progress: Iterator[list[list[str]]]
+) -> list[list[str]]:
+    rows: list[list[str]] = []
+    with Live(console=console, refresh_per_second=12) as live:
+        for rows in progress:
+            live.update(_table(batch, rows))
+    return rows
+
+
+def _table(batch: Sequence[CliRequest], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(show_lines=True, expand=True)
+    table.add_column("prompt", ratio=1)
+    table.add_column(BASE_ALONE, ratio=1)
+    table.add_column(PROXY_TUNED, ratio=1, style="bold")
+    for request, row in zip(batch, rows, strict=True):
+        table.add_row(Text(request.label), *(Text(text.strip()) for text in row))
+    return table
+
+
+def _show_plain(
+    batch: Sequence[CliRequest], progress: Iterator[list[list[str]]]
+) -> list[list[str]]:
+    rows: list[list[str]] = []
+    for latest in progress:
+        rows = latest
+    for request, (base, tuned) in zip(batch, rows, strict=True):
+        for name, text in (("prompt", request.label), (BASE_ALONE, base), (PROXY_TUNED, tuned)):
+            print(f"{name}:\n{textwrap.indent(text.strip(), '    ')}", flush=True)
+        print(flush=True)
+    return rows
