@@ -9,11 +9,14 @@ import ctypes
 import gc
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from benchmarks.environment import REPOSITORY
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -69,7 +72,10 @@ def in_fresh_process(function: str, **arguments: Any) -> Any:
         RuntimeError: the process failed; holds the end of what it said.
     """
     command = [sys.executable, "-m", "benchmarks.memory", function, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The new interpreter finds this package wherever it is started from.
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    environ = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     if done.returncode != 0:
         raise RuntimeError(
             f"measuring memory with {function} failed with exit code {done.returncode}: "
