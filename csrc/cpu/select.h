@@ -115,21 +115,89 @@ inline bool walk(const Row& row, int n, const Need& need, Exponent e, Scratch& s
   return false;
 }
 
-// Counts and masses of the keys in [low, high], by (high - key) >> shift.
-inline void histogram(const Row& row, uint32_t low, uint32_t high, int shift, Exponent e, Scratch& s) {
+// How the range [low, high] of keys is cut into bins, highest first; monotone in x. The first cut is
+// linear in x, which spreads even noise evenly; later ones are of the key's bits, which always end.
+struct Binning {
+  uint32_t low, high;
+  bool linear;
+  float scale;  // linear: bins per unit of x
+  int shift;    // else: bits of the key that a bin spans
+
+  // Not past the last bin; kBins for what is outside the range.
+  uint32_t bin(float x) const {
+    const uint32_t key = key_of(x);
+    if (key < low || key > high) return kBins;
+    if (!linear) return (high - key) >> shift;
+    const float steps = (value_of(high) - x) * scale;
+    return steps < float(kBins - 1) ? uint32_t(steps) : kBins - 1;
+  }
+  void bins(const float* x, uint32_t* out) const {
+    if (!linear) {
+      for (int i = 0; i < kTile; ++i) out[i] = bin(x[i]);
+      return;
+    }
+    const F top = set(value_of(high)), bottom = set(value_of(low));
+    for (int i = 0; i < kTile; i += kWidth) {
+      const F v = load(x + i);
+      const U index = to_int_down(min(mul(sub(top, v), set(scale)), set(float(kBins - 1))));
+      store_u(out + i, select_u(ge(v, bottom) & ge(top, v), index, set_u(kBins)));
+    }
+  }
+  // The keys of one bin: lowest with bin <= b, highest with bin >= b.
+  void narrow(uint32_t b) {
+    uint32_t from = low, to = high;
+    for (uint32_t below = high; from < below;) {
+      const uint32_t middle = from + (below - from) / 2;
+      if (bin(value_of(middle)) <= b) below = middle; else from = middle + 1;
+    }
+    for (uint32_t above = low; above < to;) {
+      const uint32_t middle = to - (to - above) / 2;
+      if (bin(value_of(middle)) >= b) above = middle; else to = middle - 1;
+    }
+    low = from;
+    high = to;
+  }
+};
+
+// Where tokens lie, guessed from the likeliest tile: its spread, but no more than has any mass.
+inline Binning first_binning(const Row& row, uint32_t low, uint32_t high, Exponent e) {
+  int t = 0;
+  while (row.tile_max[t] != row.max) ++t;
+  float least = row.max;
+  for (int i = 0; i < kTile; ++i) {
+    if (row.tile(t)[i] > -INFINITY) least = std::min(least, row.tile(t)[i]);
+  }
+  const float span = std::min({row.max - least, value_of(high) - value_of(low), 46.0f / e.hi});
+  const float scale = float(kBins) / span;  // inf where the spread is 0
+  return {low, high, scale < FLT_MAX, scale, 0};
+}
+
+inline Binning key_binning(uint32_t low, uint32_t high) {
+  return {low, high, false, 0.0f, std::max(0, int(std::bit_width(high - low)) - kBinBits)};
+}
+
+// Counts and masses by bin. Neighbours count in tables of their own: flat rows put them into one bin,
+// and each addition would wait for the one before.
+inline void histogram(const Row& row, const Binning& binning, Exponent e, Scratch& s) {
   std::memset(s.counts, 0, sizeof(s.counts));
   std::memset(s.mass, 0, sizeof(s.mass));
   alignas(64) uint64_t q[kTile];
+  alignas(64) uint32_t bins[kTile];
   for (int t = 0; t < row.tiles; ++t) {
-    if (!(row.tile_max[t] >= value_of(low))) continue;
-    const float* x = row.tile(t);
-    masses(x, kTile, row.max, e, q);
-    for (int i = 0; i < kTile; ++i) {
-      const uint32_t key = key_of(x[i]);
-      if (key < low || key > high) continue;
-      const uint32_t bin = (high - key) >> shift;
-      ++s.counts[bin];
-      s.mass[bin] += q[i];
+    if (!(row.tile_max[t] >= value_of(binning.low))) continue;
+    masses(row.tile(t), kTile, row.max, e, q);
+    binning.bins(row.tile(t), bins);
+    for (int i = 0; i < kTile; i += kTables) {
+      for (int j = 0; j < kTables; ++j) {
+        ++s.counts[j][bins[i + j]];
+        s.mass[j][bins[i + j]] += q[i + j];
+      }
+    }
+  }
+  for (int j = 1; j < kTables; ++j) {
+    for (uint32_t b = 0; b < kBins; ++b) {
+      s.counts[0][b] += s.counts[j][b];
+      s.mass[0][b] += s.mass[j][b];
     }
   }
 }
@@ -150,29 +218,28 @@ inline void take_ties(const Row& row, uint32_t key, const Need& need, Exponent e
 
 // The shortest prefix of the tokens with x >= low that meets the need; all of them where none does.
 inline Prefix find_prefix(const Row& row, float low, const Need& need, Exponent e, Scratch& s) {
-  uint32_t from = key_of(tile_bound(row, low, need, e, s)), to = key_of(row.max);
+  const uint32_t bound = key_of(tile_bound(row, low, need, e, s));
+  Binning binning = first_binning(row, bound, key_of(row.max), e);
   Prefix taken{row.max, UINT32_MAX, 0, 0};
   while (true) {
-    const int n = collect(row, from, to, s);
+    const int n = collect(row, binning.low, binning.high, s);
     if (n >= 0) {
       if (walk(row, n, need, e, s, taken)) return taken;
       return {low, UINT32_MAX, taken.count, taken.mass};
     }
-    const int shift = std::max(0, int(std::bit_width(to - from)) - kHistogramBits);
-    histogram(row, from, to, shift, e, s);
-    const uint32_t last = (to - from) >> shift;
-    uint32_t bin = 0;
-    for (; bin <= last && !need.met(taken.count + s.counts[bin], taken.mass + s.mass[bin]); ++bin) {
-      taken.count += s.counts[bin];
-      taken.mass += s.mass[bin];
-    }
-    if (bin > last) return {low, UINT32_MAX, taken.count, taken.mass};
-    to -= bin << shift;
-    from = std::max(from, to - ((1u << shift) - 1));
-    if (shift == 0) {
-      take_ties(row, to, need, e, taken);
+    if (binning.low == binning.high) {
+      take_ties(row, binning.low, need, e, taken);
       return taken;
     }
+    histogram(row, binning, e, s);
+    uint32_t b = 0;
+    for (; b < kBins && !need.met(taken.count + s.counts[0][b], taken.mass + s.mass[0][b]); ++b) {
+      taken.count += s.counts[0][b];
+      taken.mass += s.mass[0][b];
+    }
+    if (b == kBins) return {low, UINT32_MAX, taken.count, taken.mass};
+    binning.narrow(b);
+    binning = key_binning(binning.low, binning.high);
   }
 }
 

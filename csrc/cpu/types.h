@@ -52,16 +52,18 @@ constexpr int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
 constexpr int kMaxTiles = int(kMaxVocabSize / kTile);
 constexpr int kCandidates = 4096;   // tokens sorted at once
-constexpr int kHistogramBits = 11;
+constexpr int kBinBits = 10;
+constexpr uint32_t kBins = 1u << kBinBits;
+constexpr int kTables = 4;
 constexpr int kBoundBins = 256;
 
-// Working memory of the selection, about 92 KiB whatever the vocabulary.
+// Working memory of the selection, about 116 KiB whatever the vocabulary.
 struct Scratch {
   alignas(64) float x[kCandidates];
   alignas(64) uint32_t ids[kCandidates];
   uint64_t order[kCandidates];
-  uint64_t mass[1 << kHistogramBits];
-  uint32_t counts[1 << kHistogramBits];
+  uint64_t mass[kTables][kBins + 1];  // the last bin is for what is outside the range
+  uint32_t counts[kTables][kBins + 1];
   uint8_t bins[kMaxTiles];
 };
 

@@ -36,7 +36,6 @@ inline F div(F a, F b) { return _mm256_div_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F min(F a, F b) { return _mm256_min_ps(a, b); }
-inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline float reduce_max(F a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -67,15 +66,13 @@ inline U select_u(uint32_t mask, U a, U b) { return _mm256_blendv_epi8(b, a, mas
 
 inline U add_u(U a, U b) { return _mm256_add_epi32(a, b); }
 inline U sub_u(U a, U b) { return _mm256_sub_epi32(a, b); }
-inline U and_u(U a, U b) { return _mm256_and_si256(a, b); }
-inline U or_u(U a, U b) { return _mm256_or_si256(a, b); }
 inline U xor_u(U a, U b) { return _mm256_xor_si256(a, b); }
 template <int kBits> inline U shift_left(U a) { return _mm256_slli_epi32(a, kBits); }
 template <int kBits> inline U shift_right(U a) { return _mm256_srli_epi32(a, kBits); }
 template <int kBits> inline U shift_right_signed(U a) { return _mm256_srai_epi32(a, kBits); }
 inline U bits(F a) { return _mm256_castps_si256(a); }
 inline F from_bits(U a) { return _mm256_castsi256_ps(a); }
-inline U to_int(F a) { return _mm256_cvtps_epi32(a); }
+inline U to_int_down(F a) { return _mm256_cvttps_epi32(a); }
 inline F int_to_float(U a) { return _mm256_cvtepi32_ps(a); }
 inline F uint_to_float(U a) {
   // Both halves convert exactly, and the product is exact: one rounding, in the sum.

@@ -39,8 +39,6 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 // a > b ? a : b, so NaN in a gives b.
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
-// To the nearest integer, ties to even.
-inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // Modulo 2^32.
 inline uint32_t reduce_add(U a) { return uint32_t(_mm512_reduce_add_epi32(a)); }
 inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
@@ -56,16 +54,14 @@ inline U select_u(uint32_t mask, U a, U b) { return _mm512_mask_blend_epi32(__mm
 
 inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
 inline U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
-inline U and_u(U a, U b) { return _mm512_and_si512(a, b); }
-inline U or_u(U a, U b) { return _mm512_or_si512(a, b); }
 inline U xor_u(U a, U b) { return _mm512_xor_si512(a, b); }
 template <int kBits> inline U shift_left(U a) { return _mm512_slli_epi32(a, kBits); }
 template <int kBits> inline U shift_right(U a) { return _mm512_srli_epi32(a, kBits); }
 template <int kBits> inline U shift_right_signed(U a) { return _mm512_srai_epi32(a, kBits); }
 inline U bits(F a) { return _mm512_castps_si512(a); }
 inline F from_bits(U a) { return _mm512_castsi512_ps(a); }
-// Of an integral value.
-inline U to_int(F a) { return _mm512_cvtps_epi32(a); }
+// Towards zero; a must be in the range of int32.
+inline U to_int_down(F a) { return _mm512_cvttps_epi32(a); }
 inline F int_to_float(U a) { return _mm512_cvtepi32_ps(a); }
 // Rounds to nearest.
 inline F uint_to_float(U a) { return _mm512_cvtepu32_ps(a); }

@@ -30,7 +30,6 @@ inline F div(F a, F b) { return a / b; }
 inline F fma(F a, F b, F c) { return std::fma(a, b, c); }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
-inline F round(F a) { return std::nearbyint(a); }
 inline uint32_t reduce_add(U a) { return a; }
 inline float reduce_max(F a) { return a; }
 
@@ -44,15 +43,13 @@ inline U select_u(uint32_t mask, U a, U b) { return mask ? a : b; }
 
 inline U add_u(U a, U b) { return a + b; }
 inline U sub_u(U a, U b) { return a - b; }
-inline U and_u(U a, U b) { return a & b; }
-inline U or_u(U a, U b) { return a | b; }
 inline U xor_u(U a, U b) { return a ^ b; }
 template <int kBits> inline U shift_left(U a) { return a << kBits; }
 template <int kBits> inline U shift_right(U a) { return a >> kBits; }
 template <int kBits> inline U shift_right_signed(U a) { return uint32_t(int32_t(a) >> kBits); }
 inline U bits(F a) { return std::bit_cast<uint32_t>(a); }
 inline F from_bits(U a) { return std::bit_cast<float>(a); }
-inline U to_int(F a) { return uint32_t(int32_t(a)); }
+inline U to_int_down(F a) { return uint32_t(int32_t(a)); }
 inline F int_to_float(U a) { return float(int32_t(a)); }
 inline F uint_to_float(U a) { return float(a); }
 
