@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from proxytune_kernels.cli.errors import FAILED, USAGE, expected, stop
@@ -42,6 +43,7 @@ def open_trio(source: str | None, **named: Any) -> Trio:
     if source is None and "base" not in roles:
         raise stop("no models: give --trio shipped, --trio DIR, or --base (and the pair)", USAGE)
     _quiet()
+    _check_device(named.get("device", "cpu"))
     with expected(ValueError, OSError, RuntimeError):
         return load_trio(source, **named)
 
@@ -53,6 +55,17 @@ def open_decoder(trio: Trio, max_batch_size: int, **settings: Any) -> Decoder:
         if settings.get("compile"):
             decoder.warm_up()
         return decoder
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # torch built without CUDA answers with an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise stop(
+            f"device must be one that torch can use here, got {device!r}: {reason}", FAILED
+        ) from error
 
 
 def _quiet() -> None:

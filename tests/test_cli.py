@@ -1,0 +1,290 @@
+"""The command line: what it prints, its exit codes, and one sentence for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import proxytune_kernels as ptk
+from proxytune_kernels.cli import app, output
+from proxytune_kernels.cli.requests import CliRequest
+from proxytune_kernels.decoder import StreamEvent
+
+PROMPTS = ["Question: Tom has 3 pens and buys 4 more.", "1 + 1 ="]
+SHIPPED = ["generate", "--trio", "shipped", "--dtype", "float32"]
+SAMPLED = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "7", "--max-tokens", "12"]
+PARAMS = ptk.SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=12)
+PROXYTUNE = [sys.executable, "-m", "proxytune_kernels"]
+
+
+def invoke(*arguments, stdin="", **env):
+    result = CliRunner().invoke(app, list(arguments), input=stdin, env=env)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def assert_fails(result, code, *words):
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    return result
+
+
+def assert_one_sentence(result, code, *words):
+    assert_fails(result, code, *words)
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What the decoder gives for PROMPTS."""
+    decoder = ptk.Decoder(ptk.load_trio("shipped", dtype="float32"))
+    return decoder.generate(PROMPTS, PARAMS)
+
+
+def test_jsonl_is_what_the_decoder_gives(expected):
+    result = invoke(*SHIPPED, *SAMPLED, "--format", "jsonl", *PROMPTS)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(records) == len(expected)
+    for i, (record, wanted) in enumerate(zip(records, expected, strict=True)):
+        assert list(record) == [
+            *("index", "prompt", "text", "token_ids", "logprobs"),
+            *("finish_reason", "stop_reason", "seed"),
+        ]
+        assert record["index"] == i
+        assert record["prompt"] == PROMPTS[i]
+        assert record["text"] == wanted.text
+        assert record["token_ids"] == wanted.token_ids
+        assert record["logprobs"] == pytest.approx(wanted.logprobs, abs=1e-5)
+        assert record["finish_reason"] == wanted.finish_reason
+        assert record["seed"] == 7
+
+
+def test_one_prompt_prints_its_text_alone(expected):
+    result = invoke(*SHIPPED, *SAMPLED, PROMPTS[0])
+    assert result.stdout == expected[0].text + "\n"
+
+
+def test_several_prompts_print_in_order_under_headings(expected):
+    result = invoke(*SHIPPED, *SAMPLED, stdin="\n".join(PROMPTS) + "\n\n")
+    assert result.stdout == (
+        f"==> {PROMPTS[0]} <==\n{expected[0].text}\n\n==> {PROMPTS[1]} <==\n{expected[1].text}\n"
+    )
+
+
+def test_a_jsonl_file_overrides_parameters(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": PROMPTS[0]}, {"prompt": [5, 6, 7], "max_tokens": 3, "seed": 9}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    result = invoke(*SHIPPED, *SAMPLED, "--ignore-eos", "--format", "jsonl", "--file", str(file))
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert (len(first["token_ids"]), first["seed"]) == (12, 7)
+    assert (len(second["token_ids"]), second["seed"]) == (3, 9)
+    assert second["prompt"] == [5, 6, 7]
+
+
+def test_every_option_reaches_the_sampling_parameters(monkeypatch):
+    seen = []
+
+    def read_requests(prompts, file, jsonl, params):
+        seen.append(params)
+        return []
+
+    monkeypatch.setattr("proxytune_kernels.cli.generate.read_requests", read_requests)
+    options: Any = {
+        "alpha": 0.5, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.1,
+        "filter_order": "joint", "seed": 2**64 - 1, "max_tokens": 9, "min_tokens": 2,
+    }  # fmt: skip
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    arguments += ["--stop", "a", "--stop", "b", "--stop-token-id", "3", "--ignore-eos"]
+    invoke(*SHIPPED, *arguments, "--include-stop-str-in-output", "x")
+    assert seen == [
+        ptk.SamplingParams(
+            **options, stop=("a", "b"), stop_token_ids=(3,), ignore_eos=True,
+            include_stop_str_in_output=True,
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_side_by_side_shows_the_base_alone_and_the_proxy_tuned(terminal, expected):
+    env = {"FORCE_COLOR": "1", "COLUMNS": "200", "TERM": "xterm"} if terminal else {}
+    result = invoke(*SHIPPED, *SAMPLED, "--format", "side-by-side", *PROMPTS, **env)
+    assert result.exit_code == 0, result.output
+    assert ("\x1b[" in result.stdout) == terminal
+    for text in ("base alone", "proxy-tuned", *PROMPTS):
+        assert text in result.stdout
+    trio = ptk.load_trio("shipped", dtype="float32")
+    alone = ptk.Decoder(trio, roles=("base",)).generate(PROMPTS, PARAMS)
+    for request in (*alone, *expected):
+        for word in request.text.split():
+            assert word in result.stdout
+
+
+def event(index, text, *, last=False):
+    done: Any = "anything but None" if last else None
+    return StreamEvent(index, index, text, (1,), (0.0,), done)
+
+
+def test_texts_stream_in_the_order_of_the_prompts(capsys):
+    requests = [CliRequest(p, PARAMS) for p in ("p", "q", "r")]
+    shown = []
+
+    def events():
+        yield event(1, "B", last=True)
+        shown.append(capsys.readouterr().out)
+        yield event(0, "a")
+        shown.append(capsys.readouterr().out)
+        yield event(0, "A", last=True)
+        shown.append(capsys.readouterr().out)
+        yield event(2, "C", last=True)
+
+    output.write_text(events(), requests)
+    shown.append(capsys.readouterr().out)
+    assert shown == ["==> p <==\n", "a", "A\n\n==> q <==\nB\n\n==> r <==\n", "C\n"]
+
+
+def test_demo_shows_four_prompts_and_ends_with_a_summary():
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("Question:") == 4
+    assert result.stdout.count("base alone:") == result.stdout.count("proxy-tuned:") == 4
+    assert "proxytune generate --help" in result.stdout.splitlines()[-1]
+
+
+def test_info_names_backends_versions_and_the_agreement():
+    result = invoke("info", "--trio", "shipped")
+    assert result.exit_code == 0, result.output
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert lines["proxytune_kernels"] == ptk.__version__
+    assert lines["python"] == sys.version.split()[0]
+    assert result.stdout.count("backend ") == len(ptk.backends())
+    assert "LlamaForCausalLM" in lines["base"]
+    assert lines["vocabulary"].startswith(str(ptk.load_trio("shipped").vocab_size))
+
+
+def test_info_gives_the_reason_of_an_unusable_backend(monkeypatch):
+    reasons = {"cpu": "the C++ extension is not built", "reference": None}
+    monkeypatch.setattr("proxytune_kernels.cli.info.backends", lambda: reasons)
+    assert "not usable: the C++ extension is not built" in invoke("info").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--top-p", "2"], ["top_p must be in (0, 1]", "2.0"]),
+        (["--alpha", "nan"], ["alpha", "finite"]),
+        (["--filter-order", "best"], ["filter_order", "'best'", "joint"]),
+        (["--max-tokens", "0"], ["max_tokens", "at least 1"]),
+        (["--max-batch-size", "0"], ["max_batch_size"]),
+        (["--file", "prompts.txt"], ["not both"]),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_and_exit_code_2(arguments, words):
+    assert_one_sentence(invoke(*SHIPPED, *arguments, "prompt"), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", ["line 2", "JSON object"]),
+        ("[1]", ["line 2", '"prompt"']),
+        ('{"prompt": "a", "topp": 1}', ["line 2", "'topp'", "top_p"]),
+        ('{"prompt": "a", "top_p": 2}', ["line 2", "top_p must be in (0, 1]"]),
+        ('{"prompt": "a", "alpha": "1"}', ["line 2", "alpha", "'1'"]),
+    ],
+)
+def test_a_wrong_json_line_is_named(line, words):
+    result = invoke(*SHIPPED, "--jsonl", stdin='{"prompt": "a"}\n' + line)
+    assert_one_sentence(result, 2, "standard input", *words)
+
+
+def test_usage_errors_have_exit_code_2():
+    assert_one_sentence(invoke("generate", "prompt"), 2, "--trio shipped")
+    assert_one_sentence(invoke(*SHIPPED, stdin=" \n"), 2, "standard input holds no prompt")
+    assert_fails(invoke("generate", "--no-such-option"), 2, "--no-such-option")
+    assert_fails(invoke("no-such-command"), 2, "no-such-command")
+    assert_fails(invoke(*SHIPPED, "--format", "xml", "prompt"), 2, "xml", "jsonl")
+    only_base = ["generate", "--base", shipped_role("base"), "--tokenizer", shipped_role("")]
+    assert_one_sentence(
+        invoke(*only_base, "--format", "side-by-side", "prompt"), 2, "--expert and --anti"
+    )
+
+
+def shipped_role(role):
+    return os.path.join(os.path.dirname(ptk.__file__), "data", "trio", role)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--trio", "nowhere"], ["nowhere", "trio.json"]),
+        (["--base", "no-such-model-here"], ["base", "no-such-model-here"]),
+        (["--trio", "shipped", "--dtype", "int8"], ["dtype", "int8"]),
+        (["--trio", "shipped", "--expert", "nowhere"], ["expert", "nowhere"]),
+        (["--trio", "shipped", "--device", "cuda:99"], ["device", "cuda:99"]),
+        (["--trio", "shipped", "--backend", "abacus"], ["backend", "abacus"]),
+        (["--trio", "shipped", "--max-seq-len", "8"], ["prompts[0]", "max_tokens"]),
+        (["--trio", "shipped", "--file", "nowhere.txt"], ["nowhere.txt"]),
+    ],
+)
+def test_what_fails_while_running_is_one_sentence(arguments, words):
+    prompt = [] if "--file" in arguments else ["prompt"]
+    result = invoke("generate", *arguments, *prompt)
+    assert result.exit_code in (1, 2)
+    assert_one_sentence(result, result.exit_code, *words)
+
+
+def test_help_and_version_go_to_standard_output():
+    assert invoke("--version").stdout == f"proxytune {ptk.__version__}\n"
+    for command in ("generate", "info", "demo"):
+        assert invoke(command, "--help").exit_code == 0
+    assert "--include-stop-str-in-output" in invoke("generate", "--help").stdout
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [*PROXYTUNE, *SHIPPED, "--max-tokens", "900", "--ignore-eos", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    with start("prompt") as process:
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert process.stderr.read() == b""
+
+
+def test_an_interrupt_ends_it_quietly_with_130():
+    with start("prompt") as process:
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert errors == b""
+
+
+def test_without_transformers_it_says_what_to_install():
+    code = (
+        "import sys; sys.modules['transformers'] = None; "
+        "from proxytune_kernels.cli import main; sys.argv = ['proxytune', 'generate', "
+        "'--trio', 'shipped', 'prompt']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'proxytune_kernels[hf]'" in done.stderr
+    assert "Traceback" not in done.stderr
