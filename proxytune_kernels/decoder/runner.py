@@ -138,12 +138,12 @@ class Runner:
         return [x.to(self.device) for x in logits]
 
     @torch.inference_mode()
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile all there is to compile; the slots must be empty, and are again."""
         for runner in self.roles.values():
             runner.warm_up()
 
+    @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Move a slot's content to an empty slot."""
         for runner in self.roles.values():

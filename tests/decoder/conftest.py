@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from proxytune_kernels.backends import backends
@@ -24,10 +25,7 @@ def one_thread() -> None:
 
 
 def byte_tokenizer() -> Any:
-    """Three special tokens, 256 bytes, and three longer tokens: "stop", " stop" and a half-character.
-
-    "\\u00e2\\u0124" spells the first two bytes (e2 82) of the euro sign.
-    """
+    """Three special tokens, the 256 bytes, and "st", "op", "stop"."""
     special = ["<pad>", "<s>", "</s>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("s", "t"), ("o", "p"), ("st", "op")]
@@ -80,28 +78,49 @@ def make_decoder() -> Callable[..., Decoder]:
     return make
 
 
+def argmax(logits: dict[str, Tensor], alpha: float) -> int:
+    combined = logits["base"]
+    if "expert" in logits:
+        combined = combined + alpha * (logits["expert"] - logits["anti"])
+    return int(combined.argmax())
+
+
 @torch.no_grad()
-def naive_greedy(
-    models: Mapping[str, Any], prompts: Mapping[str, Sequence[int]], alpha: float, count: int
+def naive_loop(
+    models: Mapping[str, Any],
+    prompts: Mapping[str, Sequence[int]],
+    count: int,
+    pick: Callable[[dict[str, Tensor], int], int],
 ) -> list[int]:
-    """Greedy proxy-tuning as one would write it first: no cache, no batch, three whole forwards."""
+    """Proxy-tuning as one would write it first: no cache, no batch, whole forwards.
+
+    ``pick`` gets each role's last logits [V] and the position, and returns the next token.
+    """
     sequences = {role: list(prompts[role]) for role in models}
     output: list[int] = []
-    for _ in range(count):
+    for position in range(count):
         logits = {
             role: model(torch.tensor([sequences[role]]), use_cache=False).logits[0, -1]
             for role, model in models.items()
         }
-        combined = logits["base"]
-        if "expert" in logits:
-            combined = combined + alpha * (logits["expert"] - logits["anti"])
-        token_id = int(combined.argmax())
-        output.append(token_id)
+        output.append(pick(logits, position))
         for sequence in sequences.values():
-            sequence.append(token_id)
+            sequence.append(output[-1])
     return output
 
 
 @pytest.fixture
+def naive() -> Callable[..., list[int]]:
+    return naive_loop
+
+
+@pytest.fixture
 def greedy() -> Callable[..., list[int]]:
-    return naive_greedy
+    """The naive loop with the argmax: (models, prompts, alpha, count) -> token ids."""
+
+    def run(
+        models: Mapping[str, Any], prompts: Mapping[str, Sequence[int]], alpha: float, count: int
+    ) -> list[int]:
+        return naive_loop(models, prompts, count, lambda logits, _: argmax(logits, alpha))
+
+    return run

@@ -1,0 +1,173 @@
+"""The slot cache and its attention against the plain forward of transformers, in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from proxytune_kernels.decoder.runner import RoleRunner, Runner
+
+VOCAB_SIZE = 96
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA2 = {
+    "head_dim": 8,
+    "sliding_window": 4,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 7.0,
+    "query_pre_attn_scalar": 8,
+}
+QWEN2 = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+ARCHITECTURES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "llama-mha": (LlamaForCausalLM, LlamaConfig(**{**SIZES, "num_key_value_heads": 4})),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16)),
+    "qwen2-mixed-window": (Qwen2ForCausalLM, Qwen2Config(**SIZES, **QWEN2)),
+    "mistral-window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=5)),
+    "gemma2-softcap": (Gemma2ForCausalLM, Gemma2Config(**SIZES, **GEMMA2)),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4)),
+}
+# fp64 forwards differ by some 1e-15 of logits up to 30 here; the runner gives fp32, 2^-24 of them.
+# Gemma 2's own eager attention takes its softmax in fp32.
+TOLERANCE = {"gemma2-softcap": 1e-4}
+
+
+def make(architecture: str) -> Any:
+    model_class, config = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    model = model_class(config).double().eval()
+    if architecture == "gemma2-softcap":
+        model.set_attn_implementation("eager")
+    return model
+
+
+@torch.no_grad()
+def plain(model: Any, token_ids: list[int]) -> Tensor:
+    logits: Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0, -1]
+    return logits.float()
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist()
+    return ids
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("lengths", [(9, 3, 14), (7, 7, 7), (11,)], ids=str)
+def test_logits_equal_the_plain_forward(architecture: str, lengths: tuple[int, ...]) -> None:
+    model = make(architecture)
+    runner = Runner({"base": model}, 4, 64)
+    rows = [random_ids(length, seed) for seed, length in enumerate(lengths)]
+    logits = [runner.prefill([slot], {"base": [row]})[0][0] for slot, row in enumerate(rows)]
+    for step in range(12):
+        for row, row_logits in zip(rows, logits, strict=True):
+            torch.testing.assert_close(
+                row_logits, plain(model, row), rtol=1e-6, atol=TOLERANCE.get(architecture, 1e-6)
+            )
+        token_ids = random_ids(len(rows), 100 + step)
+        for row, token_id in zip(rows, token_ids, strict=True):
+            row.append(token_id)
+        logits = list(runner.decode(torch.tensor(token_ids)[:, None])[0])
+
+
+def test_equal_prompts_prefill_together() -> None:
+    model = make("mistral-window")
+    runner = Runner({"base": model}, 4, 64)
+    rows = [random_ids(8, seed) for seed in range(3)]
+    logits = runner.prefill([3, 0, 2], {"base": rows})[0]
+    for row, row_logits in zip(rows, logits, strict=True):
+        torch.testing.assert_close(row_logits, plain(model, row), rtol=1e-6, atol=1e-6)
+
+
+def test_moved_and_reused_slots() -> None:
+    model = make("llama")
+    runner = Runner({"base": model}, 3, 64)
+    long, short, new = random_ids(20, 0), random_ids(5, 1), random_ids(3, 2)
+    runner.prefill([0], {"base": [long]})
+    runner.prefill([1], {"base": [short]})
+    runner.release(0)
+    runner.move(1, 0)
+    runner.prefill([1], {"base": [new]})
+    logits = runner.decode(torch.tensor([[7], [8]]))[0]
+    torch.testing.assert_close(logits[0], plain(model, [*short, 7]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits[1], plain(model, [*new, 8]), rtol=1e-6, atol=1e-6)
+
+
+def test_nan_of_a_request_does_not_reach_the_next() -> None:
+    model = make("llama")
+    runner = RoleRunner("base", model, 2, 64)
+    with torch.inference_mode():
+        runner.prefill([0], [random_ids(12, 0)])
+        runner.prefill([1], [random_ids(10, 1)])
+        for layer in (*runner.cache.keys, *runner.cache.values):
+            layer[1, :10] = torch.nan
+        runner.cache.release(1)
+        runner.prefill([1], [[5]])
+        logits = runner.decode(torch.tensor([[7], [8]]))
+    torch.testing.assert_close(logits[1], plain(model, [5, 8]), rtol=1e-6, atol=1e-6)
+
+
+def test_the_callers_model_is_left_as_it_was() -> None:
+    model = make("llama")
+    before = plain(model, [3, 4, 5])
+    runner = RoleRunner("base", model, 2, 64)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(plain(model, [3, 4, 5]), before)
+    shared = {id(p) for p in model.parameters()}
+    assert {id(p) for p in runner.model.parameters()} == shared
+
+
+def test_layers_that_a_slot_cache_cannot_serve_are_refused() -> None:
+    model = make("gemma3")
+    model.config.layer_types = ["full_attention", "chunked_attention", "linear_attention"]
+    wanted = r"expert must have layers of .*, got Gemma3ForCausalLM with chunked.*, linear.*"
+    with pytest.raises(ValueError, match=wanted):
+        RoleRunner("expert", model, 2, 64)
+
+
+def test_models_that_hide_their_attention_are_refused() -> None:
+    with pytest.raises(ValueError, match="anti must be a model whose attention .* got Linear"):
+        RoleRunner("anti", torch.nn.Linear(2, 2), 2, 64)
+
+
+def test_unknown_attention_terms_are_refused() -> None:
+    model = make("llama")
+    runner = RoleRunner("base", model, 2, 64)
+    step = runner.cache.prefill_step([0], 2)
+    with pytest.raises(NotImplementedError, match="got s_aux from LlamaAttention"):
+        runner.model(
+            torch.tensor([[1, 2]]),
+            position_ids=step.position_ids,
+            past_key_values=step,
+            cache_step=step,
+            s_aux=torch.zeros(4),
+        )
