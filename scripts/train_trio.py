@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -27,8 +26,8 @@ from trio_training import arithmetic, batches, evaluation, record, text, trainin
 from trio_training.recipe import CONTEXT, FULL, QUICK, Recipe
 
 SHIPPED = Path(__file__).parents[1] / "proxytune_kernels" / "data" / "trio"
-STATEMENT_DOCUMENTS = 6000
-TOKENIZER_DOCUMENTS = 600  # of the text, with a tenth as many of statements
+HELD_OUT_SEED, OTHER_SEED = 777, 778  # of the two evaluation sets
+TOKENIZER_DOCUMENTS = 600  # of the text; a tenth as many of statements are added
 
 Models = dict[str, LlamaForCausalLM]
 Phases = dict[str, training.Phase]
@@ -40,9 +39,9 @@ def train_all(
     recipe: Recipe, tokenizer: Tokenizer, corpus: text.Corpus, progress: Progress
 ) -> tuple[Models, Phases]:
     """Pretrain base and anti, then tune copies of them: the expert, and the base for comparison."""
-    prose = batches.encode_documents(tokenizer, corpus.training)
+    prose = batches.encode_documents(tokenizer, corpus.training[: recipe.documents])
     statements = batches.encode_documents(
-        tokenizer, batches.statement_documents(STATEMENT_DOCUMENTS, seed=1)
+        tokenizer, batches.statement_documents(recipe.statement_documents, seed=1)
     )
     models: Models = {}
     phases: Phases = {}
@@ -52,7 +51,7 @@ def train_all(
     }
     for role, (shape, schedule) in pretraining.items():
         model = training.build(shape, recipe.vocab_size, recipe.init_seed)
-        rows = recipe.arithmetic_rows
+        rows = schedule.statement_rows
         streams = [(prose, schedule.rows - rows), (statements, rows)]
         windows = batches.window_batches(streams, CONTEXT, schedule.seed)
         phases[role] = training.train(model, windows, schedule, progress, f"{role}: text")
@@ -63,7 +62,9 @@ def train_all(
         "direct": ("base", recipe.direct_tuning),
     }
     for role, (untuned, schedule) in tuning.items():
-        rows_of_problems = batches.tuning_batches(tokenizer, schedule.rows, schedule.seed)
+        rows_of_problems = batches.tuning_batches(
+            tokenizer, schedule.rows, schedule.statement_rows, schedule.seed
+        )
         models[role], phases[role] = training.tuned_copy(
             models[untuned], rows_of_problems, schedule, progress, f"{role}: sums in words"
         )
@@ -76,8 +77,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Return exact match and answer NLL of every method, on held-out and on other operand pairs."""
     sets = {
-        "held_out_pairs": arithmetic.problems(recipe.problems, seed=777, held_out=True),
-        "other_pairs": arithmetic.problems(recipe.problems, seed=778),
+        "held_out_pairs": arithmetic.problems(recipe.problems, seed=HELD_OUT_SEED, held_out=True),
+        "other_pairs": arithmetic.problems(recipe.problems, seed=OTHER_SEED),
     }
     results: list[dict[str, Any]] = []
     for method in progress.track(evaluation.METHODS, description="evaluation"):
@@ -172,17 +173,17 @@ def main(
     transformers_logging.disable_progress_bar()
     try:
         if compare:
+            shipped = json.loads((SHIPPED / record.RECORD).read_text(encoding="utf-8"))
             with tempfile.TemporaryDirectory() as directory:
                 found = run(FULL, Path(directory), allow_other_text, console)
-            shipped = json.loads((SHIPPED / record.RECORD).read_text(encoding="utf-8"))
             check(found, shipped, console)
         else:
             found = run(QUICK if quick else FULL, out, allow_other_text, console)
-            console.print(f"wrote {out}")
+            console.print(f"wrote {out}", soft_wrap=True, highlight=False)
     except text.TextMismatch as error:
         console.print(f"error: {error}", style="red", soft_wrap=True)
         raise typer.Exit(2) from None
-    console.print(record.results_table(found["results"]), soft_wrap=True)
+    console.print(record.results_table(found["results"]), soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_ID = 0
 IGNORE = -100  # label of a position that carries no loss (torch's cross_entropy default)
 STATEMENTS_PER_DOCUMENT = 30
+STATEMENTS_PER_REHEARSAL = 6  # about as many tokens as a word problem
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # input ids and labels, int64 [rows, length] each
 
@@ -73,15 +74,11 @@ def window_batches(
         yield stacked[:, :-1], stacked[:, 1:]
 
 
-def answer_batch(tokenizer: Tokenizer, problems: Sequence[Problem]) -> Batch:
-    """Return problems as one right-padded batch whose labels cover the answers and the end alone.
+def padded_batch(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """Return (given, scored) token ids as a right-padded batch whose labels cover the scored alone.
 
     The padding needs no attention mask: it stands after all that is scored.
     """
-    pairs = [
-        (tokenizer.encode(p.prompt).ids, [*tokenizer.encode(p.answer).ids, END_ID])
-        for p in problems
-    ]
     length = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
     inputs = torch.full((len(pairs), length), END_ID)
     labels = torch.full((len(pairs), length), IGNORE)
@@ -92,8 +89,26 @@ def answer_batch(tokenizer: Tokenizer, problems: Sequence[Problem]) -> Batch:
     return inputs, labels
 
 
-def tuning_batches(tokenizer: Tokenizer, rows: int, seed: int) -> Iterator[Batch]:
-    """Yield endless batches of word problems, none with a held-out pair of operands."""
+def answer_pair(tokenizer: Tokenizer, item: Problem) -> tuple[list[int], list[int]]:
+    """Return a problem's prompt, which is given, and its answer with the end, which is scored."""
+    return tokenizer.encode(item.prompt).ids, [*tokenizer.encode(item.answer).ids, END_ID]
+
+
+def tuning_batches(
+    tokenizer: Tokenizer, rows: int, statement_rows: int, seed: int
+) -> Iterator[Batch]:
+    """Yield endless batches of word problems, none with a held-out pair of operands.
+
+    Args:
+        rows: rows per batch.
+        statement_rows: rows of these that hold plain statements, of any pair, all of them scored:
+            without them, tuning overwrites the sums that only pretraining has shown.
+        seed: of problems and statements.
+    """
     rng = random.Random(seed)
     while True:
-        yield answer_batch(tokenizer, [problem(rng) for _ in range(rows)])
+        pairs = [answer_pair(tokenizer, problem(rng)) for _ in range(rows - statement_rows)]
+        for _ in range(statement_rows):
+            lines = "".join(statement(rng) for _ in range(STATEMENTS_PER_REHEARSAL))
+            pairs.append(([END_ID], tokenizer.encode(lines).ids))
+        yield padded_batch(pairs)

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from .arithmetic import Problem, stated_answer
-from .batches import END_ID, IGNORE, answer_batch
+from .batches import END_ID, IGNORE, answer_pair, padded_batch
 
-MAX_ANSWER_TOKENS = 16  # the longest right answer takes 14: " 9 + 9 = 18\n#### 18" and the end
+MAX_ANSWER_TOKENS = 24  # the longest right answer takes 18, its end included
 LIKELIHOOD_ROWS = 50  # problems per forward; bounds memory
 
 
@@ -58,7 +58,9 @@ def answer_nll(
     """Return the mean negative log-likelihood per answer token, the end token included, in nats."""
     total, count = 0.0, 0
     for at in range(0, len(problems), LIKELIHOOD_ROWS):
-        inputs, labels = answer_batch(tokenizer, problems[at : at + LIKELIHOOD_ROWS])
+        inputs, labels = padded_batch(
+            [answer_pair(tokenizer, p) for p in problems[at : at + LIKELIHOOD_ROWS]]
+        )
         scored = labels != IGNORE
         logits = [models[r](input_ids=inputs, use_cache=False).logits[scored] for r in method.roles]
         total += F.cross_entropy(method.combine(logits), labels[scored], reduction="sum").item()
@@ -91,6 +93,8 @@ def greedy_answers(
                 logits.append(output.logits[:, -1])
             fed = method.combine(logits).argmax(-1, keepdim=True)
             drawn.append(fed)
+            if (torch.cat(drawn, dim=1) == END_ID).any(1).all():
+                break
         for (index, _), row in zip(group, torch.cat(drawn, dim=1).tolist(), strict=True):
             token_ids = row[: row.index(END_ID)] if END_ID in row else row
             answers[index] = tokenizer.decode(token_ids)

@@ -36,6 +36,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         pad_token=END_OF_TEXT,
         model_max_length=MAX_POSITIONS,
     ).save_pretrained(directory)
+    # transformers 5 writes a class name that 4 does not know; both know this one.
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def file_hashes(directory: Path) -> dict[str, str]:

@@ -127,4 +127,4 @@ def round_to_bf16(model: LlamaForCausalLM) -> None:
 
 def save(model: LlamaForCausalLM, directory: Path) -> None:
     """Write config and bf16 safetensors; the model in memory stays fp32."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(directory)
+    copy.deepcopy(model).bfloat16().save_pretrained(directory)
