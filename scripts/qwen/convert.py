@@ -27,6 +27,9 @@ def convert(gguf: Path, directory: Path) -> None:
     )
     with new_directory(directory) as partial:
         save_checkpoint(model, tokenizer, partial)
+        # GGUF has no field for the NFC normaliser that Qwen2Tokenizer brings; written a second
+        # time it is in tokenizer.json too, for readers of that file alone.
+        AutoTokenizer.from_pretrained(partial).save_pretrained(partial)
 
 
 def save_checkpoint(

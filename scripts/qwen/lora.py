@@ -150,7 +150,7 @@ def train(
     # PEFT would record the path on this machine.
     model.peft_config["default"].base_model_name_or_path = f"../{small.name}"
     with new_directory(adapter) as partial:
-        model.save_pretrained(str(partial))
+        model.save_pretrained(str(partial), save_embedding_layers=False)
         record = {"settings": asdict(settings), "losses": losses, "torch": torch.__version__}
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return losses
