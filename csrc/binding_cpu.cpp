@@ -51,6 +51,7 @@ constexpr int64_t kParallelVocabSize = 16384;
 // each row over all of them. An error must not leave a worker thread as an exception.
 template <typename Call>
 void over_rows(int64_t rows, int64_t vocab_size, bool rejection, Call call) {
+  if (rows == 0) return;  // an empty tensor's pointer is null, which the C API refuses
   const int64_t threads = torch::stable::get_num_threads();
   if (rows < threads && vocab_size >= kParallelVocabSize) {
     const proxytune_parallel parallel{run_chunks, nullptr, int(threads)};

@@ -107,7 +107,9 @@ void verify_row(const proxytune_verify_args& a, const Kernels& kernels, int64_t 
   RawParams params = params_at(a.params, a.inputs, row);
   int32_t status = 0, accepted = 0;
   bool active = true;
-  for (int64_t j = 0; j <= k; ++j, ++params.position) {
+  const uint64_t first = uint64_t(params.position);
+  for (int64_t j = 0; j <= k; ++j) {
+    params.position = int64_t(first + uint64_t(j));  // past 2^63 - 1: negative, so out of range
     VerifyStep step;
     if (active) {
       const RowInput in = input_at(a.inputs, row, j);

@@ -116,11 +116,12 @@ inline bool accepts(const Target& target, const RowParams& p, const Target& draf
 // One position of rejection: the token to emit, its logprob, and whether it is the draft.
 inline VerifyStep reject_step(const RowInput& in, const RowInput* draft_in, const RawParams& raw,
                               int64_t draft_id, Buffers& b) {
-  RowParams p, q = make_row_params(raw);
+  RowParams p;
   const Target target = make_target(in, raw, false, p, b, 0);
   VerifyStep step;
   step.status = target.row.status;
   if (!target.drawable) return step;
+  RowParams q = p;  // stands where the draft has nothing to draw from
   const auto draw = [&](uint32_t stream) -> int64_t {
     const NoiseKey key = make_noise_key(raw.seed, raw.position, stream);
     return p.greedy ? target.kept.id : race(target.row, target.kept, p, key);
