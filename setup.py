@@ -38,8 +38,8 @@ def extension() -> dict[str, object]:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         sys.exit(
-            "proxytune_kernels builds its extension against the torch that is installed, and none is "
-            "importable here: install torch first, then run `pip install --no-build-isolation .` "
+            "proxytune_kernels builds its extension against the torch that is installed, and none "
+            "is importable here: install torch, then run `pip install --no-build-isolation .` "
             "(or set PROXYTUNE_SKIP_EXT=1 to build without the extension)"
         )
     sanitize = SANITIZE if os.environ.get("PROXYTUNE_SANITIZE") == "1" else []
