@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Case:
 class ProviderTimes:
     """What one provider took, repeat by repeat; seconds."""
 
+    set_up: float = 0.0
     warm_up: float = 0.0
     totals: list[float] = field(default_factory=list)
     first_tokens: list[list[float]] = field(default_factory=list)
@@ -49,6 +51,10 @@ class ProviderTimes:
         """Per repeat, the median time between a row's tokens."""
         return [Summary.of(intervals).median for intervals in self.intervals]
 
+    def mean_steps(self) -> list[float]:
+        """Per repeat, the mean time between a row's tokens."""
+        return [fmean(intervals) for intervals in self.intervals]
+
 
 @dataclass
 class CaseTimes:
@@ -56,12 +62,16 @@ class CaseTimes:
 
     case: Case
     providers: dict[str, ProviderTimes]
-    forwards: list[dict[str, float]]
-    """Per repeat, role -> median seconds of a bare one-token forward."""
+    forwards: list[dict[str, list[float]]]
+    """Per repeat, role -> seconds of each bare one-token forward."""
 
     def forward_sums(self) -> list[float]:
-        """Per repeat, the sum of the bare forwards of all roles, seconds."""
-        return [sum(roles.values()) for roles in self.forwards]
+        """Per repeat, the roles' median bare forwards summed, seconds."""
+        return [sum(Summary.of(s).median for s in roles.values()) for roles in self.forwards]
+
+    def mean_sums(self) -> list[float]:
+        """Per repeat, the roles' mean bare forwards summed, seconds."""
+        return [sum(fmean(s) for s in roles.values()) for roles in self.forwards]
 
     def record(self, name: str) -> dict[str, Any]:
         """Plain values of one provider, for a line of results. Ratios are paired by repeat."""
@@ -69,19 +79,22 @@ class CaseTimes:
         tokens = self.case.batch_size * self.case.output_length
         intervals = [s * _MS for repeat in times.intervals for s in repeat]
         forwards = {
-            role: Summary.of(r[role] * _MS for r in self.forwards).median
+            role: _MS
+            * Summary.of(Summary.of(repeat[role]).median for repeat in self.forwards).median
             for role in self.forwards[0]
         }
         return {
             "provider": name,
             **asdict(self.case),
             "repeats": len(times.totals),
+            "set_up_seconds": times.set_up,
             "warm_up_seconds": times.warm_up,
             "tokens_per_second": asdict(Summary.of(tokens / s for s in times.totals)),
             "first_token_ms": asdict(Summary.of(s * _MS for r in times.first_tokens for s in r)),
             "output_token_ms": percentiles(intervals),
             "bare_forwards_ms": {**forwards, "sum": sum(forwards.values())},
             "step_over_forwards": asdict(paired_ratios(times.steps(), self.forward_sums())),
+            "mean_step_over_forwards": asdict(paired_ratios(times.mean_steps(), self.mean_sums())),
             "speed_over_naive": None if naive is None
             else asdict(paired_ratios(naive.totals, times.totals)),
             "step_speed_over_naive": None if naive is None
@@ -114,7 +127,7 @@ def time_case(
     """
     prompts = make_prompts(trio, case.batch_size, case.prompt_length)
     steps = case.output_length - 1
-    result = CaseTimes(case, {p.name: ProviderTimes() for p in providers}, [])
+    result = CaseTimes(case, {p.name: ProviderTimes(p.set_up_seconds) for p in providers}, [])
     for provider in providers:
         start = time.perf_counter()
         provider.generate(prompts, case.output_length)
@@ -126,7 +139,6 @@ def time_case(
         for provider in providers:
             result.providers[provider.name].add(provider.generate(prompts, case.output_length))
             tick(provider.name)
-        seconds = bare_forwards(trio.models, prompts, steps)
-        result.forwards.append({role: Summary.of(s).median for role, s in seconds.items()})
+        result.forwards.append(bare_forwards(trio.models, prompts, steps))
         tick("bare forwards")
     return result

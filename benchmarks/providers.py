@@ -33,10 +33,14 @@ class Generation:
 
 
 class Provider(Protocol):
-    """Decodes prompts of one length to exactly ``max_tokens`` tokens each."""
+    """Decodes prompts of one length to exactly ``max_tokens`` tokens each.
+
+    ``set_up_seconds`` is what it took to make, compilation included.
+    """
 
     name: str
     roles: tuple[str, ...]
+    set_up_seconds: float
 
     def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
         """Greedy, or sampled at the temperature and top_p above."""
@@ -54,6 +58,7 @@ class NaiveLoop:
     """
 
     name = "naive"
+    set_up_seconds = 0.0
 
     def __init__(self, trio: Trio, roles: Sequence[str] | None = None) -> None:
         self.roles = trio.roles if roles is None else tuple(roles)
@@ -105,7 +110,10 @@ class DecoderProvider:
 
     def __init__(self, name: str, trio: Trio, **options: Any) -> None:
         self.name = name
+        start = time.perf_counter()
         self.decoder = Decoder(trio, **options)
+        self.decoder.warm_up()
+        self.set_up_seconds = time.perf_counter() - start
         self.roles = self.decoder.roles
 
     def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:

@@ -184,7 +184,7 @@ def _add_memory(records: list[dict[str, Any]], settings: Settings, provider: str
 def print_table(records: Sequence[dict[str, Any]], title: str) -> None:
     """The table at the end."""
     columns = (
-        "provider", "tokens\n/s", "x\nnaive", "first\ntoken", "per token\nms, p50", "\np95",
+        "provider", "tokens\n/s", "x\nnaive", "first\ntoken ms", "per token\nms, p50", "\np95",
         "step /\nforwards", "peak\nMiB", "extra\nMiB",
     )  # fmt: skip
     caption = (
@@ -235,6 +235,12 @@ def run(settings: Settings, output: Path, plot: bool) -> None:
     kinds = "/".join(dict.fromkeys(dtypes.values()))
     title = f"Proxy-tuned decoding, trio {name}, {kinds}, temperature {TEMPERATURE}, top_p {TOP_P}"
     print_table(records, title)
+    for provider in providers:
+        if provider.set_up_seconds > 1:
+            console.print(
+                f"{provider.name}: {provider.set_up_seconds:.0f} s to compile before its first "
+                "token, in none of the timings."
+            )
     console.print(f"Wrote {output}", soft_wrap=True)
     if plot:
         picture = output.with_suffix(".png")

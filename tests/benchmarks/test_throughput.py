@@ -70,6 +70,7 @@ class OneTokenOff:
     """The naive loop, but for one token of one prompt."""
 
     name = "off"
+    set_up_seconds = 0.0
 
     def __init__(self, trio, roles, prompt, position, token):
         self.naive, self.roles = NaiveLoop(trio, roles), roles
@@ -135,7 +136,10 @@ def test_record_arithmetic():
         for slowdown in (1.0, 2.0):
             seconds = [[scale * slowdown * s for s in (0.5, 0.6, 0.8)]] * 2
             times[name].add(Generation([[1, 2, 3]] * 2, seconds))
-    forwards = [{"base": 0.05 * s, "expert": 0.03 * s, "anti": 0.02 * s} for s in (1, 2)]
+    forwards = [
+        {"base": [0.04 * s, 0.05 * s, 0.09 * s], "expert": [0.03 * s], "anti": [0.02 * s]}
+        for s in (1, 2)
+    ]
     record = CaseTimes(Case(2, 10, 3), times, forwards).record("ours")
     # 6 tokens in 0.8 s and in 1.6 s; the steps of a repeat are 0.1 and 0.2 s, median 0.15.
     assert record["tokens_per_second"]["median"] == pytest.approx((7.5 + 3.75) / 2)
@@ -144,6 +148,9 @@ def test_record_arithmetic():
     assert record["output_token_ms"]["p50"] == pytest.approx(200)
     assert record["bare_forwards_ms"]["sum"] == pytest.approx(150)
     assert record["step_over_forwards"]["median"] == pytest.approx(1.5)
+    # A repeat's forwards: medians 50 + 30 + 20, means 60 + 30 + 20, times 1 and 2.
+    assert record["bare_forwards_ms"]["base"] == pytest.approx(75)
+    assert record["mean_step_over_forwards"]["median"] == pytest.approx(150 / 110)
     assert record["speed_over_naive"]["median"] == pytest.approx(2.0)
     assert record["step_speed_over_naive"]["median"] == pytest.approx(2.0)
 
