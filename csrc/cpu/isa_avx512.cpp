@@ -17,6 +17,8 @@
 #include "vec_avx512.h"
 #include "row.h"
 #include "mass.h"
+#include "bounds.h"
+#include "histogram.h"
 #include "select.h"
 #include "noise.h"
 #include "sample.h"

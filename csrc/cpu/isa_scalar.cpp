@@ -5,6 +5,8 @@
 #include "vec_scalar.h"
 #include "row.h"
 #include "mass.h"
+#include "bounds.h"
+#include "histogram.h"
 #include "select.h"
 #include "noise.h"
 #include "sample.h"

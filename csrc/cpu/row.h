@@ -19,47 +19,57 @@ struct Row {
   const float* tile(int t) const { return x + int64_t(t) * kTile; }
 };
 
-// How the tokens of one tile were found to be.
-struct TileFlags {
-  uint32_t count = 0;
-  uint32_t nan = 0;
-  uint32_t positive_inf = 0;
+// Takes a tile's combined logits: masks NaN, counts, keeps the maximum.
+struct ScanSink {
+  float* out;
+  uint32_t count = 0, nan = 0;
+  F top;
+  explicit ScanSink(float* out) : out(out), top(set(-INFINITY)) {}
+  void operator()(int i, F x) {
+    const F masked = set(-INFINITY);
+    const uint32_t live = gt(x, masked);  // false for NaN
+    count += uint32_t(std::popcount(live));
+    nan |= is_nan(x);
+    const F clean = select(live, x, masked);
+    store(out + i, clean);
+    top = max(top, clean);
+  }
 };
 
-// Combines one whole tile; T is the logits' type. expert is null for the base alone.
-template <typename T>
-void combine_tile(const T* base, const T* expert, const T* anti, float alpha, const float* bias,
-                  const uint32_t* allowed, float* out) {
+// Takes them as they are.
+struct PlainSink {
+  float* out;
+  void operator()(int i, F x) { store(out + i, x); }
+};
+
+template <bool kSteered, bool kConstrained, typename T, typename Sink>
+void combine_loop(const T* base, const T* expert, const T* anti, float alpha, const float* bias,
+                  const uint32_t* allowed, Sink& result) {
   const F a = set(alpha), masked = set(-INFINITY);
-  constexpr uint32_t kLanes = kWidth == 32 ? ~0u : (1u << kWidth) - 1;
+  Sink sink = result;  // a local copy stays in registers
+  constexpr uint32_t kLanes = (1u << kWidth) - 1;
   for (int i = 0; i < kTile; i += kWidth) {
     const F b = load(base + i);
     F x = b;
-    if (expert) x = fma(a, sub(load(expert + i), load(anti + i)), b);
-    if (bias) x = add(x, load(bias + i));
+    if constexpr (kSteered) x = fma(a, sub(load(expert + i), load(anti + i)), b);
+    if (kConstrained && bias) x = add(x, load(bias + i));
     // -inf in base masks the token whatever the others hold (an inf there would make NaN).
     x = select(eq(b, masked), masked, x);
-    if (allowed) x = select((allowed[i >> 5] >> (i & 31)) & kLanes, x, masked);
+    if (kConstrained && allowed) x = select((allowed[i >> 5] >> (i & 31)) & kLanes, x, masked);
     // -0 + 0 = +0: equal logits must have equal bits for the order by id.
-    store(out + i, add(x, set(0.0f)));
+    sink(i, add(x, set(0.0f)));
   }
+  result = sink;
 }
 
-// Masks NaN, counts, and finds the maximum of a combined tile.
-inline float scan_tile(float* x, TileFlags& flags) {
-  const F masked = set(-INFINITY), infinity = set(INFINITY);
-  F top = masked;
-  for (int i = 0; i < kTile; i += kWidth) {
-    const F v = load(x + i);
-    const uint32_t live = gt(v, masked);  // false for NaN
-    flags.count += uint32_t(std::popcount(live));
-    flags.nan |= is_nan(v);
-    const F clean = select(live, v, masked);
-    flags.positive_inf |= eq(clean, infinity);
-    store(x + i, clean);
-    top = max(top, clean);
-  }
-  return reduce_max(top);
+// Combines one whole tile; T is the logits' type. expert is null for the base alone.
+template <typename T, typename Sink>
+void combine_tile(const T* base, const T* expert, const T* anti, float alpha, const float* bias,
+                  const uint32_t* allowed, Sink& sink) {
+  const bool constrained = bias || allowed;
+  const auto loop = expert ? (constrained ? combine_loop<true, true, T, Sink> : combine_loop<true, false, T, Sink>)
+                           : (constrained ? combine_loop<false, true, T, Sink> : combine_loop<false, false, T, Sink>);
+  loop(base, expert, anti, alpha, bias, allowed, sink);
 }
 
 // The last tile's tokens copied behind each other, so that nothing past the row is read.
@@ -92,7 +102,8 @@ inline void widen_tile(const Matrix& m, int64_t start, int n, float pad, float* 
 }
 
 // A tile that is the row's last, partial one, or whose roles differ in dtype: through fp32 copies.
-inline void combine_copied(const RowInput& in, int64_t start, float* out) {
+template <typename Sink>
+void combine_copied(const RowInput& in, int64_t start, Sink& sink) {
   TailTile copy;
   const int n = int(std::min<int64_t>(kTile, in.vocab_size - start));
   widen_tile(in.base, start, n, -INFINITY, copy.base);
@@ -108,26 +119,27 @@ inline void combine_copied(const RowInput& in, int64_t start, float* out) {
     for (int i = 0; i < kTile / 32; ++i) copy.allowed[i] = i < words ? in.allowed[start / 32 + i] : 0;
   }
   combine_tile<float>(copy.base, in.expert.row ? copy.expert : nullptr, copy.anti, in.alpha,
-                      in.bias ? copy.bias : nullptr, in.allowed ? copy.allowed : nullptr, out);
+                      in.bias ? copy.bias : nullptr, in.allowed ? copy.allowed : nullptr, sink);
 }
 
-template <typename T>
-void combine_whole(const RowInput& in, int64_t start, float* out) {
+template <typename T, typename Sink>
+void combine_whole(const RowInput& in, int64_t start, Sink& sink) {
   const auto at = [start](const Matrix& m) {
     return m.row ? static_cast<const T*>(m.row) + start : nullptr;
   };
   combine_tile<T>(at(in.base), at(in.expert), at(in.anti), in.alpha, in.bias ? in.bias + start : nullptr,
-                  in.allowed ? in.allowed + start / 32 : nullptr, out);
+                  in.allowed ? in.allowed + start / 32 : nullptr, sink);
 }
 
-inline void combine_at(const RowInput& in, int64_t start, float* out) {
+template <typename Sink>
+void combine_at(const RowInput& in, int64_t start, Sink&& sink) {
   const bool one_dtype =
       !in.expert.row || (in.expert.dtype == in.base.dtype && in.anti.dtype == in.base.dtype);
-  if (!one_dtype || in.vocab_size - start < kTile) return combine_copied(in, start, out);
+  if (!one_dtype || in.vocab_size - start < kTile) return combine_copied(in, start, sink);
   switch (in.base.dtype) {
-    case kDtypeBf16: return combine_whole<Bf16>(in, start, out);
-    case kDtypeF16: return combine_whole<F16>(in, start, out);
-    default: return combine_whole<float>(in, start, out);
+    case kDtypeBf16: return combine_whole<Bf16>(in, start, sink);
+    case kDtypeF16: return combine_whole<F16>(in, start, sink);
+    default: return combine_whole<float>(in, start, sink);
   }
 }
 
@@ -172,26 +184,27 @@ int over_tiles(const Parallel* parallel, int tiles, Body body) {
 
 inline Row prepare_row(const RowInput& in, float* x, float* tile_max, const Parallel* parallel) {
   Row row{x, tile_max, in.vocab_size, int(tiles_of(in.vocab_size)), parallel};
-  TileFlags flags[kMaxChunks];
+  uint32_t counts[kMaxChunks], nans[kMaxChunks];
   const int chunks = over_tiles(parallel, row.tiles, [&](int chunk, int begin, int end) {
-    TileFlags found;
+    uint32_t count = 0, nan = 0;
     for (int t = begin; t < end; ++t) {
-      float* out = x + int64_t(t) * kTile;
-      combine_at(in, int64_t(t) * kTile, out);
-      tile_max[t] = scan_tile(out, found);
+      ScanSink sink(x + int64_t(t) * kTile);
+      combine_at(in, int64_t(t) * kTile, sink);
+      tile_max[t] = reduce_max(sink.top);
+      count += sink.count;
+      nan |= sink.nan;
     }
-    flags[chunk] = found;
+    counts[chunk] = count;
+    nans[chunk] = nan;
   });
   // Read in whole vectors.
   std::fill(tile_max + row.tiles, tile_max + padded(row.tiles), -INFINITY);
   for (int t = 0; t < row.tiles; ++t) row.max = row.max > tile_max[t] ? row.max : tile_max[t];
-  uint32_t positive_inf = 0;
   for (int c = 0; c < chunks; ++c) {
-    row.count += flags[c].count;
-    row.status |= flags[c].nan ? kStatusNan : 0;
-    positive_inf |= flags[c].positive_inf;
+    row.count += counts[c];
+    row.status |= nans[c] ? kStatusNan : 0;
   }
-  if (positive_inf) keep_positive_inf(row);
+  if (row.max == INFINITY) keep_positive_inf(row);
   if (row.count == 0) row.status |= kStatusEmpty;
   return row;
 }
@@ -199,10 +212,10 @@ inline Row prepare_row(const RowInput& in, float* x, float* tile_max, const Para
 // The public combine: values as they are, straight to the caller's fp32 row.
 inline void combine_row(const RowInput& in, float* out) {
   int64_t start = 0;
-  for (; start + kTile <= in.vocab_size; start += kTile) combine_at(in, start, out + start);
+  for (; start + kTile <= in.vocab_size; start += kTile) combine_at(in, start, PlainSink{out + start});
   if (start == in.vocab_size) return;
   float last[kTile];
-  combine_at(in, start, last);
+  combine_at(in, start, PlainSink{last});
   std::memcpy(out + start, last, size_t(in.vocab_size - start) * sizeof(float));
 }
 

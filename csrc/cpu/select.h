@@ -5,28 +5,6 @@
 namespace ptk {
 namespace PTK_ISA {
 
-constexpr float kLowest = -FLT_MAX;  // masked tokens are below it
-
-// A prefix of the order: x > this x, or x equal and id <= this id.
-struct Prefix {
-  float x;
-  uint32_t id;
-  uint32_t count;
-  uint64_t mass;
-};
-
-// A prefix is long enough when it has this many tokens or this much mass.
-struct Need {
-  uint32_t count;
-  uint64_t mass;
-  bool met(uint32_t c, uint64_t m) const { return c >= count || m >= mass; }
-};
-
-inline uint32_t key_of(float x) { return order_key(std::bit_cast<uint32_t>(x)); }
-inline float value_of(uint32_t key) {
-  return std::bit_cast<float>(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
-}
-
 // All tokens with x >= low.
 inline Prefix whole(const Row& row, float low, Exponent e) {
   Prefix all{low, UINT32_MAX, 0, 0};
@@ -43,39 +21,6 @@ inline Prefix whole(const Row& row, float low, Exponent e) {
     all.mass += sum.total();
   }
   return all;
-}
-
-// A value that the last token of the shortest prefix meeting `need` is not below. The tiles' maxima
-// are tokens themselves: those above a value bound the count and the mass above it from below.
-inline float tile_bound(const Row& row, float low, const Need& need, Exponent e, Scratch& s) {
-  uint32_t counts[kBoundBins] = {};
-  uint64_t mass[kBoundBins] = {};
-  alignas(64) uint64_t q[kTile];
-  const float scale = 8.0f * e.hi;  // bins of an eighth of a factor 2 in mass
-  for (int t0 = 0; t0 < row.tiles; t0 += kTile) {
-    const int n = std::min(kTile, row.tiles - t0);
-    masses(row.tile_max + t0, (n + kWidth - 1) / kWidth * kWidth, row.max, e, q);
-    for (int i = 0; i < n; ++i) {
-      if (!(row.tile_max[t0 + i] >= low)) continue;
-      const float steps = (row.max - row.tile_max[t0 + i]) * scale;
-      const int bin = steps < float(kBoundBins - 1) ? int(steps) : kBoundBins - 1;
-      s.bins[t0 + i] = uint8_t(bin);
-      ++counts[bin];
-      mass[bin] += q[i];
-    }
-  }
-  uint32_t count = 0;
-  uint64_t sum = 0;
-  for (int b = 0; b < kBoundBins; ++b) {
-    if (!need.met(count += counts[b], sum += mass[b])) continue;
-    float bound = row.max;
-    for (int t = 0; t < row.tiles; ++t) {
-      const float m = row.tile_max[t];
-      if (m >= low && s.bins[t] <= b && m < bound) bound = m;
-    }
-    return bound;
-  }
-  return low;
 }
 
 // Collects the tokens with key in [low, high], in order of id; -1 where they are too many.
@@ -113,93 +58,6 @@ inline bool walk(const Row& row, int n, const Need& need, Exponent e, Scratch& s
     }
   }
   return false;
-}
-
-// How the range [low, high] of keys is cut into bins, highest first; monotone in x. The first cut is
-// linear in x, which spreads even noise evenly; later ones are of the key's bits, which always end.
-struct Binning {
-  uint32_t low, high;
-  bool linear;
-  float scale;  // linear: bins per unit of x
-  int shift;    // else: bits of the key that a bin spans
-
-  // Not past the last bin; kBins for what is outside the range.
-  uint32_t bin(float x) const {
-    const uint32_t key = key_of(x);
-    if (key < low || key > high) return kBins;
-    if (!linear) return (high - key) >> shift;
-    const float steps = (value_of(high) - x) * scale;
-    return steps < float(kBins - 1) ? uint32_t(steps) : kBins - 1;
-  }
-  void bins(const float* x, uint32_t* out) const {
-    if (!linear) {
-      for (int i = 0; i < kTile; ++i) out[i] = bin(x[i]);
-      return;
-    }
-    const F top = set(value_of(high)), bottom = set(value_of(low));
-    for (int i = 0; i < kTile; i += kWidth) {
-      const F v = load(x + i);
-      const U index = to_int_down(min(mul(sub(top, v), set(scale)), set(float(kBins - 1))));
-      store_u(out + i, select_u(ge(v, bottom) & ge(top, v), index, set_u(kBins)));
-    }
-  }
-  // The keys of one bin: lowest with bin <= b, highest with bin >= b.
-  void narrow(uint32_t b) {
-    uint32_t from = low, to = high;
-    for (uint32_t below = high; from < below;) {
-      const uint32_t middle = from + (below - from) / 2;
-      if (bin(value_of(middle)) <= b) below = middle; else from = middle + 1;
-    }
-    for (uint32_t above = low; above < to;) {
-      const uint32_t middle = to - (to - above) / 2;
-      if (bin(value_of(middle)) >= b) above = middle; else to = middle - 1;
-    }
-    low = from;
-    high = to;
-  }
-};
-
-// Where tokens lie, guessed from the likeliest tile: its spread, but no more than has any mass.
-inline Binning first_binning(const Row& row, uint32_t low, uint32_t high, Exponent e) {
-  int t = 0;
-  while (row.tile_max[t] != row.max) ++t;
-  float least = row.max;
-  for (int i = 0; i < kTile; ++i) {
-    if (row.tile(t)[i] > -INFINITY) least = std::min(least, row.tile(t)[i]);
-  }
-  const float span = std::min({row.max - least, value_of(high) - value_of(low), 46.0f / e.hi});
-  const float scale = float(kBins) / span;  // inf where the spread is 0
-  return {low, high, scale < FLT_MAX, scale, 0};
-}
-
-inline Binning key_binning(uint32_t low, uint32_t high) {
-  return {low, high, false, 0.0f, std::max(0, int(std::bit_width(high - low)) - kBinBits)};
-}
-
-// Counts and masses by bin. Neighbours count in tables of their own: flat rows put them into one bin,
-// and each addition would wait for the one before.
-inline void histogram(const Row& row, const Binning& binning, Exponent e, Scratch& s) {
-  std::memset(s.counts, 0, sizeof(s.counts));
-  std::memset(s.mass, 0, sizeof(s.mass));
-  alignas(64) uint64_t q[kTile];
-  alignas(64) uint32_t bins[kTile];
-  for (int t = 0; t < row.tiles; ++t) {
-    if (!(row.tile_max[t] >= value_of(binning.low))) continue;
-    masses(row.tile(t), kTile, row.max, e, q);
-    binning.bins(row.tile(t), bins);
-    for (int i = 0; i < kTile; i += kTables) {
-      for (int j = 0; j < kTables; ++j) {
-        ++s.counts[j][bins[i + j]];
-        s.mass[j][bins[i + j]] += q[i + j];
-      }
-    }
-  }
-  for (int j = 1; j < kTables; ++j) {
-    for (uint32_t b = 0; b < kBins; ++b) {
-      s.counts[0][b] += s.counts[j][b];
-      s.mass[0][b] += s.mass[j][b];
-    }
-  }
 }
 
 // The first tokens, in order of id, with just this key, after `taken`: as many as the need wants.
@@ -258,36 +116,43 @@ inline float min_p_cutoff(const Row& row, float shift) {
   return value_of(low);
 }
 
-// The kept set of a row that has a token left; see docs/contracts.md, Selection.
-inline Prefix select_kept(const Row& row, const RowParams& p, uint64_t total_mass, Scratch& s) {
+// The shortest prefix of the row with a share p of its mass. Mostly bounds of the mass will do: where
+// the prefix that reaches the lower target reaches the higher one too, it is the exact one's.
+template <typename Total>
+Prefix top_p_of_row(const Row& row, const RowParams& p, Total total, Scratch& s) {
+  const MassBounds bounds = mass_bounds(row, p.exponent, s);
+  const uint64_t target = mass_target(p.top_p, bounds.low);
+  const Prefix kept = find_prefix(row, kLowest, {UINT32_MAX, target}, p.exponent, s);
+  if (kept.mass >= mass_target(p.top_p, bounds.high)) return kept;
+  return find_prefix(row, kLowest, {UINT32_MAX, mass_target(p.top_p, total())}, p.exponent, s);
+}
+
+// The kept set of a row that has a token left; see docs/contracts.md, Selection. `total()` is the
+// mass of the whole row.
+template <typename Total>
+Prefix select_kept(const Row& row, const RowParams& p, Total total, Scratch& s) {
   const Exponent e = p.exponent;
   const float cutoff = p.min_p_shift > -INFINITY ? min_p_cutoff(row, p.min_p_shift) : kLowest;
   const float low = p.filter_order == kOrderVllm ? cutoff : kLowest;
   const bool top_k = p.top_k < row.count, top_p = p.top_p < kTopPOff;
-  const Prefix all{kLowest, UINT32_MAX, row.count, total_mass};
-  Prefix kept = all;
-  if (p.filter_order == kOrderJoint) {
-    const uint64_t mass = top_p ? mass_target(p.top_p, total_mass) : UINT64_MAX;
-    if (top_k || top_p) kept = find_prefix(row, low, {p.top_k, mass}, e, s);
-  } else {
-    if (top_k) {
-      kept = find_prefix(row, low, {p.top_k, UINT64_MAX}, e, s);
-    } else if (low > kLowest) {
-      kept = whole(row, low, e);
-    }
-    if (top_p) {
-      const uint64_t mass = mass_target(p.top_p, kept.mass);
-      kept = find_prefix(row, std::max(low, kept.x), {UINT32_MAX, mass}, e, s);
-    }
+  const bool joint = p.filter_order == kOrderJoint;
+  Prefix kept{kLowest, UINT32_MAX, row.count, 0};
+  if (top_k && !(joint && top_p)) {
+    kept = find_prefix(row, low, {p.top_k, UINT64_MAX}, e, s);
+  } else if (low > kLowest) {
+    kept = whole(row, low, e);
+  } else if (!top_p) {
+    kept.mass = total();
+  }
+  if (top_p && joint && top_k) {
+    kept = find_prefix(row, low, {p.top_k, mass_target(p.top_p, total())}, e, s);
+  } else if (top_p && (top_k || low > kLowest)) {
+    const Need need{UINT32_MAX, mass_target(p.top_p, kept.mass)};
+    kept = find_prefix(row, std::max(low, kept.x), need, e, s);
+  } else if (top_p) {
+    kept = top_p_of_row(row, p, total, s);
   }
   return kept.x < cutoff ? whole(row, cutoff, e) : kept;
-}
-
-// Whether select_kept reads the mass of the whole row.
-inline bool needs_total_mass(const RowParams& p, uint32_t count) {
-  const bool filtered = p.top_k < count || p.min_p_shift > -INFINITY;
-  if (p.filter_order == kOrderJoint) return true;
-  return p.filter_order == kOrderVllm ? !filtered : p.top_k >= count;
 }
 
 }  // namespace PTK_ISA

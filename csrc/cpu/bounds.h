@@ -1,0 +1,106 @@
+// What the tiles' maxima say without a look at the tokens: bounds of the cutoff and of the mass.
+#pragma once
+
+namespace ptk {
+namespace PTK_ISA {
+
+constexpr float kLowest = -FLT_MAX;  // masked tokens are below it
+
+// A prefix of the order: x > this x, or x equal and id <= this id.
+struct Prefix {
+  float x;
+  uint32_t id;
+  uint32_t count;
+  uint64_t mass;
+};
+
+// A prefix is long enough when it has this many tokens or this much mass.
+struct Need {
+  uint32_t count;
+  uint64_t mass;
+  bool met(uint32_t c, uint64_t m) const { return c >= count || m >= mass; }
+};
+
+inline uint32_t key_of(float x) { return order_key(std::bit_cast<uint32_t>(x)); }
+inline float value_of(uint32_t key) {
+  return std::bit_cast<float>(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
+// The tiles' maxima, which are tokens themselves, in bins of an eighth of a factor 2 in mass.
+struct TileBins {
+  uint32_t counts[kBoundBins] = {};
+  uint64_t mass[kBoundBins] = {};
+};
+
+// Bins the tiles with a maximum of at least `low`; their bins are left in s.bins.
+inline void bin_tiles(const Row& row, float low, Exponent e, Scratch& s, TileBins& out) {
+  alignas(64) uint64_t q[kTile];
+  const float scale = 8.0f * e.hi;
+  for (int t0 = 0; t0 < row.tiles; t0 += kTile) {
+    const int n = std::min(kTile, row.tiles - t0);
+    masses(row.tile_max + t0, (n + kWidth - 1) / kWidth * kWidth, row.max, e, q);
+    for (int i = 0; i < n; ++i) {
+      if (!(row.tile_max[t0 + i] >= low)) continue;
+      const float steps = (row.max - row.tile_max[t0 + i]) * scale;
+      const int bin = steps < float(kBoundBins - 1) ? int(steps) : kBoundBins - 1;
+      s.bins[t0 + i] = uint8_t(bin);
+      ++out.counts[bin];
+      out.mass[bin] += q[i];
+    }
+  }
+}
+
+// A value that the last token of the shortest prefix meeting `need` is not below: the tiles' maxima
+// above a value bound the count and the mass above it from below.
+inline float tile_bound(const Row& row, float low, const Need& need, Exponent e, Scratch& s) {
+  TileBins bins;
+  bin_tiles(row, low, e, s, bins);
+  uint32_t count = 0;
+  uint64_t sum = 0;
+  for (int b = 0; b < kBoundBins; ++b) {
+    if (!need.met(count += bins.counts[b], sum += bins.mass[b])) continue;
+    float bound = row.max;
+    for (int t = 0; t < row.tiles; ++t) {
+      const float m = row.tile_max[t];
+      if (m >= low && s.bins[t] <= b && m < bound) bound = m;
+    }
+    return bound;
+  }
+  return low;
+}
+
+// Bounds of the whole row's mass: the likeliest tiles are summed, the others bounded by their maxima.
+struct MassBounds {
+  uint64_t low, high;
+};
+
+inline MassBounds mass_bounds(const Row& row, Exponent e, Scratch& s) {
+  TileBins bins;
+  bin_tiles(row, kLowest, e, s, bins);
+  uint64_t rest = 0, seen = 0;
+  for (uint64_t m : bins.mass) rest += m;
+  int last = 0;  // bins that are summed; what is left may hold one part in 32
+  for (; last < kBoundBins - 1; ++last) {
+    seen += bins.mass[last];
+    rest -= bins.mass[last];
+    if (rest * kTile <= seen >> 5) break;
+  }
+  MassBounds bounds{0, 0};
+  uint64_t others = 0;
+  for (int t = 0; t < row.tiles; ++t) {
+    if (!(row.tile_max[t] >= kLowest)) continue;
+    if (s.bins[t] <= last) {
+      bounds.low += tile_mass(row.tile(t), row.max, e);
+    } else {
+      ++others;
+    }
+  }
+  if (last == kBoundBins - 1) rest = 0;
+  // Masses are not quite monotone: a token's may pass its tile's maximum's by rounding, of the value
+  // (2^-23 of it) and to the integer (1).
+  bounds.high = bounds.low + kTile * (rest + (rest >> 16) + others);
+  return bounds;
+}
+
+}  // namespace PTK_ISA
+}  // namespace ptk
