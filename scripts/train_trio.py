@@ -114,7 +114,6 @@ def run(recipe: Recipe, out: Path, allow_other_text: bool, console: Console) -> 
         models, phases = train_all(recipe, tokenizer, corpus, progress)
         results = evaluate(recipe, models, tokenizer, progress)
     held_out = batches.encode_documents(tokenizer, corpus.held_out)
-    out.mkdir(parents=True, exist_ok=True)
     for role in ("base", "expert", "anti"):
         training.save(models[role], out / role)
     record.save_tokenizer(tokenizer, out)
@@ -178,9 +177,10 @@ def main(
                 found = run(FULL, Path(directory), allow_other_text, console)
             check(found, shipped, console)
         else:
+            out.mkdir(parents=True, exist_ok=True)  # before the minutes of work, not after
             found = run(QUICK if quick else FULL, out, allow_other_text, console)
             console.print(f"wrote {out}", soft_wrap=True, highlight=False)
-    except text.TextMismatch as error:
+    except (text.TextMismatch, OSError) as error:
         console.print(f"error: {error}", style="red", soft_wrap=True)
         raise typer.Exit(2) from None
     console.print(record.results_table(found["results"]), soft_wrap=True, highlight=False)
