@@ -9,6 +9,9 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from benchmarks.report import significant
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
 _COLOURS = {
@@ -32,12 +35,12 @@ def _bars(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
         if role in forwards:
             axes.bar(0, forwards[role], bottom=bottom, color=colour, width=0.75)
             bottom += forwards[role]
-    axes.text(0, bottom, f"{bottom:.3g}", ha="center", va="bottom")
+    axes.text(0, bottom, significant(bottom), ha="center", va="bottom")
     axes.axhline(bottom, color="black", linewidth=0.9, linestyle="--", zorder=0)
     for i, record in enumerate(records, start=1):
         times = record["output_token_ms"]
         axes.bar(i, times["p50"], color=_COLOURS[record["provider"]], width=0.75)
-        axes.text(i, times["p50"], f"{times['p50']:.3g}", ha="center", va="bottom")
+        axes.text(i, times["p50"], significant(times["p50"]), ha="center", va="bottom")
     labels = ["bare\nforwards", *(r["provider"].replace("-", "-\n") for r in records)]
     axes.set_xticks(range(len(labels)), labels)
     axes.margins(y=0.12)
@@ -117,8 +120,10 @@ def plot_kernels(records: Sequence[dict[str, Any]], path: Path) -> None:
             )
         labels = [f"{k}, {d}, {f}, V={v:,}, B={b}" for k, d, f, v, b in cases]
         axes.set_yticks(range(len(cases)), labels)
-        axes.invert_yaxis()
+        axes.set_ylim(len(cases) - 0.5, -0.5)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_title("Combine, filter and draw one token per row, alpha 1, temperature 0.7")
         axes.set_xlabel("microseconds per call (median, logarithmic)")
         axes.grid(axis="both", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)

@@ -256,31 +256,35 @@ def main(
         str, typer.Option(help=f"Comma-separated, of {', '.join(PROVIDERS)}.")
     ] = DEFAULT_PROVIDERS,
     batch_sizes: Annotated[
-        str | None, typer.Option(help="Comma-separated.  [default: 1,4]")
+        str | None, typer.Option(help="Comma-separated.", show_default="1,4")
     ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated prompt:output pairs; the paper's speed test is 8:512,512:8,8:8."
-            "  [default: 8:128,128:8,8:8]"
+            help="Comma-separated prompt:output pairs; the paper's speed test is 8:512,512:8,8:8.",
+            show_default="8:128,128:8,8:8",
         ),
     ] = None,
     quick: Annotated[
         bool, typer.Option(help="Batch 1, lengths 8:32,32:8, three repeats, where not given.")
     ] = False,
     compile: Annotated[bool, typer.Option(help="Also ours with torch.compile.")] = False,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Timed runs.  [default: 5]")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch's unless given.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed runs.", show_default="5")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own choice")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of the weights: auto, float32, bfloat16, float16."
-            "  [default: float32 for the shipped trio, auto for others]"
+            help="Of the weights: auto, float32, bfloat16, float16.",
+            show_default="float32 for the shipped trio, auto for others",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="JSON lines.  [default: benchmarks/results/throughput-<trio>.jsonl]"),
+        typer.Option(help="JSON lines.", show_default="benchmarks/results/throughput-<trio>.jsonl"),
     ] = None,
     plot: Annotated[bool, typer.Option(help="Also a PNG beside the output.")] = True,
     memory: Annotated[bool, typer.Option(help="Also peak memory, one process a provider.")] = True,
