@@ -77,10 +77,15 @@ def test_one_prompt_prints_its_text_alone(expected):
 
 
 def test_several_prompts_print_in_order_under_headings(expected):
-    result = invoke(*SHIPPED, *SAMPLED, stdin="\n".join(PROMPTS) + "\n\n")
+    result = invoke(*SHIPPED, *SAMPLED, "--file", "-", stdin="\n".join(PROMPTS) + "\n\n")
     assert result.stdout == (
         f"==> {PROMPTS[0]} <==\n{expected[0].text}\n\n==> {PROMPTS[1]} <==\n{expected[1].text}\n"
     )
+
+
+def test_standard_input_is_one_prompt():
+    result = invoke(*SHIPPED, *SAMPLED, "--format", "jsonl", stdin="Question: 1\nAnswer:\n")
+    assert json.loads(result.stdout)["prompt"] == "Question: 1\nAnswer:"
 
 
 def test_a_jsonl_file_overrides_parameters(tmp_path):
@@ -244,6 +249,12 @@ def test_what_fails_while_running_is_one_sentence(arguments, words):
     result = invoke("generate", *arguments, *prompt)
     assert result.exit_code in (1, 2)
     assert_one_sentence(result, result.exit_code, *words)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xff\xfe")
+    assert_one_sentence(invoke(*SHIPPED, "--file", str(file)), 1, "prompts.txt", "UTF-8")
 
 
 def test_help_and_version_go_to_standard_output():

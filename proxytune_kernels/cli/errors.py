@@ -22,5 +22,7 @@ def expected(*kinds: type[Exception], code: int = FAILED) -> Iterator[None]:
     """Leave with one sentence and ``code`` where an error of these kinds comes up."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError, and already said
+        raise
     except kinds as error:
         raise stop(error, code) from error

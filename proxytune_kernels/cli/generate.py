@@ -10,7 +10,6 @@ import typer
 from proxytune_kernels.cli import models, output
 from proxytune_kernels.cli.errors import USAGE, expected, stop
 from proxytune_kernels.cli.requests import CliRequest, read_requests
-from proxytune_kernels.decoder import DecodeError
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 
@@ -39,7 +38,7 @@ def generate(
     ] = None,
     jsonl: Annotated[
         bool | None,
-        typer.Option("--jsonl/--lines", help="How to read FILE or standard input."),
+        typer.Option("--jsonl/--lines", help="How to read FILE, or standard input as prompts."),
     ] = None,
     output_format: Annotated[
         Format,
@@ -94,7 +93,7 @@ def generate(
         bool, typer.Option("--include-stop-str-in-output", help="Keep the stop string.")
     ] = False,
 ) -> None:
-    """Continue prompts, from the arguments, a file or standard input.
+    """Continue prompts from the arguments, a file, or standard input (which is one prompt).
 
     Example: proxytune generate --trio shipped --temperature 0 "Question: Tom has 3 pens and buys
     4 more. How many pens does Tom have now?
@@ -128,7 +127,8 @@ def generate(
         trust_remote_code=trust_remote_code,
     )
     settings = {"max_seq_len": max_seq_len, "compile": compile_, "backend": backend}
-    with expected(ValueError, TypeError, DecodeError):
+    # RuntimeError: also what torch raises where memory runs out.
+    with expected(ValueError, TypeError, RuntimeError):
         _write(opened, requests, output_format, max_batch_size, settings)
 
 

@@ -11,7 +11,6 @@ import typer
 import proxytune_kernels
 from proxytune_kernels.backends import backends
 from proxytune_kernels.cli import models
-from proxytune_kernels.cli.errors import expected
 from proxytune_kernels.trio import Trio
 
 _PACKAGES = ("torch", "transformers", "peft", "triton", "vllm")
@@ -65,8 +64,10 @@ def _instruction_set() -> str:
     """What the CPU kernels use; the environment may have forced one that can't run."""
     from proxytune_kernels import _cpu
 
-    with expected(RuntimeError):
+    try:
         return str(_cpu.isa())
+    except RuntimeError as error:
+        return f"none: {error}"
 
 
 def _version(package: str) -> str:

@@ -42,7 +42,8 @@ def write_text(events: Iterable[StreamEvent], requests: Sequence[CliRequest]) ->
 
 def _heading(requests: Sequence[CliRequest], index: int) -> None:
     if len(requests) > 1 and index < len(requests):
-        print(f"{'' if index == 0 else chr(10)}==> {requests[index].label} <==", flush=True)
+        label = " ".join(requests[index].label.split())
+        print(f"{'' if index == 0 else chr(10)}==> {label} <==", flush=True)
 
 
 def write_jsonl(events: Iterable[StreamEvent]) -> None:

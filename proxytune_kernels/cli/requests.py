@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ class CliRequest:
 def read_requests(
     prompts: Sequence[str], file: str | None, jsonl: bool | None, params: SamplingParams
 ) -> list[CliRequest]:
-    """Requests from the arguments, else from a file ("-" is standard input), else standard input.
+    """Requests from the arguments, else from a file, else from standard input.
 
     Args:
         prompts: from the arguments.
-        file: one prompt a line, blank lines skipped; or JSON lines.
-        jsonl: whether lines are JSON objects with "prompt" and any sampling parameters; None is
-            by the file's name (.jsonl).
+        file: one prompt a line, blank lines skipped, or JSON lines; "-" is standard input.
+        jsonl: whether lines are JSON objects with "prompt" and any sampling parameters. None is by
+            the file's name (.jsonl); without a file, all of standard input is one prompt.
         params: what a line does not say.
     """
     if prompts and file is not None:
@@ -46,7 +46,10 @@ def read_requests(
         raise stop("no prompt: give one as an argument, with --file, or on standard input", USAGE)
     name = "standard input" if file in (None, "-") else str(file)
     as_jsonl = name.endswith(".jsonl") if jsonl is None else jsonl
-    lines = [(i, line) for i, line in enumerate(_lines(file), 1) if line.strip()]
+    text = _read(file, name)
+    whole = file is None and jsonl is None
+    pieces = [text.removesuffix("\n")] if whole else text.splitlines()
+    lines = [(i, piece) for i, piece in enumerate(pieces, 1) if piece.strip()]
     if as_jsonl:
         requests = [_from_json(f"{name}, line {i}", line, params) for i, line in lines]
     else:
@@ -56,13 +59,13 @@ def read_requests(
     return requests
 
 
-def _lines(file: str | None) -> Iterator[str]:
-    with expected(OSError, UnicodeDecodeError, code=FAILED):
-        if file in (None, "-"):
-            text = sys.stdin.buffer.read().decode()
-        else:
-            text = Path(str(file)).read_text(encoding="utf-8")
-    return iter(text.splitlines())
+def _read(file: str | None, name: str) -> str:
+    with expected(OSError):
+        data = sys.stdin.buffer.read() if file in (None, "-") else Path(name).read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise stop(f"{name} must be UTF-8 text: {error}", FAILED) from error
 
 
 def _from_json(where: str, line: str, params: SamplingParams) -> CliRequest:
