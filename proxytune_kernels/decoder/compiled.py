@@ -37,15 +37,16 @@ class CompiledStep:
 
     def __call__(self, token_ids: Tensor, step: CacheStep) -> Tensor:
         """Logits [B, V] of one more token in each of the first B slots."""
-        torch._dynamo.mark_dynamic(step.span, 0)
+        # "Maybe": of two slots, several rows are always two.
+        torch._dynamo.maybe_mark_dynamic(step.span, 0)
         if token_ids.shape[0] > 1:
             # Rows that are equally long just now take the ragged rows' graph.
             step.ragged = True
             for tensor in (token_ids, step.position_ids, step.write_index):
-                torch._dynamo.mark_dynamic(tensor, 0)
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
             # The masks are built here, for all layers, rather than in each layer.
             for window in self._windows:
-                torch._dynamo.mark_dynamic(step.mask(window), (0, 3))
+                torch._dynamo.maybe_mark_dynamic(step.mask(window), (0, 3))
         return self._compiled(token_ids, step)
 
     def warm_up_lengths(self, max_batch_size: int, max_seq_len: int) -> list[tuple[int, ...]]:

@@ -38,14 +38,14 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GEMMA2 = {
+GEMMA2: dict[str, Any] = {
     "head_dim": 8,
     "sliding_window": 4,
     "attn_logit_softcapping": 5.0,
     "final_logit_softcapping": 7.0,
     "query_pre_attn_scalar": 8,
 }
-QWEN2 = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+QWEN2: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
     "llama-mha": (LlamaForCausalLM, LlamaConfig(**{**SIZES, "num_key_value_heads": 4})),
@@ -155,7 +155,7 @@ def test_layers_that_a_slot_cache_cannot_serve_are_refused() -> None:
 
 
 def test_models_that_hide_their_attention_are_refused() -> None:
-    with pytest.raises(ValueError, match="anti must be a model whose attention .* got Linear"):
+    with pytest.raises(ValueError, match=r"anti must be a model whose attention .* got Linear"):
         RoleRunner("anti", torch.nn.Linear(2, 2), 2, 64)
 
 

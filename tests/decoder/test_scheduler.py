@@ -7,7 +7,6 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.scheduler import Scheduler
 
 
@@ -49,7 +48,7 @@ def test_random_traffic(size: int, actions: list[tuple[str, int]]) -> None:
             step(scheduler, contents, admitted)
             running = scheduler.running
             assert [job.slot for job in running] == list(range(len(running)))
-            assert all(contents[job.slot] is job for job in running)
+            assert all(contents[slot] is job for slot, job in enumerate(running))
             assert len(contents) == len(running) == min(size, len(alive))
         assert scheduler.unfinished == bool(alive)
         assert len(alive) == len(scheduler.waiting) + len(contents)
@@ -57,9 +56,8 @@ def test_random_traffic(size: int, actions: list[tuple[str, int]]) -> None:
 
 
 def step(scheduler: Scheduler, contents: dict[int, Any], admitted: list[int]) -> None:
-    new: list[Request] = scheduler.admit()
-    for request in new:
-        job: Any = request
+    new: list[Any] = list(scheduler.admit())
+    for job in new:
         assert job.slot not in contents
         contents[job.slot] = job
         admitted.append(job.number)

@@ -1,4 +1,4 @@
-"""How requests end: stop tokens and strings, lengths, cancellation; and what a stream shows of it."""
+"""How requests end, by tokens, strings, lengths or cancellation, and what a stream shows of it."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def run(stop: tuple[str, ...], pieces: list[str], include: bool = False) -> tupl
 @given(text=st.text("abc", max_size=12), cuts=st.lists(st.integers(0, 12), max_size=6))
 def test_where_the_text_is_cut_makes_no_difference(text: str, cuts: list[int]) -> None:
     edges = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
-    pieces = [text[i:j] for i, j in zip(edges, edges[1:], strict=False)]
+    pieces = [text[i:j] for i, j in pairwise(edges)]
     stop = ("abc", "bb", "cab")
     ends = {text.index(s) + len(s): s for s in stop if s in text}
     out, found = run(stop, pieces)
