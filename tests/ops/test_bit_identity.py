@@ -1,0 +1,194 @@
+"""The same bits whatever the batch, the strides, the threads and the instruction set."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import proxytune_kernels as ptk
+from tests.ops import oracle
+from tests.ops.conftest import KERNELS
+
+CPU = [backend for backend in KERNELS if backend.name == "cpu"]
+
+
+def assert_same(one, other):
+    for name, a, b in zip(one._fields, one, other, strict=True):
+        differ = oracle.bits(a) != oracle.bits(b)
+        assert not differ.any(), (name, a[differ], b[differ])
+
+
+def run(backend, rows, index=None, **kwargs):
+    params = ptk.RowParams(**rows.params)
+    roles = rows.base, rows.expert, rows.anti
+    if index is not None:
+        params, roles = params.rows(index), tuple(t[index] for t in roles)
+    return backend.sample(*roles, params, vocab_size=rows.vocab_size, **kwargs)
+
+
+def at(out, index):
+    return type(out)(*(t[index] for t in out))
+
+
+@functools.cache
+def rows_of(vocab_size, dtype=torch.float32, batch=48):
+    return oracle.random_rows(vocab_size, batch, vocab_size, dtype)
+
+
+WIDTHS = (5, 300, 2048)
+
+
+@pytest.mark.parametrize("vocab_size", WIDTHS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
+def test_batch_permuted_grown_and_split(backend, vocab_size, dtype):
+    rows = rows_of(vocab_size, dtype)
+    whole = run(backend, rows)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    assert_same(at(whole, order), run(backend, rows, order))
+    for part in (slice(0, 1), slice(17, 24), slice(47, 48), slice(0, 0)):
+        assert_same(at(whole, part), run(backend, rows, part))
+    assert_same(at(whole, order.repeat(3)), run(backend, rows, order.repeat(3)))
+
+
+@pytest.mark.parametrize("vocab_size", WIDTHS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
+def test_strided_and_misaligned_rows(backend, vocab_size, dtype):
+    """Views whose rows start at odd addresses, far apart, or (stride 0) are one row."""
+    rows = rows_of(vocab_size, dtype)
+    plain = run(backend, rows)
+
+    def view(role, offset, gap):
+        batch, width = role.shape
+        store = torch.full((batch * (width + gap) + offset,), torch.nan, dtype=dtype)
+        strided = store[offset:].view(batch, width + gap)[:, :width]
+        return strided.copy_(role)
+
+    places = ((1, 1), (3, 0), (7, 65))
+    views = [view(r, *p) for r, p in zip((rows.base, rows.expert, rows.anti), places, strict=True)]
+    assert_same(plain, run(backend, rows._replace(base=views[0], expert=views[1], anti=views[2])))
+    one = rows._replace(**{r: getattr(rows, r)[:1].expand(48, -1) for r in ("base", "expert", "anti")})
+    copied = one._replace(**{r: getattr(one, r).contiguous() for r in ("base", "expert", "anti")})
+    assert_same(run(backend, one), run(backend, copied))
+
+
+def test_reversed_rows_of_a_larger_tensor(backend):
+    """Every second row of a [B, 2, V] tensor: what verify's positions and score's look like."""
+    rows = rows_of(300)
+    stacked = torch.stack([rows.anti, rows.base], 1)
+    assert_same(run(backend, rows), run(backend, rows._replace(base=stacked[:, 1])))
+
+
+@pytest.mark.parametrize("vocab_size", (300, 16384, 40001))
+def test_thread_counts(backend, vocab_size):
+    """Rows over threads, and from 16,384 tokens each row over threads where rows are few."""
+    if backend.name == "reference":
+        batches = (2,)
+    else:
+        batches = (1, 2, 7)
+    for batch in batches:
+        rows = rows_of(vocab_size, batch=batch)
+        torch.set_num_threads(1)
+        alone = run(backend, rows)
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            assert_same(alone, run(backend, rows))
+
+
+def test_thread_counts_of_flat_rows(kernel):
+    """No filter: the race itself runs over all threads; some rows with a top_p cut among them."""
+    row = (torch.randn(3, 100_003, generator=torch.Generator().manual_seed(2)) * 0.1).half()
+    for params in ({}, {"top_p": 0.9}, {"top_k": 9000}, {"temperature": 30.0, "min_p": 0.5}):
+        outs = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            outs += [kernel.sample(row[i : i + 1], position=i, **params) for i in range(3)]
+        for i, out in enumerate(outs[3:]):
+            assert_same(outs[i % 3], out)
+
+
+@pytest.mark.skipif(len(CPU) < 2, reason="one instruction set runs here")
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
+def test_instruction_sets_agree_at_every_width(dtype):
+    """1 to 300 tokens and around the multiples of 128, 16,384 and 32,768 (groups of tiles)."""
+    edges = [128 * i + d for i in (3, 8, 32, 128, 256) for d in (-17, -1, 0, 1, 15)]
+    for vocab_size in (*range(1, 301), *edges):
+        rows = oracle.random_rows(vocab_size, 12, vocab_size, dtype, padding=vocab_size % 3)
+        outs = []
+        for backend in CPU:
+            backend.use()
+            outs.append(run(backend, rows))
+        for out in outs[1:]:
+            assert_same(outs[0], out)
+    CPU[-1].use()
+
+
+@pytest.mark.skipif(len(CPU) < 2, reason="one instruction set runs here")
+def test_instruction_sets_agree_on_wide_flat_rows():
+    """Histogram, ties over 4,096, two values, one value: the rare paths of the selection."""
+    g = torch.Generator().manual_seed(8)
+    noise = torch.randn(130_000, generator=g)
+    kinds = [noise * 1e-3, noise, (noise * 2).round() / 2, (noise > 1).float(), torch.zeros(130_000)]
+    base = torch.stack(kinds).repeat_interleave(6, 0)
+    params = ptk.RowParams.make(
+        30, top_p=torch.tensor([1.0, 0.9, 0.3, 1.0, 0.99, 1e-5]).repeat(5),
+        top_k=torch.tensor([0, 0, 0, 50_000, 9000, 0]).repeat(5), temperature=0.8,
+        filter_order=torch.arange(30) % 3, seed=5, position=torch.arange(30),
+    )  # fmt: skip
+    outs = []
+    for backend in CPU:
+        backend.use()
+        outs.append(backend.sample(base, params=params))
+        verified = backend.verify(
+            base[:10].view(2, 5, -1), None, None, torch.full((2, 4), 3), params.rows(slice(0, 2)),
+            mode="rejection", draft_logits=base[10:18].view(2, 4, -1),
+        )  # fmt: skip
+        outs.append(verified)
+    for i, out in enumerate(outs[2:]):
+        assert_same(outs[i % 2], out)
+    CPU[-1].use()
+
+
+@pytest.mark.skipif(len(CPU) < 2, reason="one instruction set runs here")
+def test_instruction_sets_agree_on_every_operator():
+    for vocab_size in (1, 31, 129, 1000):
+        rows = oracle.random_rows(vocab_size, 24, vocab_size, torch.bfloat16)
+        roles = tuple(t.view(6, 4, -1) for t in (rows.base, rows.expert, rows.anti))
+        params = ptk.RowParams(**rows.params).rows(slice(0, 6))
+        drafts = torch.randint(-1, vocab_size, (6, 3), generator=torch.Generator().manual_seed(1))
+        outs = []
+        for backend in CPU:
+            backend.use()
+            combined = backend.combine(rows.base, rows.expert, rows.anti, rows.params["alpha"], vocab_size=vocab_size)
+            scored = backend.score(*roles, torch.zeros(6, 4, dtype=torch.int64), params.alpha, vocab_size=vocab_size)
+            coupled = backend.verify(*roles, drafts, params, vocab_size=vocab_size)
+            rejected = backend.verify(
+                *roles, drafts, params, mode="rejection", draft_logits=roles[1][:, :3], vocab_size=vocab_size
+            )
+            outs.append((combined, scored, *coupled, *rejected))
+        for out in outs[1:]:
+            for a, b in zip(outs[0], out, strict=True):
+                assert torch.equal(oracle.bits(a), oracle.bits(b))
+    CPU[-1].use()
+
+
+@pytest.mark.parametrize("mode", ("coupled", "rejection"))
+def test_verify_and_score_do_not_depend_on_the_batch(backend, mode):
+    rows = oracle.random_rows(21, 64, 200)
+    roles = [t[:, :200].reshape(16, 4, 200) for t in (rows.base, rows.expert, rows.anti)]
+    params = ptk.RowParams(**rows.params).rows(slice(0, 16))
+    drafts = torch.randint(-1, 200, (16, 3), generator=torch.Generator().manual_seed(1))
+    extra = {} if mode == "coupled" else {"draft_logits": roles[1][:, :3]}
+    whole = backend.verify(*roles, drafts, params, mode=mode, **extra)
+    scored = backend.score(*roles, torch.full((16, 4), 5), params.alpha)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
+    for index in (order, slice(3, 4), slice(9, 16)):
+        part = {n: v[index] for n, v in extra.items()}
+        picked = [r[index] for r in roles]
+        out = backend.verify(*picked, drafts[index], params.rows(index), mode=mode, **part)
+        assert_same(at(whole, index), out)
+        again = backend.score(*picked, torch.full_like(whole.token_ids[index], 5), params.alpha[index])
+        assert torch.equal(oracle.bits(again), oracle.bits(scored[index]))
+    torch.set_num_threads(3)
+    assert_same(whole, backend.verify(*roles, drafts, params, mode=mode, **extra))

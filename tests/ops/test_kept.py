@@ -1,0 +1,229 @@
+"""Kept sets: as a sort in fp64 finds them, for every filter, order, dtype and backend."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import proxytune_kernels as ptk
+from tests.ops import oracle
+
+
+@functools.cache
+def _cases(dtype: torch.dtype, order: str) -> list[tuple[oracle.Rows, oracle.Kept, oracle.Array]]:
+    seed = 10 * oracle.DTYPES.index(dtype) + oracle.ORDERS.index(order)
+    found = []
+    for rows in oracle.batches(seed, dtype, order):
+        x = rows.x
+        found.append((rows, oracle.kept(x, rows.filters), x))
+    return found
+
+
+@pytest.mark.parametrize("order", oracle.ORDERS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
+def test_kept_sets_are_the_sort_oracles(backend, dtype, order):
+    """At least 3,000 rows; a size may differ from the oracle's only inside the band."""
+    total = undecided = cut_among_ties = 0
+    for rows, kept, x in _cases(dtype, order):
+        out = backend.sample(
+            rows.base,
+            rows.expert,
+            rows.anti,
+            ptk.RowParams(**rows.params),
+            vocab_size=rows.vocab_size,
+        )
+        size, drawn = out.num_kept.numpy(), out.token_ids.numpy()
+        wrong = (size < kept.low) | (size > kept.high)
+        assert not wrong.any(), (
+            np.flatnonzero(wrong),
+            size[wrong],
+            kept.low[wrong],
+            kept.high[wrong],
+        )
+        assert not out.status.any()
+        rank = (kept.order == drawn[:, None]).argmax(-1)
+        assert (rank < size).all()
+        _check_logprobs(out.logprobs.double().numpy(), drawn, x, rows.filters, kept, size)
+        total += len(size)
+        undecided += int((kept.low != kept.high).sum())
+        ordered = np.take_along_axis(x, kept.order, 1)
+        edge = np.take_along_axis(
+            ordered, np.stack([size - 1, np.minimum(size, x.shape[1] - 1)], 1), 1
+        )
+        cut_among_ties += int(((edge[:, 0] == edge[:, 1]) & (size < x.shape[1])).sum())
+    assert total >= 3000
+    assert cut_among_ties > 100  # ties at the cut are among the rows
+    assert undecided < 0.01 * total  # and nearly every size is settled
+
+
+def _check_logprobs(logprobs, drawn, x, filters, kept, size):
+    """The probability drawn with is that of the kept set: one token more or less would show.
+
+    The scaled difference d / T carries 3 roundings to fp32 and the result one: 2^-22 |d / T| and
+    2^-23 |logprob|. The mass of the kept set is right to 2^-22 or so (as the band's), and to V
+    halves of a unit, 2^-45 of the maximum's.
+    """
+    wanted = oracle.log_probabilities(x, filters.temperature, kept.order, size)
+    at = np.arange(len(x)), drawn
+    scaled = (x[at] - x.max(-1)) / np.where(filters.temperature == 0, 1, filters.temperature)
+    bound = 2.0**-22 * (np.abs(scaled) + np.abs(wanted[at]) + 2 + math.log(x.shape[1]))
+    assert (np.abs(logprobs - wanted[at]) <= bound).all()
+
+
+def test_kept_sets_recovered_by_drawing(backend):
+    """Every token of a kept set is drawn and no other is: the set itself, not only its size."""
+    rows = oracle.random_rows(5, 300, 40)
+    params = rows.params | {"temperature": rows.params["temperature"].clamp(min=1.0)}
+    params["top_k"] = torch.where(params["top_k"] < 1, 12, params["top_k"].clamp(max=12)).int()
+    rows = rows._replace(params=params)
+    x = rows.x
+    kept = oracle.kept(x, rows.filters)
+    wanted = oracle.log_probabilities(x, rows.filters.temperature, kept.order, kept.low)
+    likely = np.where(np.isneginf(wanted), 0, wanted).min(-1) > math.log(0.02)
+    chosen = np.flatnonzero(likely & (kept.low == kept.high))[:60]
+    assert len(chosen) == 60 and (kept.low[chosen] > 2).sum() > 15
+    draws = 1500  # each token of a set is missed with probability 0.98^1500 = 7e-14
+    for row in chosen:
+        one = {n: v[row].expand(draws).contiguous() for n, v in params.items()}
+        one["position"] = torch.arange(draws)
+        roles = (t[row].expand(draws, -1) for t in (rows.base, rows.expert, rows.anti))
+        out = backend.sample(*roles, ptk.RowParams(**one), vocab_size=rows.vocab_size)
+        assert set(out.token_ids.tolist()) == set(kept.order[row, : kept.low[row]].tolist())
+
+
+@pytest.mark.parametrize("count", (1, 2, 7, 128, 300, 5000, 20000))
+def test_constant_rows_are_cut_by_id(backend, count):
+    """All logits equal: masses are all 2^44 and sums exact, so sizes are exact too."""
+    p = torch.tensor([1.0, 1.0, 0.5, 0.3, 0.999, 1e-9, 0.75, 1.0])
+    k = torch.tensor([0, 5, 0, 0, 0, 0, 3, 2**31 - 1], dtype=torch.int32)
+    # fp32 p has 24 bits, at most 32 of them behind the point; the shortest prefix that reaches it
+    shares = [max(1, math.ceil(math.floor(float(v) * 2**32) * count / 2**32)) for v in p]
+    for order in oracle.ORDERS:
+        whole = [min(int(j) or count, count) for j in k]
+        if order == "joint":
+            sizes = [min(s, w) for s, w in zip(shares, whole, strict=True)]
+        else:
+            fp = [math.floor(float(v) * 2**32) for v in p]
+            sizes = [max(1, math.ceil(f * w / 2**32)) for f, w in zip(fp, whole, strict=True)]
+        row = torch.full((1, count), -3.25).expand(len(p), -1)
+        out = backend.sample(row, top_p=p, top_k=k, filter_order=order, temperature=0.5)
+        assert out.num_kept.tolist() == sizes
+        assert (out.token_ids < torch.tensor(sizes)).all()
+
+
+def test_ties_at_the_cut_go_by_id(backend):
+    """Two values: of the tied tokens at the cut the lower ids stay, wherever they lie."""
+    for vocab_size, high in ((50, 7), (1000, 300), (9000, 5), (20000, 12345)):
+        g = torch.Generator().manual_seed(vocab_size + high)
+        row = torch.zeros(vocab_size)
+        row[torch.randperm(vocab_size, generator=g)[:high]] = 0.5
+        order = sorted(range(vocab_size), key=lambda i, r=row.tolist(): (-r[i], i))
+        for size in (1, high - 1, high, high + 1, high + 3, vocab_size - 1):
+            draws = 256 if size <= 8 else 2
+            out = backend.sample(
+                row.expand(draws, -1), top_k=size, temperature=4.0, position=torch.arange(draws)
+            )
+            assert set(out.num_kept.tolist()) == {size}
+            assert set(out.token_ids.tolist()) <= set(order[:size])
+            if size <= 8:  # each has at least 0.11: one is missed with probability 8e-13
+                assert set(out.token_ids.tolist()) == set(order[:size])
+
+
+def test_the_token_that_crosses_p_is_kept_to_the_unit(backend):
+    """p times the mass is not an integer: the prefix must reach it, not the integer below.
+
+    With p = 1 - 2^-24 and masses 2^44 and m = 2^20 + 1, p (2^44 + m) lies between 2^44 and
+    2^44 + 1: one token has not reached it. m is right to 2^-23 of itself, an eighth of a unit.
+    """
+    wanted = (2**20 + 1) / 2**44
+    step = np.float32(2.0**-19)  # of fp32 at 16.6
+    found = 0
+    for k in range(-40, 40):
+        temperature = np.float32(1 + k * 2.0**-23)
+        d = np.float32(math.log(wanted) * float(temperature))
+        for gap in (d - step, d, d + step):
+            m = 2**44 * math.exp(float(gap) / float(temperature))
+            if abs(m - (2**20 + 1)) > 0.2:
+                continue
+            found += 1
+            row = torch.tensor([[0.0, float(gap)]])
+            out = backend.sample(row, top_p=1 - 2.0**-24, temperature=float(temperature))
+            assert out.num_kept.tolist() == [2]
+    assert found > 3
+
+
+@pytest.mark.parametrize("order", oracle.ORDERS)
+@pytest.mark.parametrize("spread", (0.0, 1e-3, 1.0, 4.0))
+def test_wide_rows(kernel, order, spread):
+    """130,000 tokens, flat to peaked: pruning fails for the flat ones, and histograms take over."""
+    g = torch.Generator().manual_seed(int(spread * 1000))
+    row = torch.randn(1, 130_000, generator=g) * spread
+    row = torch.cat([row, (row * 8).round() / 8])  # and one with thousands of ties
+    filters = [(1.0, 0, 0.0), (0.9, 0, 0.0), (0.5, 50_000, 0.0), (0.999, 100, 0.0), (1.0, 70_001, 0.02),
+               (0.7, 0, 0.3), (1e-7, 0, 0.0)]  # fmt: skip
+    top_p, top_k, min_p = (torch.tensor(v).repeat_interleave(2) for v in zip(*filters, strict=True))
+    base = row.repeat(len(filters), 1)
+    out = kernel.sample(
+        base, top_p=top_p, top_k=top_k, min_p=min_p, filter_order=order, temperature=0.9
+    )
+    f = oracle.Filters(
+        np.full(len(base), float(np.float32(0.9))), top_k.long().numpy(), top_p.double().numpy(),
+        min_p.double().numpy(), np.full(len(base), oracle.ORDERS.index(order)),
+    )  # fmt: skip
+    kept = oracle.kept(base.double().numpy(), f)
+    size = out.num_kept.numpy()
+    assert ((kept.low <= size) & (size <= kept.high)).all()
+    assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < size).all()
+    # Flat rows have thousands of tokens inside 1e-6 of the mass; the decided ones must not be few.
+    assert (kept.high - kept.low <= 2 + 3e-6 * base.shape[1]).all()
+
+
+def test_top_k_as_wide_as_the_row_is_off(backend):
+    rows = oracle.random_rows(6, 50, 77)
+    plain = rows.params | {"top_k": torch.zeros(50, dtype=torch.int32)}
+    for k in (-1, 77, 78, 2**31 - 1):
+        wide = plain | {"top_k": torch.full((50,), k, dtype=torch.int32)}
+        one, other = (
+            backend.sample(rows.base, rows.expert, rows.anti, ptk.RowParams(**p), vocab_size=77)
+            for p in (plain, wide)
+        )
+        for name, a, b in zip(one._fields, one, other, strict=True):
+            assert torch.equal(oracle.bits(a), oracle.bits(b)), name
+
+
+def test_greedy_is_the_first_maximum(backend):
+    rows = oracle.random_rows(7, 400, 150)
+    params = rows.params | {"temperature": torch.zeros(400)}
+    out = backend.sample(rows.base, rows.expert, rows.anti, ptk.RowParams(**params), vocab_size=150)
+    assert out.token_ids.tolist() == rows.x.argmax(-1).tolist()  # numpy: the first of equals
+    assert out.num_kept.tolist() == [1] * 400 and out.logprobs.tolist() == [0.0] * 400
+
+
+def test_a_subnormal_temperature_is_greedy(backend):
+    row = torch.tensor([[1.0, 1.0 + 2**-20, 0.5]])
+    out = backend.sample(row.expand(3, -1), temperature=torch.tensor([1e-39, 1e-45, 1.1754942e-38]))
+    assert out.token_ids.tolist() == [1, 1, 1] and out.num_kept.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("temperature", (1.1754944e-38, 1e-30, 1e-6, 1e6, 3e38))
+def test_extreme_temperatures(backend, temperature):
+    """Just above zero only the maxima have mass; at infinity all are alike."""
+    rows = oracle.random_rows(8, 64, 200)
+    t = float(np.float32(temperature))
+    out = backend.sample(
+        rows.base, rows.expert, rows.anti, temperature=t, top_p=0.9, vocab_size=200,
+        position=torch.arange(64),
+    )  # fmt: skip
+    x = oracle.combined(*(r[:, :200] for r in (rows.base, rows.expert, rows.anti)), torch.ones(64))
+    ones = np.ones(64)
+    f = oracle.Filters(
+        ones * t, np.zeros(64, int), ones * float(np.float32(0.9)), 0 * ones, np.zeros(64, int)
+    )
+    kept = oracle.kept(x, f)
+    assert ((kept.low <= out.num_kept.numpy()) & (out.num_kept.numpy() <= kept.high)).all()
+    assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < out.num_kept.numpy()).all()
+    assert torch.isfinite(out.logprobs).all()
