@@ -44,7 +44,7 @@ demo: install ## Continue four prompts, base alone and proxy-tuned side by side;
 .PHONY: test
 test: install ## Run the tests (TESTS=tests/ops for some of them)
 	@echo "Running the tests"
-	$(BIN)/python -m pytest -n auto $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)
 
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy
