@@ -209,7 +209,7 @@ def main(
     providers: Annotated[str, typer.Option(help=f"Of {','.join(PROVIDERS)}.")] = ",".join(
         PROVIDERS
     ),
-    repeats: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 9,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each, interleaved.")] = 9,
     buffers: Annotated[
         int, typer.Option(min=1, help="Sets of logits to go through in turn at B = 1.")
     ] = 4,

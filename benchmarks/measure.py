@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
-MIN_SAMPLE_SECONDS = 0.005
-"""A timed sample of a short call loops until it lasts about this long: the clock and the loop then
-cost less than a thousandth of it."""
+SHOT_SECONDS = 0.0003
+"""A short call loops until about this long: reading the clock is then under a thousandth of it, and
+most shots still fall between two interruptions of a busy machine."""
+
+MAX_SHOTS = 16
+"""Shots per sample; a sample is their median. Calls longer than a shot have fewer."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,32 @@ def _seconds(call: Callable[[], object], loops: int) -> float:
     return (time.perf_counter() - start) / loops
 
 
-def calibrate_loops(call: Callable[[], object], warm_up_seconds: float = 0.05) -> int:
-    """Warm a call up; how many of it make one sample of :data:`MIN_SAMPLE_SECONDS`.
+@dataclass(frozen=True)
+class Timer:
+    """Times one call: the median of ``shots``, each the mean of ``loops`` calls."""
 
-    Runs it at least twice: the first call may compile, allocate or page in.
-    """
-    call()
-    end = time.perf_counter() + warm_up_seconds
-    fastest = _seconds(call, 1)
-    while time.perf_counter() < end:
-        fastest = min(fastest, _seconds(call, 1))
-    return max(1, round(MIN_SAMPLE_SECONDS / fastest))
+    call: Callable[[], object]
+    loops: int
+    shots: int
+
+    @classmethod
+    def calibrated(cls, call: Callable[[], object], warm_up_seconds: float = 0.05) -> Timer:
+        """Warm a call up, and choose loops and shots by its fastest run.
+
+        Runs it at least twice: the first run may compile, allocate or page in.
+        """
+        call()
+        end = time.perf_counter() + warm_up_seconds
+        fastest = _seconds(call, 1)
+        while time.perf_counter() < end:
+            fastest = min(fastest, _seconds(call, 1))
+        loops = max(1, round(SHOT_SECONDS / fastest))
+        shots = max(1, min(MAX_SHOTS, round(MAX_SHOTS * SHOT_SECONDS / (loops * fastest))))
+        return cls(call, loops, shots)
+
+    def sample(self) -> float:
+        """Seconds per call."""
+        return median(_seconds(self.call, self.loops) for _ in range(self.shots))
 
 
 def interleaved(
@@ -74,16 +93,16 @@ def interleaved(
     """Time every call in turn, ``repeats`` times over: A B C A B C.
 
     Args:
-        calls: what to time, by name. A call shorter than :data:`MIN_SAMPLE_SECONDS` is looped.
+        calls: what to time, by name.
         repeats: samples of each, at least 1.
 
     Yields:
         Name and seconds per call, as each sample ends. Warm-up happens before the first.
     """
-    loops = {name: calibrate_loops(call) for name, call in calls.items()}
+    timers = {name: Timer.calibrated(call) for name, call in calls.items()}
     for _ in range(repeats):
-        for name, call in calls.items():
-            yield name, _seconds(call, loops[name])
+        for name, timer in timers.items():
+            yield name, timer.sample()
 
 
 def collect(samples: Iterable[tuple[str, float]]) -> dict[str, list[float]]:

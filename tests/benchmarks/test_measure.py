@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.environment import environment
-from benchmarks.measure import Summary, collect, interleaved, paired_ratios
+from benchmarks.measure import Summary, Timer, collect, interleaved, paired_ratios
 from benchmarks.memory import PeakMemory, in_fresh_process
 from benchmarks.report import write_json_lines
 
@@ -20,6 +20,20 @@ def test_summary():
 def test_summary_of_nothing():
     with pytest.raises(ValueError, match="at least one measurement"):
         Summary.of([])
+
+
+def test_a_sample_shrugs_off_interruptions(monkeypatch):
+    """One call in ten takes a hundred times as long: the sample is that of the other nine."""
+    now, calls = [0.0], [0]
+    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: now[0])
+
+    def call():
+        calls[0] += 1
+        now[0] += 0.05 if calls[0] % 10 == 0 else 0.0005
+
+    timer = Timer.calibrated(call)
+    assert (timer.loops, timer.shots) == (1, 10)
+    assert timer.sample() == pytest.approx(0.0005)
 
 
 def test_paired_ratios_cancel_what_slows_a_repeat():
