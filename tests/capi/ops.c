@@ -1,0 +1,347 @@
+/* Calls every operator of the C API on one case from a file, and prints what each wrote.
+ *
+ *   ops CASE THREADS own|given     values as hexadecimal bit patterns, one row a line
+ *   ops errors                     return value and message of calls that must be refused
+ *
+ * CASE: int64 rows, positions, width, vocab_size, dtype, then the arrays of `read_case` in order,
+ * each behind its size in bytes (int64); size 0 stands for NULL.
+ */
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proxytune.h"
+
+enum { MAX_THREADS = 16 };
+
+typedef struct {
+  int64_t rows, positions, width, vocab_size, dtype;
+  proxytune_inputs inputs;
+  proxytune_params params;
+  const int64_t *token_ids, *draft_token_ids;
+  proxytune_logits draft_logits;
+} test_case;
+
+static void fail(const char* what) {
+  fprintf(stderr, "ops: %s\n", what);
+  exit(2);
+}
+
+static void check(int code) {
+  if (code != PROXYTUNE_OK) fail(proxytune_error(code));
+}
+
+static void* must(void* memory) {
+  if (!memory) fail("out of memory");
+  return memory;
+}
+
+static uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+/* The case. Every array is an allocation of its own size, so that a checker sees a read past it. */
+
+static void* read_array(FILE* file) {
+  int64_t size;
+  if (fread(&size, sizeof size, 1, file) != 1) fail("the case ends early");
+  if (size == 0) return NULL;
+  void* data = must(malloc((size_t)size));
+  if (fread(data, 1, (size_t)size, file) != (size_t)size) fail("the case ends early");
+  return data;
+}
+
+static proxytune_logits read_logits(FILE* file, const test_case* c, int64_t positions) {
+  const proxytune_logits logits = {read_array(file), positions * c->width, c->width,
+                                   (int32_t)c->dtype};
+  return logits;
+}
+
+static test_case read_case(const char* path) {
+  FILE* file = fopen(path, "rb");
+  if (!file) fail("the case can't be opened");
+  test_case c;
+  memset(&c, 0, sizeof c);
+  if (fread(&c, sizeof(int64_t), 5, file) != 5) fail("the case ends early");
+  proxytune_inputs* in = &c.inputs;
+  in->vocab_size = c.vocab_size;
+  in->base = read_logits(file, &c, c.positions);
+  in->expert = read_logits(file, &c, c.positions);
+  in->anti = read_logits(file, &c, c.positions);
+  in->alpha = read_array(file);
+  in->bias = read_array(file);
+  in->bias_position_stride = c.vocab_size;
+  in->bias_row_stride = c.positions * c.vocab_size;
+  in->allowed = read_array(file);
+  in->allowed_position_stride = (c.vocab_size + 31) / 32;
+  in->allowed_row_stride = c.positions * in->allowed_position_stride;
+  c.params.temperature = read_array(file);
+  c.params.top_k = read_array(file);
+  c.params.top_p = read_array(file);
+  c.params.min_p = read_array(file);
+  c.params.filter_order = read_array(file);
+  c.params.seed = read_array(file);
+  c.params.position = read_array(file);
+  c.token_ids = read_array(file);
+  c.draft_token_ids = read_array(file);
+  c.draft_logits = read_logits(file, &c, c.positions - 1);
+  if (fgetc(file) != EOF) fail("the case has something after its end");
+  fclose(file);
+  return c;
+}
+
+static void free_case(test_case* c) {
+  const void* arrays[] = {
+      c->inputs.base.data, c->inputs.expert.data, c->inputs.anti.data, c->inputs.alpha,
+      c->inputs.bias,      c->inputs.allowed,     c->params.temperature, c->params.top_k,
+      c->params.top_p,     c->params.min_p,       c->params.filter_order, c->params.seed,
+      c->params.position,  c->token_ids,          c->draft_token_ids,    c->draft_logits.data};
+  for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; ++i) free((void*)arrays[i]);
+}
+
+/* The caller's threads. */
+
+typedef struct {
+  void (*body)(void*, int64_t);
+  void* context;
+  int64_t chunk;
+} work;
+
+static void* run_work(void* argument) {
+  work* w = argument;
+  w->body(w->context, w->chunk);
+  return NULL;
+}
+
+static void run_chunks(void* pool, int64_t chunks, void (*body)(void*, int64_t), void* context) {
+  pthread_t threads[MAX_THREADS];
+  work parts[MAX_THREADS];
+  (void)pool;
+  if (chunks > MAX_THREADS) fail("more chunks than threads were offered");
+  for (int64_t i = 0; i < chunks; ++i) {
+    parts[i].body = body;
+    parts[i].context = context;
+    parts[i].chunk = i;
+    if (pthread_create(&threads[i], NULL, run_work, &parts[i])) fail("no thread could be started");
+  }
+  for (int64_t i = 0; i < chunks; ++i) pthread_join(threads[i], NULL);
+}
+
+typedef struct {
+  const proxytune_sample_args* args;
+  int64_t rows, threads;
+  size_t workspace_size;
+} rows_work;
+
+/* One thread's share of the rows, in a workspace of its own. */
+static void sample_rows(void* context, int64_t thread) {
+  const rows_work* w = context;
+  void* workspace = must(aligned_alloc(64, w->workspace_size));
+  check(proxytune_cpu_sample(w->args, thread * w->rows / w->threads,
+                             (thread + 1) * w->rows / w->threads, workspace, NULL));
+  free(workspace);
+}
+
+/* The operators. */
+
+static void print_sample(const char* label, const proxytune_sample_args* a, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    printf("%s %" PRId64 " %08" PRIx32 " %08" PRIx32 " %" PRId32 " %" PRId32 "\n", label,
+           a->token_ids[r], bits_of(a->logprobs[r]), bits_of(a->raw_logprobs[r]), a->num_kept[r],
+           a->status[r]);
+  }
+}
+
+static void sample(const test_case* c, void* workspace, const proxytune_parallel* parallel) {
+  const size_t n = (size_t)c->rows;
+  proxytune_sample_args a;
+  memset(&a, 0, sizeof a);
+  a.inputs = c->inputs;
+  a.params = c->params;
+  a.stream = PROXYTUNE_STREAM_SAMPLE;
+  a.token_ids = must(malloc(n * sizeof *a.token_ids));
+  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
+  for (int64_t r = 0; r < c->rows; ++r) printf("ids %" PRId64 "\n", a.token_ids[r]);
+  a.logprobs = must(malloc(n * sizeof *a.logprobs));
+  a.raw_logprobs = must(malloc(n * sizeof *a.raw_logprobs));
+  a.num_kept = must(malloc(n * sizeof *a.num_kept));
+  a.status = must(malloc(n * sizeof *a.status));
+  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
+  print_sample("sample", &a, c->rows);
+
+  const int64_t threads = parallel ? parallel->chunks : 1;
+  rows_work over = {&a, c->rows, threads, proxytune_cpu_workspace_size(c->vocab_size, 0)};
+  memset(a.token_ids, 0, n * sizeof *a.token_ids);
+  run_chunks(NULL, threads, sample_rows, &over);
+  print_sample("rows", &a, c->rows);
+
+  memset(&a.params, 0, sizeof a.params);
+  a.inputs.alpha = NULL;
+  a.stream = PROXYTUNE_STREAM_DRAFT;
+  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
+  print_sample("defaults", &a, c->rows);
+  free(a.token_ids);
+  free(a.logprobs);
+  free(a.raw_logprobs);
+  free(a.num_kept);
+  free(a.status);
+}
+
+static void combine(const test_case* c) {
+  const size_t n = (size_t)(c->rows * c->vocab_size);
+  const proxytune_combine_args a = {c->inputs, must(malloc(n * sizeof(float))), c->vocab_size};
+  check(proxytune_cpu_combine(&a, 0, c->rows));
+  for (int64_t r = 0; r < c->rows; ++r) {
+    printf("combine");
+    for (int64_t i = 0; i < c->vocab_size; ++i) {
+      printf(" %08" PRIx32, bits_of(a.x[r * c->vocab_size + i]));
+    }
+    printf("\n");
+  }
+  free(a.x);
+}
+
+static void score(const test_case* c, void* workspace, const proxytune_parallel* parallel) {
+  const int64_t n = c->rows * c->positions;
+  proxytune_score_args a;
+  memset(&a, 0, sizeof a);
+  a.inputs = c->inputs;
+  a.inputs.bias = NULL; /* scores are of the combined logits alone */
+  a.inputs.allowed = NULL;
+  a.positions = c->positions;
+  a.token_ids = c->token_ids;
+  a.token_ids_row_stride = c->positions;
+  a.logprobs = must(malloc((size_t)n * sizeof(float)));
+  /* In two calls: positions are as independent as rows. */
+  check(proxytune_cpu_score(&a, 0, n / 2, workspace, parallel));
+  check(proxytune_cpu_score(&a, n / 2, n, workspace, parallel));
+  for (int64_t i = 0; i < n; ++i) printf("score %08" PRIx32 "\n", bits_of(a.logprobs[i]));
+  free(a.logprobs);
+}
+
+static void verify(const test_case* c, int32_t mode, void* workspace,
+                   const proxytune_parallel* parallel) {
+  const size_t rows = (size_t)c->rows, n = rows * (size_t)c->positions;
+  proxytune_verify_args a;
+  memset(&a, 0, sizeof a);
+  a.inputs = c->inputs;
+  a.params = c->params;
+  a.num_drafts = c->positions - 1;
+  a.mode = mode;
+  a.draft_token_ids = c->draft_token_ids;
+  a.draft_token_ids_row_stride = c->positions - 1;
+  if (mode == PROXYTUNE_VERIFY_REJECTION) a.draft_logits = c->draft_logits;
+  a.token_ids = must(malloc(n * sizeof *a.token_ids));
+  a.num_accepted = must(malloc(rows * sizeof *a.num_accepted));
+  a.logprobs = must(malloc(n * sizeof *a.logprobs));
+  a.status = must(malloc(rows * sizeof *a.status));
+  check(proxytune_cpu_verify(&a, 0, c->rows, workspace, parallel));
+  for (int64_t r = 0; r < c->rows; ++r) {
+    printf("%s %" PRId32 " %" PRId32, mode == PROXYTUNE_VERIFY_COUPLED ? "coupled" : "rejection",
+           a.num_accepted[r], a.status[r]);
+    for (int64_t j = 0; j < c->positions; ++j) {
+      const int64_t i = r * c->positions + j;
+      printf(" %" PRId64 " %08" PRIx32, a.token_ids[i], bits_of(a.logprobs[i]));
+    }
+    printf("\n");
+  }
+  free(a.token_ids);
+  free(a.num_accepted);
+  free(a.logprobs);
+  free(a.status);
+}
+
+/* Calls that must be refused. */
+
+static void refused(const char* what, int code) {
+  printf("%s %d %s\n", what, code, proxytune_error(code));
+}
+
+static void errors(void) {
+  const float logits[4] = {0, 1, 2, 3};
+  int64_t token = 7;
+  proxytune_sample_args good, a;
+  memset(&good, 0, sizeof good);
+  good.inputs.vocab_size = 4;
+  good.inputs.base.data = logits;
+  good.inputs.base.row_stride = 4;
+  good.token_ids = &token;
+
+  refused("good", proxytune_cpu_sample(&good, 0, 1, NULL, NULL));
+  refused("no-arguments", proxytune_cpu_sample(NULL, 0, 1, NULL, NULL));
+  a = good, a.inputs.base.data = NULL;
+  refused("no-base", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
+  a = good, a.inputs.expert = a.inputs.base;
+  refused("no-anti", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
+  a = good, a.inputs.vocab_size = 0;
+  refused("no-vocabulary", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
+  a = good, a.inputs.vocab_size = (1 << 19) + 1;
+  refused("wide-vocabulary", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
+  a = good, a.inputs.base.dtype = 3;
+  refused("dtype", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
+  a = good, a.stream = 5;
+  refused("stream", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
+  a = good, a.token_ids = NULL;
+  refused("no-token-ids", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
+  refused("begin", proxytune_cpu_sample(&good, -1, 1, NULL, NULL));
+  refused("no-rows", proxytune_cpu_sample(&good, 1, 1, NULL, NULL));
+
+  int32_t accepted = 7;
+  proxytune_verify_args v;
+  memset(&v, 0, sizeof v);
+  v.inputs = good.inputs;
+  v.token_ids = &token;
+  v.num_accepted = &accepted;
+  v.mode = 2;
+  refused("mode", proxytune_cpu_verify(&v, 0, 1, NULL, NULL));
+  v.mode = PROXYTUNE_VERIFY_REJECTION;
+  v.num_drafts = 1;
+  refused("no-drafts", proxytune_cpu_verify(&v, 0, 1, NULL, NULL));
+  v.draft_token_ids = &token;
+  refused("no-draft-logits", proxytune_cpu_verify(&v, 0, 1, NULL, NULL));
+  proxytune_score_args s;
+  memset(&s, 0, sizeof s);
+  s.inputs = good.inputs;
+  s.token_ids = &token;
+  refused("no-logprobs", proxytune_cpu_score(&s, 0, 1, NULL, NULL));
+  proxytune_combine_args x;
+  memset(&x, 0, sizeof x);
+  x.inputs = good.inputs;
+  refused("no-x", proxytune_cpu_combine(&x, 0, 1));
+  refused("isa", proxytune_cpu_set_isa("none"));
+  refused("unknown-code", 99);
+  printf("workspace %zu %zu\n", proxytune_cpu_workspace_size(0, 0),
+         proxytune_cpu_workspace_size((1 << 19) + 1, 1));
+}
+
+int main(int argc, char** argv) {
+  if (argc == 2 && strcmp(argv[1], "errors") == 0) {
+    errors();
+    return 0;
+  }
+  if (argc != 4) fail("usage: ops CASE THREADS own|given, or ops errors");
+  test_case c = read_case(argv[1]);
+  const int threads = atoi(argv[2]);
+  if (threads < 1 || threads > MAX_THREADS) fail("THREADS must be 1 to 16");
+  const proxytune_parallel pool = {run_chunks, NULL, threads};
+  const proxytune_parallel* parallel = threads > 1 ? &pool : NULL;
+  void* workspace = NULL;
+  if (strcmp(argv[3], "given") == 0) {
+    workspace = must(aligned_alloc(64, proxytune_cpu_workspace_size(c.vocab_size, 1)));
+  }
+  const char* isa = proxytune_cpu_isa();
+  if (!isa) fail(proxytune_error(PROXYTUNE_ERROR_ISA));
+  printf("isa %s\n", isa);
+  sample(&c, workspace, parallel);
+  combine(&c);
+  score(&c, workspace, parallel);
+  verify(&c, PROXYTUNE_VERIFY_COUPLED, workspace, parallel);
+  verify(&c, PROXYTUNE_VERIFY_REJECTION, workspace, parallel);
+  free(workspace);
+  free_case(&c);
+  return 0;
+}

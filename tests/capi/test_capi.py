@@ -1,0 +1,266 @@
+"""The C API from C: no Python, no torch; the numbers are those of the operators, bit for bit.
+
+PROXYTUNE_SANITIZE=1 builds everything here with AddressSanitizer, LeakSanitizer and UBSan.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import proxytune_kernels as ptk
+from proxytune_kernels.backends import backends
+
+ROOT = Path(__file__).parents[2]
+INCLUDE = ROOT / "csrc" / "include"
+SANITIZE = os.environ.get("PROXYTUNE_SANITIZE") == "1"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+STRICT = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
+C11 = ["gcc", "-std=c11", "-D_POSIX_C_SOURCE=200809L", *STRICT, f"-I{INCLUDE}"]
+# The command of docs/contracts.md, but for -O1: it compiles faster, and the numbers must not
+# depend on it.
+LIBRARY = [
+    "g++",
+    "-std=c++20",
+    "-O1",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+]
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs gcc and g++"),
+    pytest.mark.skipif(backends()["cpu"] is not None, reason="needs the C++ extension to compare"),
+]
+
+
+def run(command: list[str | Path], **environment: str) -> str:
+    """Output of a command that must succeed; a sanitizer of this process isn't handed on."""
+    env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
+    done = subprocess.run(
+        [str(c) for c in command], env=env | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels as a shared library, from csrc/cpu alone."""
+    path = tmp_path_factory.mktemp("capi") / "libproxytune_cpu.so"
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    run([*LIBRARY, *(SANITIZERS if SANITIZE else []), *sources, "-o", path])
+    return path
+
+
+def link(library: Path, source: Path, name: str) -> Path:
+    program = library.parent / name
+    flags = SANITIZERS if SANITIZE else []
+    run([*C11, *flags, source, library, f"-Wl,-rpath,{library.parent}", "-pthread", "-o", program])
+    return program
+
+
+@pytest.fixture(scope="session")
+def ops(library: Path) -> Path:
+    return link(library, Path(__file__).with_name("ops.c"), "ops")
+
+
+class Case:
+    """One call's inputs: as tensors, and as the file that ops.c reads."""
+
+    def __init__(self, vocab_size, dtype, *, steered=True, constrained=False, rows=4, seed=0):
+        make = np.random.default_rng(seed)
+        self.rows, self.positions, self.vocab_size = rows, 3, vocab_size
+        self.width, self.dtype = vocab_size + 5, dtype
+        shape = (rows, self.positions, self.width)
+
+        def logits(*shape):
+            # A few levels, so that there are ties; the padding is poisoned.
+            values = make.integers(-12, 13, shape) / 2
+            values[make.random(shape) < 0.02] = -np.inf
+            values[make.random(shape) < 0.002] = np.nan
+            values[..., vocab_size:] = np.inf
+            return torch.from_numpy(values).to(dtype)
+
+        self.base = logits(*shape)
+        self.expert: torch.Tensor | None = logits(*shape) if steered else None
+        self.anti: torch.Tensor | None = logits(*shape) if steered else None
+        self.draft_logits = logits(rows, self.positions - 1, self.width)
+        self.bias = self.allowed_mask = None
+        if constrained:
+            self.bias = torch.from_numpy(make.integers(-4, 5, (*shape[:2], vocab_size)) / 4).float()
+            words = (*shape[:2], -(-vocab_size // 32))
+            self.allowed_mask = torch.from_numpy(make.integers(-(2**31), 2**31, words)).int()
+        self.token_ids = torch.from_numpy(make.integers(-1, vocab_size, shape[:2]))
+        self.params = ptk.RowParams.make(
+            rows,
+            alpha=torch.tensor([1.0, 0.0, -0.5, 2.0])[:rows],
+            temperature=torch.tensor([0.7, 1.0, 0.0, 1.5])[:rows],
+            top_k=torch.tensor([0, 40, 7, -1])[:rows],
+            top_p=torch.tensor([0.9, 0.95, 1.0, 2.0])[:rows],  # the last one is out of range
+            min_p=torch.tensor([0.0, 0.01, 0.0, 0.0])[:rows],
+            filter_order=torch.arange(rows) % 3,
+            seed=torch.from_numpy(make.integers(-(2**63), 2**63 - 1, rows)),
+            position=torch.arange(rows) * 1000,
+        )
+        # Drafts that plain decoding accepts at first, then none.
+        first = self.sample(self.params).token_ids
+        self.draft_token_ids = torch.stack([first, torch.full_like(first, -1)], 1)
+
+    def sample(self, params, stream="sample"):
+        base, expert, anti = self.roles(0)
+        constraints = self.constraints(0)
+        return ptk.sample(
+            base, expert, anti, params, vocab_size=self.vocab_size, stream=stream, **constraints
+        )
+
+    def roles(self, position=slice(None)):
+        steering = (None if t is None else t[:, position] for t in (self.expert, self.anti))
+        return self.base[:, position], *steering
+
+    def constraints(self, position=slice(None)):
+        names = ("bias", "allowed_mask")
+        return {n: v[:, position] for n in names if (v := getattr(self, n)) is not None}
+
+    def write(self, path: Path) -> None:
+        head = [self.rows, self.positions, self.width, self.vocab_size, DTYPES[self.dtype]]
+        arrays = [
+            self.base, self.expert, self.anti, self.params.alpha, self.bias, self.allowed_mask,
+            *self.params[1:], self.token_ids, self.draft_token_ids, self.draft_logits,
+        ]  # fmt: skip
+        with path.open("wb") as file:
+            file.write(np.array(head, np.int64).tobytes())
+            for array in arrays:
+                data = b"" if array is None else array.view(torch.uint8).numpy().tobytes()
+                file.write(np.int64(len(data)).tobytes() + data)
+
+    def expected(self) -> list[str]:
+        """What ops.c must print, by the operators."""
+        out = self.sample(self.params)
+        lines = [f"ids {token}" for token in out.token_ids.tolist()]
+        lines += [line for label in ("sample", "rows") for line in _sample_lines(label, out)]
+        plain = ptk.RowParams.make(self.rows)
+        lines += _sample_lines("defaults", self.sample(plain, "draft"))
+        base, expert, anti = self.roles(0)
+        alpha, vocab_size = self.params.alpha, self.vocab_size
+        x = ptk.combine(base, expert, anti, alpha, vocab_size=vocab_size, **self.constraints(0))
+        lines += [f"combine {' '.join(_bits(row))}" for row in x]
+        base, expert, anti = self.roles()
+        scores = ptk.score(base, expert, anti, self.token_ids, alpha, vocab_size=vocab_size)
+        lines += [f"score {bits}" for bits in _bits(scores.flatten())]
+        for mode in ("coupled", "rejection"):
+            drafts = {"draft_logits": self.draft_logits} if mode == "rejection" else {}
+            v = ptk.verify(base, expert, anti, self.draft_token_ids, self.params, mode=mode,
+                           vocab_size=vocab_size, **drafts, **self.constraints())  # fmt: skip
+            for r in range(self.rows):
+                pairs = zip(v.token_ids[r].tolist(), _bits(v.logprobs[r]), strict=True)
+                tokens = " ".join(f"{token} {bits}" for token, bits in pairs)
+                lines.append(f"{mode} {v.num_accepted[r]} {v.status[r]} {tokens}")
+        return lines
+
+
+def _bits(values: torch.Tensor) -> list[str]:
+    canonical = torch.where(values.isnan(), torch.nan, values)  # NaNs have no agreed sign
+    return [f"{int(b) & 0xFFFFFFFF:08x}" for b in canonical.view(torch.int32)]
+
+
+def _sample_lines(label: str, out: ptk.SampleOutput) -> list[str]:
+    columns = (out.token_ids.tolist(), _bits(out.logprobs), _bits(out.raw_logprobs),
+               out.num_kept.tolist(), out.status.tolist())  # fmt: skip
+    return [" ".join([label, *map(str, row)]) for row in zip(*columns, strict=True)]
+
+
+def _canonical(line: str) -> str:
+    """NaN has more than one bit pattern; the operators' default one stands for all."""
+    return re.sub(r"\b[7f]f[c-f][0-9a-f]{5}\b", "7fc00000", line)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 300, 20_000])
+def test_the_c_api_gives_the_operators_numbers(ops, tmp_path, vocab_size, dtype):
+    case = Case(vocab_size, dtype)
+    case.write(tmp_path / "case")
+    lines = run([ops, tmp_path / "case", "1", "given"]).splitlines()
+    assert re.fullmatch("isa (avx512|avx2|scalar)", lines[0])
+    assert [_canonical(line) for line in lines[1:]] == case.expected()
+
+
+@pytest.mark.parametrize("steered", [True, False])
+def test_bias_mask_and_base_alone(ops, tmp_path, steered):
+    case = Case(333, torch.float32, steered=steered, constrained=True, seed=1)
+    case.write(tmp_path / "case")
+    lines = run([ops, tmp_path / "case", "1", "own"]).splitlines()
+    assert [_canonical(line) for line in lines[1:]] == case.expected()
+
+
+def test_threads_workspaces_and_instruction_sets_do_not_change_a_bit(ops, tmp_path):
+    case = Case(20_000, torch.bfloat16, seed=2)
+    case.write(tmp_path / "case")
+    wanted = case.expected()
+    for threads, workspace in (("1", "own"), ("3", "given"), ("16", "own")):
+        lines = run([ops, tmp_path / "case", threads, workspace]).splitlines()
+        assert [_canonical(line) for line in lines[1:]] == wanted
+    lines = run([ops, tmp_path / "case", "2", "own"], PROXYTUNE_FORCE_ISA="scalar").splitlines()
+    assert lines[0] == "isa scalar"
+    assert [_canonical(line) for line in lines[1:]] == wanted
+
+
+def test_what_cannot_be_meant_is_refused(ops):
+    lines = [line.split(" ", 2) for line in run([ops, "errors"]).splitlines()]
+    assert lines.pop() == ["workspace", "0", "0"]
+    codes = {name: int(code) for name, code, _ in lines}
+    accepted = {"good": 0, "no-rows": 0}
+    special = {"isa": 2, "unknown-code": 99}
+    assert codes == {name: 1 for name in codes} | accepted | special
+    assert len(codes) == 18
+    assert all(len(message) > 5 for _, _, message in lines)
+
+
+def test_a_forced_instruction_set_that_is_unknown_is_an_error(ops, tmp_path):
+    Case(5, torch.float32).write(tmp_path / "case")
+    env = os.environ | {"PROXYTUNE_FORCE_ISA": "mmx", "LD_PRELOAD": ""}
+    done = subprocess.run(
+        [ops, tmp_path / "case", "1", "own"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "PROXYTUNE_FORCE_ISA" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "compiler", [["gcc", "-std=c11", "-x", "c"], ["g++", "-std=c++20", "-x", "c++"]]
+)
+def test_the_header_stands_alone_in_both_languages(compiler):
+    run([*compiler, *STRICT, "-fsyntax-only", INCLUDE / "proxytune.h"])
+
+
+def test_only_the_api_is_exported(library):
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    declared = set(re.findall(r"\b(proxytune_\w+)\(", (INCLUDE / "proxytune.h").read_text()))
+    symbols = run(["nm", "--dynamic", "--defined-only", library]).split()[2::3]
+    exported = {
+        s for s in symbols if not s.startswith(("_ZNSt", "_ZSt", "_ZTS", "_ZTI", "__odr_asan"))
+    }
+    assert exported == declared
+
+
+def test_the_documented_example_runs(library, tmp_path):
+    text = (ROOT / "docs" / "contracts.md").read_text()
+    source = tmp_path / "example.c"
+    source.write_text(re.findall(r"```c\n(.*?)```", text, re.DOTALL)[0])
+    printed = re.findall(r"token (-?\d+)", run([link(library, source, "example")]))
+    base = torch.tensor([[2.0, 1.0, 0.5, -1.0]])
+    expert = torch.tensor([[0.0, 3.0, 0.5, 0.0]])
+    anti = torch.tensor([[0.5, 1.0, 0.5, 0.0]])
+    positions = [ptk.sample(base, expert, anti, temperature=0.7, top_p=0.9, seed=7, position=i)
+                 for i in range(3)]  # fmt: skip
+    assert [int(t) for t in printed] == [int(out.token_ids) for out in positions]
