@@ -21,13 +21,10 @@ SOURCES = [
     "csrc/cpu/isa_avx512.cpp",
 ]
 # No contraction: a fused multiply-add is written as one, so that all instruction sets agree.
-FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
             "-fno-omit-frame-pointer", "-O1", "-g"]  # fmt: skip
-MACROS = [
-    ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # the stable ABI of torch 2.10
-    ("Py_LIMITED_API", "0x030b0000"),  # Python 3.11
-]
+MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10
 
 
 def extension() -> dict[str, object]:

@@ -163,8 +163,9 @@ Tensor empty(ScalarType type, int64_t rows, int64_t columns = -1) {
   if (type == ScalarType::Int) dtype = aoti_torch_dtype_int32();
   const int64_t sizes[] = {rows, columns}, strides[] = {columns < 0 ? 1 : columns, 1};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      columns < 0 ? 1 : 2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  const auto code = aoti_torch_empty_strided(columns < 0 ? 1 : 2, sizes, strides, dtype,
+                                             aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(code == 0, "proxytune: out of memory");
   return Tensor(handle);
 }
 

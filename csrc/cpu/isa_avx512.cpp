@@ -2,6 +2,10 @@
 #include "types.h"
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own headers start from an undefined register, on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 // Set after the standard headers: their inline functions are shared with the code for processors

@@ -39,8 +39,14 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 // a > b ? a : b, so NaN in a gives b.
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
-// Modulo 2^32.
-inline uint32_t reduce_add(U a) { return uint32_t(_mm512_reduce_add_epi32(a)); }
+// Modulo 2^32. Not _mm512_reduce_add_epi32: gcc writes it with signed additions, whose overflow is
+// undefined without -fwrapv.
+inline uint32_t reduce_add(U a) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return uint32_t(_mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1))));
+}
 inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 
 // Comparisons are false for NaN.
