@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -30,6 +30,7 @@ from benchmarks.op_cases import (
     OpCase,
     make_calls,
 )
+from benchmarks.options import parse_choices
 from benchmarks.peers import ALPHA
 from benchmarks.plots import plot_kernels
 from benchmarks.report import (
@@ -45,21 +46,6 @@ from benchmarks.report import (
 
 _US = 1e6
 _MIB = 2**20
-
-
-def parse_choices(option: str, text: str | None, known: Iterable[Any], default: Any) -> list[Any]:
-    """A comma-separated option's values, each one of ``known``; ``[default]`` where not given.
-
-    Raises:
-        typer.BadParameter: names the option, what it got and what it wanted.
-    """
-    if text is None:
-        return [default]
-    by_name = {str(value): value for value in known}
-    unknown = [name for name in text.split(",") if name not in by_name]
-    if unknown:
-        raise typer.BadParameter(f"{option} must be among {', '.join(by_name)}, got {unknown[0]!r}")
-    return [by_name[name] for name in text.split(",")]
 
 
 def time_cases(

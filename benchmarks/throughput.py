@@ -17,6 +17,7 @@ from rich.progress import Progress
 from benchmarks.agreement import Mismatch, greedy_mismatches
 from benchmarks.decode_timing import Case, time_case
 from benchmarks.memory import in_fresh_process
+from benchmarks.options import parse_cases, parse_providers
 from benchmarks.plots import plot_throughput
 from benchmarks.prompts import make_prompts
 from benchmarks.providers import ALPHA, PROVIDERS, TEMPERATURE, TOP_P, Provider
@@ -49,50 +50,6 @@ class Settings:
     cases: tuple[Case, ...]
     repeats: int
     memory: bool
-
-
-def parse_cases(batch_sizes: str, lengths: str) -> tuple[Case, ...]:
-    """Cases of ``1,4`` and ``8:512,512:8``.
-
-    Raises:
-        typer.BadParameter: names the option, what it got and what it wanted.
-    """
-    sizes = [_positive("--batch-sizes", s, 1) for s in batch_sizes.split(",")]
-    pairs = []
-    for pair in lengths.split(","):
-        parts = pair.split(":")
-        if len(parts) != 2:
-            raise typer.BadParameter(f"--lengths must be prompt:output pairs, got {pair!r}")
-        pairs.append((_positive("--lengths", parts[0], 1), _positive("--lengths", parts[1], 2)))
-    return tuple(Case(size, *pair) for pair in pairs for size in sizes)
-
-
-def _positive(option: str, text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise typer.BadParameter(
-            f"{option} must hold integers of at least {least} (an output of 2 has one step to "
-            f"time), got {text!r}"
-        )
-    return value
-
-
-def parse_providers(names: str, compiled: bool) -> tuple[str, ...]:
-    """Provider names in table order; ``ours-compiled`` too where asked for.
-
-    Raises:
-        typer.BadParameter: an unknown name.
-    """
-    wanted = {*names.split(","), *(["ours-compiled"] if compiled else [])}
-    unknown = sorted(wanted - set(PROVIDERS))
-    if unknown:
-        raise typer.BadParameter(
-            f"--providers must be among {', '.join(PROVIDERS)}, got {unknown[0]!r}"
-        )
-    return tuple(name for name in PROVIDERS if name in wanted)
 
 
 def check_context(trio: Trio, cases: Sequence[Case]) -> None:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from benchmarks import throughput
 from benchmarks.agreement import greedy_mismatches
 from benchmarks.decode_timing import Case, CaseTimes, ProviderTimes, time_case
+from benchmarks.options import parse_cases, parse_providers
 from benchmarks.prompts import make_prompts
 from benchmarks.providers import (
     PROVIDERS,
@@ -165,7 +166,7 @@ def test_time_case_interleaves(trio):
 
 
 def test_parse_cases():
-    assert throughput.parse_cases("1,4", "8:16,16:8") == (
+    assert parse_cases("1,4", "8:16,16:8") == (
         Case(1, 8, 16), Case(4, 8, 16), Case(1, 16, 8), Case(4, 16, 8),
     )  # fmt: skip
 
@@ -181,15 +182,15 @@ def test_parse_cases():
 )
 def test_wrong_cases(sizes, lengths, message):
     with pytest.raises(typer.BadParameter, match=message):
-        throughput.parse_cases(sizes, lengths)
+        parse_cases(sizes, lengths)
 
 
 def test_parse_providers():
-    assert throughput.parse_providers("ours,naive", compiled=True) == (
+    assert parse_providers("ours,naive", compiled=True) == (
         "naive", "ours", "ours-compiled",
     )  # fmt: skip
     with pytest.raises(typer.BadParameter, match="'mine'"):
-        throughput.parse_providers("naive,mine", compiled=False)
+        parse_providers("naive,mine", compiled=False)
 
 
 def test_case_longer_than_the_context(trio):

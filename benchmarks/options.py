@@ -1,0 +1,70 @@
+"""The benchmarks' comma-separated options; every error names the option."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import typer
+
+from benchmarks.decode_timing import Case
+from benchmarks.providers import PROVIDERS
+
+
+def parse_choices(option: str, text: str | None, known: Iterable[Any], default: Any) -> list[Any]:
+    """A comma-separated option's values, each one of ``known``; ``[default]`` where not given.
+
+    Raises:
+        typer.BadParameter: names the option, what it got and what it wanted.
+    """
+    if text is None:
+        return [default]
+    by_name = {str(value): value for value in known}
+    unknown = [name for name in text.split(",") if name not in by_name]
+    if unknown:
+        raise typer.BadParameter(f"{option} must be among {', '.join(by_name)}, got {unknown[0]!r}")
+    return [by_name[name] for name in text.split(",")]
+
+
+def parse_cases(batch_sizes: str, lengths: str) -> tuple[Case, ...]:
+    """Cases of ``1,4`` and ``8:512,512:8``.
+
+    Raises:
+        typer.BadParameter: names the option, what it got and what it wanted.
+    """
+    sizes = [_positive("--batch-sizes", s, 1) for s in batch_sizes.split(",")]
+    pairs = []
+    for pair in lengths.split(","):
+        parts = pair.split(":")
+        if len(parts) != 2:
+            raise typer.BadParameter(f"--lengths must be prompt:output pairs, got {pair!r}")
+        pairs.append((_positive("--lengths", parts[0], 1), _positive("--lengths", parts[1], 2)))
+    return tuple(Case(size, *pair) for pair in pairs for size in sizes)
+
+
+def _positive(option: str, text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise typer.BadParameter(
+            f"{option} must hold integers of at least {least} (an output of 2 has one step to "
+            f"time), got {text!r}"
+        )
+    return value
+
+
+def parse_providers(names: str, compiled: bool) -> tuple[str, ...]:
+    """Provider names in table order; ``ours-compiled`` too where asked for.
+
+    Raises:
+        typer.BadParameter: an unknown name.
+    """
+    wanted = {*names.split(","), *(["ours-compiled"] if compiled else [])}
+    unknown = sorted(wanted - set(PROVIDERS))
+    if unknown:
+        raise typer.BadParameter(
+            f"--providers must be among {', '.join(PROVIDERS)}, got {unknown[0]!r}"
+        )
+    return tuple(name for name in PROVIDERS if name in wanted)
