@@ -68,7 +68,9 @@ def test_strided_and_misaligned_rows(backend, vocab_size, dtype):
     places = ((1, 1), (3, 0), (7, 65))
     views = [view(r, *p) for r, p in zip((rows.base, rows.expert, rows.anti), places, strict=True)]
     assert_same(plain, run(backend, rows._replace(base=views[0], expert=views[1], anti=views[2])))
-    one = rows._replace(**{r: getattr(rows, r)[:1].expand(48, -1) for r in ("base", "expert", "anti")})
+    one = rows._replace(
+        **{r: getattr(rows, r)[:1].expand(48, -1) for r in ("base", "expert", "anti")}
+    )
     copied = one._replace(**{r: getattr(one, r).contiguous() for r in ("base", "expert", "anti")})
     assert_same(run(backend, one), run(backend, copied))
 
@@ -129,7 +131,13 @@ def test_instruction_sets_agree_on_wide_flat_rows():
     """Histogram, ties over 4,096, two values, one value: the rare paths of the selection."""
     g = torch.Generator().manual_seed(8)
     noise = torch.randn(130_000, generator=g)
-    kinds = [noise * 1e-3, noise, (noise * 2).round() / 2, (noise > 1).float(), torch.zeros(130_000)]
+    kinds = [
+        noise * 1e-3,
+        noise,
+        (noise * 2).round() / 2,
+        (noise > 1).float(),
+        torch.zeros(130_000),
+    ]
     base = torch.stack(kinds).repeat_interleave(6, 0)
     params = ptk.RowParams.make(
         30, top_p=torch.tensor([1.0, 0.9, 0.3, 1.0, 0.99, 1e-5]).repeat(5),
@@ -160,11 +168,20 @@ def test_instruction_sets_agree_on_every_operator():
         outs = []
         for backend in CPU:
             backend.use()
-            combined = backend.combine(rows.base, rows.expert, rows.anti, rows.params["alpha"], vocab_size=vocab_size)
-            scored = backend.score(*roles, torch.zeros(6, 4, dtype=torch.int64), params.alpha, vocab_size=vocab_size)
+            combined = backend.combine(
+                rows.base, rows.expert, rows.anti, rows.params["alpha"], vocab_size=vocab_size
+            )
+            scored = backend.score(
+                *roles, torch.zeros(6, 4, dtype=torch.int64), params.alpha, vocab_size=vocab_size
+            )
             coupled = backend.verify(*roles, drafts, params, vocab_size=vocab_size)
             rejected = backend.verify(
-                *roles, drafts, params, mode="rejection", draft_logits=roles[1][:, :3], vocab_size=vocab_size
+                *roles,
+                drafts,
+                params,
+                mode="rejection",
+                draft_logits=roles[1][:, :3],
+                vocab_size=vocab_size,
             )
             outs.append((combined, scored, *coupled, *rejected))
         for out in outs[1:]:
@@ -188,7 +205,9 @@ def test_verify_and_score_do_not_depend_on_the_batch(backend, mode):
         picked = [r[index] for r in roles]
         out = backend.verify(*picked, drafts[index], params.rows(index), mode=mode, **part)
         assert_same(at(whole, index), out)
-        again = backend.score(*picked, torch.full_like(whole.token_ids[index], 5), params.alpha[index])
+        again = backend.score(
+            *picked, torch.full_like(whole.token_ids[index], 5), params.alpha[index]
+        )
         assert torch.equal(oracle.bits(again), oracle.bits(scored[index]))
     torch.set_num_threads(3)
     assert_same(whole, backend.verify(*roles, drafts, params, mode=mode, **extra))

@@ -84,7 +84,9 @@ def test_tails_14_to_22_nats_down(widest):
     draws, batch = 600_000, 200_000
     counts = dict.fromkeys(levels, 0)
     for start in range(0, draws, batch):
-        out = widest.sample(row.expand(batch, -1), position=torch.arange(start, start + batch), seed=77)
+        out = widest.sample(
+            row.expand(batch, -1), position=torch.arange(start, start + batch), seed=77
+        )
         for d in levels:
             counts[d] += int((level[out.token_ids.numpy()] == d).sum())
     total = 1 + sum(n * math.exp(-d) for d, n in levels.items())
@@ -92,7 +94,10 @@ def test_tails_14_to_22_nats_down(widest):
     for d, n in counts.items():  # Poisson: the z-test's exact form, for few draws
         low, high = stats.poisson.cdf(n, expected[d]), stats.poisson.sf(n - 1, expected[d])
         assert min(low, high) > SIGNIFICANCE, (d, n, expected[d])
-    deep = sum(n for d, n in counts.items() if d >= 18), sum(v for d, v in expected.items() if d >= 18)
+    deep = (
+        sum(n for d, n in counts.items() if d >= 18),
+        sum(v for d, v in expected.items() if d >= 18),
+    )
     assert stats.poisson.cdf(*deep) > 1e-3 and stats.poisson.sf(deep[0] - 1, deep[1]) > 1e-3, deep
 
 
@@ -113,7 +118,9 @@ def _independent(one, other, size):
     return stats.chi2_contingency(table, correction=False).pvalue
 
 
-@pytest.mark.parametrize("apart", ("position", "position high", "seed", "seed high", "stream", "row shift"))
+@pytest.mark.parametrize(
+    "apart", ("position", "position high", "seed", "seed high", "stream", "row shift")
+)
 def test_draws_are_independent(widest, apart):
     """Of a neighbour in position, seed or stream, and of the same logits eight tokens on."""
     draws = 100_000

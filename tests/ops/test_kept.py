@@ -117,11 +117,12 @@ def test_constant_rows_are_cut_by_id(backend, count):
 
 def test_ties_at_the_cut_go_by_id(backend):
     """Two values: of the tied tokens at the cut the lower ids stay, wherever they lie."""
-    for vocab_size, high in ((50, 7), (1000, 300), (9000, 5), (20000, 12345)):
+    cases = [(50, 7), (1000, 300), (9000, 5), (20000, 12345)]
+    for vocab_size, high in cases[: 2 if backend.name == "reference" else 4]:
         g = torch.Generator().manual_seed(vocab_size + high)
         row = torch.zeros(vocab_size)
         row[torch.randperm(vocab_size, generator=g)[:high]] = 0.5
-        order = sorted(range(vocab_size), key=lambda i, r=row.tolist(): (-r[i], i))
+        order = torch.where(row > 0)[0].tolist() + torch.where(row == 0)[0].tolist()
         for size in (1, high - 1, high, high + 1, high + 3, vocab_size - 1):
             draws = 256 if size <= 8 else 2
             out = backend.sample(
@@ -163,8 +164,10 @@ def test_wide_rows(kernel, order, spread):
     g = torch.Generator().manual_seed(int(spread * 1000))
     row = torch.randn(1, 130_000, generator=g) * spread
     row = torch.cat([row, (row * 8).round() / 8])  # and one with thousands of ties
-    filters = [(1.0, 0, 0.0), (0.9, 0, 0.0), (0.5, 50_000, 0.0), (0.999, 100, 0.0), (1.0, 70_001, 0.02),
-               (0.7, 0, 0.3), (1e-7, 0, 0.0)]  # fmt: skip
+    filters = [
+        (1.0, 0, 0.0), (0.9, 0, 0.0), (0.5, 50_000, 0.0), (0.999, 100, 0.0), (1.0, 70_001, 0.02),
+        (0.7, 0, 0.3), (1e-7, 0, 0.0),
+    ]  # fmt: skip
     top_p, top_k, min_p = (torch.tensor(v).repeat_interleave(2) for v in zip(*filters, strict=True))
     base = row.repeat(len(filters), 1)
     out = kernel.sample(

@@ -28,7 +28,7 @@ def test_golden_draws(backend):
 
 
 def _gap(backend, token, other, **key):
-    """g(token) - g(other), measured: how far token's logit may be below other's, and it still wins."""
+    """g(token) - g(other), measured: how far below the other's a winning logit may lie."""
     low, high = -60.0, 60.0
     for _ in range(8):
         steps = torch.linspace(low, high, 64, dtype=torch.float64)
@@ -90,7 +90,9 @@ def _reference_draws(dtype):
         x = reference.combine(*(t[:, : rows.vocab_size] for t in rows[:3]), params.alpha)
         d = reference.distribution(x, params)
         wanted = Backend("reference").sample(*rows[:3], params, vocab_size=rows.vocab_size)
-        found.append((rows, d, reference.scores(d, params, 0), wanted, oracle.kept(rows.x, rows.filters)))
+        found.append(
+            (rows, d, reference.scores(d, params, 0), wanted, oracle.kept(rows.x, rows.filters))
+        )
     return found
 
 
@@ -112,7 +114,9 @@ def test_tokens_are_the_references(kernel, dtype):
         for row in np.flatnonzero(same_set & (out.token_ids != wanted.token_ids).numpy()):
             one, other = int(out.token_ids[row]), int(wanted.token_ids[row])
             gap = float(scores[row, other] - scores[row, one])
-            size = max(abs(float(d.scaled[row, t])) + abs(float(scores[row, t])) for t in (one, other))
+            size = max(
+                abs(float(d.scaled[row, t])) + abs(float(scores[row, t])) for t in (one, other)
+            )
             differ += 1
             print(f"row {row}: {one} for {other}, {gap:.3g} apart")
             assert 0 <= gap <= 2 * 2.0**-22 * (2 * size + 2)
@@ -173,6 +177,7 @@ def test_alpha_0_does_not_look_at_expert_and_anti(backend):
 @pytest.mark.parametrize("vocab_size", (4, 130, 700))
 def test_status_and_masks(backend, vocab_size):
     """Each rule of the contract's Inputs and Combination; what is masked is never drawn."""
+
     def row(**values):
         x = torch.zeros(vocab_size)
         for i, v in values.items():

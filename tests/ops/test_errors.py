@@ -1,0 +1,304 @@
+"""What can't be right is refused by name: operator, argument, what it got and what it wanted."""
+
+# ruff: noqa: E501 (a table: one case a line)
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import proxytune_kernels as ptk
+from proxytune_kernels.backends import backends
+
+X = torch.zeros(2, 8)
+XT = torch.zeros(2, 3, 8)
+IDS = torch.zeros(2, 3, dtype=torch.int64)
+DRAFTS = IDS[:, 1:]
+ROWS = ptk.RowParams.make(2)
+MASK = torch.zeros(2, 1, dtype=torch.int32)
+META = torch.zeros(2, 8, device="meta")
+OUT = ptk.sample(X)
+VERIFIED = ptk.verify(XT, None, None, DRAFTS)
+
+# operator, arguments, keywords, error, and what the message holds, in this order
+SHARED = {
+    "a list": (([[0.0]], None, None), TypeError, "base must be a tensor, got list"),
+    "dims": ((X[0], None, None), ValueError, "base must have shape [B, V], got [8]"),
+    "fp64": ((X.double(), None, None), ValueError, "base must be float32, bfloat16 or float16, got torch.float64"),
+    "columns": ((X[:, ::2], None, None), ValueError, "base must be contiguous in its last dimension, got stride 2"),
+    "half a pair": ((X, X, None), ValueError, "anti must be given with the other of the pair, got None"),
+    "other half": ((X, None, X), ValueError, "expert must be given with the other of the pair, got None"),
+    "batch": ((X, X[:1], X), ValueError, "expert must have shape [2, 'V'] like base, got [1, 8]"),
+    "device": ((X, X, META), ValueError, "anti must be on cpu like base, got meta"),
+    "expert ints": ((X, X.int(), X), ValueError, "expert must be float32, bfloat16 or float16, got torch.int32"),
+}  # fmt: skip
+KEYWORDS = {
+    "vocab wide": (
+        dict(vocab_size=9),
+        ValueError,
+        "vocab_size must be at most the narrowest role's width 8, got 9",
+    ),
+    "vocab 0": (dict(vocab_size=0), ValueError, "vocab_size must be in [1, 2^19], got 0"),
+    "vocab float": (dict(vocab_size=4.0), TypeError, "vocab_size must be an integer, got 4.0"),
+    "backend": (dict(backend="gpu"), ValueError, "backend must be one of ['cpu', 'reference'"),
+}
+BIAS_AND_MASK = {
+    "bias dtype": (dict(bias=X.half()), ValueError, "bias must be torch.float32 of shape [2, 8], got torch.float16"),
+    "bias shape": (dict(bias=X[:, :7]), ValueError, "bias must be torch.float32 of shape [2, 8], got torch.float32 of shape [2, 7]"),
+    "mask dtype": (dict(allowed_mask=MASK.bool()), ValueError, "allowed_mask must be torch.int32 of shape [2, 1], got torch.bool"),
+    "mask shape": (dict(allowed_mask=MASK[:1]), ValueError, "allowed_mask must be torch.int32 of shape [2, 1]"),
+}  # fmt: skip
+PARAMS = {
+    "unknown": (dict(temprature=1.0), TypeError, "unknown sampling parameter 'temprature'; known are alpha, temperature"),
+    "temperature": (dict(temperature=-0.5), ValueError, "temperature must be 0 (greedy) or a positive finite number, got -0.5"),
+    "top_k": (dict(top_k=1.5), ValueError, "top_k must be a positive integer, or 0 or -1 for off, got 1.5"),
+    "top_p": (dict(top_p=0.0), ValueError, "top_p must be in (0, 1], got 0.0"),
+    "min_p": (dict(min_p=2), ValueError, "min_p must be in [0, 1], got 2"),
+    "order": (dict(filter_order="topk"), ValueError, "filter_order must be one of"),
+    "seed": (dict(seed=2**64), ValueError, "seed must be an integer in [-2^63, 2^64), got 18446744073709551616"),
+    "position": (dict(position=-1), ValueError, "position must be an integer of at least 0, got -1"),
+    "tensor shape": (dict(top_p=torch.ones(3)), ValueError, "top_p must have shape [2], one value per row, got [3]"),
+    "tensor kind": (dict(top_k=torch.ones(2)), ValueError, "top_k must be convertible to torch.int32, got torch.float32"),
+    "both": (dict(params=ROWS, top_p=0.5), TypeError, "give params or single parameters, not both; got params and ['top_p']"),
+    "params type": (dict(params={"top_p": 1}), TypeError, "params must be RowParams, SamplingParams or a sequence of the latter, got dict"),
+    "params dtype": (dict(params=ROWS._replace(top_p=ROWS.top_p.double())), ValueError, "params.top_p must be torch.float32 of shape [2], got torch.float64"),
+    "params length": (dict(params=ptk.RowParams.make(3)), ValueError, "params.alpha must be torch.float32 of shape [2], got torch.float32 of shape [3]"),
+    "no seed": (dict(params=[ptk.SamplingParams()] * 2), ValueError, "seed must be set in each SamplingParams, got None: use with_seed()"),
+}  # fmt: skip
+
+
+def _cases():
+    ops = {"sample": (X, None, None), "combine": (X, None, None, 1.0)}
+    for op in ops:
+        for name, (args, error, text) in SHARED.items():
+            tail = (1.0,) if op == "combine" else ()
+            yield op, name, (*args, *tail), {}, error, f"{op}: {text}"
+        for name, (kwargs, error, text) in {**KEYWORDS, **BIAS_AND_MASK}.items():
+            yield op, name, ops[op], kwargs, error, f"{op}: {text}"
+    for name, (kwargs, error, text) in PARAMS.items():
+        yield "sample", name, (X,), kwargs, error, text
+    yield (
+        "sample",
+        "one entry",
+        (X,),
+        dict(params=[ptk.SamplingParams(seed=1)]),
+        ValueError,
+        ("sample: params must have one entry per row (2), got 1"),
+    )
+    yield (
+        "sample",
+        "stream",
+        (X,),
+        dict(stream="noise"),
+        ValueError,
+        "sample: stream must be one of ['sample', 'draft'",
+    )
+    yield (
+        "sample",
+        "out type",
+        (X,),
+        dict(out=X),
+        TypeError,
+        "sample: out must be a SampleOutput, got Tensor",
+    )
+    short = OUT._replace(status=OUT.status[:1])
+    yield (
+        "sample",
+        "out shape",
+        (X,),
+        dict(out=short),
+        ValueError,
+        "sample: out.status must be contiguous torch.int32 of shape [2]",
+    )
+    yield (
+        "combine",
+        "alpha",
+        (X, X, X, "1"),
+        {},
+        ValueError,
+        "combine: alpha must be a finite number, got '1'",
+    )
+    yield (
+        "combine",
+        "alpha nan",
+        (X, X, X, float("nan")),
+        {},
+        ValueError,
+        "combine: alpha must be a finite number, got nan",
+    )
+    yield (
+        "combine",
+        "alpha fp64",
+        (X, X, X, torch.ones(2).double()),
+        {},
+        ValueError,
+        "combine: alpha must be a number or torch.float32 of shape [2], got torch.float64",
+    )
+    yield (
+        "combine",
+        "out",
+        (X, X, X),
+        dict(out=X[:, :7]),
+        ValueError,
+        "combine: out must be contiguous torch.float32 of shape [2, 8]",
+    )
+    yield (
+        "score",
+        "dims",
+        (X, None, None, IDS),
+        {},
+        ValueError,
+        "score: base must have shape [B, T, V], got [2, 8]",
+    )
+    yield (
+        "score",
+        "ids dtype",
+        (XT, None, None, IDS.int()),
+        {},
+        ValueError,
+        "score: token_ids must be torch.int64 of shape [2, 3], got torch.int32",
+    )
+    yield (
+        "score",
+        "ids shape",
+        (XT, None, None, IDS[:, :2]),
+        {},
+        ValueError,
+        "score: token_ids must be torch.int64 of shape [2, 3]",
+    )
+    yield (
+        "score",
+        "alpha",
+        (XT, XT, XT, IDS, torch.ones(3)),
+        {},
+        ValueError,
+        "score: alpha must be a number or torch.float32 of shape [2]",
+    )
+    yield (
+        "score",
+        "positions",
+        (XT[:, :0], None, None, IDS[:, :0]),
+        {},
+        ValueError,
+        "score: base must have at least one position",
+    )
+    yield (
+        "score",
+        "out",
+        (XT, None, None, IDS),
+        dict(out=X),
+        ValueError,
+        "score: out must be contiguous torch.float32 of shape [2, 3]",
+    )
+    verify = (XT, None, None, DRAFTS)
+    yield (
+        "verify",
+        "drafts",
+        (XT, None, None, IDS),
+        {},
+        ValueError,
+        "verify: draft_token_ids must be torch.int64 of shape [2, 2]",
+    )
+    yield (
+        "verify",
+        "mode",
+        verify,
+        dict(mode="typical"),
+        ValueError,
+        "verify: mode must be one of ['coupled', 'rejection'], got 'typical'",
+    )
+    yield (
+        "verify",
+        "no draft logits",
+        verify,
+        dict(mode="rejection"),
+        ValueError,
+        "verify: draft_logits must be given in mode 'rejection', got None",
+    )
+    yield (
+        "verify",
+        "draft logits",
+        verify,
+        dict(draft_logits=XT),
+        ValueError,
+        "verify: draft_logits must be None in mode 'coupled'",
+    )
+    yield (
+        "verify",
+        "draft shape",
+        verify,
+        dict(mode="rejection", draft_logits=XT),
+        ValueError,
+        "verify: draft_logits must have shape [2, 2, 'V'] with V at least 8, got [2, 3, 8]",
+    )
+    yield (
+        "verify",
+        "draft width",
+        verify,
+        dict(mode="rejection", draft_logits=XT[:, :2, :7]),
+        ValueError,
+        "verify: draft_logits must have shape",
+    )
+    yield (
+        "verify",
+        "bias",
+        verify,
+        dict(bias=X),
+        ValueError,
+        "verify: bias must be torch.float32 of shape [2, 3, 8]",
+    )
+    yield (
+        "verify",
+        "params",
+        verify,
+        dict(params=ptk.RowParams.make(1)),
+        ValueError,
+        "verify: params.alpha must be torch.float32 of shape [2]",
+    )
+    yield (
+        "verify",
+        "out",
+        verify,
+        dict(out=VERIFIED._replace(token_ids=IDS[:, 1:])),
+        ValueError,
+        "verify: out.token_ids must be contiguous torch.int64 of shape [2, 3]",
+    )
+    for name, reason in backends().items():
+        if reason is not None:
+            yield (
+                "sample",
+                name,
+                (X,),
+                dict(backend=name),
+                RuntimeError,
+                f"sample: backend {name!r} can't run: {reason}",
+            )
+
+
+CASES = list(_cases())
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs", "error", "text"),
+    [(op, *rest) for op, _, *rest in CASES],
+    ids=[f"{op}-{name}" for op, name, *_ in CASES],
+)
+def test_message(op, args, kwargs, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        getattr(ptk, op)(*args, **kwargs)
+
+
+@pytest.mark.parametrize("args", [(X[:, ::2],), (X.double(),), (X, X[:1], X), (X, X, None)])
+def test_the_operators_themselves_stay_in_bounds(args):
+    """Direct callers of torch.ops meet a check too, if a plainer one."""
+    base, expert, anti = (*args, None, None)[:3]
+    with pytest.raises(RuntimeError, match="proxytune"):
+        torch.ops.proxytune.sample(base, expert, anti, *ROWS, None, None, 4, 0)
+
+
+def test_the_widest_vocabulary():
+    row = torch.zeros(1, 2**19 + 1)
+    assert int(ptk.sample(row, vocab_size=2**19).num_kept) == 2**19
+    with pytest.raises(ValueError, match=re.escape("vocab_size must be in [1, 2^19], got 524289")):
+        ptk.sample(row)

@@ -1,0 +1,173 @@
+"""The operators as torch sees them: schemas, fakes, out twins, compiled and exported graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import proxytune_kernels as ptk
+from tests.ops import oracle
+
+pytestmark = pytest.mark.skipif(ptk.backends()["cpu"] is not None, reason="not built")
+
+OPS = torch.ops.proxytune
+B, T, V = 3, 4, 70
+NAMES = ("sample", "combine", "score", "verify")
+
+
+def arguments(name: str, optional: bool) -> tuple[Any, ...]:
+    """Arguments of the operator; ``optional``: with all of those that may be absent."""
+    g = torch.Generator().manual_seed(1)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    params = ptk.RowParams(**oracle.random_params(g, B, V))
+    flat = name in ("sample", "combine")
+    shape = (B, V) if flat else (B, T, V)
+    base = randn(*shape)
+    pair = (randn(*shape).half(), randn(*shape).half()) if optional else (None, None)
+    bias = randn(*shape) if optional else None
+    mask = torch.full((*shape[:-1], -(-V // 32)), -1, dtype=torch.int32) if optional else None
+    if name == "sample":
+        return (base, *pair, *params, bias, mask, V, 0)
+    if name == "combine":
+        return (base, *pair, params.alpha, bias, mask, V)
+    if name == "score":
+        return (base, *pair, torch.zeros(B, T, dtype=torch.int64), params.alpha, V)
+    # Drafts that are accepted, so that no output is NaN: opcheck takes that for a difference.
+    if optional:
+        rows = [None if t is None else t.flatten(0, 1) for t in (base, *pair, bias, mask)]
+        alpha = params.alpha.repeat_interleave(T)
+        x = ptk.combine(*rows[:3], alpha, bias=rows[3], allowed_mask=rows[4])
+        draft_logits = x.view(B, T, V)[:, : T - 1].contiguous()
+    else:
+        draft_logits = None
+    steps = [params._replace(position=params.position + j) for j in range(T - 1)]
+    drawn = [ptk.sample((draft_logits if optional else base)[:, j], params=p)
+             for j, p in enumerate(steps)]  # fmt: skip
+    drafts = torch.stack([d.token_ids for d in drawn], 1)
+    return (base, *pair, drafts, draft_logits, *params, bias, mask, V, int(optional))
+
+
+def results(name: str, given: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    out = getattr(OPS, name)(*given)
+    out = out if isinstance(out, (tuple, list)) else (out,)
+    schema = getattr(OPS, f"{name}_out").default._schema
+    names = [a.name for a in schema.arguments if a.kwarg_only]
+    return dict(zip(names, out, strict=True))
+
+
+@pytest.mark.parametrize("optional", (False, True))
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, optional):
+    given = arguments(name, optional)
+    torch.library.opcheck(getattr(OPS, name).default, given)
+    outs = {n: torch.empty_like(t) for n, t in results(name, given).items()}
+    torch.library.opcheck(getattr(OPS, f"{name}_out").default, given, outs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_twins_write_the_same(name):
+    given = arguments(name, True)
+    plain = results(name, given)
+    outs = {n: torch.full_like(t, -7) for n, t in plain.items()}
+    assert getattr(OPS, f"{name}_out")(*given, **outs) is None
+    for n, t in plain.items():
+        assert torch.equal(oracle.bits(outs[n]), oracle.bits(t))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_shapes(name):
+    given = arguments(name, True)
+    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in given]
+    fake = getattr(OPS, name)(*meta)
+    fake = fake if isinstance(fake, (tuple, list)) else (fake,)
+    for f, t in zip(fake, results(name, given).values(), strict=True):
+        assert (f.shape, f.dtype, f.device.type) == (t.shape, t.dtype, "meta")
+
+
+def _public(base, expert, anti, bias, params, ids):
+    """All four public operators, in one graph with operations of torch around them."""
+    x = ptk.combine(base * 2, expert, anti, params.alpha)
+    drawn = ptk.sample(base * 2, expert, anti, params, bias=bias)
+    stacked = [torch.stack([t, t + 1, t], 1) for t in (base, expert, anti)]
+    scored = ptk.score(*stacked, ids, params.alpha)
+    coupled = ptk.verify(*stacked, drawn.token_ids[:, None].expand(-1, 2).contiguous(), params)
+    rejected = ptk.verify(*stacked, ids[:, :2].contiguous(), params, mode="rejection",
+                          draft_logits=stacked[0][:, :2])  # fmt: skip
+    return (x + 1, *drawn, scored, *coupled, *rejected)
+
+
+# torch's own, at the import of its compiler
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+def test_compile_fullgraph(compiler):
+    g = torch.Generator().manual_seed(2)
+    base, expert, anti, bias = (torch.randn(B, V, generator=g) for _ in range(4))
+    params = ptk.RowParams(**oracle.random_params(g, B, V))
+    ids = torch.randint(V, (B, 3), generator=g)
+    compiled = torch.compile(_public, fullgraph=True, backend=compiler)
+    wanted = _public(base, expert, anti, bias, params, ids)
+    for a, b in zip(compiled(base, expert, anti, bias, params, ids), wanted, strict=True):
+        assert torch.equal(oracle.bits(a), oracle.bits(b))
+
+
+def test_compile_with_single_parameters_and_out():
+    def step(base, out):
+        ptk.sample(base, temperature=0.7, top_p=0.9, seed=5, position=2, out=out)
+        return out.token_ids + 1
+
+    base = torch.randn(B, V, generator=torch.Generator().manual_seed(3))
+    plain = ptk.sample(base, temperature=0.7, top_p=0.9, seed=5, position=2)
+    out = type(plain)(*(torch.full_like(t, -9) for t in plain))
+    tokens = torch.compile(step, fullgraph=True, backend="aot_eager")(base, out)
+    assert torch.equal(tokens, plain.token_ids + 1)
+    for a, b in zip(out, plain, strict=True):
+        assert torch.equal(oracle.bits(a), oracle.bits(b))
+
+
+def test_out_is_written_and_returned(backend):
+    rows = oracle.random_rows(4, B * T, V, padding=0)
+    stacked = [t.view(B, T, V) for t in rows[:3]]
+    params = ptk.RowParams(**rows.params)
+    few = params.rows(slice(0, B))
+    ids = torch.zeros(B, T, dtype=torch.int64)
+
+    def fresh(like):
+        if isinstance(like, torch.Tensor):
+            return torch.full_like(like, -7)
+        return type(like)(*(torch.full_like(t, -7) for t in like))
+
+    calls = [
+        (ptk.sample, (*rows[:3], params)),
+        (ptk.combine, (*rows[:3], params.alpha)),
+        (ptk.score, (*stacked, ids, few.alpha)),
+        (ptk.verify, (*stacked, ids[:, 1:], few)),
+    ]
+    for op, args in calls:
+        plain = op(*args, backend=backend.name)
+        out = fresh(plain)
+        assert op(*args, backend=backend.name, out=out) is out
+        for a, b in zip(
+            *((t,) if isinstance(t, torch.Tensor) else t for t in (out, plain)), strict=True
+        ):
+            assert torch.equal(oracle.bits(a), oracle.bits(b))
+
+
+def test_results_share_no_memory_between_calls(backend):
+    row = torch.zeros(2, 5)
+    first = backend.sample(row, seed=1)
+    copy = [t.clone() for t in first]
+    backend.sample(row + 1, seed=2, top_k=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, copy, strict=True))
+
+
+def test_inputs_are_not_written(backend):
+    rows = oracle.random_rows(9, 20, 300)
+    copies = [t.clone() for t in (*rows[:3], *rows.params.values())]
+    backend.sample(*rows[:3], ptk.RowParams(**rows.params), vocab_size=300)
+    for a, b in zip((*rows[:3], *rows.params.values()), copies, strict=True):
+        assert torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))

@@ -1,0 +1,320 @@
+"""verify: coupled gives plain decoding's tokens, rejection the target's law."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import proxytune_kernels as ptk
+from tests.ops import oracle
+from tests.ops.conftest import Backend
+
+SIGNIFICANCE = 1e-5
+
+
+def block(seed, batch, k, vocab_size, dtype=torch.float32):
+    """Logits [B, k + 1, V] of three roles, and one set of parameters per row."""
+    rows = oracle.random_rows(seed, batch * (k + 1), vocab_size, dtype, padding=0)
+    roles = [t.view(batch, k + 1, vocab_size) for t in rows[:3]]
+    g = torch.Generator().manual_seed(seed)
+    return roles, ptk.RowParams(**oracle.random_params(g, batch, vocab_size))
+
+
+def plain(backend, roles, params, **kwargs):
+    """What decoding without drafts draws at each position: [B, k + 1]."""
+    outs = [
+        backend.sample(
+            *(r[:, j] for r in roles),
+            params=params._replace(position=params.position + j),
+            **kwargs,
+        )
+        for j in range(roles[0].shape[1])
+    ]
+    return [torch.stack(t, 1) for t in zip(*outs, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("k", "vocab_size"), [(0, 9), (1, 1), (3, 20), (4, 300), (7, 2)])
+def test_coupled_is_plain_decoding(backend, k, vocab_size, dtype):
+    """Token for token, logprob for logprob, whatever the drafts: right, wrong, missing, absurd."""
+    roles, params = block(70 + k, 60, k, vocab_size, dtype)
+    tokens, logprobs, _, _, status = plain(backend, roles, params)
+    g = torch.Generator().manual_seed(71)
+    drafts = tokens[:, :k].clone()
+    wrong = torch.rand(60, k, generator=g) < 0.2
+    drafts[wrong] = torch.randint(-1, vocab_size + 2, (int(wrong.sum()),), generator=g)
+    out = backend.verify(*roles, drafts, params)
+    for row in range(60):
+        agree = [int(d) == int(t) for d, t in zip(drafts[row], tokens[row, :k], strict=True)] + [
+            False
+        ]
+        accepted = agree.index(False)
+        assert int(out.num_accepted[row]) == accepted
+        emitted = [*tokens[row, : accepted + 1].tolist(), *[-1] * (k - accepted)]
+        assert out.token_ids[row].tolist() == emitted
+        wanted = torch.cat([logprobs[row, : accepted + 1], torch.full((k - accepted,), torch.nan)])
+        torch.testing.assert_close(out.logprobs[row], wanted, rtol=0, atol=0, equal_nan=True)
+        assert int(out.status[row]) == np.bitwise_or.reduce(status[row, : accepted + 1].numpy())
+
+
+def test_coupled_never_accepts_a_missing_draft_of_an_empty_row(backend):
+    logits = torch.full((1, 2, 4), -torch.inf)
+    out = backend.verify(logits, None, None, torch.tensor([[-1]]))
+    assert out.num_accepted.tolist() == [0] and out.token_ids.tolist() == [[-1, -1]]
+    assert out.status.tolist() == [4] and out.logprobs.isnan().all()
+
+
+@pytest.mark.parametrize("mode", ("coupled", "rejection"))
+@pytest.mark.parametrize("k", (1, 4))
+def test_is_the_references(kernel, mode, k):
+    """Token for token but where fp32 scores tie (see test_sample): not in these rows."""
+    roles, params = block(80 + k, 400, k, 50)
+    g = torch.Generator().manual_seed(81)
+    draft_logits = roles[0][:, :k] + 0.5 * torch.randn(400, k, 50, generator=g)
+    steps = [params._replace(position=params.position + j) for j in range(k)]
+    drawn = [
+        kernel.sample(draft_logits[:, j], params=p, stream="draft") for j, p in enumerate(steps)
+    ]
+    drafts = torch.stack([d.token_ids for d in drawn], 1)
+    drafts[::9] = torch.randint(-1, 52, drafts[::9].shape, generator=g)
+    extra = {} if mode == "coupled" else {"draft_logits": draft_logits}
+    out = kernel.verify(*roles, drafts, params, mode=mode, **extra)
+    wanted = Backend("reference").verify(*roles, drafts, params, mode=mode, **extra)
+    assert out.token_ids.tolist() == wanted.token_ids.tolist()
+    assert out.num_accepted.tolist() == wanted.num_accepted.tolist()
+    assert out.status.tolist() == wanted.status.tolist()
+    # each is right to test_kept's bound, which at these depths (under 130 nats) is 2^-22 * 264
+    torch.testing.assert_close(out.logprobs, wanted.logprobs, rtol=0, atol=7e-5, equal_nan=True)
+    assert 0 < out.num_accepted.sum() < 400 * k
+
+
+def test_bias_and_mask_apply_to_the_target(backend):
+    (base, _, _), params = block(85, 30, 2, 40)
+    params = params._replace(alpha=torch.ones(30))
+    g = torch.Generator().manual_seed(86)
+    bias = torch.randn(30, 3, 40, generator=g)
+    allowed = torch.randint(-(2**31), 2**31, (30, 3, 2), generator=g).int()
+    words = allowed.long()[..., None] >> torch.arange(32) & 1
+    x = (base + bias).masked_fill(words.flatten(-2)[..., :40] == 0, -torch.inf)
+    drafts = torch.randint(40, (30, 2), generator=g)
+    for mode in ("coupled", "rejection"):
+        extra = {} if mode == "coupled" else {"draft_logits": base[:, :2]}
+        out = backend.verify(
+            base, None, None, drafts, params, mode=mode, bias=bias, allowed_mask=allowed, **extra
+        )
+        wanted = backend.verify(x, None, None, drafts, params, mode=mode, **extra)
+        assert out.token_ids.tolist() == wanted.token_ids.tolist()
+
+
+# Rejection, by full enumeration: a toy language model over 8 tokens whose next logits depend on
+# the last token and the position, a drafter near it, filters on both.
+V, K = 8, 3
+FILTERS = [
+    dict(),
+    dict(temperature=0.7, top_k=6, top_p=0.9),
+    dict(temperature=1.4, min_p=0.12, top_p=0.95, filter_order="hf"),
+]
+
+
+def toy(seed):
+    """Target and draft logits by position and last token: [K + 1, V + 1, V]; V: no token yet."""
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randn(K + 1, V + 1, V, generator=g) * 1.2
+    return target, target + torch.randn(K + 1, V + 1, V, generator=g) * 0.8
+
+
+def law(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, filter_order="vllm"):
+    """Filtered probabilities of each row: fp64 [..., V]."""
+    x = logits.double().numpy().reshape(-1, V)
+    ones = np.ones(len(x))
+    code = oracle.ORDERS.index(filter_order)
+    f = oracle.Filters(
+        ones * float(np.float32(temperature)), (ones * top_k).astype(int),
+        ones * float(np.float32(top_p)), ones * float(np.float32(min_p)), (ones * code).astype(int),
+    )  # fmt: skip
+    kept = oracle.kept(x, f)
+    assert (kept.low == kept.high).all()
+    return np.exp(oracle.log_probabilities(x, f.temperature, kept.order, kept.low)).reshape(
+        logits.shape
+    )
+
+
+def decode_three(backend, target, draft, draws, seed, filters):
+    """The first three tokens of speculative decoding, and how many drafts were accepted."""
+    position, start = torch.arange(draws) * 16, torch.full((draws,), V)
+    last, drafts = start, []
+    for j in range(K):
+        out = backend.sample(
+            draft[j][last], position=position + j, seed=seed, stream="draft", **filters
+        )
+        last = out.token_ids
+        drafts.append(last)
+    path = torch.stack([start, *drafts], 1)
+    steps = torch.arange(K + 1)
+    out = backend.verify(
+        target[steps, path], None, None, path[:, 1:].contiguous(), mode="rejection",
+        draft_logits=draft[steps[:K], path[:, :K]], position=position, seed=seed, **filters,
+    )  # fmt: skip
+    tokens = out.token_ids[:, :3].clone()
+    for j in range(1, 3):  # past a rejection: plain decoding, from a seed of its own
+        plain = backend.sample(
+            target[j][tokens[:, j - 1]], position=position + j, seed=seed + 10**6, **filters
+        )
+        tokens[:, j] = torch.where(tokens[:, j] < 0, plain.token_ids, tokens[:, j])
+    return tokens, drafts[0], out.num_accepted
+
+
+@pytest.mark.parametrize("case", range(len(FILTERS)))
+def test_rejection_has_the_targets_joint_law(widest, case):
+    """1.2 * 10^6 decodings in all: chi-square over the 512 first three tokens, and the acceptance
+    rate, which is the sum of min(target, draft): not one more can be accepted, none less is."""
+    filters, draws = FILTERS[case], 400_000
+    target, draft = toy(case)
+    tokens, first, accepted = decode_three(widest, target, draft, draws, 100 + case, filters)
+    p = [law(target[j], **filters) for j in range(3)]
+    joint = np.zeros((V, V, V))
+    for a, b, c in itertools.product(range(V), repeat=3):
+        joint[a, b, c] = p[0][V, a] * p[1][a, b] * p[2][b, c]
+    counts = np.zeros((V, V, V))
+    np.add.at(counts, tuple(tokens.numpy().T), 1)
+    assert counts[joint == 0].sum() == 0
+    expected = draws * joint
+    small = expected < 10
+    observed = np.append(counts[~small], counts[small].sum())
+    wanted = np.append(expected[~small], expected[small].sum())
+    chi = ((observed - wanted)[wanted > 0] ** 2 / wanted[wanted > 0]).sum()
+    assert stats.chi2.sf(chi, (wanted > 0).sum() - 1) > SIGNIFICANCE
+
+    q = law(draft[0], **filters)[V]
+    rate = np.minimum(p[0][V], q).sum()
+    assert stats.binomtest(int((accepted > 0).sum()), draws, rate).pvalue > SIGNIFICANCE
+    # By token: a draft t is accepted with probability min(1, p / q) of itself.
+    for t in range(V):
+        drafted = (first == t).numpy()
+        if drafted.sum() > 0:
+            kept = int((accepted.numpy()[drafted] > 0).sum())
+            share = min(1.0, p[0][V, t] / q[t])
+            assert stats.binomtest(kept, int(drafted.sum()), share).pvalue > SIGNIFICANCE / V
+
+
+def test_the_bonus_after_a_full_acceptance_has_the_targets_law(widest):
+    """Draft = target: all is accepted; the fourth token depends on none of the first three."""
+    draws = 200_000
+    row = torch.randn(V, generator=torch.Generator().manual_seed(90))
+    position = torch.arange(draws) * 4
+    batch = row.expand(draws, -1)
+    drawn = [widest.sample(batch, position=position + j, seed=1, stream="draft") for j in range(K)]
+    drafts = torch.stack([d.token_ids for d in drawn], 1)
+    logits = row.expand(draws, K + 1, -1)
+    out = widest.verify(
+        logits,
+        None,
+        None,
+        drafts,
+        mode="rejection",
+        draft_logits=logits[:, :K],
+        position=position,
+        seed=1,
+    )
+    assert out.num_accepted.eq(K).all() and torch.equal(out.token_ids[:, :K], drafts)
+    pairs = np.zeros((V, V))
+    np.add.at(pairs, (out.token_ids[:, K - 1].numpy(), out.token_ids[:, K].numpy()), 1)
+    p = law(row[None])[0]
+    assert stats.chisquare(pairs.ravel(), draws * np.outer(p, p).ravel()).pvalue > SIGNIFICANCE
+
+
+def test_acceptance_does_not_reuse_the_draft_noise(widest):
+    """Given the draft token, acceptance must not depend on the noise that drew it: the drafter's
+    noise of the losing tokens is known, and can't tell accepted from rejected."""
+    draws = 100_000
+    q = torch.tensor([0.0, 0.0])
+    p = torch.tensor([0.0, -1.0])  # token 1 is accepted with probability 2 * 0.269
+    position = torch.arange(draws)
+    tokens = widest.sample(q.expand(draws, -1), position=position, seed=2, stream="draft").token_ids
+    ones = position[tokens == 1]
+    # Whether token 1 would have won by two nats more.
+    clear = widest.sample(
+        torch.tensor([2.0, 0.0]).expand(len(ones), -1), position=ones, seed=2, stream="draft"
+    ).token_ids
+    out = widest.verify(
+        p.expand(len(ones), 2, -1), None, None, torch.ones(len(ones), 1, dtype=torch.int64),
+        mode="rejection", draft_logits=q.expand(len(ones), 1, -1), position=ones, seed=2,
+    )  # fmt: skip
+    table = np.zeros((2, 2))
+    np.add.at(table, (clear.numpy(), out.num_accepted.numpy()), 1)
+    assert stats.chi2_contingency(table, correction=False).pvalue > SIGNIFICANCE
+    assert out.num_accepted.double().mean().item() == pytest.approx(
+        2 * 0.26894, abs=0.01
+    )  # 4 sigma: 0.009
+
+
+def test_greedy_rejection_is_argmax_equality(backend):
+    roles, params = block(91, 120, 3, 30)
+    params = params._replace(temperature=torch.zeros(120))
+    argmax = torch.from_numpy(oracle.combined(*roles, params.alpha).argmax(-1))
+    g = torch.Generator().manual_seed(92)
+    draft_logits = torch.randn(120, 3, 30, generator=g)
+    drafts = torch.where(
+        torch.rand(120, 3, generator=g) < 0.7, argmax[:, :3], draft_logits.argmax(-1)
+    )
+    # A drafter that is greedy too: its logits have their maximum at the drafted token.
+    draft_logits = draft_logits.scatter(2, drafts[..., None], 9.0)
+    for mode in ("coupled", "rejection"):
+        extra = {} if mode == "coupled" else {"draft_logits": draft_logits}
+        out = backend.verify(*roles, drafts, params, mode=mode, **extra)
+        agree = torch.cat([drafts == argmax[:, :3], torch.zeros(120, 1, dtype=torch.bool)], 1)
+        accepted = agree.int().cumprod(1).sum(1)
+        assert out.num_accepted.tolist() == accepted.tolist()
+        used = torch.arange(4) <= accepted[:, None]
+        assert out.token_ids.tolist() == torch.where(used, argmax, -1).tolist()
+
+
+def test_drafts_outside_a_kept_set(backend):
+    """Outside the target's: rejected, always; the residual is drawn from the target's kept set."""
+    draws = 300
+    x = torch.tensor([3.0, 2.0, 1.0, 0.0]).expand(draws, 2, -1)
+    apart = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(draws, 1, -1)  # keeps 2 and 3
+    drafts = torch.full((draws, 1), 2)
+    for bad in (2, 3, 4, 10**12):
+        out = backend.verify(
+            x, None, None, torch.full_like(drafts, bad), mode="rejection", draft_logits=apart,
+            top_k=2, position=torch.arange(draws) * 2,
+        )  # fmt: skip
+        assert not out.num_accepted.any() and set(out.token_ids[:, 0].tolist()) == {0, 1}
+        assert out.token_ids[:, 1].eq(-1).all()
+    # A draft that the drafter's own kept set lacks has probability 0 there: target / 0, accepted.
+    out = backend.verify(
+        x, None, None, torch.zeros_like(drafts), mode="rejection",
+        draft_logits=torch.tensor([0.0, 0.0, 5.0, 6.0]).expand(draws, 1, -1), top_k=2,
+    )  # fmt: skip
+    assert out.num_accepted.eq(1).all()
+
+
+def test_missing_drafts_are_drawn_as_the_bonus(backend):
+    """A row with fewer drafts ends with a token of the target, not of the residual."""
+    (base, _, _), params = block(93, 40, 2, 25)
+    drafts = torch.full((40, 2), -1)
+    out = backend.verify(
+        base, None, None, drafts, params, mode="rejection", draft_logits=base[:, :2] * 0
+    )
+    bonus = backend.sample(base[:, 0], params=params, stream="bonus")
+    assert out.token_ids[:, 0].tolist() == bonus.token_ids.tolist()
+    assert not out.num_accepted.any() and out.token_ids[:, 1:].eq(-1).all()
+
+
+@pytest.mark.parametrize("mode", ("coupled", "rejection"))
+def test_bad_parameters_and_empty_rows(backend, mode):
+    logits = torch.zeros(3, 2, 6)
+    logits[1] = -torch.inf
+    extra = {} if mode == "coupled" else {"draft_logits": torch.zeros(3, 1, 6)}
+    top_p = torch.tensor([1.0, 1.0, 2.0])
+    out = backend.verify(
+        logits, None, None, torch.zeros(3, 1, dtype=torch.int64), mode=mode, top_p=top_p, **extra
+    )
+    assert out.status.tolist() == [0, 4, 8]
+    assert out.token_ids[1:].tolist() == [[-1, -1]] * 2 and out.logprobs[1:].isnan().all()
+    assert out.num_accepted[1:].tolist() == [0, 0] and out.token_ids[0, 0] >= 0
