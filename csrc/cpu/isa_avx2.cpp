@@ -5,6 +5,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12's own headers start from an undefined register, on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 
