@@ -10,7 +10,6 @@ from torch import Tensor
 from proxytune_kernels import _library  # noqa: F401  (defines the operators the extension implements)
 
 
-@cache
 def _cpu() -> str | None:
     try:
         from proxytune_kernels import _cpu as extension  # noqa: F401  (registers the CPU kernels)
@@ -24,6 +23,10 @@ def _cpu() -> str | None:
     return None
 
 
+# At import, so that exported and compiled graphs find torch.ops.proxytune's kernels.
+_CPU_REASON = _cpu()
+
+
 def backends() -> dict[str, str | None]:
     """Backends by name: None where usable, else why not.
 
@@ -33,7 +36,7 @@ def backends() -> dict[str, str | None]:
         >>> backends()["reference"] is None
         True
     """
-    return {"cpu": _cpu(), "reference": None}
+    return {"cpu": _CPU_REASON, "reference": None}
 
 
 @cache
@@ -54,7 +57,7 @@ def resolve(backend: str | None, base: Tensor, op: str) -> str:
     """
     device = base.device.type
     if backend is None:
-        reason = _cpu() if device == "cpu" else f"no kernel for device {device!r} is built yet"
+        reason = _CPU_REASON if device == "cpu" else f"no kernel for device {device!r} is built yet"
         if reason is None:
             return "cpu"
         _warn_reference(device, reason)
@@ -68,6 +71,3 @@ def resolve(backend: str | None, base: Tensor, op: str) -> str:
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} can't run: {reason}")
     return backend
-
-
-_cpu()  # at import, so that exported and compiled graphs find torch.ops.proxytune's kernels
