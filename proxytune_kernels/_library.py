@@ -24,7 +24,8 @@ _ARGUMENTS = {
     "combine": f"{_LOGITS}, Tensor alpha, {_CONSTRAINTS}",
     "score": f"{_LOGITS}, Tensor token_ids, Tensor alpha, int vocab_size",
     "verify": f"{_LOGITS}, Tensor draft_token_ids, Tensor? draft_logits, {_PARAMS}, "
-    f"{_CONSTRAINTS}, int mode",
+    # not "mode": torch.compile passes arguments on by name, beside one of its own so called
+    f"{_CONSTRAINTS}, int verify_mode",
 }
 _OUTPUTS = {
     "sample": SAMPLE_OUTPUTS,
@@ -68,24 +69,35 @@ def empty_verify(base: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def _one_device(base: Tensor, *arguments: object) -> None:
+    # A meta tensor among real ones brings the call here: its outputs would never be written.
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.device != base.device:
+            raise ValueError(f"proxytune: tensors on {base.device} and {argument.device}")
+
+
 @torch.library.register_fake("proxytune::sample", lib=LIBRARY)
 def _(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    _one_device(base, *arguments)
     return empty_sample(base)
 
 
 @torch.library.register_fake("proxytune::combine", lib=LIBRARY)
 def _(base: Tensor, expert: object, anti: object, alpha: object, bias: object,
       allowed_mask: object, vocab_size: int) -> Tensor:  # fmt: skip
+    _one_device(base, expert, anti, alpha, bias, allowed_mask)
     return base.new_empty((base.shape[0], vocab_size), dtype=torch.float32)
 
 
 @torch.library.register_fake("proxytune::score", lib=LIBRARY)
 def _(base: Tensor, *arguments: object) -> Tensor:
+    _one_device(base, *arguments)
     return base.new_empty(base.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("proxytune::verify", lib=LIBRARY)
 def _(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    _one_device(base, *arguments)
     return empty_verify(base)
 
 

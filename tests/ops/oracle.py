@@ -213,8 +213,8 @@ def random_params(
 
 
 def random_rows(
-    seed: int, batch: int, vocab_size: int, dtype: torch.dtype = torch.float32, order: str | None = None,
-    padding: int = 3,
+    seed: int, batch: int, vocab_size: int, dtype: torch.dtype = torch.float32,
+    order: str | None = None, padding: int = 3,
 ) -> Rows:  # fmt: skip
     """Rows smooth and peaked, a third quantised to quarters (ties), a third with -inf tokens.
 
