@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -11,14 +13,14 @@ from proxytune_kernels import _library  # noqa: F401  (defines the operators the
 
 
 def _cpu() -> str | None:
+    if find_spec("proxytune_kernels._cpu") is None:
+        return (
+            "the C++ extension is not built: install a C++20 compiler, then run "
+            "`pip install --no-build-isolation .` without PROXYTUNE_SKIP_EXT"
+        )
     try:
-        from proxytune_kernels import _cpu as extension  # noqa: F401  (registers the CPU kernels)
+        import_module("proxytune_kernels._cpu")  # registers the CPU kernels
     except ImportError as error:
-        if getattr(error, "name", None) == "proxytune_kernels._cpu" or "_cpu" in str(error):
-            return (
-                "the C++ extension is not built: install a C++17 compiler, then run "
-                "`pip install --no-build-isolation .` without PROXYTUNE_SKIP_EXT"
-            )
         return f"the C++ extension does not load: {error}"
     return None
 
