@@ -12,10 +12,6 @@ from transformers import DynamicCache
 from benchmarks.providers import NaiveLoop, Prompts, Provider, combined
 from proxytune_kernels import Trio
 
-# Two candidates' logits, each off by at most e in either provider, swap only if their gap is at
-# most 4 e.
-_ROUNDINGS = 4
-
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -97,10 +93,10 @@ def _logits_with_rounding(
 ) -> tuple[Tensor, float]:
     """Combined logits [V] after the generated tokens, and the gap that rounding explains there.
 
-    The error e of one logit is taken from two computations that are equal in exact arithmetic:
-    the whole text in one forward, and token by token over a cache. The largest difference over the
-    vocabulary stands for e, or, where they happen to coincide, the rounding of storing three logits
-    in the models' dtype, 1.5 ulp of the largest.
+    Two providers are two computations that are equal in exact arithmetic. How far such lie apart is
+    seen in two of the naive loop's: the whole text in one forward, and token by token over a cache.
+    Let d be the largest difference of a combined logit between those (or, where they happen to
+    coincide, one ulp of the largest logit): two tokens can swap if their gap is at most 2 d.
     """
     whole, stepped, largest, eps = {}, {}, 0.0, 0.0
     for role, model in naive.models.items():
@@ -117,4 +113,4 @@ def _logits_with_rounding(
         eps = max(eps, torch.finfo(output.logits.dtype).eps)
     logits = combined(stepped)
     seen = float((combined(whole) - logits).abs().max())
-    return logits, _ROUNDINGS * max(seen, 1.5 * eps * largest)
+    return logits, 2 * max(seen, eps * largest)

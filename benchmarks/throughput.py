@@ -141,7 +141,7 @@ def _add_memory(records: list[dict[str, Any]], settings: Settings, provider: str
 def print_table(records: Sequence[dict[str, Any]], title: str) -> None:
     """The table at the end."""
     columns = (
-        "provider", "tokens\n/s", "x\nnaive", "first\ntoken ms", "per token\nms, p50", "\np95",
+        "provider", "tokens\n/s", "x\nnaive", "first\nms", "token ms\np50", "\np95",
         "step /\nforwards", "peak\nMiB", "extra\nMiB",
     )  # fmt: skip
     caption = (
