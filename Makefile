@@ -46,6 +46,19 @@ test: install ## Run the tests (TESTS=tests/ops for some of them)
 	@echo "Running the tests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)
 
+.PHONY: asan
+asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer and UBSan (build/asan)
+	@rm -rf build/asan
+	$(call logged,Building the extension with sanitizers,asan,PROXYTUNE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/asan-objects --build-lib build/asan)
+	echo "Running the fuzzing tests and the C program with sanitizers"
+	# pytest, not python -m pytest: that would put the ordinary build before this one.
+	export PROXYTUNE_SANITIZE=1 PYTHONPATH=build/asan:. OMP_NUM_THREADS=1
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
+	# Python never frees all it has; the C program is checked for leaks.
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+	$(BIN)/python -P -c 'import sys, proxytune_kernels._cpu as c; sys.exit("build/asan" not in c.__file__)'
+	$(BIN)/pytest -n auto --dist loadfile -p no:cacheprovider tests/ops/test_fuzz.py tests/ops/test_fuzz_errors.py tests/capi
+
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy
 	@echo "Checking style and types"
