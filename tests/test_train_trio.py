@@ -444,6 +444,7 @@ def test_the_docs_show_the_recorded_results(recorded: Record) -> None:
 # The script
 
 
+@pytest.mark.slow  # two whole runs, each in a process of its own
 def test_two_quick_runs_agree_bit_for_bit(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "train_trio.py"), "--quick", "--out"]
     runs = [
