@@ -233,7 +233,9 @@ def _outputs(
 
 
 def sample_out(out: Any, base: Tensor) -> None:
-    """Check caller-owned outputs of ``sample``."""
+    """Check caller-owned outputs of ``sample``, if any."""
+    if out is None:
+        return
     rows = (base.shape[0],)
     _outputs("sample", out, SampleOutput, dict.fromkeys(SampleOutput._fields, rows), base.device)
 

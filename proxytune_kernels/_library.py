@@ -104,5 +104,5 @@ def _(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
 for _name in _ARGUMENTS:
 
     @torch.library.register_fake(f"proxytune::{_name}_out", lib=LIBRARY)
-    def _(*arguments: object, **outputs: Tensor) -> None:
-        return None
+    def _(base: Tensor, *arguments: object, **outputs: Tensor) -> None:
+        _one_device(base, *arguments, *outputs.values())

@@ -88,30 +88,25 @@ def sample(
     try:
         row_params = _row_params(base, params, values)
         width = _width(base, expert, anti) if vocab_size is None else vocab_size
-        code = rng.STREAMS[stream]
+        arguments = (base, expert, anti, *row_params, bias, allowed_mask, width)
         resolved = resolve(backend, base, "sample")
-        if out is None and resolved != "reference":
-            result = SampleOutput(
-                *_ops.sample(base, expert, anti, *row_params, bias, allowed_mask, width, code)
-            )
-            if result.status.device == base.device:
-                return result
+        if resolved != "reference" and out is None:
+            return SampleOutput(*_ops.sample(*arguments, rng.STREAMS[stream]))
+        if resolved != "reference" and out is not None:
+            _ops.sample_out(
+                *arguments, rng.STREAMS[stream], out_token_ids=out.token_ids,
+                out_logprobs=out.logprobs, out_raw_logprobs=out.raw_logprobs,
+                out_num_kept=out.num_kept, out_status=out.status,
+            )  # fmt: skip
+            return out
     except Exception:
         _check.sample(base, expert, anti, params, values, bias, allowed_mask, vocab_size, stream)
+        _check.sample_out(out, base)
         raise
     _check.sample(base, expert, anti, row_params, {}, bias, allowed_mask, vocab_size, stream)
-    if out is not None:
-        _check.sample_out(out, base)
-    if resolved == "reference":
-        x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, width)
-        return _into(out, reference.sample(x, row_params, stream))
-    assert out is not None
-    _ops.sample_out(
-        base, expert, anti, *row_params, bias, allowed_mask, width, code,
-        out_token_ids=out.token_ids, out_logprobs=out.logprobs,
-        out_raw_logprobs=out.raw_logprobs, out_num_kept=out.num_kept, out_status=out.status,
-    )  # fmt: skip
-    return out
+    _check.sample_out(out, base)
+    x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, width)
+    return _into(out, reference.sample(x, row_params, stream))
 
 
 def combine(

@@ -182,9 +182,13 @@ class Decoder:
                 self._remove(request)
 
     def _step(self) -> None:
-        """Start requests in free slots, then draw one token for each that runs."""
+        """Start requests in free slots, or draw one more token for each that runs."""
         try:
-            self._start(self._scheduler.admit())
+            started = self._scheduler.admit()
+            if started:
+                # Their first tokens are handed out before the next step is taken.
+                self._start(started)
+                return
             for source, target in self._scheduler.compact():
                 self._runner.move(source, target)
                 self._sampler.move(source, target)

@@ -14,6 +14,7 @@ from torch.nn import Module
 from proxytune_kernels.decoder.attention import ATTENTION_NAME, register_attention
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache
 from proxytune_kernels.decoder.compiled import CompiledStep
+from proxytune_kernels.decoder.slim import slim
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -46,6 +47,8 @@ class RoleRunner:
         self.role = role
         self.device = next(model.parameters()).device
         self.model = _sharing_copy(model)
+        if not compile:
+            slim(self.model)
         self.cache = SlotCache(max_batch_size, max_seq_len, self.device)
         # Always the same tensor, for graphs that are compiled or captured around it.
         self._token_ids = torch.zeros((max_batch_size, 1), dtype=torch.int64, device=self.device)
