@@ -72,7 +72,7 @@ def test_frozen_keyword_only_and_no_unknown_names():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().alpha = 2.0  # type: ignore[misc]
     with pytest.raises(TypeError):
-        SamplingParams(1.0)  # type: ignore[misc]
+        SamplingParams(1.0)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="temprature"):
         SamplingParams(temprature=1.0)  # type: ignore[call-arg]
     assert isinstance(hash(SamplingParams(stop=["a"], stop_token_ids=[1])), int)

@@ -19,7 +19,7 @@ import proxytune_kernels as ptk
 try:
     from proxytune_kernels import _cpu as cpu_extension
 except ImportError:  # built without it: the reference alone is tested
-    cpu_extension = None  # type: ignore[assignment]
+    cpu_extension = None
 
 
 def _move(value: Any, device: str) -> Any:

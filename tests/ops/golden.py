@@ -56,7 +56,7 @@ def params_of(entry: dict[str, Any]) -> ptk.RowParams:
 
 
 def _entry(case: int) -> dict[str, Any]:
-    entry = {
+    entry: dict[str, Any] = {
         "case": case,
         "vocab_size": WIDTHS[case % len(WIDTHS)],
         "shift": 5 + case % 4,

@@ -183,8 +183,8 @@ class Rows(NamedTuple):
     @property
     def x(self) -> Array:
         """Combined logits, [B, V]."""
-        roles = (t[:, : self.vocab_size] for t in (self.base, self.expert, self.anti))
-        return combined(*roles, self.params["alpha"])
+        base, expert, anti = (t[:, : self.vocab_size] for t in (self.base, self.expert, self.anti))
+        return combined(base, expert, anti, self.params["alpha"])
 
 
 def _pick(generator: torch.Generator, values: tuple[float, ...], n: int) -> Tensor:
@@ -229,8 +229,11 @@ def random_rows(
     masked &= (torch.rand(batch, generator=g) < 1 / 3)[:, None]
     masked[torch.arange(batch), torch.randint(vocab_size, (batch,), generator=g)] = False
     roles[0] = roles[0].masked_fill(masked, -torch.inf)
-    padded = [torch.nn.functional.pad(r, (0, padding), value=torch.nan).to(dtype) for r in roles]
-    return Rows(*padded, vocab_size, random_params(g, batch, vocab_size, order))
+    base, expert, anti = (
+        torch.nn.functional.pad(r, (0, padding), value=torch.nan).to(dtype) for r in roles
+    )
+    params = random_params(g, batch, vocab_size, order)
+    return Rows(base, expert, anti, vocab_size, params)
 
 
 def batches(seed: int, dtype: torch.dtype, order: str) -> Iterator[Rows]:

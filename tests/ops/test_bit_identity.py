@@ -85,11 +85,7 @@ def test_reversed_rows_of_a_larger_tensor(backend):
 @pytest.mark.parametrize("vocab_size", (300, 16384, 40001))
 def test_thread_counts(backend, vocab_size):
     """Rows over threads, and from 16,384 tokens each row over threads where rows are few."""
-    if backend.name == "reference":
-        batches = (2,)
-    else:
-        batches = (1, 2, 7)
-    for batch in batches:
+    for batch in [2] if backend.name == "reference" else [1, 2, 7]:
         rows = rows_of(vocab_size, batch=batch)
         torch.set_num_threads(1)
         alone = run(backend, rows)

@@ -7,6 +7,7 @@ p-values are uniform, would miss with the probability named beside it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def g_test(counts, expected):
     return stats.chi2.sf(g, len(counts) - 1)
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "whole": dict(vocab_size=64, spread=2.0),
     "flat": dict(vocab_size=100, spread=0.3),
     "top_p": dict(vocab_size=130, spread=2.5, temperature=0.7, top_p=0.9),

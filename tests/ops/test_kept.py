@@ -185,6 +185,22 @@ def test_wide_rows(kernel, order, spread):
     assert (kept.high - kept.low <= 2 + 3e-6 * base.shape[1]).all()
 
 
+@functools.cache
+def _wide_cases():
+    """A real model's widths and peaks: most tiles are pruned, and masses only bounded."""
+    rows = oracle.random_rows(99, 240, 20_000)
+    return rows, oracle.kept(rows.x, rows.filters)
+
+
+def test_kept_sets_of_wide_peaked_rows(kernel):
+    rows, kept = _wide_cases()
+    out = kernel.sample(*rows[:3], ptk.RowParams(**rows.params), vocab_size=20_000)
+    size = out.num_kept.numpy()
+    assert ((kept.low <= size) & (size <= kept.high)).all()
+    assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < size).all()
+    assert (kept.low == kept.high).mean() > 0.8  # flat rows have tokens of under 1e-6 each
+
+
 def test_top_k_as_wide_as_the_row_is_off(backend):
     rows = oracle.random_rows(6, 50, 77)
     plain = rows.params | {"top_k": torch.zeros(50, dtype=torch.int32)}
@@ -221,7 +237,8 @@ def test_extreme_temperatures(backend, temperature):
         rows.base, rows.expert, rows.anti, temperature=t, top_p=0.9, vocab_size=200,
         position=torch.arange(64),
     )  # fmt: skip
-    x = oracle.combined(*(r[:, :200] for r in (rows.base, rows.expert, rows.anti)), torch.ones(64))
+    base, expert, anti = (r[:, :200] for r in (rows.base, rows.expert, rows.anti))
+    x = oracle.combined(base, expert, anti, torch.ones(64))
     ones = np.ones(64)
     f = oracle.Filters(
         ones * t, np.zeros(64, int), ones * float(np.float32(0.9)), 0 * ones, np.zeros(64, int)

@@ -38,13 +38,12 @@ def arguments(name: str, optional: bool) -> tuple[Any, ...]:
     if name == "score":
         return (base, *pair, torch.zeros(B, T, dtype=torch.int64), params.alpha, V)
     # Drafts that are accepted, so that no output is NaN: opcheck takes that for a difference.
+    draft_logits: Any = None
     if optional:
-        rows = [None if t is None else t.flatten(0, 1) for t in (base, *pair, bias, mask)]
+        rows: Any = [t.flatten(0, 1) for t in (base, *pair, bias, mask)]
         alpha = params.alpha.repeat_interleave(T)
-        x = ptk.combine(*rows[:3], alpha, bias=rows[3], allowed_mask=rows[4])
+        x = ptk.combine(rows[0], rows[1], rows[2], alpha, bias=rows[3], allowed_mask=rows[4])
         draft_logits = x.view(B, T, V)[:, : T - 1].contiguous()
-    else:
-        draft_logits = None
     steps = [params._replace(position=params.position + j) for j in range(T - 1)]
     drawn = [ptk.sample((draft_logits if optional else base)[:, j], params=p)
              for j, p in enumerate(steps)]  # fmt: skip
@@ -93,11 +92,12 @@ def _public(base, expert, anti, bias, params, ids):
     """All four public operators, in one graph with operations of torch around them."""
     x = ptk.combine(base * 2, expert, anti, params.alpha)
     drawn = ptk.sample(base * 2, expert, anti, params, bias=bias)
-    stacked = [torch.stack([t, t + 1, t], 1) for t in (base, expert, anti)]
-    scored = ptk.score(*stacked, ids, params.alpha)
-    coupled = ptk.verify(*stacked, drawn.token_ids[:, None].expand(-1, 2).contiguous(), params)
-    rejected = ptk.verify(*stacked, ids[:, :2].contiguous(), params, mode="rejection",
-                          draft_logits=stacked[0][:, :2])  # fmt: skip
+    b, e, a = (torch.stack([t, t + 1, t], 1) for t in (base, expert, anti))
+    scored = ptk.score(b, e, a, ids, params.alpha)
+    coupled = ptk.verify(b, e, a, drawn.token_ids[:, None].expand(-1, 2).contiguous(), params)
+    rejected = ptk.verify(
+        b, e, a, ids[:, :2].contiguous(), params, mode="rejection", draft_logits=b[:, :2]
+    )
     return (x + 1, *drawn, scored, *coupled, *rejected)
 
 
@@ -141,7 +141,7 @@ def test_out_is_written_and_returned(backend):
             return torch.full_like(like, -7)
         return type(like)(*(torch.full_like(t, -7) for t in like))
 
-    calls = [
+    calls: list[Any] = [
         (ptk.sample, (*rows[:3], params)),
         (ptk.combine, (*rows[:3], params.alpha)),
         (ptk.score, (*stacked, ids, few.alpha)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +88,8 @@ def _reference_draws(dtype):
     found = []
     for rows in oracle.batches(50 + oracle.DTYPES.index(dtype), dtype, "joint"):
         params = ptk.RowParams(**rows.params)
-        x = reference.combine(*(t[:, : rows.vocab_size] for t in rows[:3]), params.alpha)
+        base, expert, anti = (t[:, : rows.vocab_size] for t in rows[:3])
+        x = reference.combine(base, expert, anti, params.alpha)
         d = reference.distribution(x, params)
         wanted = Backend("reference").sample(*rows[:3], params, vocab_size=rows.vocab_size)
         found.append(
@@ -225,8 +227,8 @@ def test_infinities_of_expert_and_anti(backend):
 
 
 def test_parameters_out_of_range_mark_their_row_alone(backend):
-    nan, f32 = torch.nan, torch.float32
-    bad = {
+    nan = torch.nan
+    bad: dict[str, list[Any]] = {
         "alpha": [nan, INF, -INF], "temperature": [nan, INF, -1.0, -1e-45], "top_k": [-2, -(2**31)],
         "top_p": [nan, 0.0, -0.1, 1.0001], "min_p": [nan, -1e-9, 1.0001], "filter_order": [-1, 3],
         "position": [-1],
@@ -235,7 +237,7 @@ def test_parameters_out_of_range_mark_their_row_alone(backend):
         params = ptk.RowParams.make(3)
         for value in values:
             column = getattr(params, name).clone()
-            column[1] = torch.tensor(value, dtype=column.dtype if column.dtype != f32 else f32)
+            column[1] = torch.tensor(value, dtype=column.dtype)
             out = backend.sample(torch.zeros(3, 9), params=params._replace(**{name: column}))
             assert out.status.tolist() == [0, BAD, 0], (name, value)
             assert out.token_ids.tolist()[1] == -1 and out.num_kept.tolist()[1] == 0
