@@ -55,9 +55,12 @@ asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer 
 	export PROXYTUNE_SANITIZE=1 PYTHONPATH=build/asan:. OMP_NUM_THREADS=1
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
 	# Python never frees all it has; the C program is checked for leaks.
-	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+	# Reports go to files: pytest captures what a test prints, and a report ends the process.
+	rm -f build/asan-report.*
+	export ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/asan-report
+	export UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/asan-report
 	$(BIN)/python -P -c 'import sys, proxytune_kernels._cpu as c; sys.exit("build/asan" not in c.__file__)'
-	$(BIN)/pytest -n auto --dist loadfile -p no:cacheprovider tests/ops/test_fuzz.py tests/ops/test_fuzz_errors.py tests/capi
+	$(BIN)/pytest -n auto --dist loadfile --max-worker-restart=0 -p no:cacheprovider tests/ops/test_fuzz.py tests/ops/test_fuzz_errors.py tests/capi || { cat build/asan-report.* >&2; exit 1; }
 
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy
