@@ -33,11 +33,12 @@ struct Exponent {
   float floor;  // the logit difference whose exponent is -100; finite
 };
 
+// Temperatures above 2^120 count as 2^120 here, for the floor's sake: that changes masses only where
+// logits differ by more than 2^90.
 PTK_HOST_DEVICE Exponent make_exponent(double temperature) {
-  const double value = 1.4426950408889634 / temperature;
+  const double value = 1.4426950408889634 / (temperature < 0x1p120 ? temperature : 0x1p120);
   const float hi = float(value);
-  const double floor = -100.0 / value;
-  return {hi, float(value - double(hi)), floor > -double(FLT_MAX) ? float(floor) : -FLT_MAX};
+  return {hi, float(value - double(hi)), float(-100.0 / value)};
 }
 
 struct RowParams {

@@ -69,9 +69,33 @@ inline float tile_bound(const Row& row, float low, const Need& need, Exponent e,
   return low;
 }
 
-// Bounds of the whole row's mass: the likeliest tiles are summed, the others bounded by their maxima.
+// Bounds of the whole row's mass: the likeliest tiles are summed, the others bounded by the maxima
+// of their lanes.
 struct MassBounds {
   uint64_t low, high;
+};
+
+// Sums the masses of vectors that come one by one.
+class VectorSum {
+ public:
+  void add(F p) {
+    sum_.add(p);
+    if (++vectors_ == kTile / kWidth) flush();
+  }
+  uint64_t total() {
+    while (vectors_ > 0) add(set(0.0f));
+    return total_;
+  }
+
+ private:
+  void flush() {
+    total_ += sum_.total();
+    sum_ = Mass();
+    vectors_ = 0;
+  }
+  Mass sum_;
+  int vectors_ = 0;
+  uint64_t total_ = 0;
 };
 
 inline MassBounds mass_bounds(const Row& row, Exponent e, Scratch& s) {
@@ -79,26 +103,36 @@ inline MassBounds mass_bounds(const Row& row, Exponent e, Scratch& s) {
   bin_tiles(row, kLowest, e, s, bins);
   uint64_t rest = 0, seen = 0;
   for (uint64_t m : bins.mass) rest += m;
-  int last = 0;  // bins that are summed; what is left may hold one part in 32
+  int last = 0;  // the last bin that is summed; by the tiles' maxima 1 part in 64 is left to the others
   for (; last < kBoundBins - 1; ++last) {
     seen += bins.mass[last];
     rest -= bins.mass[last];
-    if (rest * kTile <= seen >> 5) break;
+    if (rest * kTile <= seen >> 6) break;
   }
-  MassBounds bounds{0, 0};
-  uint64_t others = 0;
-  for (int t = 0; t < row.tiles; ++t) {
-    if (!(row.tile_max[t] >= kLowest)) continue;
-    if (s.bins[t] <= last) {
-      bounds.low += tile_mass(row.tile(t), row.max, e);
-    } else {
-      ++others;
+  uint64_t lows[kMaxChunks], others[kMaxChunks];
+  const int chunks = over_tiles(row.parallel, row.tiles, [&](int chunk, int begin, int end) {
+    uint64_t low = 0;
+    VectorSum lanes;
+    for (int t = begin; t < end; ++t) {
+      if (!(row.tile_max[t] >= kLowest)) continue;
+      if (s.bins[t] <= last) {
+        low += tile_mass(row.tile(t), row.max, e);
+      } else {
+        const F top = load(row.lane_max + int64_t(t) * kWidth);
+        lanes.add(exponential(sub(top, set(row.max)), e));
+      }
     }
+    lows[chunk] = low;
+    others[chunk] = lanes.total();
+  });
+  MassBounds bounds{0, 0};
+  for (int c = 0; c < chunks; ++c) {
+    bounds.low += lows[c];
+    bounds.high += others[c];
   }
-  if (last == kBoundBins - 1) rest = 0;
-  // Masses are not quite monotone: a token's may pass its tile's maximum's by rounding, of the value
+  // Masses are not quite monotone: a token's may pass its lane's maximum's by rounding, of the value
   // (2^-23 of it) and to the integer (1).
-  bounds.high = bounds.low + kTile * (rest + (rest >> 16) + others);
+  bounds.high = bounds.low + kTile / kWidth * (bounds.high + (bounds.high >> 16)) + row.count;
   return bounds;
 }
 

@@ -16,6 +16,14 @@ size_t tile_bytes(int64_t vocab_size) {
   return aligned(size_t(padded(tiles_of(vocab_size))) * sizeof(float));
 }
 
+size_t lane_bytes(int64_t vocab_size) {
+  return size_t(tiles_of(vocab_size)) * kMaxWidth * sizeof(float);
+}
+
+size_t buffer_bytes(int64_t vocab_size) {
+  return row_bytes(vocab_size) + tile_bytes(vocab_size) + lane_bytes(vocab_size);
+}
+
 // The caller's workspace, or one allocated for the call.
 class Workspace {
  public:
@@ -33,9 +41,11 @@ class Workspace {
     buffers.scratch = new (at) Scratch;
     at += aligned(sizeof(Scratch));
     for (int i = 0; i < (rejection ? 2 : 1); ++i) {
-      buffers.x[i] = reinterpret_cast<float*>(at);
-      buffers.tile_max[i] = reinterpret_cast<float*>(at + row_bytes(vocab_size));
-      at += row_bytes(vocab_size) + tile_bytes(vocab_size);
+      float* x = reinterpret_cast<float*>(at);
+      float* tile_max = reinterpret_cast<float*>(at + row_bytes(vocab_size));
+      float* lane_max = reinterpret_cast<float*>(at + row_bytes(vocab_size) + tile_bytes(vocab_size));
+      buffers.rows[i] = {x, tile_max, lane_max};
+      at += buffer_bytes(vocab_size);
     }
     ready = true;
   }
@@ -144,7 +154,7 @@ extern "C" {
 size_t proxytune_cpu_workspace_size(int64_t vocab_size, int rejection) {
   if (vocab_size < 1 || vocab_size > kMaxVocabSize) return 0;
   const size_t rows = rejection ? 2 : 1;
-  return aligned(sizeof(Scratch)) + rows * (row_bytes(vocab_size) + tile_bytes(vocab_size));
+  return aligned(sizeof(Scratch)) + rows * buffer_bytes(vocab_size);
 }
 
 int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64_t end,

@@ -31,7 +31,7 @@ inline Target make_target(const RowInput& in, const RawParams& raw, bool want_ra
     return target;
   }
   p = make_row_params(raw);
-  target.row = prepare_row(in, b.x[buffer], b.tile_max[buffer], b.parallel);
+  target.row = prepare_row(in, b.rows[buffer], b.parallel);
   target.drawable = target.row.count > 0;
   if (!target.drawable) return target;
   if (want_raw) target.raw_mass = row_mass(target.row, make_exponent(1.0));
@@ -71,7 +71,7 @@ inline SampleResult sample_row(const RowInput& in, const RawParams& raw, uint32_
 }
 
 inline float score_row(const RowInput& in, int64_t token_id, Buffers& b) {
-  const Row row = prepare_row(in, b.x[0], b.tile_max[0], b.parallel);
+  const Row row = prepare_row(in, b.rows[0], b.parallel);
   if (token_id < 0 || token_id >= in.vocab_size || row.count == 0) return NAN;
   return float(double(row.x[token_id] - row.max) - log_mass(row_mass(row, make_exponent(1.0))));
 }

@@ -75,10 +75,19 @@ struct Parallel {
 };
 constexpr int kMaxChunks = 64;
 
+// Lanes of the widest vector type.
+constexpr int kMaxWidth = 16;
+
+// One row's working memory.
+struct RowBuffer {
+  float* x;         // [padded vocabulary]
+  float* tile_max;  // [padded tiles]
+  float* lane_max;  // [tiles, kMaxWidth]
+};
+
 // One thread's working memory: two rows for verification by rejection, else one.
 struct Buffers {
-  float* x[2];
-  float* tile_max[2];
+  RowBuffer rows[2];
   Scratch* scratch;
   const Parallel* parallel;  // null: one thread
 };
