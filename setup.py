@@ -22,8 +22,15 @@ SOURCES = [
 ]
 # No contraction: a fused multiply-add is written as one, so that all instruction sets agree.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
-            "-fno-omit-frame-pointer", "-O1", "-g"]  # fmt: skip
+# Python's own flags have -fwrapv, which would hide signed overflow.
+SANITIZE = [
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-wrapv",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-O1",
+    "-g",
+]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10
 
 

@@ -5,7 +5,6 @@ Names and ranges are vLLM's, plus ``alpha`` and ``filter_order``.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,15 +20,21 @@ FILTER_ORDERS = ("vllm", "hf", "joint")
 _SEED_LIMIT = 2**64
 
 
+# The kernels hold numbers in fp32: what would overflow there is not finite.
+_FP32_MAX = 3.4028234663852886e38
+
+
 def _number(name: str, value: Any, wanted: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(float(value)) <= _FP32_MAX:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return float(value)
 
 
-def _integer(name: str, value: Any, low: int, wanted: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+def _integer(name: str, value: Any, low: int, wanted: str, high: int = 2**31) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < low:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    if int(value) >= high:
+        raise ValueError(f"{name} must be {wanted} and below {high}, got {value!r}")
     return int(value)
 
 
@@ -124,9 +129,7 @@ def check_filters(temperature: Any, top_k: Any, top_p: Any, min_p: Any, filter_o
 def check_seed(seed: Any) -> int:
     """Check a seed, [-2^63, 2^64); returns it."""
     wanted = "an integer in [-2^63, 2^64)"
-    if _integer("seed", seed, -(2**63), wanted) >= _SEED_LIMIT:
-        raise ValueError(f"seed must be {wanted}, got {seed!r}")
-    return int(seed)
+    return _integer("seed", seed, -(2**63), wanted, high=_SEED_LIMIT)
 
 
 def signed_seed(seed: int) -> int:
@@ -254,7 +257,7 @@ def _check_scalars(values: dict[str, Any]) -> None:
     filters = ("temperature", "top_k", "top_p", "min_p", "filter_order")
     check_filters(**{n: scalars[n] for n in filters})
     check_seed(scalars["seed"])
-    _integer("position", scalars["position"], 0, "an integer of at least 0")
+    _integer("position", scalars["position"], 0, "an integer of at least 0", high=2**63)
 
 
 def _column(name: str, value: Any, batch_size: int, device: torch.device | str) -> Tensor:

@@ -70,14 +70,15 @@ def combine(
     """
     double = base.dtype == torch.float64
     wide = torch.float64 if double else torch.float32
-    x = base.to(wide)
+    x = masked = base.to(wide)
     if expert is not None and anti is not None:
         difference = expert.to(wide) - anti.to(wide)
         a = alpha[:, None].to(wide)
         steered = a * difference + x if double else fma32(a, difference, x)
-        x = torch.where((a == 0) | (x == -torch.inf), x, steered)
+        x = torch.where(a == 0, x, steered)
     if bias is not None:
-        x = torch.where(x == -torch.inf, x, x + bias)
+        x = x + bias
+    x = x.masked_fill(masked == -torch.inf, -torch.inf)
     if allowed_mask is not None:
         x = x.masked_fill(~unpack_mask(allowed_mask, x.shape[-1]), -torch.inf)
     return x

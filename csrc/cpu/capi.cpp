@@ -16,12 +16,8 @@ size_t tile_bytes(int64_t vocab_size) {
   return aligned(size_t(padded(tiles_of(vocab_size))) * sizeof(float));
 }
 
-size_t lane_bytes(int64_t vocab_size) {
-  return size_t(tiles_of(vocab_size)) * kMaxWidth * sizeof(float);
-}
-
 size_t buffer_bytes(int64_t vocab_size) {
-  return row_bytes(vocab_size) + tile_bytes(vocab_size) + lane_bytes(vocab_size);
+  return row_bytes(vocab_size) + tile_bytes(vocab_size);
 }
 
 // The caller's workspace, or one allocated for the call.
@@ -43,8 +39,7 @@ class Workspace {
     for (int i = 0; i < (rejection ? 2 : 1); ++i) {
       float* x = reinterpret_cast<float*>(at);
       float* tile_max = reinterpret_cast<float*>(at + row_bytes(vocab_size));
-      float* lane_max = reinterpret_cast<float*>(at + row_bytes(vocab_size) + tile_bytes(vocab_size));
-      buffers.rows[i] = {x, tile_max, lane_max};
+      buffers.rows[i] = {x, tile_max};
       at += buffer_bytes(vocab_size);
     }
     ready = true;

@@ -59,17 +59,31 @@ inline uint64_t tile_mass(const float* x, float max, Exponent e) {
   return sum.total();
 }
 
-inline uint64_t row_mass(const Row& row, Exponent e) {
-  uint64_t parts[kMaxChunks];
+// Masses of the whole row at its temperature and at temperature 1, as far as they are wanted.
+struct RowMass {
+  uint64_t scaled = 0, raw = 0;
+};
+
+inline RowMass row_mass(const Row& row, Exponent e, bool scaled, bool raw) {
+  const Exponent one = make_exponent(1.0);
+  const bool same = scaled && raw && e.hi == one.hi && e.lo == one.lo;
+  RowMass parts[kMaxChunks];
   const int chunks = over_tiles(row.parallel, row.tiles, [&](int chunk, int begin, int end) {
-    uint64_t sum = 0;
+    RowMass sum;
     for (int t = begin; t < end; ++t) {
-      if (!massless(row.tile_max[t], row.max, e)) sum += tile_mass(row.tile(t), row.max, e);
+      const float* x = row.tile(t);
+      const float top = row.tile_max[t];
+      if (scaled && !massless(top, row.max, e)) sum.scaled += tile_mass(x, row.max, e);
+      if (raw && !same && !massless(top, row.max, one)) sum.raw += tile_mass(x, row.max, one);
     }
     parts[chunk] = sum;
   });
-  uint64_t total = 0;
-  for (int c = 0; c < chunks; ++c) total += parts[c];
+  RowMass total;
+  for (int c = 0; c < chunks; ++c) {
+    total.scaled += parts[c].scaled;
+    total.raw += parts[c].raw;
+  }
+  if (same) total.raw = total.scaled;
   return total;
 }
 

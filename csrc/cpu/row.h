@@ -9,7 +9,6 @@ namespace PTK_ISA {
 struct Row {
   float* x;         // [tiles * kTile]; masked tokens are -inf, all others finite
   float* tile_max;  // [tiles], -inf where the tile is masked
-  float* lane_max;  // [tiles, kWidth]: maxima of the tile's tokens by their lane
   int64_t vocab_size;
   int tiles;
   const Parallel* parallel;
@@ -152,7 +151,6 @@ inline void keep_positive_inf(Row& row) {
   for (int t = 0; t < row.tiles; ++t) {
     float* x = row.x + int64_t(t) * kTile;
     uint32_t kept = 0;
-    store(row.lane_max + int64_t(t) * kWidth, set(0.0f));
     for (int i = 0; i < kTile; i += kWidth) {
       const uint32_t infinite = eq(load(x + i), set(INFINITY));
       kept += uint32_t(std::popcount(infinite));
@@ -186,7 +184,7 @@ int over_tiles(const Parallel* parallel, int tiles, Body body) {
 
 inline Row prepare_row(const RowInput& in, const RowBuffer& buffer, const Parallel* parallel) {
   float *x = buffer.x, *tile_max = buffer.tile_max;
-  Row row{x, tile_max, buffer.lane_max, in.vocab_size, int(tiles_of(in.vocab_size)), parallel};
+  Row row{x, tile_max, in.vocab_size, int(tiles_of(in.vocab_size)), parallel};
   uint32_t counts[kMaxChunks], nans[kMaxChunks];
   const int chunks = over_tiles(parallel, row.tiles, [&](int chunk, int begin, int end) {
     uint32_t count = 0, nan = 0;
@@ -194,7 +192,6 @@ inline Row prepare_row(const RowInput& in, const RowBuffer& buffer, const Parall
       ScanSink sink(x + int64_t(t) * kTile);
       combine_at(in, int64_t(t) * kTile, sink);
       tile_max[t] = reduce_max(sink.top);
-      store(buffer.lane_max + int64_t(t) * kWidth, sink.top);
       count += sink.count;
       nan |= sink.nan;
     }

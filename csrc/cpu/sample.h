@@ -34,12 +34,10 @@ inline Target make_target(const RowInput& in, const RawParams& raw, bool want_ra
   target.row = prepare_row(in, b.rows[buffer], b.parallel);
   target.drawable = target.row.count > 0;
   if (!target.drawable) return target;
-  if (want_raw) target.raw_mass = row_mass(target.row, make_exponent(1.0));
-  const auto total = [&] {
-    const bool raw_serves = want_raw && p.inv_temperature == 1.0f;
-    return raw_serves ? target.raw_mass : row_mass(target.row, p.exponent);
-  };
-  target.kept = p.greedy ? likeliest(target.row) : select_kept(target.row, p, total, *b.scratch);
+  const bool want_scaled = !p.greedy && needs_total_mass(p, target.row.count);
+  const RowMass mass = row_mass(target.row, p.exponent, want_scaled, want_raw);
+  target.raw_mass = mass.raw;
+  target.kept = p.greedy ? likeliest(target.row) : select_kept(target.row, p, mass.scaled, *b.scratch);
   return target;
 }
 
@@ -73,7 +71,8 @@ inline SampleResult sample_row(const RowInput& in, const RawParams& raw, uint32_
 inline float score_row(const RowInput& in, int64_t token_id, Buffers& b) {
   const Row row = prepare_row(in, b.rows[0], b.parallel);
   if (token_id < 0 || token_id >= in.vocab_size || row.count == 0) return NAN;
-  return float(double(row.x[token_id] - row.max) - log_mass(row_mass(row, make_exponent(1.0))));
+  const RowMass mass = row_mass(row, make_exponent(1.0), false, true);
+  return float(double(row.x[token_id] - row.max) - log_mass(mass.raw));
 }
 
 // Draws from max(0, target - draft), or from the target where rounding leaves nothing of it.

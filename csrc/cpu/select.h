@@ -116,43 +116,36 @@ inline float min_p_cutoff(const Row& row, float shift) {
   return value_of(low);
 }
 
-// The shortest prefix of the row with a share p of its mass. Mostly bounds of the mass will do: where
-// the prefix that reaches the lower target reaches the higher one too, it is the exact one's.
-template <typename Total>
-Prefix top_p_of_row(const Row& row, const RowParams& p, Total total, Scratch& s) {
-  const MassBounds bounds = mass_bounds(row, p.exponent, s);
-  const uint64_t target = mass_target(p.top_p, bounds.low);
-  const Prefix kept = find_prefix(row, kLowest, {UINT32_MAX, target}, p.exponent, s);
-  if (kept.mass >= mass_target(p.top_p, bounds.high)) return kept;
-  return find_prefix(row, kLowest, {UINT32_MAX, mass_target(p.top_p, total())}, p.exponent, s);
-}
-
-// The kept set of a row that has a token left; see docs/contracts.md, Selection. `total()` is the
-// mass of the whole row.
-template <typename Total>
-Prefix select_kept(const Row& row, const RowParams& p, Total total, Scratch& s) {
+// The kept set of a row that has a token left; see docs/contracts.md, Selection. `total_mass` is the
+// whole row's, where needs_total_mass says so.
+inline Prefix select_kept(const Row& row, const RowParams& p, uint64_t total_mass, Scratch& s) {
   const Exponent e = p.exponent;
   const float cutoff = p.min_p_shift > -INFINITY ? min_p_cutoff(row, p.min_p_shift) : kLowest;
   const float low = p.filter_order == kOrderVllm ? cutoff : kLowest;
   const bool top_k = p.top_k < row.count, top_p = p.top_p < kTopPOff;
-  const bool joint = p.filter_order == kOrderJoint;
-  Prefix kept{kLowest, UINT32_MAX, row.count, 0};
-  if (top_k && !(joint && top_p)) {
-    kept = find_prefix(row, low, {p.top_k, UINT64_MAX}, e, s);
-  } else if (low > kLowest) {
-    kept = whole(row, low, e);
-  } else if (!top_p) {
-    kept.mass = total();
-  }
-  if (top_p && joint && top_k) {
-    kept = find_prefix(row, low, {p.top_k, mass_target(p.top_p, total())}, e, s);
-  } else if (top_p && (top_k || low > kLowest)) {
-    const Need need{UINT32_MAX, mass_target(p.top_p, kept.mass)};
-    kept = find_prefix(row, std::max(low, kept.x), need, e, s);
-  } else if (top_p) {
-    kept = top_p_of_row(row, p, total, s);
+  Prefix kept{kLowest, UINT32_MAX, row.count, total_mass};
+  if (p.filter_order == kOrderJoint) {
+    const uint64_t mass = top_p ? mass_target(p.top_p, total_mass) : UINT64_MAX;
+    if (top_k || top_p) kept = find_prefix(row, low, {p.top_k, mass}, e, s);
+  } else {
+    if (top_k) {
+      kept = find_prefix(row, low, {p.top_k, UINT64_MAX}, e, s);
+    } else if (low > kLowest) {
+      kept = whole(row, low, e);
+    }
+    if (top_p) {
+      const Need need{UINT32_MAX, mass_target(p.top_p, kept.mass)};
+      kept = find_prefix(row, std::max(low, kept.x), need, e, s);
+    }
   }
   return kept.x < cutoff ? whole(row, cutoff, e) : kept;
+}
+
+// Whether select_kept reads the mass of the whole row.
+inline bool needs_total_mass(const RowParams& p, uint32_t count) {
+  const bool min_p = p.min_p_shift > -INFINITY;
+  if (p.filter_order == kOrderJoint) return true;
+  return p.top_k >= count && !(p.filter_order == kOrderVllm && min_p);
 }
 
 }  // namespace PTK_ISA

@@ -51,7 +51,7 @@ constexpr int64_t tiles_of(int64_t vocab_size) { return (vocab_size + kTile - 1)
 constexpr int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
 constexpr int kMaxTiles = int(kMaxVocabSize / kTile);
-constexpr int kCandidates = 4096;   // tokens sorted at once
+constexpr int kCandidates = 2048;   // tokens sorted at once
 constexpr int kBinBits = 10;
 constexpr uint32_t kBins = 1u << kBinBits;
 constexpr int kTables = 4;
@@ -75,14 +75,10 @@ struct Parallel {
 };
 constexpr int kMaxChunks = 64;
 
-// Lanes of the widest vector type.
-constexpr int kMaxWidth = 16;
-
 // One row's working memory.
 struct RowBuffer {
   float* x;         // [padded vocabulary]
   float* tile_max;  // [padded tiles]
-  float* lane_max;  // [tiles, kMaxWidth]
 };
 
 // One thread's working memory: two rows for verification by rejection, else one.

@@ -7,7 +7,6 @@ are called straight. The numbers do not change: the same functions run on the sa
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -49,7 +48,6 @@ def _is_llama_norm(kind: type[Module]) -> bool:
     )
 
 
-@cache
 def _slim_class(kind: type[Module]) -> type[Module]:
     if kind is Linear:
         return _SlimLinear
@@ -65,8 +63,11 @@ def slim(model: Any) -> None:
     A module with hooks, with a ``forward`` of its own (as accelerate puts there), or whose class
     defines ``__call__``, stays as it is.
     """
+    classes: dict[Any, type[Module]] = {}
     for module in model.modules():
         plain = type(module).__call__ is Module.__call__ and "forward" not in module.__dict__
         if plain and not any(getattr(module, name) for name in _HOOKS):
-            kind: type[Module] = type(module)
-            module.__class__ = _slim_class(kind)
+            kind = type(module)
+            if kind not in classes:
+                classes[kind] = _slim_class(kind)
+            module.__class__ = classes[kind]
