@@ -57,17 +57,34 @@ def _slim_class(kind: type[Module]) -> type[Module]:
     return type(kind.__name__, (kind,), body)
 
 
+def _slim_config(config: Any) -> None:
+    # Every read of a configuration looks in a map of aliases and in overrides per layer.
+    kind = type(config)
+    if not config.attribute_map and "_heterogeneity_spec" not in vars(config):
+        body = {"__getattribute__": object.__getattribute__, "__module__": kind.__module__}
+        config.__class__ = type(kind.__name__, (kind,), body)
+
+
 def slim(model: Any) -> None:
     """Let the modules of a model that is nobody else's be called without ``nn.Module.__call__``.
 
-    A module with hooks, with a ``forward`` of its own (as accelerate puts there), or whose class
-    defines ``__call__``, stays as it is.
+    The model must be in eval mode, and stay with the modules and parameters that it has. A module
+    with hooks, with a ``forward`` of its own (as accelerate puts there), or whose class defines
+    another ``__call__``, is called as before.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    # The latter only adds what training needs.
+    calls = (Module.__call__, GradientCheckpointingLayer.__call__)
     classes: dict[Any, type[Module]] = {}
-    for module in model.modules():
-        plain = type(module).__call__ is Module.__call__ and "forward" not in module.__dict__
+    for module in list(model.modules()):
+        kind = type(module)
+        plain = kind.__call__ in calls and "forward" not in vars(module)
         if plain and not any(getattr(module, name) for name in _HOOKS):
-            kind = type(module)
             if kind not in classes:
                 classes[kind] = _slim_class(kind)
             module.__class__ = classes[kind]
+        # Found at once, where nn.Module has them found by __getattr__ after a failed look here.
+        # Not the buffers: some models register new ones as they run (rope scaling).
+        vars(module).update({**module._parameters, **module._modules})
+    _slim_config(model.config)

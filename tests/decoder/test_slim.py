@@ -1,0 +1,63 @@
+"""Slim modules compute what the modules they replace do, to the bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from proxytune_kernels.decoder.slim import slim
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(params=["llama", "gemma2"])
+def model(request):
+    torch.manual_seed(0)
+    # Gemma's norm scales by 1 + weight: it must not be taken for Llama's.
+    if request.param == "llama":
+        made = LlamaForCausalLM(LlamaConfig(**_SIZES, attention_bias=True))
+    else:
+        made = Gemma2ForCausalLM(Gemma2Config(**_SIZES))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return made.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_the_same_to_the_bit(model, dtype):
+    model = model.to(dtype)
+    twin = copy.deepcopy(model)
+    slim(twin)
+    token_ids = torch.randint(0, 97, (3, 9))
+    assert torch.equal(twin(token_ids).logits, model(token_ids).logits)
+
+
+def test_the_original_is_not_changed(model):
+    kinds = [type(module) for module in model.modules()]
+    twin = copy.deepcopy(model)
+    slim(twin)
+    assert [type(module) for module in model.modules()] == kinds
+    assert type(twin.model.layers[0].mlp.up_proj) is not torch.nn.Linear
+
+
+def test_hooks_and_own_forwards_still_run(model):
+    calls = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append("hook"))
+    own = model.model.layers[1].mlp.down_proj
+    forward = own.forward
+
+    def wrapped(x):
+        calls.append("forward")
+        return forward(x)
+
+    own.forward = wrapped
+    slim(model)
+    model(torch.tensor([[1, 2]]))
+    assert calls == ["hook", "forward"]
