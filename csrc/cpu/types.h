@@ -57,7 +57,7 @@ constexpr uint32_t kBins = 1u << kBinBits;
 constexpr int kTables = 4;
 constexpr int kBoundBins = 256;
 
-// Working memory of the selection, about 116 KiB whatever the vocabulary.
+// Working memory of the selection, about 84 KiB whatever the vocabulary.
 struct Scratch {
   alignas(64) float x[kCandidates];
   alignas(64) uint32_t ids[kCandidates];

@@ -22,7 +22,7 @@ def model(request):
     torch.manual_seed(0)
     # Gemma's norm scales by 1 + weight: it must not be taken for Llama's.
     if request.param == "llama":
-        made = LlamaForCausalLM(LlamaConfig(**_SIZES, attention_bias=True))
+        made: Any = LlamaForCausalLM(LlamaConfig(**_SIZES, attention_bias=True))
     else:
         made = Gemma2ForCausalLM(Gemma2Config(**_SIZES))
     for parameter in made.parameters():
