@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -13,13 +12,13 @@ from proxytune_kernels import _library  # noqa: F401  (defines the operators the
 
 
 def _cpu() -> str | None:
-    if find_spec("proxytune_kernels._cpu") is None:
+    try:
+        import_module("proxytune_kernels._cpu")  # registers the CPU kernels
+    except ModuleNotFoundError:
         return (
             "the C++ extension is not built: install a C++20 compiler, then run "
             "`pip install --no-build-isolation .` without PROXYTUNE_SKIP_EXT"
         )
-    try:
-        import_module("proxytune_kernels._cpu")  # registers the CPU kernels
     except ImportError as error:
         return f"the C++ extension does not load: {error}"
     return None
