@@ -129,6 +129,8 @@ def check_filters(temperature: Any, top_k: Any, top_p: Any, min_p: Any, filter_o
 def check_seed(seed: Any) -> int:
     """Check a seed, [-2^63, 2^64); returns it."""
     wanted = "an integer in [-2^63, 2^64)"
+    if isinstance(seed, Integral) and int(seed) >= _SEED_LIMIT:
+        raise ValueError(f"seed must be {wanted}, got {seed!r}")
     return _integer("seed", seed, -(2**63), wanted, high=_SEED_LIMIT)
 
 
