@@ -50,11 +50,10 @@ struct Binning {
 
 // Where tokens lie, guessed from the likeliest tile: its spread, but no more than has any mass.
 inline Binning first_binning(const Row& row, uint32_t low, uint32_t high, Exponent e) {
-  int t = 0;
-  while (row.tile_max[t] != row.max) ++t;
+  const float* x = row.tile(row.likeliest_tile());
   float least = row.max;
   for (int i = 0; i < kTile; ++i) {
-    if (row.tile(t)[i] > -INFINITY) least = std::min(least, row.tile(t)[i]);
+    if (x[i] > -INFINITY) least = std::min(least, x[i]);
   }
   const float span = std::min({row.max - least, value_of(high) - value_of(low), 46.0f / e.hi});
   const float scale = float(kBins) / span;  // inf where the spread is 0

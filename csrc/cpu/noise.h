@@ -170,8 +170,7 @@ inline uint32_t race(const Row& row, const Prefix& kept, const RowParams& p, con
         [&](int i) { return kept_mask(load(x + i), first + uint32_t(i), kept); }, best);
   };
   // The likeliest tile first: its winner spares the others most of their logarithms.
-  int likeliest = 0;
-  while (row.tile_max[likeliest] != row.max) ++likeliest;
+  const int likeliest = row.likeliest_tile();
   Best start;
   run(likeliest, start);
   Best winners[kMaxChunks];

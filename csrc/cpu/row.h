@@ -17,6 +17,13 @@ struct Row {
   int32_t status = 0;
 
   const float* tile(int t) const { return x + int64_t(t) * kTile; }
+
+  // The first tile that holds the maximum; there must be a token left.
+  int likeliest_tile() const {
+    int t = 0;
+    while (tile_max[t] != max) ++t;
+    return t;
+  }
 };
 
 // Takes a tile's combined logits: masks NaN, counts, keeps the maximum.
@@ -82,7 +89,7 @@ inline float load_one(const void* logits, int32_t dtype, int64_t i) {
   const auto* bf16 = static_cast<const Bf16*>(logits);
   const auto* f16 = static_cast<const F16*>(logits);
   switch (dtype) {
-    case kDtypeBf16: return std::bit_cast<float>(uint32_t(bf16[i].bits) << 16);
+    case kDtypeBf16: return bf16_to_float(bf16[i].bits);
     case kDtypeF16: return half_to_float(f16[i].bits);
     default: return static_cast<const float*>(logits)[i];
   }

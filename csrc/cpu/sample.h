@@ -16,9 +16,7 @@ inline double log_mass(uint64_t mass) { return std::log(double(mass) / kMassOne)
 
 // The first of the likeliest tokens.
 inline Prefix likeliest(const Row& row) {
-  int t = 0;
-  while (row.tile_max[t] != row.max) ++t;
-  uint32_t id = uint32_t(t) * kTile;
+  uint32_t id = uint32_t(row.likeliest_tile()) * kTile;
   while (row.x[id] != row.max) ++id;
   return {row.max, id, 1, uint64_t(kMassOne)};
 }
@@ -46,6 +44,11 @@ inline bool is_kept(const Target& target, int64_t id) {
   return x > target.kept.x || (x == target.kept.x && uint32_t(id) <= target.kept.id);
 }
 
+// Draws from the kept set.
+inline uint32_t draw(const Target& target, const RowParams& p, const NoiseKey& key) {
+  return p.greedy ? target.kept.id : race(target.row, target.kept, p, key);
+}
+
 // Log of the probability that the kept set gives a kept token.
 inline float kept_logprob(const Target& target, const RowParams& p, int64_t id) {
   if (p.greedy) return 0.0f;
@@ -60,7 +63,7 @@ inline SampleResult sample_row(const RowInput& in, const RawParams& raw, uint32_
   out.status = target.row.status;
   if (!target.drawable) return out;
   const NoiseKey key = make_noise_key(raw.seed, raw.position, stream);
-  const uint32_t id = p.greedy ? target.kept.id : race(target.row, target.kept, p, key);
+  const uint32_t id = draw(target, p, key);
   out.token_id = id;
   out.num_kept = int32_t(target.kept.count);
   out.logprob = kept_logprob(target, p, id);
@@ -100,7 +103,7 @@ inline int64_t draw_residual(const Target& target, const RowParams& p, const Tar
         [&](int i) { return ge(load(left + i), set(FLT_MIN)); }, best);
   }
   if (best.id != UINT32_MAX) return best.id;
-  return p.greedy ? target.kept.id : race(target.row, target.kept, p, key);
+  return draw(target, p, key);
 }
 
 // Whether the target accepts a token of the draft: u < target / draft, in fp64 logs.
@@ -122,12 +125,8 @@ inline VerifyStep reject_step(const RowInput& in, const RowInput* draft_in, cons
   step.status = target.row.status;
   if (!target.drawable) return step;
   RowParams q = p;  // stands where the draft has nothing to draw from
-  const auto draw = [&](uint32_t stream) -> int64_t {
-    const NoiseKey key = make_noise_key(raw.seed, raw.position, stream);
-    return p.greedy ? target.kept.id : race(target.row, target.kept, p, key);
-  };
   if (!draft_in || draft_id < 0) {
-    step.token_id = draw(kStreamBonus);
+    step.token_id = draw(target, p, make_noise_key(raw.seed, raw.position, kStreamBonus));
   } else {
     const Target draft = make_target(*draft_in, raw, false, q, b, 1);
     step.accepted = draft_id < in.vocab_size && accepts(target, p, draft, q, raw, draft_id);

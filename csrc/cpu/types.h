@@ -23,6 +23,8 @@ struct F16 {
 
 enum Dtype : int32_t { kDtypeF32 = 0, kDtypeF16 = 1, kDtypeBf16 = 2 };
 
+inline float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
+
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
   if (magnitude >= 0x7C00u) return std::bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);

@@ -68,7 +68,6 @@ inline U add_u(U a, U b) { return _mm256_add_epi32(a, b); }
 inline U sub_u(U a, U b) { return _mm256_sub_epi32(a, b); }
 inline U xor_u(U a, U b) { return _mm256_xor_si256(a, b); }
 template <int kBits> inline U shift_left(U a) { return _mm256_slli_epi32(a, kBits); }
-template <int kBits> inline U shift_right(U a) { return _mm256_srli_epi32(a, kBits); }
 template <int kBits> inline U shift_right_signed(U a) { return _mm256_srai_epi32(a, kBits); }
 inline U bits(F a) { return _mm256_castps_si256(a); }
 inline F from_bits(U a) { return _mm256_castsi256_ps(a); }

@@ -62,7 +62,6 @@ inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
 inline U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
 inline U xor_u(U a, U b) { return _mm512_xor_si512(a, b); }
 template <int kBits> inline U shift_left(U a) { return _mm512_slli_epi32(a, kBits); }
-template <int kBits> inline U shift_right(U a) { return _mm512_srli_epi32(a, kBits); }
 template <int kBits> inline U shift_right_signed(U a) { return _mm512_srai_epi32(a, kBits); }
 inline U bits(F a) { return _mm512_castps_si512(a); }
 inline F from_bits(U a) { return _mm512_castsi512_ps(a); }

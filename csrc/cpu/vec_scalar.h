@@ -17,7 +17,7 @@ inline F set(float v) { return v; }
 inline U set_u(uint32_t v) { return v; }
 inline U iota() { return 0; }
 inline F load(const float* p) { return *p; }
-inline F load(const Bf16* p) { return std::bit_cast<float>(uint32_t(p->bits) << 16); }
+inline F load(const Bf16* p) { return bf16_to_float(p->bits); }
 inline F load(const F16* p) { return half_to_float(p->bits); }
 inline void store(float* p, F v) { *p = v; }
 inline U load_u(const uint32_t* p) { return *p; }
@@ -45,7 +45,6 @@ inline U add_u(U a, U b) { return a + b; }
 inline U sub_u(U a, U b) { return a - b; }
 inline U xor_u(U a, U b) { return a ^ b; }
 template <int kBits> inline U shift_left(U a) { return a << kBits; }
-template <int kBits> inline U shift_right(U a) { return a >> kBits; }
 template <int kBits> inline U shift_right_signed(U a) { return uint32_t(int32_t(a) >> kBits); }
 inline U bits(F a) { return std::bit_cast<uint32_t>(a); }
 inline F from_bits(U a) { return std::bit_cast<float>(a); }
