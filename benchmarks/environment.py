@@ -17,7 +17,7 @@ import proxytune_kernels
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-_PACKAGES = ("torch", "transformers", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 def _git(*arguments: str) -> str | None:

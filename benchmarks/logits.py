@@ -20,7 +20,12 @@ _TUNING_STD = 0.43  # expert = anti + noise: correlation 0.98
 
 
 def make_logits(
-    kind: str, batch_size: int, vocab_size: int, dtype: torch.dtype, seed: int = 0
+    kind: str,
+    batch_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Logits:
     """Logits of the three roles.
 
@@ -30,20 +35,25 @@ def make_logits(
         batch_size, vocab_size: B and V.
         dtype: of all three.
         seed: rows of another seed are other rows.
+        device: where they are made; the same seed gives other rows on another kind of device.
 
     Raises:
         ValueError: an unknown kind.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     shape = (batch_size, vocab_size)
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
     if kind == "flat":
-        noise = torch.rand(3, *shape, generator=generator)
+        noise = torch.rand(3, *shape, generator=generator, device=device)
         return noise[0].to(dtype), noise[1].to(dtype), noise[2].to(dtype)
     if kind != "peaked":
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     # The ends of the float grid would give infinities.
-    u = torch.rand(shape, generator=generator).clamp_(2.0**-25, 1 - 2.0**-24)
+    u = torch.rand(shape, generator=generator, device=device).clamp_(2.0**-25, 1 - 2.0**-24)
     base = _TAIL * torch.log1p(-u) - _HEAD * u.log()
-    anti = _SMALL_SHARE * base + _SMALL_STD * torch.randn(shape, generator=generator)
-    expert = anti + _TUNING_STD * torch.randn(shape, generator=generator)
+    anti = _SMALL_SHARE * base + _SMALL_STD * normal()
+    expert = anti + _TUNING_STD * normal()
     return base.to(dtype), expert.to(dtype), anti.to(dtype)

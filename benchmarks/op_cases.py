@@ -54,11 +54,12 @@ class OpCase:
         """Rows of this case; another seed gives other rows."""
         return make_logits(self.kind, self.batch_size, self.vocab_size, DTYPES[self.dtype], seed)
 
-    def row_params(self) -> ptk.RowParams:
+    def row_params(self, device: torch.device | str = "cpu") -> ptk.RowParams:
         """The filters as prepared parameters."""
         filters = FILTERS[self.filters]
         return ptk.RowParams.make(
             self.batch_size,
+            device=device,
             alpha=ALPHA,
             temperature=filters.temperature,
             top_k=filters.top_k,
@@ -102,11 +103,11 @@ def make_calls(
         AssertionError: a provider is wrong.
     """
     sets = [case.logits(seed) for seed in range(buffers if case.batch_size < 8 else 1)]
-    target = _target(case, sets[0])
+    target = contract_distribution(case, sets[0])
     calls: dict[str, Callable[[], object]] = {}
     for name in providers:
         if name == OURS:
-            _check_ours(case, sets[0], target)
+            check_ours(case, sets[0], target)
             calls[name] = _turning(_ours(case), sets)
         elif name == YARDSTICK:
             calls[name] = _turning(softmax_only, sets)
@@ -127,15 +128,24 @@ def _turning(call: Callable[[Logits], object], sets: Sequence[Logits]) -> Callab
     return lambda: call(next(turn))
 
 
-def _target(case: OpCase, logits: Logits) -> reference.Distribution:
-    """The contract's distribution of the first rows, in fp64."""
-    base, expert, anti = (x[:_CHECKED_ROWS] for x in logits)
-    params = case.row_params().rows(slice(0, _CHECKED_ROWS))
+def contract_distribution(
+    case: OpCase, logits: Logits, rows: int = _CHECKED_ROWS
+) -> reference.Distribution:
+    """The contract's distribution of the first rows, in fp64, where the logits are."""
+    base, expert, anti = (x[:rows] for x in logits)
+    params = case.row_params(base.device).rows(slice(0, rows))
     return reference.distribution(reference.combine(base, expert, anti, params.alpha), params)
 
 
-def _check_ours(case: OpCase, logits: Logits, target: reference.Distribution) -> None:
-    out = ptk.sample(*logits, case.row_params())
+def check_ours(
+    case: OpCase, logits: Logits, target: reference.Distribution, backend: str | None = None
+) -> None:
+    """Compare ``ptk.sample``'s kept sets and logprobs with the contract's.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    out = ptk.sample(*logits, case.row_params(logits[0].device), backend=backend)
     rows = len(target.kept)
     tokens = out.token_ids[:rows, None]
     kept = target.kept.sum(-1).int()
@@ -174,9 +184,9 @@ def check_peer(case: OpCase, peer: Peer, logits: Logits, target: reference.Distr
 
 def dense(candidates: Candidates, vocab_size: int) -> Tensor:
     """Candidates as normalised probabilities, fp64 [B, V]."""
-    mass = torch.as_tensor(candidates.probabilities).double()
+    mass: Tensor = torch.as_tensor(candidates.probabilities).double()
     mass = mass / mass.sum(-1, keepdim=True)
     if candidates.token_ids is None:
         return mass
     ids: Any = torch.as_tensor(candidates.token_ids)
-    return torch.zeros(len(mass), vocab_size, dtype=torch.float64).scatter_(-1, ids, mass)
+    return mass.new_zeros(len(mass), vocab_size).scatter_(-1, ids, mass)

@@ -13,12 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from benchmarks.logits import Logits
 
@@ -71,7 +65,18 @@ def softmax_only(logits: Logits) -> Tensor:
 
 
 def transformers_peer(filters: Filters) -> Peer:
-    """The chain of transformers' ``generate``: combination, warpers, softmax, multinomial."""
+    """The chain of transformers' ``generate``: combination, warpers, softmax, multinomial.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed; the other peers do without it.
+    """
+    from transformers import (
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
     chain: list[Any] = [TemperatureLogitsWarper(filters.temperature)]
     if filters.top_k:
         chain.append(TopKLogitsWarper(filters.top_k))

@@ -31,10 +31,18 @@ def make_progress() -> Progress:
     )
 
 
-def write_json_lines(path: Path, benchmark: str, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write one self-contained line per record: what ran, the numbers, and the environment."""
+def write_json_lines(
+    path: Path,
+    benchmark: str,
+    records: Iterable[Mapping[str, Any]],
+    device: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one self-contained line per record: what ran, the numbers, and the environment.
+
+    ``device`` describes what ran it, in place of the processor.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    where = environment()
+    where = {**environment(), **(device or {})}
     lines = [json.dumps({"benchmark": benchmark, **r, "environment": where}) for r in records]
     path.write_text("".join(f"{line}\n" for line in lines))
 

@@ -12,8 +12,8 @@ from benchmarks.op_cases import (
     FILTERS,
     OURS,
     OpCase,
-    _target,
     check_peer,
+    contract_distribution,
     make_calls,
 )
 from benchmarks.peers import (
@@ -38,10 +38,10 @@ def test_peers_agree_with_the_contract(make_peer, kind, dtype, filters):
     case = small(kind=kind, dtype=dtype, filters=filters)
     logits = case.logits()
     peer = make_peer(FILTERS[filters])
-    check_peer(case, peer, logits, _target(case, logits))
+    check_peer(case, peer, logits, contract_distribution(case, logits))
     tokens = torch.as_tensor(peer.sample(logits))
     assert tokens.shape == (3,)
-    assert _target(case, logits).kept.gather(-1, tokens[:2, None]).all()
+    assert contract_distribution(case, logits).kept.gather(-1, tokens[:2, None]).all()
 
 
 @pytest.mark.parametrize("make_peer", EAGER_PEERS)
@@ -51,7 +51,7 @@ def test_draws_follow_the_distribution(make_peer):
     logits = tuple(x.expand(20_000, -1) for x in case.logits())
     torch.manual_seed(0)
     tokens = torch.as_tensor(make_peer(FILTERS["top_p"]).sample(logits))
-    p = _target(case, case.logits()).logprobs().exp()[0]
+    p = contract_distribution(case, case.logits()).logprobs().exp()[0]
     frequency = torch.bincount(tokens, minlength=40) / len(tokens)
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / len(tokens)).sqrt()).all()
 
@@ -63,7 +63,7 @@ def test_wrong_filter_is_caught(make_peer, wrong):
     logits = case.logits()
     peer = make_peer(FILTERS[wrong["filters"]])
     with pytest.raises(AssertionError, match=f"{peer.name} differs from the contract"):
-        check_peer(case, peer, logits, _target(case, logits))
+        check_peer(case, peer, logits, contract_distribution(case, logits))
 
 
 def test_swapped_small_models_are_caught():
@@ -71,7 +71,10 @@ def test_swapped_small_models_are_caught():
     base, expert, anti = case.logits()
     with pytest.raises(AssertionError, match="differs from the contract"):
         check_peer(
-            case, torch_peer(FILTERS["top_p"]), (base, anti, expert), _target(case, case.logits())
+            case,
+            torch_peer(FILTERS["top_p"]),
+            (base, anti, expert),
+            contract_distribution(case, case.logits()),
         )
 
 
@@ -86,15 +89,17 @@ def test_one_token_too_few_is_caught():
         return Candidates(mass.scatter(-1, last, 0.0), ids)
 
     with pytest.raises(AssertionError, match="differs from the contract"):
-        check_peer(case, replace(peer, distribution=shorter), logits, _target(case, logits))
+        check_peer(
+            case, replace(peer, distribution=shorter), logits, contract_distribution(case, logits)
+        )
 
 
 def test_wrong_ours_is_caught(monkeypatch):
     case = small()
     right = ptk.sample
 
-    def unfiltered(base, expert, anti, params):
-        return right(base, expert, anti, params._replace(top_p=torch.ones(len(base))))
+    def unfiltered(base, expert, anti, params, **options):
+        return right(base, expert, anti, params._replace(top_p=torch.ones(len(base))), **options)
 
     make_calls(case, [OURS], buffers=2)[OURS]()
     monkeypatch.setattr("benchmarks.op_cases.ptk.sample", unfiltered)
