@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from proxytune_kernels.backends import backends
 from proxytune_kernels.ops import combine, sample, score, verify
 from proxytune_kernels.params import RowParams, SamplingParams
-from proxytune_kernels.reference import SampleOutput, VerifyOutput
+from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder import Decoder
@@ -20,6 +20,7 @@ __all__ = [
     "RowParams",
     "SampleOutput",
     "SamplingParams",
+    "TopLogprobs",
     "Trio",
     "VerifyOutput",
     "backends",

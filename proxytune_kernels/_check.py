@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from proxytune_kernels._library import SAMPLE_OUTPUTS
 from proxytune_kernels.params import DTYPES, RowParams, SamplingParams
-from proxytune_kernels.reference import SampleOutput, VerifyOutput
+from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 from proxytune_kernels.rng import STREAMS
 
 MAX_VOCAB_SIZE = 2**19
 """Masses are up to 2^44 a token and their sum stays below 2^63."""
+
+MAX_TOP_LOGPROBS = 128
+"""A kernel sorts a row's likeliest tokens in one piece of fixed size."""
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -131,6 +135,14 @@ def sample(
         raise ValueError(f"sample: stream must be one of {list(STREAMS)}, got {stream!r}")
 
 
+def top_logprobs(value: Any) -> None:
+    """Check how many of the likeliest tokens ``sample`` reports."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"sample: top_logprobs must be an integer, got {value!r}")
+    if not 0 <= value <= MAX_TOP_LOGPROBS:
+        raise ValueError(f"sample: top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {value}")
+
+
 def _constraint(
     op: str, name: str, tensor: Any, base: Tensor, dtype: torch.dtype, width: int
 ) -> None:
@@ -218,26 +230,30 @@ _OUT_DTYPES = {"token_ids": torch.int64, "num_kept": torch.int32, "status": torc
 
 
 def _outputs(
-    op: str, out: Any, kind: type, shapes: dict[str, tuple[int, ...]], device: torch.device
-) -> None:
+    op: str, out: Any, kind: type, shapes: Mapping[str, tuple[int, ...]], device: torch.device,
+    argument: str = "out",
+) -> None:  # fmt: skip
     if not isinstance(out, kind):
-        raise TypeError(f"{op}: out must be a {kind.__name__}, got {type(out).__name__}")
+        raise TypeError(f"{op}: {argument} must be a {kind.__name__}, got {type(out).__name__}")
     for name, shape in shapes.items():
         tensor, dtype = getattr(out, name), _OUT_DTYPES.get(name, torch.float32)
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
-                f"{op}: out.{name} must be contiguous {dtype} of shape {list(shape)}, "
+                f"{op}: {argument}.{name} must be contiguous {dtype} of shape {list(shape)}, "
                 f"got {tensor.dtype} of shape {list(tensor.shape)}"
             )
-        _device(op, f"out.{name}", tensor, device)
+        _device(op, f"{argument}.{name}", tensor, device)
 
 
-def sample_out(out: Any, base: Tensor) -> None:
-    """Check caller-owned outputs of ``sample``, if any."""
+def sample_out(out: Any, base: Tensor, num_top: int) -> None:
+    """Check caller-owned outputs of ``sample``, if any; ``top`` only where it is written."""
     if out is None:
         return
     rows = (base.shape[0],)
-    _outputs("sample", out, SampleOutput, dict.fromkeys(SampleOutput._fields, rows), base.device)
+    _outputs("sample", out, SampleOutput, dict.fromkeys(SAMPLE_OUTPUTS, rows), base.device)
+    if num_top:
+        shapes = dict.fromkeys(TopLogprobs._fields, (*rows, num_top))
+        _outputs("sample", out.top, TopLogprobs, shapes, base.device, "out.top")
 
 
 def verify_out(out: Any, base: Tensor) -> None:

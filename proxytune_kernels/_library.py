@@ -6,6 +6,8 @@ Each operator has an ``_out`` twin that writes into tensors of the caller and re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,15 @@ _PARAMS = (
 )
 _CONSTRAINTS = "Tensor? bias, Tensor? allowed_mask, int vocab_size"
 
+_SAMPLE = f"{_LOGITS}, {_PARAMS}, {_CONSTRAINTS}, int stream"
+
 SAMPLE_OUTPUTS = ("token_ids", "logprobs", "raw_logprobs", "num_kept", "status")
+TOP_OUTPUTS = ("top_token_ids", "top_logprobs")
 VERIFY_OUTPUTS = ("token_ids", "num_accepted", "logprobs", "status")
 
 _ARGUMENTS = {
-    "sample": f"{_LOGITS}, {_PARAMS}, {_CONSTRAINTS}, int stream",
+    "sample": _SAMPLE,
+    "sample_top": f"{_SAMPLE}, int num_top",
     "combine": f"{_LOGITS}, Tensor alpha, {_CONSTRAINTS}",
     "score": f"{_LOGITS}, Tensor token_ids, Tensor alpha, int vocab_size",
     "verify": f"{_LOGITS}, Tensor draft_token_ids, Tensor? draft_logits, {_PARAMS}, "
@@ -29,6 +35,7 @@ _ARGUMENTS = {
 }
 _OUTPUTS = {
     "sample": SAMPLE_OUTPUTS,
+    "sample_top": (*SAMPLE_OUTPUTS, *TOP_OUTPUTS),
     "combine": ("x",),
     "score": ("logprobs",),
     "verify": VERIFY_OUTPUTS,
@@ -58,6 +65,12 @@ def empty_sample(base: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def empty_top(base: Tensor, num_top: int) -> tuple[Tensor, ...]:
+    """Unwritten likeliest tokens and their logprobs, for logits [B, V]."""
+    shape = (base.shape[0], num_top)
+    return base.new_empty(shape, dtype=torch.int64), base.new_empty(shape, dtype=torch.float32)
+
+
 def empty_verify(base: Tensor) -> tuple[Tensor, ...]:
     """Unwritten outputs of ``verify`` for logits [B, k + 1, V]."""
     rows = base.shape[:1]
@@ -80,6 +93,13 @@ def _one_device(base: Tensor, *arguments: object) -> None:
 def _(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     _one_device(base, *arguments)
     return empty_sample(base)
+
+
+@torch.library.register_fake("proxytune::sample_top", lib=LIBRARY)
+def _(base: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _one_device(base, *arguments)
+    *_, num_top = arguments
+    return (*empty_sample(base), *empty_top(base, num_top))
 
 
 @torch.library.register_fake("proxytune::combine", lib=LIBRARY)

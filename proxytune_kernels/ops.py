@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,16 @@ from torch import Tensor
 from proxytune_kernels import _check, reference, rng
 from proxytune_kernels.backends import resolve
 from proxytune_kernels.params import RowParams, SamplingParams
-from proxytune_kernels.reference import SampleOutput, VerifyOutput
+from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 
 VERIFY_MODES = ("coupled", "rejection")
 
 _ops = torch.ops.proxytune
+
+
+def _implementation(backend: str, base: Tensor, name: str) -> Callable[..., Any]:
+    """What runs operator ``name`` for a backend, not the reference, on the device of ``base``."""
+    return getattr(_ops, name)
 
 
 # Checking every argument takes longer than a small call, and the C++ operators refuse what would
@@ -50,6 +55,7 @@ def sample(
     allowed_mask: Tensor | None = None,
     vocab_size: int | None = None,
     stream: str = "sample",
+    top_logprobs: int = 0,
     backend: str | None = None,
     out: SampleOutput | None = None,
     **values: Any,
@@ -65,8 +71,10 @@ def sample(
             word ``i >> 5`` is set.
         vocab_size: agreed width; what lies past it is never read. The narrowest role's unless told.
         stream: which noise the draw uses: "sample", or "draft" for a drafter in rejection mode.
+        top_logprobs: how many of the likeliest tokens to report in ``top``, whatever the filters
+            keep, at most 128; 0 is off.
         backend: None for the fastest usable one; by name it runs or raises.
-        out: tensors to write into, returned.
+        out: tensors to write into, returned; ``top`` is written where top_logprobs is not 0.
         values: in place of ``params``: alpha, temperature, top_k, top_p, min_p, filter_order, seed
             and position, each a scalar or a tensor [B].
 
@@ -85,28 +93,46 @@ def sample(
 
     Source: docs/contracts.md; Liu et al. 2024, arXiv 2401.08565.
     """
+    _check.top_logprobs(top_logprobs)
     try:
         row_params = _row_params(base, params, values)
         width = _width(base, expert, anti) if vocab_size is None else vocab_size
-        arguments = (base, expert, anti, *row_params, bias, allowed_mask, width)
+        arguments = (base, expert, anti, *row_params, bias, allowed_mask, width,
+                     rng.STREAMS[stream])  # fmt: skip
         resolved = resolve(backend, base, "sample")
-        if resolved != "reference" and out is None:
-            return SampleOutput(*_ops.sample(*arguments, rng.STREAMS[stream]))
-        if resolved != "reference" and out is not None:
-            _ops.sample_out(
-                *arguments, rng.STREAMS[stream], out_token_ids=out.token_ids,
-                out_logprobs=out.logprobs, out_raw_logprobs=out.raw_logprobs,
-                out_num_kept=out.num_kept, out_status=out.status,
-            )  # fmt: skip
-            return out
+        if resolved != "reference":
+            return _run_sample(resolved, base, arguments, top_logprobs, out)
     except Exception:
         _check.sample(base, expert, anti, params, values, bias, allowed_mask, vocab_size, stream)
-        _check.sample_out(out, base)
+        _check.sample_out(out, base, top_logprobs)
         raise
     _check.sample(base, expert, anti, row_params, {}, bias, allowed_mask, vocab_size, stream)
-    _check.sample_out(out, base)
+    _check.sample_out(out, base, top_logprobs)
     x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, width)
-    return _into(out, reference.sample(x, row_params, stream))
+    return _into(out, reference.sample(x, row_params, stream, top_logprobs))
+
+
+def _run_sample(
+    backend: str, base: Tensor, arguments: tuple[Any, ...], num_top: int, out: Any
+) -> SampleOutput:
+    if out is None and not num_top:
+        return SampleOutput(*_implementation(backend, base, "sample")(*arguments))
+    if out is None:
+        results = _implementation(backend, base, "sample_top")(*arguments, num_top)
+        return SampleOutput(*results[:5], top=TopLogprobs(*results[5:]))
+    outputs = {
+        "out_token_ids": out.token_ids, "out_logprobs": out.logprobs,
+        "out_raw_logprobs": out.raw_logprobs, "out_num_kept": out.num_kept,
+        "out_status": out.status,
+    }  # fmt: skip
+    if not num_top:
+        _implementation(backend, base, "sample_out")(*arguments, **outputs)
+    else:
+        _implementation(backend, base, "sample_top_out")(
+            *arguments, num_top, **outputs,
+            out_top_token_ids=out.top.token_ids, out_top_logprobs=out.top.logprobs,
+        )  # fmt: skip
+    return out
 
 
 def combine(
@@ -136,13 +162,14 @@ def combine(
     _check.constraints("combine", base, bias, allowed_mask, vocab_size)
     if out is not None:
         _check.matrix_out("combine", out, (base.shape[0], vocab_size), base.device)
-    if resolve(backend, base, "combine") == "reference":
+    resolved = resolve(backend, base, "combine")
+    if resolved == "reference":
         x = _reference_x(base, expert, anti, alphas, bias, allowed_mask, vocab_size)
         return x if out is None else out.copy_(x)
     arguments = (base, expert, anti, alphas, bias, allowed_mask, vocab_size)
     if out is None:
-        return _ops.combine(*arguments)
-    _ops.combine_out(*arguments, out_x=out)
+        return _implementation(resolved, base, "combine")(*arguments)
+    _implementation(resolved, base, "combine_out")(*arguments, out_x=out)
     return out
 
 
@@ -180,14 +207,15 @@ def score(
     _check.ids("score", "token_ids", token_ids, tuple(base.shape[:2]), base.device)
     if out is not None:
         _check.matrix_out("score", out, tuple(base.shape[:2]), base.device)
-    if resolve(backend, base, "score") == "reference":
+    resolved = resolve(backend, base, "score")
+    if resolved == "reference":
         x = _reference_x(base, expert, anti, alphas, None, None, vocab_size)
         result = reference.score(x, token_ids)
         return result if out is None else out.copy_(result)
     arguments = (base, expert, anti, token_ids, alphas, vocab_size)
     if out is None:
-        return _ops.score(*arguments)
-    _ops.score_out(*arguments, out_logprobs=out)
+        return _implementation(resolved, base, "score")(*arguments)
+    _implementation(resolved, base, "score_out")(*arguments, out_logprobs=out)
     return out
 
 
@@ -247,7 +275,8 @@ def verify(
     _check.draft_logits(draft_logits, mode, drafts, vocab_size, base.device)
     if out is not None:
         _check.verify_out(out, base)
-    if resolve(backend, base, "verify") == "reference":
+    resolved = resolve(backend, base, "verify")
+    if resolved == "reference":
         x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, vocab_size)
         draft_x = None if draft_logits is None else draft_logits[..., :vocab_size].float()
         result = reference.verify(x, draft_token_ids, row_params, mode, draft_x)
@@ -255,8 +284,8 @@ def verify(
     arguments = (base, expert, anti, draft_token_ids, draft_logits, *row_params, bias,
                  allowed_mask, vocab_size, VERIFY_MODES.index(mode))  # fmt: skip
     if out is None:
-        return VerifyOutput(*_ops.verify(*arguments))
-    _ops.verify_out(
+        return VerifyOutput(*_implementation(resolved, base, "verify")(*arguments))
+    _implementation(resolved, base, "verify_out")(
         *arguments, out_token_ids=out.token_ids, out_num_accepted=out.num_accepted,
         out_logprobs=out.logprobs, out_status=out.status,
     )  # fmt: skip
@@ -282,5 +311,8 @@ def _into(out: Any, result: Any) -> Any:
     if out is None:
         return result
     for target, value in zip(out, result, strict=True):
-        target.copy_(value)
+        if isinstance(value, Tensor):
+            target.copy_(value)
+        elif value is not None:
+            _into(target, value)
     return out

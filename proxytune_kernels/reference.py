@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from proxytune_kernels import rng
 from proxytune_kernels.params import RowParams
@@ -21,6 +22,15 @@ MASS_ONE = 2.0**44
 STATUS_NAN, STATUS_POSITIVE_INF, STATUS_EMPTY, STATUS_BAD_PARAMS = 1, 2, 4, 8
 
 _SMALLEST_NORMAL = 2.0**-126
+
+
+class TopLogprobs(NamedTuple):
+    """The n likeliest tokens of each row: x descending, then id ascending, whatever the filters."""
+
+    token_ids: Tensor
+    """int64 [B, n]: -1 where fewer tokens are left."""
+    logprobs: Tensor
+    """fp32 [B, n]: their raw logprobs; NaN where the token is -1."""
 
 
 class SampleOutput(NamedTuple):
@@ -36,6 +46,8 @@ class SampleOutput(NamedTuple):
     """int32 [B]: size of the kept set."""
     status: Tensor
     """int32 [B]: 0, or the sum of 1 (NaN masked), 2 (+inf), 4 (nothing left), 8 (bad parameter)."""
+    top: TopLogprobs | None = None
+    """The likeliest tokens, where they were asked for."""
 
 
 class VerifyOutput(NamedTuple):
@@ -92,7 +104,7 @@ def unpack_mask(allowed_mask: Tensor, vocab_size: int) -> Tensor:
 
 
 class Distribution(NamedTuple):
-    """A batch of filtered distributions over the vocabulary; tensors [B, V] by token id."""
+    """A batch of filtered distributions over the vocabulary; tensors [B, V], by token id."""
 
     shifted: Tensor
     """fp64 [B, V]: x - max, -inf where masked."""
@@ -102,6 +114,8 @@ class Distribution(NamedTuple):
     """bool [B, V]: the kept set."""
     mass: Tensor
     """int64 [B, V]: 2^44 * exp(scaled), rounded; 0 outside the kept set."""
+    order: Tensor
+    """int64 [B, V], by rank: token ids, x descending, then id ascending."""
     status: Tensor
     """int32 [B]."""
 
@@ -190,7 +204,7 @@ def distribution(x: Tensor, params: RowParams) -> Distribution:
 
     status = STATUS_NAN * (nan.any(-1) & ~bad) + STATUS_POSITIVE_INF * (positive & ~bad)
     status = status + STATUS_EMPTY * ((count == 0) & ~bad) + STATUS_BAD_PARAMS * bad
-    return Distribution(shifted, scaled, kept, mass * kept, status.int())
+    return Distribution(shifted, scaled, kept, mass * kept, order, status.int())
 
 
 def scores(d: Distribution, params: RowParams, stream: int) -> Tensor:
@@ -212,8 +226,22 @@ def _at(values: Tensor, token_ids: Tensor) -> Tensor:
     return value.masked_fill(token_ids < 0, torch.nan).float()
 
 
-def sample(x: Tensor, params: RowParams, stream: str = "sample") -> SampleOutput:
-    """Draw one token per row from combined logits x, fp32 or fp64 [B, V]."""
+def _top_logprobs(d: Distribution, num_top: int) -> TopLogprobs:
+    token_ids = d.order[:, :num_top]
+    logprobs = d.raw_logprobs().gather(-1, token_ids).float()
+    masked = d.shifted.gather(-1, token_ids) == -torch.inf
+    missing = (0, num_top - token_ids.shape[-1])
+    return TopLogprobs(
+        pad(token_ids.masked_fill(masked, -1), missing, value=-1),
+        pad(logprobs.masked_fill(masked, torch.nan), missing, value=torch.nan),
+    )
+
+
+def sample(x: Tensor, params: RowParams, stream: str = "sample", num_top: int = 0) -> SampleOutput:
+    """Draw one token per row from combined logits x, fp32 or fp64 [B, V].
+
+    With ``num_top`` above 0, ``top`` holds that many of the likeliest tokens.
+    """
     d = distribution(x, params)
     token_ids = _argmax(scores(d, params, rng.STREAMS[stream]))
     return SampleOutput(
@@ -222,6 +250,7 @@ def sample(x: Tensor, params: RowParams, stream: str = "sample") -> SampleOutput
         _at(d.raw_logprobs(), token_ids),
         d.kept.sum(-1).int(),
         d.status,
+        _top_logprobs(d, num_top) if num_top else None,
     )
 
 

@@ -6,9 +6,9 @@ kernels, not with each other's code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -250,6 +250,30 @@ def batches(seed: int, dtype: torch.dtype, order: str) -> Iterator[Rows]:
     )
     for i, (vocab_size, batch) in enumerate(sizes):
         yield random_rows(seed * 100 + i, batch, vocab_size, dtype, order)
+
+
+def tensors(result: Any, prefix: str = "") -> dict[str, Tensor]:
+    """An operator's tensors by name, those of nested tuples too; None is left out."""
+    if isinstance(result, Tensor):
+        return {prefix: result}
+    fields = () if result is None else zip(result._fields, result, strict=True)
+    return {n: t for name, field in fields for n, t in tensors(field, f"{prefix}.{name}").items()}
+
+
+def each(function: Callable[[Tensor], Tensor], result: Any) -> Any:
+    """An operator's result with the function applied to each of its tensors."""
+    if isinstance(result, Tensor):
+        return function(result)
+    return None if result is None else type(result)(*(each(function, field) for field in result))
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Two results are the same bits, field by field."""
+    one, other = tensors(one), tensors(other)
+    assert one.keys() == other.keys()
+    for name, a in one.items():
+        differ = bits(a) != bits(other[name])
+        assert not differ.any(), (name, a[differ], other[name][differ])
 
 
 def bits(t: Tensor) -> Tensor:

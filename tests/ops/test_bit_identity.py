@@ -10,14 +10,9 @@ import torch
 import proxytune_kernels as ptk
 from tests.ops import oracle
 from tests.ops.conftest import KERNELS
+from tests.ops.oracle import assert_same
 
 CPU = [backend for backend in KERNELS if backend.name == "cpu"]
-
-
-def assert_same(one, other):
-    for name, a, b in zip(one._fields, one, other, strict=True):
-        differ = oracle.bits(a) != oracle.bits(b)
-        assert not differ.any(), (name, a[differ], b[differ])
 
 
 def run(backend, rows, index=None, **kwargs):
@@ -29,7 +24,7 @@ def run(backend, rows, index=None, **kwargs):
 
 
 def at(out, index):
-    return type(out)(*(t[index] for t in out))
+    return oracle.each(lambda t: t[index], out)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 import proxytune_kernels as ptk
+from proxytune_kernels._library import SAMPLE_OUTPUTS
 from tests.ops import oracle
 from tests.ops.conftest import Backend
 
@@ -34,7 +35,7 @@ def plain(backend, roles, params, **kwargs):
         )
         for j in range(roles[0].shape[1])
     ]
-    return [torch.stack(t, 1) for t in zip(*outs, strict=True)]
+    return [torch.stack([getattr(out, name) for out in outs], 1) for name in SAMPLE_OUTPUTS]
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
