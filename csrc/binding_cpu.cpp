@@ -169,38 +169,96 @@ Tensor empty(ScalarType type, int64_t rows, int64_t columns = -1) {
   return Tensor(handle);
 }
 
-void sample_out(Tensor base, MaybeTensor expert, MaybeTensor anti, PTK_PARAMS, PTK_CONSTRAINTS,
-                int64_t stream, Tensor token_ids, Tensor logprobs, Tensor raw_logprobs,
-                Tensor num_kept, Tensor status) {
-  const int64_t rows = base.size(0);
+struct SampleTensors {
+  Tensor token_ids, logprobs, raw_logprobs, num_kept, status;
+};
+
+SampleTensors empty_sample(int64_t rows) {
+  return {empty(ScalarType::Long, rows), empty(ScalarType::Float, rows),
+          empty(ScalarType::Float, rows), empty(ScalarType::Int, rows),
+          empty(ScalarType::Int, rows)};
+}
+
+proxytune_sample_args sample_args(const Tensor& base, const MaybeTensor& expert,
+                                  const MaybeTensor& anti, const Tensor& alpha,
+                                  const ParamTensors& params, const MaybeTensor& bias,
+                                  const MaybeTensor& allowed, int64_t vocab_size, int64_t stream,
+                                  const SampleTensors& out) {
   STD_TORCH_CHECK(base.dim() == 2, "proxytune: base has the wrong shape");
+  const int64_t rows = base.size(0);
   proxytune_sample_args args{};
-  args.inputs = inputs_of(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES);
-  args.params = params_of({temperature, top_k, top_p, min_p, filter_order, seed, position}, rows);
+  args.inputs = inputs_of(base, expert, anti, alpha, bias, allowed, vocab_size);
+  args.params = params_of(params, rows);
   args.stream = int32_t(stream);
-  args.token_ids = values_of<int64_t>(token_ids, ScalarType::Long, rows, "token_ids");
-  args.logprobs = values_of<float>(logprobs, ScalarType::Float, rows, "logprobs");
-  args.raw_logprobs = values_of<float>(raw_logprobs, ScalarType::Float, rows, "raw_logprobs");
-  args.num_kept = values_of<int32_t>(num_kept, ScalarType::Int, rows, "num_kept");
-  args.status = values_of<int32_t>(status, ScalarType::Int, rows, "status");
-  over_rows(rows, vocab_size, false, [&](int64_t begin, int64_t end, void* workspace,
-                                           const proxytune_parallel* parallel) {
+  args.token_ids = values_of<int64_t>(out.token_ids, ScalarType::Long, rows, "token_ids");
+  args.logprobs = values_of<float>(out.logprobs, ScalarType::Float, rows, "logprobs");
+  args.raw_logprobs = values_of<float>(out.raw_logprobs, ScalarType::Float, rows, "raw_logprobs");
+  args.num_kept = values_of<int32_t>(out.num_kept, ScalarType::Int, rows, "num_kept");
+  args.status = values_of<int32_t>(out.status, ScalarType::Int, rows, "status");
+  return args;
+}
+
+// Before anything is sized by it.
+void check_num_top(int64_t num_top) {
+  STD_TORCH_CHECK(num_top >= 1 && num_top <= PROXYTUNE_MAX_TOP,
+                  "proxytune: num_top must be in [1, 128], got ", num_top);
+}
+
+void add_top(proxytune_sample_args& args, int64_t rows, int64_t num_top,
+             const Tensor& top_token_ids, const Tensor& top_logprobs) {
+  args.num_top = int32_t(num_top);
+  args.top_token_ids =
+      values_of<int64_t>(top_token_ids, ScalarType::Long, rows * num_top, "top_token_ids");
+  args.top_logprobs =
+      values_of<float>(top_logprobs, ScalarType::Float, rows * num_top, "top_logprobs");
+}
+
+void run_sample(const proxytune_sample_args& args, int64_t rows) {
+  over_rows(rows, args.inputs.vocab_size, false, [&](int64_t begin, int64_t end, void* workspace,
+                                                     const proxytune_parallel* parallel) {
     return proxytune_cpu_sample(&args, begin, end, workspace, parallel);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(Tensor base, MaybeTensor expert,
-                                                          MaybeTensor anti, PTK_PARAMS,
-                                                          PTK_CONSTRAINTS, int64_t stream) {
+#define PTK_SAMPLE \
+  Tensor base, MaybeTensor expert, MaybeTensor anti, PTK_PARAMS, PTK_CONSTRAINTS, int64_t stream
+#define PTK_SAMPLE_VALUES                                                                          \
+  base, expert, anti, alpha, {temperature, top_k, top_p, min_p, filter_order, seed, position}, bias, \
+      allowed_mask, vocab_size, stream
+#define PTK_SAMPLE_OUTPUTS \
+  Tensor token_ids, Tensor logprobs, Tensor raw_logprobs, Tensor num_kept, Tensor status
+#define PTK_SAMPLE_OUTPUT_VALUES {token_ids, logprobs, raw_logprobs, num_kept, status}
+
+void sample_out(PTK_SAMPLE, PTK_SAMPLE_OUTPUTS) {
+  run_sample(sample_args(PTK_SAMPLE_VALUES, PTK_SAMPLE_OUTPUT_VALUES), base.size(0));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(PTK_SAMPLE) {
+  const SampleTensors out = empty_sample(base.size(0));
+  run_sample(sample_args(PTK_SAMPLE_VALUES, out), base.size(0));
+  return {out.token_ids, out.logprobs, out.raw_logprobs, out.num_kept, out.status};
+}
+
+void sample_top_out(PTK_SAMPLE, int64_t num_top, PTK_SAMPLE_OUTPUTS, Tensor top_token_ids,
+                    Tensor top_logprobs) {
+  check_num_top(num_top);
+  proxytune_sample_args args = sample_args(PTK_SAMPLE_VALUES, PTK_SAMPLE_OUTPUT_VALUES);
+  add_top(args, base.size(0), num_top, top_token_ids, top_logprobs);
+  run_sample(args, base.size(0));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_top(PTK_SAMPLE,
+                                                                              int64_t num_top) {
+  check_num_top(num_top);
   const int64_t rows = base.size(0);
-  Tensor token_ids = empty(ScalarType::Long, rows);
-  Tensor logprobs = empty(ScalarType::Float, rows);
-  Tensor raw_logprobs = empty(ScalarType::Float, rows);
-  Tensor num_kept = empty(ScalarType::Int, rows);
-  Tensor status = empty(ScalarType::Int, rows);
-  sample_out(base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_VALUES, stream, token_ids,
-             logprobs, raw_logprobs, num_kept, status);
-  return {token_ids, logprobs, raw_logprobs, num_kept, status};
+  const SampleTensors out = empty_sample(rows);
+  const Tensor top_token_ids = empty(ScalarType::Long, rows, num_top);
+  const Tensor top_logprobs = empty(ScalarType::Float, rows, num_top);
+  proxytune_sample_args args = sample_args(PTK_SAMPLE_VALUES, out);
+  add_top(args, rows, num_top, top_token_ids, top_logprobs);
+  run_sample(args, rows);
+  return {out.token_ids, out.logprobs, out.raw_logprobs, out.num_kept, out.status, top_token_ids,
+          top_logprobs};
 }
 
 void combine_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor alpha, PTK_CONSTRAINTS,
@@ -330,6 +388,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", "CPU kernels.", -1, methods
 STABLE_TORCH_LIBRARY_IMPL(proxytune, CPU, m) {
   m.impl("sample", TORCH_BOX(&sample));
   m.impl("sample_out", TORCH_BOX(&sample_out));
+  m.impl("sample_top", TORCH_BOX(&sample_top));
+  m.impl("sample_top_out", TORCH_BOX(&sample_top_out));
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("combine_out", TORCH_BOX(&combine_out));
   m.impl("score", TORCH_BOX(&score));

@@ -12,6 +12,7 @@ namespace ptk {
 
 constexpr int kTile = 128;                   // tokens per tile summary
 constexpr int64_t kMaxVocabSize = 1 << 19;   // masses of 2^44 a token sum to less than 2^63
+constexpr int kMaxTop = 128;                 // likeliest tokens that can be asked for
 constexpr double kMassOne = 17592186044416.0;  // 2^44, the mass of the likeliest token
 
 enum Status : int32_t { kStatusNan = 1, kStatusPositiveInf = 2, kStatusEmpty = 4, kStatusBadParams = 8 };

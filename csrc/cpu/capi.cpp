@@ -8,6 +8,8 @@
 namespace ptk {
 namespace {
 
+static_assert(PROXYTUNE_MAX_TOP == kMaxTop);
+
 constexpr size_t kAlign = 64;
 constexpr size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
@@ -107,6 +109,12 @@ void put(T* out, int64_t i, T value) {
   if (out) out[i] = value;
 }
 
+TopTokens top_at(const proxytune_sample_args& a, int64_t row) {
+  const int64_t offset = row * a.num_top;
+  return {a.num_top, a.top_token_ids ? a.top_token_ids + offset : nullptr,
+          a.top_logprobs ? a.top_logprobs + offset : nullptr};
+}
+
 void verify_row(const proxytune_verify_args& a, const Kernels& kernels, int64_t row, Buffers& b) {
   const int64_t k = a.num_drafts;
   RawParams params = params_at(a.params, a.inputs, row);
@@ -155,7 +163,7 @@ size_t proxytune_cpu_workspace_size(int64_t vocab_size, int rejection) {
 int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64_t end,
                          void* workspace, const proxytune_parallel* parallel) {
   if (!args || !good_inputs(args->inputs) || !args->token_ids || begin < 0 || args->stream < 0 ||
-      args->stream > int32_t(kStreamBonus)) {
+      args->stream > int32_t(kStreamBonus) || args->num_top < 0 || args->num_top > kMaxTop) {
     return PROXYTUNE_ERROR_ARGUMENT;
   }
   const Kernels* kernels = current_kernels();
@@ -165,7 +173,7 @@ int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64
   for (int64_t row = begin; row < end; ++row) {
     const SampleResult r =
         kernels->sample(input_at(args->inputs, row, 0), params_at(args->params, args->inputs, row),
-                        uint32_t(args->stream), w.buffers);
+                        uint32_t(args->stream), top_at(*args, row), w.buffers);
     args->token_ids[row] = r.token_id;
     put(args->logprobs, row, r.logprob);
     put(args->raw_logprobs, row, r.raw_logprob);

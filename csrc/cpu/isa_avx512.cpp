@@ -26,6 +26,7 @@
 #include "histogram.h"
 #include "select.h"
 #include "noise.h"
+#include "top.h"
 #include "sample.h"
 
 #if defined(__clang__)

@@ -9,6 +9,7 @@
 #include "histogram.h"
 #include "select.h"
 #include "noise.h"
+#include "top.h"
 #include "sample.h"
 
 namespace ptk {

@@ -56,18 +56,24 @@ inline float kept_logprob(const Target& target, const RowParams& p, int64_t id) 
   return float(scaled - log_mass(target.kept.mass));
 }
 
-inline SampleResult sample_row(const RowInput& in, const RawParams& raw, uint32_t stream, Buffers& b) {
+inline SampleResult sample_row(const RowInput& in, const RawParams& raw, uint32_t stream,
+                               const TopTokens& top, Buffers& b) {
   RowParams p;
   const Target target = make_target(in, raw, true, p, b, 0);
   SampleResult out;
   out.status = target.row.status;
-  if (!target.drawable) return out;
+  if (!target.drawable) {
+    for (int i = 0; i < top.count; ++i) top.put(i, -1, NAN);
+    return out;
+  }
   const NoiseKey key = make_noise_key(raw.seed, raw.position, stream);
   const uint32_t id = draw(target, p, key);
   out.token_id = id;
   out.num_kept = int32_t(target.kept.count);
   out.logprob = kept_logprob(target, p, id);
-  out.raw_logprob = float(double(target.row.x[id] - target.row.max) - log_mass(target.raw_mass));
+  const double log_raw_mass = log_mass(target.raw_mass);
+  out.raw_logprob = raw_logprob(target.row, target.row.x[id], log_raw_mass);
+  if (top.count > 0) write_top(target.row, log_raw_mass, top, *b.scratch);
   return out;
 }
 
@@ -75,7 +81,7 @@ inline float score_row(const RowInput& in, int64_t token_id, Buffers& b) {
   const Row row = prepare_row(in, b.rows[0], b.parallel);
   if (token_id < 0 || token_id >= in.vocab_size || row.count == 0) return NAN;
   const RowMass mass = row_mass(row, make_exponent(1.0), false, true);
-  return float(double(row.x[token_id] - row.max) - log_mass(mass.raw));
+  return raw_logprob(row, row.x[token_id], log_mass(mass.raw));
 }
 
 // Draws from max(0, target - draft), or from the target where rounding leaves nothing of it.
@@ -138,7 +144,7 @@ inline VerifyStep reject_step(const RowInput& in, const RowInput* draft_in, cons
 }
 
 inline VerifyStep coupled_step(const RowInput& in, const RawParams& raw, int64_t draft_id, Buffers& b) {
-  const SampleResult drawn = sample_row(in, raw, kStreamSample, b);
+  const SampleResult drawn = sample_row(in, raw, kStreamSample, {}, b);
   return {drawn.token_id, drawn.logprob, drawn.status, drawn.token_id >= 0 && drawn.token_id == draft_id};
 }
 

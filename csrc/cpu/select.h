@@ -42,18 +42,25 @@ inline int collect(const Row& row, uint32_t low, uint32_t high, Scratch& s) {
   return n;
 }
 
-// Walks n collected tokens in order, after `taken`; true where they meet the need.
-inline bool walk(const Row& row, int n, const Need& need, Exponent e, Scratch& s, Prefix& taken) {
+// Sorts n collected tokens by x descending, then id ascending, into s.order.
+inline void sort_collected(int n, Scratch& s) {
   for (int i = 0; i < n; ++i) s.order[i] = uint64_t(key_of(s.x[i])) << 32 | uint32_t(~s.ids[i]);
   std::sort(s.order, s.order + n, std::greater<uint64_t>());
+}
+inline float sorted_x(const Scratch& s, int i) { return value_of(uint32_t(s.order[i] >> 32)); }
+inline uint32_t sorted_id(const Scratch& s, int i) { return uint32_t(~s.order[i]); }
+
+// Walks n collected tokens in order, after `taken`; true where they meet the need.
+inline bool walk(const Row& row, int n, const Need& need, Exponent e, Scratch& s, Prefix& taken) {
+  sort_collected(n, s);
   alignas(64) float x[kTile];
   alignas(64) uint64_t q[kTile];
   for (int start = 0; start < n; start += kTile) {
     const int m = std::min(kTile, n - start);
-    for (int i = 0; i < kTile; ++i) x[i] = i < m ? value_of(uint32_t(s.order[start + i] >> 32)) : -INFINITY;
+    for (int i = 0; i < kTile; ++i) x[i] = i < m ? sorted_x(s, start + i) : -INFINITY;
     masses(x, kTile, row.max, e, q);
     for (int i = 0; i < m; ++i) {
-      taken = {x[i], uint32_t(~s.order[start + i]), taken.count + 1, taken.mass + q[i]};
+      taken = {x[i], sorted_id(s, start + i), taken.count + 1, taken.mass + q[i]};
       if (need.met(taken.count, taken.mass)) return true;
     }
   }

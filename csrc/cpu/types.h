@@ -96,6 +96,17 @@ struct SampleResult {
   int32_t num_kept = 0, status = 0;
 };
 
+// Where a row's likeliest tokens and their raw logprobs go, in order; either may be null.
+struct TopTokens {
+  int count = 0;  // at most kMaxTop; 0: they are not wanted
+  int64_t* token_ids = nullptr;
+  float* logprobs = nullptr;
+  void put(int i, int64_t id, float logprob) const {
+    if (token_ids) token_ids[i] = id;
+    if (logprobs) logprobs[i] = logprob;
+  }
+};
+
 struct VerifyStep {
   int64_t token_id = -1;
   float logprob = NAN;
@@ -107,7 +118,8 @@ struct VerifyStep {
 struct Kernels {
   const char* name;
   void (*combine)(const RowInput&, float* out);
-  SampleResult (*sample)(const RowInput&, const RawParams&, uint32_t stream, Buffers&);
+  SampleResult (*sample)(const RowInput&, const RawParams&, uint32_t stream, const TopTokens&,
+                         Buffers&);
   float (*score)(const RowInput&, int64_t token_id, Buffers&);
   VerifyStep (*coupled)(const RowInput&, const RawParams&, int64_t draft_id, Buffers&);
   VerifyStep (*reject)(const RowInput&, const RowInput* draft, const RawParams&, int64_t draft_id,

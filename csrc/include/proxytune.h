@@ -27,6 +27,7 @@ enum { PROXYTUNE_F32 = 0, PROXYTUNE_F16 = 1, PROXYTUNE_BF16 = 2 };
 enum { PROXYTUNE_ORDER_VLLM = 0, PROXYTUNE_ORDER_HF = 1, PROXYTUNE_ORDER_JOINT = 2 };
 enum { PROXYTUNE_STREAM_SAMPLE = 0, PROXYTUNE_STREAM_DRAFT = 1 };
 enum { PROXYTUNE_VERIFY_COUPLED = 0, PROXYTUNE_VERIFY_REJECTION = 1 };
+enum { PROXYTUNE_MAX_TOP = 128 };
 
 /* Bits of a row's status. */
 enum {
@@ -85,6 +86,11 @@ typedef struct {
   float* raw_logprobs;
   int32_t* num_kept;
   int32_t* status;
+  /* The likeliest tokens, whatever the filters keep: [rows, num_top], contiguous, likeliest first,
+   * lower id first among equals; -1 and NaN where a row has fewer. Either may be NULL. */
+  int32_t num_top;        /* at most PROXYTUNE_MAX_TOP; 0 is off */
+  int64_t* top_token_ids;
+  float* top_logprobs;    /* as raw_logprobs */
 } proxytune_sample_args;
 
 typedef struct {
