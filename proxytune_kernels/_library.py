@@ -41,6 +41,8 @@ _OUTPUTS = {
     "verify": VERIFY_OUTPUTS,
 }
 
+OPERATORS = tuple(f"{name}{twin}" for name in _ARGUMENTS for twin in ("", "_out"))
+
 LIBRARY = torch.library.Library("proxytune", "DEF")
 
 for _name, _arguments in _ARGUMENTS.items():
