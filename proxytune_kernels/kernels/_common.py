@@ -1,0 +1,178 @@
+"""What the kernels share: how rows lie in memory, combination, masses, order and keyed noise.
+
+The arithmetic is docs/contracts.md's, operation by operation: kernels are compiled without
+contraction (``OPTIONS``), and a fused multiply-add is written as one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+TILE = tl.constexpr(128)  # tokens a summary
+OPTIONS = {"enable_fp_fusion": False}
+"""Compile options of every kernel."""
+
+STATUS_NAN = tl.constexpr(1)
+STATUS_POSITIVE_INF = tl.constexpr(2)
+STATUS_EMPTY = tl.constexpr(4)
+STATUS_BAD_PARAMS = tl.constexpr(8)
+ORDER_VLLM = tl.constexpr(0)
+ORDER_HF = tl.constexpr(1)
+ORDER_JOINT = tl.constexpr(2)
+
+INF = tl.constexpr(float("inf"))
+FLT_MAX = tl.constexpr(3.4028234663852886e38)
+FLT_MIN = tl.constexpr(1.1754943508222875e-38)  # below it a temperature is greedy
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer in the low bits
+ROUNDER_BITS = tl.constexpr(0x4B400000)
+DIGIT = tl.constexpr(4194304.0)  # 2^22: masses are sums of two digits of 22 bits
+MASS_ONE = tl.constexpr(17592186044416.0)  # 2^44, the mass of the likeliest token
+NO_TARGET = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # no mass reaches it
+ALL = tl.constexpr(0x7FFFFFFF)  # top_k where it is off
+TOP_P_OFF = tl.constexpr(1 << 32)
+ID_BITS = tl.constexpr(19)  # vocab_size is at most 2^19
+LAST_ID = tl.constexpr((1 << 19) - 1)
+
+
+class Logits(NamedTuple):
+    """The tensors that make x: logits [B, T, V] of each role, and the two optional constraints."""
+
+    base: Any
+    expert: Any  # None with anti: base alone
+    anti: Any
+    bias: Any  # None, or fp32 [B, T, V]
+    allowed: Any  # None, or int32 [B, T, ceil(V / 32)]
+
+
+class Strides(NamedTuple):
+    """Elements from one request (b) and one position (t) of :class:`Logits` to the next."""
+
+    base_b: int
+    base_t: int
+    expert_b: int
+    expert_t: int
+    anti_b: int
+    anti_t: int
+    bias_b: int
+    bias_t: int
+    allowed_b: int
+    allowed_t: int
+
+
+@triton.jit
+def combined(logits, strides, alpha, b, t, ids, inside):
+    """x of tokens ``ids``, fp32, -inf where not ``inside``; NaN and +inf as they come.
+
+    docs/contracts.md, Combination. alpha = 0 reads base alone.
+    """
+    b, t = b.to(tl.int64), t.to(tl.int64)
+    at = logits.base + (b * strides.base_b + t * strides.base_t)
+    base = tl.load(at + ids, mask=inside, other=-INF).to(tl.float32)
+    x = base
+    if logits.expert is not None:
+        if alpha != 0:
+            at = logits.expert + (b * strides.expert_b + t * strides.expert_t)
+            expert = tl.load(at + ids, mask=inside, other=0).to(tl.float32)
+            at = logits.anti + (b * strides.anti_b + t * strides.anti_t)
+            anti = tl.load(at + ids, mask=inside, other=0).to(tl.float32)
+            x = tl.fma(alpha, expert - anti, base)
+    if logits.bias is not None:
+        at = logits.bias + (b * strides.bias_b + t * strides.bias_t)
+        x = x + tl.load(at + ids, mask=inside, other=0)
+    # -inf in base masks the token whatever the others hold (an inf there would make NaN).
+    x = tl.where(base == -INF, -INF, x)
+    if logits.allowed is not None:
+        at = logits.allowed + (b * strides.allowed_b + t * strides.allowed_t)
+        words = tl.load(at + (ids >> 5), mask=inside, other=0)
+        x = tl.where((words >> (ids & 31)) & 1 != 0, x, -INF)
+    # -0 + 0 = +0: equal logits must have equal bits for the order by id.
+    return x + 0.0
+
+
+@triton.jit
+def cleaned(x, row_max):
+    """x with NaN masked; where the row's maximum is +inf, 0 for its tokens and -inf for others."""
+    x = tl.where(x == x, x, -INF)
+    if row_max == INF:
+        x = tl.where(x == INF, 0.0, -INF)
+    return x
+
+
+@triton.jit
+def exponent(temperature):
+    """log2(e) / T as hi + lo, and the difference whose exponent is -100: (hi, lo, floor), fp32."""
+    t = tl.where(temperature < FLT_MIN, 1.0, temperature).to(tl.float64)
+    value = 1.4426950408889634 / tl.minimum(t, 1.329227995784916e36)  # 2^120, for the floor's sake
+    hi = value.to(tl.float32)
+    return hi, (value - hi.to(tl.float64)).to(tl.float32), (-100.0 / value).to(tl.float32)
+
+
+@triton.jit
+def exponential(d, hi, lo, floor):
+    """exp2(d * (hi + lo)) for d <= 0, exactly 1 at 0; Cephes exp2f, the contract's mass."""
+    clamped = tl.maximum(d, floor)  # -inf becomes finite, where the mass is 0
+    n = tl.fma(clamped, hi, ROUNDER)
+    f = tl.fma(clamped, lo, tl.fma(clamped, hi, ROUNDER - n))
+    p = tl.fma(f, 1.535336188319500e-4, 1.339887440266574e-3)
+    p = tl.fma(p, f, 9.618437357674640e-3)
+    p = tl.fma(p, f, 5.550332471162809e-2)
+    p = tl.fma(p, f, 2.402264791363012e-1)
+    p = tl.fma(p, f, 6.931472028550421e-1)
+    p = tl.fma(p, f, 1.0)
+    scaled = p.to(tl.int32, bitcast=True) + (n.to(tl.int32, bitcast=True) << 23)
+    return scaled.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def digits(p):
+    """round(2^44 p) as two digits of 22 bits, (high, low) int32; docs/contracts.md, Selection."""
+    first = tl.fma(p, DIGIT, ROUNDER)
+    rest = tl.fma(p, DIGIT, ROUNDER - first)
+    second = tl.fma(rest, DIGIT, ROUNDER)
+    high = first.to(tl.int32, bitcast=True) - ROUNDER_BITS
+    return high, second.to(tl.int32, bitcast=True) - ROUNDER_BITS
+
+
+@triton.jit
+def mass(x, row_max, hi, lo, floor):
+    """round(2^44 exp((x - max) / T)), int64; 0 for masked tokens."""
+    high, low = digits(exponential(x - row_max, hi, lo, floor))
+    return (high.to(tl.int64) << 22) + low.to(tl.int64)
+
+
+@triton.jit
+def mass_target(top_p, total):
+    """ceil(p * total), at least 1: top_p int64 with 32 fractional bits, total int64; exact."""
+    p, q = top_p.to(tl.uint64), total.to(tl.uint64)
+    low = p * (q & 0xFFFFFFFF)
+    high = p * (q >> 32)
+    target = (high + (low >> 32)).to(tl.int64) + ((low & 0xFFFFFFFF) != 0).to(tl.int64)
+    return tl.where(top_p >= TOP_P_OFF, NO_TARGET, tl.maximum(target, 1))
+
+
+@triton.jit
+def order_key(x, ids):
+    """51 bits that order tokens as the contract does: x descending, then id ascending, is keys
+    descending. No two tokens share one."""
+    bits = x.to(tl.uint32, bitcast=True)
+    ordered = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return (ordered.to(tl.int64) << ID_BITS) | (LAST_ID - ids).to(tl.int64)
+
+
+@triton.jit
+def key_value(key):
+    """x of an order key."""
+    ordered = (key >> ID_BITS).to(tl.uint32)
+    bits = tl.where(ordered >= 0x80000000, ordered & 0x7FFFFFFF, ordered ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_id(key):
+    """Token id of an order key, int32."""
+    return LAST_ID - (key & LAST_ID).to(tl.int32)

@@ -1,0 +1,78 @@
+"""What Triton's interpreter has to be corrected in before it can stand in for a device.
+
+``TRITON_INTERPRET=1`` runs the kernels on CPU tensors in numpy: slowly, but operation by operation
+as they are written. Four things differ from a device:
+
+- ``tl.fma`` rounds twice there; the contract (docs/contracts.md) rounds once.
+- ``constant - tensor`` is a constant there, which no function takes.
+- Every call of a jit function patches ``triton.language`` again: once a module and launch will do.
+- numpy warns of what the kernels do on purpose (infinity minus infinity, wrapping integers).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_OPERATORS = [f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv") for side in ("", "r")]
+
+
+def _fused_multiply_add(x: Any, y: Any, z: Any) -> Any:
+    """fp32 ``x * y + z``, rounded once: fp64 rounded to odd holds what the last rounding needs."""
+    product, addend = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+    total = product + addend  # the product is exact
+    back = total - product
+    lost = (product - (total - back)) + (addend - back)
+    total = np.asarray(total)
+    bits = total.view(np.int64)
+    even = np.isfinite(total) & (lost != 0) & (bits & 1 == 0)
+    away = np.where((lost > 0) == (total > 0), 1, -1)
+    return np.where(even, bits + away, bits).view(np.float64).astype(np.float32)
+
+
+def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    if z.data.dtype != np.float32:
+        raise TypeError(f"the corrected tl.fma takes fp32, got {z.data.dtype}")
+    return interpreter.TensorHandle(_fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar)
+
+
+_patched: set[int] = set()  # the globals of modules whose functions this launch has called
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    module = id(self.fn.__globals__)
+    if module not in _patched:
+        interpreter._patch_lang(self.fn)
+        _patched.add(module)
+    return self.rewrite()(*args, **kwargs)
+
+
+def _unwrapping(operator: Any) -> Any:
+    """An operator of constants whose result is a tensor where the other operand is one."""
+
+    def apply(self: Any, other: Any) -> Any:
+        result = operator(self, other)
+        return result.value if isinstance(other, tl.tensor) else result
+
+    return apply
+
+
+def correct() -> None:
+    """Apply the corrections to Triton's interpreter; once is enough."""
+    if interpreter.InterpreterBuilder.create_fma is _create_fma:
+        return
+    interpreter.InterpreterBuilder.create_fma = _create_fma
+    interpreter.InterpretedFunction.__call__ = _call
+    for name in _OPERATORS:
+        setattr(tl.constexpr, name, _unwrapping(getattr(tl.constexpr, name)))
+    launch = interpreter.GridExecutor.__call__
+
+    def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _patched.clear()
+        with np.errstate(all="ignore"):
+            return launch(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = quiet

@@ -1,0 +1,128 @@
+"""Keyed noise: Philox4x32-10 and the Gumbel variate of the contract (docs/contracts.md)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from proxytune_kernels.kernels._common import LN2
+
+HIGHEST_U = tl.constexpr(1.0 - 2.0**-24)
+WORD_ULP = tl.constexpr(2.0**-32)
+
+
+@triton.jit
+def philox(c0, seed, position, last):
+    """Four words, uint32, of counters c0 (uint32) for key ``seed`` and position, both int64."""
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c1 = tl.zeros_like(c0) + position.to(tl.uint32)
+    c2 = tl.zeros_like(c0) + (position >> 32).to(tl.uint32)
+    c3 = tl.zeros_like(c0) + last.to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 = k0 + tl.full([], 0x9E3779B9, tl.uint32)
+        k1 = k1 + tl.full([], 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def tile_words(first, seed, position, stream, TILES: tl.constexpr):
+    """Words of tokens ``first[i] + 0..127``, first int32 [TILES]: uint32 [TILES, 128]."""
+    counters = (first[:, None] >> 2) + tl.arange(0, 32)[None, :]
+    w0, w1, w2, w3 = philox(counters.to(tl.uint32), seed, position, stream)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [TILES, 128])
+
+
+@triton.jit
+def token_words(ids, seed, position, last):
+    """The word of each token, ids int32."""
+    w0, w1, w2, w3 = philox((ids >> 2).to(tl.uint32), seed, position, last)
+    even, odd = tl.where(ids & 2 != 0, w2, w0), tl.where(ids & 2 != 0, w3, w1)
+    return tl.where(ids & 1 != 0, odd, even)
+
+
+@triton.jit
+def uniform(words, ids, seed, position, stream):
+    """u of the tokens' first words, in [2^-97, 1 - 2^-24]; a word of 0 is drawn again, finer."""
+    u = tl.fma(words.to(tl.float32), WORD_ULP, 0.5 * WORD_ULP)
+    zero = words == 0
+    retry = tl.full([], 1, tl.int32)
+    scale = tl.full([], WORD_ULP * WORD_ULP, tl.float32)
+    while (retry <= 2) & (tl.max(tl.ravel(zero.to(tl.int32)), 0) != 0):  # once in 2^32 tokens
+        again = token_words(ids, seed, position, stream + (retry << 8))
+        u = tl.where(zero, tl.fma(again.to(tl.float32), scale, 0.5 * scale), u)
+        zero = zero & (again == 0)
+        scale *= WORD_ULP
+        retry += 1
+    return tl.minimum(u, HIGHEST_U)
+
+
+@triton.jit
+def log_positive(y):
+    """log of a positive normal fp32; Cephes logf, within 1 unit in the last place."""
+    shifted = y.to(tl.int32, bitcast=True) - 0x3F3504F3  # y = m 2^n, m in [sqrt(1/2), sqrt(2))
+    n = shifted >> 23
+    f = (y.to(tl.int32, bitcast=True) - (n << 23)).to(tl.float32, bitcast=True) - 1.0
+    square = f * f
+    p = tl.fma(f, 7.0376836292e-2, -1.1514610310e-1)
+    p = tl.fma(p, f, 1.1676998740e-1)
+    p = tl.fma(p, f, -1.2420140846e-1)
+    p = tl.fma(p, f, 1.4249322787e-1)
+    p = tl.fma(p, f, -1.6668057665e-1)
+    p = tl.fma(p, f, 2.0000714765e-1)
+    p = tl.fma(p, f, -2.4999993993e-1)
+    p = tl.fma(p, f, 3.3333331174e-1)
+    p = (p * f) * square
+    p = tl.fma(n.to(tl.float32), -2.12194440e-4, p)
+    p = tl.fma(square, -0.5, p)
+    return tl.fma(n.to(tl.float32), 0.693359375, f + p)
+
+
+@triton.jit
+def gumbel(u):
+    """-log(-log1p(-u)); u in [2^-97, 1 - 2^-24], so both logs stay finite."""
+    y = 1.0 - u
+    lost = (1.0 - y) - u  # what rounding y lost, exactly
+    e = 0.0 - (log_positive(y) + tl.div_rn(lost, y))
+    return 0.0 - log_positive(e)
+
+
+@triton.jit
+def least_wait(words):
+    """A lower bound, to 2^-16 of itself, of -log1p(-u) of the tokens: cheap, for pruning."""
+    u = tl.fma(words.to(tl.float32), WORD_ULP, 0.5 * WORD_ULP)
+    # Below 2^-6, u itself is a bound and 1 - u would lose it; a word of 0 may become 2^-97.
+    wait = tl.where(u < 0.015625, u, -LN2 * tl.log2(1.0 - tl.minimum(u, HIGHEST_U)))
+    return tl.where(words == 0, 2.0**-98, wait)
+
+
+@triton.jit
+def packed_score(score, ids):
+    """int64 whose maximum is the highest score, the lowest id on ties; below all where -inf."""
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
+
+
+@triton.jit
+def best_of(score, ids):
+    """The packed score of the best token."""
+    return tl.max(tl.ravel(packed_score(score, ids)), 0)
+
+
+@triton.jit
+def winner(packed):
+    """Token id of a packed score, int64."""
+    return 0x7FFFFFFF - (packed & 0x7FFFFFFF)
+
+
+@triton.jit
+def score_of(packed):
+    """The score of a packed score; NaN where none was packed."""
+    ordered = (packed >> 32).to(tl.int32)
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

@@ -1,0 +1,77 @@
+"""The one pass over the logits: each is read once, combined, and summed up tile by tile.
+
+Per token 3 logits in (6 bytes in bf16); per 128 tokens 18 bytes of summaries out (score: 8).
+What the summaries promise, and to what error, is derived in docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from proxytune_kernels.kernels._common import (
+    FLT_MIN,
+    INF,
+    LN2,
+    LOG2E,
+    ORDER_JOINT,
+    TILE,
+    combined,
+    digits,
+)
+from proxytune_kernels.kernels._noise import least_wait, tile_words
+from proxytune_kernels.kernels._row import ALL, is_unfiltered
+
+TILES_PER_PROGRAM = 8
+SCAN_WARPS = 4
+
+
+@triton.jit
+def _tile_sums(p):
+    """Sums over tiles of p in [0, 1], to 2^-23 of themselves, the same in any order: fp32 [TILES]."""
+    high, low = digits(p)
+    return tl.sum(high, 1).to(tl.float32) * 2.0**-22 + tl.sum(low, 1).to(tl.float32) * 2.0**-44
+
+
+@triton.jit
+def _scan_kernel(
+    logits, strides, row_params, tiles, vocab_size, positions, blocks, stream,
+    DRAW: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Grid [rows * blocks]; DRAW is off for score, which needs maxima and masses alone."""
+    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    b, t = row // positions, row % positions
+    alpha = tl.load(row_params.alpha + b)
+    tile = block * TILES + tl.arange(0, TILES)
+    ids = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    if (block + 1) * TILES * TILE <= vocab_size:  # no mask: loads stay wide whatever the vocabulary
+        inside = tl.full([TILES, TILE], True, tl.int1)
+        x = combined(logits, strides, alpha, b, t, ids, inside)
+    else:
+        x = combined(logits, strides, alpha, b, t, ids, ids < vocab_size)
+    nan = x != x
+    x = tl.where(nan, -INF, x)
+    top = tl.max(x, 1)
+    at = row.to(tl.int64) * blocks * TILES + tile
+    tl.store(tiles.maximum + at, top)
+    # Whole tiles of -inf (or +inf) have no difference to their maximum.
+    d = x - tl.where(tl.abs(top) == INF, 0.0, top)[:, None]
+    p = tl.exp2(d * LOG2E)
+    tl.store(tiles.raw + at, _tile_sums(p))
+    if DRAW:
+        live = tl.sum((x > -INF).to(tl.int32), 1)
+        found = tl.max(nan.to(tl.int32), 1)
+        tl.store(tiles.count + at, (live + (found << 8)).to(tl.int16))
+        temperature = tl.load(row_params.temperature + b)
+        top_k, top_p = tl.load(row_params.top_k + b), tl.load(row_params.top_p + b)
+        min_p, order = tl.load(row_params.min_p + b), tl.load(row_params.filter_order + b)
+        top_k = tl.where((top_k > 0) & (top_k < vocab_size), top_k, ALL)
+        if (temperature >= FLT_MIN) & ((top_k == ALL) | (order == ORDER_JOINT)):
+            if temperature != 1.0:
+                p = tl.exp2(d * (LOG2E / tl.minimum(temperature, 2.0**120)))
+                tl.store(tiles.scaled + at, _tile_sums(p))
+            if is_unfiltered(0, top_k, top_p, min_p):
+                seed, position = tl.load(row_params.seed + b), tl.load(row_params.position + b) + t
+                words = tile_words(tile * TILE, seed, position, stream, TILES)
+                ratio = tl.max(p / least_wait(words), 1)
+                tl.store(tiles.race + at, tl.log2(ratio) * LN2)
