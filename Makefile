@@ -2,7 +2,7 @@
 # A change of setup.py, pyproject.toml, constraints.txt or csrc/ is built again.
 
 PYTHON ?= python3
-EXTRAS ?= hf,lora,plots,test
+EXTRAS ?= hf,lora,plots,test,triton
 TESTS ?= tests
 
 VENV := .venv
