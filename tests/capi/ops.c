@@ -14,7 +14,7 @@
 
 #include "proxytune.h"
 
-enum { MAX_THREADS = 16 };
+enum { MAX_THREADS = 16, NUM_TOP = 9 };
 
 typedef struct {
   int64_t rows, positions, width, vocab_size, dtype;
@@ -153,6 +153,11 @@ static void print_sample(const char* label, const proxytune_sample_args* a, int6
     printf("%s %" PRId64 " %08" PRIx32 " %08" PRIx32 " %" PRId32 " %" PRId32 "\n", label,
            a->token_ids[r], bits_of(a->logprobs[r]), bits_of(a->raw_logprobs[r]), a->num_kept[r],
            a->status[r]);
+    printf("top");
+    for (int64_t i = r * a->num_top; i < (r + 1) * a->num_top; ++i) {
+      printf(" %" PRId64 " %08" PRIx32, a->top_token_ids[i], bits_of(a->top_logprobs[i]));
+    }
+    printf("\n");
   }
 }
 
@@ -170,12 +175,19 @@ static void sample(const test_case* c, void* workspace, const proxytune_parallel
   a.raw_logprobs = must(malloc(n * sizeof *a.raw_logprobs));
   a.num_kept = must(malloc(n * sizeof *a.num_kept));
   a.status = must(malloc(n * sizeof *a.status));
+  a.num_top = NUM_TOP;
+  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel)); /* with nowhere to put them */
+  const size_t num_top = n * NUM_TOP;
+  a.top_token_ids = must(malloc(num_top * sizeof *a.top_token_ids));
+  a.top_logprobs = must(malloc(num_top * sizeof *a.top_logprobs));
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
   print_sample("sample", &a, c->rows);
 
   const int64_t threads = parallel ? parallel->chunks : 1;
   rows_work over = {&a, c->rows, threads, proxytune_cpu_workspace_size(c->vocab_size, 0)};
   memset(a.token_ids, 0, n * sizeof *a.token_ids);
+  memset(a.top_token_ids, 0, num_top * sizeof *a.top_token_ids);
+  memset(a.top_logprobs, 0, num_top * sizeof *a.top_logprobs);
   run_chunks(NULL, threads, sample_rows, &over);
   print_sample("rows", &a, c->rows);
 
@@ -189,6 +201,8 @@ static void sample(const test_case* c, void* workspace, const proxytune_parallel
   free(a.raw_logprobs);
   free(a.num_kept);
   free(a.status);
+  free(a.top_token_ids);
+  free(a.top_logprobs);
 }
 
 static void combine(const test_case* c) {
@@ -285,6 +299,10 @@ static void errors(void) {
   refused("dtype", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
   a = good, a.stream = 5;
   refused("stream", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
+  a = good, a.num_top = -1;
+  refused("negative-top", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
+  a = good, a.num_top = PROXYTUNE_MAX_TOP + 1;
+  refused("wide-top", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
   a = good, a.token_ids = NULL;
   refused("no-token-ids", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
   refused("begin", proxytune_cpu_sample(&good, -1, 1, NULL, NULL));

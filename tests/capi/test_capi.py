@@ -35,6 +35,7 @@ LIBRARY = [
     "-fPIC",
     "-shared",
 ]
+NUM_TOP = 9  # as in ops.c
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 pytestmark = [
@@ -120,8 +121,9 @@ class Case:
         base, expert, anti = self.roles(0)
         constraints = self.constraints(0)
         return ptk.sample(
-            base, expert, anti, params, vocab_size=self.vocab_size, stream=stream, **constraints
-        )
+            base, expert, anti, params, vocab_size=self.vocab_size, stream=stream,
+            top_logprobs=NUM_TOP, **constraints,
+        )  # fmt: skip
 
     def roles(self, position=slice(None)):
         steering = (None if t is None else t[:, position] for t in (self.expert, self.anti))
@@ -176,7 +178,13 @@ def _bits(values: torch.Tensor) -> list[str]:
 def _sample_lines(label: str, out: ptk.SampleOutput) -> list[str]:
     columns = (out.token_ids.tolist(), _bits(out.logprobs), _bits(out.raw_logprobs),
                out.num_kept.tolist(), out.status.tolist())  # fmt: skip
-    return [" ".join([label, *map(str, row)]) for row in zip(*columns, strict=True)]
+    drawn = [" ".join([label, *map(str, row)]) for row in zip(*columns, strict=True)]
+    assert out.top is not None
+    top = []
+    for token_ids, logprobs in zip(*out.top, strict=True):
+        pairs = zip(token_ids.tolist(), _bits(logprobs), strict=True)
+        top.append(" ".join(["top", *(f"{token} {bits}" for token, bits in pairs)]))
+    return [line for pair in zip(drawn, top, strict=True) for line in pair]
 
 
 def _canonical(line: str) -> str:
@@ -221,7 +229,7 @@ def test_what_cannot_be_meant_is_refused(ops):
     accepted = {"good": 0, "no-rows": 0}
     special = {"isa": 2, "unknown-code": 99}
     assert codes == {name: 1 for name in codes} | accepted | special
-    assert len(codes) == 18
+    assert len(codes) == 20
     assert all(len(message) > 5 for _, _, message in lines)
 
 

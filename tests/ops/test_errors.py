@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 
 import proxytune_kernels as ptk
+from proxytune_kernels._library import SAMPLE_OUTPUTS
 from proxytune_kernels.backends import backends
 
 X = torch.zeros(2, 8)
@@ -67,6 +69,25 @@ PARAMS = {
     "no seed": (dict(params=[ptk.SamplingParams()] * 2), ValueError, "seed must be set in each SamplingParams, got None: use with_seed()"),
 }  # fmt: skip
 
+TOP_LOGPROBS = [
+    ("negative", -1, ValueError, "top_logprobs must be in [0, 128], got -1"),
+    ("many", 129, ValueError, "top_logprobs must be in [0, 128], got 129"),
+    ("float", 2.0, TypeError, "top_logprobs must be an integer, got 2.0"),
+    ("zero float", 0.0, TypeError, "top_logprobs must be an integer, got 0.0"),
+    ("bool", True, TypeError, "top_logprobs must be an integer, got True"),
+    ("none", None, TypeError, "top_logprobs must be an integer, got None"),
+]
+TOP: Any = ptk.sample(X, top_logprobs=3).top
+TOP_OUT: list[Any] = [
+    ("none", None, TypeError, "out.top must be a TopLogprobs, got NoneType"),
+    ("tuple", tuple(TOP), TypeError, "out.top must be a TopLogprobs, got tuple"),
+    ("columns", ptk.sample(X, top_logprobs=4).top, ValueError, "out.top.token_ids must be contiguous torch.int64 of shape [2, 3], got torch.int64 of shape [2, 4]"),
+    ("rows", TOP._replace(logprobs=TOP.logprobs[:1]), ValueError, "out.top.logprobs must be contiguous torch.float32 of shape [2, 3], got torch.float32 of shape [1, 3]"),
+    ("dtype", TOP._replace(token_ids=TOP.token_ids.int()), ValueError, "out.top.token_ids must be contiguous torch.int64 of shape [2, 3], got torch.int32"),
+    ("strides", TOP._replace(logprobs=TOP.logprobs.T.contiguous().T), ValueError, "out.top.logprobs must be contiguous torch.float32 of shape [2, 3]"),
+    ("device", TOP._replace(logprobs=TOP.logprobs.to("meta")), ValueError, "out.top.logprobs must be on cpu like base, got meta"),
+]  # fmt: skip
+
 
 def _cases():
     ops = {"sample": (X, None, None), "combine": (X, None, None, 1.0)}
@@ -102,6 +123,18 @@ def _cases():
         TypeError,
         "sample: out must be a SampleOutput, got Tensor",
     )
+    for name, value, error, text in TOP_LOGPROBS:
+        yield "sample", f"top {name}", (X,), dict(top_logprobs=value), error, f"sample: {text}"
+    for name, top, error, text in TOP_OUT:
+        out = OUT._replace(top=top)
+        yield (
+            "sample",
+            f"out.top {name}",
+            (X,),
+            dict(top_logprobs=3, out=out),
+            error,
+            f"sample: {text}",
+        )
     short = OUT._replace(status=OUT.status[:1])
     yield (
         "sample",
@@ -295,6 +328,19 @@ def test_the_operators_themselves_stay_in_bounds(args):
     base, expert, anti = (*args, None, None)[:3]
     with pytest.raises(RuntimeError, match="proxytune"):
         torch.ops.proxytune.sample(base, expert, anti, *ROWS, None, None, 4, 0)
+
+
+@pytest.mark.parametrize("num_top", (-1, 0, 129, 2**32 + 1, 2**62))
+def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(num_top):
+    arguments = (X, None, None, *ROWS, None, None, 8, 0, num_top)
+    with pytest.raises(RuntimeError, match="proxytune: num_top"):
+        torch.ops.proxytune.sample_top(*arguments)
+    out = {f"out_{name}": getattr(OUT, name) for name in SAMPLE_OUTPUTS}
+    top = {"out_top_token_ids": TOP.token_ids, "out_top_logprobs": TOP.logprobs}
+    with pytest.raises(RuntimeError, match="proxytune: num_top"):
+        torch.ops.proxytune.sample_top_out(*arguments, **out, **top)
+    with pytest.raises(RuntimeError, match="proxytune: top_token_ids"):
+        torch.ops.proxytune.sample_top_out(*arguments[:-1], 4, **out, **top)
 
 
 def test_the_widest_vocabulary():

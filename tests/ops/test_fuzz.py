@@ -272,18 +272,36 @@ def test_combine(case, kernel, owned):
     assert not bool((x == 0).logical_and(x.signbit()).any())  # -0 became +0
 
 
+def check_top(x: Tensor, top: ptk.TopLogprobs) -> None:
+    """The first tokens of x [B, V] in order, with their raw logprobs; -1 and NaN past the last."""
+    order = np.argsort(-x.numpy(), axis=-1, kind="stable")
+    for row, token_ids, found, logprobs in zip(x, order, *top, strict=True):
+        live = int((row > -math.inf).sum())
+        wanted = [*token_ids[:live].tolist(), *[-1] * len(found)][: len(found)]
+        assert found.tolist() == wanted and torch.equal(logprobs.isnan(), found < 0)
+        shifted = row - row.max()
+        raw = shifted.log_softmax(0)
+        for token, logprob in zip(wanted[:live], logprobs[:live], strict=True):
+            close(logprob, raw[token], shifted[token])
+
+
 @few
-@given(cases(), kernels(), st.booleans())
-def test_sample(case, kernel, owned):
+@given(cases(), kernels(), st.booleans(), st.sampled_from((0, 1, 5, 128)))
+def test_sample(case, kernel, owned, n):
     inputs, rows = case.inputs(), len(case.bad)
     guarded = Guarded(
         ptk.SampleOutput, token_ids=((rows,), torch.int64), logprobs=((rows,), torch.float32),
         raw_logprobs=((rows,), torch.float32), num_kept=((rows,), torch.int32),
         status=((rows,), torch.int32),
     )  # fmt: skip
-    arguments = {"params": case.params, **case.constraints, **kernel}
-    out = ptk.sample(**inputs, **arguments, out=guarded.out if owned else None)
+    guarded_top = Guarded(
+        ptk.TopLogprobs, token_ids=((rows, n), torch.int64), logprobs=((rows, n), torch.float32)
+    )
+    arguments = {"params": case.params, "top_logprobs": n, **case.constraints, **kernel}
+    given_out = guarded.out._replace(top=guarded_top.out if n else None)
+    out = ptk.sample(**inputs, **arguments, out=given_out if owned else None)
     guarded.check()
+    guarded_top.check()
     same(out, ptk.sample(**case.inputs(1e4), **arguments))
     x = ptk.combine(**inputs, alpha=case.params.alpha, **case.constraints, **kernel)
     status = expected_status(x, case.bad)
@@ -292,6 +310,9 @@ def test_sample(case, kernel, owned):
     for values in (out.logprobs, out.raw_logprobs):
         assert torch.equal(values.isnan(), ~drawn)
     assert torch.equal(out.token_ids >= 0, drawn) and torch.equal(out.num_kept > 0, drawn)
+    assert (out.top is not None) == (n > 0)
+    if out.top is not None:
+        check_top(plain(x).masked_fill(~drawn[:, None], -math.inf), out.top)
     if not drawn.any():
         return
     live, live_out = case.params.rows(drawn), oracle.each(lambda v: v[drawn], out)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(ptk.backends()["cpu"] is not None, reason="not b
 
 OPS = torch.ops.proxytune
 B, T, V = 3, 4, 70
-NAMES = ("sample", "combine", "score", "verify")
+NAMES = ("sample", "sample_top", "combine", "score", "verify")
 
 
 def arguments(name: str, optional: bool) -> tuple[Any, ...]:
@@ -25,7 +25,7 @@ def arguments(name: str, optional: bool) -> tuple[Any, ...]:
         return torch.randn(*shape, generator=g)
 
     params = ptk.RowParams(**oracle.random_params(g, B, V))
-    flat = name in ("sample", "combine")
+    flat = name in ("sample", "sample_top", "combine")
     shape = (B, V) if flat else (B, T, V)
     base = randn(*shape)
     pair = (randn(*shape).half(), randn(*shape).half()) if optional else (None, None)
@@ -33,6 +33,8 @@ def arguments(name: str, optional: bool) -> tuple[Any, ...]:
     mask = torch.full((*shape[:-1], -(-V // 32)), -1, dtype=torch.int32) if optional else None
     if name == "sample":
         return (base, *pair, *params, bias, mask, V, 0)
+    if name == "sample_top":
+        return (base, *pair, *params, bias, mask, V, 0, 5)
     if name == "combine":
         return (base, *pair, params.alpha, bias, mask, V)
     if name == "score":
@@ -92,13 +94,15 @@ def _public(base, expert, anti, bias, params, ids):
     """All four public operators, in one graph with operations of torch around them."""
     x = ptk.combine(base * 2, expert, anti, params.alpha)
     drawn = ptk.sample(base * 2, expert, anti, params, bias=bias)
+    listed = ptk.sample(base * 2, expert, anti, params, top_logprobs=3)
     b, e, a = (torch.stack([t, t + 1, t], 1) for t in (base, expert, anti))
     scored = ptk.score(b, e, a, ids, params.alpha)
     coupled = ptk.verify(b, e, a, drawn.token_ids[:, None].expand(-1, 2).contiguous(), params)
     rejected = ptk.verify(
         b, e, a, ids[:, :2].contiguous(), params, mode="rejection", draft_logits=b[:, :2]
     )
-    return (x + 1, *drawn[:5], scored, *coupled, *rejected)
+    assert drawn.top is None and listed.top is not None
+    return (x + 1, *drawn[:5], *listed[:5], *listed.top, scored, *coupled, *rejected)
 
 
 # torch's own, at the import of its compiler
@@ -115,13 +119,16 @@ def test_compile_fullgraph(compiler):
         assert torch.equal(oracle.bits(a), oracle.bits(b))
 
 
-def test_compile_with_single_parameters_and_out():
+@pytest.mark.parametrize("top_logprobs", (0, 4))
+def test_compile_with_single_parameters_and_out(top_logprobs):
+    values: Any = dict(temperature=0.7, top_p=0.9, seed=5, position=2, top_logprobs=top_logprobs)
+
     def step(base, out):
-        ptk.sample(base, temperature=0.7, top_p=0.9, seed=5, position=2, out=out)
+        ptk.sample(base, **values, out=out)
         return out.token_ids + 1
 
     base = torch.randn(B, V, generator=torch.Generator().manual_seed(3))
-    plain = ptk.sample(base, temperature=0.7, top_p=0.9, seed=5, position=2)
+    plain = ptk.sample(base, **values)
     out = oracle.each(lambda t: torch.full_like(t, -9), plain)
     tokens = torch.compile(step, fullgraph=True, backend="aot_eager")(base, out)
     assert torch.equal(tokens, plain.token_ids + 1)

@@ -1,0 +1,238 @@
+"""sample with top_logprobs: the likeliest tokens against a stable sort in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import proxytune_kernels as ptk
+from tests.ops import oracle
+from tests.ops.conftest import KERNELS
+
+INF = torch.inf
+MOST = 128
+
+
+def expected(x: oracle.Array, n: int) -> tuple[oracle.Ints, oracle.Array, oracle.Array]:
+    """Token ids, raw logprobs and the distances below the maximum of x [B, V], each [B, n]."""
+    order = np.argsort(-x, axis=-1, kind="stable")[:, :n]
+    missing = ((0, 0), (0, max(0, n - x.shape[1])))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        depth = x.max(-1, keepdims=True) - x
+        logprobs = -depth - np.log(np.exp(-depth).sum(-1, keepdims=True))
+    token_ids, logprobs, depth = (
+        np.pad(values, missing, constant_values=fill)
+        for values, fill in (
+            (order, -1),
+            (np.take_along_axis(logprobs, order, 1), np.nan),
+            (np.take_along_axis(depth, order, 1), np.inf),
+        )
+    )
+    masked = ~np.isfinite(depth)
+    return np.where(masked, -1, token_ids), np.where(masked, np.nan, logprobs), depth
+
+
+def check(out: ptk.SampleOutput, x: oracle.Array, n: int) -> None:
+    """``out.top`` is the sort's, with logprobs in the bound of docs/contracts.md, Logprobs."""
+    top = out.top
+    assert top is not None
+    assert top.token_ids.shape == top.logprobs.shape == (len(x), n)
+    assert (top.token_ids.dtype, top.logprobs.dtype) == (torch.int64, torch.float32)
+    token_ids, logprobs, depth = expected(x, n)
+    np.testing.assert_array_equal(top.token_ids.numpy(), token_ids)
+    found = top.logprobs.double().numpy()
+    np.testing.assert_array_equal(np.isnan(found), token_ids < 0)
+    live = token_ids >= 0
+    bound = 2.0**-24 * (depth[live] + np.abs(logprobs[live])) + 9.1e-7
+    assert (np.abs(found[live] - logprobs[live]) <= bound).all()
+
+
+def draw(backend: Any, rows: oracle.Rows, n: int, index: Any = slice(None), **kwargs: Any) -> Any:
+    roles = (t[index] for t in rows[:3])
+    params = ptk.RowParams(**rows.params).rows(index)
+    return backend.sample(*roles, params, vocab_size=rows.vocab_size, top_logprobs=n, **kwargs)
+
+
+def at(out: Any, index: Any) -> Any:
+    return oracle.each(lambda t: t[index], out)
+
+
+@pytest.mark.parametrize("vocab_size", (1, 5, 127, 128, 129, 1000, 2085))
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
+def test_tokens_are_the_sorts(backend, dtype, vocab_size):
+    """Whatever the filters keep; a third of the rows has ties, a third -inf tokens."""
+    rows = oracle.random_rows(300 + vocab_size, 60, vocab_size, dtype)
+    for n in (1, 2, 20, MOST):
+        check(draw(backend, rows, n), rows.x, n)
+
+
+def test_the_rows_above_have_ties_at_the_cut_and_too_few_tokens():
+    rows = oracle.random_rows(1300, 60, 1000)
+    ordered = -np.sort(-rows.x, -1)
+    assert (ordered[:, 19] == ordered[:, 20]).sum() > 5
+    assert (oracle.random_rows(428, 60, 128).x == -np.inf).any(-1).sum() > 5
+
+
+@pytest.mark.parametrize("vocab_size", (20_000, 130_000))
+@pytest.mark.parametrize("spread", (1e-3, 1.0, 6.0))
+def test_wide_rows(kernel, vocab_size, spread):
+    """Flat to peaked, and one with thousands of ties: where a kernel can't sort what is left."""
+    g = torch.Generator().manual_seed(vocab_size)
+    row = torch.randn(1, vocab_size, generator=g) * spread
+    base = torch.cat([row, (row * 2).round() / 2, (row > 2 * spread).float()])
+    for n in (1, 7, MOST):
+        check(kernel.sample(base, top_logprobs=n, top_k=3), base.double().numpy(), n)
+
+
+@pytest.mark.parametrize("vocab_size", (1, 100, 128, 300, 5000, 20_000))
+def test_equal_logits_go_by_id(backend, vocab_size):
+    row = torch.full((2, vocab_size), -3.25)
+    row[1, vocab_size // 2 :] = 0.5
+    for n in (1, 40, MOST):
+        check(backend.sample(row, top_logprobs=n), row.double().numpy(), n)
+
+
+def test_zeros_of_both_signs_are_equal(backend):
+    row = torch.tensor([[-0.0, 0.0, -0.0, -1.0, 0.0]])
+    out = backend.sample(row, top_logprobs=5)
+    assert out.top.token_ids.tolist() == [[0, 1, 2, 4, 3]]
+    steered = backend.sample(row * 0, row, row, top_logprobs=5)  # 0 + 1 * 0
+    assert steered.top.token_ids.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_order_is_by_x_where_its_distance_from_the_maximum_rounds(backend):
+    """fl(x - max) is the same for all but the first; or it is past fp32, -inf of a live token."""
+    row = torch.tensor([[1e-45, 3e-45, 3e38, -1.0, -3e38, -INF]])
+    top = backend.sample(row, top_logprobs=6).top
+    assert top.token_ids.tolist() == [[2, 1, 0, 3, 4, -1]]
+    low = float(np.float32(-3e38))
+    assert top.logprobs[0, :5].tolist() == [0.0, low, low, low, -INF] and top.logprobs[0, 5].isnan()
+
+
+def test_status_rows(backend):
+    """NaN is masked, +inf alone is left where there is one, and nothing where nothing is."""
+    x = torch.tensor([
+        [0.0, torch.nan, 2.0, 1.0], [INF, 5.0, INF, -INF], [INF, torch.nan, 0.0, 0.0],
+        [-INF] * 4, [torch.nan] * 4, [-INF, -1e30, -INF, -INF], [3.0, 2.0, 1.0, 0.0],
+    ])  # fmt: skip
+    position = torch.tensor([0, 0, 0, 0, 0, 0, -1])
+    out = backend.sample(x, top_logprobs=3, position=position)
+    assert out.status.tolist() == [1, 2, 3, 4, 5, 0, 8]
+    assert out.top.token_ids.tolist() == [
+        [2, 3, 0], [0, 2, -1], [0, -1, -1], [-1] * 3, [-1] * 3, [1, -1, -1], [-1] * 3,
+    ]  # fmt: skip
+    plain = np.array([
+        [0.0, -np.inf, 2.0, 1.0], [0.0, -np.inf, 0.0, -np.inf], [0.0] + [-np.inf] * 3,
+        [-np.inf] * 4, [-np.inf] * 4, [-np.inf, -1e30, -np.inf, -np.inf], [-np.inf] * 4,
+    ])  # fmt: skip
+    check(out, plain, 3)
+
+
+@pytest.mark.parametrize("vocab_size", (33, 300))
+def test_bias_and_mask(backend, vocab_size):
+    rows = oracle.random_rows(vocab_size, 40, vocab_size, padding=0)
+    g = torch.Generator().manual_seed(1)
+    bias = (torch.randn(40, vocab_size, generator=g) * 2).round() / 4
+    words = torch.randint(-(2**31), 2**31, (40, -(-vocab_size // 32)), generator=g).int()
+    words[:5] = 0
+    words[:5, 0] = 0b1010  # fewer tokens than are asked for
+    bits = (words.numpy()[..., None] >> np.arange(32)) & 1
+    allowed = bits.reshape(40, -1)[:, :vocab_size] == 1
+    x = (rows.x.astype(np.float32) + bias.numpy()).astype(np.float64)
+    out = draw(backend, rows, 9, bias=bias, allowed_mask=words)
+    check(out, np.where(allowed, x, -np.inf), 9)
+
+
+def test_one_is_the_greedy_token(backend):
+    rows = oracle.random_rows(7, 200, 150)
+    rows.params["temperature"].zero_()
+    out = draw(backend, rows, 1)
+    assert torch.equal(out.top.token_ids[:, 0], out.token_ids)
+    assert torch.equal(out.top.logprobs[:, 0], out.raw_logprobs)
+
+
+def test_the_rest_of_the_output_does_not_change(backend):
+    rows = oracle.random_rows(8, 100, 700)
+    out = draw(backend, rows, 12)
+    oracle.assert_same(out._replace(top=None), draw(backend, rows, 0))
+
+
+def test_logprobs_are_the_bits_of_raw_logprobs_and_score(backend):
+    rows = oracle.random_rows(9, 100, 700)
+    out = draw(backend, rows, 30)
+    drawn = out.top.token_ids == out.token_ids[:, None]
+    assert drawn.any(-1).sum() > 50
+    assert torch.equal(out.top.logprobs[drawn], out.raw_logprobs[drawn.any(-1)])
+    roles = (t[:, None].expand(-1, 30, -1) for t in rows[:3])
+    scored = backend.score(*roles, out.top.token_ids, rows.params["alpha"], vocab_size=700)
+    live = out.top.token_ids >= 0
+    assert live.sum() > 2000 and torch.equal(scored[live], out.top.logprobs[live])
+
+
+@pytest.mark.parametrize("vocab_size", (5, 300, 2048))
+def test_the_same_bits_in_any_batch_for_any_n(backend, vocab_size):
+    rows = oracle.random_rows(vocab_size, 48, vocab_size, torch.bfloat16)
+    whole = draw(backend, rows, MOST)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    for index in (order, slice(17, 24), slice(47, 48), slice(0, 0)):
+        part = draw(backend, rows, MOST, index)
+        oracle.assert_same(part, at(whole, index))
+    for n in (1, 3, 40, 127):
+        oracle.assert_same(draw(backend, rows, n).top, at(whole.top, (slice(None), slice(n))))
+
+
+def test_the_same_bits_with_any_number_of_threads(backend):
+    rows = oracle.random_rows(10, 2, 17_000)
+    torch.set_num_threads(1)
+    alone = draw(backend, rows, 50)
+    torch.set_num_threads(3)
+    oracle.assert_same(alone, draw(backend, rows, 50))
+
+
+@pytest.mark.skipif(sum(k.name == "cpu" for k in KERNELS) < 2, reason="one instruction set here")
+def test_instruction_sets_agree():
+    """Peaked, flat, two values, one value: every path of the selection."""
+    noise = torch.randn(70_000, generator=torch.Generator().manual_seed(8))
+    base = torch.stack([noise * 4, noise * 1e-3, (noise > 1).float(), noise * 0])
+    outs = []
+    for backend in (k for k in KERNELS if k.name == "cpu"):
+        backend.use()
+        outs.append([backend.sample(base, top_logprobs=n) for n in (1, 33, MOST)])
+    for other in outs[1:]:
+        for a, b in zip(outs[0], other, strict=True):
+            oracle.assert_same(a, b)
+
+
+def test_out(backend):
+    """Written and returned; without top_logprobs ``out.top`` is left alone."""
+    rows = oracle.random_rows(11, 20, 90)
+    plain = draw(backend, rows, 6)
+    device = backend.device
+    base, expert, anti = (t.to(device) for t in rows[:3])
+    params = ptk.RowParams(**{n: v.to(device) for n, v in rows.params.items()})
+
+    def call(out: Any, n: int) -> Any:
+        return ptk.sample(
+            base, expert, anti, params, vocab_size=90, top_logprobs=n, backend=backend.name, out=out
+        )
+
+    out = oracle.each(lambda t: torch.full_like(t, -7, device=device), plain)
+    assert call(out, 6) is out
+    oracle.assert_same(oracle.each(Tensor.cpu, out), plain)
+    out.top.token_ids.fill_(-7)
+    assert call(out, 0) is out
+    assert (out.top.token_ids == -7).all()
+
+
+def test_no_rows(backend):
+    top = backend.sample(torch.zeros(0, 7), top_logprobs=9).top
+    assert (top.token_ids.shape, top.logprobs.shape) == ((0, 9), (0, 9))
+
+
+def test_off_gives_none(backend):
+    assert backend.sample(torch.zeros(1, 7)).top is None
+    assert backend.sample(torch.zeros(1, 7), top_logprobs=0).top is None
