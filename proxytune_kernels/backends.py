@@ -6,9 +6,13 @@ import warnings
 from functools import cache
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
-from proxytune_kernels import _library  # noqa: F401  (defines the operators the extension implements)
+from proxytune_kernels import (
+    _library,  # noqa: F401  (defines the operators the backends implement)
+    kernels,
+)
 
 
 def _cpu() -> str | None:
@@ -31,13 +35,35 @@ _CPU_REASON = _cpu()
 def backends() -> dict[str, str | None]:
     """Backends by name: None where usable, else why not.
 
-    ``cpu`` is the C++ extension; ``reference`` is plain PyTorch, exact and slow, on any device.
+    ``cpu`` is the C++ extension; ``triton`` runs on NVIDIA devices of compute capability 8.0 and
+    later; ``reference`` is plain PyTorch, exact and slow, on any device.
 
     Example:
         >>> backends()["reference"] is None
         True
     """
-    return {"cpu": _CPU_REASON, "reference": None}
+    return {"cpu": _CPU_REASON, "triton": kernels.unusable(), "reference": None}
+
+
+def _reason(backend: str, device: torch.device) -> str | None:
+    """Why a backend can't run on a device."""
+    if backend == "cpu":
+        return _CPU_REASON if device.type == "cpu" else _elsewhere(device, "cpu")
+    if backend == "triton":
+        if kernels.unusable() is not None or kernels.interpreted():
+            return kernels.unusable()
+        if device.type != "cuda":
+            return _elsewhere(device, "cuda")
+        return kernels.device_unusable(device.index or 0)
+    return None
+
+
+def _elsewhere(device: torch.device, wanted: str) -> str:
+    return f"the logits are on {device}, it runs on {wanted} tensors"
+
+
+_DEFAULTS: dict[str, str] = {"cpu": "cpu", "cuda": "triton"}
+"""The fastest backend of each kind of device."""
 
 
 @cache
@@ -56,19 +82,19 @@ def resolve(backend: str | None, base: Tensor, op: str) -> str:
         ValueError: an unknown name.
         RuntimeError: a backend asked for by name that can't run here, with the reason.
     """
-    device = base.device.type
+    device = base.device
     if backend is None:
-        reason = _CPU_REASON if device == "cpu" else f"no kernel for device {device!r} is built yet"
-        if reason is None:
-            return "cpu"
-        _warn_reference(device, reason)
+        name = _DEFAULTS.get(device.type)
+        reason = "no kernel is built for it" if name is None else _reason(name, device)
+        if name is not None and reason is None:
+            return name
+        assert reason is not None
+        _warn_reference(device.type, reason)
         return "reference"
     known = backends()
     if backend not in known:
         raise ValueError(f"{op}: backend must be one of {sorted(known)} or None, got {backend!r}")
-    reason = known[backend]
-    if reason is None and backend == "cpu" and device != "cpu":
-        reason = f"the logits are on {base.device}, it runs on cpu tensors"
+    reason = known[backend] or _reason(backend, device)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} can't run: {reason}")
     return backend

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune_kernels import _check, reference, rng
+from proxytune_kernels import _check, kernels, reference, rng
 from proxytune_kernels._library import OPERATORS
 from proxytune_kernels.backends import resolve
 from proxytune_kernels.params import RowParams, SamplingParams
@@ -22,6 +22,8 @@ _OPERATORS = {name: getattr(torch.ops.proxytune, name) for name in OPERATORS}
 
 def _implementation(backend: str, base: Tensor, name: str) -> Callable[..., Any]:
     """What runs operator ``name`` for a backend, not the reference, on the device of ``base``."""
+    if backend == "triton" and base.device.type != "cuda":  # Triton's interpreter
+        return kernels.IMPLEMENTATIONS[name]
     return _OPERATORS[name]
 
 

@@ -18,9 +18,10 @@ PACKAGE = ROOT.name
 # its place.
 LAYERS = (
     {"params", "rng"},
-    {"reference", "kernels", "vocabulary", "prompts", "_cpu", "_cuda", "_library"},
+    {"reference", "vocabulary", "prompts", "_cpu", "_cuda", "_library", "_check"},
+    {"kernels"},
     {"backends"},
-    {"ops", "_check"},
+    {"ops"},
     {"", "loading", "trio", "decoder"},
     {"analysis", "integrations", "cli", "testing", "__main__"},
 )

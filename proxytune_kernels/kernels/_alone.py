@@ -36,6 +36,8 @@ from proxytune_kernels.kernels._row import (
     difference_at,
     filters_of,
     finite_max,
+    noise_key,
+    temperature_of,
     write_drawn,
 )
 
@@ -51,7 +53,7 @@ FOUND = tl.constexpr(5)
 
 
 @triton.jit
-def _above(logits, strides, row_params, b, t, row_max, least, trials, vocab_size):
+def above(logits, strides, row_params, b, t, row_max, least, trials, vocab_size):
     """Counts and masses of the tokens from each trial key up, x - max at least ``least``: int64."""
     alpha = tl.load(row_params.alpha + b)
     hi, lo, floor = exponent(tl.load(row_params.temperature + b))
@@ -79,7 +81,8 @@ def _search(logits, strides, row_params, b, t, row_max, vocab_size):
     ends where one key is left. WHOLE: what order "vllm" leaves of min_p, and others of nothing.
     COUNT: top_k's cut. SHARE: top_p's. KEPT_SET: the result, min_p's threshold included.
     """
-    _, greedy, inv_t, top_k, top_p, shift, order = filters_of(row_params, b, t, vocab_size)
+    greedy, _ = temperature_of(row_params, b)
+    top_k, top_p, shift, order = filters_of(row_params, b, vocab_size)
     top_k = tl.where(greedy, 1, top_k)
     top_p = tl.where(greedy, TOP_P_OFF, top_p)
     shift = tl.where(greedy, -INF, shift)
@@ -95,7 +98,7 @@ def _search(logits, strides, row_params, b, t, row_max, vocab_size):
     step = tl.arange(0, TRIALS)
     while phase != FOUND:
         trials = trial_keys(lower, upper)
-        count, held = _above(logits, strides, row_params, b, t, row_max, least, trials, vocab_size)
+        count, held = above(logits, strides, row_params, b, t, row_max, least, trials, vocab_size)
         met = (count >= need_count) | (held >= need_mass)
         met = met | (trials == lower)  # where none has enough, all tokens are kept
         lower, upper, first = narrowed(trials, met, lower, upper)
@@ -116,7 +119,9 @@ def _search(logits, strides, row_params, b, t, row_max, vocab_size):
                     phase = tl.full([], COUNT, tl.int32)
                     need_count, need_mass = top_k, none
                     lower, upper = lowest, top
-                elif (phase != SHARE) & ((top_p < TOP_P_OFF) | ((phase == WHOLE) & (top_k < at_lower))):
+                elif (phase != SHARE) & (
+                    (top_p < TOP_P_OFF) | ((phase == WHOLE) & (top_k < at_lower))
+                ):
                     phase = tl.full([], SHARE, tl.int32)
                     need_count = tl.where(order == ORDER_JOINT, top_k, ALL)
                     need_mass = mass_target(top_p, whole)
@@ -131,9 +136,9 @@ def _search(logits, strides, row_params, b, t, row_max, vocab_size):
 @triton.jit
 def do_alone(logits, strides, row_params, state, out, row, b, t, stream, vocab_size):
     """Selects and draws; the row has a token and valid parameters, its status is written."""
-    _, greedy, inv_t, top_k, top_p, shift, order = filters_of(row_params, b, t, vocab_size)
+    greedy, inv_t = temperature_of(row_params, b)
     alpha = tl.load(row_params.alpha + b)
-    seed, position = tl.load(row_params.seed + b), tl.load(row_params.position + b) + t
+    seed, position = noise_key(row_params, b, t)
     row_max = tl.load(state.numbers + row * 16 + MAX)
     at = state.masses + row * MASSES_WIDTH
     cut, least, count, kept_mass, live = _search(
@@ -153,5 +158,6 @@ def do_alone(logits, strides, row_params, state, out, row, b, t, stream, vocab_s
     token = winner(best)
     d = difference_at(logits, strides, alpha, b, t, token.to(tl.int32), row_max)
     write_drawn(out, row, token, d, inv_t, greedy, count, kept_mass, raw_mass)
+    tl.store(at + RAW, raw_mass)
     tl.store(at + CUT, last)
     tl.store(at + KEPT, kept_mass)

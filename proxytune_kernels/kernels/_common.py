@@ -68,9 +68,9 @@ class Strides(NamedTuple):
 def combined(logits, strides, alpha, b, t, ids, inside):
     """x of tokens ``ids``, fp32, -inf where not ``inside``; NaN and +inf as they come.
 
-    docs/contracts.md, Combination. alpha = 0 reads base alone.
+    docs/contracts.md, Combination. alpha = 0 reads base alone. b and t are int64: rows may lie
+    further apart than 2^31 elements.
     """
-    b, t = b.to(tl.int64), t.to(tl.int64)
     at = logits.base + (b * strides.base_b + t * strides.base_t)
     base = tl.load(at + ids, mask=inside, other=-INF).to(tl.float32)
     x = base
@@ -157,8 +157,10 @@ def mass_target(top_p, total):
 
 @triton.jit
 def order_key(x, ids):
-    """51 bits that order tokens as the contract does: x descending, then id ascending, is keys
-    descending. No two tokens share one."""
+    """51 bits that descend as the contract orders tokens: x descending, then id ascending.
+
+    No two tokens share a key.
+    """
     bits = x.to(tl.uint32, bitcast=True)
     ordered = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return (ordered.to(tl.int64) << ID_BITS) | (LAST_ID - ids).to(tl.int64)

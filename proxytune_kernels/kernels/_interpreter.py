@@ -17,7 +17,9 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-_OPERATORS = [f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv") for side in ("", "r")]
+_OPERATORS = [
+    f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv") for side in ("", "r")
+]
 
 
 def _fused_multiply_add(x: Any, y: Any, z: Any) -> Any:

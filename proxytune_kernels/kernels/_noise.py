@@ -17,7 +17,7 @@ def philox(c0, seed, position, last):
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c1 = tl.zeros_like(c0) + position.to(tl.uint32)
     c2 = tl.zeros_like(c0) + (position >> 32).to(tl.uint32)
-    c3 = tl.zeros_like(c0) + last.to(tl.uint32)
+    c3 = (tl.zeros_like(c0) + last).to(tl.uint32)  # last may be a constant
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57

@@ -16,6 +16,7 @@ from proxytune_kernels.kernels._common import (
     TILE,
     cleaned,
     combined,
+    exponential,
 )
 from proxytune_kernels.kernels._noise import best_of, gumbel, tile_words, uniform
 
@@ -88,27 +89,47 @@ LOWEST = tl.constexpr(-0x8000000000000000)
 
 
 @triton.jit
-def filters_of(row_params, b, t, vocab_size):
-    """One row's parameters: (valid, greedy, 1 / T, top_k, top_p, min_p's shift, order).
-
-    top_k is ALL where it is off, top_p has 32 fractional bits, the shift is the least x - max that
-    min_p keeps, -inf where it is off. docs/contracts.md, Selection.
-    """
+def is_valid(row_params, b, t):
+    """Whether request b's parameters are in range at position t."""
     alpha, temperature = tl.load(row_params.alpha + b), tl.load(row_params.temperature + b)
     top_k, top_p = tl.load(row_params.top_k + b), tl.load(row_params.top_p + b)
     min_p, order = tl.load(row_params.min_p + b), tl.load(row_params.filter_order + b)
-    position = tl.load(row_params.position + b) + t
     # Comparisons are false for NaN.
     valid = (alpha >= -FLT_MAX) & (alpha <= FLT_MAX) & (temperature >= 0)
     valid = valid & (temperature <= FLT_MAX) & (top_k >= -1) & (top_p > 0) & (top_p <= 1)
-    valid = valid & (min_p >= 0) & (min_p <= 1) & (order >= 0) & (order <= 2) & (position >= 0)
+    valid = valid & (min_p >= 0) & (min_p <= 1) & (order >= 0) & (order <= 2)
+    return valid & (tl.load(row_params.position + b) + t >= 0)
+
+
+@triton.jit
+def noise_key(row_params, b, t):
+    """Seed and position, int64, of request b at position t."""
+    return tl.load(row_params.seed + b), tl.load(row_params.position + b) + t
+
+
+@triton.jit
+def temperature_of(row_params, b):
+    """(greedy, 1 / T); 1 where greedy."""
+    temperature = tl.load(row_params.temperature + b)
     greedy = temperature < FLT_MIN
-    divisor = tl.where(greedy, 1.0, temperature)
-    top_k = tl.where((top_k > 0) & (top_k < vocab_size), top_k, ALL)
+    return greedy, tl.div_rn(1.0, tl.where(greedy, 1.0, temperature))
+
+
+@triton.jit
+def filters_of(row_params, b, vocab_size):
+    """Valid filters: (top_k, top_p, min_p's shift, order); docs/contracts.md, Selection.
+
+    top_k is ALL where it is off, top_p has 32 fractional bits, the shift is the least x - max that
+    min_p keeps, -inf where it is off.
+    """
+    temperature, top_k = tl.load(row_params.temperature + b), tl.load(row_params.top_k + b)
+    top_p, min_p = tl.load(row_params.top_p + b), tl.load(row_params.min_p + b)
+    divisor = tl.where(temperature < FLT_MIN, 1.0, temperature)
     shift = (divisor.to(tl.float64) * tl.log(min_p.to(tl.float64))).to(tl.float32)
     shift = tl.where(min_p > 0, shift, -INF)
-    share = (tl.where(valid, top_p, 1.0).to(tl.float64) * 4294967296.0).to(tl.int64)
-    return valid, greedy, tl.div_rn(1.0, divisor), top_k, share, shift, order
+    top_k = tl.where((top_k > 0) & (top_k < vocab_size), top_k, ALL)
+    share = (top_p.to(tl.float64) * 4294967296.0).to(tl.int64)
+    return top_k, share, shift, tl.load(row_params.filter_order + b)
 
 
 @triton.jit
@@ -151,10 +172,26 @@ def finite_max(row_max):
 
 
 @triton.jit
+def x_at(logits, strides, alpha, b, t, token, row_max):
+    """Cleaned x of one token of the row, int32."""
+    return cleaned(combined(logits, strides, alpha, b, t, token, token >= 0), row_max)
+
+
+@triton.jit
 def difference_at(logits, strides, alpha, b, t, token, row_max):
     """x - max of one token of the row."""
-    x = combined(logits, strides, alpha, b, t, token, token >= 0)
-    return cleaned(x, row_max) - finite_max(row_max)
+    return x_at(logits, strides, alpha, b, t, token, row_max) - finite_max(row_max)
+
+
+@triton.jit
+def row_mass(sums, d, hi, lo, floor):
+    """2^44 times the row's mass from its tiles' (relative to their maxima), int64.
+
+    d is the tiles' maxima less the row's. Right to 4.2e-6 of itself for scaled masses, 2e-6 at
+    temperature 1 (docs/gpu.md), and the same in any order: integers are added.
+    """
+    weight = exponential(d, hi, lo, floor).to(tl.float64)
+    return tl.sum((sums.to(tl.float64) * weight * MASS_ONE).to(tl.int64), 0)
 
 
 @triton.jit

@@ -38,6 +38,8 @@ from proxytune_kernels.kernels._row import (
     TARGET,
     difference_at,
     filters_of,
+    noise_key,
+    temperature_of,
     write_drawn,
 )
 
@@ -47,9 +49,10 @@ PER = tl.constexpr(8)  # tokens a lane: 16 bytes of bf16
 @triton.jit
 def _settle(logits, strides, row_params, state, out, row, b, t, stream, vocab_size):
     """The cutoff among the listed tokens, their part of the race, and the row's results."""
-    _, greedy, inv_t, top_k, top_p, shift, order = filters_of(row_params, b, t, vocab_size)
+    greedy, inv_t = temperature_of(row_params, b)
+    top_k, _, shift, order = filters_of(row_params, b, vocab_size)
     alpha = tl.load(row_params.alpha + b)
-    seed, position = tl.load(row_params.seed + b), tl.load(row_params.position + b) + t
+    seed, position = noise_key(row_params, b, t)
     hi, lo, floor = exponent(tl.load(row_params.temperature + b))
     row_max = tl.load(state.numbers + row * 16 + MAX)
     at = state.masses + row * MASSES_WIDTH
@@ -97,12 +100,12 @@ def _finish_kernel(logits, strides, row_params, state, out, vocab_size, position
     if (mode == ALONE) & (split == 0):
         do_alone(logits, strides, row_params, state, out, row, b, t, stream, vocab_size)
     if mode == FLAT:
-        alpha, temperature = tl.load(row_params.alpha + b), tl.load(row_params.temperature + b)
-        seed, position = tl.load(row_params.seed + b), tl.load(row_params.position + b) + t
+        alpha = tl.load(row_params.alpha + b)
+        seed, position = noise_key(row_params, b, t)
         row_max = tl.load(state.numbers + row * 16 + MAX)
         high = tl.load(state.numbers + row * 16 + HIGH)
         low = tl.load(state.numbers + row * 16 + LOW)
-        inv_t = tl.div_rn(1.0, temperature)
+        _, inv_t = temperature_of(row_params, b)
         best = tl.full([], LOWEST, tl.int64)
         listed = state.counters + row * 4 + LISTED
         for block in range(split, tl.cdiv(vocab_size, LANES * PER), splits):

@@ -63,9 +63,9 @@ def _above(d, high, low, pivots, count, held):
 
 
 @triton.jit
-def _bracket(row_params, state, row, b, t, vocab_size):
+def _bracket(row_params, state, row, b, vocab_size):
     """Finds the pivots that the last kept token lies between, and what is above them."""
-    _, greedy, inv_t, top_k, top_p, shift, order = filters_of(row_params, b, t, vocab_size)
+    top_k, top_p, _, _ = filters_of(row_params, b, vocab_size)
     at, step = state.masses + row * MASSES_WIDTH, tl.arange(0, NUM_PIVOTS)
     # Other programs' sums: past the first-level cache, which does not see them.
     total = tl.load(at + TOTAL, cache_modifier=".cg")
@@ -118,4 +118,4 @@ def _narrow_kernel(logits, strides, row_params, state, vocab_size, positions, sp
         tl.atomic_add(at + MASSES + HALF + step, tl.sum(lower_held, 1))
         tl.debug_barrier()  # all of this program's sums before its arrival
         if tl.atomic_add(state.counters + row * 4 + NARROWED, 1) == splits - 1:
-            _bracket(row_params, state, row, b, t, vocab_size)
+            _bracket(row_params, state, row, b, vocab_size)

@@ -68,7 +68,7 @@ def state_of(rows: int, device: torch.device) -> State:
 def launch_sample(
     logits: Logits, strides: Strides, params: RowParams, out: Outputs, vocab_size: int,
     positions: int, stream: int,
-) -> State:  # fmt: skip
+) -> tuple[Tiles, State]:  # fmt: skip
     """Draws one token for each of ``positions`` positions of each request.
 
     Args:
@@ -80,12 +80,12 @@ def launch_sample(
         stream: number of the noise stream (rng.STREAMS).
 
     Returns:
-        The rows' state: their maxima and kept sets, for verify.
+        The rows' summaries and state: their maxima and kept sets, for verify and top_logprobs.
     """
     device, rows = logits.base.device, out.token_ids.numel()
     tiles, state = tiles_of(rows, vocab_size, device), state_of(rows, device)
     if rows == 0:
-        return state
+        return tiles, state
     width = tiles.maximum.shape[1]
     blocks = width // TILES_PER_PROGRAM
     _scan_kernel[(rows * blocks,)](
@@ -105,7 +105,7 @@ def launch_sample(
         logits, strides, params, state, out, vocab_size, positions, splits, stream,
         num_warps=SPREAD_WARPS, **OPTIONS,
     )  # fmt: skip
-    return state
+    return tiles, state
 
 
 def inputs(

@@ -28,7 +28,7 @@ SCAN_WARPS = 4
 
 @triton.jit
 def _tile_sums(p):
-    """Sums over tiles of p in [0, 1], to 2^-23 of themselves, the same in any order: fp32 [TILES]."""
+    """Sums over tiles of p in [0, 1], fp32 [TILES]: right to 2^-23, the same in any order."""
     high, low = digits(p)
     return tl.sum(high, 1).to(tl.float32) * 2.0**-22 + tl.sum(low, 1).to(tl.float32) * 2.0**-44
 
@@ -39,7 +39,7 @@ def _scan_kernel(
     DRAW: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Grid [rows * blocks]; DRAW is off for score, which needs maxima and masses alone."""
-    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     b, t = row // positions, row % positions
     alpha = tl.load(row_params.alpha + b)
     tile = block * TILES + tl.arange(0, TILES)
@@ -52,7 +52,7 @@ def _scan_kernel(
     nan = x != x
     x = tl.where(nan, -INF, x)
     top = tl.max(x, 1)
-    at = row.to(tl.int64) * blocks * TILES + tile
+    at = row * blocks * TILES + tile
     tl.store(tiles.maximum + at, top)
     # Whole tiles of -inf (or +inf) have no difference to their maximum.
     d = x - tl.where(tl.abs(top) == INF, 0.0, top)[:, None]

@@ -1,4 +1,4 @@
-"""One program a row: what the summaries decide, and a second look at the tiles they do not rule out.
+"""One program a row: what the summaries decide, and a look at the tiles that they do not rule out.
 
 Greedy and unfiltered rows read one tile again, where their token lies. Filtered rows bound the
 cutoff from below, list the tokens above the bound, and finish among them. Rows whose tokens are too
@@ -14,10 +14,8 @@ import triton.language as tl
 from proxytune_kernels.kernels._common import (
     ALL,
     INF,
-    MASS_ONE,
     ORDER_HF,
     ORDER_JOINT,
-    ORDER_VLLM,
     STATUS_BAD_PARAMS,
     STATUS_EMPTY,
     STATUS_NAN,
@@ -27,15 +25,12 @@ from proxytune_kernels.kernels._common import (
     cleaned,
     combined,
     exponent,
-    exponential,
     mass_target,
     order_key,
 )
 from proxytune_kernels.kernels._list import append, keep_listed, race_listed, rank_listed
 from proxytune_kernels.kernels._noise import score_of, winner
 from proxytune_kernels.kernels._row import (
-    ABOVE_COUNT,
-    ABOVE_MASS,
     ALONE,
     BEST,
     COUNTS,
@@ -57,12 +52,16 @@ from proxytune_kernels.kernels._row import (
     PIVOTS,
     RAW,
     SHORT,
-    TARGET,
     TOTAL,
     difference_at,
     filters_of,
+    finite_max,
     is_unfiltered,
+    is_valid,
+    noise_key,
     race_tile,
+    row_mass,
+    temperature_of,
     write_drawn,
     write_nothing,
 )
@@ -73,24 +72,13 @@ SAMPLES = tl.constexpr(2048)  # tokens that tell where a flat row's cutoff may l
 
 
 @triton.jit
-def _row_mass(sums, d, hi, lo, floor):
-    """2^44 times the row's mass from its tiles' (relative to their maxima), int64.
-
-    Right to 4.2e-6 of itself for scaled masses, 2e-6 at temperature 1 (docs/gpu.md), and the same
-    in any order: integers are added.
-    """
-    weight = exponential(d, hi, lo, floor).to(tl.float64)
-    return tl.sum((sums.to(tl.float64) * weight * MASS_ONE).to(tl.int64), 0)
-
-
-@triton.jit
 def _race(
-    logits, strides, row_params, tiles, at, inside, d, b, t, row_max, inv_t, greedy, stream, vocab_size,
-    NT: tl.constexpr,
+    logits, strides, row_params, tiles, at, inside, d, b, t, row_max, inv_t, greedy, stream,
+    vocab_size, NT: tl.constexpr,
 ):  # fmt: skip
     """The token of a greedy or unfiltered row: int64. Reads the tiles that may hold it again."""
     alpha = tl.load(row_params.alpha + b)
-    seed, position = tl.load(row_params.seed + b), tl.load(row_params.position + b) + t
+    seed, position = noise_key(row_params, b, t)
     tile = tl.arange(0, NT)
     bound = d
     if greedy == 0:
@@ -116,7 +104,7 @@ def _race(
 
 
 @triton.jit
-def _cutoff_bound(d, live, sums, hi, need_count, need_share, use_mass):
+def cutoff_bound(d, live, sums, hi, need_count, need_share, use_mass):
     """A value that the last token needed is not below, as x - max: -inf where none is found.
 
     Of a tile whose maximum is at least the bound, that maximum is above it, and all of its mass but
@@ -150,11 +138,11 @@ def _cutoff_bound(d, live, sums, hi, need_count, need_share, use_mass):
 
 
 @triton.jit
-def _list_tokens(
-    logits, strides, state, alpha, b, t, row, candidates, row_max, least, vocab_size,
+def list_tokens(
+    logits, strides, state, keys, alpha, b, t, row, candidates, row_max, least, vocab_size,
     NT: tl.constexpr,
 ):  # fmt: skip
-    """Lists the tokens of the candidate tiles with x - max >= least; returns how many there are.
+    """Lists in ``keys`` the tokens of candidate tiles with x - max >= least; returns their number.
 
     More than SHORT, or more than MAX_TILES tiles: SHORT + 1, and the list is of no use.
     """
@@ -173,8 +161,8 @@ def _list_tokens(
             ids = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
             inside = (i < number)[:, None] & (ids < vocab_size)
             x = cleaned(combined(logits, strides, alpha, b, t, ids, inside), row_max)
-            taken = (x > -INF) & (x - row_max >= least)
-            n = append(state.keys + row * KEYS_WIDTH, n, x, ids, taken, SHORT)
+            taken = (x > -INF) & (x - finite_max(row_max) >= least)
+            n = append(keys, n, x, ids, taken, SHORT)
         tl.debug_barrier()
     return n
 
@@ -239,8 +227,9 @@ def _select_filtered(
     logits, strides, row_params, tiles, state, at, inside, d, row, b, t, row_max, live_count,
     vocab_size, stream, NT: tl.constexpr,
 ):  # fmt: skip
-    """A row with a filter: among a short list (token, count, mass, cut), or handed on (token -1)."""
-    _, greedy, inv_t, top_k, top_p, shift, order = filters_of(row_params, b, t, vocab_size)
+    """A row with a filter: (token, count, mass, cut) by a short list; token -1: handed on."""
+    _, inv_t = temperature_of(row_params, b)
+    top_k, top_p, shift, order = filters_of(row_params, b, vocab_size)
     alpha, temperature = tl.load(row_params.alpha + b), tl.load(row_params.temperature + b)
     hi, lo, floor = exponent(temperature)
     live = d > -INF
@@ -253,19 +242,20 @@ def _select_filtered(
     if of_row:
         if temperature != 1.0:
             sums = tl.load(tiles.scaled + at, mask=inside, other=0.0)
-        total = _row_mass(sums, d, hi, lo, floor)
-        band = ((total >> 21) + 1) * 9  # 4.3e-6 of it: see _row_mass
+        total = row_mass(sums, d, hi, lo, floor)
+        band = ((total >> 21) + 1) * 9  # 4.3e-6 of it: see row_mass
         low_target, high_target = mass_target(top_p, total - band), mass_target(top_p, total + band)
     share = top_p.to(tl.float32) * 2.0**-32
-    bound = _cutoff_bound(d, live, sums, hi, top_k, share, of_row)
+    bound = cutoff_bound(d, live, sums, hi, top_k, share, of_row)
     # All below min_p's threshold may go, unless top_p is a share of what has it.
     keeps_all = (order == ORDER_HF) & (top_k != ALL) & (top_p < TOP_P_OFF)
     least = tl.where(keeps_all, bound, tl.maximum(bound, shift))
-    n = _list_tokens(
-        logits, strides, state, alpha, b, t, row, live & (d >= least), row_max, least, vocab_size, NT
-    )
-    decided = n <= SHORT
     keys = state.keys + row * KEYS_WIDTH
+    n = list_tokens(
+        logits, strides, state, keys, alpha, b, t, row, live & (d >= least), row_max, least,
+        vocab_size, NT,
+    )  # fmt: skip
+    decided = n <= SHORT
     none = tl.full([], 0, tl.int64)
     low_count, kept_mass, cut = none, none, none
     if decided:
@@ -283,16 +273,17 @@ def _select_filtered(
         decided = low_count == high_count
     token = tl.full([], -1, tl.int64)
     if decided:
-        seed, position = tl.load(row_params.seed + b), tl.load(row_params.position + b) + t
+        seed, position = noise_key(row_params, b, t)
         token = winner(race_listed(keys, n, cut, row_max, inv_t, seed, position, stream))
     else:
         # narrow and finish search once: for top_k alone, or for a share of the whole row's mass.
         alone = (shift > -INF) | ((top_p < TOP_P_OFF) & (of_row == 0))
         mass_share = tl.where(of_row, share, 2.0)
         count_share = top_k.to(tl.float32) / live_count.to(tl.float32)
+        lowest = tl.min(tl.where(live, d, 0.0), 0)
         _hand_on(
-            logits, strides, state, alpha, b, t, row, row_max, hi, tl.min(tl.where(live, d, 0.0), 0),
-            alone, count_share, mass_share, vocab_size,
+            logits, strides, state, alpha, b, t, row, row_max, hi, lowest, alone, count_share,
+            mass_share, vocab_size,
         )  # fmt: skip
     return token, low_count, kept_mass, cut
 
@@ -305,7 +296,7 @@ def _select_kernel(
     """Grid [rows]; NT is num_tiles (whole programs of scan) rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     b, t = row // positions, row % positions
-    valid, greedy, inv_t, top_k, top_p, shift, order = filters_of(row_params, b, t, vocab_size)
+    valid = is_valid(row_params, b, t)
     tile = tl.arange(0, NT)
     inside, at = tile < num_tiles, row * num_tiles + tile
     top = tl.load(tiles.maximum + at, mask=inside, other=-INF)
@@ -322,20 +313,22 @@ def _select_kernel(
         tl.store(state.counters + row * 4 + MODE, DONE)
     elif row_max == INF:
         tl.store(out.status + row, status)
+        alpha = tl.load(row_params.alpha + b)
         _hand_on(
-            logits, strides, state, tl.load(row_params.alpha + b), b, t, row, row_max, 1.0, 0.0, True,
-            0.0, 0.0, vocab_size,
+            logits, strides, state, alpha, b, t, row, row_max, 1.0, 0.0, True, 0.0, 0.0, vocab_size
         )  # fmt: skip
     else:
         tl.store(out.status + row, status)
         d = top - row_max
         hi, lo, floor = exponent(tl.full([], 1.0, tl.float32))
         sums = tl.load(tiles.raw + at, mask=inside, other=0.0)
-        raw_mass = _row_mass(sums, d, hi, lo, floor)
+        raw_mass = row_mass(sums, d, hi, lo, floor)
         tl.store(state.masses + row * MASSES_WIDTH + RAW, raw_mass)
-        unfiltered = is_unfiltered(
-            greedy, top_k, tl.load(row_params.top_p + b), tl.load(row_params.min_p + b)
-        )
+        greedy, inv_t = temperature_of(row_params, b)
+        top_k = tl.load(row_params.top_k + b)
+        top_k = tl.where((top_k > 0) & (top_k < vocab_size), top_k, ALL)
+        top_p, min_p = tl.load(row_params.top_p + b), tl.load(row_params.min_p + b)
+        unfiltered = is_unfiltered(greedy, top_k, top_p, min_p)
         if greedy | unfiltered:
             token = _race(
                 logits, strides, row_params, tiles, at, inside, d, b, t, row_max, inv_t, greedy,
@@ -351,7 +344,7 @@ def _select_kernel(
             elif temperature != 1.0:
                 hi, lo, floor = exponent(temperature)
                 sums = tl.load(tiles.scaled + at, mask=inside, other=0.0)
-                kept_mass = _row_mass(sums, d, hi, lo, floor)
+                kept_mass = row_mass(sums, d, hi, lo, floor)
         else:
             token, count, kept_mass, cut = _select_filtered(
                 logits, strides, row_params, tiles, state, at, inside, d, row, b, t, row_max,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
+from proxytune_kernels import kernels
 
 try:
     from proxytune_kernels import _cpu as cpu_extension
@@ -40,7 +41,8 @@ class Backend:
 
     @property
     def device(self) -> str:
-        return "cpu" if self.name in ("cpu", "reference") else "cuda"
+        on_cpu = self.name != "triton" or kernels.interpreted()
+        return "cpu" if on_cpu else "cuda"
 
     def __str__(self) -> str:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
