@@ -161,25 +161,48 @@ def check_ours(
 def check_peer(case: OpCase, peer: Peer, logits: Logits, target: reference.Distribution) -> None:
     """Compare a peer's distribution with the contract's, by total variation distance.
 
-    Two things may differ, and bound the distance allowed: where the cut falls, by the error of
-    summing V fp32 masses one after another, V * 2^-24; and which of the tokens tied at the cut are
-    kept, which the contract settles by id and the peers leave open.
+    Three things may differ, and bound the distance allowed: where the cut falls, by the error of
+    summing V fp32 masses one after another, V * 2^-24; which of the tokens tied at the cut are
+    kept, which the contract settles by id and the peers leave open; and whether all that are tied
+    with the last of top_k are kept, as transformers does: that adds their mass, and moves the cut
+    of top_p by as much and one token.
 
     Raises:
         AssertionError: the distance is larger.
     """
     wanted = target.logprobs().exp().masked_fill(~target.kept, 0.0)
-    got = dense(peer.distribution(logits), case.vocab_size)[: len(wanted)]
+    probabilities, ids = peer.distribution(logits)
+    rows = len(wanted)
+    first = Candidates(probabilities[:rows], None if ids is None else ids[:rows])
+    got = dense(first, case.vocab_size)
     distance = (got - wanted).abs().sum(-1) / 2
     lowest = target.shifted.masked_fill(~target.kept, torch.inf).amin(-1, keepdim=True)
     ties = (target.shifted == lowest).sum(-1) - 1
-    tied_mass = ties * wanted.masked_fill(~target.kept, torch.inf).amin(-1)
-    allowed = case.vocab_size * 2.0**-24 + tied_mass
+    extra, share = ties_past_top_k(case, target)
+    smallest = wanted.masked_fill(~target.kept, torch.inf).amin(-1)
+    allowed = case.vocab_size * 2.0**-24 + ties * smallest
+    allowed += 2 * extra * share + (extra > 0) * smallest
     if not (distance <= allowed).all():
         raise AssertionError(
             f"{case}: {peer.name} differs from the contract by {distance.tolist()} in total "
             f"variation, more than {allowed.tolist()}"
         )
+
+
+def ties_past_top_k(case: OpCase, target: reference.Distribution) -> tuple[Tensor, Tensor]:
+    """Tokens past the first top_k that are tied with the last of them, by row.
+
+    Returns:
+        How many, and the mass of each as a share of the top_k's, fp64 [rows]; 0 without a top_k.
+    """
+    k = FILTERS[case.filters].top_k
+    if not k:
+        none = target.scaled.new_zeros(len(target.kept))
+        return none, none
+    top = target.scaled.topk(k, dim=-1).values
+    last = top[:, -1:]
+    extra = (target.scaled == last).sum(-1) - (top == last).sum(-1)
+    return extra.double(), last[:, 0].exp() / top.exp().sum(-1)
 
 
 def dense(candidates: Candidates, vocab_size: int) -> Tensor:

@@ -36,15 +36,18 @@ def write_json_lines(
     benchmark: str,
     records: Iterable[Mapping[str, Any]],
     device: Mapping[str, Any] | None = None,
+    *,
+    append: bool = False,
 ) -> None:
     """Write one self-contained line per record: what ran, the numbers, and the environment.
 
-    ``device`` describes what ran it, in place of the processor.
+    ``device`` describes what ran it, in place of the processor. ``append`` keeps earlier lines.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     where = {**environment(), **(device or {})}
     lines = [json.dumps({"benchmark": benchmark, **r, "environment": where}) for r in records]
-    path.write_text("".join(f"{line}\n" for line in lines))
+    with path.open("a" if append else "w") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def make_table(title: str, columns: Sequence[str], caption: str) -> Table:

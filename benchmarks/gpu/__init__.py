@@ -1,0 +1,1 @@
+"""The operators on a GPU: contract suite, peers, times. ``python -m benchmarks.gpu --help``."""
