@@ -129,3 +129,69 @@ def plot_kernels(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper center", ncols=6, frameon=False)
         figure.savefig(path, dpi=150)
+
+
+_ROOFLINE_COLOURS = {
+    "inputs once": "#000000",
+    "ours": "#D55E00",
+    "flashinfer": "#009E73",
+    "eager + flashinfer": "#F0E442",
+    "torch.compile": "#0072B2",
+    "eager": "#56B4E9",
+    "transformers": "#999999",
+}
+
+
+def plot_roofline(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Modelled floors over the batch size, a panel per case, each a band down to what L2 may save.
+
+    Args:
+        records: as the roofline command writes them.
+        path: of the PNG.
+    """
+
+    def panel(record: dict[str, Any]) -> tuple[str, ...]:
+        keys = ("op", "kind", "filters", "dtype", "vocab_size")
+        return (record["gpu"]["name"], *(str(record[key]) for key in keys))
+
+    panels = list(dict.fromkeys(map(panel, records)))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(4.2 * columns + 0.6, 3.4 * lines + 0.8), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for axes, key in zip(grid.flat, panels, strict=False):
+            _floors(axes, [r for r in records if panel(r) == key])
+            gpu, op, kind, filters, dtype, vocab_size = key
+            what = f"{op} {kind} {filters}" if op == "sample" else op
+            axes.set_title(f"{gpu}: {what}, {dtype}, V={int(vocab_size):,}", fontsize=9)
+        for row in grid:
+            row[0].set_ylabel("floor, us (a model, not measured)")
+        handles = {h.get_label(): h for axes in grid.flat for h in axes.get_lines()}
+        figure.legend(
+            handles=list(handles.values()), loc="outside lower center", ncols=4, frameon=False
+        )
+        figure.savefig(path, dpi=150)
+
+
+def _floors(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
+    """One panel: a line of floors per algorithm, and the band below it."""
+    for name in dict.fromkeys(r["algorithm"] for r in records):
+        own = sorted((r for r in records if r["algorithm"] == name), key=lambda r: r["rows"])
+        rows = [r["rows"] for r in own]
+        floors = [r["microseconds"]["floor"] for r in own]
+        cached = [r["microseconds"]["cached_floor"] for r in own]
+        colour = _ROOFLINE_COLOURS[name]
+        axes.plot(rows, floors, marker="o", markersize=4, color=colour, label=name)
+        axes.fill_between(rows, cached, floors, color=colour, alpha=0.18, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = sorted({r["rows"] for r in records})
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("rows")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
