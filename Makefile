@@ -62,6 +62,10 @@ asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer 
 	$(BIN)/python -P -c 'import sys, proxytune_kernels._cpu as c; sys.exit("build/asan" not in c.__file__)'
 	$(BIN)/pytest -n auto --dist loadfile --max-worker-restart=0 -p no:cacheprovider tests/ops/test_fuzz.py tests/ops/test_fuzz_errors.py tests/capi || { cat build/asan-report.* >&2; exit 1; }
 
+.PHONY: static
+static: install ## Compile the Triton kernels for GPUs, no GPU needed, and compare with the stored figures
+	@$(BIN)/python -m benchmarks.static --check
+
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy
 	@echo "Checking style and types"

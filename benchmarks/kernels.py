@@ -15,6 +15,7 @@ import torch
 import typer
 
 import proxytune_kernels as ptk
+from benchmarks.choices import parse_choices
 from benchmarks.logits import KINDS
 from benchmarks.measure import Summary, collect, interleaved, paired_ratios
 from benchmarks.memory import in_fresh_process
@@ -30,7 +31,6 @@ from benchmarks.op_cases import (
     OpCase,
     make_calls,
 )
-from benchmarks.options import parse_choices
 from benchmarks.peers import ALPHA
 from benchmarks.plots import plot_kernels
 from benchmarks.report import (

@@ -14,9 +14,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from benchmarks.choices import parse_choices
 from benchmarks.logits import KINDS
 from benchmarks.op_cases import FILTERS
-from benchmarks.options import parse_choices
 from benchmarks.report import console, fixed, make_table, significant, write_json_lines
 from benchmarks.traffic import DTYPE_BYTES, GPUS, Algorithm, Case, Estimate, Gpu, Latency, estimate
 from benchmarks.traffic_count import CHAINS, count_chain, count_draws, count_tiles

@@ -24,7 +24,11 @@ def interpreted() -> bool:
 @cache
 def unusable() -> str | None:
     """Why the kernels can't run here, as a sentence; None where they can."""
-    if find_spec("triton") is None:
+    try:
+        found = find_spec("triton")
+    except ModuleNotFoundError:  # what keeps a module from being found may raise instead
+        found = None
+    if found is None:
         return "Triton is not installed: run `pip install 'proxytune_kernels[triton]'` (Linux)"
     if interpreted():
         return None

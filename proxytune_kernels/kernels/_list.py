@@ -23,7 +23,7 @@ from proxytune_kernels.kernels._row import LOWEST
 
 CHUNK = tl.constexpr(128)
 TRIALS = tl.constexpr(8)  # cuts tried at once
-PAIRED = tl.constexpr(32)
+PAIRED = tl.constexpr(16)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from proxytune_kernels.kernels._bounds import cutoff_bound, guess_pivots
 from proxytune_kernels.kernels._common import (
     ALL,
     INF,
@@ -67,8 +68,6 @@ from proxytune_kernels.kernels._row import (
 )
 
 GATHERED = tl.constexpr(16)  # tiles read at once
-STEPS = tl.constexpr(8)  # trial cutoffs at once
-SAMPLES = tl.constexpr(2048)  # tokens that tell where a flat row's cutoff may lie
 
 
 @triton.jit
@@ -104,40 +103,6 @@ def _race(
 
 
 @triton.jit
-def cutoff_bound(d, live, sums, hi, need_count, need_share, use_mass):
-    """A value that the last token needed is not below, as x - max: -inf where none is found.
-
-    Of a tile whose maximum is at least the bound, that maximum is above it, and all of its mass but
-    what 127 tokens below the bound can hold. When these meet the need, the tokens do.
-    """
-    weight = tl.exp2(d * hi)
-    inner = tl.where(live, sums * weight, 0.0)
-    # fp32 sums of thousands of terms and approximate exponentials: 1e-4 covers both many times.
-    need_mass = need_share * tl.sum(inner, 0) * 1.0001
-    step = tl.arange(0, STEPS)
-    upper = tl.full([], 0.0, tl.float32)
-    lower = tl.min(tl.where(live, d, 0.0), 0)
-    bound = tl.full([], -INF, tl.float32)
-    for trial in tl.static_range(4):
-        part = (step + 1).to(tl.float32) / STEPS
-        if trial == 0:
-            part = part * part * part  # close to the maximum first: outliers lie far below
-        pivots = upper + (lower - upper) * part
-        above = live[None, :] & (d[None, :] >= pivots[:, None])
-        count = tl.sum(above.to(tl.int32), 1)
-        rest = inner[None, :] - 127.0 * tl.exp2(pivots * hi)[:, None]
-        held = tl.sum(tl.where(above, tl.maximum(weight[None, :], rest), 0.0), 1)
-        met = (count >= need_count) | (use_mass & (held >= need_mass))
-        first = tl.min(tl.where(met, step, STEPS), 0)
-        passed = tl.max(tl.where(step == first - 1, pivots, -INF), 0)
-        upper = tl.where(first > 0, passed, upper)
-        found = tl.max(tl.where(step == first, pivots, -INF), 0)
-        lower = tl.where(first < STEPS, found, lower)
-        bound = tl.where(first < STEPS, found, bound)
-    return bound
-
-
-@triton.jit
 def list_tokens(
     logits, strides, state, keys, alpha, b, t, row, candidates, row_max, least, vocab_size,
     NT: tl.constexpr,
@@ -168,64 +133,23 @@ def list_tokens(
 
 
 @triton.jit
-def _quantile_pivots(
-    logits, strides, alpha, b, t, row_max, hi, lowest, count_share, mass_share, vocab_size
-):
-    """Eight values around where a flat row's cutoff lies, as x - max, descending: fp32 [8].
-
-    A guess from evenly spaced tokens, of their count or their mass; a wrong one costs time alone.
-    """
-    ids = ((tl.arange(0, SAMPLES).to(tl.int64) * vocab_size) // SAMPLES).to(tl.int32)
-    x = cleaned(combined(logits, strides, alpha, b, t, ids, ids < vocab_size), row_max)
-    d = x - row_max
-    weight = tl.where(mass_share <= 1.0, tl.exp2(d * hi), (x > -INF).to(tl.float32))
-    share = tl.where(mass_share <= 1.0, mass_share, count_share)
-    # Four standard deviations of a share estimated from these samples, to each side.
-    error = tl.sqrt(tl.sum(weight * weight, 0) * share * (1.0 - tl.minimum(share, 1.0)))
-    side = tl.arange(0, 2)
-    wanted = share * tl.sum(weight, 0) + tl.where(side == 0, -4.0, 4.0) * error
-    below, above = tl.zeros([2], tl.float32) + lowest, tl.zeros([2], tl.float32)
-    for _ in range(14):
-        middle = 0.5 * (below + above)
-        held = tl.sum(tl.where(d[None, :] >= middle[:, None], weight[None, :], 0.0), 1)
-        reached = held >= wanted
-        below = tl.where(reached, middle, below)
-        above = tl.where(reached, above, middle)
-    upper = tl.max(tl.where(side == 0, below, -INF), 0)
-    lower = tl.max(tl.where(side == 1, below, -INF), 0)
-    part = tl.arange(0, NUM_PIVOTS).to(tl.float32) / (NUM_PIVOTS - 1)
-    return upper + (lower - upper) * part
-
-
-@triton.jit
-def _hand_on(
-    logits, strides, state, alpha, b, t, row, row_max, hi, lowest, alone, count_share, mass_share,
-    vocab_size,
-):  # fmt: skip
+def _hand_on(state, row, mode):
     """Leaves a row to the launches that follow."""
+    tl.store(state.counters + row * 4 + MODE, mode)
     tl.store(state.counters + row * 4 + NARROWED, 0)
     tl.store(state.counters + row * 4 + FINISHED, 0)
     tl.store(state.counters + row * 4 + LISTED, 0)
-    at = state.masses + row * MASSES_WIDTH
-    step = tl.arange(0, NUM_PIVOTS)
+    at, step = state.masses + row * MASSES_WIDTH, tl.arange(0, NUM_PIVOTS)
     tl.store(at + TOTAL, tl.full([], 0, tl.int64))
     tl.store(at + BEST, tl.full([], LOWEST, tl.int64))
     tl.store(at + COUNTS + step, tl.zeros([NUM_PIVOTS], tl.int64))
     tl.store(at + MASSES + step, tl.zeros([NUM_PIVOTS], tl.int64))
-    if alone:
-        tl.store(state.counters + row * 4 + MODE, ALONE)
-    else:
-        pivots = _quantile_pivots(
-            logits, strides, alpha, b, t, row_max, hi, lowest, count_share, mass_share, vocab_size
-        )
-        tl.store(state.numbers + row * 16 + PIVOTS + step, pivots)
-        tl.store(state.counters + row * 4 + MODE, FLAT)
 
 
 @triton.jit
 def _select_filtered(
     logits, strides, row_params, tiles, state, at, inside, d, row, b, t, row_max, live_count,
-    vocab_size, stream, NT: tl.constexpr,
+    vocab_size, num_tiles, stream, NT: tl.constexpr,
 ):  # fmt: skip
     """A row with a filter: (token, count, mass, cut) by a short list; token -1: handed on."""
     _, inv_t = temperature_of(row_params, b)
@@ -278,13 +202,19 @@ def _select_filtered(
     else:
         # narrow and finish search once: for top_k alone, or for a share of the whole row's mass.
         alone = (shift > -INF) | ((top_p < TOP_P_OFF) & (of_row == 0))
-        mass_share = tl.where(of_row, share, 2.0)
-        count_share = top_k.to(tl.float32) / live_count.to(tl.float32)
-        lowest = tl.min(tl.where(live, d, 0.0), 0)
-        _hand_on(
-            logits, strides, state, alpha, b, t, row, row_max, hi, lowest, alone, count_share,
-            mass_share, vocab_size,
-        )  # fmt: skip
+        _hand_on(state, row, tl.where(alone, ALONE, FLAT))
+        if alone == 0:
+            weight = tl.where(live, tl.exp2(d * hi), 0.0)
+            whole = tl.sum(tl.where(live, sums * weight, 0.0), 0)
+            if of_row == 0:
+                weight = live.to(tl.float32)
+                whole = live_count.to(tl.float32)
+                share = top_k.to(tl.float32) / whole
+            pivots = guess_pivots(
+                logits, strides, tiles, alpha, b, t, row * num_tiles, row_max, d, weight, whole,
+                share, hi, of_row, vocab_size,
+            )  # fmt: skip
+            tl.store(state.numbers + row * 16 + PIVOTS + tl.arange(0, NUM_PIVOTS), pivots)
     return token, low_count, kept_mass, cut
 
 
@@ -313,10 +243,7 @@ def _select_kernel(
         tl.store(state.counters + row * 4 + MODE, DONE)
     elif row_max == INF:
         tl.store(out.status + row, status)
-        alpha = tl.load(row_params.alpha + b)
-        _hand_on(
-            logits, strides, state, alpha, b, t, row, row_max, 1.0, 0.0, True, 0.0, 0.0, vocab_size
-        )  # fmt: skip
+        _hand_on(state, row, ALONE)
     else:
         tl.store(out.status + row, status)
         d = top - row_max
@@ -348,7 +275,7 @@ def _select_kernel(
         else:
             token, count, kept_mass, cut = _select_filtered(
                 logits, strides, row_params, tiles, state, at, inside, d, row, b, t, row_max,
-                live_count, vocab_size, stream, NT,
+                live_count, vocab_size, num_tiles, stream, NT,
             )  # fmt: skip
         if token >= 0:
             alpha = tl.load(row_params.alpha + b)

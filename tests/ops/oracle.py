@@ -236,18 +236,17 @@ def random_rows(
     return Rows(base, expert, anti, vocab_size, params)
 
 
-def batches(seed: int, dtype: torch.dtype, order: str) -> Iterator[Rows]:
-    """Over 3,000 random rows, about as wide as the places where tiles and vectors end."""
-    sizes = (
-        (1, 40),
-        (2, 100),
-        (33, 400),
-        (127, 500),
-        (128, 500),
-        (300, 800),
-        (1000, 500),
-        (2085, 300),
-    )
+MANY = ((1, 40), (2, 100), (33, 400), (127, 500), (128, 500), (300, 800), (1000, 500), (2085, 300))
+"""Over 3,000 rows, about as wide as the places where tiles and vectors end: (width, rows)."""
+
+FEW = ((1, 2), (33, 6), (127, 6), (128, 6), (129, 6), (1023, 4), (1024, 4), (1025, 4), (2085, 2))
+"""What Triton's interpreter gets: 40 rows, around the ends of its tiles and of its programs."""
+
+
+def batches(
+    seed: int, dtype: torch.dtype, order: str, sizes: tuple[tuple[int, int], ...] = MANY
+) -> Iterator[Rows]:
+    """Random rows of the given widths and numbers."""
     for i, (vocab_size, batch) in enumerate(sizes):
         yield random_rows(seed * 100 + i, batch, vocab_size, dtype, order)
 

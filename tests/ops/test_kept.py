@@ -11,13 +11,16 @@ import torch
 
 import proxytune_kernels as ptk
 from tests.ops import oracle
+from tests.ops.conftest import sized
 
 
 @functools.cache
-def _cases(dtype: torch.dtype, order: str) -> list[tuple[oracle.Rows, oracle.Kept, oracle.Array]]:
+def _cases(
+    dtype: torch.dtype, order: str, sizes: tuple[tuple[int, int], ...]
+) -> list[tuple[oracle.Rows, oracle.Kept, oracle.Array]]:
     seed = 10 * oracle.DTYPES.index(dtype) + oracle.ORDERS.index(order)
     found = []
-    for rows in oracle.batches(seed, dtype, order):
+    for rows in oracle.batches(seed, dtype, order, sizes):
         x = rows.x
         found.append((rows, oracle.kept(x, rows.filters), x))
     return found
@@ -28,7 +31,8 @@ def _cases(dtype: torch.dtype, order: str) -> list[tuple[oracle.Rows, oracle.Kep
 def test_kept_sets_are_the_sort_oracles(backend, dtype, order):
     """At least 3,000 rows; a size may differ from the oracle's only inside the band."""
     total = undecided = cut_among_ties = 0
-    for rows, kept, x in _cases(dtype, order):
+    sizes = sized(backend, oracle.MANY, oracle.FEW)
+    for rows, kept, x in _cases(dtype, order, sizes):
         out = backend.sample(
             rows.base,
             rows.expert,
@@ -47,7 +51,8 @@ def test_kept_sets_are_the_sort_oracles(backend, dtype, order):
         assert not out.status.any()
         rank = (kept.order == drawn[:, None]).argmax(-1)
         assert (rank < size).all()
-        _check_logprobs(out.logprobs.double().numpy(), drawn, x, rows.filters, kept, size)
+        found = out.logprobs.double().numpy()
+        _check_logprobs(found, drawn, x, rows.filters, kept, size, backend.tile_error)
         total += len(size)
         undecided += int((kept.low != kept.high).sum())
         ordered = np.take_along_axis(x, kept.order, 1)
@@ -55,12 +60,12 @@ def test_kept_sets_are_the_sort_oracles(backend, dtype, order):
             ordered, np.stack([size - 1, np.minimum(size, x.shape[1] - 1)], 1), 1
         )
         cut_among_ties += int(((edge[:, 0] == edge[:, 1]) & (size < x.shape[1])).sum())
-    assert total >= 3000
-    assert cut_among_ties > 100  # ties at the cut are among the rows
-    assert undecided < 0.01 * total  # and nearly every size is settled
+    assert total == sum(rows for _, rows in sizes)
+    assert cut_among_ties > sized(backend, 100, 0)  # ties at the cut are among the rows
+    assert undecided <= sized(backend, 0.01 * total, 1)  # and nearly every size is settled
 
 
-def _check_logprobs(logprobs, drawn, x, filters, kept, size):
+def _check_logprobs(logprobs, drawn, x, filters, kept, size, tile_error):
     """The probability drawn with is that of the kept set: one token more or less would show.
 
     The scaled difference d / T carries 3 roundings to fp32 and the result one: 2^-22 |d / T| and
@@ -71,7 +76,7 @@ def _check_logprobs(logprobs, drawn, x, filters, kept, size):
     at = np.arange(len(x)), drawn
     scaled = (x[at] - x.max(-1)) / np.where(filters.temperature == 0, 1, filters.temperature)
     bound = 2.0**-22 * (np.abs(scaled) + np.abs(wanted[at]) + 2 + math.log(x.shape[1]))
-    assert (np.abs(logprobs - wanted[at]) <= bound).all()
+    assert (np.abs(logprobs - wanted[at]) <= bound + tile_error).all()
 
 
 def test_kept_sets_recovered_by_drawing(backend):
@@ -83,10 +88,12 @@ def test_kept_sets_recovered_by_drawing(backend):
     x = rows.x
     kept = oracle.kept(x, rows.filters)
     wanted = oracle.log_probabilities(x, rows.filters.temperature, kept.order, kept.low)
-    likely = np.where(np.isneginf(wanted), 0, wanted).min(-1) > math.log(0.02)
-    chosen = np.flatnonzero(likely & (kept.low == kept.high))[:60]
-    assert len(chosen) == 60 and (kept.low[chosen] > 2).sum() > 15
-    draws = 1500  # each token of a set is missed with probability 0.98^1500 = 7e-14
+    # Each token of a set is missed with probability 0.98^1500 = 7e-14, or 0.8^90 = 2e-9.
+    least, draws, sets, of_three = sized(backend, (0.02, 1500, 60, 15), (0.2, 90, 2, 0))
+    likely = np.where(np.isneginf(wanted), 0, wanted).min(-1) > math.log(least)
+    settled = likely & (kept.low == kept.high) & (kept.low >= sized(backend, 1, 3))
+    chosen = np.flatnonzero(settled)[:sets]
+    assert len(chosen) == sets and (kept.low[chosen] > 2).sum() > of_three
     for row in chosen:
         one = {n: v[row].expand(draws).contiguous() for n, v in params.items()}
         one["position"] = torch.arange(draws)
@@ -102,35 +109,42 @@ def test_constant_rows_are_cut_by_id(backend, count):
     k = torch.tensor([0, 5, 0, 0, 0, 0, 3, 2**31 - 1], dtype=torch.int32)
     # fp32 p has 24 bits, at most 32 of them behind the point; the shortest prefix that reaches it
     shares = [max(1, math.ceil(math.floor(float(v) * 2**32) * count / 2**32)) for v in p]
-    for order in oracle.ORDERS:
+    # One program alone and long lists take the interpreter seconds a row: one row of them then.
+    short = count <= 300 or not backend.interpreted
+    rows = slice(None) if short else slice(2, 3)
+    for order in oracle.ORDERS if short else ("joint",):
         whole = [min(int(j) or count, count) for j in k]
         if order == "joint":
             sizes = [min(s, w) for s, w in zip(shares, whole, strict=True)]
         else:
             fp = [math.floor(float(v) * 2**32) for v in p]
             sizes = [max(1, math.ceil(f * w / 2**32)) for f, w in zip(fp, whole, strict=True)]
-        row = torch.full((1, count), -3.25).expand(len(p), -1)
-        out = backend.sample(row, top_p=p, top_k=k, filter_order=order, temperature=0.5)
-        assert out.num_kept.tolist() == sizes
-        assert (out.token_ids < torch.tensor(sizes)).all()
+        row = torch.full((1, count), -3.25).expand(len(p[rows]), -1)
+        out = backend.sample(row, top_p=p[rows], top_k=k[rows], filter_order=order, temperature=0.5)
+        assert out.num_kept.tolist() == sizes[rows]
+        assert (out.token_ids < torch.tensor(sizes[rows])).all()
 
 
 def test_ties_at_the_cut_go_by_id(backend):
     """Two values: of the tied tokens at the cut the lower ids stay, wherever they lie."""
     cases = [(50, 7), (1000, 300), (9000, 5), (20000, 12345)]
-    for vocab_size, high in cases[: 2 if backend.name == "reference" else 4]:
+    if backend.name == "reference":
+        cases = cases[:2]
+    # Each of three tokens has at least 0.28: one is missed with probability 4e-7.
+    cases, few, many = sized(backend, (cases, 8, 256), ([(5, 2), (700, 300), (1100, 3)], 3, 48))
+    for vocab_size, high in cases:
         g = torch.Generator().manual_seed(vocab_size + high)
         row = torch.zeros(vocab_size)
         row[torch.randperm(vocab_size, generator=g)[:high]] = 0.5
         order = torch.where(row > 0)[0].tolist() + torch.where(row == 0)[0].tolist()
         for size in (1, high - 1, high, high + 1, high + 3, vocab_size - 1):
-            draws = 256 if size <= 8 else 2
+            draws = many if size <= few else sized(backend, 2, 1)
             out = backend.sample(
                 row.expand(draws, -1), top_k=size, temperature=4.0, position=torch.arange(draws)
             )
             assert set(out.num_kept.tolist()) == {size}
             assert set(out.token_ids.tolist()) <= set(order[:size])
-            if size <= 8:  # each has at least 0.11: one is missed with probability 8e-13
+            if size <= few:  # each of 8 has at least 0.11: one is missed with probability 8e-13
                 assert set(out.token_ids.tolist()) == set(order[:size])
 
 
@@ -154,6 +168,8 @@ def test_the_token_that_crosses_p_is_kept_to_the_unit(backend):
             row = torch.tensor([[0.0, float(gap)]])
             out = backend.sample(row, top_p=1 - 2.0**-24, temperature=float(temperature))
             assert out.num_kept.tolist() == [2]
+        if found > sized(backend, 240, 3):
+            break
     assert found > 3
 
 
@@ -161,12 +177,13 @@ def test_the_token_that_crosses_p_is_kept_to_the_unit(backend):
 @pytest.mark.parametrize("spread", (0.0, 1e-3, 1.0, 4.0))
 def test_wide_rows(kernel, order, spread):
     """130,000 tokens, flat to peaked: pruning fails for the flat ones, and histograms take over."""
+    vocab_size = sized(kernel, 130_000, 1300)
     g = torch.Generator().manual_seed(int(spread * 1000))
-    row = torch.randn(1, 130_000, generator=g) * spread
+    row = torch.randn(1, vocab_size, generator=g) * spread
     row = torch.cat([row, (row * 8).round() / 8])  # and one with thousands of ties
     filters = [
-        (1.0, 0, 0.0), (0.9, 0, 0.0), (0.5, 50_000, 0.0), (0.999, 100, 0.0), (1.0, 70_001, 0.02),
-        (0.7, 0, 0.3), (1e-7, 0, 0.0),
+        (1.0, 0, 0.0), (0.9, 0, 0.0), (0.5, vocab_size * 5 // 13, 0.0), (0.999, 100, 0.0),
+        (1.0, vocab_size * 7 // 13 + 1, 0.02), (0.7, 0, 0.3), (1e-7, 0, 0.0),
     ]  # fmt: skip
     top_p, top_k, min_p = (torch.tensor(v).repeat_interleave(2) for v in zip(*filters, strict=True))
     base = row.repeat(len(filters), 1)
@@ -186,26 +203,28 @@ def test_wide_rows(kernel, order, spread):
 
 
 @functools.cache
-def _wide_cases():
+def _wide_cases(vocab_size, batch):
     """A real model's widths and peaks: most tiles are pruned, and masses only bounded."""
-    rows = oracle.random_rows(99, 240, 20_000)
+    rows = oracle.random_rows(99, batch, vocab_size)
     return rows, oracle.kept(rows.x, rows.filters)
 
 
 def test_kept_sets_of_wide_peaked_rows(kernel):
-    rows, kept = _wide_cases()
-    out = kernel.sample(*rows[:3], ptk.RowParams(**rows.params), vocab_size=20_000)
-    size = out.num_kept.numpy()
-    assert ((kept.low <= size) & (size <= kept.high)).all()
-    assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < size).all()
-    assert (kept.low == kept.high).mean() > 0.8  # flat rows have tokens of under 1e-6 each
+    for vocab_size, batch in sized(kernel, [(20_000, 240)], [(8193, 10), (50_257, 1)]):
+        rows, kept = _wide_cases(vocab_size, batch)
+        out = kernel.sample(*rows[:3], ptk.RowParams(**rows.params), vocab_size=vocab_size)
+        size = out.num_kept.numpy()
+        assert ((kept.low <= size) & (size <= kept.high)).all()
+        assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < size).all()
+        assert (kept.low == kept.high).mean() >= 0.8  # flat rows have tokens of under 1e-6 each
 
 
 def test_top_k_as_wide_as_the_row_is_off(backend):
-    rows = oracle.random_rows(6, 50, 77)
-    plain = rows.params | {"top_k": torch.zeros(50, dtype=torch.int32)}
+    batch = sized(backend, 50, 6)
+    rows = oracle.random_rows(6, batch, 77)
+    plain = rows.params | {"top_k": torch.zeros(batch, dtype=torch.int32)}
     for k in (-1, 77, 78, 2**31 - 1):
-        wide = plain | {"top_k": torch.full((50,), k, dtype=torch.int32)}
+        wide = plain | {"top_k": torch.full((batch,), k, dtype=torch.int32)}
         one, other = (
             backend.sample(rows.base, rows.expert, rows.anti, ptk.RowParams(**p), vocab_size=77)
             for p in (plain, wide)
@@ -214,11 +233,12 @@ def test_top_k_as_wide_as_the_row_is_off(backend):
 
 
 def test_greedy_is_the_first_maximum(backend):
-    rows = oracle.random_rows(7, 400, 150)
-    params = rows.params | {"temperature": torch.zeros(400)}
+    batch = sized(backend, 400, 60)
+    rows = oracle.random_rows(7, batch, 150)
+    params = rows.params | {"temperature": torch.zeros(batch)}
     out = backend.sample(rows.base, rows.expert, rows.anti, ptk.RowParams(**params), vocab_size=150)
     assert out.token_ids.tolist() == rows.x.argmax(-1).tolist()  # numpy: the first of equals
-    assert out.num_kept.tolist() == [1] * 400 and out.logprobs.tolist() == [0.0] * 400
+    assert out.num_kept.tolist() == [1] * batch and out.logprobs.tolist() == [0.0] * batch
 
 
 def test_a_subnormal_temperature_is_greedy(backend):
@@ -230,18 +250,17 @@ def test_a_subnormal_temperature_is_greedy(backend):
 @pytest.mark.parametrize("temperature", (1.1754944e-38, 1e-30, 1e-6, 1e6, 3e38))
 def test_extreme_temperatures(backend, temperature):
     """Just above zero only the maxima have mass; at infinity all are alike."""
-    rows = oracle.random_rows(8, 64, 200)
+    batch = sized(backend, 64, 6)
+    rows = oracle.random_rows(8, batch, 200)
     t = float(np.float32(temperature))
     out = backend.sample(
         rows.base, rows.expert, rows.anti, temperature=t, top_p=0.9, vocab_size=200,
-        position=torch.arange(64),
+        position=torch.arange(batch),
     )  # fmt: skip
     base, expert, anti = (r[:, :200] for r in (rows.base, rows.expert, rows.anti))
-    x = oracle.combined(base, expert, anti, torch.ones(64))
-    ones = np.ones(64)
-    f = oracle.Filters(
-        ones * t, np.zeros(64, int), ones * float(np.float32(0.9)), 0 * ones, np.zeros(64, int)
-    )
+    x = oracle.combined(base, expert, anti, torch.ones(batch))
+    ones, zeros = np.ones(batch), np.zeros(batch, int)
+    f = oracle.Filters(ones * t, zeros, ones * float(np.float32(0.9)), 0 * ones, zeros)
     kept = oracle.kept(x, f)
     assert ((kept.low <= out.num_kept.numpy()) & (out.num_kept.numpy() <= kept.high)).all()
     assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < out.num_kept.numpy()).all()
