@@ -167,7 +167,7 @@ def _select_filtered(
         if temperature != 1.0:
             sums = tl.load(tiles.scaled + at, mask=inside, other=0.0)
         total = row_mass(sums, d, hi, lo, floor)
-        band = ((total >> 21) + 1) * 9  # 4.3e-6 of it: see row_mass
+        band = ((total >> 21) + 1) * 9  # 4.3e-6 of it: row_mass is that close
         low_target, high_target = mass_target(top_p, total - band), mass_target(top_p, total + band)
     share = top_p.to(tl.float32) * 2.0**-32
     bound = cutoff_bound(d, live, sums, hi, top_k, share, of_row)
