@@ -13,7 +13,11 @@ import triton.language as tl
 
 TILE = tl.constexpr(128)  # tokens a summary
 OPTIONS = {"enable_fp_fusion": False}
-"""Compile options of every kernel."""
+"""Compile options of every kernel.
+
+What changes with the batch is marked do_not_specialize: a new batch size must not compile anything
+in the middle of serving.
+"""
 
 STATUS_NAN = tl.constexpr(1)
 STATUS_POSITIVE_INF = tl.constexpr(2)

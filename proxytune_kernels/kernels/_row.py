@@ -187,8 +187,8 @@ def difference_at(logits, strides, alpha, b, t, token, row_max):
 def row_mass(sums, d, hi, lo, floor):
     """2^44 times the row's mass from its tiles' (relative to their maxima), int64.
 
-    d is the tiles' maxima less the row's. Within 4.2e-6 of the exact mass, relatively (docs/gpu.md),
-    and the same in any order: integers are added.
+    d is the tiles' maxima less the row's. Within 4.2e-6 of the exact mass, relatively
+    (docs/gpu.md), and the same in any order: integers are added.
     """
     weight = exponential(d, hi, lo, floor).to(tl.float64)
     return tl.sum((sums.to(tl.float64) * weight * MASS_ONE).to(tl.int64), 0)

@@ -17,7 +17,7 @@ _BLOCK = 1024
 _WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _combine_kernel(logits, strides, alpha, out, vocab_size, blocks, BLOCK: tl.constexpr):
     """Grid [rows * blocks]."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks

@@ -92,7 +92,7 @@ def launch_sample(
         logits, strides, params, tiles, vocab_size, positions, blocks, stream,
         DRAW=True, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, **OPTIONS,
     )  # fmt: skip
-    # 128 registers: two programs of 8 warps a multiprocessor; nothing is spilled (benchmarks.static).
+    # 128 registers: two programs a multiprocessor, and nothing is spilled (benchmarks.static).
     _select_kernel[(rows,)](
         logits, strides, params, tiles, state, out, vocab_size, positions, width, stream,
         NT=triton.next_power_of_2(width), num_warps=SELECT_WARPS, maxnreg=128, **OPTIONS,

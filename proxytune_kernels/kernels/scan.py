@@ -33,7 +33,7 @@ def _tile_sums(p):
     return tl.sum(high, 1).to(tl.float32) * 2.0**-22 + tl.sum(low, 1).to(tl.float32) * 2.0**-44
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "blocks", "stream"])
 def _scan_kernel(
     logits, strides, row_params, tiles, vocab_size, positions, blocks, stream,
     DRAW: tl.constexpr, TILES: tl.constexpr,

@@ -27,7 +27,7 @@ class Alpha(NamedTuple):
     alpha: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token_stride", "positions"])
 def _score_kernel(
     logits, strides, row_params, tiles, token_ids, token_stride, out, vocab_size, positions,
     num_tiles, NT: tl.constexpr,

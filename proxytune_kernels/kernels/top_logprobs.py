@@ -71,7 +71,7 @@ def _list_many(logits, strides, row_params, b, t, row_max, keys, n, vocab_size):
     return listed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _top_kernel(
     logits, strides, row_params, tiles, state, drawn, top, n, vocab_size, num_tiles,
     NT: tl.constexpr, N: tl.constexpr,
