@@ -22,7 +22,7 @@ from proxytune_kernels.kernels.scan import SCAN_WARPS, TILES_PER_PROGRAM, _scan_
 from proxytune_kernels.kernels.select import _select_kernel
 from proxytune_kernels.params import RowParams
 
-SELECT_WARPS = 8
+SELECT_WARPS = 8  # 16 where a row has over 2,048 tiles
 SPREAD_WARPS = 4
 _BLOCK = 1024  # tokens a program of narrow and finish reads at once
 
@@ -92,10 +92,12 @@ def launch_sample(
         logits, strides, params, tiles, vocab_size, positions, blocks, stream,
         DRAW=True, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, **OPTIONS,
     )  # fmt: skip
+    tiles_at_once = triton.next_power_of_2(width)
     # 128 registers: two programs a multiprocessor, and nothing is spilled (benchmarks.static).
     _select_kernel[(rows,)](
         logits, strides, params, tiles, state, out, vocab_size, positions, width, stream,
-        NT=triton.next_power_of_2(width), num_warps=SELECT_WARPS, maxnreg=128, **OPTIONS,
+        NT=tiles_at_once, num_warps=SELECT_WARPS if tiles_at_once <= 2048 else 16, maxnreg=128,
+        **OPTIONS,
     )  # fmt: skip
     splits = splits_of(rows, vocab_size, device)
     _narrow_kernel[(rows * splits,)](
