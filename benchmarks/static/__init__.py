@@ -1,0 +1,1 @@
+"""What the compiler made of the Triton kernels, without a GPU; docs/benchmarks.md has the words."""

@@ -1,0 +1,161 @@
+"""What is compiled: the operators, called on CPU tensors as an engine would on a GPU's.
+
+A new kernel is one more entry of :data:`CASES`. Tensors have two requests and nothing in them: only
+dtypes, strides, alignment and sizes matter, and Triton treats 1 and multiples of 16 on their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import proxytune_kernels as ptk
+from benchmarks.static.figures import Mark, Route
+from proxytune_kernels.kernels import operators
+from proxytune_kernels.kernels._common import TILE
+from proxytune_kernels.rng import STREAMS
+
+BATCH = 2
+POSITIONS = 5  # verify and score: four drafts, or five tokens
+NUM_TOP = 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The logits of a case."""
+
+    vocab_size: int = 128_256
+    padding: int = 0  # columns past the vocabulary
+    dtype: torch.dtype = torch.bfloat16
+    positions: int | None = None  # None: [B, V]
+    steered: bool = True  # False: base alone
+    constrained: bool = False  # with a bias and a mask
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the roles' logits."""
+        return self.dtype.itemsize * (3 if self.steered else 1)
+
+    def empty(self, width: int, dtype: torch.dtype) -> Tensor:
+        """[B, width] or [B, T, width]."""
+        middle = () if self.positions is None else (self.positions,)
+        return torch.empty((BATCH, *middle, width), dtype=dtype)
+
+    @property
+    def roles(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Unwritten logits."""
+        base, expert, anti = (
+            self.empty(self.vocab_size + self.padding, self.dtype) for _ in range(3)
+        )
+        return (base, expert, anti) if self.steered else (base, None, None)
+
+    @property
+    def constraints(self) -> tuple[Tensor | None, Tensor | None]:
+        """Unwritten bias and mask."""
+        if not self.constrained:
+            return None, None
+        bits = -(-self.vocab_size // 32)
+        return self.empty(self.vocab_size, torch.float32), self.empty(bits, torch.int32)
+
+
+def _sample(shape: Shape) -> None:
+    arguments = (*ptk.RowParams.make(BATCH), *shape.constraints, shape.vocab_size)
+    operators.sample(*shape.roles, *arguments, STREAMS["sample"])
+
+
+def _top(shape: Shape) -> None:
+    arguments = (*ptk.RowParams.make(BATCH), *shape.constraints, shape.vocab_size)
+    operators.sample_top(*shape.roles, *arguments, STREAMS["sample"], NUM_TOP)
+
+
+def _combine(shape: Shape) -> None:
+    operators.combine(*shape.roles, torch.empty(BATCH), *shape.constraints, shape.vocab_size)
+
+
+def _score(shape: Shape) -> None:
+    token_ids = torch.empty((BATCH, POSITIONS), dtype=torch.int64)
+    operators.score(*shape.roles, token_ids, torch.empty(BATCH), shape.vocab_size)
+
+
+def _verify(shape: Shape, draft_logits: Tensor | None, mode: int) -> None:
+    draft_ids = torch.empty((BATCH, POSITIONS - 1), dtype=torch.int64)
+    arguments = (*ptk.RowParams.make(BATCH), *shape.constraints, shape.vocab_size, mode)
+    operators.verify(*shape.roles, draft_ids, draft_logits, *arguments)
+
+
+def _coupled(shape: Shape) -> None:
+    _verify(shape, None, 0)
+
+
+def _rejection(shape: Shape) -> None:
+    drafts = torch.empty((BATCH, POSITIONS - 1, shape.vocab_size), dtype=shape.dtype)
+    _verify(shape, drafts, 1)
+
+
+def _scan_tokens(arguments: Mapping[str, Any]) -> int:
+    return int(arguments["TILES"]) * int(TILE.value)
+
+
+_SCALED = Mark("STG", "tiles.scaled")
+_NOISE = Mark("IMAD", "0xD2511F53")  # Philox's multiplier
+
+SCAN_ROUTES = {
+    "scan": (
+        Route("one mass", _scan_tokens, avoids=(_SCALED, _NOISE)),
+        Route("mass at T", _scan_tokens, passes=(_SCALED,), avoids=(_NOISE,)),
+        Route("noise", _scan_tokens, passes=(_SCALED, _NOISE)),
+    )
+}
+"""scan by what a row asks for: greedy, top_k, or temperature 1; top_p or min_p at another
+temperature; no filter at another temperature."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, and which of its kernels are looked at."""
+
+    name: str
+    launch: Callable[[Shape], None]
+    kernels: tuple[str, ...]
+    shape: Shape = Shape()
+    routes: Mapping[str, tuple[Route, ...]] = field(default_factory=dict)
+    """By kernel: ways through it whose instructions are counted."""
+    aligned: bool = True
+    """Rows start at multiples of 16 bytes: wide loads are promised."""
+
+
+def _scan_case(name: str, shape: Shape, aligned: bool = True) -> Case:
+    return Case(name, _sample, ("scan",), shape, SCAN_ROUTES, aligned)
+
+
+CASES = (
+    Case("sample", _sample, ("scan", "select", "narrow", "finish"), routes=SCAN_ROUTES),
+    _scan_case("sample V=32000", Shape(32_000)),
+    _scan_case("sample V=151936", Shape(151_936)),
+    _scan_case("sample V=50257", Shape(50_257), aligned=False),
+    _scan_case("sample V=50257+15", Shape(50_257, padding=15)),
+    _scan_case("sample fp32", Shape(dtype=torch.float32)),
+    _scan_case("sample base alone", Shape(steered=False)),
+    _scan_case("sample bias+mask", Shape(constrained=True)),
+    Case("top_logprobs", _top, ("top",)),
+    Case(
+        "combine",
+        _combine,
+        ("combine",),
+        routes={"combine": (Route("all", lambda arguments: int(arguments["BLOCK"])),)},
+    ),
+    Case(
+        "score",
+        _score,
+        ("scan", "score"),
+        Shape(positions=POSITIONS),
+        {"scan": (Route("all", _scan_tokens),)},
+    ),
+    Case("coupled", _coupled, ("scan", "accept"), Shape(positions=POSITIONS), SCAN_ROUTES),
+    Case("rejection", _rejection, ("reject", "residual"), Shape(positions=POSITIONS)),
+)
+"""All logits are bf16 of V=128256 unless the name says otherwise; ``+15`` is padding."""

@@ -1,0 +1,482 @@
+"""The check of what Triton compiles to: parsing, counting, budgets, comparison, the command."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+
+from benchmarks.environment import REPOSITORY
+from benchmarks.report import RESULTS
+from benchmarks.static import budgets, occupancy, report, run
+from benchmarks.static.compiling import Compiled, parse_resources
+from benchmarks.static.figures import Figures, Mark, Route, RouteFigures, figures_of, function_at
+from benchmarks.static.sass import CannotFollow, Instruction, parse
+
+# A kernel's first part masks its loads or does not; its second part is not for all rows.
+SOURCE = """\
+def combined(at, inside):
+    base = tl.load(at, mask=inside)
+    expert = tl.load(at, mask=inside)
+    return expert - base
+
+
+def kernel(out):
+    x = combined(0, 1)
+    tl.store(out.first, x)
+    tl.store(out.second, x)
+"""
+SASS = """\
+	.headerflags	@"EF_CUDA_SM90"
+        .type           _kernel,@function
+.text._kernel:
+	//## File "{file}", line 8
+        /*0000*/                   S2R R1, SR_TID.X ;
+        /*0010*/                   ISETP.GT.AND P0, PT, R1, UR8, PT ;
+        /*0020*/               @P0 BRA `(.L_x_0) ;
+	//## File "{file}", line 2
+        /*0030*/                   LDG.E.128 R8, desc[UR6][R10.64] ;
+	//## File "{file}", line 3
+        /*0040*/                   LDG.E.128 R12, desc[UR6][R10.64] ;
+	//## File "{file}", line 8
+        /*0050*/                   BRA `(.L_x_1) ;
+.L_x_0:
+	//## File "{file}", line 2
+        /*0060*/              @!P1 LDG.E.U16 R8, desc[UR6][R10.64] ;
+        /*0070*/              @!P1 LDG.E.U16 R9, desc[UR6][R10.64+0x2] ;
+        /*0080*/                   MOV R12, R8 ;
+        /*0090*/                   MOV R13, R9 ;
+.L_x_1:
+	//## File "{file}", line 9
+        /*00a0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00b0*/                   LDL R3, [R1] ;
+        /*00c0*/              @!P2 STG.E desc[UR6][R8.64], R33 ;
+        /*00d0*/              @!P3 EXIT ;
+	//## File "{file}", line 10
+        /*00e0*/                   LDG.E R4, desc[UR6][R2.64] ;
+        /*00f0*/                   ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR6][R2.64], R4 ;
+        /*0100*/                   STG.E.64 desc[UR6][R8.64], R34 ;
+        /*0110*/                   EXIT ;
+.L_x_2:
+        /*0120*/                   BRA `(.L_x_2);
+        /*0130*/                   NOP;
+        /*0140*/                   NOP;
+.L_x_3:
+"""
+ALL, SECOND = lambda arguments: arguments["BLOCK"], Mark("STG", "out.second")
+
+
+def compiled(tmp_path, sass=SASS):
+    file = tmp_path / "kernel.py"
+    file.write_text(SOURCE)
+    code = parse(sass.replace("{file}", str(file)))
+    return Compiled(code, registers=40, stack=8, shared=2048, warps=2, arguments={"BLOCK": 512})
+
+
+def code_of(*lines):
+    """Instructions 16 bytes apart; a name with a colon is a label."""
+    rows, address = [], 0
+    for line in lines:
+        if line.endswith(":"):
+            rows.append(line)
+        else:
+            rows.append(f"        /*{address:04x}*/   {line} ;")
+            address += 16
+    return parse("\n".join(rows))
+
+
+def path_of(code, *required, excluded=lambda i: False):
+    return [i.opcode for i in code.longest_path(required, excluded)]
+
+
+def figures(**changes):
+    route = RouteFigures(10.0, 0.375, 6.0, {"combined": 10.0})
+    widths = {"logits_loads": {"16": 6}, "other_loads": {"4": 2}, "stores": {"4": 1}}
+    plain = Figures(40, 0, 0, 2048, 48, 100, **widths, atomics=1, barriers=3, routes={"all": route})
+    return replace(plain, **changes)
+
+
+def with_route(**changes):
+    return figures(routes={"all": replace(figures().routes["all"], **changes)})
+
+
+# Parsing
+
+
+def test_instructions_carry_predicate_width_and_source(tmp_path):
+    code = compiled(tmp_path).code
+    load = code.instructions[3]
+    assert (load.address, load.predicate, load.opcode) == (0x30, "", "LDG.E.128")
+    assert load.stem == "LDG"
+    assert load.source == "base = tl.load(at, mask=inside)"
+    assert code.instructions[6].predicate == "!P1"
+    assert code.labels[".L_x_1"] == 0xA0
+
+
+def test_what_fills_the_code_up_is_no_instruction(tmp_path):
+    code = compiled(tmp_path).code
+    assert len(code.instructions) == 18
+    assert code.instructions[-1].opcode == "EXIT"
+    # a jump back is none of the filling
+    assert len(code_of(".L_0:", "MOV R1, R2", "BRA `(.L_0)").instructions) == 2
+
+
+@pytest.mark.parametrize(
+    ("opcode", "size"),
+    [
+        ("LDG.E.128", 16),
+        ("LDG.E.64.STRONG.GPU", 8),
+        ("LDG.E", 4),
+        ("LDG.E.U16.CONSTANT", 2),
+        ("LDG.E.S8", 1),
+        ("STG.E.U8", 1),
+        ("LDG.E.ENL2.256", 32),
+        ("LDG.E.LTC128B.64", 8),
+        ("LDG.E.LTC128B", 4),
+    ],
+)
+def test_access_bytes(opcode, size):
+    assert Instruction(0, "", opcode, "", "", 0).access_bytes == size
+
+
+def test_resources():
+    text = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _scan_kernel:
+  REG:40 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:728 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    resources = parse_resources(text)
+    assert (resources["REG"], resources["STACK"]) == (40, 16)
+    with pytest.raises(ValueError, match="names no resources"):
+        parse_resources("Common:\n GLOBAL:0")
+
+
+def test_a_disassembly_without_code_is_an_error():
+    with pytest.raises(ValueError, match="no instruction"):
+        parse(".text:\n")
+
+
+# Paths
+
+
+def test_longest_path_takes_the_longer_branch():
+    code = code_of(
+        "@P0 BRA `(.L_0)", "MOV", "BRA `(.L_1)", ".L_0:", "FADD", "FMUL", "FFMA", ".L_1:", "EXIT"
+    )
+    assert path_of(code) == ["BRA", "FADD", "FMUL", "FFMA", "EXIT"]
+    assert path_of(code, excluded=lambda i: i.opcode == "FMUL") == ["BRA", "MOV", "BRA", "EXIT"]
+    assert "MOV" in path_of(code, lambda i: i.opcode == "MOV")
+
+
+def test_a_path_may_end_at_an_exit_that_is_not_for_all():
+    code = code_of("@P0 EXIT", "MOV", "EXIT")
+    assert path_of(code, excluded=lambda i: i.opcode == "MOV") == ["EXIT"]
+    assert path_of(code) == ["EXIT", "MOV", "EXIT"]
+
+
+def test_a_branch_may_have_its_condition_among_the_operands():
+    code = code_of("BRA.U UP0, `(.L_0)", "MOV", ".L_0:", "EXIT")
+    assert path_of(code) == ["BRA.U", "MOV", "EXIT"]
+    assert path_of(code, excluded=lambda i: i.opcode == "MOV") == ["BRA.U", "EXIT"]
+
+
+def test_the_slow_form_for_diverged_warps_is_not_followed():
+    code = code_of("BRA.DIV UR4, `(.L_0)", "MOV", "EXIT", ".L_0:", "FADD", "FMUL", "FFMA", "EXIT")
+    assert path_of(code) == ["BRA.DIV", "MOV", "EXIT"]
+
+
+def test_slow_arithmetic_is_on_no_path():
+    code = code_of(
+        "@!P1 BRA `(.L_0)", "MOV", "CALL.REL.NOINC `($slow)", ".L_0:", "EXIT",
+        "$slow:", "FFMA", "RET.REL.NODEC R8 `(.L_0)",
+    )  # fmt: skip
+    assert path_of(code) == ["BRA", "EXIT"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ((".L_0:", "MOV", "@P0 BRA `(.L_0)", "EXIT"), "loop"),
+        (("CALL.REL.NOINC `(.L_0)", "EXIT", ".L_0:", "EXIT"), "no path"),
+        (("RET.REL.NODEC R8 `(.L_0)", ".L_0:", "EXIT"), "RET"),
+        (("BRA `(.L_9)", "EXIT"), "BRA"),
+        (("MOV", "MOV"), "without an exit"),
+    ],
+)
+def test_code_that_cannot_be_followed(lines, reason):
+    with pytest.raises(CannotFollow, match=reason):
+        path_of(code_of(*lines))
+
+
+def test_no_path_is_an_error():
+    with pytest.raises(CannotFollow, match="no path"):
+        path_of(code_of("MOV", "EXIT"), lambda i: i.opcode == "FADD")
+
+
+# Figures
+
+
+def test_figures_of_a_kernel(tmp_path):
+    routes = (Route("first", ALL, avoids=(SECOND,)), Route("second", ALL, passes=(SECOND,)))
+    got = figures_of(compiled(tmp_path), 90, routes)
+    assert (got.registers, got.stack, got.local, got.shared) == (40, 8, 1, 2048)
+    assert got.logits_loads == {"16": 2, "2": 2}
+    assert (got.other_loads, got.stores) == ({"4": 1}, {"8": 1, "4": 1})
+    assert (got.atomics, got.barriers, got.instructions) == (1, 1, 18)
+    assert got.narrowest == 2
+    # 512 tokens for 64 threads; the masked loads, though longer, are on no route
+    first, second = got.routes["first"], got.routes["second"]
+    assert (first.instructions, second.instructions) == (10 / 8, 14 / 8)
+    assert (first.logits_loads, first.logits_bytes) == (2 / 8, 32 / 8)
+    assert second.parts == {"kernel": 12 / 8, "combined": 2 / 8}
+
+
+def test_a_mark_that_marks_nothing_is_an_error(tmp_path):
+    route = Route("second", ALL, avoids=(Mark("STG", "out.renamed"),))
+    with pytest.raises(CannotFollow, match="no STG from 'out.renamed'"):
+        figures_of(compiled(tmp_path), 90, (route,))
+
+
+def test_function_of_a_line(tmp_path):
+    file = tmp_path / "nested.py"
+    file.write_text("x = 1\ndef outer():\n    def inner():\n        pass\n    return inner\n")
+    assert [function_at(str(file), line) for line in (1, 4, 5)] == ["?", "inner", "outer"]
+
+
+def test_figures_survive_json():
+    assert Figures.of_record(json.loads(json.dumps(figures().record()))) == figures()
+
+
+# Occupancy
+
+OCCUPANCY = """
+#include "cuda_occupancy.h"
+#include <cstdio>
+int main() {
+    int cc, registers, shared, warps;
+    while (scanf("%d %d %d %d", &cc, &registers, &shared, &warps) == 4) {
+        int most_shared = cc == 80 ? 164 : cc == 120 ? 100 : 228;
+        cudaOccDeviceProp device;
+        device.computeMajor = cc / 10;
+        device.computeMinor = cc % 10;
+        device.maxThreadsPerBlock = 1024;
+        device.maxThreadsPerMultiprocessor = cc == 120 ? 1536 : 2048;
+        device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+        device.warpSize = 32;
+        device.sharedMemPerBlock = 48 << 10;
+        device.sharedMemPerMultiprocessor = most_shared << 10;
+        device.numSms = 1;
+        device.reservedSharedMemPerBlock = 1024;
+        device.sharedMemPerBlockOptin = (most_shared - 1) << 10;
+        cudaOccFuncAttributes kernel;
+        kernel.maxThreadsPerBlock = 1024;
+        kernel.numRegs = registers;
+        kernel.sharedSizeBytes = 0;
+        kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+        kernel.maxDynamicSharedSizeBytes = shared;
+        kernel.numBlockBarriers = 1;
+        cudaOccDeviceState state;
+        state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
+        cudaOccResult result;
+        if (cudaOccMaxActiveBlocksPerMultiprocessor(
+                &result, &device, &kernel, &state, warps * 32, shared))
+            return 1;
+        printf("%d\\n", result.activeBlocksPerMultiprocessor * warps);
+    }
+}
+"""
+
+
+def test_resident_warps_are_those_of_cuda_occupancy(tmp_path):
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or not (include / "cuda_occupancy.h").exists():
+        pytest.skip("needs a C++ compiler and Triton's copy of cuda_occupancy.h")
+    (tmp_path / "occupancy.cpp").write_text(OCCUPANCY)
+    program = tmp_path / "occupancy"
+    subprocess.run(
+        [compiler, "-w", "-I", str(include), str(tmp_path / "occupancy.cpp"), "-o", str(program)],
+        check=True,
+    )
+    cases = [
+        case
+        for case in product(
+            occupancy.LIMITS,
+            (16, 32, 40, 41, 64, 65, 96, 128, 168, 255),
+            (0, 32, 2048, 16384, 50000, 99 * 1024),
+            (1, 2, 4, 8, 16),
+        )
+        if case[1] * case[3] * 32 <= 65536
+    ]
+    asked = "\n".join(" ".join(map(str, case)) for case in cases)
+    done = subprocess.run([program], input=asked, capture_output=True, text=True, check=True)
+    theirs = [int(line) for line in done.stdout.split()]
+    assert len(theirs) == len(cases)
+    assert [occupancy.resident_warps(*case) for case in cases] == theirs
+
+
+# Budgets and comparison
+
+
+def test_a_kernel_within_its_budget():
+    assert list(budgets.over_budget("scan", figures(), True, 6)) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        (figures(registers=65), "registers 65, the budget is 64"),
+        (figures(stack=16), "stack 16"),
+        (figures(local=1), "local 1"),
+        (figures(shared=48 * 1024 + 1), "shared 49153"),
+        (with_route(logits_bytes=12.0), "reads 12 bytes of logits a token, the roles hold 6"),
+        (with_route(logits_loads=3.0), "takes 3 loads a token, 0.375 would do"),
+    ],
+)
+def test_broken_budgets(changed, complaint):
+    (found,) = budgets.over_budget("scan", changed, True, 6)
+    assert complaint in found
+
+
+def test_narrow_loads_break_no_promise_where_rows_are_not_aligned():
+    assert list(budgets.over_budget("scan", with_route(logits_loads=3.0), False, 6)) == []
+
+
+@pytest.mark.parametrize(
+    ("worse", "complaint"),
+    [
+        (figures(registers=41), "registers 41, was 40"),
+        (figures(stack=8), "stack 8, was 0"),
+        (figures(local=2), "local 2, was 0"),
+        (figures(shared=4096), "shared 4096, was 2048"),
+        (figures(atomics=2), "atomics 2, was 1"),
+        (figures(barriers=4), "barriers 4, was 3"),
+        (figures(resident_warps=40), "resident warps 40, was 48"),
+        (figures(logits_loads={"8": 6}), "narrowest 8, was 16"),
+        (figures(logits_loads={"16": 7}), "logits_loads 7, was 6"),
+        (figures(other_loads={"16": 1, "4": 2}), "other_loads 3, was 2"),
+        (figures(stores={"4": 2}), "stores 2, was 1"),
+        (with_route(instructions=10.125), "all: instructions a token 10.125, was 10"),
+        (with_route(logits_loads=0.75), "all: loads of logits a token 0.75, was 0.375"),
+    ],
+)
+def test_each_figure_that_got_worse_is_named(worse, complaint):
+    assert list(budgets.worse(worse, figures())) == [complaint]
+    assert list(budgets.worse(figures(), worse)) == []
+    assert list(budgets.worse(worse, worse)) == []
+
+
+UNIT = run.Unit("sample", "scan", 90)
+
+
+def stored():
+    return run.Stored("3.7.1", {UNIT: figures()})
+
+
+def test_comparison_names_the_kernel():
+    now = run.Stored("3.7.1", {UNIT: figures(registers=41)})
+    comparison = run.compare(now, stored(), complete=True)
+    assert comparison.complaints == ["sample/scan cc 90: registers 41, was 40"]
+    assert "1 have other figures" in comparison.summary
+
+
+def test_another_triton_is_not_compared():
+    now = run.Stored("3.6.0", {UNIT: figures(registers=41)})
+    comparison = run.compare(now, stored(), complete=True)
+    assert comparison.complaints == []
+    assert "are Triton 3.7.1's, this is 3.6.0" in comparison.summary
+
+
+def test_kernels_on_one_side_only():
+    other = UNIT._replace(cc=100)
+    now = run.Stored("3.7.1", {other: figures()})
+    complaints = run.compare(now, stored(), complete=True).complaints
+    assert [c.split(": ", 1)[0] for c in complaints] == [str(other), str(UNIT)]
+    assert len(run.compare(now, stored(), complete=False).complaints) == 1
+
+
+def test_stored_figures_are_read_back(tmp_path):
+    stored().write(tmp_path / "static.json")
+    assert run.Stored.read(tmp_path / "static.json") == stored()
+
+
+# The report
+
+
+def test_twins_are_listed_once():
+    twin = run.Unit("sample V=32000", "scan", 90)
+    other = run.Unit("sample fp32", "scan", 90)
+    kept, twins = report.split_twins({UNIT: figures(), twin: figures(), other: figures(stack=8)})
+    assert list(kept) == [UNIT, other]
+    assert twins == {"sample V=32000: scan": "sample: scan"}
+
+
+def test_affordable_instructions():
+    # An H100 issues 132 * 4 * 32 * 1.98e9 a second and reads 3.35e12 bytes.
+    assert report.affordable(90, 6) == pytest.approx(6 / 3.35e12 * 132 * 128 * 1.98e9)
+
+
+def test_the_stored_page_is_that_of_the_stored_figures():
+    kept = run.Stored.read(RESULTS / "static.json")
+    assert (RESULTS / "static.md").read_text() == report.page(kept)
+    assert set(kept.figures) == set(run.units(occupancy.LIMITS))
+
+
+# The command
+
+
+def static(*arguments, **variables):
+    environ = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.static", *arguments],
+        cwd=REPOSITORY,
+        env={**environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_refuses_the_interpreter():
+    done = static("--check", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("benchmarks.static: TRITON_INTERPRET is set")
+
+
+def test_only_all_figures_are_stored(tmp_path):
+    done = static("--write", "--kernels", "combine", "--results", str(tmp_path))
+    assert done.returncode == 2
+    assert "--write" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_check_compiles_and_compares(tmp_path):
+    """Against figures one of which can't be reached, and the others can't be missed."""
+    unit = run.Unit("combine", "combine", 90)
+    high = {"registers": 255, "shared": 2**20, "atomics": 99, "barriers": 99, "resident_warps": 0}
+    routes = {"all": RouteFigures(1e6, 1e6, 6.0, {})}
+    easy = figures(**high, stack=99, local=99, other_loads={"4": 999}, routes=routes)
+    easy = replace(easy, logits_loads={"1": 999}, stores={"1": 999})
+    file, arguments = tmp_path / "static.json", ("--check", "--kernels", "combine", "--cc", "90")
+    run.Stored(triton.__version__, {unit: replace(easy, registers=1)}).write(file)
+    done = static(*arguments, "--results", str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    complaint, *rest = done.stderr.strip().splitlines()
+    assert complaint.startswith("combine/combine cc 90: registers ")
+    assert rest == ["benchmarks.static: 1 figures are not what they should be"]
+    run.Stored(triton.__version__, {unit: easy}).write(file)
+    done = static(*arguments, "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "1 kernels keep their budgets" in done.stdout
