@@ -12,6 +12,7 @@ import proxytune_kernels as ptk
 from benchmarks.gpu import checks, flashinfer_peer
 from benchmarks.gpu.cases import (
     COMBINE,
+    COMPILED,
     EAGER,
     FLASHINFER,
     OURS,
@@ -136,7 +137,7 @@ def test_greedy_is_caught():
 
 @pytest.mark.parametrize("token", [-1, 600])
 def test_tokens_outside_the_vocabulary_are_caught(token):
-    case = rows_of()
+    case = rows_of("none")
     outside = Sampler("x", lambda rows: torch.full((4,), token), lambda n: None)
     with pytest.raises(AssertionError, match=f"x draws token {token} in row 0"):
         check_sampler(case, outside, case.logits())
@@ -192,8 +193,8 @@ class TestOurs:
         prepared.check(inputs)
         prepared.check(other)
 
-    def test_position_is_left_at_zero(self, monkeypatch):
-        case = Case(SAMPLE, vocab_size=500, batch_size=3)
+    def test_position_is_left_at_zero(self):
+        case = Case(SAMPLE, "flat", "none", vocab_size=500, batch_size=3)
         [inputs] = make_inputs(case, 1, "cpu", CpuDevice.backend)
         prepared = Providers(CpuDevice()).prepare(case, OURS, inputs)
         before = prepared.call(inputs).clone()
@@ -228,6 +229,19 @@ class TestOurs:
         x[2, 7] = x[2, 7].nextafter(torch.tensor(99.0))
         with pytest.raises(AssertionError, match="eager differs"):
             checks.check_combine(case, EAGER, inputs, x)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_compiled_chain_is_the_contract():
+    """What torch.compile makes of the chain, whole: one graph."""
+    case = Case(SAMPLE, vocab_size=600, batch_size=8)
+    [inputs] = make_inputs(case, 1, "cpu", CpuDevice.backend)
+    torch.compiler.reset()
+    prepared = Providers(CpuDevice()).prepare(case, COMPILED, inputs)
+    prepared.check(inputs)
+    assert prepared.config["mode"] in MODES
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 class TestCompiler:

@@ -89,6 +89,12 @@ def notes(records):
     return [r["text"] for r in records if r["op"] == "note"]
 
 
+def test_a_copy_counts_what_is_read_and_written(monkeypatch):
+    monkeypatch.setattr(gpu_run, "COPY_BYTES", 1000)
+    monkeypatch.setattr(CpuDevice, "seconds", lambda self, run, times: 0.5)
+    assert gpu_run.copy_rates(CpuDevice()) == [4000.0] * 10
+
+
 class TestRun:
     def test_whole(self, bench, tmp_path, capsys):
         code, records = bench()
