@@ -68,7 +68,8 @@ def _scan_kernel(
         top_k = tl.where((top_k > 0) & (top_k < vocab_size), top_k, ALL)
         if (temperature >= FLT_MIN) & ((top_k == ALL) | (order == ORDER_JOINT)):
             if temperature != 1.0:
-                per_unit = tl.div_rn(LOG2E + 0.0 * temperature, tl.minimum(temperature, 2.0**120))
+                log2e = tl.full([], LOG2E, tl.float32)
+                per_unit = tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))
                 p = tl.exp2(d * per_unit)
                 tl.store(tiles.scaled + at, _tile_sums(p))
             if is_unfiltered(0, top_k, top_p, min_p):
