@@ -152,9 +152,12 @@ def follow(code: Code, route: Route) -> Sequence[Instruction]:
     for mark in (*route.passes, *route.avoids):
         if not any(map(mark, code.instructions)):
             raise CannotFollow(f"route {route.name!r}: no {mark.stem} from {mark.text!r}")
-    return code.longest_path(
-        route.passes, lambda i: masked(i) or any(mark(i) for mark in route.avoids)
-    )
+    try:
+        return code.longest_path(
+            route.passes, lambda i: masked(i) or any(mark(i) for mark in route.avoids)
+        )
+    except CannotFollow as error:
+        raise CannotFollow(f"route {route.name!r} without masks on its loads: {error}") from None
 
 
 @cache

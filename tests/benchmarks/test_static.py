@@ -238,7 +238,8 @@ def test_figures_of_a_kernel(tmp_path):
     # 512 tokens for 64 threads; the masked loads, though longer, are on no route
     first, second = got.routes["first"], got.routes["second"]
     assert (first.instructions, second.instructions) == (10 / 8, 14 / 8)
-    assert (first.logits_loads, first.logits_bytes) == (2 / 8, 32 / 8)
+    for route in (first, second):
+        assert (route.logits_loads, route.logits_bytes) == (2 / 8, 32 / 8)
     assert second.parts == {"kernel": 12 / 8, "combined": 2 / 8}
 
 
@@ -246,6 +247,12 @@ def test_a_mark_that_marks_nothing_is_an_error(tmp_path):
     route = Route("second", ALL, avoids=(Mark("STG", "out.renamed"),))
     with pytest.raises(CannotFollow, match="no STG from 'out.renamed'"):
         figures_of(compiled(tmp_path), 90, (route,))
+
+
+def test_a_kernel_that_masks_all_its_loads_has_no_route(tmp_path):
+    masked = SASS.replace("LDG.E.128 R8", "@P4 LDG.E.128 R8", 1)
+    with pytest.raises(CannotFollow, match="route 'first' without masks"):
+        figures_of(compiled(tmp_path, masked), 90, (Route("first", ALL),))
 
 
 def test_function_of_a_line(tmp_path):
