@@ -9,7 +9,7 @@ from proxytune_kernels.kernels._common import INF, LN2, cleaned, combined
 from proxytune_kernels.kernels._noise import (
     best_of,
     gumbel,
-    least_wait,
+    noise_bound,
     score_of,
     tile_words,
     uniform,
@@ -46,7 +46,7 @@ def race_block(best, d, taken, block, inv_t, seed, position, stream, PER: tl.con
     first = block * (LANES * PER) + tl.arange(0, PER) * 128
     words = tl.reshape(tile_words(first, seed, position, stream, PER), [LANES, PER])
     scaled = d * inv_t
-    noise = -LN2 * tl.log2(least_wait(words))
+    noise = LN2 * noise_bound(words)
     bound = scaled + noise + (2e-4 + 2e-5 * tl.abs(scaled) + 1e-5 * tl.abs(noise))
     highest = tl.max(tl.max(tl.where(taken, bound, -INF), 1), 0)
     if (highest > -INF) & ((highest < score_of(best)) == 0):  # true for NaN: nothing yet

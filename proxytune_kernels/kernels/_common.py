@@ -70,7 +70,7 @@ class Strides(NamedTuple):
 
 @triton.jit
 def combined(logits, strides, alpha, b, t, ids, inside):
-    """x of tokens ``ids``, fp32, -inf where not ``inside``; NaN and +inf as they come.
+    """x of tokens ``ids``, fp32, -inf where not ``inside``; NaN, +inf and -0 as they come.
 
     docs/contracts.md, Combination. alpha = 0 reads base alone. b and t are int64: rows may lie
     further apart than 2^31 elements.
@@ -94,14 +94,13 @@ def combined(logits, strides, alpha, b, t, ids, inside):
         at = logits.allowed + (b * strides.allowed_b + t * strides.allowed_t)
         words = tl.load(at + (ids >> 5), mask=inside, other=0)
         x = tl.where((words >> (ids & 31)) & 1 != 0, x, -INF)
-    # -0 + 0 = +0: equal logits must have equal bits for the order by id.
-    return x + 0.0
+    return x
 
 
 @triton.jit
 def cleaned(x, row_max):
     """x with NaN masked; where the row's maximum is +inf, 0 for its tokens and -inf for others."""
-    x = tl.where(x == x, x, -INF)
+    x = tl.maximum(x, -INF)  # of NaN and a number it is the number
     if row_max == INF:
         x = tl.where(x == INF, 0.0, -INF)
     return x
@@ -165,7 +164,8 @@ def order_key(x, ids):
 
     No two tokens share a key.
     """
-    bits = x.to(tl.uint32, bitcast=True)
+    # -0 + 0 = +0: equal logits must have equal bits for the order by id.
+    bits = (x + 0.0).to(tl.uint32, bitcast=True)
     ordered = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return (ordered.to(tl.int64) << ID_BITS) | (LAST_ID - ids).to(tl.int64)
 

@@ -1,9 +1,10 @@
 """What Triton's interpreter has to be corrected in before it can stand in for a device.
 
 ``TRITON_INTERPRET=1`` runs the kernels on CPU tensors in numpy: slowly, but operation by operation
-as they are written. Four things differ from a device:
+as they are written. Five things differ from a device:
 
 - ``tl.fma`` rounds twice there; the contract (docs/contracts.md) rounds once.
+- ``tl.maximum`` and ``tl.minimum`` of NaN and a number give NaN there, the number on a device.
 - ``constant - tensor`` is a constant there, which no function takes.
 - Every call of a jit function patches ``triton.language`` again: once a module and launch will do.
 - numpy warns of what the kernels do on purpose (infinity minus infinity, wrapping integers).
@@ -41,6 +42,13 @@ def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     return interpreter.TensorHandle(_fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar)
 
 
+def _binary(function: Any) -> Any:
+    def create(self: Any, lhs: Any, rhs: Any) -> Any:
+        return self.binary_op(lhs, rhs, function)
+
+    return create
+
+
 _patched: set[int] = set()  # the globals of modules whose functions this launch has called
 
 
@@ -67,6 +75,8 @@ def correct() -> None:
     if interpreter.InterpreterBuilder.create_fma is _create_fma:
         return
     interpreter.InterpreterBuilder.create_fma = _create_fma
+    for name, function in (("maxnumf", np.fmax), ("minnumf", np.fmin)):
+        setattr(interpreter.InterpreterBuilder, f"create_{name}", _binary(function))
     interpreter.InterpretedFunction.__call__ = _call
     for name in _OPERATORS:
         setattr(tl.constexpr, name, _unwrapping(getattr(tl.constexpr, name)))

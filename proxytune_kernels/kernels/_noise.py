@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from proxytune_kernels.kernels._common import LN2
-
 HIGHEST_U = tl.constexpr(1.0 - 2.0**-24)
 WORD_ULP = tl.constexpr(2.0**-32)
 
@@ -93,12 +91,15 @@ def gumbel(u):
 
 
 @triton.jit
-def least_wait(words):
-    """A lower bound, to 2^-16 of itself, of -log1p(-u) of the tokens: cheap, for pruning."""
-    u = tl.fma(words.to(tl.float32), WORD_ULP, 0.5 * WORD_ULP)
-    # Below 2^-6, u itself is a bound and 1 - u would lose it; a word of 0 may become 2^-97.
-    wait = tl.where(u < 0.015625, u, -LN2 * tl.log2(1.0 - tl.minimum(u, HIGHEST_U)))
-    return tl.where(words == 0, 2.0**-98, wait)
+def noise_bound(words):
+    """An upper bound of log2(e) g, by three instructions: at most 0.09 above it where u < 1/16.
+
+    g = -log(-log1p(-u)) <= -log(u) <= -log(word 2^-32), and a float's bits are a lower bound of its
+    logarithm: log2(m 2^e) >= e + m - 1, m in [1, 2). A word of 0 (drawn again, u at least 2^-97)
+    gives 159. Off by 2^-16 for the rounding of the bits to fp32.
+    """
+    bits = words.to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.fma(bits.to(tl.float32), -(2.0**-23), 159.0)
 
 
 @triton.jit

@@ -26,10 +26,10 @@ def _combine_kernel(logits, strides, alpha, out, vocab_size, blocks, BLOCK: tl.c
     if (block + 1) * BLOCK <= vocab_size:  # no mask: accesses stay wide whatever the vocabulary
         inside = tl.full([BLOCK], True, tl.int1)
         x = combined(logits, strides, steering, row, first, ids, inside)
-        tl.store(out + row * vocab_size + ids, x)
+        tl.store(out + row * vocab_size + ids, x + 0.0)  # -0 becomes +0
     else:
         x = combined(logits, strides, steering, row, first, ids, ids < vocab_size)
-        tl.store(out + row * vocab_size + ids, x, mask=ids < vocab_size)
+        tl.store(out + row * vocab_size + ids, x + 0.0, mask=ids < vocab_size)
 
 
 def launch_combine(

@@ -18,7 +18,12 @@ from proxytune_kernels.kernels._common import OPTIONS, Logits, Strides
 from proxytune_kernels.kernels._row import Outputs, State, Tiles
 from proxytune_kernels.kernels.finish import _finish_kernel
 from proxytune_kernels.kernels.narrow import _narrow_kernel
-from proxytune_kernels.kernels.scan import SCAN_WARPS, TILES_PER_PROGRAM, _scan_kernel
+from proxytune_kernels.kernels.scan import (
+    SCAN_REGISTERS,
+    SCAN_WARPS,
+    TILES_PER_PROGRAM,
+    _scan_kernel,
+)
 from proxytune_kernels.kernels.select import _select_kernel
 from proxytune_kernels.params import RowParams
 
@@ -88,9 +93,9 @@ def launch_sample(
         return tiles, state
     width = tiles.maximum.shape[1]
     blocks = width // TILES_PER_PROGRAM
-    _scan_kernel[(rows * blocks,)](
+    _scan_kernel[(rows, blocks)](
         logits, strides, params, tiles, vocab_size, positions, blocks, stream,
-        DRAW=True, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, **OPTIONS,
+        DRAW=True, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, **OPTIONS,
     )  # fmt: skip
     tiles_at_once = triton.next_power_of_2(width)
     # 128 registers: two programs a multiprocessor, and nothing is spilled (benchmarks.static).

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from proxytune_kernels.kernels._common import (
+    ALL,
     FLT_MIN,
     INF,
     LN2,
@@ -19,11 +20,14 @@ from proxytune_kernels.kernels._common import (
     combined,
     digits,
 )
-from proxytune_kernels.kernels._noise import least_wait, tile_words
-from proxytune_kernels.kernels._row import ALL, is_unfiltered
+from proxytune_kernels.kernels._noise import noise_bound, tile_words
+from proxytune_kernels.kernels._row import is_unfiltered, noise_key
 
 TILES_PER_PROGRAM = 8
-SCAN_WARPS = 4
+# 16 tokens a lane: what is done once a lane, addresses above all, is shared by more of them.
+SCAN_WARPS = 2
+# 24 warps a multiprocessor, each lane with 96 bytes under way; fewer registers spill.
+SCAN_REGISTERS = 80
 
 
 @triton.jit
@@ -33,35 +37,37 @@ def _tile_sums(p):
     return tl.sum(high, 1).to(tl.float32) * 2.0**-22 + tl.sum(low, 1).to(tl.float32) * 2.0**-44
 
 
-@triton.jit(do_not_specialize=["positions", "blocks", "stream"])
+@triton.jit(do_not_specialize=["blocks", "stream"])
 def _scan_kernel(
     logits, strides, row_params, tiles, vocab_size, positions, blocks, stream,
     DRAW: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Grid [rows * blocks]; DRAW is off for score, which needs maxima and masses alone."""
-    row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    """Grid [rows, blocks]; DRAW is off for score, which needs maxima and masses alone."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, t = row // positions, row % positions
     alpha = tl.load(row_params.alpha + b)
     tile = block * TILES + tl.arange(0, TILES)
     ids = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     if (block + 1) * TILES * TILE <= vocab_size:  # no mask: loads stay wide whatever the vocabulary
         inside = tl.full([TILES, TILE], True, tl.int1)
-        x = combined(logits, strides, alpha, b, t, ids, inside)
+        given = combined(logits, strides, alpha, b, t, ids, inside)
     else:
-        x = combined(logits, strides, alpha, b, t, ids, ids < vocab_size)
-    nan = x != x
-    x = tl.where(nan, -INF, x)
+        given = combined(logits, strides, alpha, b, t, ids, ids < vocab_size)
+    x = tl.maximum(given, -INF)  # of NaN and a number it is the number
     top = tl.max(x, 1)
     at = row * blocks * TILES + tile
     tl.store(tiles.maximum + at, top)
     # Whole tiles of -inf (or +inf) have no difference to their maximum.
     d = x - tl.where(tl.abs(top) == INF, 0.0, top)[:, None]
-    p = tl.exp2(d * LOG2E)
+    scaled = d * LOG2E
+    p = tl.exp2(scaled)
     tl.store(tiles.raw + at, _tile_sums(p))
     if DRAW:
-        live = tl.sum((x > -INF).to(tl.int32), 1)
-        found = tl.max(nan.to(tl.int32), 1)
-        tl.store(tiles.count + at, (live + (found << 8)).to(tl.int16))
+        count = tl.full([TILES], TILE, tl.int32)
+        if tl.min(tl.min(x, 1), 0) == -INF:  # seldom: no token is masked
+            live = tl.sum((x > -INF).to(tl.int32), 1)
+            count = live + (tl.max((given != given).to(tl.int32), 1) << 8)
+        tl.store(tiles.count + at, count.to(tl.int16))
         temperature = tl.load(row_params.temperature + b)
         top_k, top_p = tl.load(row_params.top_k + b), tl.load(row_params.top_p + b)
         min_p, order = tl.load(row_params.min_p + b), tl.load(row_params.filter_order + b)
@@ -69,11 +75,9 @@ def _scan_kernel(
         if (temperature >= FLT_MIN) & ((top_k == ALL) | (order == ORDER_JOINT)):
             if temperature != 1.0:
                 log2e = tl.full([], LOG2E, tl.float32)
-                per_unit = tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))
-                p = tl.exp2(d * per_unit)
-                tl.store(tiles.scaled + at, _tile_sums(p))
+                scaled = d * tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))
+                tl.store(tiles.scaled + at, _tile_sums(tl.exp2(scaled)))
             if is_unfiltered(0, top_k, top_p, min_p):
-                seed, position = tl.load(row_params.seed + b), tl.load(row_params.position + b) + t
+                seed, position = noise_key(row_params, b, t)
                 words = tile_words(tile * TILE, seed, position, stream, TILES)
-                ratio = tl.max(p / least_wait(words), 1)
-                tl.store(tiles.race + at, tl.log2(ratio) * LN2)
+                tl.store(tiles.race + at, tl.max(scaled + noise_bound(words), 1) * LN2)

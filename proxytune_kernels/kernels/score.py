@@ -15,7 +15,12 @@ from proxytune_kernels.kernels._blocks import LANES, block_x
 from proxytune_kernels.kernels._common import INF, OPTIONS, Logits, Strides, exponent
 from proxytune_kernels.kernels._row import Tiles, difference_at, log_mass, row_mass
 from proxytune_kernels.kernels.sample import tiles_of
-from proxytune_kernels.kernels.scan import SCAN_WARPS, TILES_PER_PROGRAM, _scan_kernel
+from proxytune_kernels.kernels.scan import (
+    SCAN_REGISTERS,
+    SCAN_WARPS,
+    TILES_PER_PROGRAM,
+    _scan_kernel,
+)
 
 _WARPS = 4
 PER = tl.constexpr(8)  # tokens a lane: 16 bytes of bf16
@@ -27,7 +32,7 @@ class Alpha(NamedTuple):
     alpha: Any
 
 
-@triton.jit(do_not_specialize=["token_stride", "positions"])
+@triton.jit(do_not_specialize=["token_stride"])
 def _score_kernel(
     logits, strides, row_params, tiles, token_ids, token_stride, out, vocab_size, positions,
     num_tiles, NT: tl.constexpr,
@@ -69,9 +74,10 @@ def launch_score(
     tiles = Tiles(summaries.maximum, None, summaries.raw, None, None)
     width = summaries.maximum.shape[1]
     blocks = width // TILES_PER_PROGRAM
-    _scan_kernel[(rows * blocks,)](
+    _scan_kernel[(rows, blocks)](
         logits, strides, Alpha(alpha), tiles, vocab_size, positions, blocks, 0,
-        DRAW=False, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, **OPTIONS,
+        DRAW=False, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS,
+        **OPTIONS,
     )  # fmt: skip
     _score_kernel[(rows,)](
         logits, strides, Alpha(alpha), tiles, token_ids, token_ids.stride(0), out, vocab_size,

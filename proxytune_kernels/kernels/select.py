@@ -218,7 +218,7 @@ def _select_filtered(
     return token, low_count, kept_mass, cut
 
 
-@triton.jit(do_not_specialize=["positions", "stream"])
+@triton.jit(do_not_specialize=["stream"])
 def _select_kernel(
     logits, strides, row_params, tiles, state, out, vocab_size, positions, num_tiles, stream,
     NT: tl.constexpr,
