@@ -27,6 +27,9 @@ _STREAMS = Budget(registers=64)
 two thirds). When each of their lanes waits for one 16-byte load, 16 KiB are under way; an H100
 needs 13 KB a multiprocessor to draw 3.35 TB/s where a trip takes 0.5 us (docs/roofline.md)."""
 
+_SCAN = Budget(registers=104)
+"""18 warps, with two 16-byte loads a lane and role: 18 KiB are under way when only base's are."""
+
 _SPREAD = Budget(registers=168)
 """For kernels that read flat rows again, with more arithmetic a token: 12 warps."""
 
@@ -35,7 +38,7 @@ _OTHERS = Budget(registers=255)
 for finish, whose code holds routes for awkward rows that few blocks take."""
 
 BUDGETS = {
-    "scan": _STREAMS,
+    "scan": _SCAN,
     "combine": _STREAMS,
     "narrow": _SPREAD,
     "residual": _SPREAD,
