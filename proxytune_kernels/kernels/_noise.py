@@ -92,7 +92,7 @@ def gumbel(u):
 
 @triton.jit
 def noise_bound(words):
-    """An upper bound of log2(e) g, by three instructions: at most 0.09 above it where u < 1/16.
+    """An upper bound of log2(e) g by three instructions, at most 0.09 above -log2(u).
 
     g = -log(-log1p(-u)) <= -log(u) <= -log(word 2^-32), and a float's bits are a lower bound of its
     logarithm: log2(m 2^e) >= e + m - 1, m in [1, 2). A word of 0 (drawn again, u at least 2^-97)

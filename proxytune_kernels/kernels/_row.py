@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
     maximum: Any  # fp32: highest x, -inf where all are masked
     scaled: Any  # fp32: sum of exp((x - maximum) / T), where a filter or the logprob needs it
     raw: Any  # fp32: sum of exp(x - maximum)
-    race: Any  # fp32: upper bound of log of exp((x - maximum) / T) / wait; unfiltered rows only
+    race: Any  # fp32: upper bound of (x - maximum) / T + g; unfiltered rows only
     count: Any  # int16: tokens not masked, + 256 where there was a NaN
 
 
