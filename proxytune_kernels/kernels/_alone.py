@@ -91,7 +91,7 @@ def _search(logits, strides, row_params, b, t, row_max, vocab_size):
     lowest = tl.full([], 1, tl.int64)
     phase = tl.full([], EVERY, tl.int32)
     lower, upper, cut = lowest, lowest, lowest
-    least = -INF + 0.0 * shift
+    least = tl.full([], -INF, tl.float32)
     need_count, need_mass = tl.full([], ALL, tl.int32), none
     at_lower, mass_at_lower = lowest, lowest
     live, whole = lowest, lowest
