@@ -39,7 +39,7 @@ TILES_AGAIN = {"none": 1, "top_p": 4, "top_k+top_p": 50}
 """Tiles of a row that ours reads again, of 1,002 at V = 128,256: the race's favourite; the fewest
 that can hold the kept set, mean of what ``--count`` counts on peaked rows; one per token of k."""
 
-SAMPLED = 2048  # tokens by which a flat row's cutoff is guessed
+SAMPLED = 1024  # tokens by which a flat row's cutoff is guessed
 SECTOR = 32  # bytes that memory hands out at once
 
 DRAW_PASSES = (1.03, 1.7, 4.3)
