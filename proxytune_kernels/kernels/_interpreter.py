@@ -1,9 +1,10 @@
 """What Triton's interpreter has to be corrected in before it can stand in for a device.
 
 ``TRITON_INTERPRET=1`` runs the kernels on CPU tensors in numpy: slowly, but operation by operation
-as they are written. Five things differ from a device:
+as they are written. Six things differ from a device:
 
 - ``tl.fma`` rounds twice there; the contract (docs/contracts.md) rounds once.
+- Subnormal bf16 becomes 0 in fp32 there; a device keeps it, as the contract does.
 - ``tl.maximum`` and ``tl.minimum`` of NaN and a number give NaN there, the number on a device.
 - ``constant - tensor`` is a constant there, which no function takes.
 - Every call of a jit function patches ``triton.language`` again: once a module and launch will do.
@@ -42,6 +43,17 @@ def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     return interpreter.TensorHandle(_fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar)
 
 
+def _widening(convert: Any) -> Any:
+    """A conversion between floats in which bf16 to fp32 is a shift."""
+
+    def apply(x: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return x.view(np.uint16).astype(np.uint32) << 16
+        return convert(x, source, target, rounding_mode)
+
+    return apply
+
+
 def _binary(function: Any) -> Any:
     def create(self: Any, lhs: Any, rhs: Any) -> Any:
         return self.binary_op(lhs, rhs, function)
@@ -75,6 +87,7 @@ def correct() -> None:
     if interpreter.InterpreterBuilder.create_fma is _create_fma:
         return
     interpreter.InterpreterBuilder.create_fma = _create_fma
+    interpreter._convert_float = _widening(interpreter._convert_float)
     for name, function in (("maxnumf", np.fmax), ("minnumf", np.fmin)):
         setattr(interpreter.InterpreterBuilder, f"create_{name}", _binary(function))
     interpreter.InterpretedFunction.__call__ = _call
