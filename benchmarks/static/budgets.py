@@ -28,7 +28,7 @@ two thirds). When each of their lanes waits for one 16-byte load, 16 KiB are und
 needs 13 KB a multiprocessor to draw 3.35 TB/s where a trip takes 0.5 us (docs/roofline.md)."""
 
 _SCAN = Budget(registers=104)
-"""18 warps, with two 16-byte loads a lane and role: 18 KiB are under way when only base's are."""
+"""16 warps, but two loads a lane and role: 16 KiB are under way when only base's are."""
 
 _SPREAD = Budget(registers=168)
 """For kernels that read flat rows again, with more arithmetic a token: 12 warps."""

@@ -102,7 +102,6 @@ def _scan_tokens(arguments: Mapping[str, Any]) -> int:
 
 _SCALED = Mark("STG", "tiles.scaled")
 _NOISE = Mark("IMAD", "0xD2511F53")  # Philox's multiplier
-_COUNTED = Mark("FSETP", "x > -INF")  # taken where a token is masked
 _SELDOM = (Mark("FSETP", "live = tl.sum("),)  # tiles with masked tokens
 
 SCAN_ROUTES = {
@@ -131,9 +130,7 @@ class Case:
 
 
 def _scan_case(name: str, shape: Shape, aligned: bool = True) -> Case:
-    # Base alone has so few loads that they stand under a predicate in place of a branch: no route
-    # without masks can be told.
-    return Case(name, _sample, ("scan",), shape, SCAN_ROUTES if shape.steered else {}, aligned)
+    return Case(name, _sample, ("scan",), shape, SCAN_ROUTES, aligned)
 
 
 CASES = (

@@ -68,6 +68,13 @@ class _Block(NamedTuple):
     following: list[int]  # indices of the instructions that may come next
 
 
+class _Way(NamedTuple):
+    """From some instruction to an exit."""
+
+    unwanted: int
+    code: Sequence[Instruction]
+
+
 class _Jump(NamedTuple):
     exits: bool
     always: bool
@@ -86,28 +93,30 @@ class Code:
         return sum(i.stem in stems for i in self.instructions)
 
     def longest_path(
-        self, required: Sequence[Condition], excluded: Condition
+        self, required: Sequence[Condition], excluded: Condition, unwanted: Condition
     ) -> Sequence[Instruction]:
         """The longest way from the start to an exit, through code without loops; none with a call.
 
         Args:
             required: for each, the path has an instruction that it holds for.
             excluded: the path has no instruction that it holds for.
+            unwanted: the path has as few instructions as can be that it holds for; of those paths,
+                the longest.
 
         Raises:
             CannotFollow: there is a loop on the way, or no such path.
         """
         goal = (1 << len(required)) - 1
-        known: dict[tuple[int, int], list[Instruction] | None] = {}
+        known: dict[tuple[int, int], _Way | None] = {}
 
-        def search(start: int, met: int, before: frozenset[int]) -> list[Instruction] | None:
+        def search(start: int, met: int, before: frozenset[int]) -> _Way | None:
             if start in before:
                 raise CannotFollow("the code has a loop")
             if (start, met) not in known:
                 known[start, met] = extend(start, met, before | {start})
             return known[start, met]
 
-        def extend(start: int, met: int, before: frozenset[int]) -> list[Instruction] | None:
+        def extend(start: int, met: int, before: frozenset[int]) -> _Way | None:
             block = self._block(start)
             if any(map(excluded, block.code)):
                 return None
@@ -115,14 +124,17 @@ class Code:
                 met |= any(map(condition, block.code)) << bit
             ways = [search(following, met, before) for following in block.following]
             if block.may_end and met == goal:
-                ways.append([])
-            rest = max((way for way in ways if way is not None), key=len, default=None)
-            return None if rest is None else [*block.code, *rest]
+                ways.append(_Way(0, []))
+            found = [way for way in ways if way is not None]
+            if not found:
+                return None
+            rest = max(found, key=lambda way: (-way.unwanted, len(way.code)))
+            return _Way(rest.unwanted + sum(map(unwanted, block.code)), [*block.code, *rest.code])
 
-        path = search(0, 0, frozenset())
-        if path is None:
+        way = search(0, 0, frozenset())
+        if way is None:
             raise CannotFollow("no path through the code is of the kind asked for")
-        return path
+        return way.code
 
     @cached_property
     def _index(self) -> dict[str, int]:

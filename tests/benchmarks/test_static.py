@@ -94,8 +94,12 @@ def code_of(*lines):
     return parse("\n".join(rows))
 
 
-def path_of(code, *required, excluded=lambda i: False):
-    return [i.opcode for i in code.longest_path(required, excluded)]
+def none(i):
+    return False
+
+
+def path_of(code, *required, excluded=none, unwanted=none):
+    return [i.opcode for i in code.longest_path(required, excluded, unwanted)]
 
 
 def figures(**changes):
@@ -179,6 +183,16 @@ def test_longest_path_takes_the_longer_branch():
     assert "MOV" in path_of(code, lambda i: i.opcode == "MOV")
 
 
+def test_a_path_has_the_fewest_unwanted_instructions_and_then_is_the_longest():
+    code = code_of(
+        "@P0 BRA `(.L_0)", "FADD", "FADD", "MOV", "BRA `(.L_1)", ".L_0:", "FADD", "@P1 BRA `(.L_1)",
+        "FMUL", ".L_1:", "EXIT",
+    )  # fmt: skip
+    assert path_of(code) == ["BRA", "FADD", "FADD", "MOV", "BRA", "EXIT"]
+    path = path_of(code, unwanted=lambda i: i.opcode == "FADD")
+    assert path == ["BRA", "FADD", "BRA", "FMUL", "EXIT"]
+
+
 def test_a_path_may_end_at_an_exit_that_is_not_for_all():
     code = code_of("@P0 EXIT", "MOV", "EXIT")
     assert path_of(code, excluded=lambda i: i.opcode == "MOV") == ["EXIT"]
@@ -249,10 +263,21 @@ def test_a_mark_that_marks_nothing_is_an_error(tmp_path):
         figures_of(compiled(tmp_path), 90, (route,))
 
 
-def test_a_kernel_that_masks_all_its_loads_has_no_route(tmp_path):
-    masked = SASS.replace("LDG.E.128 R8", "@P4 LDG.E.128 R8", 1)
-    with pytest.raises(CannotFollow, match="route 'first' without masks"):
-        figures_of(compiled(tmp_path, masked), 90, (Route("first", ALL),))
+def test_loads_whose_branch_became_a_predicate_are_still_the_route(tmp_path):
+    masked = SASS.replace("     LDG.E.128 R8", "@!P0 LDG.E.128 R8")
+    route = figures_of(compiled(tmp_path, masked), 90, (Route("all", ALL),)).routes["all"]
+    assert (route.logits_loads, route.logits_bytes) == (2 / 8, 32 / 8)
+
+
+def test_what_is_seldom_needed_is_avoided_if_it_can_be(tmp_path):
+    kernel = compiled(tmp_path)
+    routes = (
+        Route("around", ALL, seldom=(SECOND,)),
+        Route("through", ALL, passes=(SECOND,), seldom=(SECOND,)),
+        Route("renamed", ALL, seldom=(Mark("STG", "out.renamed"),)),
+    )
+    instructions = [r.instructions for r in figures_of(kernel, 90, routes).routes.values()]
+    assert instructions == [10 / 8, 14 / 8, 14 / 8]
 
 
 def test_function_of_a_line(tmp_path):
@@ -337,7 +362,7 @@ def test_resident_warps_are_those_of_cuda_occupancy(tmp_path):
 
 
 def test_a_kernel_within_its_budget():
-    assert list(budgets.over_budget("scan", figures(), True, 6)) == []
+    assert list(budgets.over_budget("combine", figures(), True, 6)) == []
 
 
 @pytest.mark.parametrize(
@@ -352,12 +377,12 @@ def test_a_kernel_within_its_budget():
     ],
 )
 def test_broken_budgets(changed, complaint):
-    (found,) = budgets.over_budget("scan", changed, True, 6)
+    (found,) = budgets.over_budget("combine", changed, True, 6)
     assert complaint in found
 
 
 def test_narrow_loads_break_no_promise_where_rows_are_not_aligned():
-    assert list(budgets.over_budget("scan", with_route(logits_loads=3.0), False, 6)) == []
+    assert list(budgets.over_budget("combine", with_route(logits_loads=3.0), False, 6)) == []
 
 
 @pytest.mark.parametrize(
