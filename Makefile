@@ -66,6 +66,11 @@ asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer 
 static: install ## Compile the Triton kernels for GPUs, no GPU needed, and compare with the stored figures
 	@$(BIN)/python -m benchmarks.static --check
 
+.PHONY: interpret
+interpret: install ## Run the Triton kernels' tests in Triton's interpreter, which needs no GPU
+	@echo "Running the Triton kernels in Triton's interpreter"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops
+
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy
 	@echo "Checking style and types"

@@ -74,17 +74,12 @@ class Backend:
 
     @property
     def tile_error(self) -> float:
-        """What sums of tiles add to the bound of a logprob of a row without filters.
+        """What sums of tiles add to the bound of a raw logprob, or a logprob without filters.
 
-        Triton bounds its masses by tiles where it can (docs/gpu.md): within 4.2e-6 of themselves,
-        2e-6 at temperature 1 and so in raw logprobs. The others' are sums of integers.
+        Triton takes the tiles' sums for the row's mass there (docs/gpu.md); the others add up
+        integers.
         """
         return 4.2e-6 if self.name == "triton" else 0.0
-
-    @property
-    def raw_tile_error(self) -> float:
-        """The same for raw logprobs."""
-        return 2e-6 if self.name == "triton" else 0.0
 
     def __str__(self) -> str:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
@@ -131,6 +126,11 @@ KERNELS = [Backend(n, i) for n in USABLE if n != "reference"
            for i in (instruction_sets() if n == "cpu" else [None])]  # fmt: skip
 BACKENDS = [*KERNELS, *(Backend(n) for n in USABLE if n == "reference")]
 WIDEST = list({backend.name: backend for backend in KERNELS}.values())
+
+# Triton's kernels know nothing of torch's threads.
+on_threads = pytest.mark.parametrize(
+    "backend", [b for b in BACKENDS if b.name != "triton"], ids=str, indirect=True
+)
 
 _TOO_SLOW = pytest.mark.skip(
     reason="10^5 draws and more, too many for Triton's interpreter: that its draws are the other "

@@ -9,7 +9,7 @@ import torch
 
 import proxytune_kernels as ptk
 from tests.ops import oracle
-from tests.ops.conftest import KERNELS
+from tests.ops.conftest import KERNELS, on_threads, sized
 from tests.ops.oracle import assert_same
 
 CPU = [backend for backend in KERNELS if backend.name == "cpu"]
@@ -38,11 +38,12 @@ WIDTHS = (5, 300, 2048)
 @pytest.mark.parametrize("vocab_size", WIDTHS)
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
 def test_batch_permuted_grown_and_split(backend, vocab_size, dtype):
-    rows = rows_of(vocab_size, dtype)
+    batch = sized(backend, 48, 6)
+    rows = rows_of(vocab_size, dtype, batch)
     whole = run(backend, rows)
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(1))
     assert_same(at(whole, order), run(backend, rows, order))
-    for part in (slice(0, 1), slice(17, 24), slice(47, 48), slice(0, 0)):
+    for part in (slice(0, 1), slice(17, 24), slice(batch - 1, batch), slice(0, 0)):
         assert_same(at(whole, part), run(backend, rows, part))
     assert_same(at(whole, order.repeat(3)), run(backend, rows, order.repeat(3)))
 
@@ -51,7 +52,7 @@ def test_batch_permuted_grown_and_split(backend, vocab_size, dtype):
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
 def test_strided_and_misaligned_rows(backend, vocab_size, dtype):
     """Views whose rows start at odd addresses, far apart, or (stride 0) are one row."""
-    rows = rows_of(vocab_size, dtype)
+    rows = rows_of(vocab_size, dtype, sized(backend, 48, 5))
     plain = run(backend, rows)
 
     def view(role, offset, gap):
@@ -64,7 +65,7 @@ def test_strided_and_misaligned_rows(backend, vocab_size, dtype):
     views = [view(r, *p) for r, p in zip((rows.base, rows.expert, rows.anti), places, strict=True)]
     assert_same(plain, run(backend, rows._replace(base=views[0], expert=views[1], anti=views[2])))
     one = rows._replace(
-        **{r: getattr(rows, r)[:1].expand(48, -1) for r in ("base", "expert", "anti")}
+        **{r: getattr(rows, r)[:1].expand_as(getattr(rows, r)) for r in ("base", "expert", "anti")}
     )
     copied = one._replace(**{r: getattr(one, r).contiguous() for r in ("base", "expert", "anti")})
     assert_same(run(backend, one), run(backend, copied))
@@ -72,11 +73,12 @@ def test_strided_and_misaligned_rows(backend, vocab_size, dtype):
 
 def test_reversed_rows_of_a_larger_tensor(backend):
     """Every second row of a [B, 2, V] tensor: what verify's positions and score's look like."""
-    rows = rows_of(300)
+    rows = rows_of(300, batch=sized(backend, 48, 6))
     stacked = torch.stack([rows.anti, rows.base], 1)
     assert_same(run(backend, rows), run(backend, rows._replace(base=stacked[:, 1])))
 
 
+@on_threads
 @pytest.mark.parametrize("vocab_size", (300, 16384, 40001))
 def test_thread_counts(backend, vocab_size):
     """Rows over threads, and from 16,384 tokens each row over threads where rows are few."""
@@ -89,6 +91,7 @@ def test_thread_counts(backend, vocab_size):
             assert_same(alone, run(backend, rows))
 
 
+@pytest.mark.parametrize("kernel", CPU, ids=str, indirect=True)
 def test_thread_counts_of_flat_rows(kernel):
     """No filter: the race itself runs over all threads; some rows with a top_p cut among them."""
     row = (torch.randn(3, 100_003, generator=torch.Generator().manual_seed(2)) * 0.1).half()
@@ -183,14 +186,15 @@ def test_instruction_sets_agree_on_every_operator():
 
 @pytest.mark.parametrize("mode", ("coupled", "rejection"))
 def test_verify_and_score_do_not_depend_on_the_batch(backend, mode):
-    rows = oracle.random_rows(21, 64, 200)
-    roles = [t[:, :200].reshape(16, 4, 200) for t in (rows.base, rows.expert, rows.anti)]
-    params = ptk.RowParams(**rows.params).rows(slice(0, 16))
-    drafts = torch.randint(-1, 200, (16, 3), generator=torch.Generator().manual_seed(1))
+    batch = sized(backend, 16, 5)
+    rows = oracle.random_rows(21, batch * 4, 200)
+    roles = [t[:, :200].reshape(batch, 4, 200) for t in (rows.base, rows.expert, rows.anti)]
+    params = ptk.RowParams(**rows.params).rows(slice(0, batch))
+    drafts = torch.randint(-1, 200, (batch, 3), generator=torch.Generator().manual_seed(1))
     extra = {} if mode == "coupled" else {"draft_logits": roles[1][:, :3]}
     whole = backend.verify(*roles, drafts, params, mode=mode, **extra)
-    scored = backend.score(*roles, torch.full((16, 4), 5), params.alpha)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
+    scored = backend.score(*roles, torch.full((batch, 4), 5), params.alpha)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(2))
     for index in (order, slice(3, 4), slice(9, 16)):
         part = {n: v[index] for n, v in extra.items()}
         picked = [r[index] for r in roles]

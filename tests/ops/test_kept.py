@@ -105,11 +105,12 @@ def test_kept_sets_recovered_by_drawing(backend):
 @pytest.mark.parametrize("count", (1, 2, 7, 128, 300, 5000, 20000))
 def test_constant_rows_are_cut_by_id(backend, count):
     """All logits equal: masses are all 2^44 and sums exact, so sizes are exact too."""
+    count = sized(backend, count, min(count, 8200))
     p = torch.tensor([1.0, 1.0, 0.5, 0.3, 0.999, 1e-9, 0.75, 1.0])
     k = torch.tensor([0, 5, 0, 0, 0, 0, 3, 2**31 - 1], dtype=torch.int32)
     # fp32 p has 24 bits, at most 32 of them behind the point; the shortest prefix that reaches it
     shares = [max(1, math.ceil(math.floor(float(v) * 2**32) * count / 2**32)) for v in p]
-    # One program alone and long lists take the interpreter seconds a row: one row of them then.
+    # Long lists and, past 8192 tokens, one program alone take the interpreter seconds a row.
     short = count <= 300 or not backend.interpreted
     rows = slice(None) if short else slice(2, 3)
     for order in oracle.ORDERS if short else ("joint",):
@@ -131,14 +132,14 @@ def test_ties_at_the_cut_go_by_id(backend):
     if backend.name == "reference":
         cases = cases[:2]
     # Each of three tokens has at least 0.28: one is missed with probability 4e-7.
-    cases, few, many = sized(backend, (cases, 8, 256), ([(5, 2), (700, 300), (1100, 3)], 3, 48))
+    cases, few, many = sized(backend, (cases, 8, 256), ([(5, 2), (600, 300), (1100, 5)], 3, 48))
     for vocab_size, high in cases:
         g = torch.Generator().manual_seed(vocab_size + high)
         row = torch.zeros(vocab_size)
         row[torch.randperm(vocab_size, generator=g)[:high]] = 0.5
         order = torch.where(row > 0)[0].tolist() + torch.where(row == 0)[0].tolist()
         for size in (1, high - 1, high, high + 1, high + 3, vocab_size - 1):
-            draws = many if size <= few else sized(backend, 2, 1)
+            draws = many if 1 < size <= few else sized(backend, 2, 1)
             out = backend.sample(
                 row.expand(draws, -1), top_k=size, temperature=4.0, position=torch.arange(draws)
             )
@@ -177,7 +178,7 @@ def test_the_token_that_crosses_p_is_kept_to_the_unit(backend):
 @pytest.mark.parametrize("spread", (0.0, 1e-3, 1.0, 4.0))
 def test_wide_rows(kernel, order, spread):
     """130,000 tokens, flat to peaked: pruning fails for the flat ones, and histograms take over."""
-    vocab_size = sized(kernel, 130_000, 1300)
+    vocab_size = sized(kernel, 130_000, 700)
     g = torch.Generator().manual_seed(int(spread * 1000))
     row = torch.randn(1, vocab_size, generator=g) * spread
     row = torch.cat([row, (row * 8).round() / 8])  # and one with thousands of ties
@@ -210,7 +211,7 @@ def _wide_cases(vocab_size, batch):
 
 
 def test_kept_sets_of_wide_peaked_rows(kernel):
-    for vocab_size, batch in sized(kernel, [(20_000, 240)], [(8193, 10), (50_257, 1)]):
+    for vocab_size, batch in sized(kernel, [(20_000, 240)], [(8193, 5), (50_257, 1)]):
         rows, kept = _wide_cases(vocab_size, batch)
         out = kernel.sample(*rows[:3], ptk.RowParams(**rows.params), vocab_size=vocab_size)
         size = out.num_kept.numpy()

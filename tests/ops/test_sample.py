@@ -14,32 +14,39 @@ import torch
 import proxytune_kernels as ptk
 from proxytune_kernels import reference, rng
 from tests.ops import golden, oracle
-from tests.ops.conftest import Backend
+from tests.ops.conftest import Backend, sized
 
 NAN, POSITIVE_INF, EMPTY, BAD = 1, 2, 4, 8
 INF = torch.inf
+STREAMS = ("sample", "draft", "accept", "residual", "bonus")
 
 
 def test_golden_draws(backend):
-    for entry in json.loads(golden.PATH.read_text())["draws"]:
+    draws = json.loads(golden.PATH.read_text())["draws"]
+    wide = max(golden.WIDTHS)
+    few = [d for i, d in enumerate(draws) if (d["vocab_size"] < wide and i % 2) or i % 60 == 4]
+    assert sum(d["vocab_size"] == wide for d in few) == 3
+    for entry in sized(backend, draws, few):
         roles = golden.logits(entry["case"], entry["vocab_size"], entry["shift"])
         out = backend.sample(*roles, golden.params_of(entry), stream=entry["stream"])
         assert int(out.token_ids) == entry["token_id"], entry
         assert int(out.num_kept) == entry["num_kept"], entry
 
 
-def _gap(backend, token, other, **key):
-    """g(token) - g(other), measured: how far below the other's a winning logit may lie."""
-    low, high = -60.0, 60.0
-    for _ in range(8):
-        steps = torch.linspace(low, high, 64, dtype=torch.float64)
-        rows = torch.full((64, max(token, other) + 1), -INF)
-        rows[:, token], rows[:, other] = 0.0, steps.float()
-        wins = (backend.sample(rows, **key).token_ids == token).long()
-        assert (wins.diff() <= 0).all()
-        last = int(wins.sum())  # the first `last` steps are won
-        low, high = float(steps[max(last - 1, 0)]), float(steps[min(last, 63)])
-    return (low + high) / 2
+def _check_gap(backend, token, other, seed, position, stream="sample"):
+    """g(token) - g(other) is the contract's: the most that the other's logit may be above.
+
+    Races of two, in which the other has a little less and a little more; fp32 scores and logs are
+    right to 2^-20 of their size.
+    """
+    code = rng.STREAMS[stream]
+    one, rival = (oracle.gumbel(seed, position, i, code) for i in (token, other))
+    bound = 2.0**-20 * (4 + abs(one - rival))
+    steps = one - rival + torch.tensor([-20, -1, -bound, bound, 1, 20], dtype=torch.float64)
+    rows = torch.full((6, max(token, other) + 1), -INF)
+    rows[:, token], rows[:, other] = 0.0, steps.float()
+    out = backend.sample(rows, seed=seed, position=position, stream=stream)
+    assert out.token_ids.tolist() == [token] * 3 + [other] * 3
 
 
 @pytest.mark.parametrize(
@@ -56,18 +63,13 @@ def _gap(backend, token, other, **key):
     ],
 )
 def test_the_noise_is_the_contracts(backend, seed, position, token, other):
-    """Measured through races of two; fp32 scores and logs are right to 2^-20 of their size."""
-    wanted = oracle.gumbel(seed, position, token) - oracle.gumbel(seed, position, other)
-    measured = _gap(backend, token, other, seed=seed, position=position)
-    assert measured == pytest.approx(wanted, abs=2.0**-20 * (4 + abs(wanted)))
+    _check_gap(backend, token, other, seed, position)
 
 
 @pytest.mark.parametrize("stream", rng.STREAMS)
 def test_each_stream_has_its_own_noise(backend, stream):
-    code = ("sample", "draft", "accept", "residual", "bonus").index(stream)
-    wanted = oracle.gumbel(3, 8, 1, code) - oracle.gumbel(3, 8, 2, code)
-    measured = _gap(backend, 1, 2, seed=3, position=8, stream=stream)
-    assert measured == pytest.approx(wanted, abs=2.0**-20 * (4 + abs(wanted)))
+    assert rng.STREAMS[stream] == STREAMS.index(stream)
+    _check_gap(backend, 1, 2, 3, 8, stream)
 
 
 def test_a_word_that_rounds_up_to_1_still_draws(backend):
@@ -84,9 +86,9 @@ def test_a_word_that_rounds_up_to_1_still_draws(backend):
 
 
 @functools.cache
-def _reference_draws(dtype):
+def _reference_draws(dtype, sizes):
     found = []
-    for rows in oracle.batches(50 + oracle.DTYPES.index(dtype), dtype, "joint"):
+    for rows in oracle.batches(50 + oracle.DTYPES.index(dtype), dtype, "joint", sizes):
         params = ptk.RowParams(**rows.params)
         base, expert, anti = (t[:, : rows.vocab_size] for t in rows[:3])
         x = reference.combine(base, expert, anti, params.alpha)
@@ -107,7 +109,8 @@ def test_tokens_are_the_references(kernel, dtype):
     sum's rounding. Two tokens, so twice 2^-22 (|d / T| + |g| + 2).
     """
     differ = total = 0
-    for rows, d, scores, wanted, kept in _reference_draws(dtype):
+    sizes = sized(kernel, oracle.MANY, oracle.FEW)
+    for rows, d, scores, wanted, kept in _reference_draws(dtype, sizes):
         params = ptk.RowParams(**rows.params)
         out = kernel.sample(*rows[:3], params, vocab_size=rows.vocab_size)
         same_set = (out.num_kept == wanted.num_kept).numpy()
@@ -122,23 +125,23 @@ def test_tokens_are_the_references(kernel, dtype):
             differ += 1
             print(f"row {row}: {one} for {other}, {gap:.3g} apart")
             assert 0 <= gap <= 2 * 2.0**-22 * (2 * size + 2)
-    assert total > 3000 and differ <= 3
+    assert total > 0.95 * sum(rows for _, rows in sizes) and differ <= 3
 
 
 def test_logprobs_are_the_references(kernel):
     """raw_logprob: fp32 x - max, masses right to 2^-23, one rounding (as in test_kept)."""
-    rows = oracle.random_rows(60, 500, 777)
+    rows = oracle.random_rows(60, sized(kernel, 500, 16), 777)
     params = ptk.RowParams(**rows.params)
     out = kernel.sample(rows.base, rows.expert, rows.anti, params, vocab_size=777)
     x = torch.from_numpy(rows.x)
     raw = (x - x.logsumexp(-1, keepdim=True)).gather(1, out.token_ids[:, None])[:, 0]
     depth = (x.amax(-1) - x.gather(1, out.token_ids[:, None])[:, 0]).abs()
     bound = 2.0**-22 * (depth + raw.abs() + 2 + math.log(777))
-    assert ((out.raw_logprobs.double() - raw).abs() <= bound).all()
+    assert ((out.raw_logprobs.double() - raw).abs() <= bound + kernel.tile_error).all()
 
 
 def test_roles_of_different_dtypes(backend):
-    rows = oracle.random_rows(61, 200, 300)
+    rows = oracle.random_rows(61, sized(backend, 200, 5), 300)
     params = ptk.RowParams(**rows.params)
     for dtypes in ((0, 1, 2), (1, 0, 0), (2, 2, 1), (0, 2, 2)):
         roles = [t.to(oracle.DTYPES[d]) for t, d in zip(rows[:3], dtypes, strict=True)]
@@ -150,12 +153,13 @@ def test_roles_of_different_dtypes(backend):
 def test_alpha_identities(backend):
     """alpha 0 gives the base; expert = anti gives the base; base = anti with alpha 1 the expert."""
     g = torch.Generator().manual_seed(62)
+    batch = sized(backend, 64, 8)
     # Quarters: base + (expert - base) is then exact.
-    base, expert, anti = ((torch.randn(64, 200, generator=g) * 8).round() / 4 for _ in range(3))
-    params = ptk.RowParams(**oracle.random_params(g, 64, 200))
+    base, expert, anti = ((torch.randn(batch, 200, generator=g) * 8).round() / 4 for _ in range(3))
+    params = ptk.RowParams(**oracle.random_params(g, batch, 200))
 
     def draws(*roles, alpha):
-        out = backend.sample(*roles, params=params._replace(alpha=torch.full((64,), alpha)))
+        out = backend.sample(*roles, params=params._replace(alpha=torch.full((batch,), alpha)))
         return [oracle.bits(t).tolist() for t in oracle.tensors(out).values()]
 
     plain = draws(base, alpha=1.0)
@@ -195,7 +199,7 @@ def test_status_and_masks(backend, vocab_size):
     ])  # fmt: skip
     wanted = [NAN, POSITIVE_INF, NAN | POSITIVE_INF, EMPTY, NAN | EMPTY, 0, 0, 0]
     sizes = [vocab_size - 1, 2, 1, 0, 0, 1, None, vocab_size]
-    for position in range(40):
+    for position in range(sized(backend, 40, 4)):
         out = backend.sample(base, position=position)
         assert out.status.tolist() == wanted
         assert [a for a, b in zip(out.num_kept.tolist(), sizes, strict=True) if b is not None] == [
@@ -207,7 +211,8 @@ def test_status_and_masks(backend, vocab_size):
         for name in ("logprobs", "raw_logprobs"):
             value = getattr(out, name)
             assert value.isnan().tolist() == [t < 0 for t in tokens]
-        assert out.logprobs[1].item() == pytest.approx(math.log(0.5), abs=1e-6)
+        for value in (out.logprobs[1], out.raw_logprobs[1]):  # two alike, whatever else there was
+            assert value.item() == pytest.approx(math.log(0.5), abs=1e-6)
 
 
 def test_infinities_of_expert_and_anti(backend):
@@ -247,15 +252,16 @@ def test_parameters_out_of_range_mark_their_row_alone(backend):
 @pytest.mark.parametrize("vocab_size", (1, 31, 32, 33, 127, 129, 300))
 def test_bias_and_mask(backend, vocab_size):
     """The same as adding the bias to, and masking, the combined logits."""
-    rows = oracle.random_rows(vocab_size, 40, vocab_size, padding=0)
+    batch = sized(backend, 40, 6)
+    rows = oracle.random_rows(vocab_size, batch, vocab_size, padding=0)
     g = torch.Generator().manual_seed(64)
-    bias = (torch.randn(40, vocab_size, generator=g) * 2).round() / 4
-    bias[torch.rand(40, vocab_size, generator=g) < 0.05] = -INF
-    allowed = torch.rand(40, vocab_size, generator=g) < 0.6
+    bias = (torch.randn(batch, vocab_size, generator=g) * 2).round() / 4
+    bias[torch.rand(batch, vocab_size, generator=g) < 0.05] = -INF
+    allowed = torch.rand(batch, vocab_size, generator=g) < 0.6
     words = -(-vocab_size // 32)
-    padded = torch.ones(40, 32 * words, dtype=torch.int64)  # bits past the row are set: never read
+    padded = torch.ones(batch, 32 * words, dtype=torch.int64)  # bits past the row: never read
     padded[:, :vocab_size] = allowed
-    packed = (padded.view(40, words, 32) << torch.arange(32)).sum(-1)
+    packed = (padded.view(batch, words, 32) << torch.arange(32)).sum(-1)
     packed = (packed - (packed >> 31 << 32)).int()
     params = ptk.RowParams(**rows.params)
     x = backend.combine(rows.base, rows.expert, rows.anti, params.alpha)
