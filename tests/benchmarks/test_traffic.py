@@ -195,7 +195,7 @@ def test_ours():
     peaked, flat = (ours(Case(64, kind=kind)) for kind in ("peaked", "flat"))
     tiles = 6 * 128 * TILES_AGAIN["top_p"] / 128_256
     assert peaked.bytes_moved == pytest.approx(size + 2 * summary + tiles)
-    sampled = 2048 * 3 * 32 / 128_256
+    sampled = 1024 * 3 * 32 / 128_256
     assert flat.bytes_moved == pytest.approx(3 * size + 2 * summary + sampled)
     assert peaked.launches == flat.launches == 4
     assert ours(Case(64, dtype="fp32")).bytes_moved > 2 * size
