@@ -87,6 +87,8 @@ def _numbers(figures: Figures) -> dict[str, float]:
     """By name, all that is compared; more is worse."""
     numbers: dict[str, float] = {name: getattr(figures, name) for name in _MORE_IS_WORSE}
     numbers |= {name: sum(getattr(figures, name).values()) for name in _ACCESSES}
+    if figures.routes:  # by token, whatever a thread has of them
+        del numbers["logits_loads"]
     for name, route in figures.routes.items():
         numbers[f"{name}: instructions a token"] = route.instructions
         numbers[f"{name}: loads of logits a token"] = route.logits_loads

@@ -396,7 +396,6 @@ def test_narrow_loads_break_no_promise_where_rows_are_not_aligned():
         (figures(barriers=4), "barriers 4, was 3"),
         (figures(resident_warps=40), "resident warps 40, was 48"),
         (figures(logits_loads={"8": 6}), "narrowest 8, was 16"),
-        (figures(logits_loads={"16": 7}), "logits_loads 7, was 6"),
         (figures(other_loads={"16": 1, "4": 2}), "other_loads 3, was 2"),
         (figures(stores={"4": 2}), "stores 2, was 1"),
         (with_route(instructions=10.125), "all: instructions a token 10.125, was 10"),
@@ -407,6 +406,12 @@ def test_each_figure_that_got_worse_is_named(worse, complaint):
     assert list(budgets.worse(worse, figures())) == [complaint]
     assert list(budgets.worse(figures(), worse)) == []
     assert list(budgets.worse(worse, worse)) == []
+
+
+def test_loads_in_the_code_count_where_none_are_counted_by_token():
+    before, more = figures(routes={}), figures(routes={}, logits_loads={"16": 7})
+    assert list(budgets.worse(more, before)) == ["logits_loads 7, was 6"]
+    assert list(budgets.worse(figures(logits_loads={"16": 12}), figures())) == []
 
 
 UNIT = run.Unit("sample", "scan", 90)
