@@ -79,12 +79,14 @@ def combined(logits, strides, alpha, b, t, ids, inside):
     base = tl.load(at + ids, mask=inside, other=-INF).to(tl.float32)
     x = base
     if logits.expert is not None:
-        if alpha != 0:
-            at = logits.expert + (b * strides.expert_b + t * strides.expert_t)
-            expert = tl.load(at + ids, mask=inside, other=0).to(tl.float32)
-            at = logits.anti + (b * strides.anti_b + t * strides.anti_t)
-            anti = tl.load(at + ids, mask=inside, other=0).to(tl.float32)
-            x = tl.fma(alpha, expert - anti, base)
+        # A mask, not a branch: all three loads are under way at once. Where alpha is 0 both are 0,
+        # and the sum is base exactly.
+        steered = inside & (alpha != 0)
+        at = logits.expert + (b * strides.expert_b + t * strides.expert_t)
+        expert = tl.load(at + ids, mask=steered, other=0).to(tl.float32)
+        at = logits.anti + (b * strides.anti_b + t * strides.anti_t)
+        anti = tl.load(at + ids, mask=steered, other=0).to(tl.float32)
+        x = tl.fma(alpha, expert - anti, base)
     if logits.bias is not None:
         at = logits.bias + (b * strides.bias_b + t * strides.bias_t)
         x = x + tl.load(at + ids, mask=inside, other=0)

@@ -1,11 +1,12 @@
 """What Triton's interpreter has to be corrected in before it can stand in for a device.
 
 ``TRITON_INTERPRET=1`` runs the kernels on CPU tensors in numpy: slowly, but operation by operation
-as they are written. Six things differ from a device:
+as they are written. Seven things differ from a device:
 
 - ``tl.fma`` rounds twice there; the contract (docs/contracts.md) rounds once.
 - Subnormal bf16 becomes 0 in fp32 there; a device keeps it, as the contract does.
 - ``tl.maximum`` and ``tl.minimum`` of NaN and a number give NaN there, the number on a device.
+- The truth of ``x != 0.0`` becomes an fp32 number there when it is spread over a block.
 - ``constant - tensor`` is a constant there, which no function takes.
 - Every call of a jit function patches ``triton.language`` again: once a module and launch will do.
 - numpy warns of what the kernels do on purpose (infinity minus infinity, wrapping integers).
@@ -13,6 +14,7 @@ as they are written. Six things differ from a device:
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from triton.runtime import interpreter
 _OPERATORS = [
     f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv") for side in ("", "r")
 ]
+
+_COMPARISON = re.compile(r"create_[fi]cmp")
 
 
 def _fused_multiply_add(x: Any, y: Any, z: Any) -> Any:
@@ -61,6 +65,13 @@ def _binary(function: Any) -> Any:
     return create
 
 
+def _comparing(compare: Any) -> Any:
+    def create(self: Any, lhs: Any, rhs: Any) -> Any:
+        return interpreter.TensorHandle(compare(self, lhs, rhs).data, tl.int1)
+
+    return create
+
+
 _patched: set[int] = set()  # the globals of modules whose functions this launch has called
 
 
@@ -90,6 +101,9 @@ def correct() -> None:
     interpreter._convert_float = _widening(interpreter._convert_float)
     for name, function in (("maxnumf", np.fmax), ("minnumf", np.fmin)):
         setattr(interpreter.InterpreterBuilder, f"create_{name}", _binary(function))
+    for name in filter(_COMPARISON.match, dir(interpreter.InterpreterBuilder)):
+        compare = getattr(interpreter.InterpreterBuilder, name)
+        setattr(interpreter.InterpreterBuilder, name, _comparing(compare))
     interpreter.InterpretedFunction.__call__ = _call
     for name in _OPERATORS:
         setattr(tl.constexpr, name, _unwrapping(getattr(tl.constexpr, name)))

@@ -53,7 +53,8 @@ def tiles_of(rows: int, vocab_size: int, device: torch.device) -> Tiles:
     width = triton.cdiv(vocab_size, 128 * TILES_PER_PROGRAM) * TILES_PER_PROGRAM
     numbers = torch.empty((4, rows, width), dtype=torch.float32, device=device)
     count = torch.empty((rows, width), dtype=torch.int16, device=device)
-    return Tiles(*numbers.unbind(), count)
+    maximum, scaled, raw, race = numbers.unbind()
+    return Tiles(maximum, scaled, raw, race, count)
 
 
 def state_of(rows: int, device: torch.device) -> State:

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from proxytune_kernels.kernels._alone import PER, above
 from proxytune_kernels.kernels._blocks import LANES, block_ids, block_x
+from proxytune_kernels.kernels._bounds import cutoff_bound
 from proxytune_kernels.kernels._common import (
     ALL,
     INF,
@@ -39,7 +40,7 @@ from proxytune_kernels.kernels._row import (
     finite_max,
     log_mass,
 )
-from proxytune_kernels.kernels.select import cutoff_bound, list_tokens
+from proxytune_kernels.kernels.select import list_tokens
 from proxytune_kernels.params import RowParams
 
 _WARPS = 8

@@ -165,7 +165,7 @@ def _reject_kernel(
         tl.store(out.token_ids + row, tl.where(active, token, -1))
         tl.store(out.logprobs + row, tl.where(active, logprob, float("nan")))
         active = goes_on
-        accepted += active.to(tl.int32)
+        accepted += tl.where(active, 1, 0)
     tl.store(out.num_accepted + b, accepted)
     tl.store(out.status + b, status)
     tl.store(residual.step + b, stopped)
