@@ -80,6 +80,12 @@ def _sample(
         launch_top(logits, strides, row_params, tiles, state, drawn, top, vocab_size)
 
 
+def _check_num_top(num_top: int) -> None:
+    if not 1 <= num_top <= _check.MAX_TOP_LOGPROBS:
+        wanted = f"[1, {_check.MAX_TOP_LOGPROBS}]"
+        raise ValueError(f"sample: num_top must be in {wanted}, got {num_top}")
+
+
 @_on_device
 def sample(base: Tensor, expert: Any, anti: Any, *rest: Any) -> tuple[Tensor, ...]:
     """``proxytune::sample``."""
@@ -98,7 +104,7 @@ def sample_out(base: Tensor, expert: Any, anti: Any, *rest: Any, **out: Tensor) 
 def sample_top(base: Tensor, expert: Any, anti: Any, *rest: Any) -> tuple[Tensor, ...]:
     """``proxytune::sample_top``."""
     num_top = rest[-1]
-    _check.top_logprobs(num_top)
+    _check_num_top(num_top)
     out, top = empty_sample(base), empty_top(base, num_top)
     _sample(base, expert, anti, rest[:-1], _results(out, top), num_top)
     return (*out, *top)
@@ -107,6 +113,7 @@ def sample_top(base: Tensor, expert: Any, anti: Any, *rest: Any) -> tuple[Tensor
 @_on_device
 def sample_top_out(base: Tensor, expert: Any, anti: Any, *rest: Any, **out: Tensor) -> None:
     """``proxytune::sample_top_out``."""
+    _check_num_top(rest[-1])
     results = _results(_named(out, SAMPLE_OUTPUTS), _named(out, TOP_OUTPUTS))
     _sample(base, expert, anti, rest[:-1], results, rest[-1])
 
