@@ -165,11 +165,17 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from _use(request.param)
 
 
+@pytest.fixture(params=WIDEST, ids=str)
+def widest(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend but the reference, the CPU at its widest."""
+    yield from _use(request.param)
+
+
 @pytest.fixture(
     params=[pytest.param(k, marks=_TOO_SLOW) if k.interpreted else k for k in WIDEST], ids=str
 )
-def widest(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Every backend but the reference, the CPU at its widest: for what needs many draws."""
+def fast(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The same for what needs many draws."""
     yield from _use(request.param)
 
 

@@ -60,21 +60,21 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_pooled_g_test(widest):
+def test_pooled_g_test(fast):
     """8.4 * 10^6 draws over six distributions: each p-value, and all of them together."""
     draws, p_values = 1_400_000, []
     for i, case in enumerate(CASES.values()):
         case = dict(case)
         g = torch.Generator().manual_seed(i)
         row = torch.randn(case.pop("vocab_size"), generator=g) * case.pop("spread")
-        tokens = draw(widest, row, draws, seed=1000 + i, **case)
+        tokens = draw(fast, row, draws, seed=1000 + i, **case)
         counts = np.bincount(tokens, minlength=len(row))
         p_values.append(g_test(counts, draws * probabilities(row, **case)))
     assert min(p_values) > SIGNIFICANCE / len(p_values), p_values
     assert stats.combine_pvalues(p_values).pvalue > SIGNIFICANCE, p_values
 
 
-def test_tails_14_to_22_nats_down(widest):
+def test_tails_14_to_22_nats_down(fast):
     """Tokens that far below the maximum are drawn as often as they should be.
 
     Noise from floats near 1 ends at 16.6 nats, from 32-bit words without finer ones at 22.2.
@@ -85,7 +85,7 @@ def test_tails_14_to_22_nats_down(widest):
     draws, batch = 600_000, 200_000
     counts = dict.fromkeys(levels, 0)
     for start in range(0, draws, batch):
-        out = widest.sample(
+        out = fast.sample(
             row.expand(batch, -1), position=torch.arange(start, start + batch), seed=77
         )
         for d in levels:
@@ -102,13 +102,13 @@ def test_tails_14_to_22_nats_down(widest):
     assert stats.poisson.cdf(*deep) > 1e-3 and stats.poisson.sf(deep[0] - 1, deep[1]) > 1e-3, deep
 
 
-def test_p_values_of_200_seeds_are_uniform(widest):
+def test_p_values_of_200_seeds_are_uniform(fast):
     """Each seed's draws are a sample of its own: Kolmogorov-Smirnov over 200 chi-square tests."""
     row = torch.randn(24, generator=torch.Generator().manual_seed(3))
     p = probabilities(row)
     draws, p_values = 5000, []
     for seed in range(200):
-        counts = np.bincount(draw(widest, row, draws, seed=seed), minlength=24)
+        counts = np.bincount(draw(fast, row, draws, seed=seed), minlength=24)
         p_values.append(stats.chisquare(counts, draws * p).pvalue)
     assert stats.kstest(p_values, "uniform").pvalue > SIGNIFICANCE
 
@@ -122,13 +122,13 @@ def _independent(one, other, size):
 @pytest.mark.parametrize(
     "apart", ("position", "position high", "seed", "seed high", "stream", "row shift")
 )
-def test_draws_are_independent(widest, apart):
+def test_draws_are_independent(fast, apart):
     """Of a neighbour in position, seed or stream, and of the same logits eight tokens on."""
     draws = 100_000
     row = torch.randn(6, generator=torch.Generator().manual_seed(4)) * 0.5
     position = torch.arange(draws) * 2
     batch = row.expand(draws, -1)
-    one = widest.sample(batch, position=position, seed=5).token_ids
+    one = fast.sample(batch, position=position, seed=5).token_ids
     changed = {
         "position": dict(position=position + 1, seed=5),
         "position high": dict(position=position + 2**32, seed=5),
@@ -139,11 +139,11 @@ def test_draws_are_independent(widest, apart):
     }[apart]
     if apart == "row shift":  # the same logits at ids 8 on: other counters
         batch = torch.nn.functional.pad(row, (8, 0), value=-torch.inf).expand(draws, -1)
-    other = widest.sample(batch, **changed).token_ids - (8 if apart == "row shift" else 0)
+    other = fast.sample(batch, **changed).token_ids - (8 if apart == "row shift" else 0)
     assert _independent(one.numpy(), other.numpy(), 6) > SIGNIFICANCE
 
 
-def test_the_four_words_of_a_counter_are_independent(widest):
+def test_the_four_words_of_a_counter_are_independent(fast):
     """Four tokens share a Philox call, one word each: all 24 orders of their noise are alike."""
     draws = 240_000
     position = torch.arange(draws)
@@ -151,7 +151,7 @@ def test_the_four_words_of_a_counter_are_independent(widest):
     # Which of the four wins, which of the other three, and so on, gives the order of their noise.
     left = torch.zeros(draws, 4)
     for _ in range(4):
-        token = widest.sample(left, position=position, seed=9).token_ids
+        token = fast.sample(left, position=position, seed=9).token_ids
         left = left.scatter(1, token[:, None], -torch.inf)
         ranks.append(token)
     order = sum(r * 4**i for i, r in enumerate(ranks)).numpy()

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import proxytune_kernels as ptk
+from proxytune_kernels import kernels
 from proxytune_kernels._library import SAMPLE_OUTPUTS
 from proxytune_kernels.backends import backends
+from tests.ops.conftest import WIDEST, Backend, move, sized
 
 X = torch.zeros(2, 8)
 XT = torch.zeros(2, 3, 8)
@@ -317,34 +319,56 @@ CASES = list(_cases())
     [(op, *rest) for op, _, *rest in CASES],
     ids=[f"{op}-{name}" for op, name, *_ in CASES],
 )
-def test_message(op, args, kwargs, error, text):
+@pytest.mark.parametrize("name", [kernel.name for kernel in WIDEST] or ["reference"])
+def test_message(name, op, args, kwargs, error, text):
+    device = Backend(name).device
+    text = text.replace("on cpu", f"on {move(X, device).device}")
+    args, kwargs = move(tuple(args), device), {n: move(v, device) for n, v in kwargs.items()}
     with pytest.raises(error, match=re.escape(text)):
-        getattr(ptk, op)(*args, **kwargs)
+        getattr(ptk, op)(*args, **{"backend": name} | kwargs)
+
+
+def operator(backend: Backend, name: str) -> Any:
+    """What a direct caller of torch.ops calls, with tensors of the CPU."""
+    direct = kernels.IMPLEMENTATIONS if backend.interpreted else vars(torch.ops.proxytune)
+    call = direct[name]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        moved = {n: move(v, backend.device) for n, v in kwargs.items()}
+        return call(*(move(a, backend.device) for a in args), **moved)
+
+    return run
 
 
 @pytest.mark.parametrize("args", [(X[:, ::2],), (X.double(),), (X, X[:1], X), (X, X, None)])
-def test_the_operators_themselves_stay_in_bounds(args):
+def test_the_operators_themselves_stay_in_bounds(widest, args):
     """Direct callers of torch.ops meet a check too, if a plainer one."""
     base, expert, anti = (*args, None, None)[:3]
-    with pytest.raises(RuntimeError, match="proxytune"):
-        torch.ops.proxytune.sample(base, expert, anti, *ROWS, None, None, 4, 0)
+    with pytest.raises((RuntimeError, ValueError), match="proxytune: |sample: "):
+        operator(widest, "sample")(base, expert, anti, *ROWS, None, None, 4, 0)
 
 
 @pytest.mark.parametrize("num_top", (-1, 0, 129, 2**32 + 1, 2**62))
-def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(num_top):
+def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(widest, num_top):
     arguments = (X, None, None, *ROWS, None, None, 8, 0, num_top)
-    with pytest.raises(RuntimeError, match="proxytune: num_top"):
-        torch.ops.proxytune.sample_top(*arguments)
+    errors = RuntimeError, ValueError
+    with pytest.raises(errors, match="(proxytune|sample): num_top"):
+        operator(widest, "sample_top")(*arguments)
     out = {f"out_{name}": getattr(OUT, name) for name in SAMPLE_OUTPUTS}
+    wide = {"out_top_token_ids": TOP.token_ids, "out_top_logprobs": TOP.logprobs}
+    if 0 <= num_top < 2**32:  # outputs that would fit
+        wide = {n: t.new_zeros(2, num_top) for n, t in wide.items()}
+    with pytest.raises(errors, match="(proxytune|sample): num_top"):
+        operator(widest, "sample_top_out")(*arguments, **out, **wide)
     top = {"out_top_token_ids": TOP.token_ids, "out_top_logprobs": TOP.logprobs}
-    with pytest.raises(RuntimeError, match="proxytune: num_top"):
-        torch.ops.proxytune.sample_top_out(*arguments, **out, **top)
-    with pytest.raises(RuntimeError, match="proxytune: top_token_ids"):
-        torch.ops.proxytune.sample_top_out(*arguments[:-1], 4, **out, **top)
+    with pytest.raises(errors, match="top_?.token_ids"):
+        operator(widest, "sample_top_out")(*arguments[:-1], 4, **out, **top)
 
 
-def test_the_widest_vocabulary():
+def test_the_widest_vocabulary(widest):
     row = torch.zeros(1, 2**19 + 1)
-    assert int(ptk.sample(row, vocab_size=2**19).num_kept) == 2**19
+    # Greedy in the interpreter: without filters it takes a minute.
+    out = widest.sample(row, vocab_size=2**19, temperature=sized(widest, 1.0, 0.0))
+    assert int(out.num_kept) == sized(widest, 2**19, 1) and 0 <= int(out.token_ids) < 2**19
     with pytest.raises(ValueError, match=re.escape("vocab_size must be in [1, 2^19], got 524289")):
-        ptk.sample(row)
+        widest.sample(row)

@@ -173,12 +173,12 @@ def decode_three(backend, target, draft, draws, seed, filters):
 
 
 @pytest.mark.parametrize("case", range(len(FILTERS)))
-def test_rejection_has_the_targets_joint_law(widest, case):
+def test_rejection_has_the_targets_joint_law(fast, case):
     """1.2 * 10^6 decodings in all: chi-square over the 512 first three tokens, and the acceptance
     rate, which is the sum of min(target, draft): not one more can be accepted, none less is."""
     filters, draws = FILTERS[case], 400_000
     target, draft = toy(case)
-    tokens, first, accepted = decode_three(widest, target, draft, draws, 100 + case, filters)
+    tokens, first, accepted = decode_three(fast, target, draft, draws, 100 + case, filters)
     p = [law(target[j], **filters) for j in range(3)]
     joint = np.zeros((V, V, V))
     for a, b, c in itertools.product(range(V), repeat=3):
@@ -205,16 +205,16 @@ def test_rejection_has_the_targets_joint_law(widest, case):
             assert stats.binomtest(kept, int(drafted.sum()), share).pvalue > SIGNIFICANCE / V
 
 
-def test_the_bonus_after_a_full_acceptance_has_the_targets_law(widest):
+def test_the_bonus_after_a_full_acceptance_has_the_targets_law(fast):
     """Draft = target: all is accepted; the fourth token depends on none of the first three."""
     draws = 200_000
     row = torch.randn(V, generator=torch.Generator().manual_seed(90))
     position = torch.arange(draws) * 4
     batch = row.expand(draws, -1)
-    drawn = [widest.sample(batch, position=position + j, seed=1, stream="draft") for j in range(K)]
+    drawn = [fast.sample(batch, position=position + j, seed=1, stream="draft") for j in range(K)]
     drafts = torch.stack([d.token_ids for d in drawn], 1)
     logits = row.expand(draws, K + 1, -1)
-    out = widest.verify(
+    out = fast.verify(
         logits,
         None,
         None,
@@ -231,20 +231,20 @@ def test_the_bonus_after_a_full_acceptance_has_the_targets_law(widest):
     assert stats.chisquare(pairs.ravel(), draws * np.outer(p, p).ravel()).pvalue > SIGNIFICANCE
 
 
-def test_acceptance_does_not_reuse_the_draft_noise(widest):
+def test_acceptance_does_not_reuse_the_draft_noise(fast):
     """Given the draft token, acceptance must not depend on the noise that drew it: the drafter's
     noise of the losing tokens is known, and can't tell accepted from rejected."""
     draws = 100_000
     q = torch.tensor([0.0, 0.0])
     p = torch.tensor([0.0, -1.0])  # token 1 is accepted with probability 2 * 0.269
     position = torch.arange(draws)
-    tokens = widest.sample(q.expand(draws, -1), position=position, seed=2, stream="draft").token_ids
+    tokens = fast.sample(q.expand(draws, -1), position=position, seed=2, stream="draft").token_ids
     ones = position[tokens == 1]
     # Whether token 1 would have won by two nats more.
-    clear = widest.sample(
+    clear = fast.sample(
         torch.tensor([2.0, 0.0]).expand(len(ones), -1), position=ones, seed=2, stream="draft"
     ).token_ids
-    out = widest.verify(
+    out = fast.verify(
         p.expand(len(ones), 2, -1), None, None, torch.ones(len(ones), 1, dtype=torch.int64),
         mode="rejection", draft_logits=q.expand(len(ones), 1, -1), position=ones, seed=2,
     )  # fmt: skip
