@@ -27,7 +27,7 @@ _STREAMS = Budget(registers=64)
 two thirds). When each of their lanes waits for one 16-byte load, 16 KiB are under way; an H100
 needs 13 KB a multiprocessor to draw 3.35 TB/s where a trip takes 0.5 us (docs/roofline.md)."""
 
-_SCAN = Budget(registers=104)
+_SCAN = Budget(registers=112)
 """16 warps, but two loads a lane and role: 16 KiB are under way when only base's are."""
 
 _SPREAD = Budget(registers=168)

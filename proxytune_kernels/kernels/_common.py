@@ -16,7 +16,7 @@ OPTIONS = {"enable_fp_fusion": False}
 """Compile options of every kernel.
 
 What changes with the batch is marked do_not_specialize: a new batch size must not compile anything
-in the middle of serving.
+in the middle of serving. So is vocab_size where no wide access depends on it.
 """
 
 STATUS_NAN = tl.constexpr(1)

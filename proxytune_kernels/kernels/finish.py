@@ -91,7 +91,7 @@ def shorten_to(keys, n, row_max, hi, lo, floor, above_count, above_mass, top_k, 
     return short, copied, above_count, above_mass
 
 
-@triton.jit(do_not_specialize=["splits", "stream"])
+@triton.jit(do_not_specialize=["vocab_size", "splits", "stream"])
 def _finish_kernel(logits, strides, row_params, state, out, vocab_size, positions, splits, stream):
     """Grid [rows * splits]."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits

@@ -88,7 +88,7 @@ def _bracket(row_params, state, row, b, vocab_size):
         tl.store(state.counters + row * 4 + MODE, ALONE)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["vocab_size", "splits"])
 def _narrow_kernel(logits, strides, row_params, state, vocab_size, positions, splits):
     """Grid [rows * splits]."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits

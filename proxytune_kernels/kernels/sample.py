@@ -57,6 +57,11 @@ def tiles_of(rows: int, vocab_size: int, device: torch.device) -> Tiles:
     return Tiles(maximum, scaled, raw, race, count)
 
 
+def at_once(num_tiles: int) -> int:
+    """Summaries that a program of select, score or top holds: a power of two, few kinds of them."""
+    return max(256, triton.next_power_of_2(num_tiles))
+
+
 def state_of(rows: int, device: torch.device) -> State:
     """Unwritten state; select writes what later launches read."""
 
@@ -98,7 +103,7 @@ def launch_sample(
         logits, strides, params, tiles, vocab_size, positions, blocks, stream,
         DRAW=True, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, **OPTIONS,
     )  # fmt: skip
-    tiles_at_once = triton.next_power_of_2(width)
+    tiles_at_once = at_once(width)
     # 128 registers: two programs a multiprocessor, and nothing is spilled (benchmarks.static).
     _select_kernel[(rows,)](
         logits, strides, params, tiles, state, out, vocab_size, positions, width, stream,

@@ -14,7 +14,7 @@ from torch import Tensor
 from proxytune_kernels.kernels._blocks import LANES, block_x
 from proxytune_kernels.kernels._common import INF, OPTIONS, Logits, Strides, exponent
 from proxytune_kernels.kernels._row import Tiles, difference_at, log_mass, row_mass
-from proxytune_kernels.kernels.sample import tiles_of
+from proxytune_kernels.kernels.sample import at_once, tiles_of
 from proxytune_kernels.kernels.scan import (
     SCAN_REGISTERS,
     SCAN_WARPS,
@@ -32,7 +32,7 @@ class Alpha(NamedTuple):
     alpha: Any
 
 
-@triton.jit(do_not_specialize=["token_stride"])
+@triton.jit(do_not_specialize=["vocab_size", "token_stride"])
 def _score_kernel(
     logits, strides, row_params, tiles, token_ids, token_stride, out, vocab_size, positions,
     num_tiles, NT: tl.constexpr,
@@ -81,5 +81,5 @@ def launch_score(
     )  # fmt: skip
     _score_kernel[(rows,)](
         logits, strides, Alpha(alpha), tiles, token_ids, token_ids.stride(0), out, vocab_size,
-        positions, width, NT=triton.next_power_of_2(width), num_warps=_WARPS, **OPTIONS,
+        positions, width, NT=at_once(width), num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

@@ -40,6 +40,7 @@ from proxytune_kernels.kernels._row import (
     finite_max,
     log_mass,
 )
+from proxytune_kernels.kernels.sample import at_once
 from proxytune_kernels.kernels.select import list_tokens
 from proxytune_kernels.params import RowParams
 
@@ -129,5 +130,5 @@ def launch_top(
     width = tiles.maximum.shape[1]
     _top_kernel[(rows,)](
         logits, strides, row_params, tiles, state, drawn, top, n, vocab_size, width,
-        NT=triton.next_power_of_2(width), N=triton.next_power_of_2(n), num_warps=_WARPS, **OPTIONS,
+        NT=at_once(width), N=triton.next_power_of_2(n), num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

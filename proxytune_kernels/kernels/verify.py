@@ -135,7 +135,7 @@ def _accepts(
     return kept & ((in_draft == 0) | likelier), target
 
 
-@triton.jit(do_not_specialize=["draft_stride"])
+@triton.jit(do_not_specialize=["vocab_size", "draft_stride"])
 def _reject_kernel(
     logits, strides, row_params, drawn, state, draft_logits, draft_strides, draft_drawn,
     draft_state, draft_ids, draft_stride, out, residual, vocab_size, positions,
@@ -183,7 +183,7 @@ def _share(state, row, x, ids, row_max, hi, lo, floor):
     return kept, tl.where(kept, p, 0.0)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["vocab_size", "splits"])
 def _residual_kernel(
     logits, strides, row_params, state, draft_logits, draft_strides, draft_drawn, draft_state, out,
     residual, vocab_size, positions, splits,
