@@ -138,6 +138,16 @@ _TOO_SLOW = pytest.mark.skip(
 )
 
 
+NEEDS_TRITON = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        "triton" not in USABLE,
+        reason="Triton kernels run on a CUDA device, or in Triton's interpreter (make interpret)",
+    ),
+]
+"""Marks of tests of Triton's kernels that no fixture names: ``-k triton`` selects them too."""
+
+
 def sized(backend: Backend, full: T, interpreted: T) -> T:
     """Rows, draws or cases for a backend: ``interpreted`` ones keep `make interpret` in minutes.
 

@@ -8,17 +8,26 @@ import pytest
 import torch
 
 import proxytune_kernels as ptk
+from proxytune_kernels import reference
 from tests.ops import oracle
+from tests.ops.conftest import WIDEST, move
 
-pytestmark = pytest.mark.skipif(ptk.backends()["cpu"] is not None, reason="not built")
+# Triton's interpreter runs on tensors of the CPU, for which torch calls the C++ kernels.
+on_device = pytest.mark.parametrize(
+    "device", [pytest.param(k.device, id=k.name) for k in WIDEST if not k.interpreted]
+)
 
 OPS = torch.ops.proxytune
 B, T, V = 3, 4, 70
 NAMES = ("sample", "sample_top", "combine", "score", "verify")
 
 
-def arguments(name: str, optional: bool) -> tuple[Any, ...]:
+def arguments(name: str, optional: bool, device: str) -> tuple[Any, ...]:
     """Arguments of the operator; ``optional``: with all of those that may be absent."""
+    return move(_arguments(name, optional), device)
+
+
+def _arguments(name: str, optional: bool) -> tuple[Any, ...]:
     g = torch.Generator().manual_seed(1)
 
     def randn(*shape):
@@ -44,10 +53,10 @@ def arguments(name: str, optional: bool) -> tuple[Any, ...]:
     if optional:
         rows: Any = [t.flatten(0, 1) for t in (base, *pair, bias, mask)]
         alpha = params.alpha.repeat_interleave(T)
-        x = ptk.combine(rows[0], rows[1], rows[2], alpha, bias=rows[3], allowed_mask=rows[4])
+        x = reference.combine(rows[0], rows[1], rows[2], alpha, rows[3], rows[4])
         draft_logits = x.view(B, T, V)[:, : T - 1].contiguous()
     steps = [params._replace(position=params.position + j) for j in range(T - 1)]
-    drawn = [ptk.sample((draft_logits if optional else base)[:, j], params=p)
+    drawn = [reference.sample((draft_logits if optional else base)[:, j], p)
              for j, p in enumerate(steps)]  # fmt: skip
     drafts = torch.stack([d.token_ids for d in drawn], 1)
     return (base, *pair, drafts, draft_logits, *params, bias, mask, V, int(optional))
@@ -61,18 +70,20 @@ def results(name: str, given: tuple[Any, ...]) -> dict[str, torch.Tensor]:
     return dict(zip(names, out, strict=True))
 
 
+@on_device
 @pytest.mark.parametrize("optional", (False, True))
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, optional):
-    given = arguments(name, optional)
+def test_opcheck(name, optional, device):
+    given = arguments(name, optional, device)
     torch.library.opcheck(getattr(OPS, name).default, given)
     outs = {n: torch.empty_like(t) for n, t in results(name, given).items()}
     torch.library.opcheck(getattr(OPS, f"{name}_out").default, given, outs)
 
 
+@on_device
 @pytest.mark.parametrize("name", NAMES)
-def test_out_twins_write_the_same(name):
-    given = arguments(name, True)
+def test_out_twins_write_the_same(name, device):
+    given = arguments(name, True, device)
     plain = results(name, given)
     outs = {n: torch.full_like(t, -7) for n, t in plain.items()}
     assert getattr(OPS, f"{name}_out")(*given, **outs) is None
@@ -80,9 +91,10 @@ def test_out_twins_write_the_same(name):
         assert torch.equal(oracle.bits(outs[n]), oracle.bits(t))
 
 
+@on_device
 @pytest.mark.parametrize("name", NAMES)
-def test_meta_shapes(name):
-    given = arguments(name, True)
+def test_meta_shapes(name, device):
+    given = arguments(name, True, device)
     meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in given]
     fake = getattr(OPS, name)(*meta)
     fake = fake if isinstance(fake, (tuple, list)) else (fake,)
@@ -107,27 +119,29 @@ def _public(base, expert, anti, bias, params, ids):
 
 # torch's own, at the import of its compiler
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@on_device
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
-def test_compile_fullgraph(compiler):
+def test_compile_fullgraph(compiler, device):
     g = torch.Generator().manual_seed(2)
     base, expert, anti, bias = (torch.randn(B, V, generator=g) for _ in range(4))
     params = ptk.RowParams(**oracle.random_params(g, B, V))
     ids = torch.randint(V, (B, 3), generator=g)
     compiled = torch.compile(_public, fullgraph=True, backend=compiler)
-    wanted = _public(base, expert, anti, bias, params, ids)
-    for a, b in zip(compiled(base, expert, anti, bias, params, ids), wanted, strict=True):
+    inputs = move((base, expert, anti, bias, params, ids), device)
+    for a, b in zip(compiled(*inputs), _public(*inputs), strict=True):
         assert torch.equal(oracle.bits(a), oracle.bits(b))
 
 
+@on_device
 @pytest.mark.parametrize("top_logprobs", (0, 4))
-def test_compile_with_single_parameters_and_out(top_logprobs):
+def test_compile_with_single_parameters_and_out(top_logprobs, device):
     values: Any = dict(temperature=0.7, top_p=0.9, seed=5, position=2, top_logprobs=top_logprobs)
 
     def step(base, out):
         ptk.sample(base, **values, out=out)
         return out.token_ids + 1
 
-    base = torch.randn(B, V, generator=torch.Generator().manual_seed(3))
+    base = move(torch.randn(B, V, generator=torch.Generator().manual_seed(3)), device)
     plain = ptk.sample(base, **values)
     out = oracle.each(lambda t: torch.full_like(t, -9), plain)
     tokens = torch.compile(step, fullgraph=True, backend="aot_eager")(base, out)

@@ -1,0 +1,168 @@
+"""The ways a row takes through the launches of Triton's sample: each is taken, and each is right.
+
+docs/gpu.md has the ways. What happened to a row is read from the workspace that the launches share.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import proxytune_kernels as ptk
+from proxytune_kernels._library import empty_sample
+from tests.ops import oracle
+from tests.ops.conftest import NEEDS_TRITON, Backend, move
+
+pytestmark = NEEDS_TRITON
+
+TRITON, REFERENCE = Backend("triton"), Backend("reference")
+INF = torch.inf
+
+
+class Way(NamedTuple):
+    """How far a row went."""
+
+    mode: str  # what its last launch was
+    narrowed: bool  # whether narrow read it
+
+
+DONE, FLAT = Way("done", False), Way("flat", True)
+ALONE, NARROWED_ALONE = Way("alone", False), Way("alone", True)
+
+
+def sample(base: Tensor, **values: Any) -> tuple[ptk.SampleOutput, list[Way]]:
+    """``sample`` of base alone, and the ways of its rows."""
+    from proxytune_kernels.kernels import (
+        _row,
+        operators,  # noqa: F401  (corrects the interpreter)
+    )
+    from proxytune_kernels.kernels.sample import inputs, launch_sample
+
+    base = move(base, TRITON.device)
+    params = ptk.RowParams.make(len(base), device=base.device, **values)
+    out = _row.Outputs(*empty_sample(base))
+    logits, strides = inputs(base, None, None)
+    _, state = launch_sample(logits, strides, params, out, base.shape[1], 1, 0)
+    names = {_row.DONE.value: "done", _row.FLAT.value: "flat", _row.ALONE.value: "alone"}
+    ways = []
+    for counters in state.counters.tolist():
+        mode = names[counters[_row.MODE.value]]
+        # Of rows that select finishes it writes no other counter.
+        ways.append(Way(mode, mode != "done" and counters[_row.NARROWED.value] > 0))
+    return ptk.SampleOutput(*(t.cpu() for t in out)), ways
+
+
+def noise(vocab_size: int, spread: float, seed: int = 1) -> Tensor:
+    return torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def spikes(tiles: int) -> Tensor:
+    """One high logit in each tile of 128, at another place in each."""
+    row = noise(tiles * 128, 0.1).view(tiles, 128)
+    row[torch.arange(tiles), torch.arange(tiles) * 37 % 128] = 9.0
+    return row.view(1, -1)
+
+
+def peak(vocab_size: int) -> Tensor:
+    """Thirty tokens far above the others, in one tile."""
+    row = noise(vocab_size, 1.0)
+    row[0, 300:330] += 12
+    return row
+
+
+def plus_inf(vocab_size: int) -> Tensor:
+    row = noise(vocab_size, 1.0)
+    row[0, [3, 200, 201]] = INF
+    return row
+
+
+CASES: dict[str, tuple[Tensor, dict[str, Any], Way]] = {
+    "greedy": (noise(1030, 2.0), dict(temperature=0.0), DONE),
+    "no filter": (noise(1030, 2.0), dict(), DONE),
+    "no filter, another temperature": (noise(1030, 2.0), dict(temperature=0.6), DONE),
+    "a list of the whole row": (noise(500, 4.0), dict(top_p=0.9), DONE),
+    "one list, top_p": (peak(2100), dict(top_p=0.9), DONE),
+    "one list, top_p of what top_k leaves": (noise(2100, 3.0), dict(top_k=12, top_p=0.8), DONE),
+    "one list, min_p": (noise(2100, 3.0), dict(min_p=0.05), DONE),
+    "nothing left": (torch.full((1, 140), -INF), dict(top_p=0.5), DONE),
+    "bad parameter": (noise(140, 1.0), dict(top_p=torch.tensor([2.0])), DONE),
+    "top_p, many tokens": (noise(2100, 1.0), dict(top_p=0.9), FLAT),
+    "top_p in joint, many tokens": (
+        noise(2100, 0.5), dict(top_k=900, top_p=0.6, filter_order="joint"), FLAT,
+    ),
+    "top_k, many tokens": (noise(2100, 1.0), dict(top_k=800, temperature=0.7), FLAT),
+    "more tiles than a list of tiles": (spikes(66), dict(top_k=80), FLAT),
+    "a cut within the tiles' error": (torch.zeros(1, 4), dict(top_p=0.5), FLAT),
+    "thousands of ties": (torch.zeros(1, 8300), dict(top_p=0.5), NARROWED_ALONE),
+    "min_p, many tokens": (noise(700, 0.1), dict(min_p=0.5), ALONE),
+    "two filters, many tokens": (
+        noise(700, 0.1), dict(top_k=600, top_p=0.9, filter_order="hf"), ALONE,
+    ),
+    "two filters in order vllm": (noise(700, 0.1), dict(min_p=0.6, top_p=0.9), ALONE),
+    "three filters in order joint": (
+        noise(700, 0.1), dict(top_k=650, min_p=0.6, top_p=0.9, filter_order="joint"), ALONE,
+    ),
+    "+inf": (plus_inf(300), dict(top_p=0.9), ALONE),
+    "+inf, no filter": (plus_inf(300), dict(), ALONE),
+    "+inf, greedy": (plus_inf(300), dict(temperature=0.0), ALONE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_row_goes_its_way_to_the_references_token(case):
+    base, values, way = CASES[case]
+    out, ways = sample(base, seed=5, position=11, **values)
+    assert ways == [way]
+    wanted = REFERENCE.sample(base, seed=5, position=11, **values)
+    for name in ("token_ids", "num_kept", "status"):
+        assert torch.equal(getattr(out, name), getattr(wanted, name)), name
+    for name in ("logprobs", "raw_logprobs"):
+        found, true = getattr(out, name), getattr(wanted, name)
+        bound = 2.0**-22 * (1 + float(true.abs().nan_to_num().max())) + TRITON.tile_error
+        torch.testing.assert_close(found, true, rtol=0, atol=bound, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "values"),
+    [
+        (noise(4200, 1.0), dict(top_p=0.9)),  # narrow and finish
+        (noise(4200, 1.0).mul(4).round().div(4), dict(top_k=1500)),  # ties at the cut
+        (noise(700, 0.1), dict(min_p=0.5)),  # one program alone
+    ],
+)
+def test_the_number_of_programs_a_row_does_not_show(base, values):
+    """Fewer rows are spread over more programs; and neighbours that go other ways."""
+    from proxytune_kernels.kernels.sample import splits_of
+
+    device = move(base, TRITON.device).device
+    assert splits_of(1, 4200, device) > splits_of(10_000, 4200, device) == 1
+    alone, way = sample(base, position=3, **values)
+    peaked = base.sign() * 40
+    position = torch.tensor([9, 3, 3, 4, 3])
+    batch = torch.cat([peaked, base, base, base, base])
+    out, ways = sample(batch, position=position, **values)
+    assert ways[1:] == way * 4
+    for row in (1, 2, 4):
+        oracle.assert_same(alone, oracle.each(operator.itemgetter(slice(row, row + 1)), out))
+
+
+def test_a_residual_over_several_programs():
+    """The draft is rejected in a flat row: target less drafter, drawn over all blocks."""
+    target = noise(2100, 0.5).expand(5, -1)[:, None].expand(-1, 2, -1)
+    drafter = target[:, :1].clone()
+    drafter[:, :, ::2] += 2.0  # what the residual holds is elsewhere
+    drafts = torch.full((5, 1), 2)
+    position = torch.arange(5) * 10
+    for values in (dict(), dict(top_p=0.8)):
+        out, wanted = (
+            backend.verify(target, None, None, drafts, mode="rejection", draft_logits=drafter,
+                           position=position, **values)
+            for backend in (TRITON, REFERENCE)
+        )  # fmt: skip
+        assert out.token_ids.tolist() == wanted.token_ids.tolist()
+        assert out.num_accepted.tolist() == wanted.num_accepted.tolist()
+        assert (out.num_accepted == 0).sum() > 1 and (out.token_ids[:, 0] % 2 == 1).any()
