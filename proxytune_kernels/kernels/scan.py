@@ -26,7 +26,7 @@ from proxytune_kernels.kernels._row import is_unfiltered, noise_key
 TILES_PER_PROGRAM = 8
 # 16 tokens a lane: what is done once a lane, addresses above all, is shared by more of them.
 SCAN_WARPS = 2
-# 16 to 20 warps a multiprocessor, each lane with 96 bytes under way; with fewer registers some spill.
+# 16 to 20 warps a multiprocessor, each lane with 96 bytes under way. With fewer, some spill.
 SCAN_REGISTERS = 112
 
 
