@@ -28,6 +28,8 @@ def _cpu() -> str | None:
     return None
 
 
+_NAMES = ("cpu", "triton", "reference")
+
 # At import, so that exported and compiled graphs find torch.ops.proxytune's kernels.
 _CPU_REASON = _cpu()
 
@@ -42,13 +44,13 @@ def backends() -> dict[str, str | None]:
         >>> backends()["reference"] is None
         True
     """
-    return {"cpu": _CPU_REASON, "triton": kernels.unusable(), "reference": None}
+    return dict(zip(_NAMES, (_CPU_REASON, kernels.unusable(), None), strict=True))
 
 
 def _reason(backend: str, device: torch.device) -> str | None:
     """Why a backend can't run on a device."""
     if backend == "cpu":
-        return _CPU_REASON if device.type == "cpu" else _elsewhere(device, "cpu")
+        return _CPU_REASON or (None if device.type == "cpu" else _elsewhere(device, "cpu"))
     if backend == "triton":
         if kernels.unusable() is not None or kernels.interpreted():
             return kernels.unusable()
@@ -56,6 +58,11 @@ def _reason(backend: str, device: torch.device) -> str | None:
             return _elsewhere(device, "cuda")
         return kernels.device_unusable(device.index or 0)
     return None
+
+
+# torch.compile takes the reason for a constant, and does not trace how it is found: what
+# torch.compiler.assume_constant_result does, but for the import of the compiler.
+_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _elsewhere(device: torch.device, wanted: str) -> str:
@@ -91,10 +98,9 @@ def resolve(backend: str | None, base: Tensor, op: str) -> str:
         assert reason is not None
         _warn_reference(device.type, reason)
         return "reference"
-    known = backends()
-    if backend not in known:
-        raise ValueError(f"{op}: backend must be one of {sorted(known)} or None, got {backend!r}")
-    reason = known[backend] or _reason(backend, device)
+    if backend not in _NAMES:
+        raise ValueError(f"{op}: backend must be one of {sorted(_NAMES)} or None, got {backend!r}")
+    reason = _reason(backend, device)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} can't run: {reason}")
     return backend

@@ -135,6 +135,26 @@ def test_the_default_on_the_cpu_is_the_extension(machine):
         assert resolve(None, logits("cpu"), "sample") == "cpu"
 
 
+# torch's own, at the import of its compiler
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("backend", (None, "triton"))
+def test_a_compiled_function_takes_the_backend_for_a_constant(machine, monkeypatch, backend):
+    """Nothing of how it is found is traced: torch can't trace a device's capability."""
+    machine((9, 0))
+    told = SimpleNamespace(cuda=SimpleNamespace(**vars(torch.cuda)), version=torch.version)
+    monkeypatch.undo()  # the compiler asks torch too, and must hear the truth
+    monkeypatch.setattr(kernels, "torch", told)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    base = logits("cuda:0")
+
+    def step(x):
+        return x + (1 if resolve(backend, base, "sample") == "triton" else 2)
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
+
+
 def test_a_device_without_kernels(machine):
     machine()
     check_reference("mps", "no kernel is built for it")
