@@ -20,6 +20,7 @@
 
 #define PTK_ISA avx2
 #include "vec_avx2.h"
+#include "../common/arithmetic.h"
 #include "row.h"
 #include "mass.h"
 #include "bounds.h"

@@ -20,6 +20,7 @@
 
 #define PTK_ISA avx512
 #include "vec_avx512.h"
+#include "../common/arithmetic.h"
 #include "row.h"
 #include "mass.h"
 #include "bounds.h"

@@ -2,7 +2,8 @@
 #include "types.h"
 
 #define PTK_ISA scalar
-#include "vec_scalar.h"
+#include "../common/vec_scalar.h"
+#include "../common/arithmetic.h"
 #include "row.h"
 #include "mass.h"
 #include "bounds.h"

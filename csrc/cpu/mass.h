@@ -4,16 +4,6 @@
 namespace ptk {
 namespace PTK_ISA {
 
-// 2^f - 1 over f, f in [-0.5, 0.5]; Cephes exp2f, relative error 2^-24 before rounding.
-constexpr float kExp2[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
-                           5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f};
-
-// Below this exponent every mass rounds to 0 (2^-45 is the edge).
-constexpr float kNoMass = -46.0f;
-
-// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
-constexpr float kRounder = 12582912.0f;
-
 // Sum of round(2^44 p), p in [0, 1 + 2^-22], over the kTile values of a tile. Two digits of 22 bits,
 // each rounded by adding kRounder and summed as integers: what the first digit leaves is exact, and
 // the second's rounding is that of the whole, since 2^22 times the first is even.
@@ -34,20 +24,6 @@ struct Mass {
     return uint64_t(sum(high) << 22) + uint64_t(sum(low));
   }
 };
-
-// exp2(d * (e.hi + e.lo)) for d <= 0, 1 exactly at 0. The argument is reduced before its low part
-// is added, so its error is that of one rounding near 0.5, not of one near d * e.
-inline F exponential(F d, Exponent e) {
-  const F rounder = set(kRounder);
-  // e.floor keeps the exponent above -101: far below kNoMass, and -inf becomes finite.
-  const F clamped = max(d, set(e.floor));
-  const F n = fma(clamped, set(e.hi), rounder);
-  const F f = fma(clamped, set(e.lo), fma(clamped, set(e.hi), sub(rounder, n)));
-  F p = set(kExp2[0]);
-  for (int i = 1; i < 6; ++i) p = fma(p, f, set(kExp2[i]));
-  p = fma(p, f, set(1.0f));
-  return from_bits(add_u(bits(p), shift_left<23>(bits(n))));
-}
 
 inline bool massless(float tile_max, float max, Exponent e) {
   return (tile_max - max) * e.hi < kNoMass;

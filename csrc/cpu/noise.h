@@ -4,37 +4,6 @@
 namespace ptk {
 namespace PTK_ISA {
 
-// log(y) for a positive normal y; Cephes logf, within 2 units in the last place.
-inline F log_positive(F y) {
-  constexpr float kLog[] = {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f,
-                            -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
-                            2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
-  // y = m * 2^n with m in [sqrt(1/2), sqrt(2)).
-  const U shifted = sub_u(bits(y), set_u(0x3F3504F3u));
-  const U n = shift_right_signed<23>(shifted);
-  const F f = sub(from_bits(sub_u(bits(y), shift_left<23>(n))), set(1.0f));
-  const F exponent = int_to_float(n), square = mul(f, f);
-  F p = set(kLog[0]);
-  for (int i = 1; i < 9; ++i) p = fma(p, f, set(kLog[i]));
-  p = mul(mul(p, f), square);
-  p = fma(exponent, set(-2.12194440e-4f), p);
-  p = fma(square, set(-0.5f), p);
-  return fma(exponent, set(0.693359375f), add(f, p));
-}
-
-// u = (word + 0.5) * scale, at most 1 - 2^-24.
-inline F uniform(U word, float scale) {
-  return min(fma(uint_to_float(word), set(scale), set(0.5f * scale)), set(1.0f - 0x1p-24f));
-}
-
-// -log(-log1p(-u)); u in [2^-97, 1 - 2^-24], so both logs stay finite.
-inline F gumbel(F u) {
-  const F y = sub(set(1.0f), u);
-  const F lost = sub(sub(set(1.0f), y), u);  // what rounding y lost, exactly
-  const F e = sub(set(0.0f), add(log_positive(y), div(lost, y)));
-  return sub(set(0.0f), log_positive(e));
-}
-
 // Uniform of one token, with its retries.
 inline float uniform_of(const NoiseKey& key, uint32_t token_id) {
   float scale = 0x1p-32f;

@@ -9,30 +9,10 @@
 #include <cstring>
 #include <functional>
 
+#include "../common/dtypes.h"
 #include "../common/params.h"
 
 namespace ptk {
-
-// Kept apart from integers so that a load picks its conversion by type.
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
-
-enum Dtype : int32_t { kDtypeF32 = 0, kDtypeF16 = 1, kDtypeBf16 = 2 };
-
-inline float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
-
-inline float half_to_float(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
-  if (magnitude >= 0x7C00u) return std::bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-  // Subnormals through an integer: a flush-to-zero mode of the processor must not reach them.
-  const float value = magnitude < 0x400u ? float(magnitude) * 0x1p-24f
-                                         : std::bit_cast<float>((magnitude << 13) + (112u << 23));
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
-}
 
 // One role's logits of one row; null where the role is absent.
 struct Matrix {
