@@ -37,9 +37,9 @@ PTK_HOST_DEVICE NoiseKey make_noise_key(int64_t seed, int64_t position, uint32_t
           uint32_t(uint64_t(position) >> 32), stream};
 }
 
-// The word of one token.
-PTK_HOST_DEVICE uint32_t philox_word(const NoiseKey& key, uint32_t token_id, int retry) {
-  uint32_t c0 = token_id >> 2, c1 = key.position_lo, c2 = key.position_hi, c3 = key.last(retry);
+// The words of the four tokens from 4 * counter.
+PTK_HOST_DEVICE void philox_words(const NoiseKey& key, uint32_t counter, int retry, uint32_t words[4]) {
+  uint32_t c0 = counter, c1 = key.position_lo, c2 = key.position_hi, c3 = key.last(retry);
   uint32_t k0 = key.key0, k1 = key.key1;
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = uint64_t(kPhiloxMultiplier0) * c0;
@@ -51,8 +51,14 @@ PTK_HOST_DEVICE uint32_t philox_word(const NoiseKey& key, uint32_t token_id, int
     k0 += kPhiloxWeyl0;
     k1 += kPhiloxWeyl1;
   }
-  const uint32_t pair = token_id & 2 ? (token_id & 1 ? c3 : c2) : (token_id & 1 ? c1 : c0);
-  return pair;
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+// The word of one token.
+PTK_HOST_DEVICE uint32_t philox_word(const NoiseKey& key, uint32_t token_id, int retry) {
+  uint32_t w[4];
+  philox_words(key, token_id >> 2, retry, w);
+  return token_id & 2 ? (token_id & 1 ? w[3] : w[2]) : (token_id & 1 ? w[1] : w[0]);
 }
 
 }  // namespace ptk

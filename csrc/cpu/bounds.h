@@ -1,30 +1,8 @@
-// Prefixes of the order, and what the tiles' maxima say of their cutoff without a look at the tokens.
+// What the tiles' maxima say of a prefix's cutoff without a look at the tokens.
 #pragma once
 
 namespace ptk {
 namespace PTK_ISA {
-
-constexpr float kLowest = -FLT_MAX;  // masked tokens are below it
-
-// A prefix of the order: x > this x, or x equal and id <= this id.
-struct Prefix {
-  float x;
-  uint32_t id;
-  uint32_t count;
-  uint64_t mass;
-};
-
-// A prefix is long enough when it has this many tokens or this much mass.
-struct Need {
-  uint32_t count;
-  uint64_t mass;
-  bool met(uint32_t c, uint64_t m) const { return c >= count || m >= mass; }
-};
-
-inline uint32_t key_of(float x) { return order_key(std::bit_cast<uint32_t>(x)); }
-inline float value_of(uint32_t key) {
-  return std::bit_cast<float>(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
-}
 
 // A value that the last token of the shortest prefix meeting `need` is not below. The tiles' maxima
 // are tokens themselves: those above a value bound the count and the mass above it from below.

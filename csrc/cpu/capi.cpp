@@ -2,13 +2,11 @@
 #include <cstdlib>
 #include <new>
 
-#include "../include/proxytune.h"
+#include "../common/arguments.h"
 #include "types.h"
 
 namespace ptk {
 namespace {
-
-static_assert(PROXYTUNE_MAX_TOP == kMaxTop);
 
 constexpr size_t kAlign = 64;
 constexpr size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -57,16 +55,6 @@ class Workspace {
   void* owned_ = nullptr;
   Parallel threads_{};
 };
-
-bool good_logits(const proxytune_logits& l) {
-  return !l.data || (l.dtype >= PROXYTUNE_F32 && l.dtype <= PROXYTUNE_BF16);
-}
-
-bool good_inputs(const proxytune_inputs& in) {
-  return in.vocab_size >= 1 && in.vocab_size <= kMaxVocabSize && in.base.data &&
-         !in.expert.data == !in.anti.data && good_logits(in.base) && good_logits(in.expert) &&
-         good_logits(in.anti);
-}
 
 Matrix matrix_at(const proxytune_logits& l, int64_t row, int64_t position) {
   if (!l.data) return {};
@@ -162,10 +150,7 @@ size_t proxytune_cpu_workspace_size(int64_t vocab_size, int rejection) {
 
 int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64_t end,
                          void* workspace, const proxytune_parallel* parallel) {
-  if (!args || !good_inputs(args->inputs) || !args->token_ids || begin < 0 || args->stream < 0 ||
-      args->stream > int32_t(kStreamBonus) || args->num_top < 0 || args->num_top > kMaxTop) {
-    return PROXYTUNE_ERROR_ARGUMENT;
-  }
+  if (!good_sample(args) || begin < 0) return PROXYTUNE_ERROR_ARGUMENT;
   const Kernels* kernels = current_kernels();
   if (!kernels) return PROXYTUNE_ERROR_ISA;
   Workspace w(workspace, args->inputs.vocab_size, false, parallel);
@@ -203,18 +188,10 @@ int proxytune_cpu_score(const proxytune_score_args* args, int64_t begin, int64_t
 
 int proxytune_cpu_verify(const proxytune_verify_args* args, int64_t begin, int64_t end,
                          void* workspace, const proxytune_parallel* parallel) {
-  if (!args || !good_inputs(args->inputs) || !args->token_ids || !args->num_accepted || begin < 0 ||
-      args->num_drafts < 0 || (args->num_drafts > 0 && !args->draft_token_ids)) {
-    return PROXYTUNE_ERROR_ARGUMENT;
-  }
-  const bool rejection = args->mode == PROXYTUNE_VERIFY_REJECTION;
-  if (!rejection && args->mode != PROXYTUNE_VERIFY_COUPLED) return PROXYTUNE_ERROR_ARGUMENT;
-  const bool drafts = rejection && args->num_drafts > 0;
-  if (drafts && (!args->draft_logits.data || !good_logits(args->draft_logits))) {
-    return PROXYTUNE_ERROR_ARGUMENT;
-  }
+  if (!good_verify(args) || begin < 0) return PROXYTUNE_ERROR_ARGUMENT;
   const Kernels* kernels = current_kernels();
   if (!kernels) return PROXYTUNE_ERROR_ISA;
+  const bool rejection = args->mode == PROXYTUNE_VERIFY_REJECTION;
   Workspace w(workspace, args->inputs.vocab_size, rejection, parallel);
   if (!w.ready) return PROXYTUNE_ERROR_MEMORY;
   for (int64_t row = begin; row < end; ++row) verify_row(*args, *kernels, row, w.buffers);
@@ -231,16 +208,6 @@ int proxytune_cpu_combine(const proxytune_combine_args* args, int64_t begin, int
   return PROXYTUNE_OK;
 }
 
-const char* proxytune_error(int code) {
-  switch (code) {
-    case PROXYTUNE_OK: return "no error";
-    case PROXYTUNE_ERROR_ARGUMENT:
-      return "a required pointer is missing, or a size, dtype, mode or stream is out of range";
-    case PROXYTUNE_ERROR_ISA:
-      return "PROXYTUNE_FORCE_ISA names an instruction set that is unknown or not on this processor";
-    case PROXYTUNE_ERROR_MEMORY: return "the workspace could not be allocated";
-    default: return "unknown error code";
-  }
-}
+const char* proxytune_error(int code) { return sentence(code); }
 
 }  // extern "C"

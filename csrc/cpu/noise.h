@@ -4,18 +4,6 @@
 namespace ptk {
 namespace PTK_ISA {
 
-// Uniform of one token, with its retries.
-inline float uniform_of(const NoiseKey& key, uint32_t token_id) {
-  float scale = 0x1p-32f;
-  for (int retry = 0;; ++retry, scale *= 0x1p-32f) {
-    const uint32_t word = philox_word(key, token_id, retry);
-    if (word != 0 || retry == kMaxRetries) {
-      const float u = std::fma(float(word), scale, 0.5f * scale);
-      return u < 1.0f - 0x1p-24f ? u : 1.0f - 0x1p-24f;
-    }
-  }
-}
-
 // Philox of kWidth counters c0; four words each.
 inline void philox(const NoiseKey& key, U c0, U words[4]) {
   U c1 = set_u(key.position_lo), c2 = set_u(key.position_hi), c3 = set_u(key.last(0));
@@ -78,17 +66,6 @@ inline void offer(const NoiseKey& key, F score, U word, U id, uint32_t mask, Bes
   }
 }
 
-// An upper bound of the words that can win for a score of at most `top`: above it the noise is too
-// small. g > r needs u < exp(-r); the power of 2 above exp(-r) leaves room for every rounding.
-inline uint32_t winning_word(float top, const Best& best) {
-  const float r = best.score - top;                       // may be inf or NaN (nothing offered yet)
-  const float slack = 1e-3f + 1e-5f * std::fabs(top) + 1e-5f * std::fabs(best.score);
-  const float power = std::ceil((slack - r) * 1.4426951f) + 32.0f;
-  if (!(power < 32.0f)) return UINT32_MAX;
-  // Words of 0 are drawn again, finer: they may always win.
-  return power <= 0.0f ? 0u : (1u << int(power));
-}
-
 constexpr uint32_t kRaceTogether = 8192;  // kept tokens
 constexpr int kSparse = 24;  // below so many kept tokens a tile's words are not all made
 
@@ -114,7 +91,7 @@ void race_tile(const NoiseKey& key, uint32_t first, float top, Scores scores, Ke
   for (int i = 0; i < kTile; i += kWidth) {
     if (!masks[i / kWidth]) continue;
     const U word = load_u(words + i);
-    const uint32_t able = le_u(word, set_u(winning_word(top, best))) & masks[i / kWidth];
+    const uint32_t able = le_u(word, set_u(winning_word(top, best.score))) & masks[i / kWidth];
     if (!able) continue;
     offer(key, scores(i), word, add_u(set_u(first + uint32_t(i)), iota()), able, best);
   }

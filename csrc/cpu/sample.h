@@ -35,13 +35,14 @@ inline Target make_target(const RowInput& in, const RawParams& raw, bool want_ra
   const bool want_scaled = !p.greedy && needs_total_mass(p, target.row.count);
   const RowMass mass = row_mass(target.row, p.exponent, want_scaled, want_raw);
   target.raw_mass = mass.raw;
-  target.kept = p.greedy ? likeliest(target.row) : select_kept(target.row, p, mass.scaled, *b.scratch);
+  Search search{target.row, p.exponent, *b.scratch};
+  target.kept = p.greedy ? likeliest(target.row)
+                         : select_kept(search, p, target.row.max, target.row.count, mass.scaled);
   return target;
 }
 
 inline bool is_kept(const Target& target, int64_t id) {
-  const float x = target.row.x[id];
-  return x > target.kept.x || (x == target.kept.x && uint32_t(id) <= target.kept.id);
+  return target.kept.has(target.row.x[id], uint32_t(id));
 }
 
 // Draws from the kept set.

@@ -108,52 +108,14 @@ inline Prefix find_prefix(const Row& row, float low, const Need& need, Exponent 
   }
 }
 
-// The lowest x with fl(x - max) >= shift: min_p's threshold as a logit. Rounding is monotone, so
-// bisection over the ordered keys finds it.
-inline float min_p_cutoff(const Row& row, float shift) {
-  uint32_t low = key_of(kLowest), high = key_of(row.max);
-  while (low < high) {
-    const uint32_t middle = low + (high - low) / 2;
-    if (value_of(middle) - row.max >= shift) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return value_of(low);
-}
-
-// The kept set of a row that has a token left; see docs/contracts.md, Selection. `total_mass` is the
-// whole row's, where needs_total_mass says so.
-inline Prefix select_kept(const Row& row, const RowParams& p, uint64_t total_mass, Scratch& s) {
-  const Exponent e = p.exponent;
-  const float cutoff = p.min_p_shift > -INFINITY ? min_p_cutoff(row, p.min_p_shift) : kLowest;
-  const float low = p.filter_order == kOrderVllm ? cutoff : kLowest;
-  const bool top_k = p.top_k < row.count, top_p = p.top_p < kTopPOff;
-  Prefix kept{kLowest, UINT32_MAX, row.count, total_mass};
-  if (p.filter_order == kOrderJoint) {
-    const uint64_t mass = top_p ? mass_target(p.top_p, total_mass) : UINT64_MAX;
-    if (top_k || top_p) kept = find_prefix(row, low, {p.top_k, mass}, e, s);
-  } else {
-    if (top_k) {
-      kept = find_prefix(row, low, {p.top_k, UINT64_MAX}, e, s);
-    } else if (low > kLowest) {
-      kept = whole(row, low, e);
-    }
-    if (top_p) {
-      const Need need{UINT32_MAX, mass_target(p.top_p, kept.mass)};
-      kept = find_prefix(row, std::max(low, kept.x), need, e, s);
-    }
-  }
-  return kept.x < cutoff ? whole(row, cutoff, e) : kept;
-}
-
-// Whether select_kept reads the mass of the whole row.
-inline bool needs_total_mass(const RowParams& p, uint32_t count) {
-  const bool min_p = p.min_p_shift > -INFINITY;
-  if (p.filter_order == kOrderJoint) return true;
-  return p.top_k >= count && !(p.filter_order == kOrderVllm && min_p);
-}
+// One row's prefixes, for ptk::select_kept.
+struct Search {
+  const Row& row;
+  Exponent e;
+  Scratch& s;
+  Prefix find(float low, const Need& need) { return find_prefix(row, low, need, e, s); }
+  Prefix whole(float low) { return PTK_ISA::whole(row, low, e); }
+};
 
 }  // namespace PTK_ISA
 }  // namespace ptk

@@ -10,7 +10,9 @@
 #include <functional>
 
 #include "../common/dtypes.h"
+#include "../common/order.h"
 #include "../common/params.h"
+#include "../common/race.h"
 
 namespace ptk {
 

@@ -1,0 +1,87 @@
+// The order of tokens, x descending then id ascending, and its prefixes: what filters keep
+// (docs/contracts.md, Selection).
+#pragma once
+
+#include "dtypes.h"
+#include "params.h"
+
+namespace ptk {
+
+constexpr float kLowest = -FLT_MAX;  // masked tokens are below it
+
+PTK_HOST_DEVICE uint32_t key_of(float x) { return order_key(bits_of_float(x)); }
+PTK_HOST_DEVICE float value_of(uint32_t key) {
+  return float_of_bits(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
+// A prefix of the order: x > this x, or x equal and id <= this id.
+struct Prefix {
+  float x;
+  uint32_t id;
+  uint32_t count;
+  uint64_t mass;
+
+  PTK_HOST_DEVICE bool has(float value, uint32_t token_id) const {
+    return value > x || (value == x && token_id <= id);
+  }
+};
+
+// A prefix is long enough when it has this many tokens or this much mass.
+struct Need {
+  uint32_t count;
+  uint64_t mass;
+  PTK_HOST_DEVICE bool met(uint32_t c, uint64_t m) const { return c >= count || m >= mass; }
+};
+
+// The lowest x with fl(x - max) >= shift: min_p's threshold as a logit. Rounding is monotone, so
+// bisection over the ordered keys finds it.
+PTK_HOST_DEVICE float min_p_cutoff(float max, float shift) {
+  uint32_t low = key_of(kLowest), high = key_of(max);
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (value_of(middle) - max >= shift) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return value_of(low);
+}
+
+// Whether select_kept reads the mass of the whole row, of `count` tokens.
+PTK_HOST_DEVICE bool needs_total_mass(const RowParams& p, uint32_t count) {
+  const bool min_p = p.min_p_shift > -INFINITY;
+  if (p.filter_order == kOrderJoint) return true;
+  return p.top_k >= count && !(p.filter_order == kOrderVllm && min_p);
+}
+
+// The kept set of a row that has a token left. `total_mass` is the whole row's, where
+// needs_total_mass says so. Search finds in the row:
+//   Prefix find(float low, Need)  the shortest prefix of the tokens with x >= low that meets the need,
+//                                 all of them where none does
+//   Prefix whole(float low)       all tokens with x >= low
+template <class Search>
+PTK_HOST_DEVICE Prefix select_kept(Search& search, const RowParams& p, float max, uint32_t count,
+                                   uint64_t total_mass) {
+  const float cutoff = p.min_p_shift > -INFINITY ? min_p_cutoff(max, p.min_p_shift) : kLowest;
+  const float low = p.filter_order == kOrderVllm ? cutoff : kLowest;
+  const bool top_k = p.top_k < count, top_p = p.top_p < kTopPOff;
+  Prefix kept{kLowest, UINT32_MAX, count, total_mass};
+  if (p.filter_order == kOrderJoint) {
+    const uint64_t mass = top_p ? mass_target(p.top_p, total_mass) : UINT64_MAX;
+    if (top_k || top_p) kept = search.find(low, Need{p.top_k, mass});
+  } else {
+    if (top_k) {
+      kept = search.find(low, Need{p.top_k, UINT64_MAX});
+    } else if (low > kLowest) {
+      kept = search.whole(low);
+    }
+    if (top_p) {
+      const Need need{UINT32_MAX, mass_target(p.top_p, kept.mass)};
+      kept = search.find(low > kept.x ? low : kept.x, need);
+    }
+  }
+  return kept.x < cutoff ? search.whole(cutoff) : kept;
+}
+
+}  // namespace ptk
