@@ -1,8 +1,9 @@
-/* proxytune: C API of the CPU kernels, for engines that already hold the three logits.
+/* proxytune: C API of the CPU and the CUDA kernels, for engines that already hold the three logits.
  *
- * Plain pointers and strides, no Python, no torch, no allocation unless asked, no threads: every
- * call works on rows [begin, end) of its arguments, so a caller spreads rows over its own threads,
- * each with a workspace of its own. The numbers are those of docs/contracts.md.
+ * Plain pointers and strides, no Python, no torch, no allocation unless asked, no threads. On the CPU
+ * every call works on rows [begin, end) of its arguments, so a caller spreads rows over its own
+ * threads, each with a workspace of its own. On a GPU a call launches one kernel on a stream.
+ * The numbers are those of docs/contracts.md.
  *
  * Strides count elements. A per-row parameter that is NULL has its default for all rows.
  * All structs: zero them first; fields left 0 or NULL are off.
@@ -42,7 +43,10 @@ enum {
   PROXYTUNE_OK = 0,
   PROXYTUNE_ERROR_ARGUMENT = 1, /* a pointer missing, or a size, stride or code out of range */
   PROXYTUNE_ERROR_ISA = 2,      /* no such instruction set, or not on this processor */
-  PROXYTUNE_ERROR_MEMORY = 3    /* the workspace could not be allocated */
+  PROXYTUNE_ERROR_MEMORY = 3,   /* the workspace could not be allocated */
+  PROXYTUNE_ERROR_DEVICE = 4,   /* no code for the device */
+  PROXYTUNE_ERROR_SHAPE = 5,    /* a row that the device can't hold on chip */
+  PROXYTUNE_ERROR_CUDA = 1000   /* and above: this plus CUDA's own cudaError_t */
 };
 
 /* Logits [rows, positions, V_role]; the last dimension is contiguous. data NULL: no such role. */
@@ -152,6 +156,32 @@ PROXYTUNE_API int proxytune_cpu_set_isa(const char* name);
 
 /* One sentence on a return value. */
 PROXYTUNE_API const char* proxytune_error(int code);
+
+/* The CUDA half: compute capability 9.0 and later, in a library of its own.
+ *
+ * All pointers in the structs are of device memory, of the device that is current and that the stream
+ * belongs to. The structs themselves are copied: they may go as soon as a call returns. Nothing is
+ * allocated and nothing waits for the device; what goes wrong on it is told by a later call of CUDA.
+ * A CUDA graph can hold the calls. The first call for a device loads the code: make it before a
+ * capture. stream: a cudaStream_t, NULL for the default one. rows: at most 2^27. */
+
+/* PROXYTUNE_OK where a device, by its number, can run rows of this width; else what keeps it from
+ * that. rejection: 1 for verify in that mode, which holds two rows, else 0. */
+PROXYTUNE_API int proxytune_cuda_supported(int64_t vocab_size, int rejection, int device);
+
+PROXYTUNE_API int proxytune_cuda_sample(const proxytune_sample_args* args, int64_t rows,
+                                        void* stream);
+
+/* Bytes of workspace that verify needs; 0 where an argument is out of range. */
+PROXYTUNE_API size_t proxytune_cuda_workspace_size(int64_t rows, int64_t num_drafts);
+
+/* workspace: device memory, 16-byte aligned, all zeros before its first use; each call leaves it so
+ * that it can be used again. Calls that may overlap need one each. */
+PROXYTUNE_API int proxytune_cuda_verify(const proxytune_verify_args* args, int64_t rows,
+                                        void* workspace, void* stream);
+
+/* One sentence on a return value of the CUDA half. */
+PROXYTUNE_API const char* proxytune_cuda_error(int code);
 
 #ifdef __cplusplus
 }

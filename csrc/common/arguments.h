@@ -1,0 +1,52 @@
+// What both halves of the C API think of their arguments, and return values as sentences.
+#pragma once
+
+#include "../include/proxytune.h"
+#include "params.h"
+
+namespace ptk {
+
+static_assert(PROXYTUNE_MAX_TOP == kMaxTop);
+
+inline bool good_logits(const proxytune_logits& l) {
+  return !l.data || (l.dtype >= PROXYTUNE_F32 && l.dtype <= PROXYTUNE_BF16);
+}
+
+inline bool good_inputs(const proxytune_inputs& in) {
+  return in.vocab_size >= 1 && in.vocab_size <= kMaxVocabSize && in.base.data &&
+         !in.expert.data == !in.anti.data && good_logits(in.base) && good_logits(in.expert) &&
+         good_logits(in.anti);
+}
+
+inline bool good_sample(const proxytune_sample_args* args) {
+  return args && good_inputs(args->inputs) && args->token_ids && args->stream >= 0 &&
+         args->stream <= int32_t(kStreamBonus) && args->num_top >= 0 && args->num_top <= kMaxTop;
+}
+
+inline bool good_verify(const proxytune_verify_args* args) {
+  if (!args || !good_inputs(args->inputs) || !args->token_ids || !args->num_accepted ||
+      args->num_drafts < 0 || (args->num_drafts > 0 && !args->draft_token_ids)) {
+    return false;
+  }
+  if (args->mode == PROXYTUNE_VERIFY_COUPLED) return true;
+  if (args->mode != PROXYTUNE_VERIFY_REJECTION) return false;
+  return args->num_drafts == 0 || (args->draft_logits.data && good_logits(args->draft_logits));
+}
+
+inline const char* sentence(int code) {
+  switch (code) {
+    case PROXYTUNE_OK: return "no error";
+    case PROXYTUNE_ERROR_ARGUMENT:
+      return "a required pointer is missing, or a size, dtype, mode or stream is out of range";
+    case PROXYTUNE_ERROR_ISA:
+      return "PROXYTUNE_FORCE_ISA names an instruction set that is unknown or not on this processor";
+    case PROXYTUNE_ERROR_MEMORY: return "the workspace could not be allocated";
+    case PROXYTUNE_ERROR_DEVICE:
+      return "the device has a compute capability below 9.0, or one that nothing was compiled for";
+    case PROXYTUNE_ERROR_SHAPE:
+      return "a row does not fit in the shared memory of the largest cluster that the device runs";
+    default: return "unknown error code";
+  }
+}
+
+}  // namespace ptk
