@@ -1,11 +1,14 @@
 """Schemas and fake versions of the ``torch.ops.proxytune`` operators, the same for every backend.
 
-A backend registers its implementation for its dispatch key: the C++ extension for CPU.
+A backend registers its implementation for its dispatch key: the C++ extension for CPU, Triton for
+CUDA. The CUDA C++ extension, which shares that key with Triton, has operators of its own in
+``torch.ops.proxytune_cuda``, so that a graph says which of the two it was made with.
 Each operator has an ``_out`` twin that writes into tensors of the caller and returns nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,18 +44,28 @@ _OUTPUTS = {
     "verify": VERIFY_OUTPUTS,
 }
 
-OPERATORS = tuple(f"{name}{twin}" for name in _ARGUMENTS for twin in ("", "_out"))
+_CLUSTER = ("sample", "sample_top", "verify")
+
+
+def _with_twins(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name}{twin}" for name in names for twin in ("", "_out"))
+
+
+OPERATORS = _with_twins(_ARGUMENTS)
+CUDA_OPERATORS = _with_twins(_CLUSTER)
+"""Those that the CUDA C++ extension has."""
 
 LIBRARY = torch.library.Library("proxytune", "DEF")
+CUDA_LIBRARY = torch.library.Library("proxytune_cuda", "DEF")
 
-for _name, _arguments in _ARGUMENTS.items():
-    _outputs = _OUTPUTS[_name]
-    _returns = f"({', '.join(['Tensor'] * len(_outputs))})" if len(_outputs) > 1 else "Tensor"
-    _written = ", ".join(f"Tensor({chr(97 + i)}!) out_{n}" for i, n in enumerate(_outputs))
-    LIBRARY.define(f"{_name}({_arguments}) -> {_returns}", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.define(
-        f"{_name}_out({_arguments}, *, {_written}) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
-    )
+
+def _define(library: torch.library.Library, name: str) -> None:
+    outputs, arguments = _OUTPUTS[name], _ARGUMENTS[name]
+    returns = f"({', '.join(['Tensor'] * len(outputs))})" if len(outputs) > 1 else "Tensor"
+    written = ", ".join(f"Tensor({chr(97 + i)}!) out_{n}" for i, n in enumerate(outputs))
+    tags = (torch.Tag.pt2_compliant_tag,)
+    library.define(f"{name}({arguments}) -> {returns}", tags=tags)
+    library.define(f"{name}_out({arguments}, *, {written}) -> ()", tags=tags)
 
 
 def empty_sample(base: Tensor) -> tuple[Tensor, ...]:
@@ -91,40 +104,48 @@ def _one_device(base: Tensor, *arguments: object) -> None:
             raise ValueError(f"proxytune: tensors on {base.device} and {argument.device}")
 
 
-@torch.library.register_fake("proxytune::sample", lib=LIBRARY)
-def _(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+def _fake_sample(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     _one_device(base, *arguments)
     return empty_sample(base)
 
 
-@torch.library.register_fake("proxytune::sample_top", lib=LIBRARY)
-def _(base: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_sample_top(base: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _one_device(base, *arguments)
     *_, num_top = arguments
     return (*empty_sample(base), *empty_top(base, num_top))
 
 
-@torch.library.register_fake("proxytune::combine", lib=LIBRARY)
-def _(base: Tensor, expert: object, anti: object, alpha: object, bias: object,
-      allowed_mask: object, vocab_size: int) -> Tensor:  # fmt: skip
+def _fake_combine(base: Tensor, expert: object, anti: object, alpha: object, bias: object,
+                  allowed_mask: object, vocab_size: int) -> Tensor:  # fmt: skip
     _one_device(base, expert, anti, alpha, bias, allowed_mask)
     return base.new_empty((base.shape[0], vocab_size), dtype=torch.float32)
 
 
-@torch.library.register_fake("proxytune::score", lib=LIBRARY)
-def _(base: Tensor, *arguments: object) -> Tensor:
+def _fake_score(base: Tensor, *arguments: object) -> Tensor:
     _one_device(base, *arguments)
     return base.new_empty(base.shape[:2], dtype=torch.float32)
 
 
-@torch.library.register_fake("proxytune::verify", lib=LIBRARY)
-def _(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+def _fake_verify(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     _one_device(base, *arguments)
     return empty_verify(base)
 
 
-for _name in _ARGUMENTS:
+def _fake_out(base: Tensor, *arguments: object, **outputs: Tensor) -> None:
+    _one_device(base, *arguments, *outputs.values())
 
-    @torch.library.register_fake(f"proxytune::{_name}_out", lib=LIBRARY)
-    def _(base: Tensor, *arguments: object, **outputs: Tensor) -> None:
-        _one_device(base, *arguments, *outputs.values())
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "sample": _fake_sample,
+    "sample_top": _fake_sample_top,
+    "combine": _fake_combine,
+    "score": _fake_score,
+    "verify": _fake_verify,
+}
+
+for _library, _names in ((LIBRARY, _ARGUMENTS), (CUDA_LIBRARY, _CLUSTER)):
+    for _name in _names:
+        _define(_library, _name)
+        _operator = f"{_library.ns}::{_name}"
+        torch.library.register_fake(_operator, _FAKES[_name], lib=_library)
+        torch.library.register_fake(f"{_operator}_out", _fake_out, lib=_library)
