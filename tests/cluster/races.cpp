@@ -1,0 +1,147 @@
+// What -fsanitize=thread makes of each access to memory, without the library that belongs to it: every
+// byte of shared memory knows who wrote it, read it and added to it last, and an access that no barrier
+// parts from one that it conflicts with ends the run. Exact, as barriers are all that orders threads
+// here; reads of what nothing wrote, and of blocks that are gone, end it too.
+//
+// Compiled without -fsanitize=thread, and linked with code compiled with it.
+#include <dlfcn.h>
+
+#include "cluster.h"
+
+namespace ptk {
+namespace model {
+namespace {
+
+enum Level { kThread, kWarp, kBlock, kCluster };
+enum class Access { kRead, kWrite, kAdd };
+
+bool inside = false;  // what is called from here may be instrumented
+
+class Checker {
+ public:
+  Checker(Cluster& cluster, void* from)
+      : cluster_(cluster), me_(cluster.running()), from_(from),
+        thread_(uint16_t(me_.block * cluster.threads() + me_.thread)) {}
+
+  void touch(Trace& trace, Access access, size_t byte) {
+    byte_ = byte;
+    if (access != Access::kWrite && trace.written.time < cluster_.started()) {
+      fail(access, "that nothing has written", trace.written);
+    }
+    if (!ordered(trace.written)) fail(access, "with no barrier after %s wrote it", trace.written);
+    if (access != Access::kRead && !ordered(trace.read)) fail(access, "with no barrier after %s read it", trace.read);
+    if (access != Access::kAdd && !ordered(trace.added)) fail(access, "with no barrier after %s added to it", trace.added);
+    note(access == Access::kRead ? trace.read : access == Access::kWrite ? trace.written : trace.added);
+  }
+
+ private:
+  Level level(uint16_t other) const {
+    if (other == thread_) return kThread;
+    if (other / kLanes == thread_ / kLanes) return kWarp;
+    return other / cluster_.threads() == me_.block ? kBlock : kCluster;
+  }
+
+  // Whether a barrier that all who may have made the touch passed, and this thread, came after it.
+  bool ordered(const Touch& touch) const {
+    if (touch.time < cluster_.started()) return true;
+    const int least = std::max(int(touch.level), int(level(touch.thread)));
+    if (least == kThread) return true;
+    int64_t last = cluster_.passed();
+    if (least <= kBlock) last = std::max(last, cluster_.passed(me_.block));
+    if (least <= kWarp) last = std::max(last, cluster_.passed(me_.block, me_.thread));
+    return last > touch.time;
+  }
+
+  // Touches that no barrier parts are kept as one, of the smallest group that all who made them are in.
+  void note(Touch& touch) const {
+    const int wide = ordered(touch) ? kThread : std::max(int(touch.level), int(level(touch.thread)));
+    touch = {cluster_.now(), thread_, uint8_t(wide)};
+  }
+
+  [[noreturn]] void fail(Access access, const char* how, const Touch& touch) const {
+    inside = false;
+    Dl_info library{};
+    dladdr(from_, &library);
+    const auto offset = static_cast<char*>(from_) - static_cast<char*>(library.dli_fbase) - 1;
+    const int block = touch.thread / cluster_.threads(), thread = touch.thread % cluster_.threads();
+    std::string who = "thread " + std::to_string(thread) + " of block " + std::to_string(block);
+    if (touch.level != kThread) who += " or one near it";
+    char what[200];
+    std::snprintf(what, sizeof what, how, who.c_str());
+    const char* does = access == Access::kRead ? "reads" : access == Access::kWrite ? "writes" : "adds to";
+    cluster_.fail("race: thread %d of block %d %s byte %zu of block %zu's shared memory %s "
+                  "(addr2line -Cife %s 0x%tx)",
+                  me_.thread, me_.block, does, byte_ % cluster_.shared_bytes(),
+                  byte_ / cluster_.shared_bytes(), what, library.dli_fname, offset);
+  }
+
+  Cluster& cluster_;
+  const Fiber& me_;
+  void* from_;
+  const uint16_t thread_;
+  size_t byte_ = 0;
+};
+
+void check(const volatile void* address, size_t bytes, Access access, void* from) {
+  if (inside || !running_cluster) return;
+  Cluster& cluster = *running_cluster;
+  const std::byte* arena = cluster.shared(0) - Cluster::kGuard;
+  const ptrdiff_t offset = static_cast<const volatile std::byte*>(address) - arena;
+  const size_t block = size_t(offset) / cluster.step();
+  if (offset < 0 || block >= size_t(cluster.blocks())) return;
+  inside = true;
+  const ptrdiff_t first = offset % ptrdiff_t(cluster.step()) - ptrdiff_t(Cluster::kGuard);
+  const size_t size = cluster.shared_bytes();
+  if (first < 0 || size_t(first) + bytes > size) {
+    inside = false;
+    cluster.fail("byte %td of block %zu's %zu bytes of shared memory", first, block, size);
+  }
+  if (cluster.gone(int(block))) {
+    inside = false;
+    cluster.fail("block %zu's shared memory, but that block has returned", block);
+  }
+  std::vector<Trace>& traces = cluster.traces();
+  if (traces.empty()) traces.resize(size_t(cluster.blocks()) * size);
+  Checker checker(cluster, from);
+  for (size_t i = block * size + size_t(first), end = i + bytes; i < end; ++i) {
+    checker.touch(traces[i], access, i);
+  }
+  inside = false;
+}
+
+}  // namespace
+}  // namespace model
+}  // namespace ptk
+
+using ptk::model::Access;
+using ptk::model::check;
+
+// gcc's names for what it calls: gcc/sanitizer.def.
+extern "C" {
+
+#define PTK_SIZE(n)                                                                                   \
+  void __tsan_read##n(void* p) { check(p, n, Access::kRead, __builtin_return_address(0)); }            \
+  void __tsan_write##n(void* p) { check(p, n, Access::kWrite, __builtin_return_address(0)); }
+PTK_SIZE(1) PTK_SIZE(2) PTK_SIZE(4) PTK_SIZE(8) PTK_SIZE(16)
+#undef PTK_SIZE
+
+#define PTK_SIZE(n)                                                                                   \
+  void __tsan_unaligned_read##n(void* p) { check(p, n, Access::kRead, __builtin_return_address(0)); }  \
+  void __tsan_unaligned_write##n(void* p) { check(p, n, Access::kWrite, __builtin_return_address(0)); }
+PTK_SIZE(2) PTK_SIZE(4) PTK_SIZE(8) PTK_SIZE(16)
+#undef PTK_SIZE
+
+void __tsan_read_range(void* p, size_t n) { check(p, n, Access::kRead, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t n) { check(p, n, Access::kWrite, __builtin_return_address(0)); }
+
+uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* p, uint32_t value, int) {
+  check(p, sizeof *p, Access::kAdd, __builtin_return_address(0));
+  return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
+}
+
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_read(void*) {}
+void __tsan_vptr_update(void*, void*) {}
+}
