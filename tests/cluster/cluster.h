@@ -68,7 +68,7 @@ struct Touch {
   uint8_t level = 0;
 };
 struct Trace {
-  Touch written, read, added;
+  Touch written, read, updated;  // updated: by an atomic operation
 };
 
 class Cluster {

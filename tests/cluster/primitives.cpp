@@ -18,7 +18,7 @@ PTK_KERNEL void everything(const T& team, std::byte* shared, uint64_t* out) {
   struct Shared {
     uint32_t of_warp[T::kWarps];
     uint64_t of_block;
-    uint32_t arrivals;
+    uint32_t arrivals, most;
   };
   auto& s = *reinterpret_cast<Shared*>(shared);
   const uint32_t mine = uint32_t(team.block() * T::kThreads + team.thread() + 1);
@@ -34,15 +34,16 @@ PTK_KERNEL void everything(const T& team, std::byte* shared, uint64_t* out) {
   const uint32_t total = team.sum(mine);
   right &= team.shuffle(upto, 31) == total;
   if (team.lane() == 0) s.of_warp[team.warp()] = total;
-  if (team.thread() == 0) s.arrivals = 0;
+  if (team.thread() == 0) s.arrivals = s.most = 0;
   team.sync();
   right &= team.add_shared(&s.arrivals, 1) < uint32_t(T::kThreads);
+  right &= team.max_shared(&s.most, mine) != mine;
   if (team.thread() == 0) {
     s.of_block = 0;
     for (uint32_t value : s.of_warp) s.of_block += value;
   }
   team.sync_cluster();
-  right &= s.arrivals == uint32_t(T::kThreads);
+  right &= s.arrivals == uint32_t(T::kThreads) && s.most == uint32_t((team.block() + 1) * T::kThreads);
   uint64_t all = 0;
   for (int i = 0; i < team.blocks(); ++i) all += *team.at(&s.of_block, (team.block() + i) % team.blocks());
   team.sync_cluster();

@@ -1,5 +1,5 @@
 // What -fsanitize=thread makes of each access to memory, without the library that belongs to it: every
-// byte of shared memory knows who wrote it, read it and added to it last, and an access that no barrier
+// byte of shared memory knows who wrote it, read it and updated it last, and an access that no barrier
 // parts from one that it conflicts with ends the run. Exact, as barriers are all that orders threads
 // here; reads of what nothing wrote, and of blocks that are gone, end it too.
 //
@@ -13,7 +13,7 @@ namespace model {
 namespace {
 
 enum Level { kThread, kWarp, kBlock, kCluster };
-enum class Access { kRead, kWrite, kAdd };
+enum class Access { kRead, kWrite, kUpdate };
 
 bool inside = false;  // what is called from here may be instrumented
 
@@ -30,8 +30,8 @@ class Checker {
     }
     if (!ordered(trace.written)) fail(access, "with no barrier after %s wrote it", trace.written);
     if (access != Access::kRead && !ordered(trace.read)) fail(access, "with no barrier after %s read it", trace.read);
-    if (access != Access::kAdd && !ordered(trace.added)) fail(access, "with no barrier after %s added to it", trace.added);
-    note(access == Access::kRead ? trace.read : access == Access::kWrite ? trace.written : trace.added);
+    if (access != Access::kUpdate && !ordered(trace.updated)) fail(access, "with no barrier after %s updated it", trace.updated);
+    note(access == Access::kRead ? trace.read : access == Access::kWrite ? trace.written : trace.updated);
   }
 
  private:
@@ -68,7 +68,7 @@ class Checker {
     if (touch.level != kThread) who += " or one near it";
     char what[200];
     std::snprintf(what, sizeof what, how, who.c_str());
-    const char* does = access == Access::kRead ? "reads" : access == Access::kWrite ? "writes" : "adds to";
+    const char* does = access == Access::kRead ? "reads" : access == Access::kWrite ? "writes" : "updates";
     cluster_.fail("race: thread %d of block %d %s byte %zu of block %zu's shared memory %s "
                   "(addr2line -Cife %s 0x%tx)",
                   me_.thread, me_.block, does, byte_ % cluster_.shared_bytes(),
@@ -135,8 +135,17 @@ void __tsan_read_range(void* p, size_t n) { check(p, n, Access::kRead, __builtin
 void __tsan_write_range(void* p, size_t n) { check(p, n, Access::kWrite, __builtin_return_address(0)); }
 
 uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* p, uint32_t value, int) {
-  check(p, sizeof *p, Access::kAdd, __builtin_return_address(0));
+  check(p, sizeof *p, Access::kUpdate, __builtin_return_address(0));
   return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
+}
+
+uint32_t __tsan_atomic32_load(const volatile uint32_t* p, int) {
+  check(p, sizeof *p, Access::kUpdate, __builtin_return_address(0));
+  return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+void __tsan_atomic32_store(volatile uint32_t* p, uint32_t value, int) {
+  check(p, sizeof *p, Access::kUpdate, __builtin_return_address(0));
+  __atomic_store_n(p, value, __ATOMIC_SEQ_CST);
 }
 
 void __tsan_init() {}

@@ -86,6 +86,14 @@ class Team {
     return std::atomic_ref(*at).fetch_add(value);
   }
 
+  uint32_t max_shared(uint32_t* at, uint32_t value) const {
+    cluster_.give_way();
+    const std::atomic_ref shared(*at);
+    const uint32_t before = shared.load();
+    if (value > before) shared.store(value);  // no other fiber runs in between
+    return before;
+  }
+
   int32_t arrive(int32_t* counter) const {
     cluster_.give_way();
     return std::atomic_ref(*counter).fetch_add(1);

@@ -90,7 +90,7 @@ def test_a_write_past_the_end_of_shared_memory_is_found():
     [
         ("past the end", "byte 4096 of block"),
         ("unwritten", "that nothing has written"),
-        ("adds without order", "adds to byte 0 of block"),
+        ("adds without order", "updates byte 0 of block"),
         ("gone at once", "but that block has returned"),
         ("adds and reads", "with no barrier after"),
     ],

@@ -1,0 +1,166 @@
+"""sample and verify by the cluster kernels' own source, on a CPU: model.cpp behind the public signatures.
+
+There is no kernel here for combine and score.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_int, c_int32, c_int64, c_uint64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import proxytune_kernels as ptk
+from proxytune_kernels import _check, ops, rng
+from proxytune_kernels._library import empty_sample, empty_top, empty_verify
+from tests.cluster import build
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Logits(Structure):
+    _fields_ = (
+        ("data", c_void_p), ("row_stride", c_int64), ("position_stride", c_int64),
+        ("dtype", c_int32),
+    )  # fmt: skip
+
+
+class Inputs(Structure):
+    _fields_ = (
+        ("vocab_size", c_int64), ("base", Logits), ("expert", Logits), ("anti", Logits),
+        ("alpha", c_void_p), ("bias", c_void_p), ("bias_row_stride", c_int64),
+        ("bias_position_stride", c_int64), ("allowed", c_void_p), ("allowed_row_stride", c_int64),
+        ("allowed_position_stride", c_int64),
+    )  # fmt: skip
+
+
+_PARAMS = ("temperature", "top_k", "top_p", "min_p", "filter_order", "seed", "position")
+
+
+class Params(Structure):
+    _fields_ = tuple((name, c_void_p) for name in _PARAMS)
+
+
+class SampleArgs(Structure):
+    """proxytune_sample_args of csrc/include/proxytune.h, as the structures above are its parts."""
+
+    _fields_ = (
+        ("inputs", Inputs), ("params", Params), ("stream", c_int32), ("token_ids", c_void_p),
+        ("logprobs", c_void_p), ("raw_logprobs", c_void_p), ("num_kept", c_void_p),
+        ("status", c_void_p), ("num_top", c_int32), ("top_token_ids", c_void_p),
+        ("top_logprobs", c_void_p),
+    )  # fmt: skip
+
+
+class VerifyArgs(Structure):
+    """proxytune_verify_args."""
+
+    _fields_ = (
+        ("inputs", Inputs), ("params", Params), ("num_drafts", c_int64), ("mode", c_int32),
+        ("draft_token_ids", c_void_p), ("draft_token_ids_row_stride", c_int64),
+        ("draft_logits", Logits), ("token_ids", c_void_p), ("num_accepted", c_void_p),
+        ("logprobs", c_void_p), ("status", c_void_p),
+    )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _logits(tensor: Tensor | None) -> Logits:
+    if tensor is None:
+        return Logits()
+    rows, *positions, _ = tensor.stride()
+    return Logits(tensor.data_ptr(), rows, *(positions or [0]), DTYPES[tensor.dtype])
+
+
+def _inputs(
+    roles: tuple[Tensor | None, ...], params: ptk.RowParams, bias: Tensor | None,
+    allowed_mask: Tensor | None, vocab_size: int,
+) -> tuple[Inputs, Params]:  # fmt: skip
+    constraints: list[int | None] = []
+    for tensor in (bias, allowed_mask):
+        strides = (0, 0) if tensor is None else (*tensor.stride()[:-1], 0)[:2]
+        constraints += [_address(tensor), *strides]
+    inputs = Inputs(vocab_size, *map(_logits, roles), _address(params.alpha), *constraints)
+    return inputs, Params(*(_address(getattr(params, name)) for name in _PARAMS))
+
+
+class Model:
+    """The kernels on clusters of so many blocks.
+
+    Args:
+        blocks: of a cluster, 1 to 16.
+        threads: of a block.
+        seed: of the order in which threads run: no result may depend on it.
+        races: whether each access to shared memory is checked, too.
+    """
+
+    def __init__(self, blocks: int, threads: int = 64, seed: int = 0, races: bool = False) -> None:
+        self.blocks, self.threads, self.seed, self.races = blocks, threads, seed, races
+
+    def _call(self, name: str, args: Structure, rows: int) -> None:
+        library = build.library("model", races=self.races)
+        call: Callable[..., bytes | None] = getattr(library, name)
+        call.argtypes = [POINTER(type(args)), c_int64, c_int, c_int, c_uint64]  # type: ignore[attr-defined]
+        call.restype = ctypes.c_char_p  # type: ignore[attr-defined]
+        error = call(ctypes.byref(args), rows, self.blocks, self.threads, self.seed)
+        if error is not None:
+            raise RuntimeError(f"{name}: {error.decode()}")
+
+    def sample(
+        self, base: Any, expert: Any = None, anti: Any = None, params: Any = None, *,
+        bias: Any = None, allowed_mask: Any = None, vocab_size: Any = None, stream: Any = "sample",
+        top_logprobs: Any = 0, out: Any = None, **values: Any,
+    ) -> ptk.SampleOutput:  # fmt: skip
+        """As ptk.sample."""
+        _check.top_logprobs(top_logprobs)
+        _check.sample(base, expert, anti, params, values, bias, allowed_mask, vocab_size, stream)
+        _check.sample_out(out, base, top_logprobs)
+        params = ops._row_params(base, params, values)
+        _check.row_params("sample", params, base)
+        width = _check.logits("sample", base, expert, anti, 2, vocab_size)
+        if out is None:
+            out = ptk.SampleOutput(*empty_sample(base))
+            if top_logprobs:
+                out = out._replace(top=ptk.TopLogprobs(*empty_top(base, top_logprobs)))
+        top = (None, None) if out.top is None or not top_logprobs else out.top
+        inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, width)
+        args = SampleArgs(
+            inputs, row_params, rng.STREAMS[stream], *map(_address, out[:5]), top_logprobs,
+            *map(_address, top),
+        )  # fmt: skip
+        self._call("cluster_sample", args, base.shape[0])
+        return out
+
+    def verify(
+        self, base: Any, expert: Any, anti: Any, draft_token_ids: Any, params: Any = None, *,
+        mode: Any = "coupled", draft_logits: Any = None, bias: Any = None,
+        allowed_mask: Any = None, vocab_size: Any = None, out: Any = None, **values: Any,
+    ) -> ptk.VerifyOutput:  # fmt: skip
+        """As ptk.verify."""
+        width = _check.logits("verify", base, expert, anti, 3, vocab_size)
+        rows, positions = base.shape[:2]
+        _check.ids("verify", "draft_token_ids", draft_token_ids, (rows, positions - 1), base.device)
+        _check.params("verify", params, values)
+        params = ops._row_params(base, params, values)
+        _check.row_params("verify", params, base)
+        _check.constraints("verify", base, bias, allowed_mask, width)
+        if mode not in ops.VERIFY_MODES:
+            raise ValueError(f"verify: mode must be one of {list(ops.VERIFY_MODES)}, got {mode!r}")
+        _check.draft_logits(draft_logits, mode, (rows, positions - 1), width, base.device)
+        if out is not None:
+            _check.verify_out(out, base)
+        else:
+            out = ptk.VerifyOutput(*empty_verify(base))
+        drafts = draft_token_ids.contiguous()
+        inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, width)
+        args = VerifyArgs(
+            inputs, row_params, positions - 1, ops.VERIFY_MODES.index(mode), _address(drafts),
+            drafts.stride(0), _logits(draft_logits), *map(_address, out),
+        )  # fmt: skip
+        self._call("cluster_verify", args, rows)
+        return out
