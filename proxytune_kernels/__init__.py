@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from proxytune_kernels.backends import backends
+from proxytune_kernels.heads import Head
 from proxytune_kernels.ops import combine, sample, score, verify
+from proxytune_kernels.ops_hidden import sample_hidden
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 
@@ -17,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Decoder",
+    "Head",
     "RowParams",
     "SampleOutput",
     "SamplingParams",
@@ -27,6 +30,7 @@ __all__ = [
     "combine",
     "load_trio",
     "sample",
+    "sample_hidden",
     "score",
     "verify",
 ]

@@ -20,26 +20,26 @@ MAX_VOCAB_SIZE = 2**19
 MAX_TOP_LOGPROBS = 128
 """A kernel sorts a row's likeliest tokens in one piece of fixed size."""
 
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _tensor(op: str, name: str, value: Any) -> Tensor:
+def tensor_of(op: str, name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     return value
 
 
-def _device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+def on_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{op}: {name} must be on {device} like base, got {tensor.device}")
 
 
 def _role(op: str, name: str, tensor: Any, dims: int) -> Tensor:
-    _tensor(op, name, tensor)
+    tensor_of(op, name, tensor)
     if tensor.dim() != dims:
         wanted = "[B, V]" if dims == 2 else "[B, T, V]"
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
-    if tensor.dtype not in _LOGIT_DTYPES:
+    if tensor.dtype not in LOGIT_DTYPES:
         raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(
@@ -51,33 +51,39 @@ def _role(op: str, name: str, tensor: Any, dims: int) -> Tensor:
 def logits(op: str, base: Any, expert: Any, anti: Any, dims: int, vocab_size: int | None) -> int:
     """Check the three roles' logits; returns the width in use."""
     _role(op, "base", base, dims)
-    width = base.shape[-1]
+    narrowest = base.shape[-1]
     if (expert is None) != (anti is None):
         missing = "expert" if expert is None else "anti"
         raise ValueError(f"{op}: {missing} must be given with the other of the pair, got None")
     if expert is not None:
         for name, tensor in (("expert", expert), ("anti", anti)):
             _role(op, name, tensor, dims)
-            _device(op, name, tensor, base.device)
+            on_device(op, name, tensor, base.device)
             if tensor.shape[:-1] != base.shape[:-1]:
                 raise ValueError(
                     f"{op}: {name} must have shape {[*base.shape[:-1], 'V']} like base, "
                     f"got {list(tensor.shape)}"
                 )
-            width = min(width, tensor.shape[-1])
+            narrowest = min(narrowest, tensor.shape[-1])
     if dims == 3 and base.shape[1] < 1:
         raise ValueError(f"{op}: base must have at least one position, got {list(base.shape)}")
+    return width(op, narrowest, vocab_size)
+
+
+def width(op: str, narrowest: int, vocab_size: Any) -> int:
+    """The width in use: ``vocab_size`` if given, at most the narrowest role's."""
     if vocab_size is None:
-        vocab_size = width
+        vocab_size = narrowest
     elif isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise TypeError(f"{op}: vocab_size must be an integer, got {vocab_size!r}")
-    elif vocab_size > width:
+    elif vocab_size > narrowest:
         raise ValueError(
-            f"{op}: vocab_size must be at most the narrowest role's width {width}, got {vocab_size}"
+            f"{op}: vocab_size must be at most the narrowest role's width {narrowest}, "
+            f"got {vocab_size}"
         )
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(f"{op}: vocab_size must be in [1, 2^19], got {vocab_size}")
-    return vocab_size
+    return int(vocab_size)
 
 
 def params(op: str, value: Any, values: dict[str, Any]) -> None:
@@ -104,7 +110,7 @@ def row_params(op: str, value: RowParams, base: Tensor) -> None:
     """Check that each parameter is a contiguous [B] tensor of its dtype on the logits' device."""
     batch_size = base.shape[0]
     for name, dtype in DTYPES.items():
-        tensor = _tensor(op, f"params.{name}", getattr(value, name))
+        tensor = tensor_of(op, f"params.{name}", getattr(value, name))
         if tensor.dtype != dtype or tensor.shape != (batch_size,):
             raise ValueError(
                 f"{op}: params.{name} must be {dtype} of shape [{batch_size}], "
@@ -114,7 +120,7 @@ def row_params(op: str, value: RowParams, base: Tensor) -> None:
             raise ValueError(
                 f"{op}: params.{name} must be contiguous, got stride {tensor.stride(0)}"
             )
-        _device(op, f"params.{name}", tensor, base.device)
+        on_device(op, f"params.{name}", tensor, base.device)
 
 
 def sample(
@@ -135,18 +141,18 @@ def sample(
         raise ValueError(f"sample: stream must be one of {list(STREAMS)}, got {stream!r}")
 
 
-def top_logprobs(value: Any) -> None:
-    """Check how many of the likeliest tokens ``sample`` reports."""
+def top_logprobs(value: Any, op: str = "sample") -> None:
+    """Check how many of the likeliest tokens a sampling operator reports."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"sample: top_logprobs must be an integer, got {value!r}")
+        raise TypeError(f"{op}: top_logprobs must be an integer, got {value!r}")
     if not 0 <= value <= MAX_TOP_LOGPROBS:
-        raise ValueError(f"sample: top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {value}")
+        raise ValueError(f"{op}: top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {value}")
 
 
 def _constraint(
     op: str, name: str, tensor: Any, base: Tensor, dtype: torch.dtype, width: int
 ) -> None:
-    _tensor(op, name, tensor)
+    tensor_of(op, name, tensor)
     shape = [*base.shape[:-1], width]
     if list(tensor.shape) != shape or tensor.dtype != dtype:
         raise ValueError(
@@ -157,7 +163,7 @@ def _constraint(
         raise ValueError(
             f"{op}: {name} must be contiguous in its last dimension, got stride {tensor.stride(-1)}"
         )
-    _device(op, name, tensor, base.device)
+    on_device(op, name, tensor, base.device)
 
 
 def constraints(op: str, base: Tensor, bias: Any, allowed_mask: Any, vocab_size: int) -> None:
@@ -177,7 +183,7 @@ def alpha(op: str, value: Any, base: Tensor) -> Tensor:
                 f"{op}: alpha must be a number or torch.float32 of shape [{batch_size}], "
                 f"got {value.dtype} of shape {list(value.shape)}"
             )
-        _device(op, "alpha", value, base.device)
+        on_device(op, "alpha", value, base.device)
         return value.contiguous()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{op}: alpha must be a finite number, got {value!r}")
@@ -186,13 +192,13 @@ def alpha(op: str, value: Any, base: Tensor) -> Tensor:
 
 def ids(op: str, name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """Check a tensor of token ids."""
-    _tensor(op, name, tensor)
+    tensor_of(op, name, tensor)
     if tuple(tensor.shape) != shape or tensor.dtype != torch.int64:
         raise ValueError(
             f"{op}: {name} must be torch.int64 of shape {list(shape)}, "
             f"got {tensor.dtype} of shape {list(tensor.shape)}"
         )
-    _device(op, name, tensor, device)
+    on_device(op, name, tensor, device)
 
 
 def draft_logits(
@@ -211,18 +217,18 @@ def draft_logits(
             f"verify: draft_logits must have shape {[*drafts, 'V']} with V at least {vocab_size}, "
             f"got {list(value.shape)}"
         )
-    _device("verify", "draft_logits", value, device)
+    on_device("verify", "draft_logits", value, device)
 
 
 def matrix_out(op: str, out: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """Check a caller-owned fp32 result."""
-    _tensor(op, "out", out)
+    tensor_of(op, "out", out)
     if tuple(out.shape) != shape or out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(
             f"{op}: out must be contiguous torch.float32 of shape {list(shape)}, "
             f"got {out.dtype} of shape {list(out.shape)}"
         )
-    _device(op, "out", out, device)
+    on_device(op, "out", out, device)
 
 
 _OUT_DTYPES = {"token_ids": torch.int64, "num_kept": torch.int32, "status": torch.int32,
@@ -242,18 +248,18 @@ def _outputs(
                 f"{op}: {argument}.{name} must be contiguous {dtype} of shape {list(shape)}, "
                 f"got {tensor.dtype} of shape {list(tensor.shape)}"
             )
-        _device(op, f"{argument}.{name}", tensor, device)
+        on_device(op, f"{argument}.{name}", tensor, device)
 
 
-def sample_out(out: Any, base: Tensor, num_top: int) -> None:
-    """Check caller-owned outputs of ``sample``, if any; ``top`` only where it is written."""
+def sample_out(out: Any, base: Tensor, num_top: int, op: str = "sample") -> None:
+    """Check caller-owned outputs of ``sample`` and its like, if any; ``top`` only if written."""
     if out is None:
         return
     rows = (base.shape[0],)
-    _outputs("sample", out, SampleOutput, dict.fromkeys(SAMPLE_OUTPUTS, rows), base.device)
+    _outputs(op, out, SampleOutput, dict.fromkeys(SAMPLE_OUTPUTS, rows), base.device)
     if num_top:
         shapes = dict.fromkeys(TopLogprobs._fields, (*rows, num_top))
-        _outputs("sample", out.top, TopLogprobs, shapes, base.device, "out.top")
+        _outputs(op, out.top, TopLogprobs, shapes, base.device, "out.top")
 
 
 def verify_out(out: Any, base: Tensor) -> None:

@@ -22,6 +22,12 @@ _PARAMS = (
 _CONSTRAINTS = "Tensor? bias, Tensor? allowed_mask, int vocab_size"
 
 _SAMPLE = f"{_LOGITS}, {_PARAMS}, {_CONSTRAINTS}, int stream"
+_HEADS = ", ".join(
+    f"Tensor{o} {r}_hidden, Tensor{o} {r}_weight, Tensor? {r}_bias, float? {r}_logit_scale, "
+    f"float? {r}_soft_cap"
+    for r, o in (("base", ""), ("expert", "?"), ("anti", "?"))
+)
+"""The fields of three :class:`proxytune_kernels.heads.Head`, those of an absent role all None."""
 
 SAMPLE_OUTPUTS = ("token_ids", "logprobs", "raw_logprobs", "num_kept", "status")
 TOP_OUTPUTS = ("top_token_ids", "top_logprobs")
@@ -30,6 +36,8 @@ VERIFY_OUTPUTS = ("token_ids", "num_accepted", "logprobs", "status")
 _ARGUMENTS = {
     "sample": _SAMPLE,
     "sample_top": f"{_SAMPLE}, int num_top",
+    # num_top may be 0: top outputs are then [B, 0]
+    "sample_hidden": f"{_HEADS}, {_PARAMS}, {_CONSTRAINTS}, int stream, int num_top",
     "combine": f"{_LOGITS}, Tensor alpha, {_CONSTRAINTS}",
     "score": f"{_LOGITS}, Tensor token_ids, Tensor alpha, int vocab_size",
     "verify": f"{_LOGITS}, Tensor draft_token_ids, Tensor? draft_logits, {_PARAMS}, "
@@ -39,6 +47,7 @@ _ARGUMENTS = {
 _OUTPUTS = {
     "sample": SAMPLE_OUTPUTS,
     "sample_top": (*SAMPLE_OUTPUTS, *TOP_OUTPUTS),
+    "sample_hidden": (*SAMPLE_OUTPUTS, *TOP_OUTPUTS),
     "combine": ("x",),
     "score": ("logprobs",),
     "verify": VERIFY_OUTPUTS,
@@ -138,6 +147,7 @@ def _fake_out(base: Tensor, *arguments: object, **outputs: Tensor) -> None:
 _FAKES: dict[str, Callable[..., Any]] = {
     "sample": _fake_sample,
     "sample_top": _fake_sample_top,
+    "sample_hidden": _fake_sample_top,
     "combine": _fake_combine,
     "score": _fake_score,
     "verify": _fake_verify,

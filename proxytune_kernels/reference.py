@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from proxytune_kernels import rng
+from proxytune_kernels.heads import Head
 from proxytune_kernels.params import RowParams
 
 MASS_ONE = 2.0**44
@@ -66,6 +67,18 @@ class VerifyOutput(NamedTuple):
 def fma32(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """fp32 ``a * b + c`` with one rounding, but for double rounding (about one case in 2^29)."""
     return (a.double() * b.double() + c.double()).float()
+
+
+def logits(head: Head, vocab_size: int) -> Tensor:
+    """A role's logits from its final hidden states, [B, vocab_size]: fp64, rounded to fp32 once."""
+    wide = head.hidden.double() @ head.weight[:vocab_size].double().T
+    if head.bias is not None:
+        wide = wide + head.bias[:vocab_size]
+    if head.logit_scale is not None:
+        wide = wide * head.logit_scale
+    if head.soft_cap is not None:
+        wide = head.soft_cap * (wide / head.soft_cap).tanh()
+    return wide.float()
 
 
 def combine(

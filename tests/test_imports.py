@@ -17,11 +17,12 @@ PACKAGE = ROOT.name
 # The lowest first; a module may import its own layer and those below. A package's modules share
 # its place.
 LAYERS = (
-    {"params", "rng"},
-    {"reference", "vocabulary", "prompts", "_cpu", "_cuda", "_library", "_check"},
-    {"kernels"},
+    {"params", "rng", "heads"},
+    {"reference", "vocabulary", "prompts", "_cpu", "_cuda", "_library", "_check"}
+    | {"_check_heads", "_cpu_heads"},
+    {"kernels", "cuda", "choices"},
     {"backends"},
-    {"ops"},
+    {"ops", "ops_hidden"},
     {"", "loading", "trio", "decoder"},
     {"analysis", "integrations", "cli", "testing", "__main__"},
 )

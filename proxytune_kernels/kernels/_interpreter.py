@@ -1,11 +1,12 @@
 """What Triton's interpreter has to be corrected in before it can stand in for a device.
 
 ``TRITON_INTERPRET=1`` runs the kernels on CPU tensors in numpy: slowly, but operation by operation
-as they are written. Seven things differ from a device:
+as they are written. Eight things differ from a device:
 
 - ``tl.fma`` rounds twice there; the contract (docs/contracts.md) rounds once.
 - Subnormal bf16 becomes 0 in fp32 there; a device keeps it, as the contract does.
 - ``tl.maximum`` and ``tl.minimum`` of NaN and a number give NaN there, the number on a device.
+- ``tl.dot`` of bf16 multiplies the bit patterns there.
 - The truth of ``x != 0.0`` becomes an fp32 number there when it is spread over a block.
 - ``constant - tensor`` is a constant there, which no function takes.
 - Every call of a jit function patches ``triton.language`` again: once a module and launch will do.
@@ -58,6 +59,21 @@ def _widening(convert: Any) -> Any:
     return apply
 
 
+def _widening_dot(dot: Any) -> Any:
+    """A product of matrices in which bf16 is widened to fp32 first, as exact as a tensor core's."""
+
+    def fp32(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        widened = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(widened, tl.float32)
+
+    def create(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, fp32(a), fp32(b), *rest)
+
+    return create
+
+
 def _binary(function: Any) -> Any:
     def create(self: Any, lhs: Any, rhs: Any) -> Any:
         return self.binary_op(lhs, rhs, function)
@@ -99,6 +115,9 @@ def correct() -> None:
         return
     interpreter.InterpreterBuilder.create_fma = _create_fma
     interpreter._convert_float = _widening(interpreter._convert_float)
+    interpreter.InterpreterBuilder.create_dot = _widening_dot(
+        interpreter.InterpreterBuilder.create_dot
+    )
     for name, function in (("maxnumf", np.fmax), ("minnumf", np.fmin)):
         setattr(interpreter.InterpreterBuilder, f"create_{name}", _binary(function))
     for name in filter(_COMPARISON.match, dir(interpreter.InterpreterBuilder)):

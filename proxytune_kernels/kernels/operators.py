@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune_kernels import _check
+from proxytune_kernels import _check, _check_heads
 from proxytune_kernels._library import (
     SAMPLE_OUTPUTS,
     TOP_OUTPUTS,
@@ -31,6 +31,7 @@ if interpreted():
 from proxytune_kernels.kernels._row import Outputs
 from proxytune_kernels.kernels.combine import launch_combine
 from proxytune_kernels.kernels.sample import inputs, launch_sample
+from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
 from proxytune_kernels.kernels.score import launch_score
 from proxytune_kernels.kernels.top_logprobs import Top, launch_top
 from proxytune_kernels.kernels.verify import Verified, launch_coupled, launch_rejection
@@ -116,6 +117,33 @@ def sample_top_out(base: Tensor, expert: Any, anti: Any, *rest: Any, **out: Tens
     _check_num_top(rest[-1])
     results = _results(_named(out, SAMPLE_OUTPUTS), _named(out, TOP_OUTPUTS))
     _sample(base, expert, anti, rest[:-1], results, rest[-1])
+
+
+def _sample_hidden(given: _check_heads.Arguments, out: SampleOutput) -> None:
+    drawn = Outputs(*out[:5])
+    logits, strides, tiles, state = launch_sample_hidden(
+        given.heads, (given.bias, given.allowed_mask), given.params, drawn, given.vocab_size,
+        given.stream,
+    )  # fmt: skip
+    if given.num_top > 0 and out.top is not None:
+        top = Top(*out.top)
+        launch_top(logits, strides, given.params, tiles, state, drawn, top, given.vocab_size)
+
+
+@_on_device
+def sample_hidden(base_hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """``proxytune::sample_hidden``."""
+    given = _check_heads.sample_hidden(base_hidden, *rest)
+    out, top = empty_sample(base_hidden), empty_top(base_hidden, given.num_top)
+    _sample_hidden(given, _results(out, top))
+    return (*out, *top)
+
+
+@_on_device
+def sample_hidden_out(base_hidden: Tensor, *rest: Any, **out: Tensor) -> None:
+    """``proxytune::sample_hidden_out``."""
+    given = _check_heads.sample_hidden(base_hidden, *rest)
+    _sample_hidden(given, _check_heads.outputs(given, out))
 
 
 @_on_device

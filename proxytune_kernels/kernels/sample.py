@@ -94,15 +94,27 @@ def launch_sample(
         The rows' summaries and state: their maxima and kept sets, for verify and top_logprobs.
     """
     device, rows = logits.base.device, out.token_ids.numel()
-    tiles, state = tiles_of(rows, vocab_size, device), state_of(rows, device)
+    tiles = tiles_of(rows, vocab_size, device)
+    if rows > 0:
+        blocks = tiles.maximum.shape[1] // TILES_PER_PROGRAM
+        _scan_kernel[(rows, blocks)](
+            logits, strides, params, tiles, vocab_size, positions, blocks, stream, DRAW=True,
+            TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, **OPTIONS,
+        )  # fmt: skip
+    return tiles, launch_selection(
+        logits, strides, params, tiles, out, vocab_size, positions, stream
+    )
+
+
+def launch_selection(
+    logits: Logits, strides: Strides, params: RowParams, tiles: Tiles, out: Outputs,
+    vocab_size: int, positions: int, stream: int,
+) -> State:  # fmt: skip
+    """What comes after the tiles' summaries, whoever wrote them; arguments as in launch_sample."""
+    device, rows = logits.base.device, out.token_ids.numel()
+    state, width = state_of(rows, device), tiles.maximum.shape[1]
     if rows == 0:
-        return tiles, state
-    width = tiles.maximum.shape[1]
-    blocks = width // TILES_PER_PROGRAM
-    _scan_kernel[(rows, blocks)](
-        logits, strides, params, tiles, vocab_size, positions, blocks, stream,
-        DRAW=True, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, **OPTIONS,
-    )  # fmt: skip
+        return state
     tiles_at_once = at_once(width)
     # 128 registers: two programs a multiprocessor, and nothing is spilled (benchmarks.static).
     _select_kernel[(rows,)](
@@ -119,7 +131,7 @@ def launch_sample(
         logits, strides, params, state, out, vocab_size, positions, splits, stream,
         num_warps=SPREAD_WARPS, **OPTIONS,
     )  # fmt: skip
-    return tiles, state
+    return state
 
 
 def inputs(

@@ -31,7 +31,7 @@ SCAN_REGISTERS = 112
 
 
 @triton.jit
-def _tile_sums(p):
+def tile_sums(p):
     """Sums over tiles of p in [0, 1], fp32 [TILES]: right to 2^-23, the same in any order."""
     high, low = digits(p)
     return tl.sum(high, 1).to(tl.float32) * 2.0**-22 + tl.sum(low, 1).to(tl.float32) * 2.0**-44
@@ -61,7 +61,7 @@ def _scan_kernel(
     d = x - tl.where(tl.abs(top) == INF, 0.0, top)[:, None]
     scaled = d * LOG2E
     p = tl.exp2(scaled)
-    tl.store(tiles.raw + at, _tile_sums(p))
+    tl.store(tiles.raw + at, tile_sums(p))
     if DRAW:
         count = tl.full([TILES], TILE, tl.int32)
         if tl.min(tl.min(x, 1), 0) == -INF:  # seldom: no token is masked
@@ -76,7 +76,7 @@ def _scan_kernel(
             if temperature != 1.0:
                 log2e = tl.full([], LOG2E, tl.float32)
                 scaled = d * tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))
-                tl.store(tiles.scaled + at, _tile_sums(tl.exp2(scaled)))
+                tl.store(tiles.scaled + at, tile_sums(tl.exp2(scaled)))
             if is_unfiltered(0, top_k, top_p, min_p):
                 seed, position = noise_key(row_params, b, t)
                 words = tile_words(tile * TILE, seed, position, stream, TILES)

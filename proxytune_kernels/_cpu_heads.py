@@ -1,0 +1,107 @@
+"""``proxytune::sample_hidden`` on the CPU: torch's matrix products, chunk by chunk.
+
+The weights are read once, in place. Of [B, V] there is one fp32 matrix, x; the three roles' logits
+are held for a chunk, and 16-bit weights are widened to fp32 for a part of one, in the cache. torch
+has no product of bf16 matrices on CPUs that gives fp32 (2.13: `mm` with out_dtype is CUDA's).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxytune_kernels import _check_heads
+from proxytune_kernels._library import LIBRARY, empty_top
+from proxytune_kernels.heads import Head
+
+_CHUNK = 2**17  # logits of a role at once: 512 KiB
+_FEWEST, _MOST = 1024, 8192  # tokens of a chunk
+_WIDENED = 2**18  # weights widened at once, a thread: 1 MiB, half of a common second-level cache
+_LEAST_WIDENED = 128  # tokens: the product of fewer is slow
+
+
+class _Role:
+    """A head, ready to give its logits of a chunk."""
+
+    def __init__(self, head: Head, chunk: int) -> None:
+        self._head = head
+        self._hidden = head.hidden.float()
+        self._logits = torch.empty((len(head.hidden), chunk))
+        self._rows, self._wide = chunk, None
+        if head.weight.dtype != torch.float32:
+            size = head.weight.shape[1]
+            self._rows = max(_LEAST_WIDENED, _WIDENED * torch.get_num_threads() // size)
+            self._wide = torch.empty((min(self._rows, chunk), size))
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """fp32 [B, stop - start], valid until the next call."""
+        head, logits = self._head, self._logits[:, : stop - start]
+        for first in range(start, stop, self._rows):
+            last = min(first + self._rows, stop)
+            weight = head.weight[first:last]
+            if self._wide is not None:
+                weight = self._wide[: last - first].copy_(weight)
+            torch.mm(self._hidden, weight.t(), out=logits[:, first - start : last - start])
+        if head.bias is not None:
+            logits += head.bias[start:stop]
+        if head.logit_scale is not None:
+            logits *= head.logit_scale
+        if head.soft_cap is not None:
+            logits.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
+        return logits
+
+
+def combined(
+    heads: tuple[Head, Head | None, Head | None], alpha: Tensor, bias: Tensor | None,
+    vocab_size: int,
+) -> Tensor:  # fmt: skip
+    """Combined logits x with the bias added, fp32 [B, vocab_size]; docs/contracts.md, Combination.
+
+    The pair's heads are not read where no row is steered.
+    """
+    batch_size = len(alpha)
+    x = torch.empty((batch_size, vocab_size))
+    if batch_size == 0:
+        return x
+    chunk = min(max(_CHUNK // batch_size, _FEWEST), _MOST, vocab_size)
+    steered = bool((alpha != 0).any())
+    base, *pair = (_Role(head, chunk) for head in (heads if steered else heads[:1]) if head)
+    part = torch.empty(batch_size * chunk)
+    for start in range(0, vocab_size, chunk):
+        stop = min(start + chunk, vocab_size)
+        expert, anti = (role.logits(start, stop) for role in pair) if pair else (None, None)
+        constraint = None if bias is None else bias[:, start:stop]
+        written = part[: batch_size * (stop - start)].view(batch_size, -1)
+        torch.ops.proxytune.combine_out(
+            base.logits(start, stop), expert, anti, alpha, constraint, None, stop - start,
+            out_x=written,
+        )  # fmt: skip
+        x[:, start:stop] = written
+    return x
+
+
+def _sample(given: _check_heads.Arguments) -> tuple[Tensor, ...]:
+    x = combined(given.heads, given.params.alpha, given.bias, given.vocab_size)
+    rest = (*given.params, None, given.allowed_mask, given.vocab_size, given.stream)
+    if given.num_top > 0:
+        return tuple(torch.ops.proxytune.sample_top(x, None, None, *rest, given.num_top))
+    return (*torch.ops.proxytune.sample(x, None, None, *rest), *empty_top(x, 0))
+
+
+def sample_hidden(*arguments: Any) -> tuple[Tensor, ...]:
+    """``proxytune::sample_hidden``."""
+    return _sample(_check_heads.sample_hidden(*arguments))
+
+
+def sample_hidden_out(*arguments: Any, **out: Tensor) -> None:
+    """``proxytune::sample_hidden_out``."""
+    given = _check_heads.sample_hidden(*arguments)
+    _check_heads.outputs(given, out)
+    for written, value in zip(out.values(), _sample(given), strict=True):
+        written.copy_(value)
+
+
+LIBRARY.impl("sample_hidden", sample_hidden, "CPU")
+LIBRARY.impl("sample_hidden_out", sample_hidden_out, "CPU")
