@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from proxytune_kernels import (
     _library,  # noqa: F401  (defines the operators the backends implement)
+    choices,
+    cuda,
     kernels,
 )
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _cpu() -> str | None:
@@ -28,7 +34,7 @@ def _cpu() -> str | None:
     return None
 
 
-_NAMES = ("cpu", "triton", "reference")
+_NAMES = ("cpu", "triton", "cuda", "reference")
 
 # At import, so that exported and compiled graphs find torch.ops.proxytune's kernels.
 _CPU_REASON = _cpu()
@@ -38,19 +44,34 @@ def backends() -> dict[str, str | None]:
     """Backends by name: None where usable, else why not.
 
     ``cpu`` is the C++ extension; ``triton`` runs on NVIDIA devices of compute capability 8.0 and
-    later; ``reference`` is plain PyTorch, exact and slow, on any device.
+    later; ``cuda``, CUDA C++, on those of 9.0 and later (``sample`` and ``verify``); ``reference``
+    is plain PyTorch, exact and slow, on any device.
 
     Example:
         >>> backends()["reference"] is None
         True
     """
-    return dict(zip(_NAMES, (_CPU_REASON, kernels.unusable(), None), strict=True))
+    reasons = (_CPU_REASON, kernels.unusable(), cuda.unusable(), None)
+    return dict(zip(_NAMES, reasons, strict=True))
 
 
-def _reason(backend: str, device: torch.device) -> str | None:
-    """Why a backend can't run on a device."""
+def _traced_as_constant(function: F) -> F:
+    # torch.compile takes the result for a constant and does not trace how it is found: what
+    # torch.compiler.assume_constant_result does, but for the import of the compiler.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_traced_as_constant
+def _reason(backend: str, device: torch.device, op: str) -> str | None:
+    """Why a backend can't run an operator on a device."""
     if backend == "cpu":
         return _CPU_REASON or (None if device.type == "cpu" else _elsewhere(device, "cpu"))
+    if backend == "cuda":
+        missing = cuda.lacks(op) or cuda.missing()
+        if missing is not None or device.type != "cuda":
+            return missing or _elsewhere(device, "cuda")
+        return cuda.device_unusable(device.index or 0)
     if backend == "triton":
         if kernels.unusable() is not None or kernels.interpreted():
             return kernels.unusable()
@@ -60,17 +81,44 @@ def _reason(backend: str, device: torch.device) -> str | None:
     return None
 
 
-# torch.compile takes the reason for a constant, and does not trace how it is found: what
-# torch.compiler.assume_constant_result does, but for the import of the compiler.
-_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@_traced_as_constant
+def _max_vocab_size(device: torch.device, rejection: bool) -> int:
+    return cuda.max_vocab_size(rejection, device.index or 0)
+
+
+@_traced_as_constant
+def _device_name(device: torch.device) -> str:
+    return cuda.device_name(device.index or 0)
+
+
+def _unusable(
+    backend: str, device: torch.device, op: str, vocab_size: int, rejection: bool
+) -> str | None:
+    reason = _reason(backend, device, op)
+    if backend != "cuda" or reason is not None:
+        return reason
+    widest = _max_vocab_size(device, rejection)
+    if vocab_size <= widest:
+        return None
+    return (
+        f"its clusters hold rows of at most {widest} tokens on {device}, vocab_size is {vocab_size}"
+    )
 
 
 def _elsewhere(device: torch.device, wanted: str) -> str:
     return f"the logits are on {device}, it runs on {wanted} tensors"
 
 
-_DEFAULTS: dict[str, str] = {"cpu": "cpu", "cuda": "triton"}
-"""The fastest backend of each kind of device."""
+def _candidates(base: Tensor, op: str, vocab_size: int) -> tuple[str, ...]:
+    """Backends for the device of these logits, the fastest first."""
+    device = base.device
+    if device.type == "cpu":
+        return ("cpu",)
+    if device.type != "cuda":
+        return ()
+    rows = base.shape[:-1].numel()
+    chosen = choices.choose(_device_name(device), op, vocab_size, rows)
+    return ("cuda", "triton") if chosen == "cuda" else ("triton", "cuda")
 
 
 @cache
@@ -82,8 +130,17 @@ def _warn_reference(device: str, reason: str) -> None:
     )
 
 
-def resolve(backend: str | None, base: Tensor, op: str) -> str:
+def resolve(
+    backend: str | None, base: Tensor, op: str, vocab_size: int, rejection: bool = False
+) -> str:
     """Name of the backend that runs ``op`` on these logits: as asked for, or the fastest usable.
+
+    Args:
+        backend: a name, or None.
+        base: logits [B, V] or [B, T, V].
+        op: the public operator.
+        vocab_size: agreed width.
+        rejection: for ``verify``, whether that is its mode.
 
     Raises:
         ValueError: an unknown name.
@@ -91,16 +148,17 @@ def resolve(backend: str | None, base: Tensor, op: str) -> str:
     """
     device = base.device
     if backend is None:
-        name = _DEFAULTS.get(device.type)
-        reason = "no kernel is built for it" if name is None else _reason(name, device)
-        if name is not None and reason is None:
-            return name
-        assert reason is not None
-        _warn_reference(device.type, reason)
+        reasons = []
+        for name in _candidates(base, op, vocab_size):
+            reason = _unusable(name, device, op, vocab_size, rejection)
+            if reason is None:
+                return name
+            reasons.append(reason)
+        _warn_reference(device.type, reasons[0] if reasons else "no kernel is built for it")
         return "reference"
     if backend not in _NAMES:
         raise ValueError(f"{op}: backend must be one of {sorted(_NAMES)} or None, got {backend!r}")
-    reason = _reason(backend, device)
+    reason = _unusable(backend, device, op, vocab_size, rejection)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} can't run: {reason}")
     return backend

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels import _check, kernels, reference, rng
-from proxytune_kernels._library import OPERATORS
+from proxytune_kernels._library import CUDA_OPERATORS, OPERATORS
 from proxytune_kernels.backends import resolve
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
@@ -18,13 +18,14 @@ VERIFY_MODES = ("coupled", "rejection")
 
 # By name, found once: torch.ops takes 0.1 us to look one up.
 _OPERATORS = {name: getattr(torch.ops.proxytune, name) for name in OPERATORS}
+_CUDA_OPERATORS = {name: getattr(torch.ops.proxytune_cuda, name) for name in CUDA_OPERATORS}
 
 
 def _implementation(backend: str, base: Tensor, name: str) -> Callable[..., Any]:
     """What runs operator ``name`` for a backend, not the reference, on the device of ``base``."""
     if backend == "triton" and base.device.type != "cuda":  # Triton's interpreter
         return kernels.IMPLEMENTATIONS[name]
-    return _OPERATORS[name]
+    return (_CUDA_OPERATORS if backend == "cuda" else _OPERATORS)[name]
 
 
 # Checking every argument takes longer than a small call, and the C++ operators refuse what would
@@ -103,7 +104,7 @@ def sample(
         width = _width(base, expert, anti) if vocab_size is None else vocab_size
         arguments = (base, expert, anti, *row_params, bias, allowed_mask, width,
                      rng.STREAMS[stream])  # fmt: skip
-        resolved = resolve(backend, base, "sample")
+        resolved = resolve(backend, base, "sample", width)
         if resolved != "reference" and top_logprobs:
             return _sample_top(resolved, base, arguments, top_logprobs, out)
         if resolved != "reference" and out is None:
@@ -166,7 +167,7 @@ def combine(
     _check.constraints("combine", base, bias, allowed_mask, vocab_size)
     if out is not None:
         _check.matrix_out("combine", out, (base.shape[0], vocab_size), base.device)
-    resolved = resolve(backend, base, "combine")
+    resolved = resolve(backend, base, "combine", vocab_size)
     if resolved == "reference":
         x = _reference_x(base, expert, anti, alphas, bias, allowed_mask, vocab_size)
         return x if out is None else out.copy_(x)
@@ -211,7 +212,7 @@ def score(
     _check.ids("score", "token_ids", token_ids, tuple(base.shape[:2]), base.device)
     if out is not None:
         _check.matrix_out("score", out, tuple(base.shape[:2]), base.device)
-    resolved = resolve(backend, base, "score")
+    resolved = resolve(backend, base, "score", vocab_size)
     if resolved == "reference":
         x = _reference_x(base, expert, anti, alphas, None, None, vocab_size)
         result = reference.score(x, token_ids)
@@ -279,7 +280,7 @@ def verify(
     _check.draft_logits(draft_logits, mode, drafts, vocab_size, base.device)
     if out is not None:
         _check.verify_out(out, base)
-    resolved = resolve(backend, base, "verify")
+    resolved = resolve(backend, base, "verify", vocab_size, mode == "rejection")
     if resolved == "reference":
         x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, vocab_size)
         draft_x = None if draft_logits is None else draft_logits[..., :vocab_size].float()

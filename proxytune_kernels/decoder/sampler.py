@@ -29,7 +29,7 @@ class SlotSampler:
         self.device = device
         self.token_ids = torch.zeros((max_batch_size, 1), dtype=torch.int64, device=device)
         self._vocab_size = vocab_size
-        self.backend = resolve(backend, self.token_ids, "sample")
+        self.backend = resolve(backend, self.token_ids, "sample", vocab_size)
         self._row_params = RowParams.make(max_batch_size, device=device)
 
     def start(self, request: Request) -> None:
