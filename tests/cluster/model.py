@@ -1,4 +1,4 @@
-"""sample and verify by the cluster kernels' own source, on a CPU: model.cpp behind the public signatures.
+"""sample and verify by the cluster kernels' own source, on a CPU; model.cpp runs it.
 
 There is no kernel here for combine and score.
 """
@@ -6,8 +6,18 @@ There is no kernel here for combine and score.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from ctypes import POINTER, Structure, c_int, c_int32, c_int64, c_uint64, c_void_p
+import functools
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char_p,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint64,
+    c_void_p,
+)
 from typing import Any
 
 import torch
@@ -89,6 +99,19 @@ def _inputs(
     return inputs, Params(*(_address(getattr(params, name)) for name in _PARAMS))
 
 
+@functools.cache
+def _library(races: bool) -> ctypes.CDLL:
+    library = build.library("model", races=races)
+    sizes = (c_size_t(), c_size_t())
+    library.cluster_sizes(*map(ctypes.byref, sizes))
+    assert [s.value for s in sizes] == [ctypes.sizeof(t) for t in (SampleArgs, VerifyArgs)]
+    for name, args in (("cluster_sample", SampleArgs), ("cluster_verify", VerifyArgs)):
+        call = getattr(library, name)
+        call.argtypes = [POINTER(args), c_int64, c_int, c_int, c_uint64]
+        call.restype = c_char_p
+    return library
+
+
 class Model:
     """The kernels on clusters of so many blocks.
 
@@ -103,10 +126,7 @@ class Model:
         self.blocks, self.threads, self.seed, self.races = blocks, threads, seed, races
 
     def _call(self, name: str, args: Structure, rows: int) -> None:
-        library = build.library("model", races=self.races)
-        call: Callable[..., bytes | None] = getattr(library, name)
-        call.argtypes = [POINTER(type(args)), c_int64, c_int, c_int, c_uint64]  # type: ignore[attr-defined]
-        call.restype = ctypes.c_char_p  # type: ignore[attr-defined]
+        call = getattr(_library(self.races), name)
         error = call(ctypes.byref(args), rows, self.blocks, self.threads, self.seed)
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")
@@ -124,14 +144,13 @@ class Model:
         _check.row_params("sample", params, base)
         width = _check.logits("sample", base, expert, anti, 2, vocab_size)
         if out is None:
-            out = ptk.SampleOutput(*empty_sample(base))
-            if top_logprobs:
-                out = out._replace(top=ptk.TopLogprobs(*empty_top(base, top_logprobs)))
-        top = (None, None) if out.top is None or not top_logprobs else out.top
+            tokens, *others = empty_sample(base)
+            top = ptk.TopLogprobs(*empty_top(base, top_logprobs)) if top_logprobs else None
+            out = ptk.SampleOutput(tokens, *others, top)  # type: ignore[arg-type]
         inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, width)
         args = SampleArgs(
             inputs, row_params, rng.STREAMS[stream], *map(_address, out[:5]), top_logprobs,
-            *map(_address, top),
+            *map(_address, out.top if top_logprobs else (None, None)),
         )  # fmt: skip
         self._call("cluster_sample", args, base.shape[0])
         return out
