@@ -66,20 +66,16 @@ PTK_HOST_DEVICE Prefix select_kept(Search& search, const RowParams& p, float max
   const float cutoff = p.min_p_shift > -INFINITY ? min_p_cutoff(max, p.min_p_shift) : kLowest;
   const float low = p.filter_order == kOrderVllm ? cutoff : kLowest;
   const bool top_k = p.top_k < count, top_p = p.top_p < kTopPOff;
+  const bool joint = p.filter_order == kOrderJoint;
   Prefix kept{kLowest, UINT32_MAX, count, total_mass};
-  if (p.filter_order == kOrderJoint) {
-    const uint64_t mass = top_p ? mass_target(p.top_p, total_mass) : UINT64_MAX;
-    if (top_k || top_p) kept = search.find(low, Need{p.top_k, mass});
-  } else {
-    if (top_k) {
-      kept = search.find(low, Need{p.top_k, UINT64_MAX});
-    } else if (low > kLowest) {
-      kept = search.whole(low);
-    }
-    if (top_p) {
-      const Need need{UINT32_MAX, mass_target(p.top_p, kept.mass)};
-      kept = search.find(low > kept.x ? low : kept.x, need);
-    }
+  if (!joint && !top_k && low > kLowest) kept = search.whole(low);
+  // By count, or by both; then by mass of what that left.
+#pragma unroll 1
+  for (int stage = 0; stage < 2; ++stage) {
+    const bool by_count = stage == 0 && top_k, by_mass = joint ? stage == 0 : stage == 1;
+    if (!by_count && !(by_mass && top_p)) continue;
+    const uint64_t mass = by_mass && top_p ? mass_target(p.top_p, kept.mass) : UINT64_MAX;
+    kept = search.find(low > kept.x ? low : kept.x, Need{by_count ? p.top_k : UINT32_MAX, mass});
   }
   return kept.x < cutoff ? search.whole(cutoff) : kept;
 }

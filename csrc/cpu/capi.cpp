@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "../common/addressing.h"
 #include "../common/arguments.h"
 #include "types.h"
 
@@ -57,10 +58,7 @@ class Workspace {
 };
 
 Matrix matrix_at(const proxytune_logits& l, int64_t row, int64_t position) {
-  if (!l.data) return {};
-  const int64_t bytes = l.dtype == PROXYTUNE_F32 ? 4 : 2;
-  const int64_t offset = row * l.row_stride + position * l.position_stride;
-  return {static_cast<const char*>(l.data) + offset * bytes, l.dtype};
+  return {logits_at(l, row, position), l.dtype};
 }
 
 RowInput input_at(const proxytune_inputs& in, int64_t row, int64_t position) {
@@ -73,23 +71,9 @@ RowInput input_at(const proxytune_inputs& in, int64_t row, int64_t position) {
     r.expert = matrix_at(in.expert, row, position);
     r.anti = matrix_at(in.anti, row, position);
   }
-  if (in.bias) r.bias = in.bias + row * in.bias_row_stride + position * in.bias_position_stride;
-  if (in.allowed) {
-    r.allowed = in.allowed + row * in.allowed_row_stride + position * in.allowed_position_stride;
-  }
+  r.bias = bias_at(in, row, position);
+  r.allowed = allowed_at(in, row, position);
   return r;
-}
-
-template <typename T>
-T value_at(const T* values, int64_t row, T fallback) {
-  return values ? values[row] : fallback;
-}
-
-RawParams params_at(const proxytune_params& p, const proxytune_inputs& in, int64_t row) {
-  return {value_at(in.alpha, row, 1.0f),      value_at(p.temperature, row, 1.0f),
-          value_at(p.top_k, row, int32_t(0)), value_at(p.top_p, row, 1.0f),
-          value_at(p.min_p, row, 0.0f),       value_at(p.filter_order, row, int32_t(0)),
-          value_at(p.seed, row, int64_t(0)),  value_at(p.position, row, int64_t(0))};
 }
 
 template <typename T>
@@ -105,12 +89,11 @@ TopTokens top_at(const proxytune_sample_args& a, int64_t row) {
 
 void verify_row(const proxytune_verify_args& a, const Kernels& kernels, int64_t row, Buffers& b) {
   const int64_t k = a.num_drafts;
-  RawParams params = params_at(a.params, a.inputs, row);
+  const RawParams first = params_at(a.params, a.inputs, row);
   int32_t status = 0, accepted = 0;
   bool active = true;
-  const uint64_t first = uint64_t(params.position);
   for (int64_t j = 0; j <= k; ++j) {
-    params.position = int64_t(first + uint64_t(j));  // past 2^63 - 1: negative, so out of range
+    const RawParams params = params_at_draft(first, j);
     VerifyStep step;
     if (active) {
       const RowInput in = input_at(a.inputs, row, j);

@@ -55,6 +55,7 @@ class Team {
 
   // Shared memory of this block; returns what was there.
   PTK_KERNEL uint32_t add_shared(uint32_t* at, uint32_t value) const { return atomicAdd(at, value); }
+  PTK_KERNEL uint32_t max_shared(uint32_t* at, uint32_t value) const { return atomicMax(at, value); }
 
   // One more at a counter in device memory; returns how many were there. What the block's thread wrote
   // before is visible to whoever sees the new count.

@@ -1,0 +1,101 @@
+// The draw from a kept set: score + noise of its tokens only, and the logarithms only where the noise
+// can win.
+#pragma once
+
+#include "search.h"
+
+namespace ptk {
+namespace cuda {
+
+PTK_HOST_DEVICE float gumbel_of(const NoiseKey& key, uint32_t id, uint32_t word) {
+  return gumbel(word != 0 ? lane::uniform(word, 0x1p-32f) : uniform_of(key, id));
+}
+
+PTK_HOST_DEVICE uint64_t better(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+// The cluster's best of each warp's packed scores.
+template <class Team>
+PTK_KERNEL uint64_t best_of_cluster(Cluster<Team>& cluster, uint64_t best) {
+  uint64_t all[] = {warp_max(cluster.team, best)};
+  cluster.template exchange<Merge::kMax>(all);
+  return all[0];
+}
+
+// Races the tokens of this block's tiles that `kept(x, id)` is true of, by `score(x, id)`; `top(t)`
+// bounds a tile's scores, and is -inf where none of it is kept. Gives this lane's best.
+template <class Team, class Kept, class Score, class Top>
+PTK_KERNEL uint64_t race_tiles(const Team& team, Shared& s, const Row& row, const NoiseKey& key,
+                               Kept kept, Score score, Top top) {
+  if (team.thread() == 0) s.best = 0;
+  team.sync();
+  uint64_t best = 0;
+  for (int t = team.warp(); t < row.count; t += Team::kWarps) {
+    const float most = top(t);
+    if (!(most > -INFINITY)) continue;
+    // Other warps' winners spare this one most of its logarithms; what it reads of them may be old.
+    uint32_t record = team.lane() == 0 ? team.max_shared(&s.best, 0) : 0;
+    record = team.shuffle(record, 0);
+    const uint32_t limit = record ? winning_word(most, value_of(record)) : UINT32_MAX;
+    const Four x = four_of(team, row, t);
+    const uint32_t id = row.id_of(t) + 4 * uint32_t(team.lane());
+    uint32_t words[4];
+    philox_words(key, id >> 2, 0, words);
+    uint64_t won = 0;
+    for (int j = 0; j < 4; ++j) {
+      if (words[j] > limit || !kept(x.v[j], id + uint32_t(j))) continue;
+      const float noise = gumbel_of(key, id + uint32_t(j), words[j]);
+      won = better(won, pack_score(score(x.v[j], id + uint32_t(j)) + noise, id + uint32_t(j)));
+    }
+    if (!team.ballot(won > best)) continue;
+    best = better(best, won);
+    const uint32_t reached = team.max(uint32_t(won >> 32));
+    if (team.lane() == 0) team.max_shared(&s.best, reached);
+  }
+  return best;
+}
+
+// The draw of a row from its kept set; the list is the one that its search left.
+template <class Team>
+PTK_KERNEL uint32_t draw(Cluster<Team>& cluster, const Target& target, const RowParams& p,
+                         const NoiseKey& key) {
+  const Team& team = cluster.team;
+  const Row& row = target.row;
+  const Prefix& kept = target.kept;
+  if (p.greedy) return kept.id;
+  const auto score = [&](float x, uint32_t) { return (x - row.max) * p.inv_temperature; };
+  uint64_t best = 0;
+  if (cluster.s.lists(kept)) {
+    const int stride = Team::kThreads * team.blocks();
+    for (int i = team.block() * Team::kThreads + team.thread(); i < int(kept.count); i += stride) {
+      const uint64_t token = cluster.s.tokens.list.sorted[i];
+      const float x = token_x(token);
+      const uint32_t id = token_id(token);
+      const float noise = gumbel_of(key, id, philox_word(key, id, 0));
+      best = better(best, pack_score(score(x, id) + noise, id));
+    }
+  } else {
+    best = race_tiles(
+        team, cluster.s, row, key, [&](float x, uint32_t id) { return kept.has(x, id); }, score,
+        [&](int t) { return row.tile_max[t] >= kept.x ? score(row.tile_max[t], 0) : -INFINITY; });
+  }
+  return packed_id(best_of_cluster(cluster, best));
+}
+
+// The first of the likeliest tokens.
+template <class Team>
+PTK_KERNEL Prefix likeliest(Cluster<Team>& cluster, const Row& row) {
+  const Team& team = cluster.team;
+  uint64_t first = 0;  // upside down
+  for (int t = team.warp(); t < row.count; t += Team::kWarps) {
+    if (row.tile_max[t] != row.max) continue;
+    const Four x = four_of(team, row, t);
+    for (int j = 3; j >= 0; --j) {
+      if (x.v[j] == row.max) first = better(first, ~(row.id_of(t) + 4u * uint32_t(team.lane()) + uint32_t(j)));
+    }
+  }
+  const uint64_t id = best_of_cluster(cluster, first);
+  return {row.max, ~uint32_t(id), 1, uint64_t(kMassOne)};
+}
+
+}  // namespace cuda
+}  // namespace ptk

@@ -1,0 +1,301 @@
+// One row in a cluster's shared memory: each block combines its share of the tiles, with three
+// summaries a tile. Reads 3 logits a token from device memory, once; writes none.
+#pragma once
+
+#include "../include/proxytune.h"
+#include "shared.h"
+
+namespace ptk {
+namespace cuda {
+
+// What one row is combined from.
+struct Source {
+  const void *base, *expert, *anti;  // expert is null for the base alone
+  int32_t base_dtype, expert_dtype, anti_dtype;
+  float alpha;
+  const float* bias;        // null, or [vocab_size]
+  const uint32_t* allowed;  // null, or [ceil(vocab_size / 32)]
+  int64_t vocab_size;
+};
+
+PTK_HOST_DEVICE float logit_at(const void* row, int32_t dtype, int64_t i) {
+  switch (dtype) {
+    case kDtypeBf16: return bf16_to_float(static_cast<const Bf16*>(row)[i].bits);
+    case kDtypeF16: return half_to_float(static_cast<const F16*>(row)[i].bits);
+    default: return static_cast<const float*>(row)[i];
+  }
+}
+
+// What this thread saw of its tokens.
+struct Seen {
+  uint32_t live = 0, nan = 0;
+};
+
+// The rest of the combination, for a token that needs a look (contract, 2 to 6).
+PTK_HOST_DEVICE float constrained(const Source& in, float x, float base, int64_t id, Seen& seen) {
+  if (in.bias) x += in.bias[id];
+  // -inf in base masks the token whatever the others hold (an inf there would make NaN).
+  if (base == -INFINITY) return -INFINITY;
+  if (in.allowed && !(in.allowed[id >> 5] >> (id & 31) & 1)) return -INFINITY;
+  if (x != x) {
+    seen.nan = 1;
+    return -INFINITY;
+  }
+  seen.live += x > -INFINITY;
+  return x + 0.0f;  // -0 becomes +0: equal logits must have equal bits for the order by id
+}
+
+PTK_HOST_DEVICE float combined_at(const Source& in, int64_t id, Seen& seen) {
+  const float base = logit_at(in.base, in.base_dtype, id);
+  float x = base;
+  if (in.expert) {
+    x = combined(base, logit_at(in.expert, in.expert_dtype, id), logit_at(in.anti, in.anti_dtype, id),
+                 in.alpha);
+  }
+  return constrained(in, x, base, id, seen);
+}
+
+PTK_HOST_DEVICE constexpr int element_size(int32_t dtype) { return dtype == kDtypeF32 ? 4 : 2; }
+
+// 16 bytes of logits as fp32.
+template <int32_t kDtype>
+struct Vector {
+  static constexpr int kSize = 16 / element_size(kDtype);
+  float v[kSize];
+
+  template <class Team>
+  PTK_KERNEL static Vector load(const Team& team, const void* row, int64_t i) {
+    const Words raw = team.load_once(static_cast<const char*>(row) + i * element_size(kDtype));
+    Vector result;
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (kDtype == kDtypeF32) {
+        result.v[j] = float_of_bits(raw.w[j]);
+      } else if constexpr (kDtype == kDtypeBf16) {
+        result.v[2 * j] = float_of_bits(raw.w[j] << 16);
+        result.v[2 * j + 1] = float_of_bits(raw.w[j] & 0xFFFF0000u);
+      } else {
+        result.v[2 * j] = half_to_float(uint16_t(raw.w[j]));
+        result.v[2 * j + 1] = half_to_float(uint16_t(raw.w[j] >> 16));
+      }
+    }
+    return result;
+  }
+};
+
+struct alignas(16) Four {
+  float v[4];
+};
+
+// Combines tokens [begin, end), whole vectors from an address of 16 bytes, into out[0 ...].
+template <int32_t kDtype, bool kSteered, class Team>
+PTK_KERNEL void combine_vectors(const Team& team, const Source& in, int64_t begin, int64_t end,
+                                float* out, Seen& seen) {
+  using V = Vector<kDtype>;
+  const bool constraints = in.bias || in.allowed;
+  const bool whole = reinterpret_cast<uintptr_t>(out) % sizeof(Four) == 0;
+#pragma unroll 2
+  for (int64_t i = begin + team.thread() * V::kSize; i < end; i += Team::kThreads * V::kSize) {
+    const V base = V::load(team, in.base, i);
+    V x = base;
+    if constexpr (kSteered) {
+      const V expert = V::load(team, in.expert, i), anti = V::load(team, in.anti, i);
+      for (int j = 0; j < V::kSize; ++j) x.v[j] = combined(base.v[j], expert.v[j], anti.v[j], in.alpha);
+    }
+    bool ordinary = !constraints;
+    for (int j = 0; j < V::kSize; ++j) ordinary = ordinary && x.v[j] > -INFINITY;  // false for NaN
+    if (ordinary) {
+      for (int j = 0; j < V::kSize; ++j) x.v[j] += 0.0f;
+      seen.live += V::kSize;
+    } else {
+      for (int j = 0; j < V::kSize; ++j) x.v[j] = constrained(in, x.v[j], base.v[j], i + j, seen);
+    }
+    float* to = out + (i - begin);
+    if (whole) {
+      for (int j = 0; j < V::kSize; j += 4) {
+        *reinterpret_cast<Four*>(to + j) = {x.v[j], x.v[j + 1], x.v[j + 2], x.v[j + 3]};
+      }
+    } else {
+      for (int j = 0; j < V::kSize; ++j) to[j] = x.v[j];
+    }
+  }
+}
+
+// Tokens [begin, end) one by one, of any dtypes and alignment.
+template <class Team>
+PTK_KERNEL void combine_singly(const Team& team, const Source& in, int64_t begin, int64_t end,
+                               float* out, Seen& seen) {
+  for (int64_t i = begin + team.thread(); i < end; i += Team::kThreads) {
+    out[i - begin] = combined_at(in, i, seen);
+  }
+}
+
+template <class Team>
+PTK_KERNEL void combine_range(const Team& team, const Source& in, int64_t begin, int64_t end, float* out,
+                              Seen& seen) {
+  if (in.expert) {
+    switch (in.base_dtype) {
+      case kDtypeBf16: return combine_vectors<kDtypeBf16, true>(team, in, begin, end, out, seen);
+      case kDtypeF16: return combine_vectors<kDtypeF16, true>(team, in, begin, end, out, seen);
+      default: return combine_vectors<kDtypeF32, true>(team, in, begin, end, out, seen);
+    }
+  }
+  switch (in.base_dtype) {
+    case kDtypeBf16: return combine_vectors<kDtypeBf16, false>(team, in, begin, end, out, seen);
+    case kDtypeF16: return combine_vectors<kDtypeF16, false>(team, in, begin, end, out, seen);
+    default: return combine_vectors<kDtypeF32, false>(team, in, begin, end, out, seen);
+  }
+}
+
+// Combines tokens [begin, end): a head up to the first address of 16 bytes, vectors, a tail. Rows that
+// differ in dtype or alignment have no vectors.
+template <class Team>
+PTK_KERNEL void combine_share(const Team& team, const Source& in, int64_t begin, int64_t end, float* out,
+                              Seen& seen) {
+  const int64_t width = element_size(in.base_dtype), size = 16 / width;  // of a vector, in tokens
+  const auto offset = [&](const void* row) {
+    return (int64_t(reinterpret_cast<uintptr_t>(row) / uint64_t(width)) + begin) % size;
+  };
+  const bool alike = !in.expert || (in.expert_dtype == in.base_dtype && in.anti_dtype == in.base_dtype &&
+                                    offset(in.expert) == offset(in.base) && offset(in.anti) == offset(in.base));
+  const int64_t head = begin + (size - offset(in.base)) % size;
+  const int64_t first = alike && head < end ? head : end;
+  const int64_t last = first + (end - first) / size * size;
+  combine_range(team, in, first, last, out + (first - begin), seen);
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    const int64_t from = part == 0 ? begin : last, to = part == 0 ? first : end;
+    combine_singly(team, in, from, to, out + (from - begin), seen);
+  }
+}
+
+// A lane's four tokens of a tile.
+template <class Team>
+PTK_KERNEL Four four_of(const Team& team, const Row& row, int t) {
+  return *reinterpret_cast<const Four*>(row.tile(t) + 4 * team.lane());
+}
+
+// Maximum and approximate mass, to the tile's own maximum, of each tile. The sum's order is fixed.
+template <class Team>
+PTK_KERNEL void summarise(const Team& team, const Row& row) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  for (int t = team.warp(); t < row.count; t += Team::kWarps) {
+    const Four x = four_of(team, row, t);
+    float top = x.v[0];
+    for (int j = 1; j < 4; ++j) top = x.v[j] > top ? x.v[j] : top;
+    top = value_of(team.max(key_of(top)));
+    const float from = top > -INFINITY ? top : 0.0f;
+    float sum = 0.0f;
+    for (int j = 0; j < 4; ++j) sum += team.exp2_approx((x.v[j] - from) * kLog2E);
+    for (int mask = 16; mask > 0; mask /= 2) sum += team.shuffle_xor(sum, mask);
+    if (team.lane() == 0) {
+      row.tile_max[t] = top;
+      row.tile_raw[t] = sum;
+    }
+  }
+}
+
+// +inf somewhere in the row: only those tokens stay, all equal. Returns how many this warp has.
+template <class Team>
+PTK_KERNEL uint32_t keep_positive_inf(const Team& team, const Row& row) {
+  uint32_t live = 0;
+  for (int t = team.warp(); t < row.count; t += Team::kWarps) {
+    float* x = row.tile(t) + 4 * team.lane();
+    uint32_t kept = 0;
+    for (int j = 0; j < 4; ++j) {
+      const bool infinite = x[j] == INFINITY;
+      x[j] = infinite ? 0.0f : -INFINITY;
+      kept += infinite;
+    }
+    kept = team.sum(kept);
+    live += kept;
+    if (team.lane() == 0) {
+      row.tile_max[t] = kept ? 0.0f : -INFINITY;
+      row.tile_raw[t] = float(kept);
+    }
+  }
+  return live;
+}
+
+template <class Team>
+PTK_KERNEL Row place_row(const Team& team, float* memory, int64_t vocab_size) {
+  Row row{};
+  row.tiles = int(tiles_of(vocab_size));
+  const Share share = share_of_block(row.tiles, team.block(), team.blocks());
+  row.count = share.count;
+  row.first_id = uint32_t(share.first) * kTile;
+  row.x = memory;
+  row.tile_max = memory + share.count * kTile;
+  row.tile_raw = row.tile_max + share.count;
+  row.tile_mass = row.tile_raw + share.count;
+  return row;
+}
+
+// Reads and combines the row; all blocks know its maximum, count and status after.
+template <class Team>
+PTK_KERNEL Row prepare_row(Cluster<Team>& cluster, const Source& in, float* memory) {
+  const Team& team = cluster.team;
+  Row row = place_row(team, memory, in.vocab_size);
+  const int64_t begin = row.first_id, whole = begin + int64_t(row.count) * kTile;
+  const int64_t end = whole < in.vocab_size ? whole : in.vocab_size;
+  Seen seen;
+  combine_share(team, in, begin, end, row.x, seen);
+  for (int64_t i = end + team.thread(); i < whole; i += Team::kThreads) row.x[i - begin] = -INFINITY;
+  team.sync();
+  summarise(team, row);
+  // Of the cluster: the exchange below writes to other blocks' memory, and they must have started.
+  team.sync_cluster();
+  uint32_t top = 0, bottom = 0;  // order keys; the bottom's upside down
+  for (int t = team.thread(); t < row.count; t += Team::kThreads) {
+    const uint32_t key = key_of(row.tile_max[t]);
+    top = key > top ? key : top;
+    if (row.tile_max[t] > -INFINITY) bottom = ~key > bottom ? ~key : bottom;
+  }
+  uint64_t all[] = {team.max(top), team.max(bottom), team.sum(seen.live), team.max(seen.nan)};
+  cluster.template exchange<Merge::kMax, Merge::kMax, Merge::kSum, Merge::kMax>(all);
+  row.max = value_of(uint32_t(all[0]));
+  row.least = value_of(~uint32_t(all[1]));
+  row.live = uint32_t(all[2]);
+  row.status = all[3] ? kStatusNan : 0;
+  if (row.max == INFINITY) {
+    row.status |= kStatusPositiveInf;
+    row.max = row.least = 0.0f;
+    uint64_t live[] = {keep_positive_inf(team, row)};
+    cluster.template exchange<Merge::kSum>(live);
+    row.live = uint32_t(live[0]);
+  }
+  if (row.live == 0) row.status |= kStatusEmpty;
+  return row;
+}
+
+// Masses of the row: exact at its temperature, where wanted; at temperature 1 from the tiles' sums.
+struct RowMass {
+  uint64_t scaled, raw;
+};
+
+template <class Team>
+PTK_KERNEL RowMass row_mass(Cluster<Team>& cluster, const Row& row, Exponent e, bool scaled) {
+  const Team& team = cluster.team;
+  uint64_t sums[] = {0, 0};
+  for (int t = team.warp(); scaled && t < row.count; t += Team::kWarps) {
+    uint64_t total = 0;
+    if ((row.tile_max[t] - row.max) * e.hi >= kNoMass) {
+      const Four x = four_of(team, row, t);
+      Digits digits;
+      for (int j = 0; j < 4; ++j) digits.add(exponential(x.v[j] - row.max, e));
+      total = warp_total(team, digits);
+    }
+    sums[0] += total;
+    if (team.lane() == 0) row.tile_mass[t] = share_of(total);
+  }
+  const Exponent one = make_exponent(1.0);
+  for (int t = team.thread(); t < row.count; t += Team::kThreads) {
+    const double share = double(row.tile_raw[t]) * double(exponential(row.tile_max[t] - row.max, one));
+    sums[1] += uint64_t(share * kMassOne);
+  }
+  for (int mask = 16; mask > 0; mask /= 2) sums[1] += team.shuffle_xor(sums[1], mask);
+  cluster.template exchange<Merge::kSum, Merge::kSum>(sums);
+  return {sums[0], sums[1]};
+}
+
+}  // namespace cuda
+}  // namespace ptk

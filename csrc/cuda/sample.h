@@ -1,0 +1,154 @@
+// Sampling: one cluster a row, one launch, one read of device memory.
+//
+//   x = fma(alpha, expert - anti, base), filtered, and its argmax of x / T + noise
+//
+// Bytes a row: 3 logits a token in, 28 out. docs/cuda.md follows the phases.
+#pragma once
+
+#include "../common/addressing.h"
+#include "draw.h"
+
+namespace ptk {
+namespace cuda {
+
+PTK_HOST_DEVICE Source source_at(const proxytune_inputs& in, float alpha, int64_t row, int64_t position) {
+  Source source{};
+  source.base = logits_at(in.base, row, position);
+  source.base_dtype = in.base.dtype;
+  // alpha = 0 gives base exactly, whatever the other two hold: they are not read.
+  if (alpha != 0.0f) {
+    source.expert = logits_at(in.expert, row, position);
+    source.anti = logits_at(in.anti, row, position);
+    source.expert_dtype = in.expert.dtype;
+    source.anti_dtype = in.anti.dtype;
+  }
+  source.alpha = alpha;
+  source.bias = bias_at(in, row, position);
+  source.allowed = allowed_at(in, row, position);
+  source.vocab_size = in.vocab_size;
+  return source;
+}
+
+// x of a token, wherever it lies in the cluster.
+template <class Team>
+PTK_KERNEL float x_of(const Team& team, const Row& row, int64_t id) {
+  const int tile = int(id / kTile), block = block_of_tile(tile, row.tiles, team.blocks());
+  const int first = share_of_block(row.tiles, block, team.blocks()).first;
+  return *team.at(row.x + (id - int64_t(first) * kTile), block);
+}
+
+// Reads a row and selects its kept set, into the block's shared memory.
+template <class Team>
+PTK_KERNEL void make_target(Cluster<Team>& cluster, const Source& source, float* memory, Target& target) {
+  const Team& team = cluster.team;
+  publish(team, target.row, prepare_row(cluster, source, memory));
+  const RowParams& p = cluster.s.params;
+  const Row& row = target.row;
+  Prefix kept{};
+  RowMass mass{};
+  if (row.live > 0) {
+    const bool wanted = !p.greedy && needs_total_mass(p, row.live);
+    mass = row_mass(cluster, row, p.exponent, wanted);
+    Search<Team> search(cluster, row, p.exponent, wanted);
+    kept = p.greedy ? likeliest(cluster, row) : select_kept(search, p, row.max, row.live, mass.scaled);
+  }
+  team.sync();
+  if (team.thread() == 0) {
+    target.kept = kept;
+    target.raw_mass = mass.raw;
+    target.drawable = row.live > 0;
+  }
+  team.sync();
+}
+
+// Writes the row's likeliest tokens, in order, with their raw logprobs; -1 and NaN where it has fewer.
+template <class Team>
+PTK_KERNEL void write_top(Cluster<Team>& cluster, const proxytune_sample_args& args, int64_t row) {
+  const Team& team = cluster.team;
+  const Target& target = cluster.s.target;
+  int n = 0;
+  Search<Team> search(cluster, target.row, make_exponent(1.0), false);
+  if (target.drawable) {
+    search.list_prefix(search.find(kLowest, Need{uint32_t(args.num_top), UINT64_MAX}));
+    n = cluster.s.listed < args.num_top ? cluster.s.listed : args.num_top;
+  }
+  if (team.block() != 0) return;
+  for (int i = team.thread(); i < args.num_top; i += Team::kThreads) {
+    const int64_t at = row * args.num_top + i;
+    const uint64_t token = i < n ? cluster.s.tokens.list.sorted[i] : 0;
+    if (args.top_token_ids) args.top_token_ids[at] = i < n ? int64_t(token_id(token)) : -1;
+    if (args.top_logprobs) args.top_logprobs[at] = i < n ? target.raw_logprob(token_x(token)) : NAN;
+  }
+}
+
+template <class Team>
+PTK_KERNEL void write_no_top(const Team& team, const proxytune_sample_args& args, int64_t row) {
+  if (team.block() != 0) return;
+  for (int i = team.thread(); i < args.num_top; i += Team::kThreads) {
+    const int64_t at = row * args.num_top + i;
+    if (args.top_token_ids) args.top_token_ids[at] = -1;
+    if (args.top_logprobs) args.top_logprobs[at] = NAN;
+  }
+}
+
+// What a row's first thread writes.
+struct Drawn {
+  int64_t token_id = -1;
+  float logprob = NAN, raw_logprob = NAN;
+  int32_t num_kept = 0, status = 0;
+};
+
+PTK_HOST_DEVICE void write_drawn(const proxytune_sample_args& args, int64_t row, const Drawn& drawn) {
+  args.token_ids[row] = drawn.token_id;
+  if (args.logprobs) args.logprobs[row] = drawn.logprob;
+  if (args.raw_logprobs) args.raw_logprobs[row] = drawn.raw_logprob;
+  if (args.num_kept) args.num_kept[row] = drawn.num_kept;
+  if (args.status) args.status[row] = drawn.status;
+}
+
+// The row's parameters, into shared memory; false where one is out of range.
+template <class Team>
+PTK_KERNEL bool set_params(Cluster<Team>& cluster, const RawParams& raw) {
+  if (!valid(raw)) return false;
+  if (cluster.team.thread() == 0) {
+    cluster.s.raw = raw;
+    cluster.s.params = make_row_params(raw);
+  }
+  cluster.team.sync();
+  return true;
+}
+
+// The work of one cluster: draws the token of one row. `memory` is this block's, shared_bytes of it.
+template <class Team>
+PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxytune_sample_args& args,
+                               int64_t row) {
+  Cluster<Team> cluster{team, *reinterpret_cast<Shared*>(memory)};
+  Shared& s = cluster.s;
+  Drawn drawn;
+  if (set_params(cluster, params_at(args.params, args.inputs, row))) {
+    float* x = reinterpret_cast<float*>(memory + kRowOffset);
+    make_target(cluster, source_at(args.inputs, s.raw.alpha, row, 0), x, s.target);
+    drawn.status = s.target.row.status;
+    if (s.target.drawable) {
+      const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, uint32_t(args.stream));
+      drawn.token_id = draw(cluster, s.target, s.params, key);
+    }
+    if (args.num_top > 0) write_top(cluster, args, row);
+  } else {
+    drawn.status = kStatusBadParams;
+    if (args.num_top > 0) write_no_top(team, args, row);
+  }
+  if (team.block() == 0 && team.thread() == 0) {
+    if (drawn.token_id >= 0) {
+      const float x = x_of(team, s.target.row, drawn.token_id);
+      drawn.num_kept = int32_t(s.target.kept.count);
+      drawn.logprob = s.target.logprob(s.params, x);
+      drawn.raw_logprob = s.target.raw_logprob(x);
+    }
+    write_drawn(args, row, drawn);
+  }
+  team.sync_cluster();  // no block leaves while another may read its shared memory
+}
+
+}  // namespace cuda
+}  // namespace ptk

@@ -1,0 +1,363 @@
+// The kept set of a row that lies in a cluster's shared memory (docs/cuda.md, Selection): tile maxima
+// bound the cutoff from below, tokens above the bound are listed and sorted, or counted by ranges of x
+// where they are too many.
+#pragma once
+
+#include "row.h"
+#include "sorted.h"
+
+namespace ptk {
+namespace cuda {
+
+// How the range [low, high] of keys is cut into bins, highest first; monotone in x. The first cut is
+// linear in x, which spreads even noise evenly; later ones are of the key's bits, which always end.
+struct Binning {
+  uint32_t low, high;
+  bool linear;
+  float scale;  // linear: bins per unit of x
+  int shift;    // else: bits of the key that a bin spans
+
+  // kBins for what is outside the range.
+  PTK_HOST_DEVICE uint32_t bin(float x) const {
+    const uint32_t key = key_of(x);
+    if (key < low || key > high) return kBins;
+    if (!linear) return (high - key) >> shift;
+    const float steps = (value_of(high) - x) * scale;
+    return steps < float(kBins - 1) ? uint32_t(steps) : kBins - 1;
+  }
+  // The keys of one bin: lowest with bin <= b, highest with bin >= b.
+  PTK_HOST_DEVICE void narrow(uint32_t b) {
+    uint32_t from = low, to = high;
+    for (uint32_t below = high; from < below;) {
+      const uint32_t middle = from + (below - from) / 2;
+      if (bin(value_of(middle)) <= b) below = middle; else from = middle + 1;
+    }
+    for (uint32_t above = low; above < to;) {
+      const uint32_t middle = to - (to - above) / 2;
+      if (bin(value_of(middle)) >= b) above = middle; else to = middle - 1;
+    }
+    low = from;
+    high = to;
+  }
+};
+
+// `lowest`: what is below it goes into the last bin.
+PTK_HOST_DEVICE Binning linear_binning(uint32_t low, uint32_t high, float lowest) {
+  const float scale = float(kBins) / (value_of(high) - lowest);  // inf where they are equal
+  return {low, high, scale > 0 && scale < FLT_MAX, scale, 0};
+}
+
+PTK_HOST_DEVICE Binning key_binning(uint32_t low, uint32_t high) {
+  int shift = 0;
+  while ((high - low) >> shift >= uint32_t(kBins)) ++shift;
+  return {low, high, false, 0.0f, shift};
+}
+
+// Trial cut number `level` below the row's maximum: kLevels of them span down to `lowest`.
+PTK_HOST_DEVICE float level_at(float max, float lowest, int level) {
+  return max - (max - lowest) * (float(level + 1) * (1.0f / kLevels));
+}
+
+// Digits of a mass, at most 2^44, for the histogram's 32-bit sums.
+PTK_HOST_DEVICE uint32_t mass_digit(uint64_t mass, int digit) { return uint32_t(mass >> (15 * digit)) & 0x7FFFu; }
+
+// Prefixes of one row, for ptk::select_kept. All threads of the cluster call, and get the same.
+template <class Team>
+class Search {
+ public:
+  // `tile_mass`: whether Row::tile_mass is there.
+  PTK_KERNEL Search(Cluster<Team>& cluster, const Row& row, Exponent e, bool tile_mass)
+      : cluster_(cluster), team_(cluster.team), s_(cluster.s), row_(row), e_(e), tile_mass_(tile_mass) {
+    publish(team_, s_.listed, 0);
+  }
+
+  // The shortest prefix of the tokens with x >= low that meets the need; all of them where none does.
+  PTK_KERNEL Prefix find(float low, Need need) {
+    bool listed = s_.listed > 0;  // what is met within the list is met there first
+    uint32_t bottom = 0, top = key_of(row_.max), n = uint32_t(s_.listed);
+    Running taken{0, 0};
+    for (int cuts = 0;;) {
+      if (!listed) {
+        if (cuts == 0) bottom = key_of(tile_bound(low, need));
+        n = collect(bottom, top, UINT32_MAX);
+      }
+      if (n > uint32_t(kList)) {
+        if (bottom == top) return take_ties(bottom, need, taken);
+        Binning binning = cuts++ == 0 ? linear_binning(bottom, top, sampled_low()) : key_binning(bottom, top);
+        const Found found = histogram(binning, taken, need);
+        taken = found.before;
+        if (found.index < 0) return {low, UINT32_MAX, taken.count, taken.mass};
+        binning.narrow(uint32_t(found.index));
+        bottom = binning.low;
+        top = binning.high;
+        continue;
+      }
+      if (!listed) gather(int(n), taken.count == 0);
+      const Found found = walk(taken, need, int(n));
+      if (found.index >= 0 && token_x(sorted(found.index)) >= low) return prefix_of(found);
+      if (!listed) return {low, UINT32_MAX, found.before.count, found.before.mass};
+      listed = false;
+    }
+  }
+
+  // All tokens with x >= low.
+  PTK_KERNEL Prefix whole(float low) {
+    uint64_t sums[] = {0, 0};
+    for (int t = team_.warp(); t < row_.count; t += Team::kWarps) {
+      if (!(row_.tile_max[t] >= low)) continue;
+      const Four x = four_of(team_, row_, t);
+      Digits digits;
+      uint32_t count = 0;
+      for (int j = 0; j < 4; ++j) {
+        if (!(x.v[j] >= low)) continue;
+        ++count;
+        digits.add(exponential(x.v[j] - row_.max, e_));
+      }
+      sums[0] += team_.sum(count);
+      sums[1] += warp_total(team_, digits);
+    }
+    cluster_.template exchange<Merge::kSum, Merge::kSum>(sums);
+    return {low, UINT32_MAX, uint32_t(sums[0]), sums[1]};
+  }
+
+  // The tokens of a prefix of at most kList, sorted in every block's list.
+  PTK_KERNEL void list_prefix(const Prefix& prefix) {
+    if (s_.lists(prefix)) return;
+    team_.sync_cluster();  // no block is still copying the last lists
+    const uint32_t n = collect(key_of(prefix.x), key_of(row_.max), prefix.id);
+    gather(int(n), true);
+  }
+
+ private:
+  PTK_KERNEL uint64_t sorted(int i) const { return s_.tokens.list.sorted[i]; }
+
+  PTK_KERNEL Prefix prefix_of(const Found& found) const {
+    const uint64_t token = sorted(found.index);
+    return {token_x(token), token_id(token), found.through.count, found.through.mass};
+  }
+
+  PTK_KERNEL Found walk(Running taken, Need need, int n) {
+    return first_met(team_, s_, n, taken, need, [&](int i) {
+      return Running{1, mass_of(token_x(sorted(i)) - row_.max, e_)};
+    });
+  }
+
+  // A value that the last token of the shortest prefix meeting the need is not below: of kLevels trial
+  // cuts the first above which the tiles must hold enough. A tile whose maximum is above a cut has at
+  // least that token there, and all of its mass but 127 tokens' below the cut.
+  PTK_KERNEL float tile_bound(float low, Need need) {
+    const bool by_mass = need.mass != UINT64_MAX;
+    // Masses below the last are 0; counts may have to go down to the lowest tile.
+    const float massless = row_.max + kNoMass / e_.hi;
+    const float lowest = need.count == UINT32_MAX && massless > row_.least ? massless : row_.least;
+    const int lane = team_.lane(), blocks = team_.blocks();
+    const float cut = level_at(row_.max, lowest, lane);
+    const float below = 127.0f * 1.0001f * exponential(cut - row_.max, e_);
+    float mass = 0.0f;
+    uint32_t count = 0;
+    for (int t = team_.warp(); t < row_.count; t += Team::kWarps) {
+      const float top = row_.tile_max[t];
+      if (!(top >= cut)) continue;
+      ++count;
+      if (!by_mass) continue;
+      const float own = exponential(top - row_.max, e_);
+      const float most = tile_mass_ ? row_.tile_mass[t] - below : 0.0f;
+      mass += own > most ? own : most;
+    }
+    s_.level_mass[team_.warp()][lane] = mass;
+    s_.level_count[team_.warp()][lane] = count;
+    team_.sync();
+    for (int i = team_.thread(); i < kLevels * blocks; i += Team::kThreads) {
+      const int level = i % kLevels, to = i / kLevels;
+      float level_mass = 0.0f;
+      uint32_t level_count = 0;
+      for (int w = 0; w < Team::kWarps; ++w) {
+        level_mass += s_.level_mass[w][level];
+        level_count += s_.level_count[w][level];
+      }
+      *team_.at(&s_.block_level_mass[team_.block()][level], to) = level_mass;
+      *team_.at(&s_.block_level_count[team_.block()][level], to) = level_count;
+    }
+    team_.sync_cluster();
+    mass = 0.0f, count = 0;
+    for (int b = 0; b < blocks; ++b) {
+      mass += s_.block_level_mass[b][lane];
+      count += s_.block_level_count[b][lane];
+    }
+    // fp32 sums over at most 4,096 tiles, each tile's off by 2e-5 of itself: within 1e-3 of the need.
+    const bool enough = count >= need.count || (by_mass && mass >= share_of(need.mass) * 1.001f);
+    const uint32_t met = team_.ballot(enough && cut >= low);
+    if (!met) return low;
+    return team_.shuffle(cut, lowest_bit(met));
+  }
+
+  // The lowest of a sample of tokens: how far down a flat row goes.
+  PTK_KERNEL float sampled_low() {
+    uint32_t bottom = ~key_of(row_.max);
+    if (team_.warp() < row_.count) {
+      const Four x = four_of(team_, row_, team_.warp());
+      for (int j = 0; j < 4; ++j) {
+        if (x.v[j] > -INFINITY && ~key_of(x.v[j]) > bottom) bottom = ~key_of(x.v[j]);
+      }
+    }
+    uint64_t all[] = {team_.max(bottom)};
+    cluster_.template exchange<Merge::kMax>(all);
+    return value_of(~uint32_t(all[0]));
+  }
+
+  // Appends to each block's list its tokens with keys in [bottom, top], of the bottom's only ids up to
+  // last_id; returns how many the cluster has. Lists are cut off at kList.
+  PTK_KERNEL uint32_t collect(uint32_t bottom, uint32_t top, uint32_t last_id) {
+    const Prefix inside{value_of(bottom), last_id, 0, 0};
+    const float high = value_of(top);
+    if (team_.thread() == 0) s_.own_count = s_.listed = 0;
+    team_.sync();
+    uint64_t found[] = {0};
+    for (int t = team_.warp(); t < row_.count; t += Team::kWarps) {
+      if (!(row_.tile_max[t] >= inside.x)) continue;
+      const Four x = four_of(team_, row_, t);
+      const uint32_t id = row_.id_of(t) + 4 * uint32_t(team_.lane());
+      for (int j = 0; j < 4; ++j) {
+        const bool in = x.v[j] <= high && inside.has(x.v[j], id + uint32_t(j));
+        const uint32_t lanes = team_.ballot(in);
+        if (!lanes) continue;
+        const uint32_t count = popcount(lanes);
+        found[0] += count;
+        uint32_t at = team_.lane() == 0 ? team_.add_shared(&s_.own_count, count) : 0;
+        at = team_.shuffle(at, 0) + popcount(lanes & ((1u << team_.lane()) - 1));
+        if (in && at < uint32_t(kList)) s_.tokens.list.own[at] = pack_token(x.v[j], id + uint32_t(j));
+      }
+    }
+    cluster_.template exchange<Merge::kSum>(found);
+    return uint32_t(found[0]);
+  }
+
+  // Brings the blocks' lists together, n tokens, sorted. The lists are written again only after the
+  // next exchange, which every block reaches with its copy.
+  PTK_KERNEL void gather(int n, bool prefix) {
+    if (prefix && team_.thread() == 0) s_.listed = n;
+    int offset = 0;
+    for (int b = 0; b < team_.blocks(); ++b) {
+      const int count = int(*team_.at(&s_.own_count, b));
+      const uint64_t* from = team_.at(s_.tokens.list.own, b);
+      for (int i = team_.thread(); i < count; i += Team::kThreads) {
+        s_.tokens.list.sorted[offset + i] = from[i];
+      }
+      offset += count;
+    }
+    sort_descending(team_, s_.tokens.list.sorted, n);
+  }
+
+  // Counts and masses of the bins, over the cluster; the first bin with which the need is met.
+  PTK_KERNEL Found histogram(const Binning& binning, Running taken, Need need) {
+    auto& bins = s_.tokens.bins;
+    for (int i = team_.thread(); i < kBins; i += Team::kThreads) {
+      bins.count[i] = bins.digits[0][i] = bins.digits[1][i] = bins.digits[2][i] = 0;
+    }
+    team_.sync();
+    for (int t = team_.warp(); t < row_.count; t += Team::kWarps) {
+      if (!(row_.tile_max[t] >= value_of(binning.low))) continue;
+      const Four x = four_of(team_, row_, t);
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t bin = binning.bin(x.v[j]);
+        if (bin >= uint32_t(kBins)) continue;
+        const uint64_t mass = mass_of(x.v[j] - row_.max, e_);
+        team_.add_shared(&bins.count[bin], 1);
+        for (int d = 0; d < 3; ++d) team_.add_shared(&bins.digits[d][bin], mass_digit(mass, d));
+      }
+    }
+    team_.sync_cluster();
+    constexpr int kEach = kBins / Team::kThreads;  // bins of a thread
+    static_assert(kEach * Team::kThreads == kBins);
+    Running totals[kEach];
+    for (int k = 0; k < kEach; ++k) {
+      const int i = team_.thread() + k * Team::kThreads;
+      totals[k] = {0, 0};
+      for (int b = 0; b < team_.blocks(); ++b) {
+        const auto& theirs = *team_.at(&bins, b);
+        totals[k].count += theirs.count[i];
+        for (int d = 0; d < 3; ++d) totals[k].mass += uint64_t(theirs.digits[d][i]) << (15 * d);
+      }
+    }
+    team_.sync_cluster();  // all have read
+    for (int k = 0; k < kEach; ++k) {
+      const int i = team_.thread() + k * Team::kThreads;
+      bins.count[i] = totals[k].count;
+      bins.digits[0][i] = uint32_t(totals[k].mass);
+      bins.digits[1][i] = uint32_t(totals[k].mass >> 32);
+    }
+    return first_met(team_, s_, kBins, taken, need, [&](int i) {
+      return Running{bins.count[i], uint64_t(bins.digits[1][i]) << 32 | bins.digits[0][i]};
+    });
+  }
+
+  // The first tokens, in order of id, with just this key, after `taken`: as many as the need wants. They
+  // are enough: the histogram before met the need in them.
+  PTK_KERNEL Prefix take_ties(uint32_t key, Need need, Running taken) {
+    const float value = value_of(key);
+    const uint64_t mass = mass_of(value - row_.max, e_);
+    uint64_t wanted = need.count - taken.count;
+    if (mass > 0 && need.mass != UINT64_MAX) {
+      const uint64_t by_mass = (need.mass - taken.mass + mass - 1) / mass;
+      wanted = by_mass < wanted ? by_mass : wanted;
+    }
+    uint32_t own = 0;
+    for (int t = team_.warp(); t < row_.count; t += Team::kWarps) own += ties_of(t, value);
+    own = team_.sum(own);
+    if (team_.thread() == 0) s_.own_count = 0;
+    team_.sync();
+    if (team_.lane() == 0) team_.add_shared(&s_.own_count, own);
+    team_.sync_cluster();
+    uint64_t before = 0;
+    for (int b = 0; b < team_.block(); ++b) before += *team_.at(&s_.own_count, b);
+    uint64_t last[] = {0};  // id + 1
+    if (team_.warp() == 0 && before < wanted && wanted <= before + s_.own_count) {
+      last[0] = tie_at(value, uint32_t(wanted - before));
+    }
+    cluster_.template exchange<Merge::kMax>(last);
+    return {value, uint32_t(last[0]) - 1, taken.count + uint32_t(wanted), taken.mass + wanted * mass};
+  }
+
+  // This lane's tokens of a tile with just this value.
+  PTK_KERNEL uint32_t ties_of(int t, float value) const {
+    const Four x = four_of(team_, row_, t);
+    uint32_t count = 0;
+    for (int j = 0; j < 4; ++j) count += x.v[j] == value;
+    return count;
+  }
+
+  // Id + 1 of this block's token number `wanted`, from 1, with just this value; one warp calls.
+  PTK_KERNEL uint32_t tie_at(float value, uint32_t wanted) const {
+    uint32_t result = 0;
+    for (int t = 0; t < row_.count && result == 0; ++t) {
+      const uint32_t mine = ties_of(t, value), all = team_.sum(mine);
+      if (all < wanted) {
+        wanted -= all;
+        continue;
+      }
+      uint32_t through = mine;
+      for (int step = 1; step < 32; step *= 2) {
+        const uint32_t below = team_.shuffle_up(through, step);
+        if (team_.lane() >= step) through += below;
+      }
+      uint32_t nth = through - mine;
+      uint32_t id = 0;
+      const Four x = four_of(team_, row_, t);
+      for (int j = 0; j < 4; ++j) {
+        if (x.v[j] == value && ++nth == wanted) id = row_.id_of(t) + 4 * uint32_t(team_.lane()) + uint32_t(j) + 1;
+      }
+      result = team_.max(id);
+    }
+    return result;
+  }
+
+  Cluster<Team>& cluster_;
+  const Team& team_;
+  Shared& s_;
+  const Row& row_;
+  Exponent e_;
+  bool tile_mass_ = false;
+};
+
+}  // namespace cuda
+}  // namespace ptk

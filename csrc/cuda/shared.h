@@ -1,0 +1,203 @@
+// The shared memory of one block of a cluster, and exchange between the blocks.
+#pragma once
+
+#include <cstddef>
+
+#include "lane.h"
+
+namespace ptk {
+namespace cuda {
+
+constexpr int kMaxBlocks = 16;    // of a cluster
+constexpr int kMaxWarps = 32;     // of a block
+constexpr int kExchange = 4;      // words exchanged at once
+constexpr int kList = 1024;       // tokens sorted at once, of the whole cluster
+constexpr int kBins = 1024;
+constexpr int kLevels = 32;       // trial cuts, one a lane
+
+// A running count and mass.
+struct Running {
+  uint32_t count;
+  uint64_t mass;
+};
+
+// Tokens in question, in a list or by ranges of x: never both.
+union Tokens {
+  struct {
+    uint64_t own[kList];     // this block's, in no order; read by the others
+    uint64_t sorted[kList];  // the cluster's, likeliest first; the same in every block
+  } list;
+  struct {
+    uint32_t count[kBins];
+    uint32_t digits[3][kBins];  // of masses, 15 bits each: a block's 2^16 tokens stay below 2^32
+  } bins;
+};
+
+// A block's share of a row.
+struct Row {
+  float* x;           // [count * kTile], combined: masked tokens are -inf, all others finite
+  float* tile_max;    // [count]
+  float* tile_raw;    // [count], sum of exp(x - tile_max), approximate
+  float* tile_mass;   // [count], the tile's mass as a share, where row_mass was called
+  uint32_t first_id;
+  int count;          // tiles of this block
+  int tiles;          // tiles of the row
+  float max;          // of the row, as are the others below
+  float least;        // lowest maximum of a tile that is not all masked
+  uint32_t live;      // tokens that are not masked
+  int32_t status;
+
+  PTK_HOST_DEVICE float* tile(int t) const { return x + t * kTile; }
+  PTK_HOST_DEVICE uint32_t id_of(int t) const { return first_id + uint32_t(t) * kTile; }
+};
+
+// A row and its kept set, ready to draw from.
+struct Target {
+  Row row;
+  Prefix kept;
+  uint64_t raw_mass;
+  bool drawable;
+
+  PTK_HOST_DEVICE float logprob(const RowParams& p, float x) const {
+    if (p.greedy) return 0.0f;
+    return float(double(x - row.max) * double(p.inv_temperature) - log_mass(kept.mass));
+  }
+  PTK_HOST_DEVICE float raw_logprob(float x) const {
+    return float(double(x - row.max) - log_mass(raw_mass));
+  }
+};
+
+struct Shared {
+  uint64_t slots[2][kMaxBlocks][kExchange];  // what each block said, by turns
+  uint64_t partial[kMaxWarps][kExchange];
+  float level_mass[kMaxWarps][kLevels];
+  uint32_t level_count[kMaxWarps][kLevels];
+  // what each block found of each level
+  float block_level_mass[kMaxBlocks][kLevels];
+  uint32_t block_level_count[kMaxBlocks][kLevels];
+  Tokens tokens;
+  uint32_t own_count;
+  int listed;  // of tokens.list.sorted, where it is a prefix of the order, else 0
+  uint32_t best;  // order key of the best score of this block's race so far
+  int found;
+  Running before, through;  // of what was found
+  // The row's parameters, and the rows with their kept sets; the drafter's is there by rejection. Here,
+  // not in every thread's registers.
+  RawParams raw;
+  RowParams params;
+  Target target, draft;
+
+  // Whether the list holds a prefix's tokens: then they are its first.
+  PTK_HOST_DEVICE bool lists(const Prefix& prefix) const { return prefix.count <= uint32_t(listed); }
+};
+
+// The tiles of a row that a block works on, of `tiles` over `blocks`.
+struct Share {
+  int first, count;
+};
+PTK_HOST_DEVICE Share share_of_block(int tiles, int block, int blocks) {
+  const int first = int(int64_t(block) * tiles / blocks);
+  return {first, int(int64_t(block + 1) * tiles / blocks) - first};
+}
+PTK_HOST_DEVICE int block_of_tile(int tile, int tiles, int blocks) {
+  return int((int64_t(tile + 1) * blocks - 1) / tiles);
+}
+
+PTK_HOST_DEVICE constexpr int64_t tiles_of(int64_t vocab_size) { return (vocab_size + kTile - 1) / kTile; }
+
+// Bytes of one row in one block: x, and three summaries a tile.
+PTK_HOST_DEVICE constexpr size_t row_bytes(int64_t vocab_size, int blocks) {
+  const int64_t tiles = (tiles_of(vocab_size) + blocks - 1) / blocks;
+  return (size_t(tiles) * (kTile + 3) * sizeof(float) + 15) & ~size_t(15);
+}
+
+// Where a block's rows start.
+constexpr size_t kRowOffset = (sizeof(Shared) + 15) & ~size_t(15);
+
+// Bytes of dynamic shared memory that a block needs; rejection holds the drafter's row too.
+PTK_HOST_DEVICE constexpr size_t shared_bytes(int64_t vocab_size, int blocks, bool rejection) {
+  return kRowOffset + (rejection ? 2 : 1) * row_bytes(vocab_size, blocks);
+}
+
+enum class Merge { kSum, kMax, kOr };
+
+template <Merge kHow>
+PTK_HOST_DEVICE uint64_t merge(uint64_t a, uint64_t b) {
+  if (kHow == Merge::kSum) return a + b;
+  if (kHow == Merge::kOr) return a | b;
+  return a > b ? a : b;
+}
+
+// One thread writes, all of the block read after.
+template <class Team, class T>
+PTK_KERNEL void publish(const Team& team, T& shared, const T& value) {
+  team.sync();  // what was there was read
+  if (team.thread() == 0) shared = value;
+  team.sync();
+}
+
+// A thread's view of its cluster.
+template <class Team>
+struct Cluster {
+  const Team& team;
+  Shared& s;
+  int turn = 0;
+
+  // Merges each warp's values (lane 0's) over the cluster; every thread gets the results. What blocks
+  // wrote to their shared memory before is visible to all of them after.
+  //
+  // Two turns are enough: a block writes into a slot again only after the next exchange's barrier,
+  // which the slot's readers have passed.
+  template <Merge... kHow>
+  PTK_KERNEL void exchange(uint64_t (&values)[sizeof...(kHow)]) {
+    constexpr int n = int(sizeof...(kHow));
+    static_assert(n <= kExchange);
+    const int blocks = team.blocks();
+    if (team.lane() == 0) {
+      for (int i = 0; i < n; ++i) s.partial[team.warp()][i] = values[i];
+    }
+    team.sync();
+    if (team.thread() < blocks) {
+      uint64_t (&slot)[kExchange] = *team.at(&s.slots[turn][team.block()], team.thread());
+      int i = 0;
+      ((slot[i] = merge_warps<kHow>(i), ++i), ...);
+    }
+    team.sync_cluster();
+    int i = 0;
+    ((values[i] = merge_blocks<kHow>(i, blocks), ++i), ...);
+    turn ^= 1;
+  }
+
+ private:
+  template <Merge kHow>
+  PTK_KERNEL uint64_t merge_warps(int i) const {
+    uint64_t value = s.partial[0][i];
+    for (int w = 1; w < Team::kWarps; ++w) value = merge<kHow>(value, s.partial[w][i]);
+    return value;
+  }
+  template <Merge kHow>
+  PTK_KERNEL uint64_t merge_blocks(int i, int blocks) const {
+    uint64_t value = s.slots[turn][0][i];
+    for (int b = 1; b < blocks; ++b) value = merge<kHow>(value, s.slots[turn][b][i]);
+    return value;
+  }
+};
+
+// Warp-wide maximum of 64 bits, in every lane.
+template <class Team>
+PTK_KERNEL uint64_t warp_max(const Team& team, uint64_t value) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const uint64_t other = team.shuffle_xor(value, mask);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Warp-wide sum of digits' totals, in every lane.
+template <class Team>
+PTK_KERNEL uint64_t warp_total(const Team& team, const Digits& digits) {
+  return Digits{team.sum(digits.high), team.sum(digits.low)}.total();
+}
+
+}  // namespace cuda
+}  // namespace ptk

@@ -1,0 +1,161 @@
+// Verification: one cluster a drafted position, all positions of all requests in one launch. Each
+// finds what its position would emit, whatever the others do; the last of a request to finish joins
+// them (docs/contracts.md, Speculative verification).
+#pragma once
+
+#include "sample.h"
+
+namespace ptk {
+namespace cuda {
+
+// What a position leaves for the last: its status, and whether its draft is accepted.
+constexpr int32_t kStepAccepted = 1 << 8;
+
+// One position's result.
+struct Step {
+  int64_t token_id = -1;
+  float logprob = NAN;
+  int32_t status = 0;
+  bool accepted = false;
+};
+
+// Draws from max(0, target - draft); 0 where rounding leaves nothing of it.
+template <class Team>
+PTK_KERNEL uint64_t race_residual(Cluster<Team>& cluster, const NoiseKey& key) {
+  const Target &target = cluster.s.target, &draft = cluster.s.draft;
+  const Exponent e = cluster.s.params.exponent;
+  const Row &row = target.row, &theirs = draft.row;
+  const float share = float(kMassOne / double(target.kept.mass));
+  const float their_share = draft.drawable ? float(kMassOne / double(draft.kept.mass)) : 0.0f;
+  const auto rest = [&](float x, uint32_t id) {
+    const float mass = exponential(x - row.max, e) * share;
+    if (!draft.drawable) return mass;
+    const float y = theirs.x[id - theirs.first_id];
+    return draft.kept.has(y, id) ? mass - exponential(y - theirs.max, e) * their_share : mass;
+  };
+  const uint64_t best = race_tiles(
+      cluster.team, cluster.s, row, key,
+      [&](float x, uint32_t id) { return target.kept.has(x, id) && rest(x, id) >= FLT_MIN; },
+      [&](float x, uint32_t id) { return log_positive(rest(x, id)); },
+      [&](int t) { return row.tile_max[t] >= target.kept.x ? 0.0f : -INFINITY; });
+  return best_of_cluster(cluster, best);
+}
+
+// Whether the target accepts a token of the draft: u < target / draft, in fp64 logs.
+template <class Team>
+PTK_KERNEL bool accepts(const Team& team, const Shared& s, int64_t id) {
+  const Target &target = s.target, &draft = s.draft;
+  const float x = x_of(team, target.row, id);
+  if (!target.kept.has(x, uint32_t(id))) return false;
+  if (!draft.drawable) return true;
+  const float y = x_of(team, draft.row, id);
+  if (!draft.kept.has(y, uint32_t(id))) return true;  // the draft gives it probability 0
+  const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, kStreamAccept);
+  const double log_u = std::log(double(uniform_of(key, uint32_t(id))));
+  return log_u < double(target.logprob(s.params, x)) - double(draft.logprob(s.params, y));
+}
+
+PTK_HOST_DEVICE Source draft_source_at(const proxytune_verify_args& args, int64_t row, int64_t position) {
+  Source source{};
+  source.base = logits_at(args.draft_logits, row, position);
+  source.base_dtype = args.draft_logits.dtype;
+  source.vocab_size = args.inputs.vocab_size;
+  return source;
+}
+
+// The token of one position, given its kept set; where `drafted`, by rejection.
+template <class Team>
+PTK_KERNEL void emit(Cluster<Team>& cluster, bool drafted, int64_t draft_id, int64_t vocab_size,
+                     uint32_t stream, Step& step) {
+  const Shared& s = cluster.s;
+  if (drafted && draft_id < vocab_size && accepts(cluster.team, s, draft_id)) {
+    step.token_id = draft_id;
+    step.accepted = true;
+    return;
+  }
+  const NoiseKey key =
+      make_noise_key(s.raw.seed, s.raw.position, drafted ? uint32_t(kStreamResidual) : stream);
+  const uint64_t won = drafted ? race_residual(cluster, key) : 0;
+  step.token_id = won ? packed_id(won) : draw(cluster, s.target, s.params, key);
+}
+
+// One position of valid parameters: the drafter's row first, where rejection needs it, then the
+// target's.
+template <class Team>
+PTK_KERNEL void verify_position(Cluster<Team>& cluster, const proxytune_verify_args& args, int64_t row,
+                                int64_t position, int64_t draft_id, float* x, Step& step) {
+  Shared& s = cluster.s;
+  const bool rejection = args.mode == PROXYTUNE_VERIFY_REJECTION, drafted = rejection && draft_id >= 0;
+  // One copy of the code for both rows.
+#pragma unroll 1
+  for (int pass = drafted ? 0 : 1; pass < 2; ++pass) {
+    const bool draft = pass == 0;
+    const Source source =
+        draft ? draft_source_at(args, row, position) : source_at(args.inputs, s.raw.alpha, row, position);
+    const size_t offset = draft ? row_bytes(args.inputs.vocab_size, cluster.team.blocks()) : 0;
+    make_target(cluster, source, x + offset / sizeof(float), draft ? s.draft : s.target);
+  }
+  step.status = s.target.row.status;
+  if (!s.target.drawable) return;
+  emit(cluster, drafted, draft_id, args.inputs.vocab_size,
+       rejection ? uint32_t(kStreamBonus) : uint32_t(kStreamSample), step);
+  if (!rejection) step.accepted = step.token_id == draft_id;
+}
+
+// Joins the positions of a request: what comes after the first that is not accepted is dropped.
+template <class Team>
+PTK_KERNEL void join(const Team& team, const proxytune_verify_args& args, int64_t row, const int32_t* steps) {
+  const int64_t positions = args.num_drafts + 1;
+  int32_t status = 0, accepted = 0;
+  bool active = true;
+  for (int64_t j = 0; j < positions; ++j) {
+    const int64_t at = row * positions + j;
+    if (!active) {
+      args.token_ids[at] = -1;
+      if (args.logprobs) args.logprobs[at] = NAN;
+      continue;
+    }
+    const int32_t step = team.load_fresh(steps + at);
+    status |= step & (kStepAccepted - 1);
+    active = step & kStepAccepted;
+    accepted += active;
+  }
+  args.num_accepted[row] = accepted;
+  if (args.status) args.status[row] = status;
+}
+
+// The work of one cluster: one position of one request. `arrived` [rows] is zero before the launch and
+// after; `steps` is [rows, positions].
+template <class Team>
+PTK_KERNEL void verify_cluster(const Team& team, std::byte* memory, const proxytune_verify_args& args,
+                               int32_t* arrived, int32_t* steps, int64_t row, int64_t position) {
+  Cluster<Team> cluster{team, *reinterpret_cast<Shared*>(memory)};
+  Shared& s = cluster.s;
+  const int64_t positions = args.num_drafts + 1;
+  const int64_t draft_id =
+      position < args.num_drafts ? args.draft_token_ids[row * args.draft_token_ids_row_stride + position] : -1;
+  Step step;
+  if (set_params(cluster, params_at_draft(params_at(args.params, args.inputs, row), position))) {
+    float* x = reinterpret_cast<float*>(memory + kRowOffset);
+    verify_position(cluster, args, row, position, draft_id, x, step);
+  } else {
+    step.status = kStatusBadParams;
+  }
+  if (team.block() == 0 && team.thread() == 0) {
+    const int64_t at = row * positions + position;
+    if (step.token_id >= 0) {
+      step.logprob = s.target.logprob(s.params, x_of(team, s.target.row, step.token_id));
+    }
+    args.token_ids[at] = step.token_id;
+    if (args.logprobs) args.logprobs[at] = step.logprob;
+    steps[at] = step.status | (step.accepted ? kStepAccepted : 0);
+    if (team.arrive(arrived + row) == int32_t(positions) - 1) {
+      join(team, args, row, steps);
+      arrived[row] = 0;
+    }
+  }
+  team.sync_cluster();  // no block leaves while another may read its shared memory
+}
+
+}  // namespace cuda
+}  // namespace ptk
