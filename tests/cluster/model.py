@@ -126,6 +126,8 @@ class Model:
         self.blocks, self.threads, self.seed, self.races = blocks, threads, seed, races
 
     def _call(self, name: str, args: Structure, rows: int) -> None:
+        if rows == 0:  # tensors of none have no address
+            return
         call = getattr(_library(self.races), name)
         error = call(ctypes.byref(args), rows, self.blocks, self.threads, self.seed)
         if error is not None:

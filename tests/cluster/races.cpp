@@ -23,18 +23,26 @@ class Checker {
       : cluster_(cluster), me_(cluster.running()), from_(from),
         thread_(uint16_t(me_.block * cluster.threads() + me_.thread)) {}
 
-  void touch(Trace& trace, Access access, size_t byte) {
-    byte_ = byte;
-    if (access != Access::kWrite && trace.written.time < cluster_.started()) {
-      fail(access, "that nothing has written", trace.written);
+  // One access, to `bytes` of memory from number `first` on.
+  void touch(Access access, std::vector<Trace>& traces, size_t first, size_t bytes) {
+    bool written = access == Access::kWrite;
+    for (byte_ = first; byte_ < first + bytes; ++byte_) {
+      touch(access, traces[byte_]);
+      written = written || traces[byte_].written.time >= cluster_.started();
     }
+    byte_ = first;
+    // Of some of its bytes: a structure is copied with what pads it.
+    if (!written) fail(access, "that nothing has written", {});
+  }
+
+ private:
+  void touch(Access access, Trace& trace) const {
     if (!ordered(trace.written)) fail(access, "with no barrier after %s wrote it", trace.written);
     if (access != Access::kRead && !ordered(trace.read)) fail(access, "with no barrier after %s read it", trace.read);
     if (access != Access::kUpdate && !ordered(trace.updated)) fail(access, "with no barrier after %s updated it", trace.updated);
     note(access == Access::kRead ? trace.read : access == Access::kWrite ? trace.written : trace.updated);
   }
 
- private:
   Level level(uint16_t other) const {
     if (other == thread_) return kThread;
     if (other / kLanes == thread_ / kLanes) return kWarp;
@@ -102,10 +110,7 @@ void check(const volatile void* address, size_t bytes, Access access, void* from
   }
   std::vector<Trace>& traces = cluster.traces();
   if (traces.empty()) traces.resize(size_t(cluster.blocks()) * size);
-  Checker checker(cluster, from);
-  for (size_t i = block * size + size_t(first), end = i + bytes; i < end; ++i) {
-    checker.touch(traces[i], access, i);
-  }
+  Checker(cluster, from).touch(access, traces, block * size + size_t(first), bytes);
   inside = false;
 }
 
