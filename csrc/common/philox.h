@@ -4,10 +4,13 @@
 
 #include <cstdint>
 
+#define PTK_PRAGMA(text) _Pragma(#text)
 #if defined(__CUDACC__)
 #define PTK_HOST_DEVICE __host__ __device__ __forceinline__
+#define PTK_UNROLL(times) PTK_PRAGMA(unroll times)
 #else
 #define PTK_HOST_DEVICE inline
+#define PTK_UNROLL(times) PTK_PRAGMA(GCC unroll times)
 #endif
 
 namespace ptk {

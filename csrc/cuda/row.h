@@ -93,7 +93,7 @@ PTK_KERNEL void combine_vectors(const Team& team, const Source& in, int64_t begi
   using V = Vector<kDtype>;
   const bool constraints = in.bias || in.allowed;
   const bool whole = reinterpret_cast<uintptr_t>(out) % sizeof(Four) == 0;
-#pragma unroll 2
+PTK_UNROLL(2)
   for (int64_t i = begin + team.thread() * V::kSize; i < end; i += Team::kThreads * V::kSize) {
     const V base = V::load(team, in.base, i);
     V x = base;
@@ -161,7 +161,7 @@ PTK_KERNEL void combine_share(const Team& team, const Source& in, int64_t begin,
   const int64_t first = alike && head < end ? head : end;
   const int64_t last = first + (end - first) / size * size;
   combine_range(team, in, first, last, out + (first - begin), seen);
-#pragma unroll 1
+PTK_UNROLL(1)
   for (int part = 0; part < 2; ++part) {
     const int64_t from = part == 0 ? begin : last, to = part == 0 ? first : end;
     combine_singly(team, in, from, to, out + (from - begin), seen);

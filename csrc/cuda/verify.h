@@ -87,7 +87,7 @@ PTK_KERNEL void verify_position(Cluster<Team>& cluster, const proxytune_verify_a
   Shared& s = cluster.s;
   const bool rejection = args.mode == PROXYTUNE_VERIFY_REJECTION, drafted = rejection && draft_id >= 0;
   // One copy of the code for both rows.
-#pragma unroll 1
+PTK_UNROLL(1)
   for (int pass = drafted ? 0 : 1; pass < 2; ++pass) {
     const bool draft = pass == 0;
     const Source source =
