@@ -1,16 +1,28 @@
-"""Builds the C++ extension against the torch that is installed.
+"""Builds the C++ extensions against the torch that is installed.
 
-PROXYTUNE_SKIP_EXT=1 builds without it: pure Python, with the slow reference backend only.
-PROXYTUNE_SANITIZE=1 builds it with AddressSanitizer and UBSan (see `make asan`).
+PROXYTUNE_SKIP_EXT=1 builds without them: pure Python, with the slow reference backend and Triton.
+PROXYTUNE_SKIP_CUDA_BUILD=1 leaves out the CUDA C++ kernels, which are built where nvcc is found.
+TORCH_CUDA_ARCH_LIST, as in torch: the devices that they are built for (see build_cuda.py).
+PROXYTUNE_SANITIZE=1 builds the CPU's with AddressSanitizer and UBSan (see `make asan`).
 Everything else about the package is in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).parent))  # pip does not
+
+import build_cuda
+
+if TYPE_CHECKING:
+    from setuptools import Extension
 
 SOURCES = [
     "csrc/binding_cpu.cpp",
@@ -20,6 +32,7 @@ SOURCES = [
     "csrc/cpu/isa_avx2.cpp",
     "csrc/cpu/isa_avx512.cpp",
 ]
+CUDA_SOURCES = ["csrc/binding_cuda.cpp"]  # and build_cuda.SOURCE, which nvcc compiles
 # No contraction: a fused multiply-add is written as one, so that all instruction sets agree.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 # Python's own flags have -fwrapv, which would hide signed overflow.
@@ -32,42 +45,93 @@ SANITIZE = [
     "-g",
 ]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 
-def extension() -> dict[str, object]:
-    """Arguments of setup() that build the extension; none where it is not wanted."""
-    if os.environ.get("PROXYTUNE_SKIP_EXT") == "1":
-        return {}
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        sys.exit(
-            "proxytune_kernels builds its extension against the torch that is installed, and none "
-            "is importable here: install torch, then run `pip install --no-build-isolation .` "
-            "(or set PROXYTUNE_SKIP_EXT=1 to build without the extension)"
-        )
+def cpu_extension() -> Extension:
+    """Arguments of the CPU kernels' module."""
+    from torch.utils.cpp_extension import CppExtension
+
     sanitize = SANITIZE if os.environ.get("PROXYTUNE_SANITIZE") == "1" else []
-    module = CppExtension(
+    return CppExtension(
         "proxytune_kernels._cpu",
         SOURCES,
         include_dirs=["csrc"],
         define_macros=MACROS,
         extra_compile_args=FLAGS + sanitize,
         extra_link_args=[f for f in sanitize if f.startswith("-fsanitize")],
-        depends=[
-            os.path.join(folder, name)
-            for folder, _, names in os.walk("csrc")
-            for name in names
-            if name.endswith(".h")
-        ],
+        depends=HEADERS,
         py_limited_api=True,
     )
-    options = {"bdist_wheel": {"py_limited_api": "cp311"}}
+
+
+def cuda_extension(nvcc: build_cuda.Nvcc) -> Extension:
+    """The CUDA kernels' module: the binding alone, to which :class:`BuildExt` adds the kernels.
+
+    CPU builds of torch have no stream to launch on: the module links, and does not load, with them.
+    """
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        "proxytune_kernels._cuda",
+        CUDA_SOURCES,
+        include_dirs=["csrc", *nvcc.include_dirs],
+        define_macros=[*MACROS, ("USE_CUDA", None)],  # torch's headers declare the stream then
+        extra_compile_args=FLAGS,
+        extra_link_args=[
+            *(f"-L{folder}" for folder in nvcc.library_dirs),
+            *("-Wl,--exclude-libs,ALL", "-lcudart_static", "-ldl", "-lpthread", "-lrt"),
+            # Nothing of libtorch is used but through it: some linkers would leave it out.
+            *("-Wl,--no-as-needed", "-ltorch"),
+        ],
+        depends=[*HEADERS, build_cuda.SOURCE, "build_cuda.py"],
+        py_limited_api=True,
+    )
+
+
+def extensions() -> dict[str, object]:
+    """Arguments of setup() that build the extensions; none where they are not wanted."""
+    if os.environ.get("PROXYTUNE_SKIP_EXT") == "1":
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension
+    except ImportError:
+        sys.exit(
+            "proxytune_kernels builds its extension against the torch that is installed, and none "
+            "is importable here: install torch, then run `pip install --no-build-isolation .` "
+            "(or set PROXYTUNE_SKIP_EXT=1 to build without the extension)"
+        )
+    modules = [cpu_extension()]
+    try:
+        nvcc, devices = build_cuda.toolchain()
+        modules.append(cuda_extension(nvcc))
+    except build_cuda.Unavailable as error:
+        print(f"CUDA C++ kernels: not built: {error}", file=sys.stderr)
+
+    class BuildExt(BuildExtension):
+        """Has nvcc compile the kernels before the binding is built."""
+
+        def build_extension(self, ext: Extension) -> None:
+            if ext.sources == CUDA_SOURCES:
+                ext.extra_objects = [self._kernels(ext.depends)]
+            super().build_extension(ext)
+
+        def _kernels(self, depends: list[str]) -> str:
+            target = Path(self.build_temp, build_cuda.SOURCE).with_suffix(".o")
+            newest = max(os.path.getmtime(path) for path in depends)
+            if self.force or not target.exists() or target.stat().st_mtime < newest:
+                try:
+                    # Devices side by side, in as many threads as there are cores.
+                    print(nvcc.compile(target, devices, "-c", "--threads=0"), end="")
+                except subprocess.CalledProcessError as error:
+                    sys.exit(f"{' '.join(error.cmd)}\n{error.stdout}{error.stderr}")
+            return str(target)
+
     return {
-        "ext_modules": [module],
-        "cmdclass": {"build_ext": BuildExtension},
-        "options": options,
+        "ext_modules": modules,
+        "cmdclass": {"build_ext": BuildExt},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 
 
-setup(**extension())
+setup(**extensions())

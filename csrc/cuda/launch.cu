@@ -1,15 +1,13 @@
 // The kernels and their launches: the CUDA half of the C API. docs/cuda.md says why.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <array>
-#include <bit>
-#include <climits>
 #include <mutex>
 
 #include "../common/arguments.h"
 #include "team.h"  // before what is written over it
 
+#include "blocks.h"
 #include "sample.h"
 #include "verify.h"
 
@@ -20,8 +18,8 @@ namespace {
 constexpr int kThreads = 512;
 using Block = Team<kThreads>;
 
-// Clusters came with compute capability 9.0. For an older one the kernels are compiled to nothing, and
-// `query` refuses to launch them.
+// Clusters came with compute capability 9.0. For an older one the kernels are compiled to nothing,
+// and `query` refuses to launch them.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define PTK_CLUSTERS 1
 #endif
@@ -53,16 +51,7 @@ __global__ void __launch_bounds__(kThreads)
 constexpr auto coupled_kernel = verify_kernel<PROXYTUNE_VERIFY_COUPLED>;
 constexpr auto rejection_kernel = verify_kernel<PROXYTUNE_VERIFY_REJECTION>;
 
-constexpr std::array kSizes = {1, 2, 4, 8, 16};  // blocks of a cluster
-constexpr int kPortable = 8;  // every device has clusters of so many blocks; of more, some
-static_assert(kSizes.back() == kMaxBlocks);
-
-constexpr int64_t kMaxClusters = INT_MAX / kMaxBlocks;  // blocks of a grid
-constexpr int64_t kTokensOfBlock = 16384;               // 64 KiB; unmeasured
 constexpr int kMaxDevices = 64;
-
-// Bytes of dynamic shared memory that a block may have, by cluster size; 0: no such cluster runs.
-using SharedLimits = std::array<size_t, kSizes.size()>;
 
 // What a device can run.
 struct Limits {
@@ -96,20 +85,20 @@ cudaLaunchConfig_t configure(unsigned clusters, int blocks, size_t shared, cudaS
 template <typename Kernel>
 cudaError_t allow(Kernel* kernel, size_t most, SharedLimits* limits) {
   cudaFuncAttributes attributes;
-  if (const auto error = cudaFuncGetAttributes(&attributes, kernel)) return error;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
   const size_t shared = most - attributes.sharedSizeBytes;
-  if (const auto error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared))) {
-    return error;
-  }
-  const bool large = !cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error != cudaSuccess) return error;
+  const bool more = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                         1) == cudaSuccess;
   for (size_t i = 0; i < kSizes.size(); ++i) {
     cudaLaunchAttribute attribute;
     const auto config = configure(1, kSizes[i], shared, nullptr, &attribute);
     int clusters = 0;
-    const bool runs = (kSizes[i] <= kPortable || large) &&
-                      !cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) && clusters > 0;
+    const bool runs =
+        (kSizes[i] <= kPortable || more) &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
     (*limits)[i] = runs ? shared : 0;
   }
   return cudaSuccess;
@@ -118,21 +107,18 @@ cudaError_t allow(Kernel* kernel, size_t most, SharedLimits* limits) {
 // Of the current device.
 cudaError_t query(int device, Limits* limits) {
   int major = 0, most = 0;
-  if (const auto e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) {
-    return e;
-  }
-  if (major < 9) return cudaErrorNoKernelImageForDevice;
-  if (const auto e = cudaDeviceGetAttribute(&limits->processors, cudaDevAttrMultiProcessorCount,
-                                            device)) {
-    return e;
-  }
-  if (const auto e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                            device)) {
-    return e;
-  }
-  if (const auto e = allow(sample_kernel, size_t(most), &limits->sample)) return e;
-  if (const auto e = allow(coupled_kernel, size_t(most), &limits->coupled)) return e;
-  return allow(rejection_kernel, size_t(most), &limits->rejection);
+  cudaError_t error = cudaSuccess;
+  const auto get = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  get(&major, cudaDevAttrComputeCapabilityMajor);
+  get(&limits->processors, cudaDevAttrMultiProcessorCount);
+  get(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (error == cudaSuccess && major < 9) error = cudaErrorNoKernelImageForDevice;
+  if (error == cudaSuccess) error = allow(sample_kernel, size_t(most), &limits->sample);
+  if (error == cudaSuccess) error = allow(coupled_kernel, size_t(most), &limits->coupled);
+  if (error == cudaSuccess) error = allow(rejection_kernel, size_t(most), &limits->rejection);
+  return error;
 }
 
 // Asked once: what a process may use of a device does not change.
@@ -148,31 +134,6 @@ Limits limits_of(int device) {
   known[device] = limits;
   asked[device] = limits.code < PROXYTUNE_ERROR_CUDA;  // what CUDA refuses may pass
   return limits;
-}
-
-bool fits(int64_t vocab_size, int blocks, bool rejection, const SharedLimits& limits) {
-  const size_t limit = limits[size_t(std::countr_zero(unsigned(blocks)))];
-  return limit >= shared_bytes(vocab_size, blocks, rejection);
-}
-
-// Blocks of a cluster for rows of this width, 0 where none holds one. 8 for a large vocabulary; all 16
-// where every cluster has them at once, and a larger one could only wait.
-int choose_blocks(int64_t vocab_size, int64_t clusters, bool rejection, int processors,
-                  const SharedLimits& limits) {
-  const auto enough = std::bit_ceil(uint64_t(vocab_size + kTokensOfBlock - 1) / kTokensOfBlock);
-  int wanted = std::min(int(enough), kPortable);
-  if (wanted == kPortable && clusters * kMaxBlocks <= processors) wanted = kMaxBlocks;
-  for (int blocks = wanted; blocks <= kMaxBlocks; blocks *= 2) {
-    if (fits(vocab_size, blocks, rejection, limits)) return blocks;
-  }
-  for (int blocks = wanted / 2; blocks >= 1; blocks /= 2) {
-    if (fits(vocab_size, blocks, rejection, limits)) return blocks;
-  }
-  return 0;
-}
-
-bool any_fits(int64_t vocab_size, bool rejection, const SharedLimits& limits) {
-  return choose_blocks(vocab_size, kMaxClusters, rejection, 0, limits) > 0;
 }
 
 // Launches a kernel on the current device.
@@ -209,17 +170,15 @@ int proxytune_cuda_supported(int device, int rejection, int64_t* max_vocab_size)
   *max_vocab_size = 0;
   int current = 0;
   if (const auto error = cudaGetDevice(&current)) return code_of(error);
-  if (const auto error = cudaSetDevice(device)) return code_of(error);
-  const Limits limits = limits_of(device);
-  cudaSetDevice(current);
-  if (limits.code != PROXYTUNE_OK) return limits.code;
-  const SharedLimits& own = rejection ? limits.rejection : limits.coupled;
-  int64_t fit = 0, beyond = kMaxVocabSize + 1;
-  while (beyond - fit > 1) {
-    const int64_t middle = (fit + beyond) / 2;
-    (any_fits(middle, rejection, own) ? fit : beyond) = middle;
+  if (device != current) {
+    if (const auto error = cudaSetDevice(device)) return code_of(error);
   }
-  *max_vocab_size = fit;
+  const Limits limits = limits_of(device);
+  if (device != current) cudaSetDevice(current);
+  if (limits.code != PROXYTUNE_OK) return limits.code;
+  *max_vocab_size = rejection ? widest_row(true, limits.rejection)
+                              : std::min(widest_row(false, limits.sample),
+                                         widest_row(false, limits.coupled));
   return PROXYTUNE_OK;
 }
 
@@ -243,10 +202,10 @@ int proxytune_cuda_verify(const proxytune_verify_args* args, int64_t rows, void*
   const int64_t clusters = rows * (args->num_drafts + 1);
   int32_t* const arrived = static_cast<int32_t*>(workspace);
   int32_t* const steps = arrived + rows;
-  if (args->mode == PROXYTUNE_VERIFY_COUPLED) {
-    return launch(coupled_kernel, &Limits::coupled, false, clusters, stream, *args, arrived, steps);
-  }
-  return launch(rejection_kernel, &Limits::rejection, true, clusters, stream, *args, arrived, steps);
+  const bool rejection = args->mode == PROXYTUNE_VERIFY_REJECTION;
+  return launch(rejection ? rejection_kernel : coupled_kernel,
+                rejection ? &Limits::rejection : &Limits::coupled, rejection, clusters, stream,
+                *args, arrived, steps);
 }
 
 const char* proxytune_cuda_error(int code) {

@@ -159,24 +159,26 @@ PROXYTUNE_API const char* proxytune_error(int code);
 
 /* The CUDA half: compute capability 9.0 and later, in a library of its own.
  *
- * All pointers in the structs are of device memory, of the device that is current and that the stream
- * belongs to. The structs themselves are copied: they may go as soon as a call returns. Nothing is
- * allocated and nothing waits for the device; what goes wrong on it is told by a later call of CUDA.
- * A CUDA graph can hold the calls. The first call for a device loads the code: make it before a
- * capture. stream: a cudaStream_t, NULL for the default one. rows: at most 2^27. */
+ * All pointers in the structs are of device memory, of the device that is current and that the
+ * stream belongs to. The structs themselves are copied: they may go as soon as a call returns.
+ * Nothing is allocated and nothing waits for the device; what goes wrong there, a later call of CUDA
+ * tells. A CUDA graph can hold the calls; the first one for a device, which loads the code, must
+ * not be in a capture. stream: a cudaStream_t; NULL is the default one. */
 
-/* PROXYTUNE_OK where a device, by its number, can run rows of this width; else what keeps it from
- * that. rejection: 1 for verify in that mode, which holds two rows, else 0. */
-PROXYTUNE_API int proxytune_cuda_supported(int64_t vocab_size, int rejection, int device);
+/* Whether a device, by its number, can run the kernels, and the widest rows that it can hold on
+ * chip: max_vocab_size is in host memory. rejection: 1 for verify in that mode, which holds the
+ * drafter's row too, else 0. */
+PROXYTUNE_API int proxytune_cuda_supported(int device, int rejection, int64_t* max_vocab_size);
 
+/* rows: below 2^27. */
 PROXYTUNE_API int proxytune_cuda_sample(const proxytune_sample_args* args, int64_t rows,
                                         void* stream);
 
-/* Bytes of workspace that verify needs; 0 where an argument is out of range. */
+/* Bytes of workspace that verify needs; 0 where it would need none or an argument is out of range. */
 PROXYTUNE_API size_t proxytune_cuda_workspace_size(int64_t rows, int64_t num_drafts);
 
-/* workspace: device memory, 16-byte aligned, all zeros before its first use; each call leaves it so
- * that it can be used again. Calls that may overlap need one each. */
+/* workspace: device memory, 4-byte aligned, its first 4 * rows bytes zero; a call leaves them zero.
+ * Calls that may overlap need one each. rows * (num_drafts + 1): below 2^27. */
 PROXYTUNE_API int proxytune_cuda_verify(const proxytune_verify_args* args, int64_t rows,
                                         void* workspace, void* stream);
 

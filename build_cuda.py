@@ -1,0 +1,150 @@
+"""nvcc, driven for setup.py, benchmarks/static and the tests: which one, for what, with what flags.
+
+`python build_cuda.py` says what a build would do.
+
+torch's own helper refuses a CPU build of torch and one made with another CUDA. Neither matters
+here: nvcc compiles kernels and the C API, which include nothing of torch, and the CUDA runtime is
+linked in. Only the binding includes torch's stable headers, and the host compiler compiles it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = "csrc/cuda/launch.cu"
+FLAGS = (
+    *("-std=c++20", "-O3"),
+    # No contraction, on the device and beside it: a fused multiply-add is written as one.
+    *("--fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden,-fPIC,-Wall"),
+)
+ARCHITECTURES = "9.0a;10.0a;12.0a"
+"""Compute capabilities that are compiled for unless TORCH_CUDA_ARCH_LIST names others."""
+
+_OLDEST_NVCC = (12, 0)  # the first that knows C++20
+_OLDEST = 90  # clusters
+_ENTRY = re.compile(r"(?P<major>\d+)\.(?P<minor>\d)(?P<feature>[af]?)(?P<ptx>\+PTX)?")
+
+
+class Unavailable(RuntimeError):
+    """The kernels can't be compiled here; the message is a sentence."""
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    """A compiler, and where what it links against is."""
+
+    path: str
+    include_dirs: tuple[str, ...]
+    library_dirs: tuple[str, ...]
+
+    def compile(self, target: Path, generate: Sequence[str], *flags: str) -> str:
+        """Compile the kernels; returns what nvcc says.
+
+        Args:
+            target: what to write.
+            generate: for what, of :func:`generate`.
+            flags: what to make: ``-c``, ``-cubin`` or ``-shared``, and more of nvcc's options.
+
+        Raises:
+            subprocess.CalledProcessError: nvcc refuses; what it says is in ``stderr``.
+        """
+        target = target.absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [self.path, *FLAGS, *generate, *flags, SOURCE, "-o", str(target)]
+        root = Path(__file__).parent
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        return done.stdout + done.stderr
+
+
+def toolchain() -> tuple[Nvcc, list[str]]:
+    """The compiler, and its options for the devices that are wanted.
+
+    Raises:
+        Unavailable: the kernels are not wanted, or can't be compiled.
+    """
+    if os.environ.get("PROXYTUNE_SKIP_EXT") == "1":
+        raise Unavailable("PROXYTUNE_SKIP_EXT=1")
+    if os.environ.get("PROXYTUNE_SKIP_CUDA_BUILD") == "1":
+        raise Unavailable("PROXYTUNE_SKIP_CUDA_BUILD=1")
+    if os.environ.get("PROXYTUNE_SANITIZE") == "1":
+        raise Unavailable("PROXYTUNE_SANITIZE=1 is for the CPU's kernels")
+    nvcc = find_nvcc()
+    return nvcc, generate(nvcc)
+
+
+def find_nvcc() -> Nvcc:
+    """The compiler under CUDA_HOME, else on the PATH.
+
+    Raises:
+        Unavailable: there is none, or it is too old.
+    """
+    home = os.environ.get("CUDA_HOME")
+    path = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    if path is None:
+        raise Unavailable(f"there is no nvcc {f'in {home}/bin' if home else 'on the PATH'}")
+    release = re.search(r"release (\d+)\.(\d+)", _said(path, "--version"))
+    if release is None or (int(release[1]), int(release[2])) < _OLDEST_NVCC:
+        found = "of an unknown version" if release is None else release[0]
+        wanted = ".".join(map(str, _OLDEST_NVCC))
+        raise Unavailable(f"{path} is {found}, {wanted} or later is needed")
+    # It may be a link or a script: what it would do tells where its toolkit is.
+    plan = _said(path, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull)
+
+    def folders(name: str, option: str) -> tuple[str, ...]:
+        lines = re.findall(rf"^#\$ {name}=(.*)$", plan, re.MULTILINE)
+        return tuple(re.findall(rf'"{option}([^"]+)"', " ".join(lines)))
+
+    return Nvcc(path, folders("INCLUDES", "-I"), folders("LIBRARIES", "-L"))
+
+
+def generate(nvcc: Nvcc) -> list[str]:
+    """nvcc's options for the devices of TORCH_CUDA_ARCH_LIST, else of :data:`ARCHITECTURES`.
+
+    Entries are separated by semicolons or spaces: ``9.0``, ``9.0a``, ``9.0+PTX``. Those below 9.0
+    are left out, and of the default those that this nvcc does not know: standard error says so.
+
+    Raises:
+        Unavailable: none is left.
+        ValueError: an entry that is none.
+    """
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    known = _said(nvcc.path, "--list-gpu-code").split()
+    options = []
+    for text in re.split(r"[;\s]+", (listed or ARCHITECTURES).strip()):
+        entry = _ENTRY.fullmatch(text)
+        if entry is None:
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST must have entries like 9.0, 9.0a or 9.0+PTX, got {text!r}"
+            )
+        number = int(entry["major"] + entry["minor"])
+        if number < _OLDEST or (not listed and f"sm_{number}" not in known):
+            why = "clusters need 9.0" if number < _OLDEST else f"{nvcc.path} does not know it"
+            print(f"CUDA C++ kernels: not compiled for {text}: {why}", file=sys.stderr)
+            continue
+        name = f"{number}{entry['feature']}"
+        options.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+        if entry["ptx"]:
+            options.append(f"-gencode=arch=compute_{name},code=compute_{name}")
+    if not options:
+        raise Unavailable(f"TORCH_CUDA_ARCH_LIST={listed} names no device from 9.0")
+    return options
+
+
+def _said(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    try:
+        _, _devices = toolchain()
+        print("CUDA C++ kernels: built for", ", ".join(d.split("code=")[-1] for d in _devices))
+    except Unavailable as error:
+        print(f"CUDA C++ kernels: not built: {error}")
