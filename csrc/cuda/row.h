@@ -8,6 +8,8 @@
 namespace ptk {
 namespace cuda {
 
+constexpr int kAhead = 2;  // vectors of each role that a thread waits for at once
+
 // What one row is combined from.
 struct Source {
   const void *base, *expert, *anti;  // expert is null for the base alone
@@ -31,11 +33,13 @@ struct Seen {
   uint32_t live = 0, nan = 0;
 };
 
-// The rest of the combination, for a token that needs a look (contract, 2 to 6).
-PTK_HOST_DEVICE float constrained(const Source& in, float x, float base, int64_t id, Seen& seen) {
+// Stands for a token whose base is -inf: masked, whatever the others hold. No operation gives this NaN.
+constexpr uint32_t kMaskedBits = 0x7FC0DEADu;
+
+// The rest of the combination, of a token's x or kMaskedBits (contract, 2 to 6).
+PTK_HOST_DEVICE float constrained(const Source& in, float x, int64_t id, Seen& seen) {
+  if (bits_of_float(x) == kMaskedBits) return -INFINITY;
   if (in.bias) x += in.bias[id];
-  // -inf in base masks the token whatever the others hold (an inf there would make NaN).
-  if (base == -INFINITY) return -INFINITY;
   if (in.allowed && !(in.allowed[id >> 5] >> (id & 31) & 1)) return -INFINITY;
   if (x != x) {
     seen.nan = 1;
@@ -52,7 +56,8 @@ PTK_HOST_DEVICE float combined_at(const Source& in, int64_t id, Seen& seen) {
     x = combined(base, logit_at(in.expert, in.expert_dtype, id), logit_at(in.anti, in.anti_dtype, id),
                  in.alpha);
   }
-  return constrained(in, x, base, id, seen);
+  if (base == -INFINITY) x = float_of_bits(kMaskedBits);
+  return constrained(in, x, id, seen);
 }
 
 PTK_HOST_DEVICE constexpr int element_size(int32_t dtype) { return dtype == kDtypeF32 ? 4 : 2; }
@@ -63,22 +68,18 @@ struct Vector {
   static constexpr int kSize = 16 / element_size(kDtype);
   float v[kSize];
 
-  template <class Team>
-  PTK_KERNEL static Vector load(const Team& team, const void* row, int64_t i) {
-    const Words raw = team.load_once(static_cast<const char*>(row) + i * element_size(kDtype));
-    Vector result;
+  PTK_HOST_DEVICE explicit Vector(const Words& raw) {
     for (int j = 0; j < 4; ++j) {
       if constexpr (kDtype == kDtypeF32) {
-        result.v[j] = float_of_bits(raw.w[j]);
+        v[j] = float_of_bits(raw.w[j]);
       } else if constexpr (kDtype == kDtypeBf16) {
-        result.v[2 * j] = float_of_bits(raw.w[j] << 16);
-        result.v[2 * j + 1] = float_of_bits(raw.w[j] & 0xFFFF0000u);
+        v[2 * j] = float_of_bits(raw.w[j] << 16);
+        v[2 * j + 1] = float_of_bits(raw.w[j] & 0xFFFF0000u);
       } else {
-        result.v[2 * j] = half_to_float(uint16_t(raw.w[j]));
-        result.v[2 * j + 1] = half_to_float(uint16_t(raw.w[j] >> 16));
+        v[2 * j] = half_to_float(uint16_t(raw.w[j]));
+        v[2 * j + 1] = half_to_float(uint16_t(raw.w[j] >> 16));
       }
     }
-    return result;
   }
 };
 
@@ -86,37 +87,77 @@ struct alignas(16) Four {
   float v[4];
 };
 
+// Three roles' 16 bytes, as they came.
+struct Loaded {
+  Words base, expert, anti;
+};
+
+// Combines one vector into out; false where a token of it needs a look by constrained().
+template <int32_t kDtype, bool kSteered>
+PTK_HOST_DEVICE bool combine_vector(const Loaded& loaded, float alpha, float* out, bool whole) {
+  using V = Vector<kDtype>;
+  const V base(loaded.base);
+  V x = base;
+  if constexpr (kSteered) {
+    const V expert(loaded.expert), anti(loaded.anti);
+    for (int j = 0; j < V::kSize; ++j) x.v[j] = combined(base.v[j], expert.v[j], anti.v[j], alpha);
+  }
+  bool ordinary = true;
+  for (int j = 0; j < V::kSize; ++j) {
+    ordinary = ordinary && x.v[j] > -INFINITY;  // false for NaN
+    x.v[j] += 0.0f;
+  }
+  for (int j = 0; !ordinary && j < V::kSize; ++j) {
+    if (base.v[j] == -INFINITY) x.v[j] = float_of_bits(kMaskedBits);
+  }
+  if (whole) {
+    for (int j = 0; j < V::kSize; j += 4) {
+      *reinterpret_cast<Four*>(out + j) = {x.v[j], x.v[j + 1], x.v[j + 2], x.v[j + 3]};
+    }
+  } else {
+    for (int j = 0; j < V::kSize; ++j) out[j] = x.v[j];
+  }
+  return ordinary;
+}
+
 // Combines tokens [begin, end), whole vectors from an address of 16 bytes, into out[0 ...].
 template <int32_t kDtype, bool kSteered, class Team>
 PTK_KERNEL void combine_vectors(const Team& team, const Source& in, int64_t begin, int64_t end,
                                 float* out, Seen& seen) {
-  using V = Vector<kDtype>;
-  const bool constraints = in.bias || in.allowed;
+  constexpr int kSize = Vector<kDtype>::kSize, kStep = Team::kThreads * kSize;
+  const auto at = [&](const void* row) {
+    return static_cast<const char*>(row) + begin * element_size(kDtype);
+  };
+  const char *base = at(in.base), *expert = at(in.expert), *anti = at(in.anti);
+  const int count = int(end - begin);
   const bool whole = reinterpret_cast<uintptr_t>(out) % sizeof(Four) == 0;
-PTK_UNROLL(2)
-  for (int64_t i = begin + team.thread() * V::kSize; i < end; i += Team::kThreads * V::kSize) {
-    const V base = V::load(team, in.base, i);
-    V x = base;
-    if constexpr (kSteered) {
-      const V expert = V::load(team, in.expert, i), anti = V::load(team, in.anti, i);
-      for (int j = 0; j < V::kSize; ++j) x.v[j] = combined(base.v[j], expert.v[j], anti.v[j], in.alpha);
-    }
-    bool ordinary = !constraints;
-    for (int j = 0; j < V::kSize; ++j) ordinary = ordinary && x.v[j] > -INFINITY;  // false for NaN
-    if (ordinary) {
-      for (int j = 0; j < V::kSize; ++j) x.v[j] += 0.0f;
-      seen.live += V::kSize;
-    } else {
-      for (int j = 0; j < V::kSize; ++j) x.v[j] = constrained(in, x.v[j], base.v[j], i + j, seen);
-    }
-    float* to = out + (i - begin);
-    if (whole) {
-      for (int j = 0; j < V::kSize; j += 4) {
-        *reinterpret_cast<Four*>(to + j) = {x.v[j], x.v[j + 1], x.v[j + 2], x.v[j + 3]};
+  bool ordinary = !(in.bias || in.allowed);
+  uint32_t tokens = 0;
+  for (int i = team.thread() * kSize; i < count; i += kAhead * kStep) {
+    Loaded loaded[kAhead];  // on their way together
+    for (int k = 0; k < kAhead; ++k) {
+      const int offset = (i + k * kStep) * element_size(kDtype);
+      if (i + k * kStep >= count) break;
+      loaded[k].base = team.load_once(base + offset);
+      if constexpr (kSteered) {
+        loaded[k].expert = team.load_once(expert + offset);
+        loaded[k].anti = team.load_once(anti + offset);
       }
-    } else {
-      for (int j = 0; j < V::kSize; ++j) to[j] = x.v[j];
     }
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k * kStep >= count) break;
+      ordinary &= combine_vector<kDtype, kSteered>(loaded[k], in.alpha, out + i + k * kStep, whole);
+      tokens += kSize;
+    }
+  }
+  if (ordinary) {
+    seen.live += tokens;
+    return;
+  }
+  PTK_UNROLL(1)
+  for (int i = team.thread() * kSize; i < count; i += kStep) {
+    PTK_UNROLL(1)
+    for (int j = i; j < i + kSize; ++j) out[j] = constrained(in, out[j], begin + j, seen);
   }
 }
 
@@ -174,22 +215,23 @@ PTK_KERNEL Four four_of(const Team& team, const Row& row, int t) {
   return *reinterpret_cast<const Four*>(row.tile(t) + 4 * team.lane());
 }
 
-// Maximum and approximate mass, to the tile's own maximum, of each tile. The sum's order is fixed.
+// Maximum and approximate mass, to the tile's own maximum, of each tile. Lanes add up in integers of
+// 2^-24: the order does not matter, and 128 of them stay below 2^32.
 template <class Team>
 PTK_KERNEL void summarise(const Team& team, const Row& row) {
   constexpr float kLog2E = 1.4426950408889634f;
   for (int t = team.warp(); t < row.count; t += Team::kWarps) {
     const Four x = four_of(team, row, t);
-    float top = x.v[0];
-    for (int j = 1; j < 4; ++j) top = x.v[j] > top ? x.v[j] : top;
-    top = value_of(team.max(key_of(top)));
+    const float most = lane::max(lane::max(x.v[0], x.v[1]), lane::max(x.v[2], x.v[3]));
+    const float top = value_of(team.max(key_of(most)));
     const float from = top > -INFINITY ? top : 0.0f;
     float sum = 0.0f;
     for (int j = 0; j < 4; ++j) sum += team.exp2_approx((x.v[j] - from) * kLog2E);
-    for (int mask = 16; mask > 0; mask /= 2) sum += team.shuffle_xor(sum, mask);
+    // +inf makes NaN here: such a row's sums are written again.
+    const uint32_t total = team.sum(sum >= 0.0f ? uint32_t(sum * 0x1p24f + 0.5f) : 0);
     if (team.lane() == 0) {
       row.tile_max[t] = top;
-      row.tile_raw[t] = sum;
+      row.tile_raw[t] = float(total) * 0x1p-24f;
     }
   }
 }

@@ -8,6 +8,11 @@
 namespace ptk {
 namespace cuda {
 
+// Threads of a block, and blocks that share a multiprocessor: while one waits at a barrier or for
+// memory, the other works. 65,536 registers over both leave a thread 128.
+constexpr int kThreads = 256;
+constexpr int kBlocksPerProcessor = 2;
+
 constexpr int kMaxBlocks = 16;    // of a cluster
 constexpr int kMaxWarps = 32;     // of a block
 constexpr int kExchange = 4;      // words exchanged at once
