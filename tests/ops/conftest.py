@@ -18,6 +18,8 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels import kernels
+from tests.cluster import build
+from tests.cluster.model import Model
 
 try:
     from proxytune_kernels import _cpu as cpu_extension
@@ -76,8 +78,8 @@ class Backend:
     def tile_error(self) -> float:
         """What sums of tiles add to the bound of a raw logprob, or a logprob without filters.
 
-        Triton takes the tiles' sums for the row's mass there (docs/gpu.md); the others add up
-        integers.
+        Triton takes the tiles' sums for the row's mass there (docs/gpu.md), the cluster kernels for
+        raw logprobs; the others add up integers.
         """
         return 4.2e-6 if self.name == "triton" else 0.0
 
@@ -85,7 +87,7 @@ class Backend:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
-        if op not in ("sample", "combine", "score", "verify"):
+        if op not in ("sample", "sample_hidden", "combine", "score", "verify"):
             raise AttributeError(op)
         return functools.partial(self._run, getattr(ptk, op))
 
@@ -103,6 +105,28 @@ class Backend:
     def use(self) -> None:
         if self.isa is not None:
             cpu_extension.set_isa(self.isa)
+
+
+@dataclass(frozen=True)
+class ClusterModel(Backend):
+    """The cluster kernels' source on a CPU (tests/cluster), with clusters of so many blocks.
+
+    They are ``sample`` and ``verify``; tests that need ``combine`` or ``score`` too get the CPU's.
+    """
+
+    blocks: int = 1
+
+    @property
+    def tile_error(self) -> float:
+        return 4.2e-6  # as Triton's; of raw logprobs alone
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.blocks}"
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        if op in ("sample", "verify"):
+            return getattr(Model(self.blocks), op)
+        return getattr(Backend("cpu"), op)
 
 
 def instruction_sets() -> list[str]:
@@ -126,11 +150,15 @@ KERNELS = [Backend(n, i) for n in USABLE if n != "reference"
            for i in (instruction_sets() if n == "cpu" else [None])]  # fmt: skip
 BACKENDS = [*KERNELS, *(Backend(n) for n in USABLE if n == "reference")]
 WIDEST = list({backend.name: backend for backend in KERNELS}.values())
+CLUSTERS = [ClusterModel("cluster", blocks=blocks) for blocks in (1, 2, 4, 8, 16)
+            if build.COMPILER and "cpu" in USABLE]  # fmt: skip
 
 # Triton's kernels know nothing of torch's threads.
 on_threads = pytest.mark.parametrize(
     "backend", [b for b in BACKENDS if b.name != "triton"], ids=str, indirect=True
 )
+# Not the model of a cluster: for what is about combine and score, or compares bits with them.
+registered = pytest.mark.parametrize("backend", BACKENDS, ids=str, indirect=True)
 
 _TOO_SLOW = pytest.mark.skip(
     reason="10^5 draws and more, too many for Triton's interpreter: that its draws are the other "
@@ -151,9 +179,10 @@ NEEDS_TRITON = [
 def sized(backend: Backend, full: T, interpreted: T) -> T:
     """Rows, draws or cases for a backend: ``interpreted`` ones keep `make interpret` in minutes.
 
-    They are fewer, never less exact: a bound that depends on a size is part of it.
+    They are fewer, never less exact: a bound that depends on a size is part of it. The model of a
+    cluster gets them too; tests/cluster has more for it.
     """
-    return interpreted if backend.interpreted else full
+    return interpreted if backend.interpreted or backend in CLUSTERS else full
 
 
 def _use(backend: Backend) -> Iterator[Backend]:
@@ -163,15 +192,15 @@ def _use(backend: Backend) -> Iterator[Backend]:
         cpu_extension.set_isa(None)
 
 
-@pytest.fixture(params=BACKENDS, ids=str)
+@pytest.fixture(params=[*BACKENDS, *CLUSTERS], ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Every backend, and every instruction set."""
+    """Every backend, every instruction set, and clusters of every size."""
     yield from _use(request.param)
 
 
-@pytest.fixture(params=KERNELS, ids=str)
+@pytest.fixture(params=[*KERNELS, *CLUSTERS], ids=str)
 def kernel(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Every backend but the reference, and every instruction set."""
+    """Every backend but the reference, every instruction set, and clusters of every size."""
     yield from _use(request.param)
 
 
