@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -40,7 +41,6 @@ def _digest(flags: list[str]) -> str:
     return whole.hexdigest()[:16]
 
 
-@functools.cache
 def library(program: str, *, races: bool = False, ucontext: bool = False) -> ctypes.CDLL:
     """``program``.cpp as a library, from build/cluster if it was built before.
 
@@ -49,34 +49,50 @@ def library(program: str, *, races: bool = False, ucontext: bool = False) -> cty
         races: each access to shared memory is checked (races.cpp); slower, and not together with
             other sanitizers.
         ucontext: fibers as on processors other than x86-64.
+
+    Raises:
+        RuntimeError: what the compiler said.
     """
+    found = _library(program, races, ucontext)
+    if isinstance(found, RuntimeError):
+        raise found
+    return found
+
+
+@functools.cache
+def _library(program: str, races: bool, ucontext: bool) -> ctypes.CDLL | RuntimeError:
+    """What failed once is not tried again: it takes as long as what succeeds."""
     instrument = (
         ["-O1", "-fsanitize=thread"] if races else ["-O2", *(SANITIZERS if SANITIZE else [])]
     )
     flags = [*FLAGS, *instrument, *(["-DPTK_UCONTEXT"] if ucontext else [])]
     name = f"{program}{'-races' * races}{'-ucontext' * ucontext}{'-sanitized' * SANITIZE}"
     path = BUILT / f"{name}-{_digest(flags)}.so"
-    if not path.exists():
-        _build(program, flags, races, path)
-        for old in BUILT.glob(f"{name}-{'?' * 16}.so"):
-            if old != path:
-                old.unlink(missing_ok=True)
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with (BUILT / f"{name}.lock").open("w") as lock:  # other processes wait for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            try:
+                _build(program, flags, races, path)
+            except RuntimeError as error:
+                return error
+            for old in BUILT.glob(f"{name}-{'?' * 16}.so"):
+                if old != path:
+                    old.unlink()
     return ctypes.CDLL(str(path))
 
 
 def _build(program: str, flags: list[str], races: bool, path: Path) -> None:
-    BUILT.mkdir(parents=True, exist_ok=True)
-    # Other processes may be at the same: the library appears whole or not at all.
-    own = path.with_suffix(f".{os.getpid()}")
+    unfinished = path.with_suffix(".unfinished")
     source = HERE / f"{program}.cpp"
     if not races:
-        _run(["g++", *flags, "-shared", source, "-o", own])
+        _run(["g++", *flags, "-shared", source, "-o", unfinished])
     else:
         # Its own runtime in place of the sanitizer's: compiled without it, and linked without it.
-        objects = [own.with_suffix(f".{os.getpid()}.{i}.o") for i in (0, 1)]
+        objects = [path.with_suffix(f".{i}.o") for i in (0, 1)]
         _run(["g++", *flags, "-c", source, "-o", objects[0]])
         _run(["g++", *FLAGS, "-O2", "-c", HERE / "races.cpp", "-o", objects[1]])
-        _run(["g++", "-shared", *objects, "-o", own])
-        for unlinked in objects:
-            unlinked.unlink()
-    own.replace(path)
+        _run(["g++", "-shared", *objects, "-o", unfinished])
+        for linked in objects:
+            linked.unlink()
+    unfinished.replace(path)

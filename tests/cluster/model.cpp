@@ -65,14 +65,14 @@ const char* verify(const proxytune_verify_args& args, int64_t rows, int blocks, 
   return nullptr;
 }
 
-// Calls run with a Team of so many threads; the last is what the library launches.
+// Calls run with a Team of so many threads; the library launches 256.
 template <class Run>
 const char* with_team(int threads, Run run) {
   switch (threads) {
+    case 32: return run.template operator()<cuda::Team<32>>();
     case 64: return run.template operator()<cuda::Team<64>>();
     case 256: return run.template operator()<cuda::Team<256>>();
-    case 1024: return run.template operator()<cuda::Team<1024>>();
-    default: return "threads must be 64, 256 or 1024";
+    default: return "threads must be 32, 64 or 256";
   }
 }
 

@@ -146,9 +146,9 @@ class Model:
         _check.row_params("sample", params, base)
         width = _check.logits("sample", base, expert, anti, 2, vocab_size)
         if out is None:
-            tokens, *others = empty_sample(base)
-            top = ptk.TopLogprobs(*empty_top(base, top_logprobs)) if top_logprobs else None
-            out = ptk.SampleOutput(tokens, *others, top)  # type: ignore[arg-type]
+            out = ptk.SampleOutput._make((*empty_sample(base), None))
+            if top_logprobs:
+                out = out._replace(top=ptk.TopLogprobs._make(empty_top(base, top_logprobs)))
         inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, width)
         args = SampleArgs(
             inputs, row_params, rng.STREAMS[stream], *map(_address, out[:5]), top_logprobs,

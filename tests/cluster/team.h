@@ -42,6 +42,9 @@ class Team {
 
   void sync(From from = From::current()) const { cluster_.sync_block(block_, from); }
   void sync_cluster(From from = From::current()) const { cluster_.sync_cluster(from); }
+  // Arriving waits for nobody: it is left out, and who waits does both.
+  void arrive_cluster() const {}
+  void wait_cluster(From from = From::current()) const { cluster_.sync_cluster(from); }
   void sync_warp(From from = From::current()) const { cluster_.sync_warp(block_, thread_, from); }
 
   template <typename T>
@@ -112,10 +115,10 @@ class Team {
     std::memcpy(&words, at, sizeof words);
     return words;
   }
-  // As wrong as it may be: -2 to 2 units in the last place, by a hash of the argument.
+  // As wrong as it may be: -2 to 2 units in the last place, by a hash of the argument; 2^0 is 1.
   float exp2_approx(float v) const {
     const float exact = std::exp2(v);
-    if (exact < 0x1p-126f) return 0.0f;
+    if (v == 0.0f || exact < 0x1p-126f) return v == 0.0f ? 1.0f : 0.0f;
     const uint32_t hash = std::bit_cast<uint32_t>(v) * 0x9E3779B9u;
     const int32_t bits = std::bit_cast<int32_t>(exact) + int32_t((hash >> 16) % 5) - 2;
     return std::bit_cast<float>(bits < 0x00800000 ? 0x00800000 : bits);

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.ops import oracle
-from tests.ops.conftest import sized
+from tests.ops.conftest import registered, sized
+
+pytestmark = registered
 
 INF = torch.inf
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import proxytune_kernels as ptk
 from proxytune_kernels import kernels, reference, rng
 from tests.ops import oracle
-from tests.ops.conftest import KERNELS, Backend
+from tests.ops.conftest import CLUSTERS, KERNELS, Backend
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="needs a kernel, only the reference runs here")
 
@@ -39,7 +39,10 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES: tuple[int, ...] = (1, 2, 7, 31, 32, 33, 127, 128, 129, 255, 257, 640, 1000, 4097, 5000)
 if kernels.interpreted():
     SIZES = (1, 7, 33, 127, 129, 640, 1025)
-each_kernel = pytest.mark.parametrize("name", sorted({kernel.name for kernel in KERNELS}))
+NAMES = sorted({kernel.name for kernel in KERNELS})
+each_kernel = pytest.mark.parametrize("name", NAMES)
+# sample and verify, by the cluster kernels' source too
+each_or_cluster = pytest.mark.parametrize("name", [*NAMES, *({k.name for k in CLUSTERS})])
 SPECIAL = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-45, -1e-40, 0.0, -0.0, 65504.0)
 GOOD = {
     "alpha": (1.0, 0.0, -0.0, -0.5, 2.0, 1e-30, 3e38),
@@ -162,20 +165,20 @@ def cases(draw: st.DrawFn, positions: int | None = None) -> Case:
 
 
 class Choice(NamedTuple):
-    """Which of a kernel's instruction sets runs, and on how many threads."""
+    """Which of a kernel's instruction sets, or clusters, runs, and on how many threads."""
 
     isa: int
     threads: int
 
     def put_to_work(self, name: str) -> Backend:
-        named = [kernel for kernel in KERNELS if kernel.name == name]
+        named = [kernel for kernel in (*KERNELS, *CLUSTERS) if kernel.name == name]
         kernel = named[self.isa % len(named)]
         kernel.use()
         torch.set_num_threads(1 if kernel.interpreted else self.threads)
         return kernel
 
 
-choices = st.builds(Choice, st.sampled_from((0, 1, 2)), st.sampled_from((1, 2)))
+choices = st.builds(Choice, st.sampled_from(range(15)), st.sampled_from((1, 2)))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -306,7 +309,7 @@ def check_top(x: Tensor, top: ptk.TopLogprobs, tile_error: float) -> None:
             close(logprob, raw[token], shifted[token], tile_error)
 
 
-@each_kernel
+@each_or_cluster
 @few(30)
 @given(cases(), choices, st.booleans(), st.sampled_from((0, 1, 5, 128)))
 def test_sample(name, case, choice, owned, n):
@@ -403,7 +406,7 @@ def guarded_verify(rows: int, positions: int) -> Guarded:
     )  # fmt: skip
 
 
-@each_kernel
+@each_or_cluster
 @few(8)
 @given(st.data(), choices, st.booleans(), st.lists(st.booleans(), max_size=2))
 def test_verify_coupled_is_plain_decoding(name, data, choice, owned, right):
@@ -430,7 +433,7 @@ def test_verify_coupled_is_plain_decoding(name, data, choice, owned, right):
     same((out.num_accepted, out.status), (accepted, status))
 
 
-@each_kernel
+@each_or_cluster
 @few(8)
 @given(st.data(), choices, st.booleans(), st.lists(st.booleans(), max_size=2))
 def test_verify_rejection(name, data, choice, owned, right):

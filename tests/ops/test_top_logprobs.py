@@ -10,7 +10,7 @@ import torch
 
 import proxytune_kernels as ptk
 from tests.ops import oracle
-from tests.ops.conftest import KERNELS, on_threads, sized
+from tests.ops.conftest import KERNELS, on_threads, registered, sized
 
 INF = torch.inf
 MOST = 128
@@ -165,6 +165,7 @@ def test_the_rest_of_the_output_does_not_change(backend):
     oracle.assert_same(out._replace(top=None), draw(backend, rows, 0))
 
 
+@registered
 def test_logprobs_are_the_bits_of_raw_logprobs_and_score(backend):
     batch = sized(backend, 100, 8)
     rows = oracle.random_rows(9, batch, 700)
