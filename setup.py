@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 SOURCES = [
     "csrc/binding_cpu.cpp",
+    "csrc/binding_cpu_shard.cpp",
     "csrc/cpu/capi.cpp",
     "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/shard.cpp",
     "csrc/cpu/isa_scalar.cpp",
     "csrc/cpu/isa_avx2.cpp",
     "csrc/cpu/isa_avx512.cpp",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from proxytune_kernels import sharded
 from proxytune_kernels.backends import backends
 from proxytune_kernels.heads import Head
 from proxytune_kernels.ops import combine, sample, score, verify
@@ -32,6 +33,7 @@ __all__ = [
     "sample",
     "sample_hidden",
     "score",
+    "sharded",
     "verify",
 ]
 

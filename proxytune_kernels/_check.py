@@ -202,22 +202,23 @@ def ids(op: str, name: str, tensor: Any, shape: tuple[int, ...], device: torch.d
 
 
 def draft_logits(
-    value: Any, mode: str, drafts: tuple[int, int], vocab_size: int, device: torch.device
-) -> None:
+    value: Any, mode: str, drafts: tuple[int, int], vocab_size: int, device: torch.device,
+    op: str = "verify",
+) -> None:  # fmt: skip
     """Check the drafter's logits: needed for rejection, refused for coupled."""
     if mode == "coupled":
         if value is not None:
-            raise ValueError("verify: draft_logits must be None in mode 'coupled', got a tensor")
+            raise ValueError(f"{op}: draft_logits must be None in mode 'coupled', got a tensor")
         return
     if value is None:
-        raise ValueError("verify: draft_logits must be given in mode 'rejection', got None")
-    _role("verify", "draft_logits", value, 3)
+        raise ValueError(f"{op}: draft_logits must be given in mode 'rejection', got None")
+    _role(op, "draft_logits", value, 3)
     if tuple(value.shape[:2]) != drafts or value.shape[2] < vocab_size:
         raise ValueError(
-            f"verify: draft_logits must have shape {[*drafts, 'V']} with V at least {vocab_size}, "
+            f"{op}: draft_logits must have shape {[*drafts, 'V']} with V at least {vocab_size}, "
             f"got {list(value.shape)}"
         )
-    on_device("verify", "draft_logits", value, device)
+    on_device(op, "draft_logits", value, device)
 
 
 def matrix_out(op: str, out: Any, shape: tuple[int, ...], device: torch.device) -> None:

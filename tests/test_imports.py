@@ -19,11 +19,11 @@ PACKAGE = ROOT.name
 LAYERS = (
     {"params", "rng", "heads"},
     {"reference", "vocabulary", "prompts", "_cpu", "_cuda", "_library", "_check"}
-    | {"_check_heads", "_cpu_heads"},
+    | {"_check_heads", "_cpu_heads", "_shard_library"},
     {"kernels", "cuda", "choices"},
     {"backends"},
     {"ops", "ops_hidden"},
-    {"", "loading", "trio", "decoder"},
+    {"", "loading", "trio", "decoder", "sharded"},
     {"analysis", "integrations", "cli", "testing", "__main__"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -1,4 +1,5 @@
 // The kernels for processors with AVX2, FMA and F16C.
+#include "shard_types.h"
 #include "types.h"
 
 #if defined(__x86_64__)
@@ -29,6 +30,7 @@
 #include "noise.h"
 #include "top.h"
 #include "sample.h"
+#include "shard.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -37,7 +39,7 @@
 #endif
 
 namespace ptk {
-const Kernels kAvx2Kernels = {"avx2",          avx2::combine_row,  avx2::sample_row,
+const Kernels kAvx2Kernels = {"avx2",          &avx2::kShardKernels, avx2::combine_row,  avx2::sample_row,
                               avx2::score_row, avx2::coupled_step, avx2::reject_step};
 }  // namespace ptk
 #endif  // __x86_64__

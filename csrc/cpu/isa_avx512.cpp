@@ -1,4 +1,5 @@
 // The kernels for processors with AVX512 (F, BW, DQ, VL).
+#include "shard_types.h"
 #include "types.h"
 
 #if defined(__x86_64__)
@@ -29,6 +30,7 @@
 #include "noise.h"
 #include "top.h"
 #include "sample.h"
+#include "shard.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -37,7 +39,7 @@
 #endif
 
 namespace ptk {
-const Kernels kAvx512Kernels = {"avx512",          avx512::combine_row,  avx512::sample_row,
+const Kernels kAvx512Kernels = {"avx512",          &avx512::kShardKernels, avx512::combine_row,  avx512::sample_row,
                               avx512::score_row, avx512::coupled_step, avx512::reject_step};
 }  // namespace ptk
 #endif  // __x86_64__

@@ -1,4 +1,5 @@
 // The kernels for any processor.
+#include "shard_types.h"
 #include "types.h"
 
 #define PTK_ISA scalar
@@ -12,8 +13,9 @@
 #include "noise.h"
 #include "top.h"
 #include "sample.h"
+#include "shard.h"
 
 namespace ptk {
-const Kernels kScalarKernels = {"scalar",          scalar::combine_row,  scalar::sample_row,
-                                scalar::score_row, scalar::coupled_step, scalar::reject_step};
+const Kernels kScalarKernels = {"scalar",          &scalar::kShardKernels, scalar::combine_row,  scalar::sample_row,
+                              scalar::score_row, scalar::coupled_step, scalar::reject_step};
 }  // namespace ptk

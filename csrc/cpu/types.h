@@ -99,6 +99,7 @@ struct VerifyStep {
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
+  const struct ShardKernels* shard;  // shard_types.h
   void (*combine)(const RowInput&, float* out);
   SampleResult (*sample)(const RowInput&, const RawParams&, uint32_t stream, const TopTokens&,
                          Buffers&);

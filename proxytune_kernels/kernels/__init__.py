@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from proxytune_kernels._library import LIBRARY, OPERATORS
+from proxytune_kernels._shard_library import SHARD_OPERATORS
 
 _OLDEST = (8, 0)
 
@@ -51,15 +52,16 @@ def device_unusable(index: int) -> str | None:
 
 def operator(name: str) -> Callable[..., Any]:
     """The Triton implementation of an operator, by its name in ``torch.ops.proxytune``."""
+    module = "shard_operators" if name in SHARD_OPERATORS else "operators"
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        operators = import_module("proxytune_kernels.kernels.operators")
+        operators = import_module(f"proxytune_kernels.kernels.{module}")
         return getattr(operators, name)(*args, **kwargs)
 
     return run
 
 
-IMPLEMENTATIONS = {name: operator(name) for name in OPERATORS}
+IMPLEMENTATIONS = {name: operator(name) for name in (*OPERATORS, *SHARD_OPERATORS)}
 """What runs each operator."""
 
 for _name, _implementation in IMPLEMENTATIONS.items():
