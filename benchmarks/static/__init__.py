@@ -1,1 +1,1 @@
-"""What the compiler made of the Triton kernels, without a GPU; docs/benchmarks.md has the words."""
+"""What the compilers made of the kernels, without a GPU; docs/benchmarks.md has the words."""

@@ -113,8 +113,8 @@ def _read(kernel: Any, arguments: Mapping[str, Any]) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        text = _tool("nvdisasm", "-g", "-c", cubin.name)
+        usage = tool("cuobjdump", "-res-usage", cubin.name)
+        text = tool("nvdisasm", "-g", "-c", cubin.name)
     resources = parse_resources(usage)
     return Compiled(
         code=sass.parse(_here(text)),
@@ -126,7 +126,7 @@ def _read(kernel: Any, arguments: Mapping[str, Any]) -> Compiled:
     )
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
     """What a program of Triton's package prints."""
     path = getattr(triton.knobs.nvidia, name).path
     done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)

@@ -78,6 +78,8 @@ class Figures:
     atomics: int
     barriers: int
     routes: dict[str, RouteFigures]
+    blocks: int = 1
+    """Of a cluster."""
 
     @property
     def narrowest(self) -> int | None:
@@ -110,16 +112,16 @@ def figures_of(compiled: Compiled, cc: int, routes: Iterable[Route]) -> Figures:
         shared=compiled.shared,
         resident_warps=resident_warps(cc, compiled.registers, compiled.shared, compiled.warps),
         instructions=len(code.instructions),
-        logits_loads=_widths(i for i in loads if _reads_logits(i)),
-        other_loads=_widths(i for i in loads if not _reads_logits(i)),
-        stores=_widths(i for i in code.instructions if i.stem in ("STG", "ST")),
+        logits_loads=widths(i for i in loads if _reads_logits(i)),
+        other_loads=widths(i for i in loads if not _reads_logits(i)),
+        stores=widths(i for i in code.instructions if i.stem in ("STG", "ST")),
         atomics=code.count("ATOM", "ATOMG", "RED", "REDG"),
         barriers=code.count("BAR"),
         routes={route.name: _route_figures(compiled, route) for route in routes},
     )
 
 
-def _widths(accesses: Iterable[Instruction]) -> dict[str, int]:
+def widths(accesses: Iterable[Instruction]) -> dict[str, int]:
     """How many there are by bytes a thread, the widest first."""
     sizes = [i.access_bytes for i in accesses]
     return {str(size): sizes.count(size) for size in sorted(set(sizes), reverse=True)}

@@ -128,6 +128,34 @@ def part_table(figures: Mapping[Unit, Figures]) -> Table:
     return Table("Instructions of scan, by function", columns, rows)
 
 
+def cluster_table(figures: Mapping[Unit, Figures]) -> Table:
+    """What each CUDA C++ kernel takes, and how it reaches global memory."""
+    columns = (
+        *("kernel", "cc", "blocks", "regs", "stack", "local", "shared", "warps", "bar", "code"),
+        *("logits", "other loads", "stores", "atom"),
+    )
+    rows = []
+    for unit, f in figures.items():
+        numbers = (f.blocks, f.registers, f.stack, f.local, f.shared, f.resident_warps, f.barriers)
+        cells = [f"{number:,}" for number in (*numbers, f.instructions)]
+        cells += [*map(_widths, (f.logits_loads, f.other_loads, f.stores)), str(f.atomics)]
+        name = f"{unit.kernel} {unit.case}"
+        rows.append((name, _of_cc(unit.cc), *cells))
+    return Table("CUDA C++", columns, rows)
+
+
+def _absent_line(figures: Mapping[Unit, Figures]) -> str:
+    """What no cluster of a device holds, of the cases that other devices have."""
+    ccs = sorted({unit.cc for unit in figures})
+    absent = [
+        f"{kernel} {case} at {_of_cc(cc)}"
+        for case, kernel in dict.fromkeys((unit.case, unit.kernel) for unit in figures)
+        for cc in ccs
+        if Unit(case, kernel, cc) not in figures
+    ]
+    return f"No cluster holds a row: {', '.join(absent)}." if absent else ""
+
+
 def _limits_line(ccs: Iterable[int]) -> str:
     parts = [
         f"cc {_of_cc(cc)}: {LIMITS[cc].warps} warps; {example_gpu(cc).name}, "
@@ -153,7 +181,18 @@ def _twin_line(twins: Mapping[str, str]) -> str:
 def print_figures(figures: Mapping[Unit, Figures]) -> None:
     """Tables on the terminal."""
     kept, twins = split_twins(figures)
-    for table in _tables(kept):
+    _print_tables(_tables(kept))
+    if twins:
+        console.print(_twin_line(twins), highlight=False)
+
+
+def print_cluster_figures(figures: Mapping[Unit, Figures]) -> None:
+    """The CUDA C++ kernels' table on the terminal."""
+    _print_tables([cluster_table(figures)])
+
+
+def _print_tables(tables: Iterable[Table]) -> None:
+    for table in tables:
         shown = make_table(table.title, table.columns, "")
         previous = ""
         repeated = len({row[0] for row in table.rows}) < len(table.rows)
@@ -163,27 +202,32 @@ def print_figures(figures: Mapping[Unit, Figures]) -> None:
             shown.add_row("" if name == previous else name, *cells)
             previous = name
         console.print(shown)
-    if twins:
-        console.print(_twin_line(twins), highlight=False)
 
 
-def page(stored: Stored) -> str:
-    """A Markdown page: no date and no machine, so that the same code gives the same page."""
+def page(stored: Stored, cluster: Stored) -> str:
+    """A Markdown page: no date and no machine, so that the same code gives the same page.
+
+    Args:
+        stored: Triton's kernels.
+        cluster: the CUDA C++ ones.
+    """
     kept, twins = split_twins(stored.figures)
     lines = [
         "# What the compiler made of the kernels",
         "",
         "Written by `python -m benchmarks.static --write`; docs/benchmarks.md says what the",
-        f"columns mean. Triton {stored.triton}. Nothing here was measured on a GPU.",
+        f"columns mean. {stored.compiler}, {cluster.compiler}. Nothing here was measured on a GPU.",
         "",
         _limits_line(sorted({unit.cc for unit in kept})),
     ]
     if twins:
         lines += ["", _twin_line(twins)]
-    for table in _tables(kept):
+    for table in [*_tables(kept), cluster_table(cluster.figures)]:
         lines += ["", f"## {table.title}", ""]
         lines += [_row(table.columns), _row(["---"] + ["---:"] * (len(table.columns) - 1))]
         lines += map(_row, table.rows)
+    if absent := _absent_line(cluster.figures):
+        lines += ["", absent]
     return "\n".join(lines) + "\n"
 
 

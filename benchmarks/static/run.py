@@ -82,16 +82,16 @@ def measure(wanted: Sequence[Unit]) -> dict[Unit, Figures]:
 
 @dataclass(frozen=True)
 class Stored:
-    """Figures as the repository keeps them, and the Triton that they were obtained with."""
+    """Figures as the repository keeps them, and the compiler that they were obtained with."""
 
-    triton: str
+    compiler: str
     figures: Mapping[Unit, Figures]
 
     def write(self, path: Path) -> None:
         """Write JSON: no date and no machine, so that the same code gives the same file."""
         records = [{**unit._asdict(), **f.record()} for unit, f in self.figures.items()]
         lines = ",\n".join(json.dumps(record) for record in records)
-        path.write_text(f'{{"triton": "{self.triton}", "kernels": [\n{lines}\n]}}\n')
+        path.write_text(f'{{"compiler": "{self.compiler}", "kernels": [\n{lines}\n]}}\n')
 
     @staticmethod
     def read(path: Path) -> Stored:
@@ -105,7 +105,7 @@ class Stored:
         for record in content["kernels"]:
             unit = Unit(*(record.pop(field) for field in Unit._fields))
             figures[unit] = Figures.of_record(record)
-        return Stored(content["triton"], figures)
+        return Stored(content["compiler"], figures)
 
 
 def broken_promises(figures: Mapping[Unit, Figures]) -> Iterator[str]:
@@ -125,10 +125,10 @@ class Comparison(NamedTuple):
 
 def compare(now: Stored, stored: Stored, complete: bool) -> Comparison:
     """What got worse, or is on one side only; ``complete`` where all kernels were compiled."""
-    if now.triton != stored.triton:
+    if now.compiler != stored.compiler:
         return Comparison(
             [],
-            f"The stored figures are Triton {stored.triton}'s, this is {now.triton}: they are not "
+            f"The stored figures are {stored.compiler}'s, these are {now.compiler}'s: they are not "
             "compared, budgets alone are checked.",
         )
     complaints, changed = [], 0
@@ -141,7 +141,10 @@ def compare(now: Stored, stored: Stored, complete: bool) -> Comparison:
     if complete:
         gone = stored.figures.keys() - now.figures.keys()
         complaints += [f"{unit}: figures are stored, but there is no such kernel" for unit in gone]
-    summary = f"{len(now.figures)} kernels compared, {changed} have other figures than stored."
+    summary = (
+        f"{len(now.figures)} kernels of {now.compiler} compared, {changed} have other figures than "
+        "stored."
+    )
     if changed or complaints:
         summary += " `python -m benchmarks.static --write` stores them."
     return Comparison(complaints, summary)

@@ -418,26 +418,26 @@ UNIT = run.Unit("sample", "scan", 90)
 
 
 def stored():
-    return run.Stored("3.7.1", {UNIT: figures()})
+    return run.Stored("Triton 3.7.1", {UNIT: figures()})
 
 
 def test_comparison_names_the_kernel():
-    now = run.Stored("3.7.1", {UNIT: figures(registers=41)})
+    now = run.Stored("Triton 3.7.1", {UNIT: figures(registers=41)})
     comparison = run.compare(now, stored(), complete=True)
     assert comparison.complaints == ["sample/scan cc 90: registers 41, was 40"]
     assert "1 have other figures" in comparison.summary
 
 
 def test_another_triton_is_not_compared():
-    now = run.Stored("3.6.0", {UNIT: figures(registers=41)})
+    now = run.Stored("Triton 3.6.0", {UNIT: figures(registers=41)})
     comparison = run.compare(now, stored(), complete=True)
     assert comparison.complaints == []
-    assert "are Triton 3.7.1's, this is 3.6.0" in comparison.summary
+    assert "are Triton 3.7.1's, these are Triton 3.6.0's" in comparison.summary
 
 
 def test_kernels_on_one_side_only():
     other = UNIT._replace(cc=100)
-    now = run.Stored("3.7.1", {other: figures()})
+    now = run.Stored("Triton 3.7.1", {other: figures()})
     complaints = run.compare(now, stored(), complete=True).complaints
     assert [c.split(": ", 1)[0] for c in complaints] == [str(other), str(UNIT)]
     assert len(run.compare(now, stored(), complete=False).complaints) == 1
@@ -466,7 +466,8 @@ def test_affordable_instructions():
 
 def test_the_stored_page_is_that_of_the_stored_figures():
     kept = run.Stored.read(RESULTS / "static.json")
-    assert (RESULTS / "static.md").read_text() == report.page(kept)
+    cluster = run.Stored.read(RESULTS / "static-cluster.json")
+    assert (RESULTS / "static.md").read_text() == report.page(kept, cluster)
     assert set(kept.figures) == set(run.units(occupancy.LIMITS))
 
 
@@ -507,13 +508,13 @@ def test_check_compiles_and_compares(tmp_path):
     easy = figures(**high, stack=99, local=99, other_loads={"4": 999}, routes=routes)
     easy = replace(easy, logits_loads={"1": 999}, stores={"1": 999})
     file, arguments = tmp_path / "static.json", ("--check", "--kernels", "combine", "--cc", "90")
-    run.Stored(triton.__version__, {unit: replace(easy, registers=1)}).write(file)
+    run.Stored(f"Triton {triton.__version__}", {unit: replace(easy, registers=1)}).write(file)
     done = static(*arguments, "--results", str(tmp_path))
     assert done.returncode == 1, done.stderr
     complaint, *rest = done.stderr.strip().splitlines()
     assert complaint.startswith("combine/combine cc 90: registers ")
     assert rest == ["benchmarks.static: 1 figures are not what they should be"]
-    run.Stored(triton.__version__, {unit: easy}).write(file)
+    run.Stored(f"Triton {triton.__version__}", {unit: easy}).write(file)
     done = static(*arguments, "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "1 kernels keep their budgets" in done.stdout

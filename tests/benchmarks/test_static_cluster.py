@@ -1,0 +1,189 @@
+"""The check of what nvcc makes of the CUDA C++ kernels: reading it, its promises, the command."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton, whose tools read the code, is not installed")
+
+from benchmarks.environment import REPOSITORY
+from benchmarks.report import RESULTS
+from benchmarks.static import cluster, report, run
+from benchmarks.static.figures import Figures
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="needs a C++ compiler (c++)"
+)
+needs_nvcc = pytest.mark.skipif(
+    cluster.missing() is not None, reason=f"needs nvcc: {cluster.missing()}"
+)
+
+SYMBOLS = {
+    "sample": "_ZN3ptk4cuda1_13sample_kernelE21args",
+    "coupled": "_ZN3ptk4cuda1_13verify_kernelILi0EEEv21args",
+    "rejection": "_ZN3ptk4cuda1_13verify_kernelILi1EEEv21args",
+}
+LOAD = "LDG.E.NA.128.CONSTANT R8, desc[UR4][R10.64] ;"
+
+
+def disassembly(bodies):
+    """What nvdisasm prints of a file with these kernels."""
+    parts = ["	.target	sm_90a\n"]
+    for name, lines in bodies.items():
+        symbol = SYMBOLS[name]
+        code = [f"        /*{16 * i:04x}*/   {line}" for i, line in enumerate(lines)]
+        parts.append(f"//--------------------- .text.{symbol} --------------------------")
+        parts.append(f"\t.section\t.text.{symbol}\n.text.{symbol}:\n" + "\n".join(code))
+    parts.append("//--------------------- .nv.shared.reserved.0 ----------------------")
+    return "\n".join(parts)
+
+
+def usage(resources):
+    """What cuobjdump prints of them."""
+    lines = [
+        f" Function {SYMBOLS[name]}:\n  REG:{registers} STACK:{stack} SHARED:1024 LOCAL:0"
+        for name, (registers, stack) in resources.items()
+    ]
+    return "\n".join(["\nResource usage:\n Common:\n  GLOBAL:0", *lines])
+
+
+BODIES = {
+    "rejection": [LOAD, "LDL R3, [R1] ;", "EXIT ;"],
+    "coupled": [LOAD, "STG.E desc[UR6][R8.64], R33 ;", "EXIT ;"],
+    "sample": [LOAD, LOAD, "LDG.E R4, desc[UR6][R2.64] ;", "LD.E R4, [R2] ;", "EXIT ;"],
+}
+RESOURCES = {"rejection": (254, 8), "coupled": (120, 0), "sample": (101, 0)}
+
+
+def test_kernels_are_told_apart_by_their_symbols():
+    kernels = cluster.read(disassembly(BODIES), usage(RESOURCES))
+    assert {name: (k.registers, k.stack) for name, k in kernels.items()} == RESOURCES
+    assert {name: len(k.code.instructions) for name, k in kernels.items()} == {
+        "rejection": 3, "coupled": 3, "sample": 5,
+    }  # fmt: skip
+    assert kernels["rejection"].code.count("LDL") == 1
+
+
+def test_a_kernel_that_is_not_there():
+    without = {name: body for name, body in BODIES.items() if name != "coupled"}
+    with pytest.raises(ValueError, match="no kernel verify_kernelILi0E"):
+        cluster.read(disassembly(without), usage(RESOURCES))
+
+
+def test_vectors_of_logits_are_the_loads_that_are_not_kept(monkeypatch):
+    kernels = cluster.read(disassembly(BODIES), usage(RESOURCES))
+    monkeypatch.setattr(cluster, "compile_for", lambda cc: kernels)
+    held = cluster.Cluster(blocks=8, threads=256, shared=97_000, widest=400_000)
+    monkeypatch.setattr(cluster, "clusters", lambda wanted: [held] * len(wanted))
+    unit = run.Unit("V=128256", "sample", 90)
+    [(found, figures)] = cluster.measure([unit]).items()
+    assert found == unit
+    assert (figures.logits_loads, figures.other_loads, figures.narrowest) == (
+        {"16": 2},
+        {"4": 1},
+        16,
+    )
+    assert (figures.blocks, figures.shared, figures.resident_warps) == (8, 97_000, 16)
+
+
+def test_rows_that_no_cluster_holds_have_no_figures(monkeypatch):
+    kernels = cluster.read(disassembly(BODIES), usage(RESOURCES))
+    monkeypatch.setattr(cluster, "compile_for", lambda cc: kernels)
+    none = cluster.Cluster(blocks=0, threads=256, shared=0, widest=70_000)
+    monkeypatch.setattr(cluster, "clusters", lambda wanted: [none] * len(wanted))
+    assert cluster.measure([run.Unit("V=128256", "rejection", 120)]) == {}
+
+
+UNIT = run.Unit("V=128256", "sample", 90)
+
+
+def figures(**changes):
+    widths = {"logits_loads": {"16": 24}, "other_loads": {"4": 2}, "stores": {"4": 1}}
+    plain = Figures(
+        128, 0, 0, 97_000, 16, 100, **widths, atomics=1, barriers=3, routes={}, blocks=8
+    )
+    return replace(plain, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"registers": 129}, "registers 129, the budget is 128"),
+        ({"stack": 8}, "stack 8, the budget is 0"),
+        ({"local": 2}, "local 2, the budget is 0"),
+        ({"logits_loads": {"16": 20, "8": 1}}, "not read in loads of 16 bytes, but of 8"),
+        ({"logits_loads": {}}, "not read in loads of 16 bytes, but of None"),
+    ],
+)
+def test_broken_promises(changes, complaint):
+    assert list(cluster.broken_promises({UNIT: figures()})) == []
+    [found] = cluster.broken_promises({UNIT: figures(**changes)})
+    assert found.startswith("V=128256/sample cc 90: ") and found.endswith(complaint)
+
+
+def test_rejection_may_have_all_registers():
+    unit = UNIT._replace(kernel="rejection")
+    assert list(cluster.broken_promises({unit: figures(registers=255)})) == []
+
+
+@needs_compiler
+def test_clusters_are_those_that_the_launch_chooses():
+    """The sizes that the design states, and that a block's memory is no more than it may have."""
+    wanted = cluster.units(cluster.CCS)
+    found = dict(zip(wanted, cluster.clusters(wanted), strict=True))
+    blocks = {(unit.case, unit.kernel, unit.cc): c.blocks for unit, c in found.items()}
+    assert blocks["V=128256", "sample", 90] == blocks["V=151936", "coupled", 100] == 8
+    assert blocks["V=128256 B=1", "sample", 90] == 16
+    assert blocks["V=128256 B=1", "sample", 120] == 8
+    assert {blocks["V=32000", "sample", cc] for cc in cluster.CCS} == {2}
+    assert blocks["V=128256", "rejection", 120] == 0
+    most = {90: 227, 100: 227, 120: 99}
+    assert all(c.shared <= 1024 * most[unit.cc] for unit, c in found.items())
+
+
+def test_what_is_absent_is_said():
+    others = {
+        UNIT: figures(),
+        UNIT._replace(cc=120): figures(),
+        UNIT._replace(kernel="coupled"): figures(),
+    }
+    stored = run.Stored("Triton 3.7.1", {}), run.Stored("nvcc 13.0.88", others)
+    assert report.page(*stored).endswith("No cluster holds a row: coupled V=128256 at 12.0.\n")
+
+
+def test_the_stored_figures_are_of_these_kernels():
+    kept = run.Stored.read(RESULTS / "static-cluster.json")
+    assert kept.compiler.startswith("nvcc ")
+    assert set(kept.figures) <= set(cluster.units(cluster.CCS))
+    assert {unit.kernel for unit in kept.figures} == set(cluster.KERNELS)
+
+
+def static(*arguments, **variables):
+    environ = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.static", *arguments],
+        cwd=REPOSITORY,
+        env={**environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_without_nvcc_the_command_says_what_it_leaves_out():
+    done = static("--check", "--kernels", "cluster", CUDA_HOME="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert "CUDA C++ kernels: not compiled: there is no nvcc in /nowhere/bin" in done.stdout
+
+
+@needs_nvcc
+@needs_compiler
+@pytest.mark.slow
+def test_the_kernels_keep_their_promises_on_hopper(tmp_path):
+    done = static("--kernels", "cluster", "--cc", "90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernels keep their budgets" in done.stdout
