@@ -70,7 +70,7 @@ PTK_HOST_DEVICE Prefix select_kept(Search& search, const RowParams& p, float max
   Prefix kept{kLowest, UINT32_MAX, count, total_mass};
   if (!joint && !top_k && low > kLowest) kept = search.whole(low);
   // By count, or by both; then by mass of what that left.
-PTK_UNROLL(1)
+  PTK_UNROLL(1)
   for (int stage = 0; stage < 2; ++stage) {
     const bool by_count = stage == 0 && top_k, by_mass = joint ? stage == 0 : stage == 1;
     if (!by_count && !(by_mass && top_p)) continue;

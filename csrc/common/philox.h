@@ -4,13 +4,17 @@
 
 #include <cstdint>
 
-#define PTK_PRAGMA(text) _Pragma(#text)
 #if defined(__CUDACC__)
 #define PTK_HOST_DEVICE __host__ __device__ __forceinline__
-#define PTK_UNROLL(times) PTK_PRAGMA(unroll times)
 #else
 #define PTK_HOST_DEVICE inline
-#define PTK_UNROLL(times) PTK_PRAGMA(GCC unroll times)
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define PTK_PRAGMA(text) _Pragma(#text)
+#define PTK_UNROLL(times) PTK_PRAGMA(unroll times)
+#else
+#define PTK_UNROLL(times)
 #endif
 
 namespace ptk {

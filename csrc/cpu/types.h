@@ -9,6 +9,7 @@
 #include <cstring>
 #include <functional>
 
+#include "../common/binning.h"
 #include "../common/dtypes.h"
 #include "../common/order.h"
 #include "../common/params.h"
@@ -36,8 +37,6 @@ constexpr int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
 constexpr int kMaxTiles = int(kMaxVocabSize / kTile);
 constexpr int kCandidates = 2048;   // tokens sorted at once
-constexpr int kBinBits = 10;
-constexpr uint32_t kBins = 1u << kBinBits;
 constexpr int kTables = 4;
 constexpr int kBoundBins = 256;
 
@@ -96,6 +95,17 @@ struct VerifyStep {
   bool accepted = false;
 };
 
+// Hidden states and weights of one role, and how its logits lie.
+struct HeadInput {
+  const float* hidden;  // [rows, size]
+  int64_t hidden_stride;
+  int64_t rows, size;
+  const void* weight;  // [tokens, size]
+  int64_t weight_stride;
+  int32_t dtype;  // of the weights
+  int64_t out_stride;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -107,6 +117,7 @@ struct Kernels {
   VerifyStep (*coupled)(const RowInput&, const RawParams&, int64_t draft_id, Buffers&);
   VerifyStep (*reject)(const RowInput&, const RowInput* draft, const RawParams&, int64_t draft_id,
                        Buffers&);
+  void (*head_logits)(const HeadInput&, int64_t begin, int64_t end, float* out);
 };
 
 extern const Kernels kScalarKernels;

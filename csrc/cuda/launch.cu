@@ -15,7 +15,6 @@ namespace ptk {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 512;
 using Block = Team<kThreads>;
 
 // Clusters came with compute capability 9.0. For an older one the kernels are compiled to nothing,
@@ -27,7 +26,7 @@ using Block = Team<kThreads>;
 extern __shared__ __align__(16) std::byte memory[];
 
 // A cluster a row.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     sample_kernel(const __grid_constant__ proxytune_sample_args args) {
 #ifdef PTK_CLUSTERS
   const Block block;
@@ -35,16 +34,18 @@ __global__ void __launch_bounds__(kThreads)
 #endif
 }
 
-// A cluster a position of a row. Compiled for one mode: rejection takes more registers.
+// A cluster a position of a row. Compiled for one mode: rejection takes more registers, and two rows
+// leave room for one block a processor.
 template <int kMode>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMode == PROXYTUNE_VERIFY_COUPLED ? kBlocksPerProcessor : 1)
     verify_kernel(const __grid_constant__ proxytune_verify_args args, int32_t* arrived,
                   int32_t* steps) {
 #ifdef PTK_CLUSTERS
-  __builtin_assume(args.mode == kMode);
+  proxytune_verify_args own = args;
+  own.mode = kMode;  // known to the compiler
   const Block block;
   const int64_t cluster = blockIdx.x / block.blocks(), positions = args.num_drafts + 1;
-  verify_cluster(block, memory, args, arrived, steps, cluster / positions, cluster % positions);
+  verify_cluster(block, memory, own, arrived, steps, cluster / positions, cluster % positions);
 #endif
 }
 

@@ -10,16 +10,6 @@ namespace cuda {
 
 constexpr int kAhead = 2;  // vectors of each role that a thread waits for at once
 
-// What one row is combined from.
-struct Source {
-  const void *base, *expert, *anti;  // expert is null for the base alone
-  int32_t base_dtype, expert_dtype, anti_dtype;
-  float alpha;
-  const float* bias;        // null, or [vocab_size]
-  const uint32_t* allowed;  // null, or [ceil(vocab_size / 32)]
-  int64_t vocab_size;
-};
-
 PTK_HOST_DEVICE float logit_at(const void* row, int32_t dtype, int64_t i) {
   switch (dtype) {
     case kDtypeBf16: return bf16_to_float(static_cast<const Bf16*>(row)[i].bits);
@@ -202,7 +192,7 @@ PTK_KERNEL void combine_share(const Team& team, const Source& in, int64_t begin,
   const int64_t first = alike && head < end ? head : end;
   const int64_t last = first + (end - first) / size * size;
   combine_range(team, in, first, last, out + (first - begin), seen);
-PTK_UNROLL(1)
+  PTK_UNROLL(1)
   for (int part = 0; part < 2; ++part) {
     const int64_t from = part == 0 ? begin : last, to = part == 0 ? first : end;
     combine_singly(team, in, from, to, out + (from - begin), seen);

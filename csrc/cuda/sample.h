@@ -41,7 +41,8 @@ PTK_KERNEL float x_of(const Team& team, const Row& row, int64_t id) {
 template <class Team>
 PTK_KERNEL void make_target(Cluster<Team>& cluster, const Source& source, float* memory, Target& target) {
   const Team& team = cluster.team;
-  publish(team, target.row, prepare_row(cluster, source, memory));
+  publish(team, cluster.s.source, source);
+  publish(team, target.row, prepare_row(cluster, cluster.s.source, memory));
   const RowParams& p = cluster.s.params;
   const Row& row = target.row;
   Prefix kept{};
@@ -122,7 +123,7 @@ PTK_KERNEL bool set_params(Cluster<Team>& cluster, const RawParams& raw) {
 template <class Team>
 PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxytune_sample_args& args,
                                int64_t row) {
-  Cluster<Team> cluster{team, *reinterpret_cast<Shared*>(memory)};
+  Cluster<Team> cluster(team, *reinterpret_cast<Shared*>(memory));
   Shared& s = cluster.s;
   Drawn drawn;
   if (set_params(cluster, params_at(args.params, args.inputs, row))) {
@@ -147,7 +148,7 @@ PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxyt
     }
     write_drawn(args, row, drawn);
   }
-  team.sync_cluster();  // no block leaves while another may read its shared memory
+  cluster.leave();
 }
 
 }  // namespace cuda

@@ -9,50 +9,6 @@
 namespace ptk {
 namespace cuda {
 
-// How the range [low, high] of keys is cut into bins, highest first; monotone in x. The first cut is
-// linear in x, which spreads even noise evenly; later ones are of the key's bits, which always end.
-struct Binning {
-  uint32_t low, high;
-  bool linear;
-  float scale;  // linear: bins per unit of x
-  int shift;    // else: bits of the key that a bin spans
-
-  // kBins for what is outside the range.
-  PTK_HOST_DEVICE uint32_t bin(float x) const {
-    const uint32_t key = key_of(x);
-    if (key < low || key > high) return kBins;
-    if (!linear) return (high - key) >> shift;
-    const float steps = (value_of(high) - x) * scale;
-    return steps < float(kBins - 1) ? uint32_t(steps) : kBins - 1;
-  }
-  // The keys of one bin: lowest with bin <= b, highest with bin >= b.
-  PTK_HOST_DEVICE void narrow(uint32_t b) {
-    uint32_t from = low, to = high;
-    for (uint32_t below = high; from < below;) {
-      const uint32_t middle = from + (below - from) / 2;
-      if (bin(value_of(middle)) <= b) below = middle; else from = middle + 1;
-    }
-    for (uint32_t above = low; above < to;) {
-      const uint32_t middle = to - (to - above) / 2;
-      if (bin(value_of(middle)) >= b) above = middle; else to = middle - 1;
-    }
-    low = from;
-    high = to;
-  }
-};
-
-// `lowest`: what is below it goes into the last bin.
-PTK_HOST_DEVICE Binning linear_binning(uint32_t low, uint32_t high, float lowest) {
-  const float scale = float(kBins) / (value_of(high) - lowest);  // inf where they are equal
-  return {low, high, scale > 0 && scale < FLT_MAX, scale, 0};
-}
-
-PTK_HOST_DEVICE Binning key_binning(uint32_t low, uint32_t high) {
-  int shift = 0;
-  while ((high - low) >> shift >= uint32_t(kBins)) ++shift;
-  return {low, high, false, 0.0f, shift};
-}
-
 // Trial cut number `level` below the row's maximum: kLevels of them span down to `lowest`.
 PTK_HOST_DEVICE float level_at(float max, float lowest, int level) {
   return max - (max - lowest) * (float(level + 1) * (1.0f / kLevels));
@@ -83,7 +39,7 @@ class Search {
       }
       if (n > uint32_t(kList)) {
         if (bottom == top) return take_ties(bottom, need, taken);
-        Binning binning = cuts++ == 0 ? linear_binning(bottom, top, sampled_low()) : key_binning(bottom, top);
+        Binning binning = cuts++ == 0 ? linear_binning(bottom, top, row_.max - sampled_low()) : key_binning(bottom, top);
         const Found found = histogram(binning, taken, need);
         taken = found.before;
         if (found.index < 0) return {low, UINT32_MAX, taken.count, taken.mass};
@@ -251,7 +207,7 @@ class Search {
   // Counts and masses of the bins, over the cluster; the first bin with which the need is met.
   PTK_KERNEL Found histogram(const Binning& binning, Running taken, Need need) {
     auto& bins = s_.tokens.bins;
-    for (int i = team_.thread(); i < kBins; i += Team::kThreads) {
+    for (int i = team_.thread(); i < int(kBins); i += Team::kThreads) {
       bins.count[i] = bins.digits[0][i] = bins.digits[1][i] = bins.digits[2][i] = 0;
     }
     team_.sync();
@@ -260,19 +216,20 @@ class Search {
       const Four x = four_of(team_, row_, t);
       for (int j = 0; j < 4; ++j) {
         const uint32_t bin = binning.bin(x.v[j]);
-        if (bin >= uint32_t(kBins)) continue;
+        if (bin >= kBins) continue;
         const uint64_t mass = mass_of(x.v[j] - row_.max, e_);
         team_.add_shared(&bins.count[bin], 1);
         for (int d = 0; d < 3; ++d) team_.add_shared(&bins.digits[d][bin], mass_digit(mass, d));
       }
     }
     team_.sync_cluster();
-    constexpr int kEach = kBins / Team::kThreads;  // bins of a thread
-    static_assert(kEach * Team::kThreads == kBins);
+    constexpr int kEach = int(kBins) / Team::kThreads;  // bins of a thread
+    static_assert(kEach * Team::kThreads == int(kBins));
     Running totals[kEach];
     for (int k = 0; k < kEach; ++k) {
       const int i = team_.thread() + k * Team::kThreads;
       totals[k] = {0, 0};
+      PTK_UNROLL(1)
       for (int b = 0; b < team_.blocks(); ++b) {
         const auto& theirs = *team_.at(&bins, b);
         totals[k].count += theirs.count[i];
@@ -286,7 +243,7 @@ class Search {
       bins.digits[0][i] = uint32_t(totals[k].mass);
       bins.digits[1][i] = uint32_t(totals[k].mass >> 32);
     }
-    return first_met(team_, s_, kBins, taken, need, [&](int i) {
+    return first_met(team_, s_, int(kBins), taken, need, [&](int i) {
       return Running{bins.count[i], uint64_t(bins.digits[1][i]) << 32 | bins.digits[0][i]};
     });
   }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "../common/binning.h"
 #include "lane.h"
 
 namespace ptk {
@@ -17,7 +18,6 @@ constexpr int kMaxBlocks = 16;    // of a cluster
 constexpr int kMaxWarps = 32;     // of a block
 constexpr int kExchange = 4;      // words exchanged at once
 constexpr int kList = 1024;       // tokens sorted at once, of the whole cluster
-constexpr int kBins = 1024;
 constexpr int kLevels = 32;       // trial cuts, one a lane
 
 // A running count and mass.
@@ -36,6 +36,16 @@ union Tokens {
     uint32_t count[kBins];
     uint32_t digits[3][kBins];  // of masses, 15 bits each: a block's 2^16 tokens stay below 2^32
   } bins;
+};
+
+// What one row is combined from.
+struct Source {
+  const void *base, *expert, *anti;  // expert is null for the base alone
+  int32_t base_dtype, expert_dtype, anti_dtype;
+  float alpha;
+  const float* bias;        // null, or [vocab_size]
+  const uint32_t* allowed;  // null, or [ceil(vocab_size / 32)]
+  int64_t vocab_size;
 };
 
 // A block's share of a row.
@@ -72,6 +82,11 @@ struct Target {
   }
 };
 
+// What a cluster of verification works on: -1 where there is no draft.
+struct Place {
+  int64_t row, position, draft_id;
+};
+
 struct Shared {
   uint64_t slots[2][kMaxBlocks][kExchange];  // what each block said, by turns
   uint64_t partial[kMaxWarps][kExchange];
@@ -86,8 +101,10 @@ struct Shared {
   uint32_t best;  // order key of the best score of this block's race so far
   int found;
   Running before, through;  // of what was found
-  // The row's parameters, and the rows with their kept sets; the drafter's is there by rejection. Here,
-  // not in every thread's registers.
+  // What is read, the row's parameters, and the rows with their kept sets; the drafter's is there by
+  // rejection. Here, not in every thread's registers.
+  Place place;
+  Source source;
   RawParams raw;
   RowParams params;
   Target target, draft;
@@ -146,7 +163,15 @@ template <class Team>
 struct Cluster {
   const Team& team;
   Shared& s;
-  int turn = 0;
+  int turns = 0;  // exchanges so far
+
+  PTK_KERNEL Cluster(const Team& team, Shared& s) : team(team), s(s) { team.arrive_cluster(); }
+
+  // No block leaves while another may read its shared memory.
+  PTK_KERNEL void leave() {
+    if (turns == 0) team.wait_cluster();
+    team.sync_cluster();
+  }
 
   // Merges each warp's values (lane 0's) over the cluster; every thread gets the results. What blocks
   // wrote to their shared memory before is visible to all of them after.
@@ -162,6 +187,10 @@ struct Cluster {
       for (int i = 0; i < n; ++i) s.partial[team.warp()][i] = values[i];
     }
     team.sync();
+    // The other blocks' shared memory is there once they have started. The row's loads, before, did not
+    // wait for that.
+    if (turns == 0) team.wait_cluster();
+    const int turn = turns++ & 1;
     if (team.thread() < blocks) {
       uint64_t (&slot)[kExchange] = *team.at(&s.slots[turn][team.block()], team.thread());
       int i = 0;
@@ -169,8 +198,7 @@ struct Cluster {
     }
     team.sync_cluster();
     int i = 0;
-    ((values[i] = merge_blocks<kHow>(i, blocks), ++i), ...);
-    turn ^= 1;
+    ((values[i] = merge_blocks<kHow>(turn, i, blocks), ++i), ...);
   }
 
  private:
@@ -181,7 +209,7 @@ struct Cluster {
     return value;
   }
   template <Merge kHow>
-  PTK_KERNEL uint64_t merge_blocks(int i, int blocks) const {
+  PTK_KERNEL uint64_t merge_blocks(int turn, int i, int blocks) const {
     uint64_t value = s.slots[turn][0][i];
     for (int b = 1; b < blocks; ++b) value = merge<kHow>(value, s.slots[turn][b][i]);
     return value;

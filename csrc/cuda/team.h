@@ -33,8 +33,9 @@ class Team {
   PTK_KERNEL void sync() const { __syncthreads(); }
   // All threads of the cluster, likewise; also what was written to other blocks' shared memory.
   PTK_KERNEL void sync_cluster() const { cooperative_groups::this_cluster().sync(); }
-  // The lanes of a warp.
-  PTK_KERNEL void sync_warp() const { __syncwarp(); }
+  // The same in two steps: what is done between them does not wait for anyone.
+  PTK_KERNEL void arrive_cluster() const { cooperative_groups::this_cluster().barrier_arrive(); }
+  PTK_KERNEL void wait_cluster() const { cooperative_groups::this_cluster().barrier_wait(); }
 
   // The same place in the shared memory of another block of the cluster.
   template <typename T>

@@ -65,9 +65,9 @@ PTK_HOST_DEVICE Source draft_source_at(const proxytune_verify_args& args, int64_
 
 // The token of one position, given its kept set; where `drafted`, by rejection.
 template <class Team>
-PTK_KERNEL void emit(Cluster<Team>& cluster, bool drafted, int64_t draft_id, int64_t vocab_size,
-                     uint32_t stream, Step& step) {
+PTK_KERNEL void emit(Cluster<Team>& cluster, bool drafted, int64_t vocab_size, uint32_t stream, Step& step) {
   const Shared& s = cluster.s;
+  const int64_t draft_id = s.place.draft_id;
   if (drafted && draft_id < vocab_size && accepts(cluster.team, s, draft_id)) {
     step.token_id = draft_id;
     step.accepted = true;
@@ -82,24 +82,26 @@ PTK_KERNEL void emit(Cluster<Team>& cluster, bool drafted, int64_t draft_id, int
 // One position of valid parameters: the drafter's row first, where rejection needs it, then the
 // target's.
 template <class Team>
-PTK_KERNEL void verify_position(Cluster<Team>& cluster, const proxytune_verify_args& args, int64_t row,
-                                int64_t position, int64_t draft_id, float* x, Step& step) {
+PTK_KERNEL void verify_position(Cluster<Team>& cluster, const proxytune_verify_args& args, float* x,
+                                Step& step) {
   Shared& s = cluster.s;
-  const bool rejection = args.mode == PROXYTUNE_VERIFY_REJECTION, drafted = rejection && draft_id >= 0;
+  const bool rejection = args.mode == PROXYTUNE_VERIFY_REJECTION;
+  const bool drafted = rejection && s.place.draft_id >= 0;
   // One copy of the code for both rows.
-PTK_UNROLL(1)
+  PTK_UNROLL(1)
   for (int pass = drafted ? 0 : 1; pass < 2; ++pass) {
     const bool draft = pass == 0;
     const Source source =
-        draft ? draft_source_at(args, row, position) : source_at(args.inputs, s.raw.alpha, row, position);
+        draft ? draft_source_at(args, s.place.row, s.place.position)
+              : source_at(args.inputs, s.raw.alpha, s.place.row, s.place.position);
     const size_t offset = draft ? row_bytes(args.inputs.vocab_size, cluster.team.blocks()) : 0;
     make_target(cluster, source, x + offset / sizeof(float), draft ? s.draft : s.target);
   }
   step.status = s.target.row.status;
   if (!s.target.drawable) return;
-  emit(cluster, drafted, draft_id, args.inputs.vocab_size,
+  emit(cluster, drafted, args.inputs.vocab_size,
        rejection ? uint32_t(kStreamBonus) : uint32_t(kStreamSample), step);
-  if (!rejection) step.accepted = step.token_id == draft_id;
+  if (!rejection) step.accepted = step.token_id == s.place.draft_id;
 }
 
 // Joins the positions of a request: what comes after the first that is not accepted is dropped.
@@ -129,32 +131,33 @@ PTK_KERNEL void join(const Team& team, const proxytune_verify_args& args, int64_
 template <class Team>
 PTK_KERNEL void verify_cluster(const Team& team, std::byte* memory, const proxytune_verify_args& args,
                                int32_t* arrived, int32_t* steps, int64_t row, int64_t position) {
-  Cluster<Team> cluster{team, *reinterpret_cast<Shared*>(memory)};
+  Cluster<Team> cluster(team, *reinterpret_cast<Shared*>(memory));
   Shared& s = cluster.s;
-  const int64_t positions = args.num_drafts + 1;
-  const int64_t draft_id =
-      position < args.num_drafts ? args.draft_token_ids[row * args.draft_token_ids_row_stride + position] : -1;
+  if (team.thread() == 0) {
+    const int64_t at = row * args.draft_token_ids_row_stride + position;
+    s.place = {row, position, position < args.num_drafts ? args.draft_token_ids[at] : -1};
+  }
   Step step;
   if (set_params(cluster, params_at_draft(params_at(args.params, args.inputs, row), position))) {
-    float* x = reinterpret_cast<float*>(memory + kRowOffset);
-    verify_position(cluster, args, row, position, draft_id, x, step);
+    verify_position(cluster, args, reinterpret_cast<float*>(memory + kRowOffset), step);
   } else {
     step.status = kStatusBadParams;
   }
   if (team.block() == 0 && team.thread() == 0) {
-    const int64_t at = row * positions + position;
+    const int64_t positions = args.num_drafts + 1, request = s.place.row;
+    const int64_t at = request * positions + s.place.position;
     if (step.token_id >= 0) {
       step.logprob = s.target.logprob(s.params, x_of(team, s.target.row, step.token_id));
     }
     args.token_ids[at] = step.token_id;
     if (args.logprobs) args.logprobs[at] = step.logprob;
     steps[at] = step.status | (step.accepted ? kStepAccepted : 0);
-    if (team.arrive(arrived + row) == int32_t(positions) - 1) {
-      join(team, args, row, steps);
-      arrived[row] = 0;
+    if (team.arrive(arrived + request) == int32_t(positions) - 1) {
+      join(team, args, request, steps);
+      arrived[request] = 0;
     }
   }
-  team.sync_cluster();  // no block leaves while another may read its shared memory
+  cluster.leave();
 }
 
 }  // namespace cuda

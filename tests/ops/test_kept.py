@@ -220,6 +220,20 @@ def test_kept_sets_of_wide_peaked_rows(kernel):
         assert (kept.low == kept.high).mean() >= 0.8  # flat rows have tokens of under 1e-6 each
 
 
+@pytest.mark.parametrize("below", [0.5, 1e-3, 1e30])
+def test_the_likeliest_tile_says_nothing_of_the_others(backend, below):
+    """Its tokens are all equal; those of the others, too many to sort, lie apart or anywhere."""
+    x = 5.0 - below * torch.rand(1, 12_800, generator=torch.Generator().manual_seed(0))
+    x[:, :128] = 5.0
+    temperature = max(1.0, below)
+    wanted = ptk.sample(
+        x, None, None, temperature=temperature, top_p=0.9, seed=3, backend="reference"
+    )
+    out = backend.sample(x, None, None, temperature=temperature, top_p=0.9, seed=3)
+    assert (out.token_ids, out.num_kept) == (wanted.token_ids, wanted.num_kept)
+    assert int(out.num_kept) > 2048  # what a kernel sorts at once
+
+
 def test_top_k_as_wide_as_the_row_is_off(backend):
     batch = sized(backend, 50, 6)
     rows = oracle.random_rows(6, batch, 77)
