@@ -42,7 +42,8 @@ class Case(NamedTuple):
 
 
 def sample(model: Model, case: Case) -> ptk.SampleOutput:
-    return model.sample(*case.roles, params=case.params, **case.keywords)
+    base, expert, anti = case.roles
+    return model.sample(base, expert, anti, case.params, **case.keywords)
 
 
 def check(found: ptk.SampleOutput, case: Case) -> None:
