@@ -1,6 +1,7 @@
 // Registers the CPU kernels with torch.
 #include <Python.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -127,6 +128,38 @@ Tensor score(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor token_ids
   return logprobs;
 }
 
+// Tokens that a thread takes at once: enough for its weights to be worth the hand-over.
+constexpr int64_t kHeadTokens = 192;
+
+void head_logits_out(Tensor hidden, Tensor weight, int64_t begin, int64_t end, Tensor logits) {
+  STD_TORCH_CHECK(hidden.dim() == 2, "proxytune: hidden has the wrong shape");
+  const int64_t rows = hidden.size(0), size = hidden.size(1), tokens = end - begin;
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == size && size > 0 &&
+                      (weight.stride(1) == 1 || size == 1),
+                  "proxytune: weight has the wrong shape, or is not contiguous in its last dimension");
+  STD_TORCH_CHECK(0 <= begin && begin < end && end <= weight.size(0),
+                  "proxytune: tokens must be in [0, ", weight.size(0), "], got ", begin, " to ", end);
+  proxytune_head_logits_args args{};
+  args.hidden = values_of<float>(hidden, ScalarType::Float, rows * size, "hidden");
+  args.hidden_row_stride = size;
+  args.rows = rows;
+  args.size = size;
+  args.weight = {weight.data_ptr(), weight.stride(0), 0, dtype_code(weight, "weight")};
+  float* const out = values_of<float>(logits, ScalarType::Float, rows * tokens, "logits");
+  args.logits_row_stride = tokens;
+  if (rows == 0) return;
+  std::atomic<int> code{PROXYTUNE_OK};
+  const int64_t panels = (tokens + kHeadTokens - 1) / kHeadTokens;
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    proxytune_head_logits_args own = args;
+    own.logits = out + first * kHeadTokens;
+    const int result = proxytune_cpu_head_logits(&own, begin + first * kHeadTokens,
+                                                 std::min(begin + last * kHeadTokens, end));
+    if (result != PROXYTUNE_OK) code.store(result, std::memory_order_relaxed);
+  });
+  check_code(code);
+}
+
 PyObject* isa(PyObject*, PyObject*) {
   const char* name = proxytune_cpu_isa();
   if (name) return PyUnicode_FromString(name);
@@ -162,6 +195,7 @@ STABLE_TORCH_LIBRARY_IMPL(proxytune, CPU, m) {
   m.impl("combine_out", TORCH_BOX(&combine_out));
   m.impl("score", TORCH_BOX(&score));
   m.impl("score_out", TORCH_BOX(&score_out));
+  m.impl("head_logits_out", TORCH_BOX(&head_logits_out));
 }
 
 PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&module); }

@@ -1,8 +1,7 @@
-"""``proxytune::sample_hidden`` on the CPU: torch's matrix products, chunk by chunk.
+"""``proxytune::sample_hidden`` on the CPU: heads and combination, chunk by chunk.
 
 The weights are read once, in place. Of [B, V] there is one fp32 matrix, x; the three roles' logits
-are held for a chunk, and 16-bit weights are widened to fp32 for a part of one, in the cache. torch
-has no product of bf16 matrices on CPUs that gives fp32 (2.13: `mm` with out_dtype is CUDA's).
+are held for a chunk.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from proxytune_kernels.heads import Head
 
 _CHUNK = 2**17  # logits of a role at once: 512 KiB
 _FEWEST, _MOST = 1024, 8192  # tokens of a chunk
-_WIDENED = 2**18  # weights widened at once, a thread: 1 MiB, half of a common second-level cache
-_LEAST_WIDENED = 128  # tokens: the product of fewer is slow
 
 
 class _Role:
@@ -27,23 +24,16 @@ class _Role:
 
     def __init__(self, head: Head, chunk: int) -> None:
         self._head = head
-        self._hidden = head.hidden.float()
-        self._logits = torch.empty((len(head.hidden), chunk))
-        self._rows, self._wide = chunk, None
-        if head.weight.dtype != torch.float32:
-            size = head.weight.shape[1]
-            self._rows = max(_LEAST_WIDENED, _WIDENED * torch.get_num_threads() // size)
-            self._wide = torch.empty((min(self._rows, chunk), size))
+        self._hidden = head.hidden.float().contiguous()
+        self._memory = torch.empty(len(head.hidden) * chunk)
 
     def logits(self, start: int, stop: int) -> Tensor:
         """fp32 [B, stop - start], valid until the next call."""
-        head, logits = self._head, self._logits[:, : stop - start]
-        for first in range(start, stop, self._rows):
-            last = min(first + self._rows, stop)
-            weight = head.weight[first:last]
-            if self._wide is not None:
-                weight = self._wide[: last - first].copy_(weight)
-            torch.mm(self._hidden, weight.t(), out=logits[:, first - start : last - start])
+        head, count = self._head, len(self._hidden) * (stop - start)
+        logits = self._memory[:count].view(-1, stop - start)
+        torch.ops.proxytune.head_logits_out(
+            self._hidden, head.weight, start, stop, out_logits=logits
+        )
         if head.bias is not None:
             logits += head.bias[start:stop]
         if head.logit_scale is not None:
@@ -68,17 +58,17 @@ def combined(
     chunk = min(max(_CHUNK // batch_size, _FEWEST), _MOST, vocab_size)
     steered = bool((alpha != 0).any())
     base, *pair = (_Role(head, chunk) for head in (heads if steered else heads[:1]) if head)
-    part = torch.empty(batch_size * chunk)
+    memory = torch.empty(batch_size * chunk)
     for start in range(0, vocab_size, chunk):
         stop = min(start + chunk, vocab_size)
         expert, anti = (role.logits(start, stop) for role in pair) if pair else (None, None)
         constraint = None if bias is None else bias[:, start:stop]
-        written = part[: batch_size * (stop - start)].view(batch_size, -1)
+        part = memory[: batch_size * (stop - start)].view(batch_size, -1)
         torch.ops.proxytune.combine_out(
             base.logits(start, stop), expert, anti, alpha, constraint, None, stop - start,
-            out_x=written,
+            out_x=part,
         )  # fmt: skip
-        x[:, start:stop] = written
+        x[:, start:stop] = part
     return x
 
 

@@ -77,6 +77,13 @@ def _define(library: torch.library.Library, name: str) -> None:
     library.define(f"{name}_out({arguments}, *, {written}) -> ()", tags=tags)
 
 
+LIBRARY.define(
+    "head_logits_out(Tensor hidden, Tensor weight, int begin, int end, *, Tensor(a!) out_logits) "
+    "-> ()"
+)
+"""The CPU's part of ``sample_hidden``: fp32 hidden [B, H] by the weights of tokens [begin, end)."""
+
+
 def empty_sample(base: Tensor) -> tuple[Tensor, ...]:
     """Unwritten outputs of ``sample`` for logits [B, V]."""
     rows = base.shape[:1]

@@ -40,6 +40,7 @@ PTK_HOST_DEVICE F min(F a, F b) { return a < b ? a : b; }
 #endif
 PTK_HOST_DEVICE uint32_t reduce_add(U a) { return a; }
 PTK_HOST_DEVICE float reduce_max(F a) { return a; }
+PTK_HOST_DEVICE float reduce_halves(F a) { return a; }
 
 PTK_HOST_DEVICE uint32_t gt(F a, F b) { return a > b; }
 PTK_HOST_DEVICE uint32_t ge(F a, F b) { return a >= b; }

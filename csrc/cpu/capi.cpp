@@ -191,6 +191,19 @@ int proxytune_cpu_combine(const proxytune_combine_args* args, int64_t begin, int
   return PROXYTUNE_OK;
 }
 
+int proxytune_cpu_head_logits(const proxytune_head_logits_args* args, int64_t begin, int64_t end) {
+  if (!args || !args->hidden || !args->weight.data || !good_logits(args->weight) ||
+      !args->logits || args->rows < 0 || args->size < 1 || begin < 0) {
+    return PROXYTUNE_ERROR_ARGUMENT;
+  }
+  const Kernels* kernels = current_kernels();
+  if (!kernels) return PROXYTUNE_ERROR_ISA;
+  const HeadInput in = {args->hidden,      args->hidden_row_stride, args->rows,         args->size,
+                        args->weight.data, args->weight.row_stride, args->weight.dtype, args->logits_row_stride};
+  kernels->head_logits(in, begin, end, args->logits);
+  return PROXYTUNE_OK;
+}
+
 const char* proxytune_error(int code) { return sentence(code); }
 
 }  // extern "C"

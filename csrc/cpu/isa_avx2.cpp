@@ -22,6 +22,7 @@
 #define PTK_ISA avx2
 #include "vec_avx2.h"
 #include "../common/arithmetic.h"
+#include "heads.h"
 #include "row.h"
 #include "mass.h"
 #include "bounds.h"
@@ -39,7 +40,8 @@
 #endif
 
 namespace ptk {
-const Kernels kAvx2Kernels = {"avx2",          &avx2::kShardKernels, avx2::combine_row,  avx2::sample_row,
-                              avx2::score_row, avx2::coupled_step, avx2::reject_step};
+const Kernels kAvx2Kernels = {"avx2", &avx2::kShardKernels,          avx2::combine_row,  avx2::sample_row,
+                              avx2::score_row, avx2::coupled_step, avx2::reject_step,
+                              avx2::head_logits};
 }  // namespace ptk
 #endif  // __x86_64__

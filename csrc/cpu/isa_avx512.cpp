@@ -22,6 +22,7 @@
 #define PTK_ISA avx512
 #include "vec_avx512.h"
 #include "../common/arithmetic.h"
+#include "heads.h"
 #include "row.h"
 #include "mass.h"
 #include "bounds.h"
@@ -39,7 +40,8 @@
 #endif
 
 namespace ptk {
-const Kernels kAvx512Kernels = {"avx512",          &avx512::kShardKernels, avx512::combine_row,  avx512::sample_row,
-                              avx512::score_row, avx512::coupled_step, avx512::reject_step};
+const Kernels kAvx512Kernels = {"avx512", &avx512::kShardKernels,          avx512::combine_row,  avx512::sample_row,
+                              avx512::score_row, avx512::coupled_step, avx512::reject_step,
+                              avx512::head_logits};
 }  // namespace ptk
 #endif  // __x86_64__

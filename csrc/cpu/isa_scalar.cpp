@@ -5,6 +5,7 @@
 #define PTK_ISA scalar
 #include "../common/vec_scalar.h"
 #include "../common/arithmetic.h"
+#include "heads.h"
 #include "row.h"
 #include "mass.h"
 #include "bounds.h"
@@ -16,6 +17,7 @@
 #include "shard.h"
 
 namespace ptk {
-const Kernels kScalarKernels = {"scalar",          &scalar::kShardKernels, scalar::combine_row,  scalar::sample_row,
-                              scalar::score_row, scalar::coupled_step, scalar::reject_step};
+const Kernels kScalarKernels = {"scalar", &scalar::kShardKernels,          scalar::combine_row,  scalar::sample_row,
+                                scalar::score_row, scalar::coupled_step, scalar::reject_step,
+                              scalar::head_logits};
 }  // namespace ptk

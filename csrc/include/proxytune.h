@@ -103,6 +103,16 @@ typedef struct {
   int64_t x_row_stride;
 } proxytune_combine_args;
 
+/* A role's logits from its final hidden states, as proxytune_cpu_head_logits makes them. */
+typedef struct {
+  const float* hidden;      /* [rows, size] */
+  int64_t hidden_row_stride;
+  int64_t rows, size;
+  proxytune_logits weight;  /* [tokens, size]: row_stride is from a token to the next */
+  float* logits;            /* [rows, end - begin] */
+  int64_t logits_row_stride;
+} proxytune_head_logits_args;
+
 typedef struct {
   proxytune_inputs inputs;
   int64_t positions;
@@ -148,6 +158,10 @@ PROXYTUNE_API int proxytune_cpu_verify(const proxytune_verify_args* args, int64_
                                        void* workspace, const proxytune_parallel* parallel);
 PROXYTUNE_API int proxytune_cpu_combine(const proxytune_combine_args* args, int64_t begin,
                                         int64_t end);
+/* Products of all rows with the weights of tokens [begin, end), fp32: the same bits whatever the
+ * rows, the range or the instruction set. Bias, scale and soft cap are the caller's. */
+PROXYTUNE_API int proxytune_cpu_head_logits(const proxytune_head_logits_args* args, int64_t begin,
+                                            int64_t end);
 
 /* Instruction set in use: "avx512", "avx2" or "scalar"; NULL where PROXYTUNE_FORCE_ISA names one
  * that can't run here. Setting NULL chooses the widest. */

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
+from proxytune_kernels import _cpu_heads
 from tests.ops import oracle
-from tests.ops.conftest import BACKENDS, WIDEST, Backend, move, sized
+from tests.ops.conftest import BACKENDS, KERNELS, WIDEST, Backend, move, sized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (72, 40, 33)  # hidden sizes of the three roles: not multiples of a block, and an odd one
@@ -269,6 +270,27 @@ def test_weights_are_not_copied(backend):
     sizes = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
     assert max(sizes) < width * size * 2
     assert sizes.count(batch * width * 4) == 1
+
+
+CPUS = [k for k in KERNELS if k.name == "cpu"]
+
+
+@pytest.mark.skipif(not CPUS, reason="the C++ extension is not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_x_on_the_cpu_is_the_same_bits_everywhere(dtype):
+    """Whatever the instruction set, the threads, and the rows and tokens beside a token's."""
+    heads, alpha = normal_heads(25, 13, 500, dtype), torch.linspace(-1, 2, 13)
+    whole = []
+    for backend in CPUS:
+        backend.use()
+        whole.append(_cpu_heads.combined((heads[0], heads[1], heads[2]), alpha, None, 500))
+    for other in whole[1:]:
+        oracle.assert_same(whole[0], other)
+    torch.set_num_threads(3)
+    for rows, width in ((slice(0, 1), 500), (slice(3, 9), 499), (slice(12, 13), 97)):
+        part = [h._replace(hidden=h.hidden[rows]) for h in heads]
+        x = _cpu_heads.combined((part[0], part[1], part[2]), alpha[rows], None, width)
+        oracle.assert_same(x, whole[0][rows, :width])
 
 
 @backends

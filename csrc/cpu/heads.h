@@ -1,0 +1,143 @@
+// A role's logits from its hidden states: fp32 products of rows of hidden states and of weights.
+//
+// The sum of a product is that of 16 lanes: lane l adds the elements l, l + 16, ... in order, each by
+// one fused multiply-add, and the lanes are added in halves. So a logit is the same bits whatever the
+// instruction set, the batch, and the tokens beside it.
+#pragma once
+
+namespace ptk {
+namespace PTK_ISA {
+
+constexpr int kLanes = 16;
+constexpr int kParts = kLanes / kWidth;
+// Rows of a block, and tokens beside that many rows: sums for most of the registers (32 of AVX-512,
+// 16 of AVX2). Rows share a weight's conversion, tokens a row's load.
+constexpr int kMostRows = kWidth == 16 ? 8 : 2;
+constexpr int tokens_beside(int rows) {
+  return kWidth == 16 ? (rows == 8 ? 3 : rows == 4 ? 4 : 8) : 4 / rows;
+}
+// Tokens whose weights all rows go through before the next: in the second-level cache.
+constexpr int64_t kPanel = 96;
+// Elements of the products taken at once: those of a block's rows stay in the first-level cache.
+constexpr int64_t kDepth = 1024;
+
+// Sums of a block of rows by a panel of tokens, between two depths.
+struct HeadSums {
+  alignas(64) float lanes[kPanel * kMostRows * kLanes];
+};
+
+inline float lane_sum(F sum[kParts]) {
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    for (int p = 0; p < half; ++p) sum[p] = add(sum[p], sum[p + half]);
+  }
+  return reduce_halves(sum[0]);
+}
+
+// Adds kLanes elements of each product, and asks for the weights of the block of tokens after this
+// one, ahead bytes on: a processor's own prefetching ends with a page, which few rows of weights
+// fill. Past the last row nothing is read.
+template <int kRows, int kTokens, typename T>
+inline void add_products(const float* const hidden[kRows], const T* const weight[kTokens], int64_t k,
+                         F sum[kRows][kTokens][kParts], uintptr_t ahead) {
+  for (int t = 0; t < kTokens; ++t) {
+    const uintptr_t next = reinterpret_cast<uintptr_t>(weight[t] + k) + ahead;
+    __builtin_prefetch(reinterpret_cast<const void*>(next));
+  }
+  for (int p = 0; p < kParts; ++p) {
+    F w[kTokens];
+    for (int t = 0; t < kTokens; ++t) w[t] = load(weight[t] + k + p * kWidth);
+    for (int r = 0; r < kRows; ++r) {
+      const F h = load(hidden[r] + k + p * kWidth);
+      for (int t = 0; t < kTokens; ++t) sum[r][t][p] = fma(h, w[t], sum[r][t][p]);
+    }
+  }
+}
+
+// Elements [begin, end) of a block's products, on top of the sums so far.
+template <int kRows, int kTokens, typename T>
+void head_block(const HeadInput& in, int64_t row, int64_t token, int64_t begin, int64_t end,
+                float* sums, float* out) {
+  const float* hidden[kRows];
+  const T* weight[kTokens];
+  F sum[kRows][kTokens][kParts];
+  for (int r = 0; r < kRows; ++r) hidden[r] = in.hidden + (row + r) * in.hidden_stride;
+  for (int t = 0; t < kTokens; ++t) {
+    weight[t] = static_cast<const T*>(in.weight) + (token + t) * in.weight_stride;
+  }
+  const auto each_sum = [&](auto use) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int t = 0; t < kTokens; ++t) {
+        for (int p = 0; p < kParts; ++p) use(sum[r][t][p], ((t * kRows + r) * kParts + p) * kWidth);
+      }
+    }
+  };
+  each_sum([&](F& part, int at) { part = begin == 0 ? set(0.0f) : load(sums + at); });
+  const uintptr_t ahead = kTokens * in.weight_stride * sizeof(T);
+  const int64_t whole = std::min(end, in.size / kLanes * kLanes);
+  for (int64_t k = begin; k < whole; k += kLanes) add_products<kRows, kTokens, T>(hidden, weight, k, sum, ahead);
+  if (end < in.size) return each_sum([&](F& part, int at) { store(sums + at, part); });
+  if (const int64_t left = in.size - whole) {  // the end in a copy, zeros after it
+    float last_hidden[kRows][kLanes] = {};
+    T last_weight[kTokens][kLanes] = {};
+    for (int r = 0; r < kRows; ++r) {
+      std::copy_n(hidden[r] + whole, left, last_hidden[r]);
+      hidden[r] = last_hidden[r];
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      std::copy_n(weight[t] + whole, left, last_weight[t]);
+      weight[t] = last_weight[t];
+    }
+    add_products<kRows, kTokens, T>(hidden, weight, 0, sum, 0);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) out[r * in.out_stride + t] = lane_sum(sum[r][t]);
+  }
+}
+
+template <int kRows, typename T>
+void head_tokens(const HeadInput& in, int64_t row, int64_t begin, int64_t end, HeadSums& sums,
+                 float* out) {
+  constexpr int kTokens = tokens_beside(kRows);
+  for (int64_t k = 0; k < in.size; k += kDepth) {
+    const int64_t stop = std::min(k + kDepth, in.size);
+    float* kept = sums.lanes;
+    int64_t token = begin;
+    for (; token + kTokens <= end; token += kTokens, kept += kTokens * kRows * kLanes) {
+      head_block<kRows, kTokens, T>(in, row, token, k, stop, kept, out + token - begin);
+    }
+    for (; token < end; ++token, kept += kRows * kLanes) {
+      head_block<kRows, 1, T>(in, row, token, k, stop, kept, out + token - begin);
+    }
+  }
+}
+
+// All rows from row on, kRows at a time, then by halves of that.
+template <int kRows, typename T>
+void head_rows(const HeadInput& in, int64_t row, int64_t begin, int64_t end, HeadSums& sums,
+               float* out) {
+  for (; row + kRows <= in.rows; row += kRows) {
+    head_tokens<kRows, T>(in, row, begin, end, sums, out + row * in.out_stride);
+  }
+  if constexpr (kRows > 1) head_rows<kRows / 2, T>(in, row, begin, end, sums, out);
+}
+
+template <typename T>
+void head_panels(const HeadInput& in, int64_t begin, int64_t end, float* out) {
+  HeadSums sums;
+  for (int64_t first = begin; first < end; first += kPanel) {
+    const int64_t last = std::min(first + kPanel, end);
+    head_rows<kMostRows, T>(in, 0, first, last, sums, out + first - begin);
+  }
+}
+
+// Logits of tokens [begin, end) for all rows: out[row * out_stride + token - begin].
+inline void head_logits(const HeadInput& in, int64_t begin, int64_t end, float* out) {
+  switch (in.dtype) {
+    case kDtypeBf16: return head_panels<Bf16>(in, begin, end, out);
+    case kDtypeF16: return head_panels<F16>(in, begin, end, out);
+    default: return head_panels<float>(in, begin, end, out);
+  }
+}
+
+}  // namespace PTK_ISA
+}  // namespace ptk
