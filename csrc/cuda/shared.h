@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 2;
 
 constexpr int kMaxBlocks = 16;    // of a cluster
-constexpr int kMaxWarps = 32;     // of a block
+constexpr int kMaxWarps = kThreads / 32;  // of a block
 constexpr int kExchange = 4;      // words exchanged at once
 constexpr int kList = 1024;       // tokens sorted at once, of the whole cluster
 constexpr int kLevels = 32;       // trial cuts, one a lane
@@ -34,7 +34,7 @@ union Tokens {
   } list;
   struct {
     uint32_t count[kBins];
-    uint32_t digits[3][kBins];  // of masses, 15 bits each: a block's 2^16 tokens stay below 2^32
+    uint32_t digits[3][kBins];  // of masses, 15 bits each: a block has room for fewer than 2^16 tokens
   } bins;
 };
 
@@ -165,7 +165,10 @@ struct Cluster {
   Shared& s;
   int turns = 0;  // exchanges so far
 
-  PTK_KERNEL Cluster(const Team& team, Shared& s) : team(team), s(s) { team.arrive_cluster(); }
+  PTK_KERNEL Cluster(const Team& team, Shared& s) : team(team), s(s) {
+    static_assert(Team::kWarps <= kMaxWarps);
+    team.arrive_cluster();
+  }
 
   // No block leaves while another may read its shared memory.
   PTK_KERNEL void leave() {
