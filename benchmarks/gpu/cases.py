@@ -16,9 +16,13 @@ from benchmarks.logits import Logits, make_logits
 from benchmarks.op_cases import FILTERS, VOCAB_SIZES, OpCase
 from benchmarks.peers import ALPHA
 
-OURS, EAGER, COMPILED = "ours", "eager", "torch.compile"
+OURS, CUDA = "ours", "cuda"
+OWN = (OURS, CUDA)
+"""Our Triton kernels, and our CUDA C++ ones: peers' times are over the former's."""
+
+EAGER, COMPILED = "eager", "torch.compile"
 TRANSFORMERS, FLASHINFER = "transformers", "flashinfer"
-PROVIDERS = (OURS, EAGER, COMPILED, TRANSFORMERS, FLASHINFER)
+PROVIDERS = (*OWN, EAGER, COMPILED, TRANSFORMERS, FLASHINFER)
 """Names of providers, in the order of tables."""
 
 BATCH_SIZES = (1, 8, 64, 256)
@@ -182,18 +186,18 @@ def plan(
 
 
 def _all_units() -> Iterator[Unit]:
-    plain = (OURS, EAGER, TRANSFORMERS, FLASHINFER)
+    plain = (*OWN, EAGER, TRANSFORMERS, FLASHINFER)
     # What needs no compiling comes first. Within a size: the batch sizes that targets name.
     sizes = (256, 1, 64, 8)
     others = tuple(v for v in VOCAB_SIZES if v != MAIN_VOCAB_SIZE)
     for kind in ("peaked", "flat"):
         yield from _samples(kind, (MAIN_VOCAB_SIZE,), sizes, plain)
-    yield from _verifies(VERIFY, "peaked", (OURS, EAGER, FLASHINFER))
+    yield from _verifies(VERIFY, "peaked", (*OWN, EAGER, FLASHINFER))
     for kind in ("peaked", "flat"):
         yield from _samples(kind, others, sizes, plain)
     yield from _samples("peaked", (MAIN_VOCAB_SIZE,), sizes, (OURS, COMPILED))
-    yield from _verifies(VERIFY, "flat", (OURS, EAGER, FLASHINFER))
-    yield from _verifies(REJECTION, "peaked", (OURS,))
+    yield from _verifies(VERIFY, "flat", (*OWN, EAGER, FLASHINFER))
+    yield from _verifies(REJECTION, "peaked", OWN)
     for batch_size in (256, 64):
         case = Case(COMBINE, filters="none", batch_size=batch_size)
         yield Unit(case, (OURS, EAGER, COMPILED))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import build_cuda
 from benchmarks.environment import REPOSITORY
 from benchmarks.gpu.process import run_process, tail
 
@@ -28,25 +29,35 @@ class Outcome:
     fields: Mapping[str, Any]
 
 
-def build_extension(limit_seconds: float) -> Outcome:
-    """Build the C++ extension in place, where it is missing and wanted.
+def wanted_extensions() -> tuple[str, ...]:
+    """Modules that a build here makes."""
+    try:
+        build_cuda.toolchain()
+    except build_cuda.Unavailable:
+        return ("proxytune_kernels._cpu",)
+    return ("proxytune_kernels._cpu", "proxytune_kernels._cuda")
 
-    In a process of its own: this one has already tried to import it.
+
+def build_extension(limit_seconds: float) -> Outcome:
+    """Build the C++ extensions in place, where one is missing and wanted.
+
+    In a process of its own: this one has already tried to import them.
     """
-    if importlib.util.find_spec("proxytune_kernels._cpu") is not None:
-        return Outcome("The C++ extension is there.", False, {"built": False})
+    missing = [name for name in wanted_extensions() if importlib.util.find_spec(name) is None]
+    if not missing:
+        return Outcome("The C++ extensions are there.", False, {"built": False})
     if os.environ.get("PROXYTUNE_SKIP_EXT") == "1":
         return Outcome(
-            "The C++ extension is missing, and left out: PROXYTUNE_SKIP_EXT=1.",
+            f"Left out for PROXYTUNE_SKIP_EXT=1: {', '.join(missing)}.",
             False,
             {"built": False},
         )
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     code, output = run_process(command, limit_seconds)
     if code == 0:
-        return Outcome("Built the C++ extension.", False, {"built": True})
+        return Outcome(f"Built {', '.join(missing)}.", False, {"built": True})
     why = "did not end in time" if code is None else f"failed with exit code {code}"
-    return Outcome(f"Building the C++ extension {why}:\n{tail(output)}", True, {"built": False})
+    return Outcome(f"Building the C++ extensions {why}:\n{tail(output)}", True, {"built": False})
 
 
 def run_contract(
@@ -59,7 +70,7 @@ def run_contract(
     """Run every test of a backend under pytest, in processes of their own.
 
     Args:
-        backend: its name selects the tests (``-k``).
+        backend: its name selects the tests (``-k``); ``triton or cuda`` those of both.
         workers: processes, where pytest-xdist is installed; they share the device.
         limit_seconds: after which it is stopped; that counts as failed.
         log: where pytest's output goes.

@@ -36,7 +36,9 @@ class Device(Protocol):
     torch_device: str
     """For ``torch.empty(device=...)``."""
     backend: str
-    """The backend that is measured, by its name in ``ptk.backends()``."""
+    """Of provider ``ours``, by its name in ``ptk.backends()``."""
+    cuda_backend: str
+    """Of provider ``cuda``; it may not be usable."""
     l2_bytes: int
     memory_bytes: int
 
@@ -83,6 +85,7 @@ class CudaDevice:
 
     torch_device = "cuda"
     backend = BACKEND
+    cuda_backend = "cuda"
 
     def __init__(self) -> None:
         self._properties = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -13,6 +13,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from benchmarks.gpu.cases import (
     BATCH_SIZES,
     COMPILED,
+    CUDA,
     EAGER,
     FLASHINFER,
     MAIN_VOCAB_SIZE,
@@ -28,6 +29,7 @@ from benchmarks.op_cases import FILTERS, VOCAB_SIZES
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
 _COLOURS = {
     OURS: "#D55E00",
+    CUDA: "#000000",
     EAGER: "#56B4E9",
     COMPILED: "#0072B2",
     TRANSFORMERS: "#999999",

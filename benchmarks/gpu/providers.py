@@ -18,6 +18,7 @@ from benchmarks.gpu.cases import (
     EAGER,
     FLASHINFER,
     OURS,
+    OWN,
     REJECTION,
     SAMPLE,
     SCORE,
@@ -62,8 +63,8 @@ class Providers:
         Raises:
             ImportError: an optional package is missing.
         """
-        if name == OURS:
-            return _ours(case, inputs, self._device)
+        if name in OWN:
+            return _ours(case, inputs, self._device, name)
         if case.op in (SCORE, COMBINE):
             return self._dense(case, name, inputs)
         sampler = self._sampler(case, name, inputs)
@@ -145,35 +146,36 @@ def torch_score(logits: Logits, token_ids: Tensor) -> Tensor:
     return logprobs.gather(-1, token_ids.view(-1, 1)).view(token_ids.shape)
 
 
-def _ours(case: Case, inputs: Inputs, device: Device) -> Prepared:
+def _ours(case: Case, inputs: Inputs, device: Device, name: str) -> Prepared:
+    backend = device.backend if name == OURS else device.cuda_backend
     if case.op == SAMPLE:
-        return _own_sample(case, inputs, device)
+        return _own_sample(case, inputs, device, name, backend)
     if case.op == COMBINE:
         alphas = torch.full((case.batch_size,), ALPHA, device=device.torch_device)
-        x = ptk.combine(*inputs.logits, alphas, backend=device.backend)
+        x = ptk.combine(*inputs.logits, alphas, backend=backend)
 
         def combined(i: Inputs) -> Tensor:
-            return ptk.combine(*i.logits, alphas, backend=device.backend, out=x)
+            return ptk.combine(*i.logits, alphas, backend=backend, out=x)
 
-        return Prepared(combined, lambda i: checks.check_combine(case, OURS, i, combined(i)), {})
+        return Prepared(combined, lambda i: checks.check_combine(case, name, i, combined(i)), {})
     if case.op == SCORE:
-        return _own_score(case, inputs, device)
-    return _own_verify(case, inputs, device)
+        return _own_score(case, inputs, device, backend)
+    return _own_verify(case, inputs, device, backend)
 
 
-def _own_sample(case: Case, inputs: Inputs, device: Device) -> Prepared:
+def _own_sample(case: Case, inputs: Inputs, device: Device, name: str, backend: str) -> Prepared:
     params = case.params(device.torch_device)
-    out = ptk.sample(*inputs.logits, params, backend=device.backend)
+    out = ptk.sample(*inputs.logits, params, backend=backend)
 
     def sample(logits: Logits) -> Tensor:
-        return ptk.sample(*logits, params, backend=device.backend, out=out).token_ids
+        return ptk.sample(*logits, params, backend=backend, out=out).token_ids
 
     def check(inputs: Inputs) -> None:
-        sampler = Sampler(OURS, sample, params.position.fill_)
-        checks.check_own_sampler(case.as_rows, sampler, inputs.logits, device.backend)
+        sampler = Sampler(name, sample, params.position.fill_)
+        checks.check_own_sampler(case.as_rows, sampler, inputs.logits, backend)
         params.position.zero_()
 
-    return Prepared(lambda i: sample(i.logits), check, {"backend": device.backend})
+    return Prepared(lambda i: sample(i.logits), check, {"backend": backend})
 
 
 def _shaped(case: Case, logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,23 +185,23 @@ def _shaped(case: Case, logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     return base, expert, anti
 
 
-def _own_score(case: Case, inputs: Inputs, device: Device) -> Prepared:
+def _own_score(case: Case, inputs: Inputs, device: Device, backend: str) -> Prepared:
     alphas = torch.full((case.batch_size,), ALPHA, device=device.torch_device)
     shape = (case.batch_size, case.positions)
     out = torch.empty(shape, device=device.torch_device)
 
     def score(i: Inputs) -> Tensor:
         roles = _shaped(case, i.logits)
-        return ptk.score(*roles, i.token_ids, alphas, backend=device.backend, out=out)
+        return ptk.score(*roles, i.token_ids, alphas, backend=backend, out=out)
 
     return Prepared(
         score,
         lambda i: checks.check_score(case, OURS, i, score(i), ours=True),
-        {"backend": device.backend},
+        {"backend": backend},
     )
 
 
-def _own_verify(case: Case, inputs: Inputs, device: Device) -> Prepared:
+def _own_verify(case: Case, inputs: Inputs, device: Device, backend: str) -> Prepared:
     params = case.params(device.torch_device)
 
     def verify(i: Inputs, out: ptk.VerifyOutput | None) -> ptk.VerifyOutput:
@@ -213,7 +215,7 @@ def _own_verify(case: Case, inputs: Inputs, device: Device) -> Prepared:
             params,
             mode="rejection" if rejection else "coupled",
             draft_logits=expert[:, :-1] if rejection else None,
-            backend=device.backend,
+            backend=backend,
             out=out,
         )
 
@@ -221,5 +223,5 @@ def _own_verify(case: Case, inputs: Inputs, device: Device) -> Prepared:
     return Prepared(
         lambda i: verify(i, out),
         lambda i: checks.check_verify(case, i, verify(i, out)),
-        {"backend": device.backend},
+        {"backend": backend},
     )

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.environment import environment
 from benchmarks.gpu.cases import (
     COMPILED,
+    CUDA,
     EAGER,
     FLASHINFER,
     MAIN_VOCAB_SIZE,
@@ -25,7 +26,7 @@ Record = Mapping[str, Any]
 
 PEERS = tuple(name for name in PROVIDERS if name != OURS)
 _OWN_COLUMNS = ("us", "warm", "GB/s", "copy")
-_SHORT = {EAGER: "eager", COMPILED: "compile", TRANSFORMERS: "HF", FLASHINFER: "FI"}
+_SHORT = {CUDA: "CUDA", EAGER: "eager", COMPILED: "compile", TRANSFORMERS: "HF", FLASHINFER: "FI"}
 _LAUNCHED = "*"  # behind what was launched call by call
 
 
@@ -89,7 +90,8 @@ def print_times(records: Sequence[Record], device: Mapping[str, Any], copy_rate:
         "us: median of a call of ours in graph replay, no input in L2 (warm: all of it). GB/s: the "
         "three roles' logits counted once. copy: that over the "
         f"{copy_rate / 1e9:,.0f} GB/s, read and written, of a device-to-device copy in this run. "
-        "The others: a peer's time over ours (HF: transformers' warpers, FI: FlashInfer). "
+        "The others: a provider's time over ours (CUDA: our CUDA C++ kernels, HF: "
+        "transformers' warpers, FI: FlashInfer). "
         f"{_LAUNCHED}: not capturable, launched call by call. {where(device)}"
     )
     columns = ("case", *_OWN_COLUMNS, *(_SHORT[peer] for peer in PEERS))

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+import proxytune_kernels as ptk
 from benchmarks.gpu import contract, flashinfer_peer, report, tools
 from benchmarks.gpu.budget import Budget
-from benchmarks.gpu.cases import FLASHINFER, TRANSFORMERS, Unit
+from benchmarks.gpu.cases import CUDA, FLASHINFER, OURS, TRANSFORMERS, Unit
 from benchmarks.gpu.contract import Outcome
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.targets import verdicts
@@ -84,7 +85,12 @@ def run(device: Device, options: Options, budget: Budget) -> int:
     stages = options.stages
     measures = "check" in stages or "time" in stages
     wanted = {name for unit in options.units for name in unit.providers} if measures else set()
-    unavailable = _unavailable(wanted)
+    unavailable = _unavailable(wanted, device)
+    own = {OURS: device.backend}
+    if (no_cuda := ptk.backends()[device.cuda_backend]) is None:
+        own[CUDA] = device.cuda_backend
+    elif CUDA not in wanted:
+        journal.note(f"{CUDA}: not tested: {no_cuda}")
     build = None
     if FLASHINFER in wanted and FLASHINFER not in unavailable:
         build = flashinfer_peer.Build(_FLASHINFER_SHARE * budget.left())
@@ -94,7 +100,8 @@ def run(device: Device, options: Options, budget: Budget) -> int:
     if "contract" in stages:
         limit = budget.left(later) * (_CONTRACT_SHARE if measures else 1.0)
         log = options.output.with_suffix(".contract.log")
-        outcome = contract.run_contract(device.backend, options.workers, limit, log)
+        named = " or ".join(dict.fromkeys(own.values()))
+        outcome = contract.run_contract(named, options.workers, limit, log)
         journal.outcome("contract", outcome)
     if build is not None and (reason := build.wait()) is not None:
         unavailable[FLASHINFER] = reason
@@ -104,16 +111,18 @@ def run(device: Device, options: Options, budget: Budget) -> int:
         _measure(device, options, budget, later, unavailable, journal)
     if "profile" in stages:
         limit = budget.left(_RESERVED["sanitize"] if "sanitize" in stages else 0.0)
-        journal.outcome("profile", tools.profile(limit))
+        journal.outcome("profile", tools.profile(limit, tuple(own)))
     if "sanitize" in stages:
         journal.outcome("sanitize", tools.sanitize(budget.left(_REPORT_SECONDS)))
     _report(options, journal)
     return int(journal.failed)
 
 
-def _unavailable(wanted: set[str]) -> dict[str, str]:
+def _unavailable(wanted: set[str], device: Device) -> dict[str, str]:
     """Providers that can't run here, with the reason, as far as is known at once."""
     reasons = {}
+    if CUDA in wanted and (reason := ptk.backends()[device.cuda_backend]) is not None:
+        reasons[CUDA] = reason
     if TRANSFORMERS in wanted and importlib.util.find_spec("transformers") is None:
         reasons[TRANSFORMERS] = "transformers is not installed (pip install transformers)"
     if FLASHINFER in wanted and (reason := flashinfer_peer.missing()) is not None:
@@ -181,7 +190,7 @@ def copy_rates(device: Device) -> list[float]:
 
 def _report(options: Options, journal: Journal) -> None:
     """Table, Markdown, pictures, and the verdicts last."""
-    judged = verdicts(journal.records)
+    judged = verdicts(journal.records, str(journal.device["device_name"]))
     journal.add([{"op": "target", **asdict(verdict)} for verdict in judged])
     written = [options.output]
     timed = [r for r in journal.records if "provider" in r]

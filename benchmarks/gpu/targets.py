@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu.cases import EAGER, FLASHINFER, MAIN_VOCAB_SIZE, OURS, SAMPLE
+from benchmarks.gpu.cases import CUDA, EAGER, FLASHINFER, MAIN_VOCAB_SIZE, OURS, SAMPLE, VERIFY
 from benchmarks.gpu.timing import COLD, SINGLE
+from proxytune_kernels.choices import choose
 
 Record = Mapping[str, Any]
 
-COPY_SHARE = {"top_p": 0.70, "none": 0.85}
-BATCH_1_MICROSECONDS = 12.0
+COPY_SHARE = {OURS: {"top_p": 0.70, "none": 0.85}, CUDA: {"top_p": 0.75}}
+BATCH_1_MICROSECONDS = {OURS: 12.0, CUDA: 8.0}
 TIMES_FASTER = {EAGER: 10.0, FLASHINFER: 2.0}
 FLAT_OVER_PEAKED = 2.5
-DRAM_RATIO = {"none": 1.05, "top_p": 1.15}
+DRAM_RATIO = {OURS: {"none": 1.05, "top_p": 1.15}, CUDA: {"none": 1.05, "top_p": 1.05}}
+"""By provider: what Triton's kernels have to reach, and what the CUDA C++ ones."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,24 @@ class Verdict:
         return f"{word}: {self.target}" + (f" ({self.measured})" if self.measured else "")
 
 
-def verdicts(records: Sequence[Record]) -> list[Verdict]:
-    """One verdict for each target, from all records of a run."""
+def verdicts(records: Sequence[Record], device_name: str) -> list[Verdict]:
+    """One verdict for each target, from all records of a run on a device."""
     return [
-        *(_copy_share(records, filters) for filters in COPY_SHARE),
-        _batch_1(records),
+        *(_copy_share(records, OURS, filters) for filters in COPY_SHARE[OURS]),
+        _batch_1(records, OURS),
         *(_times_faster(records, peer) for peer in TIMES_FASTER),
         _flat(records),
-        *(_dram(records, filters) for filters in DRAM_RATIO),
+        *(_dram(records, OURS, filters) for filters in DRAM_RATIO[OURS]),
+        *(_copy_share(records, CUDA, filters) for filters in COPY_SHARE[CUDA]),
+        _batch_1(records, CUDA),
+        _choices(records, device_name),
+        *(_dram(records, CUDA, filters) for filters in DRAM_RATIO[CUDA]),
         _sanitizers(records),
     ]
+
+
+def _whose(provider: str) -> str:
+    return "" if provider == OURS else f"{provider}: "
 
 
 def shape(record: Record) -> str:
@@ -60,25 +70,28 @@ def _samples(records: Iterable[Record], provider: str, mode: str) -> dict[str, R
     return first
 
 
-def _copy_share(records: Sequence[Record], filters: str) -> Verdict:
-    least = COPY_SHARE[filters]
-    target = f"B=256, V=128,256, {filters}: at least {least:.0%} of copy bandwidth"
-    for r in _samples(records, OURS, COLD).values():
+def _copy_share(records: Sequence[Record], provider: str, filters: str) -> Verdict:
+    least = COPY_SHARE[provider][filters]
+    target = (
+        f"{_whose(provider)}B=256, V=128,256, {filters}: at least {least:.0%} of copy bandwidth"
+    )
+    for r in _samples(records, provider, COLD).values():
         where = (r["kind"], r["filters"], r["vocab_size"], r["batch_size"])
         if where == ("peaked", filters, MAIN_VOCAB_SIZE, 256):
             return Verdict(target, r["share_of_copy"] >= least, f"{r['share_of_copy']:.1%}")
     return Verdict(target, None, "")
 
 
-def _batch_1(records: Sequence[Record]) -> Verdict:
+def _batch_1(records: Sequence[Record], provider: str) -> Verdict:
+    most = BATCH_1_MICROSECONDS[provider]
     times = {
         f"{where}, {mode}": r["microseconds"]["median"]
         for mode in (COLD, SINGLE)
-        for where, r in _samples(records, OURS, mode).items()
+        for where, r in _samples(records, provider, mode).items()
         if r["batch_size"] == 1 and r["kind"] == "peaked"
     }
-    target = f"B=1, peaked: under {BATCH_1_MICROSECONDS:.0f} us a call in graph replay"
-    return _all(target, times, lambda t: t < BATCH_1_MICROSECONDS, max, " us")
+    target = f"{_whose(provider)}B=1, peaked: under {most:.0f} us a call in graph replay"
+    return _all(target, times, lambda t: t < most, max, " us")
 
 
 def _times_faster(records: Sequence[Record], peer: str) -> Verdict:
@@ -104,6 +117,20 @@ def _flat(records: Sequence[Record]) -> Verdict:
     return _all(target, ratios, lambda ratio: ratio <= FLAT_OVER_PEAKED, max, "x")
 
 
+def _choices(records: Sequence[Record], device_name: str) -> Verdict:
+    """Whether the table of defaults (proxytune_kernels/choices.py) is right where it has cuda."""
+    ratios = {}
+    for r in records:
+        if r.get("provider") != CUDA or r["mode"] != COLD or r["time_over_ours"] is None:
+            continue
+        op = SAMPLE if r["op"] == SAMPLE else VERIFY
+        rows = r["batch_size"] * r["positions"]
+        if choose(device_name, op, r["vocab_size"], rows) == CUDA:
+            ratios[f"{r['op']} {shape(r)}"] = r["time_over_ours"]["median"]
+    target = "cuda: never slower than triton where it is the default"
+    return _all(target, ratios, lambda ratio: ratio <= 1, max, "x")
+
+
 def _all(
     target: str,
     values: Mapping[str, float],
@@ -123,18 +150,18 @@ def _all(
     return Verdict(target, missed == 0, text)
 
 
-def _dram(records: Sequence[Record], filters: str) -> Verdict:
-    most = DRAM_RATIO[filters]
-    target = f"DRAM bytes read, {filters}, peaked: at most {most}x the logits"
+def _dram(records: Sequence[Record], provider: str, filters: str) -> Verdict:
+    most = DRAM_RATIO[provider][filters]
+    target = f"{_whose(provider)}DRAM bytes read, {filters}, peaked: at most {most}x the logits"
     for r in records:
         for case in r.get("cases", ()) if r["op"] == "profile" else ():
-            if case["filters"] == filters:
+            if (case["provider"], case["filters"]) == (provider, filters):
                 return Verdict(target, case["ratio"] <= most, f"{case['ratio']:.3f}x")
     return Verdict(target, None, "")
 
 
 def _sanitizers(records: Sequence[Record]) -> Verdict:
-    target = "memcheck, racecheck and initcheck clean"
+    target = "memcheck, racecheck, initcheck and synccheck clean"
     for r in records:
         if r["op"] == "sanitize" and r.get("errors"):
             counts = r["errors"]

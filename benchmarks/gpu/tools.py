@@ -7,17 +7,18 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.cases import SAMPLE, Case
+from benchmarks.gpu.cases import OURS, SAMPLE, Case
 from benchmarks.gpu.contract import Outcome
 from benchmarks.gpu.process import run_process
 
 METRIC = "dram__bytes_read.sum"
 PROFILED = (Case(SAMPLE, filters="none"), Case(SAMPLE, filters="top_p"))
-SANITIZERS = ("memcheck", "racecheck", "initcheck")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 _PLACES = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
 
@@ -39,7 +40,7 @@ def find_tool(name: str) -> str | None:
     return None
 
 
-def profile(limit_seconds: float) -> Outcome:
+def profile(limit_seconds: float, providers: Sequence[str] = (OURS,)) -> Outcome:
     """Bytes that ``sample`` reads from DRAM, over the bytes of its logits, by ncu.
 
     Caches are as in use (``--cache-control none``; the driver has filled L2 with something else),
@@ -50,24 +51,28 @@ def profile(limit_seconds: float) -> Outcome:
         return Outcome("Profile: not run, ncu is not installed.", False, {})
     measured: list[dict[str, Any]] = []
     sentences: list[str] = []
-    for case in PROFILED:
+    for provider, case in product(providers, PROFILED):
         command = [
             *(ncu, "--metrics", METRIC, "--csv", "--print-units", "base"),
             *("--profile-from-start", "off", "--cache-control", "none", "--clock-control", "none"),
-            *_driver("profile", case.filters, str(case.vocab_size), str(case.batch_size)),
+            *_driver("profile", provider, case.filters, str(case.vocab_size), str(case.batch_size)),
         ]
         try:
-            kernels = parse_ncu(_output(command, limit_seconds / len(PROFILED)))
+            kernels = parse_ncu(_output(command, limit_seconds / len(PROFILED) / len(providers)))
         except ToolFailed as error:
-            return Outcome(f"Profile: ncu failed on {case}: {error}", True, {"cases": measured})
+            return Outcome(
+                f"Profile: ncu failed on {provider}: {case}: {error}", True, {"cases": measured}
+            )
         read = sum(kernel["bytes"] for kernel in kernels)
         ratio = read / case.logits_bytes
         sentences.append(
-            f"Profile: {case}: {read / 1e6:,.1f} MB read from DRAM, {ratio:.3f} of its logits."
+            f"Profile: {provider}: {case}: {read / 1e6:,.1f} MB read from DRAM, {ratio:.3f} of its "
+            "logits."
         )
         measured.append(
             {
                 **case.record(),
+                "provider": provider,
                 "dram_bytes_read": read,
                 "logits_bytes": case.logits_bytes,
                 "ratio": ratio,
@@ -100,7 +105,7 @@ def parse_ncu(text: str) -> list[dict[str, Any]]:
 
 
 def sanitize(limit_seconds: float) -> Outcome:
-    """compute-sanitizer's memcheck, racecheck and initcheck on every operator."""
+    """compute-sanitizer's tools, one after the other, on every operator."""
     sanitizer = find_tool("compute-sanitizer")
     if sanitizer is None:
         return Outcome("Sanitizers: not run, compute-sanitizer is not installed.", False, {})

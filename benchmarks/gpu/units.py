@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.cases import OURS, Inputs, Unit, fits, make_inputs, sets_needed
+from benchmarks.gpu.cases import OURS, OWN, Inputs, Unit, fits, make_inputs, sets_needed
 from benchmarks.gpu.device import CannotCapture, Device, first_line
 from benchmarks.gpu.providers import Providers
 from benchmarks.gpu.timing import Timed
@@ -93,14 +93,14 @@ class UnitRunner:
     ) -> None:
         """Check one provider, and add it to what is timed, once for each mode."""
         case, device = unit.case, self._device
-        with self._guarded(result, f"{case}: {name}", ours=name == OURS):
+        with self._guarded(result, f"{case}: {name}", ours=name in OWN):
             prepared = self._providers.prepare(case, name, sets[0])
             if self._check:
                 prepared.check(sets[0])
             if not self._time:
                 return
             for mode in timing.modes(case.batch_size, case.logits_bytes, device.l2_bytes):
-                one = timing.prepare(device, name, prepared, sets, mode, may_launch=name != OURS)
+                one = timing.prepare(device, name, prepared, sets, mode, may_launch=name not in OWN)
                 timed.append(one)
 
     def _records(self, unit: Unit, timed: Sequence[Timed]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ class CpuDevice:
     name = "NVIDIA Test 1 (GB)"
     torch_device = "cpu"
     backend = "cpu" if ptk.backends()["cpu"] is None else "reference"
+    cuda_backend = backend
     l2_bytes = 10_000
     memory_bytes = 2**30
 

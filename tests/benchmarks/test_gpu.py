@@ -16,6 +16,7 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import (
     BATCH_SIZES,
     COMPILED,
+    CUDA,
     EAGER,
     FLASHINFER,
     OURS,
@@ -36,9 +37,11 @@ from benchmarks.gpu.targets import verdicts
 from benchmarks.gpu.timing import COLD, SINGLE, WARM, Timed
 from benchmarks.logits import KINDS
 from benchmarks.op_cases import FILTERS, VOCAB_SIZES
+from proxytune_kernels import choices
+from proxytune_kernels.choices import Choice
 from tests.benchmarks.gpu_device import CpuDevice
 
-PLAIN = (OURS, EAGER, TRANSFORMERS, FLASHINFER)
+PLAIN = (OURS, CUDA, EAGER, TRANSFORMERS, FLASHINFER)
 
 
 class TestPlan:
@@ -62,6 +65,11 @@ class TestPlan:
         first_compiled = next(i for i, unit in enumerate(units) if unit.compiles)
         plain = [i for i, unit in enumerate(units) if unit.providers == PLAIN]
         assert max(plain) < first_compiled
+
+    def test_ours_in_cuda_stands_beside_ours_in_triton(self):
+        for unit in plan():
+            plain = unit.case.op in (SAMPLE, VERIFY, REJECTION) and not unit.compiles
+            assert (CUDA in unit.providers) == plain and OURS in unit.providers
 
     def test_nothing_is_timed_twice_but_ours(self):
         pairs = Counter((unit.case, name) for unit in plan() for name in unit.providers)
@@ -243,44 +251,75 @@ def timed_record(provider=OURS, mode=COLD, us=10.0, share=0.9, ratio=20.0, **axe
     }  # fmt: skip
 
 
+DEVICE = "NVIDIA Test 1"
+
+
 def verdict(records, part):
-    [found] = [v for v in verdicts(records) if part in v.target]
+    """Of the target that begins so, or of the only one that has this in it."""
+    judged = verdicts(records, DEVICE)
+    starting = [v for v in judged if v.target.startswith(part)]
+    [found] = starting or [v for v in judged if part in v.target]
     return found
 
 
 class TestTargets:
     def test_nothing_measured(self):
-        assert [v.met for v in verdicts([])] == [None] * 9
-        assert str(verdicts([])[0]) == (
+        judged = verdicts([], DEVICE)
+        assert [v.met for v in judged] == [None] * 14
+        assert str(judged[0]) == (
             "not measured: B=256, V=128,256, top_p: at least 70% of copy bandwidth"
         )
 
-    @pytest.mark.parametrize(("filters", "least"), [("top_p", 0.70), ("none", 0.85)])
-    def test_copy_share(self, filters, least):
-        part = f"V=128,256, {filters}: at least"
-        good = timed_record(share=least, filters=filters)
+    @pytest.mark.parametrize(
+        ("provider", "whose", "filters", "least"),
+        [(OURS, "", "top_p", 0.70), (OURS, "", "none", 0.85), (CUDA, "cuda: ", "top_p", 0.75)],
+    )
+    def test_copy_share(self, provider, whose, filters, least):
+        part = f"{whose}B=256, V=128,256, {filters}: at least"
+        good = timed_record(provider, share=least, filters=filters)
         assert verdict([good], part).met is True
         assert verdict([{**good, "share_of_copy": least - 0.001}], part).met is False
         for other in ({"kind": "flat"}, {"batch_size": 64}, {"vocab_size": 32_000}):
-            elsewhere = timed_record(share=0.1, filters=filters, **other)
+            elsewhere = timed_record(provider, share=0.1, filters=filters, **other)
             assert verdict([elsewhere], part).met is None
         assert verdict([{**good, "mode": WARM}], part).met is None
         assert verdict([{**good, "provider": EAGER}], part).met is None
 
-    def test_batch_1(self):
-        good = [timed_record(us=11.9, batch_size=1, filters=f, mode=m)
+    @pytest.mark.parametrize(("provider", "most"), [(OURS, 12.0), (CUDA, 8.0)])
+    def test_batch_1(self, provider, most):
+        part = f"under {most:.0f} us"
+        good = [timed_record(provider, us=most - 0.1, batch_size=1, filters=f, mode=m)
                 for f in FILTERS for m in (COLD, SINGLE)]  # fmt: skip
-        assert verdict(good, "under 12 us").met is True
-        slow = verdict([*good[:-1], {**good[-1], "microseconds": {"median": 12.0}}], "under 12 us")
+        assert verdict(good, part).met is True
+        slow = verdict([*good[:-1], {**good[-1], "microseconds": {"median": most}}], part)
         assert slow.met is False
         assert slow.measured == (
-            "at worst 12 us, peaked top_k+top_p V=128,256 B=1, single; missed at 1 of 6"
+            f"at worst {most:.0f} us, peaked top_k+top_p V=128,256 B=1, single; missed at 1 of 6"
         )
         others = [
-            timed_record(us=99.0, batch_size=8),
-            timed_record(us=99.0, batch_size=1, kind="flat"),
+            timed_record(provider, us=99.0, batch_size=8),
+            timed_record(provider, us=99.0, batch_size=1, kind="flat"),
         ]
-        assert verdict(good + others, "under 12 us").met is True
+        assert verdict(good + others, part).met is True
+
+    def test_the_default_is_never_the_slower_one(self, monkeypatch):
+        """Only where the table has cuda: not beyond its rows, and not on another device."""
+        part = "cuda: never slower than triton"
+        slow = timed_record(CUDA, ratio=1.01, batch_size=64)
+        verified = {**timed_record(CUDA, ratio=0.9, batch_size=8), "op": "verify", "positions": 5}
+        assert verdict([slow, verified], part).met is None
+        lines = (
+            Choice(DEVICE, "sample", (128_256, 128_256), (1, 64), "cuda", "none"),
+            Choice(DEVICE, "verify", (1, 2**19), (40, 40), "cuda", "none"),
+        )
+        monkeypatch.setattr(choices, "CHOICES", lines)
+        missed = verdict([slow, verified], part)
+        assert missed.met is False
+        assert missed.measured.startswith("at worst 1.01x, sample peaked top_p V=128,256 B=64")
+        assert verdict([verified], part).met is True
+        assert verdict([timed_record(CUDA, ratio=9.0, batch_size=256)], part).met is None
+        [other] = [v for v in verdicts([slow], "NVIDIA Other") if part in v.target]
+        assert other.met is None
 
     @pytest.mark.parametrize(
         ("peer", "least", "part"), [(EAGER, 10.0, "eager chain"), (FLASHINFER, 2.0, "FlashInfer")]
@@ -305,20 +344,24 @@ class TestTargets:
 
     def test_first_times_of_ours_count(self):
         first, again = timed_record(share=0.9), timed_record(share=0.1)
-        assert verdict([first, again], "top_p: at least").met is True
+        assert verdict([first, again], "B=256, V=128,256, top_p: at least").met is True
 
-    @pytest.mark.parametrize(("filters", "most"), [("none", 1.05), ("top_p", 1.15)])
-    def test_dram(self, filters, most):
-        part = f"DRAM bytes read, {filters}"
+    @pytest.mark.parametrize(
+        ("provider", "whose", "filters", "most"),
+        [(OURS, "", "none", 1.05), (OURS, "", "top_p", 1.15), (CUDA, "cuda: ", "top_p", 1.05)],
+    )
+    def test_dram(self, provider, whose, filters, most):
+        part = f"{whose}DRAM bytes read, {filters}"
         for ratio, met in ((most, True), (most + 0.001, False)):
-            record = {"op": "profile", "cases": [{"filters": filters, "ratio": ratio}]}
+            case = {"provider": provider, "filters": filters, "ratio": ratio}
+            record = {"op": "profile", "cases": [case]}
             assert verdict([record], part).met is met
         assert verdict([{"op": "profile", "text": "not run"}], part).met is None
 
     @pytest.mark.parametrize(
         ("errors", "met"),
         [
-            ({"memcheck": 0, "racecheck": 0, "initcheck": 0}, True),
+            ({"memcheck": 0, "racecheck": 0, "initcheck": 0, "synccheck": 0}, True),
             ({"memcheck": 0, "racecheck": 2, "initcheck": None}, False),
             ({"memcheck": 0, "racecheck": None, "initcheck": 0}, None),
         ],
@@ -332,15 +375,18 @@ class TestReport:
         records = [
             timed_record(us=12.34, share=0.745),
             timed_record(mode=WARM, us=5.6),
+            timed_record(CUDA, ratio=0.875),
             timed_record(TRANSFORMERS, ratio=101.0),
             timed_record(COMPILED, ratio=7.7),
             timed_record(us=99.0, vocab_size=32_000),
             timed_record(us=98.0, kind="flat"),
             timed_record(us=97.0),  # again: beside the compiled chain
         ]
-        page = report.markdown(records, {"device_name": "X9", "driver": "5"}, 3e12, verdicts([]))
+        page = report.markdown(
+            records, {"device_name": "X9", "driver": "5"}, 3e12, verdicts([], "X9")
+        )
         rows = [line for line in page.splitlines() if line.startswith("| 256")]
-        assert rows == ["| 256, top_p | 12.3 | 5.60 | 1,234 | 74.5% | - | 7.70 | 101* | - |"]
+        assert rows == ["| 256, top_p | 12.3 | 5.60 | 1,234 | 74.5% | 0.88 | - | 7.70 | 101* | - |"]
         assert "`python -m benchmarks.gpu` on X9, driver 5" in page
         assert "3,000 GB/s" in page
         assert "- not measured: memcheck" in page

@@ -15,6 +15,7 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import (
     COMBINE,
     COMPILED,
+    CUDA,
     EAGER,
     FLASHINFER,
     OURS,
@@ -33,14 +34,14 @@ from benchmarks.gpu.timing import COLD, SINGLE, WARM
 from benchmarks.op_cases import FILTERS
 from tests.benchmarks.gpu_device import CpuDevice
 
-PLAIN = (OURS, EAGER, TRANSFORMERS, FLASHINFER)
+PLAIN = (OURS, CUDA, EAGER, TRANSFORMERS, FLASHINFER)
 # transformers is optional
 HERE = tuple(name for name in PLAIN if name != TRANSFORMERS or find_spec("transformers"))
 SMALL = (
     Unit(Case(SAMPLE, "peaked", "top_p", 300, 1), HERE),
     Unit(Case(SAMPLE, "flat", "top_k+top_p", 400, 3), HERE),
-    Unit(Case(VERIFY, vocab_size=300, batch_size=3, positions=5), (OURS, EAGER, FLASHINFER)),
-    Unit(Case(REJECTION, vocab_size=300, batch_size=3, positions=5), (OURS,)),
+    Unit(Case(VERIFY, vocab_size=300, batch_size=3, positions=5), (OURS, CUDA, EAGER, FLASHINFER)),
+    Unit(Case(REJECTION, vocab_size=300, batch_size=3, positions=5), (OURS, CUDA)),
     Unit(Case(COMBINE, filters="none", vocab_size=300, batch_size=3), (OURS, EAGER, COMPILED)),
     Unit(Case(SCORE, filters="none", vocab_size=300, batch_size=3, positions=4),
          (OURS, EAGER, COMPILED)),
@@ -124,12 +125,12 @@ class TestRun:
         [copy] = [r for r in records if r["op"] == "copy"]
         assert copy["bytes"] == 2**17
         assert len(copy["bytes_per_second"]) == 10
-        assert len([r for r in records if r["op"] == "target"]) == 9
+        assert len([r for r in records if r["op"] == "target"]) == 14
         folder = tmp_path / "results"
         assert {path.name for path in folder.iterdir()} == {"gpu.jsonl", "gpu.md"}
         shown = capsys.readouterr().out
         assert "The operators on a GPU" in shown
-        assert "not measured: memcheck, racecheck and initcheck clean" in shown
+        assert "not measured: memcheck, racecheck, initcheck and synccheck clean" in shown
 
     def test_pictures(self, bench, tmp_path):
         pytest.importorskip("matplotlib")
@@ -145,7 +146,8 @@ class TestRun:
             "transformers: not measured: transformers is not installed (pip install transformers)",
             "No pictures: matplotlib is not installed (pip install matplotlib).",
         ]
-        assert {r["provider"] for r in records if "provider" in r} == {OURS, EAGER, FLASHINFER}
+        there = {r["provider"] for r in records if "provider" in r}
+        assert there == {OURS, CUDA, EAGER, FLASHINFER}
         assert list(tmp_path.rglob("*.png")) == []
 
     def test_compile_says_its_mode(self, bench):
@@ -177,7 +179,7 @@ class TestRun:
         code, records = bench(SMALL[:1])
         assert code == 1
         assert "ours: wrong, not timed" in notes(records)[0]
-        assert {r["provider"] for r in records if "provider" in r} == {*HERE} - {OURS}
+        assert {r["provider"] for r in records if "provider" in r} == {*HERE} - {OURS, CUDA}
         assert {r["time_over_ours"] for r in records if "provider" in r} == {None}
 
     def test_wrong_peer_is_not_timed_and_no_failure(self, bench, monkeypatch):
@@ -210,7 +212,7 @@ class TestRun:
         assert code == 1
         assert "ours: can't be captured" in notes(records)[0]
         others = [r for r in records if "provider" in r]
-        assert {r["provider"] for r in others} == {*HERE} - {OURS}
+        assert {r["provider"] for r in others} == {*HERE} - {OURS, CUDA}
         assert not any(r["graph"] for r in others)
 
     def test_lost_device_ends_the_measurements(self, bench, monkeypatch):
@@ -271,12 +273,51 @@ class TestRun:
         assert any("provider" in r for r in records)
 
     def test_tools(self, bench, monkeypatch):
-        outcome = Outcome("Profile: done.", False, {"cases": [{"filters": "none", "ratio": 1.01}]})
-        monkeypatch.setattr(tools, "profile", lambda limit: outcome)
-        errors = {"errors": {"memcheck": 0, "racecheck": 0, "initcheck": 0}}
+        profiled = [{"provider": name, "filters": "none", "ratio": 1.01} for name in (OURS, CUDA)]
+        asked = []
+
+        def profile(limit, providers):
+            asked.append(providers)
+            return Outcome("Profile: done.", False, {"cases": profiled})
+
+        monkeypatch.setattr(tools, "profile", profile)
+        errors = {"errors": dict.fromkeys(tools.SANITIZERS, 0)}
         monkeypatch.setattr(tools, "sanitize", lambda limit: Outcome("Ok.", False, errors))
         code, records = bench((), stages=("profile", "sanitize"))
         assert code == 0
         met = {r["target"]: r["met"] for r in records if r["op"] == "target"}
         assert met["DRAM bytes read, none, peaked: at most 1.05x the logits"] is True
-        assert met["memcheck, racecheck and initcheck clean"] is True
+        assert met["cuda: DRAM bytes read, none, peaked: at most 1.05x the logits"] is True
+        assert met["memcheck, racecheck, initcheck and synccheck clean"] is True
+        assert asked == [(OURS, CUDA)]
+
+    def test_cuda_that_is_not_usable_is_left_out_by_name(self, bench, monkeypatch):
+        reason = "the CUDA C++ extension is not built"
+        usable = {CpuDevice.backend: None, "cuda": reason}
+        monkeypatch.setattr("benchmarks.gpu.run.ptk.backends", lambda: usable)
+        monkeypatch.setattr(CpuDevice, "cuda_backend", "cuda")
+        asked = []
+
+        def run_contract(*arguments):
+            asked.append(arguments[0])
+            return Outcome("Contract suite: fine.", False, {})
+
+        monkeypatch.setattr(contract, "run_contract", run_contract)
+        code, records = bench(SMALL[:1], stages=("contract", "check"))
+        assert code == 0 and asked == [CpuDevice.backend]
+        assert f"cuda: not measured: {reason}" in notes(records)
+        assert CUDA not in {r.get("provider") for r in records}
+
+    def test_the_contract_suite_is_run_for_both(self, bench, monkeypatch):
+        usable = {CpuDevice.backend: None, "cuda": None}
+        monkeypatch.setattr("benchmarks.gpu.run.ptk.backends", lambda: usable)
+        monkeypatch.setattr(CpuDevice, "cuda_backend", "cuda")
+        asked = []
+
+        def run_contract(*arguments):
+            asked.append(arguments[0])
+            return Outcome("Contract suite: fine.", False, {})
+
+        monkeypatch.setattr(contract, "run_contract", run_contract)
+        bench((), stages=("contract",))
+        assert asked == [f"{CpuDevice.backend} or cuda"]

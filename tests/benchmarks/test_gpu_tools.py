@@ -124,13 +124,24 @@ class TestProfile:
         first, _ = (tmp_path / "asked").read_text().splitlines()
         assert "--cache-control none --clock-control none" in first
         assert "--metrics dram__bytes_read.sum" in first
-        assert first.endswith("-m benchmarks.gpu.driver profile none 128256 256")
+        assert first.endswith("-m benchmarks.gpu.driver profile ours none 128256 256")
+
+    def test_each_provider_of_ours(self, tool, tmp_path):
+        tool("ncu", NCU)
+        outcome = tools.profile(60.0, ("ours", "cuda"))
+        profiled = [(c["provider"], c["filters"]) for c in outcome.fields["cases"]]
+        assert profiled == [(p, f) for p in ("ours", "cuda") for f in ("none", "top_p")]
+        last = (tmp_path / "asked").read_text().splitlines()[-1]
+        assert last.endswith("-m benchmarks.gpu.driver profile cuda top_p 128256 256")
 
     def test_failure(self, tool):
         tool("ncu", "==ERROR== no\n")
         outcome = tools.profile(60.0)
         assert outcome.failed
-        assert "ncu failed on sample peaked none V=128256 B=256: ==ERROR== no" in outcome.sentence
+        assert (
+            "ncu failed on ours: sample peaked none V=128256 B=256: ==ERROR== no"
+            in outcome.sentence
+        )
 
     @pytest.mark.usefixtures("no_tools")
     def test_missing(self):
@@ -146,9 +157,10 @@ class TestSanitize:
         tool("compute-sanitizer", MEMCHECK.format(0, "s"))
         outcome = tools.sanitize(60.0)
         assert not outcome.failed
-        assert outcome.fields["errors"] == {"memcheck": 0, "racecheck": 0, "initcheck": 0}
+        found = ["memcheck", "racecheck", "initcheck", "synccheck"]
+        assert outcome.fields["errors"] == dict.fromkeys(found, 0)
         asked = (tmp_path / "asked").read_text().splitlines()
-        assert [line.split()[1] for line in asked] == ["memcheck", "racecheck", "initcheck"]
+        assert [line.split()[1] for line in asked] == found
 
     def test_errors_and_failures(self, tool):
         tool("compute-sanitizer", MEMCHECK.format(3, "s"))
@@ -179,13 +191,21 @@ def test_find_tool(tmp_path, monkeypatch):
 
 
 class TestDriver:
-    def test_sanitize_calls_everything(self, monkeypatch):
-        called = []
+    @pytest.mark.parametrize("reason", (None, "not built"))
+    def test_sanitize_calls_everything(self, monkeypatch, reason):
+        """CUDA C++'s too, where it is usable: at widths for clusters of one block and of more."""
+        called: list[Any] = []
+        widths: set[Any] = set()
+        backend = CpuDevice.backend
+        monkeypatch.setattr(CpuDevice, "cuda_backend", "reference")
+        monkeypatch.setattr(ptk, "backends", lambda: {backend: None, "reference": reason})
+        monkeypatch.setattr(driver, "_CLUSTER_VOCAB_SIZES", (500, 3000))
         for name in ("sample", "verify", "score", "combine"):
             right = getattr(ptk, name)
 
             def spy(*arguments, _name=name, _right=right, **options):
                 called.append((_name, options.get("mode")))
+                widths.add((options["backend"], arguments[0].shape[-1]))
                 return _right(*arguments, **options)
 
             monkeypatch.setattr(ptk, name, spy)
@@ -194,7 +214,11 @@ class TestDriver:
             ("sample", None), ("verify", "coupled"), ("verify", "rejection"),
             ("score", None), ("combine", None),
         }  # fmt: skip
-        assert called.count(("sample", None)) == 2 * 2 * 3
+        assert called.count(("sample", None)) == (4 if reason is None else 2) * 2 * 3
+        assert {w for b, w in widths if b == backend} == {1000, 4096}
+        assert {w for b, w in widths if b == "reference"} == (
+            {500, 3000} if reason is None else set()
+        )
 
     def test_awkward_logits(self):
         base, expert, anti = driver.awkward_logits("peaked", 3, 1000, "cpu")
@@ -206,9 +230,12 @@ class TestDriver:
     def test_wrong_argument(self, monkeypatch):
         monkeypatch.setattr(driver, "find_device", CpuDevice)
         with pytest.raises(ValueError, match="must be profile or sanitize, got 'x'"):
-            driver.main(["x", "none", "1", "1"])
+            driver.main(["x", "ours", "none", "1", "1"])
+        with pytest.raises(ValueError, match="the provider must be one of .*, got 'theirs'"):
+            driver.main(["profile", "theirs", "none", "1", "1"])
 
-    def test_profile(self, monkeypatch):
+    @pytest.mark.parametrize("provider", ("ours", "cuda"))
+    def test_profile(self, monkeypatch, provider):
         """One call between the profiler's start and stop, after one outside."""
         events = []
 
@@ -228,7 +255,7 @@ class TestDriver:
         monkeypatch.setattr(torch.cuda.profiler, "profile", Profiler)
         monkeypatch.setattr(ptk, "sample", spy)
         monkeypatch.setattr(driver, "find_device", CpuDevice)
-        driver.main(["profile", "top_p", "300", "2"])
+        driver.main(["profile", provider, "top_p", "300", "2"])
         assert events == ["sample", "start", "sample", "stop"]
 
 
@@ -337,25 +364,38 @@ class TestBuild:
     def test_there(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
         outcome = contract.build_extension(60.0)
-        assert (outcome.sentence, outcome.failed) == ("The C++ extension is there.", False)
+        assert (outcome.sentence, outcome.failed) == ("The C++ extensions are there.", False)
+
+    def test_without_nvcc_one_is_wanted(self, monkeypatch):
+        monkeypatch.setenv("PROXYTUNE_SKIP_CUDA_BUILD", "1")
+        assert contract.wanted_extensions() == ("proxytune_kernels._cpu",)
+
+    def test_one_of_two_is_missing(self, monkeypatch):
+        both = ("proxytune_kernels._cpu", "proxytune_kernels._cuda")
+        monkeypatch.setattr(contract, "wanted_extensions", lambda: both)
+        found = {both[0]: object(), both[1]: None}
+        monkeypatch.setattr("importlib.util.find_spec", found.get)
+        monkeypatch.setattr(contract, "run_process", lambda *arguments: (0, ""))
+        assert contract.build_extension(60.0).sentence == "Built proxytune_kernels._cuda."
 
     def test_left_out(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         monkeypatch.setenv("PROXYTUNE_SKIP_EXT", "1")
         outcome = contract.build_extension(60.0)
         assert not outcome.failed
-        assert outcome.sentence.endswith("left out: PROXYTUNE_SKIP_EXT=1.")
+        assert outcome.sentence == "Left out for PROXYTUNE_SKIP_EXT=1: proxytune_kernels._cpu."
 
     @pytest.mark.parametrize(
         ("ended", "failed", "sentence"),
         [
-            ((0, "lots"), False, "Built the C++ extension."),
-            ((1, "a\nb"), True, "Building the C++ extension failed with exit code 1:\na\nb"),
-            ((None, ""), True, "Building the C++ extension did not end in time:\n"),
+            ((0, "lots"), False, "Built proxytune_kernels._cpu."),
+            ((1, "a\nb"), True, "Building the C++ extensions failed with exit code 1:\na\nb"),
+            ((None, ""), True, "Building the C++ extensions did not end in time:\n"),
         ],
     )  # fmt: skip
     def test_built(self, monkeypatch, ended, failed, sentence):
         asked: list[Any] = []
+        monkeypatch.setenv("PROXYTUNE_SKIP_CUDA_BUILD", "1")
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         monkeypatch.delenv("PROXYTUNE_SKIP_EXT", raising=False)
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,7 @@ def path_of(code, *required, excluded=none, unwanted=none):
 
 def figures(**changes):
     route = RouteFigures(10.0, 0.375, 6.0, {"combined": 10.0})
-    widths = {"logits_loads": {"16": 6}, "other_loads": {"4": 2}, "stores": {"4": 1}}
+    widths: Any = {"logits_loads": {"16": 6}, "other_loads": {"4": 2}, "stores": {"4": 1}}
     plain = Figures(40, 0, 0, 2048, 48, 100, **widths, atomics=1, barriers=3, routes={"all": route})
     return replace(plain, **changes)
 

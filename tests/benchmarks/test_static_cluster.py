@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ UNIT = run.Unit("V=128256", "sample", 90)
 
 
 def figures(**changes):
-    widths = {"logits_loads": {"16": 24}, "other_loads": {"4": 2}, "stores": {"4": 1}}
+    widths: Any = {"logits_loads": {"16": 24}, "other_loads": {"4": 2}, "stores": {"4": 1}}
     plain = Figures(
         128, 0, 0, 97_000, 16, 100, **widths, atomics=1, barriers=3, routes={}, blocks=8
     )
