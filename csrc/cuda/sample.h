@@ -92,19 +92,22 @@ PTK_KERNEL void write_no_top(const Team& team, const proxytune_sample_args& args
   }
 }
 
-// What a row's first thread writes.
-struct Drawn {
-  int64_t token_id = -1;
-  float logprob = NAN, raw_logprob = NAN;
-  int32_t num_kept = 0, status = 0;
-};
-
-PTK_HOST_DEVICE void write_drawn(const proxytune_sample_args& args, int64_t row, const Drawn& drawn) {
-  args.token_ids[row] = drawn.token_id;
-  if (args.logprobs) args.logprobs[row] = drawn.logprob;
-  if (args.raw_logprobs) args.raw_logprobs[row] = drawn.raw_logprob;
-  if (args.num_kept) args.num_kept[row] = drawn.num_kept;
-  if (args.status) args.status[row] = drawn.status;
+// What a row gives. Two threads of the first block write it: each has one logarithm to take.
+template <class Team>
+PTK_KERNEL void write_drawn(const Team& team, const proxytune_sample_args& args, int64_t row,
+                            const Shared& s, int64_t token_id, int32_t status) {
+  if (team.block() != 0) return;
+  const bool drawn = token_id >= 0;
+  const float x = drawn ? x_of(team, s.target.row, token_id) : 0.0f;
+  if (team.thread() == 0) {
+    args.token_ids[row] = token_id;
+    if (args.num_kept) args.num_kept[row] = drawn ? int32_t(s.target.kept.count) : 0;
+    if (args.status) args.status[row] = status;
+    if (args.logprobs) args.logprobs[row] = drawn ? s.target.logprob(s.params, x) : NAN;
+  }
+  if (team.thread() == Team::kThreads - 32 && args.raw_logprobs) {
+    args.raw_logprobs[row] = drawn ? s.target.raw_logprob(x) : NAN;
+  }
 }
 
 // The row's parameters, into shared memory; false where one is out of range.
@@ -125,29 +128,21 @@ PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxyt
                                int64_t row) {
   Cluster<Team> cluster(team, *reinterpret_cast<Shared*>(memory));
   Shared& s = cluster.s;
-  Drawn drawn;
+  int64_t token_id = -1;
+  int32_t status = kStatusBadParams;
   if (set_params(cluster, params_at(args.params, args.inputs, row))) {
     float* x = reinterpret_cast<float*>(memory + kRowOffset);
     make_target(cluster, source_at(args.inputs, s.raw.alpha, row, 0), x, s.target);
-    drawn.status = s.target.row.status;
+    status = s.target.row.status;
     if (s.target.drawable) {
       const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, uint32_t(args.stream));
-      drawn.token_id = draw(cluster, s.target, s.params, key);
+      token_id = draw(cluster, s.target, s.params, key);
     }
     if (args.num_top > 0) write_top(cluster, args, row);
-  } else {
-    drawn.status = kStatusBadParams;
-    if (args.num_top > 0) write_no_top(team, args, row);
+  } else if (args.num_top > 0) {
+    write_no_top(team, args, row);
   }
-  if (team.block() == 0 && team.thread() == 0) {
-    if (drawn.token_id >= 0) {
-      const float x = x_of(team, s.target.row, drawn.token_id);
-      drawn.num_kept = int32_t(s.target.kept.count);
-      drawn.logprob = s.target.logprob(s.params, x);
-      drawn.raw_logprob = s.target.raw_logprob(x);
-    }
-    write_drawn(args, row, drawn);
-  }
+  write_drawn(team, args, row, s, token_id, status);
   cluster.leave();
 }
 

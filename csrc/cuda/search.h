@@ -201,7 +201,8 @@ class Search {
       }
       offset += count;
     }
-    sort_descending(team_, s_.tokens.list.sorted, n);
+    if (n <= Team::kThreads) return sort_by_rank(team_, s_.tokens.list.sorted, n);
+    sort_by_network(team_, s_.tokens.list.sorted, n);
   }
 
   // Counts and masses of the bins, over the cluster; the first bin with which the need is met.

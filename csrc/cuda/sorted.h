@@ -11,9 +11,24 @@ PTK_HOST_DEVICE uint64_t pack_token(float x, uint32_t id) { return uint64_t(key_
 PTK_HOST_DEVICE float token_x(uint64_t packed) { return value_of(uint32_t(packed >> 32)); }
 PTK_HOST_DEVICE uint32_t token_id(uint64_t packed) { return ~uint32_t(packed); }
 
+// Sorts n packed tokens, no more than threads, descending: each goes where its rank says.
+template <class Team>
+PTK_KERNEL void sort_by_rank(const Team& team, uint64_t* tokens, int n) {
+  team.sync();
+  const bool mine = team.thread() < n;
+  const uint64_t token = mine ? tokens[team.thread()] : 0;
+  int rank = 0;
+  if (mine) {
+    for (int i = 0; i < n; ++i) rank += tokens[i] > token;
+  }
+  team.sync();
+  if (mine) tokens[rank] = token;
+  team.sync();
+}
+
 // Sorts n packed tokens, n at most kList, descending: a bitonic network on the next power of 2.
 template <class Team>
-PTK_KERNEL void sort_descending(const Team& team, uint64_t* tokens, int n) {
+PTK_KERNEL void sort_by_network(const Team& team, uint64_t* tokens, int n) {
   int size = 2;
   while (size < n) size *= 2;
   for (int i = n + team.thread(); i < size; i += Team::kThreads) tokens[i] = 0;
