@@ -34,8 +34,8 @@ def missing() -> str | None:
         )
     if torch.version.cuda is None:
         return (
-            "the CUDA C++ extension is built, but needs what only CUDA builds of torch have: "
-            f"torch {torch.__version__} is another"
+            "the CUDA C++ extension is built, but can't be loaded: it launches on torch's streams, "
+            f"and torch {torch.__version__} is built without CUDA"
         )
     return None if torch.cuda.is_available() else "no CUDA device"
 

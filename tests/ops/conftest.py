@@ -18,6 +18,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels import kernels
+from proxytune_kernels._library import CUDA_OPERATORS
 from tests.cluster import build
 from tests.cluster.model import Model
 
@@ -60,7 +61,10 @@ def _copy_whole(source: Any, target: Any) -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the operators: tensors come and go on the CPU."""
+    """One way to run the operators: tensors come and go on the CPU.
+
+    ``cuda`` has ``sample`` and ``verify``; tests that need another too get the CPU's.
+    """
 
     name: str
     isa: str | None = None
@@ -72,7 +76,7 @@ class Backend:
 
     @property
     def device(self) -> str:
-        return "cuda" if self.name == "triton" and not self.interpreted else "cpu"
+        return "cuda" if self.name in ("triton", "cuda") and not self.interpreted else "cpu"
 
     @property
     def tile_error(self) -> float:
@@ -81,7 +85,7 @@ class Backend:
         Triton takes the tiles' sums for the row's mass there (docs/gpu.md), the cluster kernels for
         raw logprobs; the others add up integers.
         """
-        return 4.2e-6 if self.name == "triton" else 0.0
+        return 4.2e-6 if self.name in ("triton", "cuda") else 0.0
 
     def __str__(self) -> str:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
@@ -89,6 +93,8 @@ class Backend:
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op not in ("sample", "sample_hidden", "combine", "score", "verify"):
             raise AttributeError(op)
+        if self.name == "cuda" and op not in CUDA_OPERATORS:
+            return getattr(Backend("cpu"), op)
         return functools.partial(self._run, getattr(ptk, op))
 
     def _run(self, op: Callable[..., Any], *args: Any, out: Any = None, **kwargs: Any) -> Any:
@@ -174,6 +180,10 @@ NEEDS_TRITON = [
     ),
 ]
 """Marks of tests of Triton's kernels that no fixture names: ``-k triton`` selects them too."""
+
+NEEDS_CUDA = pytest.mark.skipif(
+    "cuda" not in USABLE, reason=f"needs the CUDA C++ kernels: {ptk.backends()['cuda']}"
+)
 
 
 def sized(backend: Backend, full: T, interpreted: T) -> T:

@@ -209,8 +209,8 @@ def test_an_unknown_name():
         (
             ((9, 0),),
             {"cuda_version": None},
-            "the CUDA C++ extension is built, but needs what only CUDA builds of torch have: "
-            f"torch {torch.__version__} is another",
+            "the CUDA C++ extension is built, but can't be loaded: it launches on torch's streams, "
+            f"and torch {torch.__version__} is built without CUDA",
         ),
         ((), {}, "no CUDA device"),
         (((8, 9),), {}, "CUDA device 0 has compute capability 8.9, 9.0 or later is needed"),

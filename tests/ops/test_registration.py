@@ -9,12 +9,15 @@ import torch
 
 import proxytune_kernels as ptk
 from proxytune_kernels import reference
+from proxytune_kernels._library import CUDA_OPERATORS, OPERATORS
 from tests.ops import oracle
-from tests.ops.conftest import WIDEST, move
+from tests.ops.conftest import NEEDS_CUDA, WIDEST, move
 
-# Triton's interpreter runs on tensors of the CPU, for which torch calls the C++ kernels.
+# Triton's interpreter runs on tensors of the CPU, for which torch calls the C++ kernels. The CUDA
+# C++ kernels' operators are not those of the public functions' default.
 on_device = pytest.mark.parametrize(
-    "device", [pytest.param(k.device, id=k.name) for k in WIDEST if not k.interpreted]
+    "device",
+    [pytest.param(k.device, id=k.name) for k in WIDEST if not k.interpreted and k.name != "cuda"],
 )
 
 OPS = torch.ops.proxytune
@@ -100,6 +103,43 @@ def test_meta_shapes(name, device):
     fake = fake if isinstance(fake, (tuple, list)) else (fake,)
     for f, t in zip(fake, results(name, given).values(), strict=True):
         assert (f.shape, f.dtype, f.device.type) == (t.shape, t.dtype, "meta")
+
+
+CUDA_OPS = torch.ops.proxytune_cuda
+CUDA_NAMES = ("sample", "sample_top", "verify")
+
+
+@pytest.mark.parametrize("name", CUDA_OPERATORS)
+def test_the_cuda_operators_are_defined_as_the_others(name):
+    assert name in OPERATORS
+    schema, other = (str(getattr(ops, name).default._schema) for ops in (CUDA_OPS, OPS))
+    assert schema == other.replace("proxytune::", "proxytune_cuda::")
+
+
+@pytest.mark.parametrize("optional", (False, True))
+@pytest.mark.parametrize("name", CUDA_NAMES)
+def test_meta_shapes_of_the_cuda_operators(name, optional):
+    given = arguments(name, optional, "cpu")
+    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in given]
+    fake, wanted = getattr(CUDA_OPS, name)(*meta), getattr(OPS, name)(*meta)
+    assert [(f.shape, f.dtype, f.device) for f in fake] == [
+        (w.shape, w.dtype, w.device) for w in wanted
+    ]
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("optional", (False, True))
+@pytest.mark.parametrize("name", CUDA_NAMES)
+def test_opcheck_of_the_cuda_operators(name, optional):
+    given = arguments(name, optional, "cuda")
+    operator, twin = (getattr(CUDA_OPS, n).default for n in (name, f"{name}_out"))
+    torch.library.opcheck(operator, given)
+    names = [a.name for a in twin._schema.arguments if a.kwarg_only]
+    outs = {n: torch.full_like(t, -7) for n, t in zip(names, operator(*given), strict=True)}
+    torch.library.opcheck(twin, given, outs)
+    twin(*given, **outs)
+    for written, plain in zip(outs.values(), operator(*given), strict=True):
+        assert torch.equal(oracle.bits(written), oracle.bits(plain))
 
 
 def _public(base, expert, anti, bias, params, ids):
