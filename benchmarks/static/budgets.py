@@ -37,6 +37,10 @@ _OTHERS = Budget(registers=255)
 """As many as there are: for kernels of one block a row, where a batch seldom fills the device, and
 for finish, whose code holds routes for awkward rows that few blocks take."""
 
+_HEADS = Budget(registers=255, shared=99 * 1024)
+"""Two accumulators of 64 rows by 128 tokens, and four stages of both operands: what the smallest of
+these devices (cc 12.0) gives a block when asked."""
+
 BUDGETS = {
     "scan": _SCAN,
     "combine": _STREAMS,
@@ -44,6 +48,7 @@ BUDGETS = {
     "residual": _SPREAD,
     "finish": _OTHERS,
     "select": _OTHERS,
+    "sample_hidden": _HEADS,
     "top": _OTHERS,
     "score": _OTHERS,
     "accept": _OTHERS,

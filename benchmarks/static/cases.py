@@ -96,6 +96,28 @@ def _rejection(shape: Shape) -> None:
     _verify(shape, drafts, 1)
 
 
+def _hidden(batch_size: int, soft_cap: float | None = None) -> Callable[[Shape], None]:
+    """Heads of 13B + 7B + 7B models for a batch: its size chooses the rows of a program."""
+
+    def launch(shape: Shape) -> None:
+        heads = [
+            ptk.Head(
+                torch.empty((batch_size, size), dtype=shape.dtype),
+                torch.empty((shape.vocab_size, size), dtype=shape.dtype),
+                soft_cap=soft_cap,
+            )
+            for size in (5120, 4096, 4096)
+        ]
+        fields = [field for head in heads for field in head]
+        bias, mask = (
+            None if t is None else t[:1].expand(batch_size, -1) for t in shape.constraints
+        )
+        arguments = (*ptk.RowParams.make(batch_size), bias, mask, shape.vocab_size)
+        operators.sample_hidden(*fields, *arguments, STREAMS["sample"], 0)
+
+    return launch
+
+
 def _scan_tokens(arguments: Mapping[str, Any]) -> int:
     return int(arguments["TILES"]) * int(TILE.value)
 
@@ -133,6 +155,8 @@ def _scan_case(name: str, shape: Shape, aligned: bool = True) -> Case:
     return Case(name, _sample, ("scan",), shape, SCAN_ROUTES, aligned)
 
 
+_HIDDEN = ("sample_hidden",)
+
 CASES = (
     Case("sample", _sample, ("scan", "select", "narrow", "finish"), routes=SCAN_ROUTES),
     _scan_case("sample V=32000", Shape(32_000)),
@@ -143,6 +167,11 @@ CASES = (
     _scan_case("sample base alone", Shape(steered=False)),
     _scan_case("sample bias+mask", Shape(constrained=True)),
     Case("top_logprobs", _top, ("top",)),
+    Case("hidden B=16", _hidden(16), _HIDDEN, Shape(32_000)),
+    Case("hidden B=32", _hidden(32), _HIDDEN, Shape(32_000)),
+    Case("hidden B=64", _hidden(64), _HIDDEN, Shape(32_000)),
+    Case("hidden cap+bias+mask", _hidden(64, 30.0), _HIDDEN, Shape(32_000, constrained=True)),
+    Case("hidden fp32", _hidden(16), _HIDDEN, Shape(32_000, dtype=torch.float32)),
     Case(
         "combine",
         _combine,
