@@ -1,5 +1,5 @@
 # `make` says what there is. Everything is installed into .venv; a second run is quick.
-# A change of setup.py, pyproject.toml, constraints.txt or csrc/ is built again.
+# A change of setup.py, build_cuda.py, pyproject.toml, constraints.txt or csrc/ is built again.
 
 PYTHON ?= python3
 EXTRAS ?= hf,lora,plots,test,triton
@@ -63,7 +63,7 @@ asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer 
 	$(BIN)/pytest -n auto --dist loadfile --max-worker-restart=0 -p no:cacheprovider tests/ops/test_fuzz.py tests/ops/test_fuzz_errors.py tests/capi || { cat build/asan-report.* >&2; exit 1; }
 
 .PHONY: static
-static: install ## Compile the Triton kernels for GPUs, no GPU needed, and compare with the stored figures
+static: install ## Compile the GPU kernels, no GPU needed, and compare with the stored figures
 	@$(BIN)/python -m benchmarks.static --check
 
 .PHONY: interpret
@@ -79,7 +79,7 @@ lint: install ## ruff (rules and format) and mypy
 	$(BIN)/mypy
 
 .PHONY: install
-install: $(STAMPS)/package ## Create .venv, install everything, build the extension
+install: $(STAMPS)/package ## Create .venv, install everything, build the extensions
 
 .PHONY: clean
 clean: ## Remove .venv and what was built
@@ -110,8 +110,9 @@ $(STAMPS)/torch: constraints.txt $(STAMPS)/venv
 	$(call logged,Installing torch,torch,$(BIN)/python scripts/install_torch.py)
 	touch $@
 
-$(STAMPS)/package: setup.py pyproject.toml constraints.txt $(SOURCES) $(STAMPS)/torch
+$(STAMPS)/package: setup.py build_cuda.py pyproject.toml constraints.txt $(SOURCES) $(STAMPS)/torch
 	@$(call check_compiler,$(BIN)/python)
 	$(call logged,Installing build tools and linters,tools,$(BIN)/pip install -c constraints.txt --group build --group lint)
-	$(call logged,Building the extension and installing the package with [$(EXTRAS)],package,$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]')
+	$(BIN)/python build_cuda.py
+	$(call logged,Building the extensions and installing the package with [$(EXTRAS)],package,$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]')
 	touch $@

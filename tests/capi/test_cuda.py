@@ -25,12 +25,12 @@ INVALID, DEVICE, SHAPE, CUDA = 1, 4, 5, 1000
 TILE_BYTES = 128 * 4 + 48  # of x, in fp32; summaries and alignment take a few more
 
 try:
-    NVCC = build_cuda.find_nvcc()
-    NO_NVCC = ""
+    NVCC, _ = build_cuda.toolchain()
+    LEFT_OUT = ""
 except build_cuda.Unavailable as error:
-    NO_NVCC = str(error)
+    LEFT_OUT = str(error)
 
-needs_nvcc = pytest.mark.skipif(NO_NVCC != "", reason=f"needs nvcc: {NO_NVCC}")
+needs_nvcc = pytest.mark.skipif(LEFT_OUT != "", reason=f"CUDA C++ is left out: {LEFT_OUT}")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
