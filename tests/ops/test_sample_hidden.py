@@ -17,7 +17,14 @@ from torch import Tensor
 import proxytune_kernels as ptk
 from proxytune_kernels import _cpu_heads
 from tests.ops import oracle
-from tests.ops.conftest import BACKENDS, KERNELS, WIDEST, Backend, move, sized
+from tests.ops.conftest import (
+    BACKENDS,
+    KERNELS,
+    WIDEST,
+    Backend,
+    move,
+    sized,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (72, 40, 33)  # hidden sizes of the three roles: not multiples of a block, and an odd one
@@ -291,6 +298,7 @@ def test_x_on_the_cpu_is_the_same_bits_everywhere(dtype):
         part = [h._replace(hidden=h.hidden[rows]) for h in heads]
         x = _cpu_heads.combined((part[0], part[1], part[2]), alpha[rows], None, width)
         oracle.assert_same(x, whole[0][rows, :width])
+    CPUS[-1].use()
 
 
 @backends
@@ -323,6 +331,7 @@ def test_parameters_need_no_gradient(backend):
 
 
 GOOD = ptk.Head(torch.zeros(2, 4), torch.zeros(9, 4))
+NOTHING: Any = None
 META = torch.zeros(2, 4, device="meta")
 
 # what is changed, the error, and what the message holds
@@ -331,7 +340,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "half a pair": ({"anti": None}, ValueError, "anti must be given with the other of the pair"),
     "other half": ({"expert": None}, ValueError, "expert must be given with the other of"),
     "no tensor": (
-        {"expert": GOOD._replace(weight=None)},
+        {"expert": GOOD._replace(weight=NOTHING)},
         TypeError,
         "expert.weight must be a tensor, got NoneType",
     ),
@@ -453,7 +462,7 @@ OPS = torch.ops.proxytune
 def arguments(optional: bool, num_top: int, device: str) -> tuple[Any, ...]:
     """Of the operator, flat; ``optional``: with all of those that may be absent."""
     heads = integer_heads(30, 3, 70)
-    absent = ptk.Head(None, None)
+    absent = ptk.Head(NOTHING, NOTHING)
     base, expert, anti = heads if optional else (heads[0], absent, absent)
     bias = mask = None
     if optional:
@@ -490,9 +499,9 @@ def test_compile_fullgraph(compiler, device):
     heads, params = move((integer_heads(31, 3, 90), params_of(31, 3, 90)), device)
 
     def step(hidden, out):
-        base = heads[0]._replace(hidden=hidden * 1)
-        drawn = ptk.sample_hidden(base, *heads[1:], params, top_logprobs=2)
-        again = ptk.sample_hidden(base, *heads[1:], temperature=3.0, seed=9, out=out)
+        base, expert, anti = heads[0]._replace(hidden=hidden * 1), heads[1], heads[2]
+        drawn: Any = ptk.sample_hidden(base, expert, anti, params, top_logprobs=2)
+        again = ptk.sample_hidden(base, expert, anti, temperature=3.0, seed=9, out=out)
         return (drawn.token_ids + 1, *drawn[1:5], *drawn.top, again.logprobs + 1)
 
     out = ptk.sample_hidden(*heads, temperature=3.0, seed=9)
