@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import proxytune_kernels as ptk
+from proxytune_kernels import choices
 from proxytune_kernels.cli import app, output
 from proxytune_kernels.cli.requests import CliRequest
 from proxytune_kernels.decoder import StreamEvent
@@ -177,6 +178,15 @@ def test_info_names_backends_versions_and_the_agreement():
     assert result.stdout.count("backend ") == len(ptk.backends())
     assert "LlamaForCausalLM" in lines["base"]
     assert lines["vocabulary"].startswith(str(ptk.load_trio("shipped").vocab_size))
+
+
+def test_info_says_what_the_default_on_cuda_comes_from(monkeypatch):
+    monkeypatch.setattr("proxytune_kernels.cli.info.CHOICES", ())
+    assert "default on CUDA" in (plain := invoke("info").stdout)
+    assert "triton: no device was measured" in plain
+    line = choices.Choice("NVIDIA H100", "sample", (1, 9), (1, 9), "cuda", "gpu-h100.jsonl")
+    monkeypatch.setattr("proxytune_kernels.cli.info.CHOICES", (line, line))
+    assert "as measured on NVIDIA H100; triton on others" in invoke("info").stdout
 
 
 def test_info_gives_the_reason_of_an_unusable_backend(monkeypatch):

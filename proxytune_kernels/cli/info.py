@@ -10,6 +10,7 @@ import typer
 
 import proxytune_kernels
 from proxytune_kernels.backends import backends
+from proxytune_kernels.choices import CHOICES, UNMEASURED
 from proxytune_kernels.cli import models
 from proxytune_kernels.trio import Trio
 
@@ -55,9 +56,18 @@ def _environment() -> list[tuple[str, str]]:
     ]
     for name, reason in backends().items():
         lines.append((f"backend {name}", "usable" if reason is None else f"not usable: {reason}"))
+    lines.append(("default on CUDA", _cuda_default()))
     if backends()["cpu"] is None:
         lines.append(("instruction set", _instruction_set()))
     return lines
+
+
+def _cuda_default() -> str:
+    """What the table of measurements says."""
+    measured = sorted({choice.device for choice in CHOICES})
+    if not measured:
+        return f"{UNMEASURED}: no device was measured"
+    return f"as measured on {', '.join(measured)}; {UNMEASURED} on others"
 
 
 def _instruction_set() -> str:
