@@ -119,7 +119,11 @@ def logits(draw: st.DrawFn, shape: tuple[int, ...], generator: np.random.Generat
     palette = np.array(draw(st.lists(number, min_size=1, max_size=9)), np.float32)
     values = palette[generator.integers(0, len(palette), shape)]
     noise = draw(st.sampled_from((0.0, 0.0, 1.0, 8.0)))
-    return fresh(values + np.float32(noise) * generator.normal(size=shape)).float()
+    spread = np.float32(noise) * generator.normal(size=shape)
+    if draw(st.sampled_from((False, False, True))):  # the first tokens stand out, all alike
+        spread = -np.abs(spread)
+        spread[..., :128] = 0
+    return fresh(values + spread).float()
 
 
 @st.composite
