@@ -1,0 +1,156 @@
+"""How nvcc is found and asked: with a script in its place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import build_cuda
+
+ROOT = Path(build_cuda.__file__).parent
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
+  *--list-gpu-code*) echo "sm_80 sm_90 {codes}" | tr ' ' '\\n' ;;
+  *--dryrun*) echo '#$ INCLUDES="-I/opt/cuda/include"  ' >&2
+              echo '#$ LIBRARIES=  "-L/opt/cuda/lib/stubs" "-L/opt/cuda/lib"' >&2 ;;
+  *) echo "asked: $*"; echo "and warned" >&2; exit {code} ;;
+esac
+"""
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """Puts a script in nvcc's place, alone on the PATH with the shell's tools."""
+    for name in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "PROXYTUNE_SKIP_CUDA_BUILD",
+                 "PROXYTUNE_SKIP_EXT", "PROXYTUNE_SANITIZE"):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "toolkit" / "bin"
+
+    def make(release: str = "13.0", codes: str = "sm_100 sm_120", code: int = 0) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "nvcc"
+        path.write_text(NVCC.format(release=release, codes=codes, code=code))
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/bin{os.pathsep}/usr/bin")
+        return path
+
+    return make
+
+
+def devices(options: list[str]) -> list[str]:
+    return [option.removeprefix("-gencode=arch=") for option in options]
+
+
+def test_what_it_says_of_itself(nvcc):
+    path = nvcc()
+    found, options = build_cuda.toolchain()
+    assert found.path == str(path)
+    assert found.include_dirs == ("/opt/cuda/include",)
+    assert found.library_dirs == ("/opt/cuda/lib/stubs", "/opt/cuda/lib")
+    assert devices(options) == [
+        "compute_90a,code=sm_90a", "compute_100a,code=sm_100a", "compute_120a,code=sm_120a",
+    ]  # fmt: skip
+
+
+def test_cuda_home_comes_first(nvcc, monkeypatch, tmp_path):
+    path = nvcc()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("PATH", "/bin:/usr/bin")
+    assert build_cuda.find_nvcc().path == str(path)
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(build_cuda.Unavailable, match="^there is no nvcc in /nowhere/bin$"):
+        build_cuda.toolchain()
+
+
+def test_there_is_none(nvcc, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build_cuda.Unavailable, match="^there is no nvcc on the PATH$"):
+        build_cuda.toolchain()
+
+
+@pytest.mark.parametrize("release", ("11.8", "9.2"))
+def test_it_is_too_old(nvcc, release):
+    nvcc(release)
+    with pytest.raises(build_cuda.Unavailable, match=f"release {release}, 12.0 or later is needed"):
+        build_cuda.toolchain()
+
+
+@pytest.mark.parametrize(
+    ("listed", "wanted"),
+    [
+        ("9.0", ["compute_90,code=sm_90"]),
+        ("9.0a 10.0f", ["compute_90a,code=sm_90a", "compute_100f,code=sm_100f"]),
+        ("9.0;12.1+PTX", ["compute_90,code=sm_90", "compute_121,code=sm_121",
+                          "compute_121,code=compute_121"]),
+        ("8.0;8.6+PTX; 9.0", ["compute_90,code=sm_90"]),
+    ],
+)  # fmt: skip
+def test_torchs_list_of_devices(nvcc, monkeypatch, listed, wanted):
+    nvcc(codes="")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert devices(build_cuda.toolchain()[1]) == wanted
+
+
+def test_what_is_left_out_is_said(nvcc, monkeypatch, capsys):
+    path = nvcc("12.4", codes="")
+    assert devices(build_cuda.toolchain()[1]) == ["compute_90a,code=sm_90a"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"CUDA C++ kernels: not compiled for {name}: {path} does not know it"
+        for name in ("10.0a", "12.0a")
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.9")
+    with pytest.raises(build_cuda.Unavailable, match=r"^TORCH_CUDA_ARCH_LIST=7.5;8.9 names no "):
+        build_cuda.toolchain()
+    assert "not compiled for 8.9: clusters need 9.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listed", ("Hopper", "90", "9.0b", "9.0,10.0"))
+def test_an_entry_that_is_none(nvcc, monkeypatch, listed):
+    nvcc()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    with pytest.raises(ValueError, match="must have entries like 9.0, 9.0a or 9.0.PTX, got"):
+        build_cuda.toolchain()
+
+
+@pytest.mark.parametrize(
+    "variable", ("PROXYTUNE_SKIP_EXT", "PROXYTUNE_SKIP_CUDA_BUILD", "PROXYTUNE_SANITIZE")
+)
+def test_it_is_not_wanted(nvcc, monkeypatch, variable):
+    nvcc()
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(build_cuda.Unavailable, match=variable):
+        build_cuda.toolchain()
+
+
+def test_compiling(nvcc, tmp_path):
+    nvcc()
+    found, options = build_cuda.toolchain()
+    said = found.compile(tmp_path / "new" / "kernels.o", options, "-c")
+    assert said.endswith("and warned\n") and (tmp_path / "new").is_dir()
+    asked = said.splitlines()[0].split()
+    assert {"--fmad=false", "-std=c++20", "-c", *options} <= set(asked)
+    assert "-ffp-contract=off" in said
+    assert asked[-3:] == ["csrc/cuda/launch.cu", "-o", str(tmp_path / "new" / "kernels.o")]
+
+
+def test_what_nvcc_refuses(nvcc, tmp_path):
+    nvcc(code=2)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        build_cuda.find_nvcc().compile(tmp_path / "kernels.o", [], "-c")
+    assert caught.value.stderr == "and warned\n"
+
+
+def test_as_a_command_it_says_what_a_build_would_do(nvcc):
+    nvcc()
+    command = [sys.executable, str(ROOT / "build_cuda.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "CUDA C++ kernels: built for sm_90a, sm_100a, sm_120a\n"
+    skipped = os.environ | {"PROXYTUNE_SKIP_CUDA_BUILD": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=skipped)
+    assert done.stdout == "CUDA C++ kernels: not built: PROXYTUNE_SKIP_CUDA_BUILD=1\n"
