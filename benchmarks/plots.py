@@ -131,6 +131,43 @@ def plot_kernels(records: Sequence[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
+_HEAD_COLOURS = {"bfloat16": "#D55E00", "float32": "#0072B2"}
+
+
+def plot_heads(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Three heads and ``sample`` over ``sample_hidden``, by batch, a panel per shape.
+
+    Args:
+        records: as the heads benchmark writes them.
+        path: of the PNG.
+    """
+    apart = [r for r in records if r["provider"] == "three heads, sample"]
+    shapes = list(dict.fromkeys(r["shape"] for r in apart))
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(1.0 + 3.2 * len(shapes), 3.4), layout="constrained")
+        grid = figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
+        for axes, shape in zip(grid, shapes, strict=True):
+            for dtype, colour in _HEAD_COLOURS.items():
+                own = [r for r in apart if (r["shape"], r["dtype"]) == (shape, dtype)]
+                sizes = [r["batch_size"] for r in own]
+                ratios = [r["time_over_ours"] for r in own]
+                low, high = ([ratio[end] for ratio in ratios] for end in ("p10", "p90"))
+                medians = [ratio["median"] for ratio in ratios]
+                axes.plot(sizes, medians, marker="o", markersize=4, color=colour, label=dtype)
+                axes.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.axhline(1.0, color="black", linewidth=0.9, linestyle="--", zorder=0)
+            axes.set_xscale("log", base=2)
+            ticks = sorted({r["batch_size"] for r in apart})
+            axes.set_xticks(ticks, [str(n) for n in ticks])
+            axes.set_title(shape, fontsize=9)
+            axes.set_xlabel("rows")
+            axes.grid(color="#dddddd", linewidth=0.6)
+            axes.set_axisbelow(True)
+        grid[0].set_ylabel("three heads and sample,\ntime over sample_hidden")
+        grid[0].legend(frameon=False)
+        figure.savefig(path, dpi=150)
+
+
 _ROOFLINE_COLOURS = {
     "inputs once": "#000000",
     "ours": "#D55E00",
