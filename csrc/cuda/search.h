@@ -120,16 +120,16 @@ class Search {
       const float most = tile_mass_ ? row_.tile_mass[t] - below : 0.0f;
       mass += own > most ? own : most;
     }
-    s_.level_mass[team_.warp()][lane] = mass;
-    s_.level_count[team_.warp()][lane] = count;
+    s_.tokens.levels.mass[team_.warp()][lane] = mass;
+    s_.tokens.levels.count[team_.warp()][lane] = count;
     team_.sync();
     for (int i = team_.thread(); i < kLevels * blocks; i += Team::kThreads) {
       const int level = i % kLevels, to = i / kLevels;
       float level_mass = 0.0f;
       uint32_t level_count = 0;
       for (int w = 0; w < Team::kWarps; ++w) {
-        level_mass += s_.level_mass[w][level];
-        level_count += s_.level_count[w][level];
+        level_mass += s_.tokens.levels.mass[w][level];
+        level_count += s_.tokens.levels.count[w][level];
       }
       *team_.at(&s_.block_level_mass[team_.block()][level], to) = level_mass;
       *team_.at(&s_.block_level_count[team_.block()][level], to) = level_count;

@@ -26,12 +26,17 @@ struct Running {
   uint64_t mass;
 };
 
-// Tokens in question, in a list or by ranges of x: never both.
+// Tokens in question, in a list or by ranges of x, or what says which they are: one at a time.
 union Tokens {
   struct {
     uint64_t own[kList];     // this block's, in no order; read by the others
     uint64_t sorted[kList];  // the cluster's, likeliest first; the same in every block
   } list;
+  struct {
+    uint64_t own[kList];  // others may still read it
+    float mass[kMaxWarps][kLevels];
+    uint32_t count[kMaxWarps][kLevels];
+  } levels;
   struct {
     uint32_t count[kBins];
     uint32_t digits[3][kBins];  // of masses, 15 bits each: a block has room for fewer than 2^16 tokens
@@ -90,9 +95,7 @@ struct Place {
 struct Shared {
   uint64_t slots[2][kMaxBlocks][kExchange];  // what each block said, by turns
   uint64_t partial[kMaxWarps][kExchange];
-  float level_mass[kMaxWarps][kLevels];
-  uint32_t level_count[kMaxWarps][kLevels];
-  // what each block found of each level
+  // what each block found above each level
   float block_level_mass[kMaxBlocks][kLevels];
   uint32_t block_level_count[kMaxBlocks][kLevels];
   Tokens tokens;

@@ -83,9 +83,9 @@ class Backend:
         """What sums of tiles add to the bound of a raw logprob, or a logprob without filters.
 
         Triton takes the tiles' sums for the row's mass there (docs/gpu.md), the cluster kernels for
-        raw logprobs; the others add up integers.
+        raw logprobs (docs/cuda.md); the others add up integers.
         """
-        return 4.2e-6 if self.name in ("triton", "cuda") else 0.0
+        return {"triton": 4.2e-6, "cuda": 4.5e-6}.get(self.name, 0.0)
 
     def __str__(self) -> str:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
@@ -124,7 +124,7 @@ class ClusterModel(Backend):
 
     @property
     def tile_error(self) -> float:
-        return 4.2e-6  # as Triton's; of raw logprobs alone
+        return 4.5e-6  # of raw logprobs alone: docs/cuda.md, Selection
 
     def __str__(self) -> str:
         return f"{self.name}-{self.blocks}"
