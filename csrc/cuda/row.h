@@ -274,8 +274,7 @@ PTK_KERNEL Row prepare_row(Cluster<Team>& cluster, const Source& in, float* memo
   for (int64_t i = end + team.thread(); i < whole; i += Team::kThreads) row.x[i - begin] = -INFINITY;
   team.sync();
   summarise(team, row);
-  // Of the cluster: the exchange below writes to other blocks' memory, and they must have started.
-  team.sync_cluster();
+  team.sync();
   uint32_t top = 0, bottom = 0;  // order keys; the bottom's upside down
   for (int t = team.thread(); t < row.count; t += Team::kThreads) {
     const uint32_t key = key_of(row.tile_max[t]);
