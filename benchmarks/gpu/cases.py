@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
+from benchmarks.gpu import head_units
+from benchmarks.head_cases import Heads
 from benchmarks.logits import Logits, make_logits
 from benchmarks.op_cases import FILTERS, VOCAB_SIZES, OpCase
 from benchmarks.peers import ALPHA
@@ -32,6 +34,8 @@ DTYPE = "bfloat16"
 
 SAMPLE, VERIFY, REJECTION = "sample", "verify", "verify-rejection"
 SCORE, COMBINE = "score", "combine"
+HEADS = "sample_hidden"
+"""Ours beside ``eager``: three products by torch, then our ``sample``."""
 
 _MEMORY_SHARE = 0.25  # of the device's for inputs; the eager chain's temporaries take the rest
 
@@ -65,7 +69,9 @@ class Case:
 
     @property
     def logits_bytes(self) -> int:
-        """Bytes of the three roles' logits, each read once."""
+        """Bytes of the three roles' logits, each read once; of the weights that make them."""
+        if self.op == HEADS:
+            return 2 * self.vocab_size * sum(head_units.HIDDEN_SIZES)
         return self.as_rows.logits_bytes
 
     def params(self, device: str) -> ptk.RowParams:
@@ -99,6 +105,8 @@ class Inputs(NamedTuple):
     """Base, expert and anti, [rows, V] each."""
     token_ids: Tensor
     """int64: drafts [B, k] for ``verify``, tokens [B, T] for ``score``; empty for the others."""
+    heads: Heads | None = None
+    """For ``sample_hidden``, which has no logits."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,10 @@ def make_inputs(case: Case, count: int, device: str, backend: str) -> list[Input
     Drafts are the expert's own draws, as in speculative decoding: with the request's noise for the
     coupled mode, with the drafter's for rejection.
     """
+    if case.op == HEADS:
+        none = torch.empty(0, device=device)
+        sets = head_units.make_heads(case.batch_size, case.vocab_size, count, device)
+        return [Inputs((none, none, none), none.long(), heads) for heads in sets]
     dtype = getattr(torch, DTYPE)
     stacked = make_logits(case.kind, count * case.rows, case.vocab_size, dtype, device=device)
     chunks = zip(*(role.chunk(count) for role in stacked), strict=True)
@@ -193,6 +205,9 @@ def _all_units() -> Iterator[Unit]:
     for kind in ("peaked", "flat"):
         yield from _samples(kind, (MAIN_VOCAB_SIZE,), sizes, plain)
     yield from _verifies(VERIFY, "peaked", (*OWN, EAGER, FLASHINFER))
+    for batch_size in (64, 256, 1, 8):
+        case = Case(HEADS, "random", vocab_size=head_units.VOCAB_SIZE, batch_size=batch_size)
+        yield Unit(case, (OURS, EAGER))
     for kind in ("peaked", "flat"):
         yield from _samples(kind, others, sizes, plain)
     yield from _samples("peaked", (MAIN_VOCAB_SIZE,), sizes, (OURS, COMPILED))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from benchmarks.gpu import checks
+from benchmarks.gpu import checks, head_units
 from benchmarks.gpu.cases import (
     COMBINE,
     COMPILED,
     EAGER,
     FLASHINFER,
+    HEADS,
     OURS,
     OWN,
     REJECTION,
@@ -63,6 +64,8 @@ class Providers:
         Raises:
             ImportError: an optional package is missing.
         """
+        if case.op == HEADS:
+            return _heads(case, name, inputs, self._device)
         if name in OWN:
             return _ours(case, inputs, self._device, name)
         if case.op in (SCORE, COMBINE):
@@ -106,10 +109,10 @@ class Providers:
             )
         score: Callable[..., Tensor] = torch_score
         if name == COMPILED:
-            score, config = self._compile(SCORE, score, *inputs)
+            score, config = self._compile(SCORE, score, inputs.logits, inputs.token_ids)
         return Prepared(
-            lambda i: score(*i),
-            lambda i: checks.check_score(case, name, i, score(*i), ours=False),
+            lambda i: score(i.logits, i.token_ids),
+            lambda i: checks.check_score(case, name, i, score(i.logits, i.token_ids), ours=False),
             config,
         )
 
@@ -161,6 +164,24 @@ def _ours(case: Case, inputs: Inputs, device: Device, name: str) -> Prepared:
     if case.op == SCORE:
         return _own_score(case, inputs, device, backend)
     return _own_verify(case, inputs, device, backend)
+
+
+def _heads(case: Case, name: str, inputs: Inputs, device: Device) -> Prepared:
+    params, backend = case.params(device.torch_device), device.backend
+    assert inputs.heads is not None
+    make = head_units.fused if name == OURS else head_units.apart
+    run = make(inputs.heads, params, backend)
+
+    def call(inputs: Inputs) -> ptk.SampleOutput:
+        assert inputs.heads is not None
+        return run(inputs.heads)
+
+    def check(inputs: Inputs) -> None:
+        assert inputs.heads is not None
+        what, rounded = f"{case}: {name}", name != OURS
+        head_units.check_heads(what, inputs.heads, params, call(inputs), rounded=rounded)
+
+    return Prepared(call, check, {"backend": backend})
 
 
 def _own_sample(case: Case, inputs: Inputs, device: Device, name: str, backend: str) -> Prepared:

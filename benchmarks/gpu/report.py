@@ -88,7 +88,7 @@ def print_times(records: Sequence[Record], device: Mapping[str, Any], copy_rate:
     """Table of all cases."""
     caption = (
         "us: median of a call of ours in graph replay, no input in L2 (warm: all of it). GB/s: the "
-        "three roles' logits counted once. copy: that over the "
+        "three roles' logits counted once (sample_hidden: the heads' weights). copy: that over the "
         f"{copy_rate / 1e9:,.0f} GB/s, read and written, of a device-to-device copy in this run. "
         "The others: a provider's time over ours (CUDA: our CUDA C++ kernels, HF: "
         "transformers' warpers, FI: FlashInfer). "

@@ -18,6 +18,7 @@ from benchmarks.gpu.cases import (
     CUDA,
     EAGER,
     FLASHINFER,
+    HEADS,
     OURS,
     REJECTION,
     SAMPLE,
@@ -45,6 +46,7 @@ SMALL = (
     Unit(Case(COMBINE, filters="none", vocab_size=300, batch_size=3), (OURS, EAGER, COMPILED)),
     Unit(Case(SCORE, filters="none", vocab_size=300, batch_size=3, positions=4),
          (OURS, EAGER, COMPILED)),
+    Unit(Case(HEADS, "random", vocab_size=300, batch_size=3), (OURS, EAGER)),
     Unit(Case(SAMPLE, "peaked", "top_p", 300, 1), (OURS, COMPILED)),
 )  # fmt: skip
 
