@@ -17,6 +17,7 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import CUDA, FLASHINFER, OURS, TRANSFORMERS, Unit
 from benchmarks.gpu.contract import Outcome
 from benchmarks.gpu.device import Device
+from benchmarks.gpu.shards import check_shards
 from benchmarks.gpu.targets import verdicts
 from benchmarks.gpu.units import DeviceLost, UnitRunner
 from benchmarks.report import console, make_progress, write_json_lines
@@ -107,6 +108,8 @@ def run(device: Device, options: Options, budget: Budget) -> int:
         unavailable[FLASHINFER] = reason
     for name, reason in unavailable.items():
         journal.note(f"{name}: not measured: {reason}")
+    if "check" in stages:
+        _check_shards(device, journal)
     if measures:
         _measure(device, options, budget, later, unavailable, journal)
     if "profile" in stages:
@@ -116,6 +119,14 @@ def run(device: Device, options: Options, budget: Budget) -> int:
         journal.outcome("sanitize", tools.sanitize(budget.left(_REPORT_SECONDS)))
     _report(options, journal)
     return int(journal.failed)
+
+
+def _check_shards(device: Device, journal: Journal) -> None:
+    """Draw from parts of the vocabulary; what goes wrong must not end the run."""
+    try:
+        journal.outcome("shards", check_shards(device))
+    except Exception as error:
+        journal.note(f"sharded draws: {type(error).__name__}: {error}", failed=True)
 
 
 def _unavailable(wanted: set[str], device: Device) -> dict[str, str]:
