@@ -20,7 +20,7 @@ from typing import NamedTuple
 import build_cuda
 from benchmarks.static import sass
 from benchmarks.static.compiling import parse_resources, tool
-from benchmarks.static.figures import Figures, widths
+from benchmarks.static.figures import Figures, RouteFigures, widths
 from benchmarks.static.occupancy import LIMITS, RESERVED_SHARED, WARP, resident_warps
 from benchmarks.static.report import example_gpu
 from benchmarks.static.run import Unit
@@ -103,15 +103,19 @@ def measure(wanted: Sequence[Unit]) -> dict[Unit, Figures]:
     """Compile and count; without the units whose rows no cluster of the device holds.
 
     Raises:
-        RuntimeError: nvcc refuses the code; says why.
+        RuntimeError: nvcc refuses the code, or it can't be followed; says why.
     """
     ccs = sorted({unit.cc for unit in wanted})
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         compiled = dict(zip(ccs, pool.map(compile_for, ccs), strict=True))
     figures = {}
     for unit, cluster in zip(wanted, clusters(wanted), strict=True):
-        if cluster.blocks:
+        if cluster.blocks == 0:
+            continue
+        try:
             figures[unit] = _figures(compiled[unit.cc][unit.kernel], cluster, unit.cc)
+        except sass.CannotFollow as error:
+            raise RuntimeError(f"{unit}: {error}") from error
     return figures
 
 
@@ -184,11 +188,51 @@ def _host_compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
+READING = "reading"
+"""The route that is counted: the loop over vectors of three roles of 16 bits a logit."""
+
+_TOKENS = 8  # of 16 bits, in a vector of 16 bytes
+_ROLES = 3
+
+
+def is_vector(i: sass.Instruction) -> bool:
+    """Whether it loads logits: nothing else asks for no place in L1."""
+    return i.stem == "LDG" and ".NA" in i.opcode
+
+
+def reading(code: sass.Code) -> RouteFigures:
+    """The longest loop that loads a multiple of three vectors: that of bf16 or fp16 logits.
+
+    fp32 logits are half as many tokens to a vector, and one role's come one by one.
+
+    Raises:
+        sass.CannotFollow: there is no such loop.
+    """
+    loops = code.loops()
+    loads: dict[range, int] = {}
+    for index, instruction in enumerate(code.instructions):
+        around = [loop for loop in loops if index in loop]
+        if is_vector(instruction) and around:
+            innermost = min(around, key=len)
+            loads[innermost] = loads.get(innermost, 0) + 1
+    steered = {loop: count for loop, count in loads.items() if count % _ROLES == 0}
+    if not steered:
+        raise sass.CannotFollow("no loop loads vectors of three roles")
+    loop = max(steered, key=lambda one: len(one) / steered[one])
+    tokens = steered[loop] // _ROLES * _TOKENS
+    return RouteFigures(
+        instructions=len(loop) / tokens,
+        logits_loads=steered[loop] / tokens,
+        logits_bytes=16 * steered[loop] / tokens,
+        parts={},
+    )
+
+
 def _figures(compiled: Code, cluster: Cluster, cc: int) -> Figures:
     code, warps = compiled.code, cluster.threads // WARP
     loads = [i for i in code.instructions if i.stem == "LDG"]
-    # Logits' vectors alone ask for no place in L1. Generic loads are of other blocks' memory.
-    logits = [i for i in loads if ".NA" in i.opcode]
+    # Generic loads, LD, are of other blocks' memory.
+    logits = [i for i in loads if is_vector(i)]
     return Figures(
         registers=compiled.registers,
         stack=compiled.stack,
@@ -201,7 +245,7 @@ def _figures(compiled: Code, cluster: Cluster, cc: int) -> Figures:
         stores=widths(i for i in code.instructions if i.stem == "STG"),
         atomics=code.count("ATOM", "ATOMG", "RED", "REDG"),
         barriers=code.count("BAR"),
-        routes={},
+        routes={READING: reading(code)},
         blocks=cluster.blocks,
     )
 

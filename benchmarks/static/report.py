@@ -144,6 +144,18 @@ def cluster_table(figures: Mapping[Unit, Figures]) -> Table:
     return Table("CUDA C++", columns, rows)
 
 
+def _cluster_tables(figures: Mapping[Unit, Figures]) -> list[Table]:
+    """Their resources, and their loops: the code of a kernel is the same for every shape."""
+    first = next((unit.case for unit in figures), None)
+    once = {
+        Unit("CUDA C++", unit.kernel, unit.cc): one
+        for unit, one in figures.items()
+        if unit.case == first
+    }
+    loops = route_table(once)
+    return [cluster_table(figures), loops._replace(title=f"CUDA C++: {loops.title.lower()}")]
+
+
 def _absent_line(figures: Mapping[Unit, Figures]) -> str:
     """What no cluster of a device holds, of the cases that other devices have."""
     ccs = sorted({unit.cc for unit in figures})
@@ -188,7 +200,7 @@ def print_figures(figures: Mapping[Unit, Figures]) -> None:
 
 def print_cluster_figures(figures: Mapping[Unit, Figures]) -> None:
     """The CUDA C++ kernels' table on the terminal."""
-    _print_tables([cluster_table(figures)])
+    _print_tables(_cluster_tables(figures))
 
 
 def _print_tables(tables: Iterable[Table]) -> None:
@@ -222,7 +234,7 @@ def page(stored: Stored, cluster: Stored) -> str:
     ]
     if twins:
         lines += ["", _twin_line(twins)]
-    for table in [*_tables(kept), cluster_table(cluster.figures)]:
+    for table in [*_tables(kept), *_cluster_tables(cluster.figures)]:
         lines += ["", f"## {table.title}", ""]
         lines += [_row(table.columns), _row(["---"] + ["---:"] * (len(table.columns) - 1))]
         lines += map(_row, table.rows)

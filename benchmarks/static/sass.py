@@ -136,6 +136,15 @@ class Code:
             raise CannotFollow("no path through the code is of the kind asked for")
         return way.code
 
+    def loops(self) -> list[range]:
+        """Instructions, by index, from the target of each jump backwards to the jump."""
+        found = []
+        for end, instruction in enumerate(self.instructions):
+            jump = self._jump(instruction) if instruction.stem == "BRA" else None
+            if jump is not None:
+                found += [range(start, end + 1) for start in jump.targets if start <= end]
+        return found
+
     @cached_property
     def _index(self) -> dict[str, int]:
         """Labels as indices of instructions."""

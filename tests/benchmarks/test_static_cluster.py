@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton, whose tools read the code, is not 
 
 from benchmarks.environment import REPOSITORY
 from benchmarks.report import RESULTS
-from benchmarks.static import cluster, report, run
+from benchmarks.static import cluster, report, run, sass
 from benchmarks.static.figures import Figures
 
 needs_compiler = pytest.mark.skipif(
@@ -36,7 +36,11 @@ def disassembly(bodies):
     parts = ["	.target	sm_90a\n"]
     for name, lines in bodies.items():
         symbol = SYMBOLS[name]
-        code = [f"        /*{16 * i:04x}*/   {line}" for i, line in enumerate(lines)]
+        code, address = [], 0
+        for line in lines:
+            label = line.endswith(":")
+            code.append(line if label else f"        /*{address:04x}*/   {line}")
+            address += 0 if label else 16
         parts.append(f"//--------------------- .text.{symbol} --------------------------")
         parts.append(f"\t.section\t.text.{symbol}\n.text.{symbol}:\n" + "\n".join(code))
     parts.append("//--------------------- .nv.shared.reserved.0 ----------------------")
@@ -52,10 +56,11 @@ def usage(resources):
     return "\n".join(["\nResource usage:\n Common:\n  GLOBAL:0", *lines])
 
 
+LOOP = [".L_x_1:", LOAD, LOAD, LOAD, "IMAD R1, R1, R1, R1 ;", "@P0 BRA `(.L_x_1) ;"]
 BODIES = {
-    "rejection": [LOAD, "LDL R3, [R1] ;", "EXIT ;"],
-    "coupled": [LOAD, "STG.E desc[UR6][R8.64], R33 ;", "EXIT ;"],
-    "sample": [LOAD, LOAD, "LDG.E R4, desc[UR6][R2.64] ;", "LD.E R4, [R2] ;", "EXIT ;"],
+    "rejection": [*LOOP, "LDL R3, [R1] ;", "EXIT ;"],
+    "coupled": [*LOOP, "STG.E desc[UR6][R8.64], R33 ;", "EXIT ;"],
+    "sample": [LOAD, *LOOP, "LDG.E R4, desc[UR6][R2.64] ;", "LD.E R4, [R2] ;", "EXIT ;"],
 }
 RESOURCES = {"rejection": (254, 8), "coupled": (120, 0), "sample": (101, 0)}
 
@@ -64,7 +69,7 @@ def test_kernels_are_told_apart_by_their_symbols():
     kernels = cluster.read(disassembly(BODIES), usage(RESOURCES))
     assert {name: (k.registers, k.stack) for name, k in kernels.items()} == RESOURCES
     assert {name: len(k.code.instructions) for name, k in kernels.items()} == {
-        "rejection": 3, "coupled": 3, "sample": 5,
+        "rejection": 7, "coupled": 7, "sample": 9,
     }  # fmt: skip
     assert kernels["rejection"].code.count("LDL") == 1
 
@@ -83,11 +88,8 @@ def test_vectors_of_logits_are_the_loads_that_are_not_kept(monkeypatch):
     unit = run.Unit("V=128256", "sample", 90)
     [(found, figures)] = cluster.measure([unit]).items()
     assert found == unit
-    assert (figures.logits_loads, figures.other_loads, figures.narrowest) == (
-        {"16": 2},
-        {"4": 1},
-        16,
-    )
+    loads = (figures.logits_loads, figures.other_loads, figures.narrowest)
+    assert loads == ({"16": 4}, {"4": 1}, 16)
     assert (figures.blocks, figures.shared, figures.resident_warps) == (8, 97_000, 16)
 
 
@@ -97,6 +99,40 @@ def test_rows_that_no_cluster_holds_have_no_figures(monkeypatch):
     none = cluster.Cluster(blocks=0, threads=256, shared=0, widest=70_000)
     monkeypatch.setattr(cluster, "clusters", lambda wanted: [none] * len(wanted))
     assert cluster.measure([run.Unit("V=128256", "rejection", 120)]) == {}
+
+
+def loop(label, loads, others):
+    """A loop of so many loads of vectors and other instructions, its jump included."""
+    return [f"{label}:", *[LOAD] * loads, *["NOP ;"] * (others - 1), f"@P0 BRA `({label}) ;"]
+
+
+def code_of(*lines):
+    body = disassembly({"sample": lines}).split(" -\n")[-1]
+    return sass.parse(body.split("//---")[1].split("---\n", 1)[1])
+
+
+def test_instructions_a_token_are_those_of_the_longest_loop_over_three_roles():
+    """Not of one role's, not of fp32's, which are shorter, and not of a loop around."""
+    alone, fp32, bf16 = loop(".a", 2, 90), loop(".b", 6, 66), loop(".c", 6, 120)
+    nested = [".d:", LOAD, *["NOP ;"] * 300, *loop(".e", 2, 10), "@P0 BRA `(.d) ;"]
+    route = cluster.reading(code_of(*alone, *fp32, *bf16, *nested, "EXIT ;"))
+    assert route.instructions == 126 / 16
+    assert (route.logits_loads, route.logits_bytes) == (0.375, 6.0)
+
+
+def test_code_that_cannot_be_followed_is_named(monkeypatch):
+    unrolled = {name: [LOAD, "RET.REL.NODEC R2 ;", "EXIT ;"] for name in BODIES}
+    kernels = cluster.read(disassembly(unrolled), usage(RESOURCES))
+    monkeypatch.setattr(cluster, "compile_for", lambda cc: kernels)
+    held = cluster.Cluster(blocks=8, threads=256, shared=97_000, widest=400_000)
+    monkeypatch.setattr(cluster, "clusters", lambda wanted: [held] * len(wanted))
+    with pytest.raises(RuntimeError, match="V=128256/sample cc 90: no loop loads vectors"):
+        cluster.measure([run.Unit("V=128256", "sample", 90)])
+
+
+def test_no_loop_over_three_roles():
+    with pytest.raises(sass.CannotFollow, match="three roles"):
+        cluster.reading(code_of(LOAD, LOAD, LOAD, *loop(".a", 2, 20), "EXIT ;"))
 
 
 UNIT = run.Unit("V=128256", "sample", 90)
