@@ -277,6 +277,7 @@ static void refused(const char* what, int code) {
 
 static void errors(void) {
   const float logits[4] = {0, 1, 2, 3};
+  float head[3] = {7, 7, 7};
   int64_t token = 7;
   proxytune_sample_args good, a;
   memset(&good, 0, sizeof good);
@@ -330,8 +331,24 @@ static void errors(void) {
   memset(&x, 0, sizeof x);
   x.inputs = good.inputs;
   refused("no-x", proxytune_cpu_combine(&x, 0, 1));
+  proxytune_head_logits_args h;
+  memset(&h, 0, sizeof h);
+  h.rows = 1;
+  h.size = 2;
+  h.hidden = logits;
+  h.weight.data = logits;
+  h.weight.row_stride = 2;
+  refused("no-head-logits", proxytune_cpu_head_logits(&h, 0, 2));
+  h.logits = head;
+  h.weight.dtype = 3;
+  refused("weight-dtype", proxytune_cpu_head_logits(&h, 0, 2));
+  h.weight.dtype = PROXYTUNE_F32;
+  refused("good-head", proxytune_cpu_head_logits(&h, 0, 2));
+  h.logits = head + 2;
+  refused("good-tokens", proxytune_cpu_head_logits(&h, 1, 2));
   refused("isa", proxytune_cpu_set_isa("none"));
   refused("unknown-code", 99);
+  printf("head %g,%g,%g\n", head[0], head[1], head[2]); /* (0, 1) by (0, 1), (2, 3), (2, 3) */
   printf("workspace %zu %zu\n", proxytune_cpu_workspace_size(0, 0),
          proxytune_cpu_workspace_size((1 << 19) + 1, 1));
 }

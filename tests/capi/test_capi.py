@@ -225,11 +225,12 @@ def test_threads_workspaces_and_instruction_sets_do_not_change_a_bit(ops, tmp_pa
 def test_what_cannot_be_meant_is_refused(ops):
     lines = [line.split(" ", 2) for line in run([ops, "errors"]).splitlines()]
     assert lines.pop() == ["workspace", "0", "0"]
+    assert lines.pop() == ["head", "1,3,3"]
     codes = {name: int(code) for name, code, _ in lines}
-    accepted = {"good": 0, "no-rows": 0}
+    accepted = {"good": 0, "no-rows": 0, "good-head": 0, "good-tokens": 0}
     special = {"isa": 2, "unknown-code": 99}
     assert codes == {name: 1 for name in codes} | accepted | special
-    assert len(codes) == 20
+    assert len(codes) == 24
     assert all(len(message) > 5 for _, _, message in lines)
 
 

@@ -248,6 +248,17 @@ def test_x_is_right_to_its_bound(backend, dtype):
 
 
 @backends
+def test_soft_caps_are_right(backend):
+    """Logits that are exact before the cap: 3.1e-7 of it after, and a logprob's own 2e-6."""
+    cap, values = 64.0, torch.cat([torch.linspace(-90, 90, 100), torch.linspace(-900, 900, 28)])
+    head = ptk.Head(torch.ones(1, 1), values[:, None].contiguous(), soft_cap=cap)
+    got = backend.sample_hidden(head, None, None, top_logprobs=128).top
+    wanted = (cap * torch.tanh(values.double() / cap)).log_softmax(0)[got.token_ids]
+    allowed = 2 * 3.1e-7 * cap + 2e-6 + backend.tile_error + 2.0**-23 * wanted.abs()
+    assert ((got.logprobs.double() - wanted).abs() <= allowed).all()
+
+
+@backends
 def test_greedy_tokens_are_the_likeliest_but_for_the_bound(backend):
     batch, width = sized(backend, (64, 3000), (9, 300))
     heads = normal_heads(21, batch, width, torch.bfloat16)
