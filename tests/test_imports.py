@@ -129,6 +129,15 @@ def test_import_brings_in_nothing_heavy():
     assert not HEAVY & set(loaded)
 
 
+def test_the_cuda_extension_waits_until_it_is_asked_for():
+    code = """
+import sys, torch, proxytune_kernels as ptk
+ptk.sample(torch.zeros(1, 4))
+print(f"{ptk.__name__}._cuda" in sys.modules)
+"""
+    assert run(code).strip() == "False"
+
+
 def test_import_and_operators_work_with_torch_alone():
     missing = WITHOUT.format(packages={*HEAVY, "numpy", f"{PACKAGE}._cpu"})
     code = """

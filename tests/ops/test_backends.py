@@ -239,6 +239,20 @@ def test_of_two_devices_the_second_is_too_old_for_cuda(machine):
     check_refused("cuda", "cuda:1", reason)
 
 
+@pytest.mark.skipif(
+    find_spec("proxytune_kernels._cuda") is None, reason="the CUDA C++ extension is not built"
+)
+def test_the_extension_loads_where_torch_has_cuda_and_there_alone():
+    """CPU builds lack one function that it needs, and no other."""
+    code = "import torch, proxytune_kernels\ntry:\n    import proxytune_kernels._cuda\n"
+    code += "except ImportError as error:\n    print(error)\n"
+    found = run(code).strip()
+    if torch.version.cuda is None:
+        assert found.endswith("undefined symbol: aoti_torch_get_current_cuda_stream")
+    else:
+        assert found == ""
+
+
 def test_an_extension_that_does_not_load(machine, monkeypatch):
     def broken() -> Any:
         raise ImportError("undefined symbol: aoti_torch")
