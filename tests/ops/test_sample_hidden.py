@@ -171,7 +171,7 @@ def test_special_values(backend):
     """NaN, infinities and bad parameters have sample's tokens and status bits."""
     base, expert, anti = integer_heads(9, 6, 140)
     bias = torch.zeros(140)
-    bias[5], bias[9] = -torch.inf, torch.inf
+    bias[5], bias[9], bias[130] = -torch.inf, torch.inf, torch.nan
     params = params_of(9, 6, 140)
     params = params._replace(
         alpha=torch.tensor([1.0, 0.5, torch.nan, 1.0, 2.0, 1.0]),
@@ -181,6 +181,9 @@ def test_special_values(backend):
         heads = [base, expert, anti]
         heads[role] = heads[role]._replace(bias=bias)
         assert_same_as_sample(backend, heads, params)
+    one_nan = torch.zeros(140)
+    one_nan[139] = torch.nan
+    assert_same_as_sample(backend, (base._replace(bias=one_nan), expert, anti), params)
     nothing = base._replace(bias=torch.full((140,), -torch.inf))
     assert_same_as_sample(backend, (nothing, expert, anti), params)
 
