@@ -60,7 +60,7 @@ asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer 
 	export ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/asan-report
 	export UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/asan-report
 	$(BIN)/python -P -c 'import sys, proxytune_kernels._cpu as c; sys.exit("build/asan" not in c.__file__)'
-	$(BIN)/pytest -n auto --dist loadfile --max-worker-restart=0 -p no:cacheprovider tests/ops/test_fuzz.py tests/ops/test_fuzz_errors.py tests/capi || { cat build/asan-report.* >&2; exit 1; }
+	$(BIN)/pytest -n auto --dist loadfile --max-worker-restart=0 -p no:cacheprovider tests/ops/test_fuzz.py tests/ops/test_fuzz_errors.py tests/ops/test_fuzz_shard.py tests/capi || { cat build/asan-report.* >&2; exit 1; }
 
 .PHONY: static
 static: install ## Compile the GPU kernels, no GPU needed, and compare with the stored figures
@@ -69,7 +69,7 @@ static: install ## Compile the GPU kernels, no GPU needed, and compare with the 
 .PHONY: interpret
 interpret: install ## Run the Triton kernels' tests in Triton's interpreter, which needs no GPU
 	@echo "Running the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops tests/sharded
 
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy

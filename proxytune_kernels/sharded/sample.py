@@ -49,8 +49,9 @@ def sample(
         stream: as there.
         max_top_k: a promise about all rows: that none has top_p or top_k, unless its top_k is in
             [1, max_top_k]; 0: none has either. Then nothing is read back from the device. A row
-            that breaks it has token -1 and status 8. None: parameters on the host are looked at;
-            where they leave it open, or are on a device, one number is read back.
+            that breaks it, and would need more candidates, has token -1 and status 8. None:
+            parameters on the host are looked at; where they leave it open, or are on a device, one
+            number is read back.
         num_candidates: likeliest tokens that each rank sends where top_p or parameters on a device
             leave open how many are needed, at most 4,096. Rows that need more take longer.
         values: in place of ``params``, as there.

@@ -79,8 +79,9 @@ def verify(
     if draft_logits is not None:
         draft_x = combine(shard, draft_logits, None, None, requests.alpha)
     if shard.backend == "reference":
-        whole = whole_rows(shard, x).view(*base.shape[:2], -1)
-        whole_draft = None if draft_x is None else whole_rows(shard, draft_x).view(*drafts, -1)
+        size = shard.vocab_size
+        whole = whole_rows(shard, x).view(*base.shape[:2], size)
+        whole_draft = None if draft_x is None else whole_rows(shard, draft_x).view(*drafts, size)
         return reference.verify(whole, draft_token_ids, requests, mode, whole_draft)
     given = params if params is not None else requests
     candidates = candidates_for(given, requests, shard.vocab_size, max_top_k, num_candidates)

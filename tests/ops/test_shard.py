@@ -14,7 +14,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels import kernels, reference, rng
-from proxytune_kernels._shard_library import NUM_WORDS
+from proxytune_kernels._shard_library import NUM_WORDS, SHARD_OPERATORS
 from proxytune_kernels.sharded.rows import Finished, first_keys
 from tests.ops import oracle
 from tests.ops.conftest import Backend, move, sized
@@ -296,3 +296,37 @@ def test_rejection(kernel, cuts):
     if kernel.tile_error == 0:
         assert torch.equal(one, other)
     assert (residual.token_ids[~rejected] == -1).all()
+
+
+def good(kernel: Backend, op: str) -> list[Any]:
+    """Arguments of a call that is right: two rows of three tokens, two ranks, one draft."""
+    rows, size, world = 2, 3, 2
+    params = list(ptk.RowParams.make(rows))
+    x = torch.zeros(rows, size)
+    summaries = torch.stack([operator(kernel, "shard_scan")(x)] * world)
+    first = torch.zeros(rows, dtype=torch.int64)
+    drawn_words = operator(kernel, "shard_draw")(x, summaries, *params, None, first, 0, 0)
+    words, lists = torch.stack([drawn_words] * world), torch.zeros(world, rows, 4).long()
+    vector = torch.ones(rows, dtype=torch.int64)
+    two = torch.ones(2 * rows, dtype=torch.int64)
+    calls: dict[str, list[Any]] = {
+        "shard_scan": [x],
+        "shard_keys": [x, summaries, 0],
+        "shard_draw": [x, summaries, *params, vector, vector, 0, 0],
+        "shard_histogram": [lists[0], summaries, params[1], lists[1]],
+        "shard_finish": [summaries, words, lists, *params, torch.ones(rows, 3).long(), 0],
+        "shard_accept": [torch.zeros(rows, 2), torch.zeros(rows, 2).int(), torch.zeros(rows, 1),
+                         torch.zeros(rows, 1).long(), *params[6:]],
+        "shard_residual": [torch.zeros(2 * rows, size), torch.cat([summaries, summaries], 1), two,
+                           two, x, summaries, vector, vector, vector, *params, 0],
+    }  # fmt: skip
+    return calls[op]
+
+
+@pytest.mark.parametrize("op", SHARD_OPERATORS)
+def test_opcheck(widest, op):
+    """Schemas, fakes and traced calls; the dispatcher knows no interpreter."""
+    if widest.interpreted:
+        pytest.skip("Triton's interpreter runs on tensors of the CPU, whose kernels are C++")
+    arguments = move(tuple(good(widest, op)), widest.device)
+    torch.library.opcheck(getattr(torch.ops.proxytune, op).default, arguments)

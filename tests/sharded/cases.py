@@ -276,4 +276,13 @@ def _drafts() -> Iterator[tuple[str, Case]]:
     yield "rejection-short-list", lambda: short_list(speculative(53, 30, 2, 300, "rejection"), 1)
 
 
-CASES: dict[str, Case] = dict((*_rows(), *_flat(), *_drafts()))
+def _few() -> Iterator[tuple[str, Case]]:
+    """What Triton's interpreter gets, at 0.2 s a row and more."""
+    yield "few-rows", partial(random_rows, 61, 6, 300)
+    yield "few-flat", partial(flat, 62, 1, 2000, top_p=0.9)
+    yield "few-top-k", lambda: short_list(flat(63, 1, 700, spread=1.0, top_k=400), 3)
+    yield "few-coupled", partial(speculative, 64, 3, 1, 70, "coupled")
+    yield "few-rejection", partial(speculative, 65, 3, 1, 130, "rejection")
+
+
+CASES: dict[str, Case] = dict((*_rows(), *_flat(), *_drafts(), *_few()))
