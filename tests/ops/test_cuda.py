@@ -13,6 +13,7 @@ import proxytune_kernels as ptk
 from proxytune_kernels import kernels
 from tests.ops import oracle
 from tests.ops.conftest import move
+from tests.ops.test_sample_hidden import integer_heads
 
 pytestmark = [
     pytest.mark.triton,
@@ -88,9 +89,12 @@ def operators() -> dict[str, Callable[[], Any]]:
     roles, params = rows()
     stacked, drafts, draft_logits, few = requests()
     ids = torch.zeros((4, 4), dtype=torch.int64, device=CUDA)
+    base, expert, anti = move(integer_heads(3, 16, VOCAB_SIZE), "cuda")
+    heads = base, expert, anti
     return {
         "sample": lambda: ptk.sample(*roles, params),
         "top_logprobs": lambda: ptk.sample(*roles, params, top_logprobs=20),
+        "sample_hidden": lambda: ptk.sample_hidden(*heads, params, top_logprobs=5),
         "combine": lambda: ptk.combine(*roles, params.alpha),
         "score": lambda: ptk.score(*stacked, ids, few.alpha),
         "coupled": lambda: ptk.verify(*stacked, drafts, few),
@@ -100,7 +104,7 @@ def operators() -> dict[str, Callable[[], Any]]:
     }
 
 
-NAMES = ("sample", "top_logprobs", "combine", "score", "coupled", "rejection")
+NAMES = ("sample", "top_logprobs", "sample_hidden", "combine", "score", "coupled", "rejection")
 
 
 # torch's own: this check does not find every wait
