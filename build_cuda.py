@@ -24,8 +24,11 @@ FLAGS = (
     # No contraction, on the device and beside it: a fused multiply-add is written as one.
     *("--fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden,-fPIC,-Wall"),
 )
-ARCHITECTURES = "9.0a;10.0a;12.0a"
-"""Compute capabilities that are compiled for unless TORCH_CUDA_ARCH_LIST names others."""
+ARCHITECTURES = "9.0;10.0;12.0"
+"""Compute capabilities that are compiled for unless TORCH_CUDA_ARCH_LIST names others.
+
+What is compiled for 10.0 runs on 10.3 too; for 10.0a, the same code, it would not.
+"""
 
 _OLDEST_NVCC = (12, 0)  # the first that knows C++20
 _OLDEST = 90  # clusters

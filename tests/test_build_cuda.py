@@ -54,7 +54,7 @@ def test_what_it_says_of_itself(nvcc):
     assert found.include_dirs == ("/opt/cuda/include",)
     assert found.library_dirs == ("/opt/cuda/lib/stubs", "/opt/cuda/lib")
     assert devices(options) == [
-        "compute_90a,code=sm_90a", "compute_100a,code=sm_100a", "compute_120a,code=sm_120a",
+        "compute_90,code=sm_90", "compute_100,code=sm_100", "compute_120,code=sm_120",
     ]  # fmt: skip
 
 
@@ -99,10 +99,10 @@ def test_torchs_list_of_devices(nvcc, monkeypatch, listed, wanted):
 
 def test_what_is_left_out_is_said(nvcc, monkeypatch, capsys):
     path = nvcc("12.4", codes="")
-    assert devices(build_cuda.toolchain()[1]) == ["compute_90a,code=sm_90a"]
+    assert devices(build_cuda.toolchain()[1]) == ["compute_90,code=sm_90"]
     assert capsys.readouterr().err.splitlines() == [
         f"CUDA C++ kernels: not compiled for {name}: {path} does not know it"
-        for name in ("10.0a", "12.0a")
+        for name in ("10.0", "12.0")
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.9")
     with pytest.raises(build_cuda.Unavailable, match=r"^TORCH_CUDA_ARCH_LIST=7.5;8.9 names no "):
@@ -150,7 +150,7 @@ def test_as_a_command_it_says_what_a_build_would_do(nvcc):
     nvcc()
     command = [sys.executable, str(ROOT / "build_cuda.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "CUDA C++ kernels: built for sm_90a, sm_100a, sm_120a\n"
+    assert done.stdout == "CUDA C++ kernels: built for sm_90, sm_100, sm_120\n"
     skipped = os.environ | {"PROXYTUNE_SKIP_CUDA_BUILD": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=skipped)
     assert done.stdout == "CUDA C++ kernels: not built: PROXYTUNE_SKIP_CUDA_BUILD=1\n"
