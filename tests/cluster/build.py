@@ -62,10 +62,10 @@ def library(program: str, *, races: bool = False, ucontext: bool = False) -> cty
 @functools.cache
 def _library(program: str, races: bool, ucontext: bool) -> ctypes.CDLL | RuntimeError:
     """What failed once is not tried again: it takes as long as what succeeds."""
-    instrument = (
-        ["-O1", "-fsanitize=thread"] if races else ["-O2", *(SANITIZERS if SANITIZE else [])]
-    )
-    flags = [*FLAGS, *instrument, *(["-DPTK_UCONTEXT"] if ucontext else [])]
+    watch = ["-O2", *(SANITIZERS if SANITIZE else [])]
+    if races:
+        watch = ["-O1", "-fsanitize=thread"]
+    flags = [*FLAGS, *watch, *(["-DPTK_UCONTEXT"] if ucontext else [])]
     name = f"{program}{'-races' * races}{'-ucontext' * ucontext}{'-sanitized' * SANITIZE}"
     path = BUILT / f"{name}-{_digest(flags)}.so"
     BUILT.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,8 @@ struct Fiber {
   Context context;
   int block = 0, thread = 0;
   uint32_t exchanges = 0;  // of its warp, so far
-  int64_t reached = -1;    // when it last asked for another block's memory
+  int arrived = 0, waited = 0;  // at and for the cluster's barrier: how often
+  int reached = -1;  // `arrived` when it last asked for another block's memory
 };
 
 // Where some number of threads wait for each other.
@@ -60,10 +61,11 @@ struct Warp {
   uint64_t values[2][kLanes];  // of one exchange and of the next: one barrier is enough for both
 };
 
-// Accesses to a byte that no barrier parts: when the last one was, by whom, and whether others of its
-// warp (1), block (2) or cluster (3) made some.
+// Accesses to a byte that no barrier parts: when the last one was, by whom, after how many arrivals at
+// the cluster's barrier, and whether others of its warp (1), block (2) or cluster (3) made some.
 struct Touch {
   int64_t time = -1;
+  int arrived = 0;
   uint16_t thread = 0;
   uint8_t level = 0;
 };
@@ -86,7 +88,9 @@ class Cluster {
   // What follows is for the threads. All of a group wait.
   void sync_warp(int block, int thread, std::source_location from);
   void sync_block(int block, std::source_location from);
-  void sync_cluster(std::source_location from);
+  // The cluster's barrier has two steps: who waits has arrived, and goes on when all have.
+  void arrive_cluster(const char* what, std::source_location from);
+  void wait_cluster(const char* what, std::source_location from);
   // All lanes of a warp give a value, and see everyone's.
   const uint64_t* exchange(int block, int thread, uint64_t value, const char* what,
                            std::source_location from);
@@ -105,7 +109,6 @@ class Cluster {
   // For races.cpp. Times count barriers passed, anywhere in the cluster.
   int64_t started() const { return started_; }
   int64_t now() const { return clock_; }
-  int64_t passed() const { return barrier_.passed; }
   int64_t passed(int block) const { return block_barriers_[size_t(block)].passed; }
   int64_t passed(int block, int thread) { return warp_of(block, thread).barrier.passed; }
   const Fiber& running() const { return *running_; }
@@ -115,6 +118,7 @@ class Cluster {
 
  private:
   static void enter();
+  void meet(Barrier& barrier, bool first, const char* what, std::source_location from);
   void wait(Barrier& barrier, const char* what, std::source_location from);
   void next(Fiber& me);
   void leave(Fiber& me);
@@ -130,7 +134,9 @@ class Cluster {
   Stacks stacks_;
   std::vector<Warp> warps_;
   std::vector<Barrier> block_barriers_;
-  Barrier barrier_;
+  Barrier barrier_;          // of the cluster: its place is that of the first to arrive
+  size_t arrived_ = 0;       // since all last had
+  int phases_ = 0;           // how often all have arrived
   std::vector<int> left_in_block_;
   std::vector<Fiber*> runnable_;
   Fiber* running_ = nullptr;
@@ -178,6 +184,8 @@ inline bool Cluster::run(const Body& body, uint64_t seed) {
   left_ = blocks_ * threads_;
   started_ = ++clock_;
   barrier_.waiting.clear();
+  arrived_ = 0;
+  phases_ = 0;
   for (Barrier& barrier : block_barriers_) barrier.waiting.clear();
   for (Warp& warp : warps_) warp.barrier.waiting.clear();
 #if defined(__SANITIZE_ADDRESS__)
@@ -197,6 +205,7 @@ inline bool Cluster::run(const Body& body, uint64_t seed) {
       fiber.block = b;
       fiber.thread = t;
       fiber.exchanges = 0;
+      fiber.arrived = fiber.waited = 0;
       fiber.reached = -1;
       fiber.context.prepare(stacks_.at(i), Stacks::bytes(i), &Cluster::enter);
       runnable_.push_back(&fiber);
@@ -226,9 +235,12 @@ inline void Cluster::scramble(int block, uint64_t word) {
 }
 
 inline void Cluster::leave(Fiber& me) {
-  if (blocks_ > 1 && me.reached >= barrier_.passed) {
-    fail("thread %d of block %d returns, but since the last sync_cluster it asked for another "
-         "block's shared memory: that block may be gone", me.thread, me.block);
+  if (me.reached == me.arrived) {
+    fail("thread %d of block %d returns, but since it last arrived at the cluster's barrier it asked "
+         "for another block's shared memory: that block may be gone", me.thread, me.block);
+  }
+  if (me.arrived != me.waited) {
+    fail("thread %d of block %d returns without waiting at the cluster's barrier", me.thread, me.block);
   }
   --left_;
   if (--left_in_block_[size_t(me.block)] == 0) {
@@ -282,9 +294,9 @@ inline void Cluster::fail(const char* format, ...) {
   std::abort();
 }
 
-inline void Cluster::wait(Barrier& barrier, const char* what, std::source_location from) {
-  Fiber& me = *running_;
-  if (barrier.waiting.empty()) {
+// All who meet at a barrier must have come from one place.
+inline void Cluster::meet(Barrier& barrier, bool first, const char* what, std::source_location from) {
+  if (first) {
     barrier.what = what;
     barrier.from = from;
   } else if (std::strcmp(barrier.what, what) != 0 || barrier.from.line() != from.line() ||
@@ -293,6 +305,11 @@ inline void Cluster::wait(Barrier& barrier, const char* what, std::source_locati
          barrier.what, barrier.from.file_name(), barrier.from.line(), what, from.file_name(),
          from.line());
   }
+}
+
+inline void Cluster::wait(Barrier& barrier, const char* what, std::source_location from) {
+  Fiber& me = *running_;
+  meet(barrier, barrier.waiting.empty(), what, from);
   barrier.waiting.push_back(&me);
   if (barrier.waiting.size() == barrier.size) {
     barrier.passed = ++clock_;
@@ -308,7 +325,33 @@ inline void Cluster::sync_warp(int block, int thread, std::source_location from)
 inline void Cluster::sync_block(int block, std::source_location from) {
   wait(block_barriers_[size_t(block)], "sync", from);
 }
-inline void Cluster::sync_cluster(std::source_location from) { wait(barrier_, "sync_cluster", from); }
+
+inline void Cluster::arrive_cluster(const char* what, std::source_location from) {
+  Fiber& me = *running_;
+  if (me.arrived != me.waited) {
+    fail("%s (%s:%u): thread %d of block %d has arrived at the cluster's barrier already, and not waited",
+         what, from.file_name(), from.line(), me.thread, me.block);
+  }
+  meet(barrier_, arrived_ == 0, what, from);
+  ++me.arrived;
+  if (++arrived_ < barrier_.size) return;
+  arrived_ = 0;
+  ++phases_;
+  ++clock_;
+  runnable_.insert(runnable_.end(), barrier_.waiting.begin(), barrier_.waiting.end());
+  barrier_.waiting.clear();
+}
+
+inline void Cluster::wait_cluster(const char* what, std::source_location from) {
+  Fiber& me = *running_;
+  if (me.arrived == me.waited) {
+    fail("%s (%s:%u): thread %d of block %d has not arrived at the cluster's barrier", what,
+         from.file_name(), from.line(), me.thread, me.block);
+  }
+  (phases_ < me.arrived ? barrier_.waiting : runnable_).push_back(&me);
+  next(me);
+  ++me.waited;
+}
 
 inline const uint64_t* Cluster::exchange(int block, int thread, uint64_t value, const char* what,
                                          std::source_location from) {
@@ -334,11 +377,11 @@ inline std::byte* Cluster::at(const void* own, size_t bytes, int block) {
   }
   if (block < 0 || block >= blocks_) fail("at: block %d of a cluster of %d", block, blocks_);
   if (block != me.block) {
-    if (barrier_.passed < started_) {
-      fail("at: block %d asks for block %d's shared memory, but no sync_cluster has made sure that "
-           "it has started", me.block, block);
+    if (me.waited == 0) {
+      fail("at: block %d asks for block %d's shared memory, but has not waited at the cluster's "
+           "barrier: it may not have started", me.block, block);
     }
-    me.reached = clock_;
+    me.reached = me.arrived;
   }
   return shared(block) + offset;
 }

@@ -6,6 +6,13 @@
 
 #include "team.h"
 
+#include "../../csrc/common/philox.h"
+#if defined(__SANITIZE_THREAD__)
+// As on a device. What a function returns in memory is instrumented only where it is inlined.
+#undef PTK_HOST_DEVICE
+#define PTK_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
 #include "../../csrc/common/arguments.h"
 #include "../../csrc/cuda/sample.h"
 #include "../../csrc/cuda/verify.h"

@@ -51,7 +51,7 @@ PTK_KERNEL void everything(const T& team, std::byte* shared, uint64_t* out) {
 }
 
 // Passes a value on to the next lane, warp or block by shared memory, with or without a barrier.
-enum class Reach { kLane, kWarp, kBlock };
+enum class Reach { kLane, kWarp, kBlock, kBlockInTwoSteps };
 
 template <Reach kReach, bool kBarrier, class T>
 PTK_KERNEL void pass_on(const T& team, std::byte* shared, uint64_t* out) {
@@ -59,15 +59,18 @@ PTK_KERNEL void pass_on(const T& team, std::byte* shared, uint64_t* out) {
   const int i = team.thread(), first = i - team.lane();
   values[i] = 0;
   team.sync_cluster();
+  if (!kBarrier && kReach == Reach::kBlockInTwoSteps) team.arrive_cluster();  // too early
   values[i] = uint32_t(team.block() * T::kThreads + i);
   if (kBarrier && kReach == Reach::kLane) team.sync_warp();
   if (kBarrier && kReach == Reach::kWarp) team.sync();
   if (kBarrier && kReach == Reach::kBlock) team.sync_cluster();
+  if (kBarrier && kReach == Reach::kBlockInTwoSteps) team.arrive_cluster();
+  if (kReach == Reach::kBlockInTwoSteps) team.wait_cluster();
   uint32_t got = 0;
   if (kReach == Reach::kLane) got = values[first + (team.lane() + 1) % 32];
   if (kReach == Reach::kWarp) got = values[(i + 32) % T::kThreads];
-  if (kReach == Reach::kBlock) got = team.at(values, (team.block() + 1) % team.blocks())[i];
-  if (kReach == Reach::kBlock) team.sync_cluster();
+  if (kReach >= Reach::kBlock) got = team.at(values, (team.block() + 1) % team.blocks())[i];
+  if (kReach >= Reach::kBlock) team.sync_cluster();
   out[team.block() * T::kThreads + i] = got;
 }
 
@@ -91,6 +94,12 @@ PTK_KERNEL void mistake(const T& team, std::byte* shared, uint64_t* out, const s
     team.sync_cluster();
     if (next == 0) team.at(shared, team.blocks());
   }
+  if (name == "arrives twice") {
+    team.arrive_cluster();
+    team.sync_cluster();
+  }
+  if (name == "only waits") team.wait_cluster();
+  if (name == "only arrives") team.arrive_cluster();
   if (name == "outside") team.at(shared + kSharedBytes, 0);
   if (name == "not started") team.at(shared, next);
   if (name == "gone") {
@@ -134,6 +143,8 @@ const char* run(const char* name, int blocks, uint64_t seed, uint64_t* out) {
       {"lane to lane", pass_on<Reach::kLane, true, T>},
       {"warp to warp", pass_on<Reach::kWarp, true, T>},
       {"block to block", pass_on<Reach::kBlock, true, T>},
+      {"block to block in two steps", pass_on<Reach::kBlockInTwoSteps, true, T>},
+      {"early arrive_cluster", pass_on<Reach::kBlockInTwoSteps, false, T>},
       {"no sync_warp", pass_on<Reach::kLane, false, T>},
       {"no sync", pass_on<Reach::kWarp, false, T>},
       {"no sync_cluster", pass_on<Reach::kBlock, false, T>},

@@ -54,8 +54,10 @@ class Checker {
     if (touch.time < cluster_.started()) return true;
     const int least = std::max(int(touch.level), int(level(touch.thread)));
     if (least == kThread) return true;
-    int64_t last = cluster_.passed();
-    if (least <= kBlock) last = std::max(last, cluster_.passed(me_.block));
+    // Of the cluster's barrier, one that the touch was before the arrival at, and this is after.
+    if (me_.waited > touch.arrived) return true;
+    int64_t last = -1;
+    if (least <= kBlock) last = cluster_.passed(me_.block);
     if (least <= kWarp) last = std::max(last, cluster_.passed(me_.block, me_.thread));
     return last > touch.time;
   }
@@ -63,7 +65,7 @@ class Checker {
   // Touches that no barrier parts are kept as one, of the smallest group that all who made them are in.
   void note(Touch& touch) const {
     const int wide = ordered(touch) ? kThread : std::max(int(touch.level), int(level(touch.thread)));
-    touch = {cluster_.now(), thread_, uint8_t(wide)};
+    touch = {cluster_.now(), me_.arrived, thread_, uint8_t(wide)};
   }
 
   [[noreturn]] void fail(Access access, const char* how, const Touch& touch) const {

@@ -41,10 +41,15 @@ class Team {
   int blocks() const { return cluster_.blocks(); }
 
   void sync(From from = From::current()) const { cluster_.sync_block(block_, from); }
-  void sync_cluster(From from = From::current()) const { cluster_.sync_cluster(from); }
-  // Arriving waits for nobody: it is left out, and who waits does both.
-  void arrive_cluster() const {}
-  void wait_cluster(From from = From::current()) const { cluster_.sync_cluster(from); }
+  void sync_cluster(From from = From::current()) const {
+    cluster_.arrive_cluster("sync_cluster", from);
+    cluster_.wait_cluster("sync_cluster", from);
+  }
+  void arrive_cluster(From from = From::current()) const {
+    cluster_.arrive_cluster("arrive_cluster", from);
+    cluster_.give_way();
+  }
+  void wait_cluster(From from = From::current()) const { cluster_.wait_cluster("wait_cluster", from); }
   void sync_warp(From from = From::current()) const { cluster_.sync_warp(block_, thread_, from); }
 
   template <typename T>
