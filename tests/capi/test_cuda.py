@@ -6,6 +6,8 @@ what they say, and how many blocks they would choose is tested here. tests/clust
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shutil
 import subprocess
@@ -35,8 +37,10 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 def run(*command: str | Path, given: str | None = None) -> str:
+    """Output of a command that must succeed; a sanitizer of this process isn't handed on."""
+    env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
     done = subprocess.run(
-        [str(c) for c in command], input=given, capture_output=True, text=True, check=False
+        [str(c) for c in command], input=given, capture_output=True, text=True, env=env
     )
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -44,10 +48,18 @@ def run(*command: str | Path, given: str | None = None) -> str:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels as a shared library, from csrc/cuda and csrc/common alone, quickly compiled."""
-    path = tmp_path_factory.mktemp("capi") / "libproxytune_cuda.so"
-    quick = ("-Xptxas=-O1", "-Xcicc=-O1")
-    NVCC.compile(path, _device(), "-shared", "-Xlinker=--exclude-libs=ALL", *quick)
+    """The kernels as a shared library, from csrc/cuda and csrc/common alone, quickly compiled.
+
+    Once for all processes of a run.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda-library"
+    folder.mkdir(exist_ok=True)
+    path, quick = folder / "libproxytune_cuda.so", ("-Xptxas=-O1", "-Xcicc=-O1")
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            NVCC.compile(path, _device(), "-shared", "-Xlinker=--exclude-libs=ALL", *quick)
     return path
 
 
@@ -58,16 +70,16 @@ def _device() -> list[str]:
     return [f"-gencode=arch=compute_{name},code=sm_{name}"]
 
 
-def link(library: Path, source: Path, *flags: str) -> Path:
-    program = library.parent / source.stem
+def link(library: Path, source: Path, folder: Path, *flags: str) -> Path:
+    program = folder / source.stem
     run(*CPP, *flags, source, library, f"-Wl,-rpath,{library.parent}", "-o", program)
     return program
 
 
 @pytest.fixture(scope="session")
-def said(library: Path) -> list[str]:
+def said(library: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What cuda.cpp prints."""
-    return run(link(library, HERE / "cuda.cpp")).splitlines()
+    return run(link(library, HERE / "cuda.cpp", tmp_path_factory.mktemp("capi"))).splitlines()
 
 
 @needs_nvcc
@@ -119,7 +131,7 @@ def test_the_documented_example(library, tmp_path):
     path.write_text(source)
     folders = [f"-isystem{d}" for d in NVCC.include_dirs] + [f"-L{d}" for d in NVCC.library_dirs]
     libraries = ("-lcudart_static", "-ldl", "-lpthread", "-lrt")
-    program = link(library, path, *folders, "-Wl,--start-group", *libraries)
+    program = link(library, path, tmp_path, *folders, "-Wl,--start-group", *libraries)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         token = int(ptk.sample(torch.tensor([[2.0, 1.0, 0.5, -1.0]]), seed=7).token_ids)
