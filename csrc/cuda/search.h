@@ -21,9 +21,9 @@ PTK_HOST_DEVICE uint32_t mass_digit(uint64_t mass, int digit) { return uint32_t(
 template <class Team>
 class Search {
  public:
-  // `tile_mass`: whether Row::tile_mass is there.
+  // `tile_mass`: whether Tiles::mass is there.
   PTK_KERNEL Search(Cluster<Team>& cluster, const Row& row, Exponent e, bool tile_mass)
-      : cluster_(cluster), team_(cluster.team), s_(cluster.s), row_(row), e_(e), tile_mass_(tile_mass) {
+      : cluster_(cluster), team_(cluster.team), s_(cluster.s), row_(row), tiles_(cluster.s, row), e_(e), tile_mass_(tile_mass) {
     publish(team_, s_.listed, 0);
   }
 
@@ -53,6 +53,7 @@ class Search {
       if (found.index >= 0 && token_x(sorted(found.index)) >= low) return prefix_of(found);
       if (!listed) return {low, UINT32_MAX, found.before.count, found.before.mass};
       listed = false;
+      team_.sync();  // all have read the list: the trial cuts are written over it
     }
   }
 
@@ -60,8 +61,8 @@ class Search {
   PTK_KERNEL Prefix whole(float low) {
     uint64_t sums[] = {0, 0};
     for (int t = team_.warp(); t < row_.count; t += Team::kWarps) {
-      if (!(row_.tile_max[t] >= low)) continue;
-      const Four x = four_of(team_, row_, t);
+      if (!(tiles_.max[t] >= low)) continue;
+      const Four x = four_of(team_, tiles_, t);
       Digits digits;
       uint32_t count = 0;
       for (int j = 0; j < 4; ++j) {
@@ -112,12 +113,12 @@ class Search {
     float mass = 0.0f;
     uint32_t count = 0;
     for (int t = team_.warp(); t < row_.count; t += Team::kWarps) {
-      const float top = row_.tile_max[t];
+      const float top = tiles_.max[t];
       if (!(top >= cut)) continue;
       ++count;
       if (!by_mass) continue;
       const float own = exponential(top - row_.max, e_);
-      const float most = tile_mass_ ? row_.tile_mass[t] - below : 0.0f;
+      const float most = tile_mass_ ? tiles_.mass[t] - below : 0.0f;
       mass += own > most ? own : most;
     }
     s_.tokens.levels.mass[team_.warp()][lane] = mass;
@@ -151,7 +152,7 @@ class Search {
   PTK_KERNEL float sampled_low() {
     uint32_t bottom = ~key_of(row_.max);
     if (team_.warp() < row_.count) {
-      const Four x = four_of(team_, row_, team_.warp());
+      const Four x = four_of(team_, tiles_, team_.warp());
       for (int j = 0; j < 4; ++j) {
         if (x.v[j] > -INFINITY && ~key_of(x.v[j]) > bottom) bottom = ~key_of(x.v[j]);
       }
@@ -170,8 +171,8 @@ class Search {
     team_.sync();
     uint64_t found[] = {0};
     for (int t = team_.warp(); t < row_.count; t += Team::kWarps) {
-      if (!(row_.tile_max[t] >= inside.x)) continue;
-      const Four x = four_of(team_, row_, t);
+      if (!(tiles_.max[t] >= inside.x)) continue;
+      const Four x = four_of(team_, tiles_, t);
       const uint32_t id = row_.id_of(t) + 4 * uint32_t(team_.lane());
       for (int j = 0; j < 4; ++j) {
         const bool in = x.v[j] <= high && inside.has(x.v[j], id + uint32_t(j));
@@ -213,8 +214,8 @@ class Search {
     }
     team_.sync();
     for (int t = team_.warp(); t < row_.count; t += Team::kWarps) {
-      if (!(row_.tile_max[t] >= value_of(binning.low))) continue;
-      const Four x = four_of(team_, row_, t);
+      if (!(tiles_.max[t] >= value_of(binning.low))) continue;
+      const Four x = four_of(team_, tiles_, t);
       for (int j = 0; j < 4; ++j) {
         const uint32_t bin = binning.bin(x.v[j]);
         if (bin >= kBins) continue;
@@ -278,7 +279,7 @@ class Search {
 
   // This lane's tokens of a tile with just this value.
   PTK_KERNEL uint32_t ties_of(int t, float value) const {
-    const Four x = four_of(team_, row_, t);
+    const Four x = four_of(team_, tiles_, t);
     uint32_t count = 0;
     for (int j = 0; j < 4; ++j) count += x.v[j] == value;
     return count;
@@ -300,7 +301,7 @@ class Search {
       }
       uint32_t nth = through - mine;
       uint32_t id = 0;
-      const Four x = four_of(team_, row_, t);
+      const Four x = four_of(team_, tiles_, t);
       for (int j = 0; j < 4; ++j) {
         if (x.v[j] == value && ++nth == wanted) id = row_.id_of(t) + 4 * uint32_t(team_.lane()) + uint32_t(j) + 1;
       }
@@ -312,7 +313,8 @@ class Search {
   Cluster<Team>& cluster_;
   const Team& team_;
   Shared& s_;
-  const Row& row_;
+  const Row row_;
+  const Tiles tiles_;
   Exponent e_;
   bool tile_mass_ = false;
 };
