@@ -132,6 +132,15 @@ def test_bias_mask_and_likeliest_tokens(backend):
 
 
 @backends
+def test_bias_of_a_vocabulary_in_several_chunks(backend):
+    """Greedy, as above."""
+    width = sized(backend, 9000, 1100)
+    bias = torch.arange(2.0 * width).view(2, width) % 3001
+    params = params_of(6, 2, width)._replace(temperature=torch.zeros(2))
+    assert_same_as_sample(backend, integer_heads(6, 2, width), params, bias=bias)
+
+
+@backends
 def test_stream_and_padding(backend):
     """Weights past vocab_size are NaN: reading them would show in the status."""
     heads = [h._replace(weight=h.weight.clone()) for h in integer_heads(6, 9, 400)]
@@ -181,6 +190,11 @@ def test_special_values(backend):
         heads = [base, expert, anti]
         heads[role] = heads[role]._replace(bias=bias)
         assert_same_as_sample(backend, heads, params)
+    # -inf in base masks a token whatever the pair holds.
+    masked, infinite = torch.zeros(140), torch.zeros(140)
+    masked[7], infinite[7] = -torch.inf, torch.inf
+    masking, boosting = base._replace(bias=masked), expert._replace(bias=infinite)
+    assert_same_as_sample(backend, (masking, boosting, anti), params)
     one_nan = torch.zeros(140)
     one_nan[139] = torch.nan
     assert_same_as_sample(backend, (base._replace(bias=one_nan), expert, anti), params)
