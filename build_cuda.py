@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ class Nvcc:
     library_dirs: tuple[str, ...]
 
     def compile(self, target: Path, generate: Sequence[str], *flags: str) -> str:
-        """Compile the kernels; returns what nvcc says.
+        """Compile the kernels, with CXX beside nvcc where it is set; returns what nvcc says.
 
         Args:
             target: what to write.
@@ -60,7 +61,9 @@ class Nvcc:
         """
         target = target.absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [self.path, *FLAGS, *generate, *flags, SOURCE, "-o", str(target)]
+        host = shlex.split(os.environ.get("CXX", ""))[:1]
+        beside = [f"-ccbin={compiler}" for compiler in host]
+        command = [self.path, *FLAGS, *beside, *generate, *flags, SOURCE, "-o", str(target)]
         root = Path(__file__).parent
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
         return done.stdout + done.stderr

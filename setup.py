@@ -126,7 +126,10 @@ def extensions() -> dict[str, object]:
                     # Devices side by side, in as many threads as there are cores.
                     print(nvcc.compile(target, devices, "-c", "--threads=0"), end="")
                 except subprocess.CalledProcessError as error:
-                    sys.exit(f"{' '.join(error.cmd)}\n{error.stdout}{error.stderr}")
+                    sys.exit(
+                        f"{' '.join(error.cmd)}\n{error.stdout}{error.stderr}\n"
+                        "nvcc failed; PROXYTUNE_SKIP_CUDA_BUILD=1 builds without its kernels"
+                    )
             return str(target)
 
     return {

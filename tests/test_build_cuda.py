@@ -139,6 +139,14 @@ def test_compiling(nvcc, tmp_path):
     assert asked[-3:] == ["csrc/cuda/launch.cu", "-o", str(tmp_path / "new" / "kernels.o")]
 
 
+@pytest.mark.parametrize(("cxx", "beside"), [("", []), ("clang++ -m64", ["-ccbin=clang++"])])
+def test_the_compiler_beside_it(nvcc, monkeypatch, tmp_path, cxx, beside):
+    nvcc()
+    monkeypatch.setenv("CXX", cxx)
+    said = build_cuda.find_nvcc().compile(tmp_path / "kernels.o", [], "-c")
+    assert [word for word in said.split() if "ccbin" in word] == beside
+
+
 def test_what_nvcc_refuses(nvcc, tmp_path):
     nvcc(code=2)
     with pytest.raises(subprocess.CalledProcessError) as caught:
