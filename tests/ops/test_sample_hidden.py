@@ -106,8 +106,8 @@ def test_dtypes_may_differ_by_role(backend):
 
 
 @backends
-def test_hidden_sizes_of_one_and_of_whole_blocks(backend):
-    for sizes in ((1, 1, 1), (64, 128, 192), (1, 64, 65)):
+def test_hidden_sizes_from_one_to_several_blocks(backend):
+    for sizes in ((1, 1, 1), (64, 128, 192), (1, 64, 65), (2100, 1030, 16)):
         heads = integer_heads(3, 4, 150, sizes=sizes)
         assert_same_as_sample(backend, heads, params_of(3, 4, 150))
 
