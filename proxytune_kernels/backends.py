@@ -147,6 +147,8 @@ def resolve(
         RuntimeError: a backend asked for by name that can't run here, with the reason.
     """
     device = base.device
+    if backend is None and device.type == "cpu" and _CPU_REASON is None:
+        return "cpu"  # at once: a small call takes a few microseconds
     if backend is None:
         reasons = []
         for name in _candidates(base, op, vocab_size):
