@@ -53,6 +53,13 @@ BUDGETS = {
     "score": _OTHERS,
     "accept": _OTHERS,
     "reject": _OTHERS,
+    "shard_scan": _STREAMS,
+    "shard_keys": _STREAMS,
+    "shard_draw": _SPREAD,
+    "shard_residual": _SPREAD,
+    "shard_histogram": _STREAMS,
+    "shard_finish": _OTHERS,
+    "shard_accept": _OTHERS,
 }
 
 

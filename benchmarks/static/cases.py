@@ -15,13 +15,14 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from benchmarks.static.figures import Mark, Route
-from proxytune_kernels.kernels import operators
+from proxytune_kernels.kernels import operators, shard_operators
 from proxytune_kernels.kernels._common import TILE
 from proxytune_kernels.rng import STREAMS
 
 BATCH = 2
 POSITIONS = 5  # verify and score: four drafts, or five tokens
 NUM_TOP = 20
+RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,34 @@ def _hidden(batch_size: int, soft_cap: float | None = None) -> Callable[[Shape],
     return launch
 
 
+def _shards(shape: Shape) -> None:
+    """What a rank runs for rows with filters, the search among flat rows included."""
+    params, start, stream = ptk.RowParams.make(BATCH), shape.vocab_size, STREAMS["sample"]
+    x = torch.empty((BATCH, shape.vocab_size), dtype=torch.float32)
+    summaries = shard_operators.shard_scan(x).repeat(RANKS, 1)
+    keys = shard_operators.shard_keys(x, summaries, start)
+    words = shard_operators.shard_draw(x, summaries, *params, None, None, start, stream)
+    told, lists = torch.stack([words] * RANKS), keys[:, :128].repeat(RANKS, 1, 1)
+    shard_operators.shard_finish(summaries, told, lists, *params, None, stream)
+    edges = torch.empty((BATCH, 1024), dtype=torch.int64)
+    shard_operators.shard_histogram(keys, summaries, params.temperature, edges)
+
+
+def _shard_rejection(shape: Shape) -> None:
+    drafts, params = POSITIONS - 1, ptk.RowParams.make(BATCH)
+    sides: list[Tensor] = []
+    for rows in (BATCH * POSITIONS, BATCH * drafts):
+        x = torch.empty((rows, shape.vocab_size), dtype=torch.float32)
+        cut = torch.empty(rows, dtype=torch.int64)
+        sides += [x, cut.repeat(RANKS, 1), cut, cut]
+    logprobs = torch.empty((BATCH, POSITIONS))
+    ids = torch.empty((BATCH, drafts), dtype=torch.int64)
+    _, steps = shard_operators.shard_accept(
+        logprobs, logprobs.int(), logprobs[:, 1:].contiguous(), ids, params.seed, params.position
+    )
+    shard_operators.shard_residual(*sides, steps, *params, shape.vocab_size)
+
+
 def _scan_tokens(arguments: Mapping[str, Any]) -> int:
     return int(arguments["TILES"]) * int(TILE.value)
 
@@ -187,5 +216,12 @@ CASES = (
     ),
     Case("coupled", _coupled, ("scan", "accept"), Shape(positions=POSITIONS), SCAN_ROUTES),
     Case("rejection", _rejection, ("reject", "residual"), Shape(positions=POSITIONS)),
+    Case(
+        "shards",
+        _shards,
+        ("shard_scan", "shard_keys", "shard_draw", "shard_finish", "shard_histogram"),
+        Shape(16_032),
+    ),
+    Case("shards rejection", _shard_rejection, ("shard_accept", "shard_residual"), Shape(16_032)),
 )
 """All logits are bf16 of V=128256 unless the name says otherwise; ``+15`` is padding."""

@@ -8,6 +8,7 @@ namespace PTK_ISA {
 // Calls body(x, first id) for each tile that the part touches, x aligned, -inf outside the part.
 template <typename Body>
 void over_shard(const ShardRow& row, Body body) {
+  if (row.size == 0) return;
   alignas(64) float tile[kTile];
   const int64_t end = row.start + row.size;
   for (int64_t first = row.start / kTile * kTile; first < end; first += kTile) {

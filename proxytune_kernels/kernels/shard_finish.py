@@ -55,7 +55,7 @@ from proxytune_kernels.kernels._shard import (
 from proxytune_kernels.params import RowParams
 
 CHUNK = tl.constexpr(256)
-_WARPS = 2
+_WARPS = 4
 
 
 class FinishedOut(NamedTuple):

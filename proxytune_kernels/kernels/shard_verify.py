@@ -135,8 +135,10 @@ def _shard_residual_kernel(
             inside, rest = _share(kept, row, x, ids, row_max, hi, lo, floor)
             if tl.max(tl.ravel(inside.to(tl.int32)), 0) != 0:
                 if draft_tokens > 0:
-                    _, y = shard_x(draft_part, draft_row, block, draft_max, PER)
-                    _, drafted = _share(draft_kept, draft_row, y, ids, draft_max, hi, lo, floor)
+                    _ids, y = shard_x(draft_part, draft_row, block, draft_max, PER)
+                    _in_draft, drafted = _share(
+                        draft_kept, draft_row, y, ids, draft_max, hi, lo, floor
+                    )
                     rest -= drafted
                 first = block * (LANES * PER) + tl.arange(0, PER) * 128
                 words = tl.reshape(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,10 +17,16 @@ from proxytune_kernels import kernels, reference, rng
 from proxytune_kernels._shard_library import NUM_WORDS, SHARD_OPERATORS
 from proxytune_kernels.sharded.rows import Finished, first_keys
 from tests.ops import oracle
-from tests.ops.conftest import Backend, move, sized
+from tests.ops.conftest import KERNELS, Backend, _use, move, sized
 
 # Parts that start and end anywhere: at no multiple of 4 or 128, of one token, of none.
 CUTS: tuple[tuple[float, ...], ...] = ((), (0.4,), (0.001, 0.31, 0.31, 0.77))
+
+
+@pytest.fixture(params=[k for k in KERNELS if k.name in ("cpu", "triton")], ids=str)
+def kernel(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The backends that have these operators, on every instruction set."""
+    yield from _use(request.param)
 
 
 def operator(kernel: Backend, name: str) -> Callable[..., Any]:
