@@ -46,6 +46,9 @@ test: install ## Run the tests (TESTS=tests/ops for some of them)
 	@echo "Running the tests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)
 
+# The rest of them says nothing more here: the fuzzing tests run the cluster kernels' source too.
+CLUSTER_ASAN := tests/cluster/test_team.py tests/cluster/test_model.py::test_rows_at_every_offset_from_16_bytes
+
 .PHONY: asan
 asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer and UBSan (build/asan)
 	@rm -rf build/asan
@@ -60,7 +63,7 @@ asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer 
 	export ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/asan-report
 	export UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/asan-report
 	$(BIN)/python -P -c 'import sys, proxytune_kernels._cpu as c; sys.exit("build/asan" not in c.__file__)'
-	$(BIN)/pytest -n auto --dist loadfile --max-worker-restart=0 -p no:cacheprovider tests/ops/test_fuzz.py tests/ops/test_fuzz_errors.py tests/ops/test_fuzz_shard.py tests/capi || { cat build/asan-report.* >&2; exit 1; }
+	$(BIN)/pytest -n auto --dist loadfile --max-worker-restart=0 -p no:cacheprovider tests/ops/test_fuzz.py tests/ops/test_fuzz_errors.py tests/ops/test_fuzz_shard.py tests/capi $(CLUSTER_ASAN) || { cat build/asan-report.* >&2; exit 1; }
 
 .PHONY: static
 static: install ## Compile the GPU kernels, no GPU needed, and compare with the stored figures

@@ -170,8 +170,16 @@ def test_no_races(vocab_size, blocks):
 
 @pytest.mark.parametrize("blocks", (2, 4))
 def test_no_races_in_wider_rows(blocks):
-    case = rows_of(6000, torch.bfloat16, 5)
-    check(sample(Model(blocks, races=True), case), case)
+    """Histograms and lists of what they leave, one search after the other."""
+    rows = dict(kinds(9000))
+    base = torch.stack([rows[name] for name in ("ties", "two values", "flat", "constant")])
+    filters: list[dict[str, Any]] = [
+        dict(top_k=3000, top_p=0.7), dict(top_p=0.9), dict(top_k=40, min_p=0.001),
+    ]  # fmt: skip
+    for values in filters:
+        params = ptk.RowParams.make(len(base), **values)
+        case = Case((base, None, None), params, {"top_logprobs": 20})
+        check(sample(Model(blocks, races=True), case), case)
 
 
 def place(values: Tensor, offset: int) -> Tensor:
