@@ -29,13 +29,14 @@ CCS = (90, 100, 120)
 """Compute capabilities with clusters, of those in ``occupancy.LIMITS``."""
 
 KERNELS = {
-    "sample": "sample_kernel",
+    "sample": "sample_kernelILb0E",
+    "sample_top": "sample_kernelILb1E",
     "coupled": "verify_kernelILi0E",
     "rejection": "verify_kernelILi1E",
 }
 """Kernels by name, and what their symbols hold."""
 
-REGISTERS = {"sample": 128, "coupled": 128, "rejection": 255}
+REGISTERS = {"sample": 128, "sample_top": 128, "coupled": 128, "rejection": 255}
 """The budgets: with 256 threads a block, two blocks a multiprocessor. Rejection's two rows leave
 shared memory for one."""
 

@@ -13,6 +13,12 @@ PTK_HOST_DEVICE float gumbel_of(const NoiseKey& key, uint32_t id, uint32_t word)
 
 PTK_HOST_DEVICE uint64_t better(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
+// v[i] of values that are in registers, which have no index.
+template <typename T>
+PTK_HOST_DEVICE T pick(const T (&v)[4], int i) {
+  return i & 2 ? (i & 1 ? v[3] : v[2]) : (i & 1 ? v[1] : v[0]);
+}
+
 // The cluster's best of each warp's packed scores.
 template <class Team>
 PTK_KERNEL uint64_t best_of_cluster(Cluster<Team>& cluster, uint64_t best) {
@@ -24,8 +30,9 @@ PTK_KERNEL uint64_t best_of_cluster(Cluster<Team>& cluster, uint64_t best) {
 // Races the tokens of this block's tiles that `kept(x, id)` is true of, by `score(x, id)`; `top(t)`
 // bounds a tile's scores, and is -inf where none of it is kept. Gives this lane's best.
 template <class Team, class Kept, class Score, class Top>
-PTK_KERNEL uint64_t race_tiles(const Team& team, Shared& s, const Row& row, const NoiseKey& key,
+PTK_KERNEL uint64_t race_tiles(const Team& team, Shared& s, const Row row, const NoiseKey& key,
                                Kept kept, Score score, Top top) {
+  const Tiles tiles(s, row);
   if (team.thread() == 0) s.best = 0;
   team.sync();
   uint64_t best = 0;
@@ -36,15 +43,19 @@ PTK_KERNEL uint64_t race_tiles(const Team& team, Shared& s, const Row& row, cons
     uint32_t record = team.lane() == 0 ? team.max_shared(&s.best, 0) : 0;
     record = team.shuffle(record, 0);
     const uint32_t limit = record ? winning_word(most, value_of(record)) : UINT32_MAX;
-    const Four x = four_of(team, row, t);
+    const Four x = four_of(team, tiles, t);
     const uint32_t id = row.id_of(t) + 4 * uint32_t(team.lane());
     uint32_t words[4];
     philox_words(key, id >> 2, 0, words);
-    uint64_t won = 0;
+    uint32_t able = 0;
     for (int j = 0; j < 4; ++j) {
-      if (words[j] > limit || !kept(x.v[j], id + uint32_t(j))) continue;
-      const float noise = gumbel_of(key, id + uint32_t(j), words[j]);
-      won = better(won, pack_score(score(x.v[j], id + uint32_t(j)) + noise, id + uint32_t(j)));
+      able |= uint32_t(words[j] <= limit && kept(x.v[j], id + uint32_t(j))) << j;
+    }
+    uint64_t won = 0;
+    for (; able; able &= able - 1) {  // few: one copy of the logarithms' code will do
+      const int j = lowest_bit(able);
+      const float noise = gumbel_of(key, id + uint32_t(j), pick(words, j));
+      won = better(won, pack_score(score(pick(x.v, j), id + uint32_t(j)) + noise, id + uint32_t(j)));
     }
     if (!team.ballot(won > best)) continue;
     best = better(best, won);
@@ -74,9 +85,10 @@ PTK_KERNEL uint32_t draw(Cluster<Team>& cluster, const Target& target, const Row
       best = better(best, pack_score(score(x, id) + noise, id));
     }
   } else {
+    const Tiles tiles(cluster.s, row);
     best = race_tiles(
         team, cluster.s, row, key, [&](float x, uint32_t id) { return kept.has(x, id); }, score,
-        [&](int t) { return row.tile_max[t] >= kept.x ? score(row.tile_max[t], 0) : -INFINITY; });
+        [&](int t) { return tiles.max[t] >= kept.x ? score(tiles.max[t], 0) : -INFINITY; });
   }
   return packed_id(best_of_cluster(cluster, best));
 }
@@ -85,10 +97,11 @@ PTK_KERNEL uint32_t draw(Cluster<Team>& cluster, const Target& target, const Row
 template <class Team>
 PTK_KERNEL Prefix likeliest(Cluster<Team>& cluster, const Row& row) {
   const Team& team = cluster.team;
+  const Tiles tiles(cluster.s, row);
   uint64_t first = 0;  // upside down
   for (int t = team.warp(); t < row.count; t += Team::kWarps) {
-    if (row.tile_max[t] != row.max) continue;
-    const Four x = four_of(team, row, t);
+    if (tiles.max[t] != row.max) continue;
+    const Four x = four_of(team, tiles, t);
     for (int j = 3; j >= 0; --j) {
       if (x.v[j] == row.max) first = better(first, ~(row.id_of(t) + 4u * uint32_t(team.lane()) + uint32_t(j)));
     }

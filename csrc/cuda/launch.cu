@@ -26,11 +26,12 @@ using Block = Team<kThreads>;
 extern __shared__ __align__(16) std::byte memory[];
 
 // A cluster a row.
+template <bool kTop>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     sample_kernel(const __grid_constant__ proxytune_sample_args args) {
 #ifdef PTK_CLUSTERS
   const Block block;
-  sample_cluster(block, memory, args, blockIdx.x / block.blocks());
+  sample_cluster<kTop>(block, memory, args, blockIdx.x / block.blocks());
 #endif
 }
 
@@ -49,6 +50,8 @@ __global__ void __launch_bounds__(kThreads, kMode == PROXYTUNE_VERIFY_COUPLED ? 
 #endif
 }
 
+constexpr auto plain_kernel = sample_kernel<false>;
+constexpr auto top_kernel = sample_kernel<true>;
 constexpr auto coupled_kernel = verify_kernel<PROXYTUNE_VERIFY_COUPLED>;
 constexpr auto rejection_kernel = verify_kernel<PROXYTUNE_VERIFY_REJECTION>;
 
@@ -58,7 +61,7 @@ constexpr int kMaxDevices = 64;
 struct Limits {
   int code = PROXYTUNE_OK;
   int processors = 0;
-  SharedLimits sample{}, coupled{}, rejection{};
+  SharedLimits plain{}, top{}, coupled{}, rejection{};
 };
 
 int code_of(cudaError_t error) {
@@ -116,7 +119,8 @@ cudaError_t query(int device, Limits* limits) {
   get(&limits->processors, cudaDevAttrMultiProcessorCount);
   get(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error == cudaSuccess && major < 9) error = cudaErrorNoKernelImageForDevice;
-  if (error == cudaSuccess) error = allow(sample_kernel, size_t(most), &limits->sample);
+  if (error == cudaSuccess) error = allow(plain_kernel, size_t(most), &limits->plain);
+  if (error == cudaSuccess) error = allow(top_kernel, size_t(most), &limits->top);
   if (error == cudaSuccess) error = allow(coupled_kernel, size_t(most), &limits->coupled);
   if (error == cudaSuccess) error = allow(rejection_kernel, size_t(most), &limits->rejection);
   return error;
@@ -178,14 +182,16 @@ int proxytune_cuda_supported(int device, int rejection, int64_t* max_vocab_size)
   if (device != current) cudaSetDevice(current);
   if (limits.code != PROXYTUNE_OK) return limits.code;
   *max_vocab_size = rejection ? widest_row(true, limits.rejection)
-                              : std::min(widest_row(false, limits.sample),
-                                         widest_row(false, limits.coupled));
+                              : std::min({widest_row(false, limits.plain), widest_row(false, limits.top),
+                                         widest_row(false, limits.coupled)});
   return PROXYTUNE_OK;
 }
 
 int proxytune_cuda_sample(const proxytune_sample_args* args, int64_t rows, void* stream) {
   if (!good_sample(args) || rows < 0 || rows > kMaxClusters) return PROXYTUNE_ERROR_ARGUMENT;
-  return launch(sample_kernel, &Limits::sample, false, rows, stream, *args);
+  const bool top = args->num_top > 0;
+  return launch(top ? top_kernel : plain_kernel, top ? &Limits::top : &Limits::plain, false, rows,
+                stream, *args);
 }
 
 size_t proxytune_cuda_workspace_size(int64_t rows, int64_t num_drafts) {

@@ -201,17 +201,17 @@ PTK_KERNEL void combine_share(const Team& team, const Source& in, int64_t begin,
 
 // A lane's four tokens of a tile.
 template <class Team>
-PTK_KERNEL Four four_of(const Team& team, const Row& row, int t) {
-  return *reinterpret_cast<const Four*>(row.tile(t) + 4 * team.lane());
+PTK_KERNEL Four four_of(const Team& team, const Tiles& tiles, int t) {
+  return *reinterpret_cast<const Four*>(tiles.tile(t) + 4 * team.lane());
 }
 
 // Maximum and approximate mass, to the tile's own maximum, of each tile. Lanes add up in integers of
 // 2^-24: the order does not matter, and 128 of them stay below 2^32.
 template <class Team>
-PTK_KERNEL void summarise(const Team& team, const Row& row) {
+PTK_KERNEL void summarise(const Team& team, const Tiles& tiles, int count) {
   constexpr float kLog2E = 1.4426950408889634f;
-  for (int t = team.warp(); t < row.count; t += Team::kWarps) {
-    const Four x = four_of(team, row, t);
+  for (int t = team.warp(); t < count; t += Team::kWarps) {
+    const Four x = four_of(team, tiles, t);
     const float most = lane::max(lane::max(x.v[0], x.v[1]), lane::max(x.v[2], x.v[3]));
     const float top = value_of(team.max(key_of(most)));
     const float from = top > -INFINITY ? top : 0.0f;
@@ -220,18 +220,18 @@ PTK_KERNEL void summarise(const Team& team, const Row& row) {
     // +inf makes NaN here: such a row's sums are written again.
     const uint32_t total = team.sum(sum >= 0.0f ? uint32_t(sum * 0x1p24f + 0.5f) : 0);
     if (team.lane() == 0) {
-      row.tile_max[t] = top;
-      row.tile_raw[t] = float(total) * 0x1p-24f;
+      tiles.max[t] = top;
+      tiles.raw[t] = float(total) * 0x1p-24f;
     }
   }
 }
 
 // +inf somewhere in the row: only those tokens stay, all equal. Returns how many this warp has.
 template <class Team>
-PTK_KERNEL uint32_t keep_positive_inf(const Team& team, const Row& row) {
+PTK_KERNEL uint32_t keep_positive_inf(const Team& team, const Tiles& tiles, int count) {
   uint32_t live = 0;
-  for (int t = team.warp(); t < row.count; t += Team::kWarps) {
-    float* x = row.tile(t) + 4 * team.lane();
+  for (int t = team.warp(); t < count; t += Team::kWarps) {
+    float* x = tiles.tile(t) + 4 * team.lane();
     uint32_t kept = 0;
     for (int j = 0; j < 4; ++j) {
       const bool infinite = x[j] == INFINITY;
@@ -241,45 +241,43 @@ PTK_KERNEL uint32_t keep_positive_inf(const Team& team, const Row& row) {
     kept = team.sum(kept);
     live += kept;
     if (team.lane() == 0) {
-      row.tile_max[t] = kept ? 0.0f : -INFINITY;
-      row.tile_raw[t] = float(kept);
+      tiles.max[t] = kept ? 0.0f : -INFINITY;
+      tiles.raw[t] = float(kept);
     }
   }
   return live;
 }
 
 template <class Team>
-PTK_KERNEL Row place_row(const Team& team, float* memory, int64_t vocab_size) {
+PTK_KERNEL Row place_row(const Team& team, size_t place, int64_t vocab_size) {
   Row row{};
+  row.place = uint32_t(place);
   row.tiles = int(tiles_of(vocab_size));
   const Share share = share_of_block(row.tiles, team.block(), team.blocks());
   row.count = share.count;
   row.first_id = uint32_t(share.first) * kTile;
-  row.x = memory;
-  row.tile_max = memory + share.count * kTile;
-  row.tile_raw = row.tile_max + share.count;
-  row.tile_mass = row.tile_raw + share.count;
   return row;
 }
 
 // Reads and combines the row; all blocks know its maximum, count and status after.
 template <class Team>
-PTK_KERNEL Row prepare_row(Cluster<Team>& cluster, const Source& in, float* memory) {
+PTK_KERNEL Row prepare_row(Cluster<Team>& cluster, const Source& in, size_t place) {
   const Team& team = cluster.team;
-  Row row = place_row(team, memory, in.vocab_size);
+  Row row = place_row(team, place, in.vocab_size);
+  const Tiles tiles(cluster.s, row);
   const int64_t begin = row.first_id, whole = begin + int64_t(row.count) * kTile;
   const int64_t end = whole < in.vocab_size ? whole : in.vocab_size;
   Seen seen;
-  combine_share(team, in, begin, end, row.x, seen);
-  for (int64_t i = end + team.thread(); i < whole; i += Team::kThreads) row.x[i - begin] = -INFINITY;
+  combine_share(team, in, begin, end, tiles.x, seen);
+  for (int64_t i = end + team.thread(); i < whole; i += Team::kThreads) tiles.x[i - begin] = -INFINITY;
   team.sync();
-  summarise(team, row);
+  summarise(team, tiles, row.count);
   team.sync();
   uint32_t top = 0, bottom = 0;  // order keys; the bottom's upside down
   for (int t = team.thread(); t < row.count; t += Team::kThreads) {
-    const uint32_t key = key_of(row.tile_max[t]);
+    const uint32_t key = key_of(tiles.max[t]);
     top = key > top ? key : top;
-    if (row.tile_max[t] > -INFINITY) bottom = ~key > bottom ? ~key : bottom;
+    if (tiles.max[t] > -INFINITY) bottom = ~key > bottom ? ~key : bottom;
   }
   uint64_t all[] = {team.max(top), team.max(bottom), team.sum(seen.live), team.max(seen.nan)};
   cluster.template exchange<Merge::kMax, Merge::kMax, Merge::kSum, Merge::kMax>(all);
@@ -290,7 +288,7 @@ PTK_KERNEL Row prepare_row(Cluster<Team>& cluster, const Source& in, float* memo
   if (row.max == INFINITY) {
     row.status |= kStatusPositiveInf;
     row.max = row.least = 0.0f;
-    uint64_t live[] = {keep_positive_inf(team, row)};
+    uint64_t live[] = {keep_positive_inf(team, tiles, row.count)};
     cluster.template exchange<Merge::kSum>(live);
     row.live = uint32_t(live[0]);
   }
@@ -304,23 +302,24 @@ struct RowMass {
 };
 
 template <class Team>
-PTK_KERNEL RowMass row_mass(Cluster<Team>& cluster, const Row& row, Exponent e, bool scaled) {
+PTK_KERNEL RowMass row_mass(Cluster<Team>& cluster, const Row row, Exponent e, bool scaled) {
   const Team& team = cluster.team;
+  const Tiles tiles(cluster.s, row);
   uint64_t sums[] = {0, 0};
   for (int t = team.warp(); scaled && t < row.count; t += Team::kWarps) {
     uint64_t total = 0;
-    if ((row.tile_max[t] - row.max) * e.hi >= kNoMass) {
-      const Four x = four_of(team, row, t);
+    if ((tiles.max[t] - row.max) * e.hi >= kNoMass) {
+      const Four x = four_of(team, tiles, t);
       Digits digits;
       for (int j = 0; j < 4; ++j) digits.add(exponential(x.v[j] - row.max, e));
       total = warp_total(team, digits);
     }
     sums[0] += total;
-    if (team.lane() == 0) row.tile_mass[t] = share_of(total);
+    if (team.lane() == 0) tiles.mass[t] = share_of(total);
   }
   const Exponent one = make_exponent(1.0);
   for (int t = team.thread(); t < row.count; t += Team::kThreads) {
-    const double share = double(row.tile_raw[t]) * double(exponential(row.tile_max[t] - row.max, one));
+    const double share = double(tiles.raw[t]) * double(exponential(tiles.max[t] - row.max, one));
     sums[1] += uint64_t(share * kMassOne);
   }
   for (int mask = 16; mask > 0; mask /= 2) sums[1] += team.shuffle_xor(sums[1], mask);

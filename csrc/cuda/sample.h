@@ -31,18 +31,18 @@ PTK_HOST_DEVICE Source source_at(const proxytune_inputs& in, float alpha, int64_
 
 // x of a token, wherever it lies in the cluster.
 template <class Team>
-PTK_KERNEL float x_of(const Team& team, const Row& row, int64_t id) {
+PTK_KERNEL float x_of(const Team& team, Shared& s, const Row& row, int64_t id) {
   const int tile = int(id / kTile), block = block_of_tile(tile, row.tiles, team.blocks());
   const int first = share_of_block(row.tiles, block, team.blocks()).first;
-  return *team.at(row.x + (id - int64_t(first) * kTile), block);
+  return *team.at(Tiles(s, row).x + (id - int64_t(first) * kTile), block);
 }
 
 // Reads a row and selects its kept set, into the block's shared memory.
 template <class Team>
-PTK_KERNEL void make_target(Cluster<Team>& cluster, const Source& source, float* memory, Target& target) {
+PTK_KERNEL void make_target(Cluster<Team>& cluster, const Source& source, size_t place, Target& target) {
   const Team& team = cluster.team;
   publish(team, cluster.s.source, source);
-  publish(team, target.row, prepare_row(cluster, cluster.s.source, memory));
+  publish(team, target.row, prepare_row(cluster, cluster.s.source, place));
   const RowParams& p = cluster.s.params;
   const Row& row = target.row;
   Prefix kept{};
@@ -65,6 +65,7 @@ PTK_KERNEL void make_target(Cluster<Team>& cluster, const Source& source, float*
 // Writes the row's likeliest tokens, in order, with their raw logprobs; -1 and NaN where it has fewer.
 template <class Team>
 PTK_KERNEL void write_top(Cluster<Team>& cluster, const proxytune_sample_args& args, int64_t row) {
+  if (args.num_top == 0) return;
   const Team& team = cluster.team;
   const Target& target = cluster.s.target;
   int n = 0;
@@ -95,10 +96,10 @@ PTK_KERNEL void write_no_top(const Team& team, const proxytune_sample_args& args
 // What a row gives. Two threads of the first block write it: each has one logarithm to take.
 template <class Team>
 PTK_KERNEL void write_drawn(const Team& team, const proxytune_sample_args& args, int64_t row,
-                            const Shared& s, int64_t token_id, int32_t status) {
+                            Shared& s, int64_t token_id, int32_t status) {
   if (team.block() != 0) return;
   const bool drawn = token_id >= 0;
-  const float x = drawn ? x_of(team, s.target.row, token_id) : 0.0f;
+  const float x = drawn ? x_of(team, s, s.target.row, token_id) : 0.0f;
   if (team.thread() == 0) {
     args.token_ids[row] = token_id;
     if (args.num_kept) args.num_kept[row] = drawn ? int32_t(s.target.kept.count) : 0;
@@ -123,7 +124,8 @@ PTK_KERNEL bool set_params(Cluster<Team>& cluster, const RawParams& raw) {
 }
 
 // The work of one cluster: draws the token of one row. `memory` is this block's, shared_bytes of it.
-template <class Team>
+// kTop: whether the likeliest tokens may be asked for, half as much code again.
+template <bool kTop = true, class Team>
 PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxytune_sample_args& args,
                                int64_t row) {
   Cluster<Team> cluster(team, *reinterpret_cast<Shared*>(memory));
@@ -131,15 +133,14 @@ PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxyt
   int64_t token_id = -1;
   int32_t status = kStatusBadParams;
   if (set_params(cluster, params_at(args.params, args.inputs, row))) {
-    float* x = reinterpret_cast<float*>(memory + kRowOffset);
-    make_target(cluster, source_at(args.inputs, s.raw.alpha, row, 0), x, s.target);
+    make_target(cluster, source_at(args.inputs, s.raw.alpha, row, 0), kRowOffset, s.target);
     status = s.target.row.status;
     if (s.target.drawable) {
       const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, uint32_t(args.stream));
       token_id = draw(cluster, s.target, s.params, key);
     }
-    if (args.num_top > 0) write_top(cluster, args, row);
-  } else if (args.num_top > 0) {
+    if constexpr (kTop) write_top(cluster, args, row);
+  } else if constexpr (kTop) {
     write_no_top(team, args, row);
   }
   write_drawn(team, args, row, s, token_id, status);

@@ -23,7 +23,13 @@ class Search {
  public:
   // `tile_mass`: whether Tiles::mass is there.
   PTK_KERNEL Search(Cluster<Team>& cluster, const Row& row, Exponent e, bool tile_mass)
-      : cluster_(cluster), team_(cluster.team), s_(cluster.s), row_(row), tiles_(cluster.s, row), e_(e), tile_mass_(tile_mass) {
+      : cluster_(cluster),
+        team_(cluster.team),
+        s_(cluster.s),
+        row_(row),
+        tiles_(cluster.s, row),
+        e_(e),
+        tile_mass_(tile_mass) {
     publish(team_, s_.listed, 0);
   }
 
@@ -53,7 +59,6 @@ class Search {
       if (found.index >= 0 && token_x(sorted(found.index)) >= low) return prefix_of(found);
       if (!listed) return {low, UINT32_MAX, found.before.count, found.before.mass};
       listed = false;
-      team_.sync();  // all have read the list: the trial cuts are written over it
     }
   }
 
@@ -121,6 +126,8 @@ class Search {
       const float most = tile_mass_ ? tiles_.mass[t] - below : 0.0f;
       mass += own > most ? own : most;
     }
+    team_.sync();  // all have read the last list: this is written over it
+    team_.sync();  // the list, whose place they take, was read
     s_.tokens.levels.mass[team_.warp()][lane] = mass;
     s_.tokens.levels.count[team_.warp()][lane] = count;
     team_.sync();

@@ -55,19 +55,15 @@ struct Source {
 
 // A block's share of a row.
 struct Row {
-  float* x;           // [count * kTile], combined: masked tokens are -inf, all others finite
-  float* tile_max;    // [count]
-  float* tile_raw;    // [count], sum of exp(x - tile_max), approximate
-  float* tile_mass;   // [count], the tile's mass as a share, where row_mass was called
+  uint32_t place;  // of its tiles in the block's shared memory, in bytes
   uint32_t first_id;
-  int count;          // tiles of this block
-  int tiles;          // tiles of the row
-  float max;          // of the row, as are the others below
-  float least;        // lowest maximum of a tile that is not all masked
-  uint32_t live;      // tokens that are not masked
+  int count;       // tiles of this block
+  int tiles;       // tiles of the row
+  float max;       // of the row, as are the others below
+  float least;     // lowest maximum of a tile that is not all masked
+  uint32_t live;   // tokens that are not masked
   int32_t status;
 
-  PTK_HOST_DEVICE float* tile(int t) const { return x + t * kTile; }
   PTK_HOST_DEVICE uint32_t id_of(int t) const { return first_id + uint32_t(t) * kTile; }
 };
 
@@ -116,6 +112,23 @@ struct Shared {
   PTK_HOST_DEVICE bool lists(const Prefix& prefix) const { return prefix.count <= uint32_t(listed); }
 };
 
+// A block's tiles of a row: made where they are used, as a pointer that was stored would no longer be
+// known to be one of shared memory.
+struct Tiles {
+  float* x;     // [count * kTile], combined: masked tokens are -inf, all others finite
+  float* max;   // [count], of each tile
+  float* raw;   // [count], sum of exp(x - max), approximate
+  float* mass;  // [count], as a share, where row_mass was asked for it
+
+  PTK_HOST_DEVICE Tiles(Shared& s, const Row& row)
+      : x(reinterpret_cast<float*>(reinterpret_cast<std::byte*>(&s) + row.place)),
+        max(x + row.count * kTile),
+        raw(max + row.count),
+        mass(raw + row.count) {}
+
+  PTK_HOST_DEVICE float* tile(int t) const { return x + t * kTile; }
+};
+
 // The tiles of a row that a block works on, of `tiles` over `blocks`.
 struct Share {
   int first, count;
@@ -144,12 +157,11 @@ PTK_HOST_DEVICE constexpr size_t shared_bytes(int64_t vocab_size, int blocks, bo
   return kRowOffset + (rejection ? 2 : 1) * row_bytes(vocab_size, blocks);
 }
 
-enum class Merge { kSum, kMax, kOr };
+enum class Merge { kSum, kMax };  // 0 changes neither
 
 template <Merge kHow>
 PTK_HOST_DEVICE uint64_t merge(uint64_t a, uint64_t b) {
   if (kHow == Merge::kSum) return a + b;
-  if (kHow == Merge::kOr) return a | b;
   return a > b ? a : b;
 }
 
@@ -214,10 +226,12 @@ struct Cluster {
     for (int w = 1; w < Team::kWarps; ++w) value = merge<kHow>(value, s.partial[w][i]);
     return value;
   }
+  // A block's value a lane: fewer instructions than a loop, and no wait for one load after another.
   template <Merge kHow>
   PTK_KERNEL uint64_t merge_blocks(int turn, int i, int blocks) const {
-    uint64_t value = s.slots[turn][0][i];
-    for (int b = 1; b < blocks; ++b) value = merge<kHow>(value, s.slots[turn][b][i]);
+    static_assert(kMaxBlocks <= 32);
+    uint64_t value = team.lane() < blocks ? s.slots[turn][team.lane()][i] : 0;
+    for (int mask = 16; mask > 0; mask /= 2) value = merge<kHow>(value, team.shuffle_xor(value, mask));
     return value;
   }
 };

@@ -25,30 +25,31 @@ PTK_KERNEL uint64_t race_residual(Cluster<Team>& cluster, const NoiseKey& key) {
   const Target &target = cluster.s.target, &draft = cluster.s.draft;
   const Exponent e = cluster.s.params.exponent;
   const Row &row = target.row, &theirs = draft.row;
+  const Tiles tiles(cluster.s, row), their_tiles(cluster.s, theirs);
   const float share = float(kMassOne / double(target.kept.mass));
   const float their_share = draft.drawable ? float(kMassOne / double(draft.kept.mass)) : 0.0f;
   const auto rest = [&](float x, uint32_t id) {
     const float mass = exponential(x - row.max, e) * share;
     if (!draft.drawable) return mass;
-    const float y = theirs.x[id - theirs.first_id];
+    const float y = their_tiles.x[id - theirs.first_id];
     return draft.kept.has(y, id) ? mass - exponential(y - theirs.max, e) * their_share : mass;
   };
   const uint64_t best = race_tiles(
       cluster.team, cluster.s, row, key,
       [&](float x, uint32_t id) { return target.kept.has(x, id) && rest(x, id) >= FLT_MIN; },
       [&](float x, uint32_t id) { return log_positive(rest(x, id)); },
-      [&](int t) { return row.tile_max[t] >= target.kept.x ? 0.0f : -INFINITY; });
+      [&](int t) { return tiles.max[t] >= target.kept.x ? 0.0f : -INFINITY; });
   return best_of_cluster(cluster, best);
 }
 
 // Whether the target accepts a token of the draft: u < target / draft, in fp64 logs.
 template <class Team>
-PTK_KERNEL bool accepts(const Team& team, const Shared& s, int64_t id) {
+PTK_KERNEL bool accepts(const Team& team, Shared& s, int64_t id) {
   const Target &target = s.target, &draft = s.draft;
-  const float x = x_of(team, target.row, id);
+  const float x = x_of(team, s, target.row, id);
   if (!target.kept.has(x, uint32_t(id))) return false;
   if (!draft.drawable) return true;
-  const float y = x_of(team, draft.row, id);
+  const float y = x_of(team, s, draft.row, id);
   if (!draft.kept.has(y, uint32_t(id))) return true;  // the draft gives it probability 0
   const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, kStreamAccept);
   const double log_u = std::log(double(uniform_of(key, uint32_t(id))));
@@ -66,7 +67,7 @@ PTK_HOST_DEVICE Source draft_source_at(const proxytune_verify_args& args, int64_
 // The token of one position, given its kept set; where `drafted`, by rejection.
 template <class Team>
 PTK_KERNEL void emit(Cluster<Team>& cluster, bool drafted, int64_t vocab_size, uint32_t stream, Step& step) {
-  const Shared& s = cluster.s;
+  Shared& s = cluster.s;
   const int64_t draft_id = s.place.draft_id;
   if (drafted && draft_id < vocab_size && accepts(cluster.team, s, draft_id)) {
     step.token_id = draft_id;
@@ -82,8 +83,7 @@ PTK_KERNEL void emit(Cluster<Team>& cluster, bool drafted, int64_t vocab_size, u
 // One position of valid parameters: the drafter's row first, where rejection needs it, then the
 // target's.
 template <class Team>
-PTK_KERNEL void verify_position(Cluster<Team>& cluster, const proxytune_verify_args& args, float* x,
-                                Step& step) {
+PTK_KERNEL void verify_position(Cluster<Team>& cluster, const proxytune_verify_args& args, Step& step) {
   Shared& s = cluster.s;
   const bool rejection = args.mode == PROXYTUNE_VERIFY_REJECTION;
   const bool drafted = rejection && s.place.draft_id >= 0;
@@ -95,7 +95,7 @@ PTK_KERNEL void verify_position(Cluster<Team>& cluster, const proxytune_verify_a
         draft ? draft_source_at(args, s.place.row, s.place.position)
               : source_at(args.inputs, s.raw.alpha, s.place.row, s.place.position);
     const size_t offset = draft ? row_bytes(args.inputs.vocab_size, cluster.team.blocks()) : 0;
-    make_target(cluster, source, x + offset / sizeof(float), draft ? s.draft : s.target);
+    make_target(cluster, source, kRowOffset + offset, draft ? s.draft : s.target);
   }
   step.status = s.target.row.status;
   if (!s.target.drawable) return;
@@ -139,7 +139,7 @@ PTK_KERNEL void verify_cluster(const Team& team, std::byte* memory, const proxyt
   }
   Step step;
   if (set_params(cluster, params_at_draft(params_at(args.params, args.inputs, row), position))) {
-    verify_position(cluster, args, reinterpret_cast<float*>(memory + kRowOffset), step);
+    verify_position(cluster, args, step);
   } else {
     step.status = kStatusBadParams;
   }
@@ -147,7 +147,7 @@ PTK_KERNEL void verify_cluster(const Team& team, std::byte* memory, const proxyt
     const int64_t positions = args.num_drafts + 1, request = s.place.row;
     const int64_t at = request * positions + s.place.position;
     if (step.token_id >= 0) {
-      step.logprob = s.target.logprob(s.params, x_of(team, s.target.row, step.token_id));
+      step.logprob = s.target.logprob(s.params, x_of(team, s, s.target.row, step.token_id));
     }
     args.token_ids[at] = step.token_id;
     if (args.logprobs) args.logprobs[at] = step.logprob;
