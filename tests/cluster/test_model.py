@@ -143,6 +143,25 @@ def test_the_widest_row():
     check(sample(Model(16), case), case)
 
 
+@pytest.mark.parametrize("blocks", (1, 4))
+def test_what_tiles_say_of_the_cut_is_a_bound(blocks):
+    """Trial cuts lie at multiples of -0.5 here. Just below one are 127 tokens of each tile, whose
+    mass must not count as above it; and tiles' maxima are counted one by one."""
+    mass = torch.full((64, 128), -4.0 - 2.0**-16)
+    mass[:, 0] = 0.0
+    mass[-1] = -16.0
+    top_p = torch.linspace(0.02, 0.98, 49)
+    case = Case(
+        (mass.view(1, -1).expand(49, -1), None, None), ptk.RowParams.make(49, top_p=top_p), {}
+    )
+    check(sample(Model(blocks), case), case)
+    count = torch.full((64, 128), -20.0)
+    count[:, 5] = -0.25 * torch.arange(64)
+    params = ptk.RowParams.make(63, top_k=torch.arange(1, 64))
+    case = Case((count.view(1, -1).expand(63, -1), None, None), params, {"top_logprobs": 33})
+    check(sample(Model(blocks), case), case)
+
+
 @each_cluster
 def test_threads_and_their_order_do_not_show(blocks):
     """The same bits from 1, 2 and 8 warps a block, in any order."""
