@@ -45,7 +45,11 @@ KEYWORDS = {
     ),
     "vocab 0": (dict(vocab_size=0), ValueError, "vocab_size must be in [1, 2^19], got 0"),
     "vocab float": (dict(vocab_size=4.0), TypeError, "vocab_size must be an integer, got 4.0"),
-    "backend": (dict(backend="gpu"), ValueError, "backend must be one of ['cpu', 'cuda', 'reference'"),
+    "backend": (
+        dict(backend="gpu"),
+        ValueError,
+        "backend must be one of ['cpu', 'cuda', 'reference'",
+    ),
 }
 BIAS_AND_MASK = {
     "bias dtype": (dict(bias=X.half()), ValueError, "bias must be torch.float32 of shape [2, 8], got torch.float16"),
