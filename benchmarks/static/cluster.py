@@ -229,6 +229,47 @@ def reading(code: sass.Code) -> RouteFigures:
     )
 
 
+SUMMARISE, MASS = "summarise", "mass"
+"""Routes over x in shared memory, by tiles of 4 tokens a lane: all rows', and where top_p or an
+unfiltered logprob asks for it."""
+
+_TOKENS_OF_LANE = 4
+
+
+def over_tiles(code: sass.Code) -> dict[str, RouteFigures]:
+    """The loops that summarise tiles, and that add up their masses.
+
+    The shortest that take an exponential by the GPU's instruction, and that have two sums, of a
+    mass's digits, for each load of four tokens.
+
+    Raises:
+        sass.CannotFollow: there is no such loop.
+    """
+    shortest: dict[str, tuple[int, int]] = {}
+    for loop in sorted(code.loops(), key=len, reverse=True):
+        names = [code.instructions[i].opcode for i in loop]
+        tiles = sum(name.startswith("LDS.128") for name in names)
+        if not tiles:
+            continue
+        sums = sum("REDUX.SUM" in name for name in names)
+        if any("EX2" in name for name in names):
+            shortest[SUMMARISE] = len(loop), tiles
+        elif sums == 2 * tiles:
+            shortest[MASS] = len(loop), tiles
+    for name in (SUMMARISE, MASS):
+        if name not in shortest:
+            raise sass.CannotFollow(f"no loop over tiles is that of {name}")
+    return {
+        name: RouteFigures(
+            instructions=length / (tiles * _TOKENS_OF_LANE),
+            logits_loads=0.0,
+            logits_bytes=float(_ROLES * 16 // _TOKENS),
+            parts={},
+        )
+        for name, (length, tiles) in shortest.items()
+    }
+
+
 def _figures(compiled: Code, cluster: Cluster, cc: int) -> Figures:
     code, warps = compiled.code, cluster.threads // WARP
     loads = [i for i in code.instructions if i.stem == "LDG"]
@@ -246,7 +287,7 @@ def _figures(compiled: Code, cluster: Cluster, cc: int) -> Figures:
         stores=widths(i for i in code.instructions if i.stem == "STG"),
         atomics=code.count("ATOM", "ATOMG", "RED", "REDG"),
         barriers=code.count("BAR"),
-        routes={READING: reading(code)},
+        routes={READING: reading(code), **over_tiles(code)},
         blocks=cluster.blocks,
     )
 

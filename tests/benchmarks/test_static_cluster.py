@@ -57,7 +57,20 @@ def usage(resources):
     return "\n".join(["\nResource usage:\n Common:\n  GLOBAL:0", *lines])
 
 
-LOOP = [".L_x_1:", LOAD, LOAD, LOAD, "IMAD R1, R1, R1, R1 ;", "@P0 BRA `(.L_x_1) ;"]
+TILE = "LDS.128 R4, [R2] ;"
+SUMMARY = [".s:", TILE, "MUFU.EX2 R4, R4 ;", "REDUX.SUM UR4, R5 ;", "@P0 BRA `(.s) ;"]
+MASSES = [
+    ".m:",
+    TILE,
+    *["REDUX.SUM UR4, R5 ;"] * 2,
+    *["FFMA R1, R1, R1, R1 ;"] * 4,
+    "@P0 BRA `(.m) ;",
+]
+COUNTS = [".c:", TILE, *["REDUX.SUM UR4, R5 ;"] * 3, "@P0 BRA `(.c) ;"]
+LOOP = [
+    ".L_x_1:", LOAD, LOAD, LOAD, "IMAD R1, R1, R1, R1 ;", "@P0 BRA `(.L_x_1) ;", *SUMMARY, *MASSES,
+    *COUNTS,
+]  # fmt: skip
 BODIES = {
     "rejection": [*LOOP, "LDL R3, [R1] ;", "EXIT ;"],
     "coupled": [*LOOP, "STG.E desc[UR6][R8.64], R33 ;", "EXIT ;"],
@@ -73,7 +86,7 @@ def test_kernels_are_told_apart_by_their_symbols():
     kernels = cluster.read(disassembly(BODIES), usage(RESOURCES))
     assert {name: (k.registers, k.stack) for name, k in kernels.items()} == RESOURCES
     assert {name: len(k.code.instructions) for name, k in kernels.items()} == {
-        "rejection": 7, "coupled": 7, "sample_top": 6, "sample": 9,
+        "rejection": 24, "coupled": 24, "sample_top": 23, "sample": 26,
     }  # fmt: skip
     assert kernels["rejection"].code.count("LDL") == 1
 
@@ -122,6 +135,18 @@ def test_instructions_a_token_are_those_of_the_longest_loop_over_three_roles():
     route = cluster.reading(code_of(*alone, *fp32, *bf16, *nested, "EXIT ;"))
     assert route.instructions == 126 / 16
     assert (route.logits_loads, route.logits_bytes) == (0.375, 6.0)
+
+
+def test_instructions_a_token_of_the_loops_over_tiles():
+    """Each load is of 4 tokens a lane; a loop around both, or with a third sum, is neither."""
+    around = [".o:", *SUMMARY, *MASSES, "NOP ;", "@P0 BRA `(.o) ;"]
+    routes = cluster.over_tiles(code_of(*around, *COUNTS, "EXIT ;"))
+    assert {name: route.instructions for name, route in routes.items()} == {
+        "summarise": 4 / 4, "mass": 8 / 4,
+    }  # fmt: skip
+    assert {route.logits_bytes for route in routes.values()} == {6.0}
+    with pytest.raises(sass.CannotFollow, match="that of mass"):
+        cluster.over_tiles(code_of(*SUMMARY, *COUNTS, "EXIT ;"))
 
 
 def test_code_that_cannot_be_followed_is_named(monkeypatch):
