@@ -223,6 +223,13 @@ def test_rows_at_every_offset_from_16_bytes(dtype, blocks):
             check(sample(Model(blocks), case), case)
 
 
+def test_zeros_of_both_signs_are_equal_in_head_and_tail():
+    row = torch.tensor([[-0.0, 0.0, -0.0, -1.0, 0.0, -0.0, 0.0]])
+    for offset in range(4):
+        case = Case((place(row, offset), None, None), ptk.RowParams.make(1), {"top_logprobs": 7})
+        check(sample(Model(1), case), case)
+
+
 @each_cluster
 def test_dtypes_strides_masks_and_padding(blocks):
     rows = oracle.random_rows(blocks, 12, 777, padding=5)
