@@ -199,6 +199,9 @@ def test_no_races_in_wider_rows(blocks):
         params = ptk.RowParams.make(len(base), **values)
         case = Case((base, None, None), params, {"top_logprobs": 20})
         check(sample(Model(blocks, races=True), case), case)
+    # Fewer tiles than likeliest tokens: nothing bounds the cut, and their list follows a histogram.
+    few = Case((base[2:3, :2176], None, None), ptk.RowParams.make(1), {"top_logprobs": 20})
+    check(sample(Model(blocks, races=True), few), few)
 
 
 def place(values: Tensor, offset: int) -> Tensor:
