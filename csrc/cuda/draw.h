@@ -102,8 +102,9 @@ PTK_KERNEL Prefix likeliest(Cluster<Team>& cluster, const Row& row) {
   for (int t = team.warp(); t < row.count; t += Team::kWarps) {
     if (tiles.max[t] != row.max) continue;
     const Four x = four_of(team, tiles, t);
-    for (int j = 3; j >= 0; --j) {
-      if (x.v[j] == row.max) first = better(first, ~(row.id_of(t) + 4u * uint32_t(team.lane()) + uint32_t(j)));
+    const uint32_t id = row.id_of(t) + 4 * uint32_t(team.lane());
+    for (int j = 0; j < 4; ++j) {
+      if (x.v[j] == row.max) first = better(first, ~(id + uint32_t(j)));
     }
   }
   const uint64_t id = best_of_cluster(cluster, first);

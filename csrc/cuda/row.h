@@ -186,8 +186,10 @@ PTK_KERNEL void combine_share(const Team& team, const Source& in, int64_t begin,
   const auto offset = [&](const void* row) {
     return (int64_t(reinterpret_cast<uintptr_t>(row) / uint64_t(width)) + begin) % size;
   };
-  const bool alike = !in.expert || (in.expert_dtype == in.base_dtype && in.anti_dtype == in.base_dtype &&
-                                    offset(in.expert) == offset(in.base) && offset(in.anti) == offset(in.base));
+  const auto as_base = [&](const void* row, int32_t dtype) {
+    return dtype == in.base_dtype && offset(row) == offset(in.base);
+  };
+  const bool alike = !in.expert || (as_base(in.expert, in.expert_dtype) && as_base(in.anti, in.anti_dtype));
   const int64_t head = begin + (size - offset(in.base)) % size;
   const int64_t first = alike && head < end ? head : end;
   const int64_t last = first + (end - first) / size * size;

@@ -53,7 +53,6 @@ PTK_KERNEL void make_target(Cluster<Team>& cluster, const Source& source, size_t
     Search<Team> search(cluster, row, p.exponent, wanted);
     kept = p.greedy ? likeliest(cluster, row) : select_kept(search, p, row.max, row.live, mass.scaled);
   }
-  team.sync();
   if (team.thread() == 0) {
     target.kept = kept;
     target.raw_mass = mass.raw;

@@ -15,7 +15,9 @@ PTK_HOST_DEVICE float level_at(float max, float lowest, int level) {
 }
 
 // Digits of a mass, at most 2^44, for the histogram's 32-bit sums.
-PTK_HOST_DEVICE uint32_t mass_digit(uint64_t mass, int digit) { return uint32_t(mass >> (15 * digit)) & 0x7FFFu; }
+PTK_HOST_DEVICE uint32_t mass_digit(uint64_t mass, int digit) {
+  return uint32_t(mass >> (15 * digit)) & 0x7FFFu;
+}
 
 // Prefixes of one row, for ptk::select_kept. All threads of the cluster call, and get the same.
 template <class Team>
@@ -45,7 +47,8 @@ class Search {
       }
       if (n > uint32_t(kList)) {
         if (bottom == top) return take_ties(bottom, need, taken);
-        Binning binning = cuts++ == 0 ? linear_binning(bottom, top, row_.max - sampled_low()) : key_binning(bottom, top);
+        Binning binning = key_binning(bottom, top);
+        if (cuts++ == 0) binning = linear_binning(bottom, top, row_.max - sampled_low());
         const Found found = histogram(binning, taken, need);
         taken = found.before;
         if (found.index < 0) return {low, UINT32_MAX, taken.count, taken.mass};
@@ -126,7 +129,6 @@ class Search {
       const float most = tile_mass_ ? tiles_.mass[t] - below : 0.0f;
       mass += own > most ? own : most;
     }
-    team_.sync();  // all have read the last list: this is written over it
     team_.sync();  // the list, whose place they take, was read
     s_.tokens.levels.mass[team_.warp()][lane] = mass;
     s_.tokens.levels.count[team_.warp()][lane] = count;
@@ -307,12 +309,13 @@ class Search {
         if (team_.lane() >= step) through += below;
       }
       uint32_t nth = through - mine;
-      uint32_t id = 0;
       const Four x = four_of(team_, tiles_, t);
+      const uint32_t first = row_.id_of(t) + 4 * uint32_t(team_.lane());
+      uint32_t found = 0;
       for (int j = 0; j < 4; ++j) {
-        if (x.v[j] == value && ++nth == wanted) id = row_.id_of(t) + 4 * uint32_t(team_.lane()) + uint32_t(j) + 1;
+        if (x.v[j] == value && ++nth == wanted) found = first + uint32_t(j) + 1;
       }
-      result = team_.max(id);
+      result = team_.max(found);
     }
     return result;
   }
