@@ -279,7 +279,7 @@ def start(*arguments):
         [*PROXYTUNE, *SHIPPED, "--max-tokens", "900", "--ignore-eos", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # Where the tests run as a shell's background job, SIGINT is ignored: that would be inherited.
+        # A shell's background job ignores SIGINT, and what the tests start would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
