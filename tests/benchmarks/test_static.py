@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,12 +15,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 
-from benchmarks.environment import REPOSITORY
 from benchmarks.report import RESULTS
 from benchmarks.static import budgets, occupancy, report, run
 from benchmarks.static.compiling import Compiled, parse_resources
 from benchmarks.static.figures import Figures, Mark, Route, RouteFigures, figures_of, function_at
 from benchmarks.static.sass import CannotFollow, Instruction, parse
+from tests.benchmarks.static_command import static
 
 # A kernel's first part masks its loads or does not; its second part is not for all rows.
 SOURCE = """\
@@ -473,18 +472,6 @@ def test_the_stored_page_is_that_of_the_stored_figures():
 
 
 # The command
-
-
-def static(*arguments, **variables):
-    environ = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.static", *arguments],
-        cwd=REPOSITORY,
-        env={**environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_command_refuses_the_interpreter():

@@ -1,9 +1,6 @@
 """The check of what nvcc makes of the CUDA C++ kernels: reading it, its promises, the command."""
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +8,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton, whose tools read the code, is not installed")
 
-from benchmarks.environment import REPOSITORY
 from benchmarks.report import RESULTS
 from benchmarks.static import cluster, report, run, sass
 from benchmarks.static.figures import Figures
+from tests.benchmarks.static_command import static
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="needs a C++ compiler (c++)"
@@ -226,18 +223,6 @@ def test_the_stored_figures_are_of_these_kernels():
     assert kept.compiler.startswith("nvcc ")
     assert set(kept.figures) <= set(cluster.units(cluster.CCS))
     assert {unit.kernel for unit in kept.figures} == set(cluster.KERNELS)
-
-
-def static(*arguments, **variables):
-    environ = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.static", *arguments],
-        cwd=REPOSITORY,
-        env={**environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_without_nvcc_the_command_says_what_it_leaves_out():
