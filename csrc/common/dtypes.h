@@ -37,4 +37,13 @@ PTK_HOST_DEVICE float half_to_float(uint16_t half) {
 #endif
 }
 
+// One logit of a row of any dtype.
+PTK_HOST_DEVICE float logit_at(const void* row, int32_t dtype, int64_t i) {
+  switch (dtype) {
+    case kDtypeBf16: return bf16_to_float(static_cast<const Bf16*>(row)[i].bits);
+    case kDtypeF16: return half_to_float(static_cast<const F16*>(row)[i].bits);
+    default: return static_cast<const float*>(row)[i];
+  }
+}
+
 }  // namespace ptk

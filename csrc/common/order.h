@@ -14,6 +14,12 @@ PTK_HOST_DEVICE float value_of(uint32_t key) {
   return float_of_bits(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
 }
 
+// A value, a token's x or its score, and the token's id in 64 bits: descending is value descending, then
+// id ascending. 0 is after all of them.
+PTK_HOST_DEVICE uint64_t pack(float value, uint32_t id) { return uint64_t(key_of(value)) << 32 | uint32_t(~id); }
+PTK_HOST_DEVICE float packed_value(uint64_t packed) { return value_of(uint32_t(packed >> 32)); }
+PTK_HOST_DEVICE uint32_t packed_id(uint64_t packed) { return ~uint32_t(packed); }
+
 // A prefix of the order: x > this x, or x equal and id <= this id.
 struct Prefix {
   float x;

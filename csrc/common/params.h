@@ -15,6 +15,10 @@ constexpr int64_t kMaxVocabSize = 1 << 19;   // masses of 2^44 a token sum to le
 constexpr int kMaxTop = 128;                 // likeliest tokens that can be asked for
 constexpr double kMassOne = 17592186044416.0;  // 2^44, the mass of the likeliest token
 
+PTK_HOST_DEVICE double log_mass(uint64_t mass) { return std::log(double(mass) / kMassOne); }
+
+PTK_HOST_DEVICE constexpr int64_t tiles_of(int64_t vocab_size) { return (vocab_size + kTile - 1) / kTile; }
+
 enum Status : int32_t { kStatusNan = 1, kStatusPositiveInf = 2, kStatusEmpty = 4, kStatusBadParams = 8 };
 enum FilterOrder : int32_t { kOrderVllm = 0, kOrderHf = 1, kOrderJoint = 2 };
 enum VerifyMode : int32_t { kVerifyCoupled = 0, kVerifyRejection = 1 };

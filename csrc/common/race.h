@@ -30,11 +30,4 @@ PTK_HOST_DEVICE uint32_t winning_word(float top, float best) {
   return power <= 0.0f ? 0u : (1u << int(power));
 }
 
-// A score and its id in 64 bits: the maximum is the highest score, the lowest id on ties. 0: none.
-PTK_HOST_DEVICE uint64_t pack_score(float score, uint32_t token_id) {
-  return uint64_t(key_of(score)) << 32 | uint32_t(~token_id);
-}
-PTK_HOST_DEVICE uint32_t packed_id(uint64_t packed) { return ~uint32_t(packed); }
-PTK_HOST_DEVICE float packed_score(uint64_t packed) { return value_of(uint32_t(packed >> 32)); }
-
 }  // namespace ptk

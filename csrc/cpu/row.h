@@ -85,16 +85,6 @@ struct TailTile {
   uint32_t allowed[kTile / 32];
 };
 
-inline float load_one(const void* logits, int32_t dtype, int64_t i) {
-  const auto* bf16 = static_cast<const Bf16*>(logits);
-  const auto* f16 = static_cast<const F16*>(logits);
-  switch (dtype) {
-    case kDtypeBf16: return bf16_to_float(bf16[i].bits);
-    case kDtypeF16: return half_to_float(f16[i].bits);
-    default: return static_cast<const float*>(logits)[i];
-  }
-}
-
 template <typename T>
 void widen(const void* logits, int64_t start, float* out) {
   const T* from = static_cast<const T*>(logits) + start;
@@ -105,7 +95,7 @@ void widen(const void* logits, int64_t start, float* out) {
 inline void widen_tile(const Matrix& m, int64_t start, int n, float pad, float* out) {
   if (n == kTile && m.dtype == kDtypeBf16) return widen<Bf16>(m.row, start, out);
   if (n == kTile && m.dtype == kDtypeF16) return widen<F16>(m.row, start, out);
-  for (int i = 0; i < kTile; ++i) out[i] = i < n ? load_one(m.row, m.dtype, start + i) : pad;
+  for (int i = 0; i < kTile; ++i) out[i] = i < n ? logit_at(m.row, m.dtype, start + i) : pad;
 }
 
 // A tile that is the row's last, partial one, or whose roles differ in dtype: through fp32 copies.

@@ -12,8 +12,6 @@ struct Target {
   bool drawable = false;
 };
 
-inline double log_mass(uint64_t mass) { return std::log(double(mass) / kMassOne); }
-
 // The first of the likeliest tokens.
 inline Prefix likeliest(const Row& row) {
   uint32_t id = uint32_t(row.likeliest_tile()) * kTile;

@@ -44,11 +44,11 @@ inline int collect(const Row& row, uint32_t low, uint32_t high, Scratch& s) {
 
 // Sorts n collected tokens by x descending, then id ascending, into s.order.
 inline void sort_collected(int n, Scratch& s) {
-  for (int i = 0; i < n; ++i) s.order[i] = uint64_t(key_of(s.x[i])) << 32 | uint32_t(~s.ids[i]);
+  for (int i = 0; i < n; ++i) s.order[i] = pack(s.x[i], s.ids[i]);
   std::sort(s.order, s.order + n, std::greater<uint64_t>());
 }
-inline float sorted_x(const Scratch& s, int i) { return value_of(uint32_t(s.order[i] >> 32)); }
-inline uint32_t sorted_id(const Scratch& s, int i) { return uint32_t(~s.order[i]); }
+inline float sorted_x(const Scratch& s, int i) { return packed_value(s.order[i]); }
+inline uint32_t sorted_id(const Scratch& s, int i) { return packed_id(s.order[i]); }
 
 // Walks n collected tokens in order, after `taken`; true where they meet the need.
 inline bool walk(const Row& row, int n, const Need& need, Exponent e, Scratch& s, Prefix& taken) {

@@ -6,8 +6,6 @@
 namespace ptk {
 namespace {
 
-double log_mass(uint64_t mass) { return std::log(double(mass) / kMassOne); }
-
 // A prefix of the order, as far as the candidates tell: where it is not known, the tokens in it are at
 // least so many.
 struct Found {

@@ -31,7 +31,6 @@ struct RowInput {
   int64_t vocab_size;
 };
 
-constexpr int64_t tiles_of(int64_t vocab_size) { return (vocab_size + kTile - 1) / kTile; }
 // Tile summaries are read in whole groups of kTile.
 constexpr int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 

@@ -55,7 +55,7 @@ PTK_KERNEL uint64_t race_tiles(const Team& team, Shared& s, const Row row, const
     for (; able; able &= able - 1) {  // few: one copy of the logarithms' code will do
       const int j = lowest_bit(able);
       const float noise = gumbel_of(key, id + uint32_t(j), pick(words, j));
-      won = better(won, pack_score(score(pick(x.v, j), id + uint32_t(j)) + noise, id + uint32_t(j)));
+      won = better(won, pack(score(pick(x.v, j), id + uint32_t(j)) + noise, id + uint32_t(j)));
     }
     if (!team.ballot(won > best)) continue;
     best = better(best, won);
@@ -79,10 +79,10 @@ PTK_KERNEL uint32_t draw(Cluster<Team>& cluster, const Target& target, const Row
     const int stride = Team::kThreads * team.blocks();
     for (int i = team.block() * Team::kThreads + team.thread(); i < int(kept.count); i += stride) {
       const uint64_t token = cluster.s.tokens.list.sorted[i];
-      const float x = token_x(token);
-      const uint32_t id = token_id(token);
+      const float x = packed_value(token);
+      const uint32_t id = packed_id(token);
       const float noise = gumbel_of(key, id, philox_word(key, id, 0));
-      best = better(best, pack_score(score(x, id) + noise, id));
+      best = better(best, pack(score(x, id) + noise, id));
     }
   } else {
     const Tiles tiles(cluster.s, row);

@@ -43,8 +43,6 @@ PTK_HOST_DEVICE uint64_t mass_of(float d, Exponent e) {
 // A mass as a share of the likeliest token's, rounded to fp32.
 PTK_HOST_DEVICE float share_of(uint64_t mass) { return float(mass) * 0x1p-44f; }
 
-PTK_HOST_DEVICE double log_mass(uint64_t mass) { return std::log(double(mass) / kMassOne); }
-
 PTK_HOST_DEVICE uint32_t popcount(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return uint32_t(__popc(int(bits)));

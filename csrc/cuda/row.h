@@ -10,14 +10,6 @@ namespace cuda {
 
 constexpr int kAhead = 2;  // vectors of each role that a thread waits for at once
 
-PTK_HOST_DEVICE float logit_at(const void* row, int32_t dtype, int64_t i) {
-  switch (dtype) {
-    case kDtypeBf16: return bf16_to_float(static_cast<const Bf16*>(row)[i].bits);
-    case kDtypeF16: return half_to_float(static_cast<const F16*>(row)[i].bits);
-    default: return static_cast<const float*>(row)[i];
-  }
-}
-
 // What this thread saw of its tokens.
 struct Seen {
   uint32_t live = 0, nan = 0;

@@ -77,8 +77,8 @@ PTK_KERNEL void write_top(Cluster<Team>& cluster, const proxytune_sample_args& a
   for (int i = team.thread(); i < args.num_top; i += Team::kThreads) {
     const int64_t at = row * args.num_top + i;
     const uint64_t token = i < n ? cluster.s.tokens.list.sorted[i] : 0;
-    if (args.top_token_ids) args.top_token_ids[at] = i < n ? int64_t(token_id(token)) : -1;
-    if (args.top_logprobs) args.top_logprobs[at] = i < n ? target.raw_logprob(token_x(token)) : NAN;
+    if (args.top_token_ids) args.top_token_ids[at] = i < n ? int64_t(packed_id(token)) : -1;
+    if (args.top_logprobs) args.top_logprobs[at] = i < n ? target.raw_logprob(packed_value(token)) : NAN;
   }
 }
 

@@ -59,7 +59,7 @@ class Search {
       }
       if (!listed) gather(int(n), taken.count == 0);
       const Found found = walk(taken, need, int(n));
-      if (found.index >= 0 && token_x(sorted(found.index)) >= low) return prefix_of(found);
+      if (found.index >= 0 && packed_value(sorted(found.index)) >= low) return prefix_of(found);
       if (!listed) return {low, UINT32_MAX, found.before.count, found.before.mass};
       listed = false;
     }
@@ -98,12 +98,12 @@ class Search {
 
   PTK_KERNEL Prefix prefix_of(const Found& found) const {
     const uint64_t token = sorted(found.index);
-    return {token_x(token), token_id(token), found.through.count, found.through.mass};
+    return {packed_value(token), packed_id(token), found.through.count, found.through.mass};
   }
 
   PTK_KERNEL Found walk(Running taken, Need need, int n) {
     return first_met(team_, s_, n, taken, need, [&](int i) {
-      return Running{1, mass_of(token_x(sorted(i)) - row_.max, e_)};
+      return Running{1, mass_of(packed_value(sorted(i)) - row_.max, e_)};
     });
   }
 
@@ -191,7 +191,7 @@ class Search {
         found[0] += count;
         uint32_t at = team_.lane() == 0 ? team_.add_shared(&s_.own_count, count) : 0;
         at = team_.shuffle(at, 0) + popcount(lanes & ((1u << team_.lane()) - 1));
-        if (in && at < uint32_t(kList)) s_.tokens.list.own[at] = pack_token(x.v[j], id + uint32_t(j));
+        if (in && at < uint32_t(kList)) s_.tokens.list.own[at] = pack(x.v[j], id + uint32_t(j));
       }
     }
     cluster_.template exchange<Merge::kSum>(found);

@@ -141,8 +141,6 @@ PTK_HOST_DEVICE int block_of_tile(int tile, int tiles, int blocks) {
   return int((int64_t(tile + 1) * blocks - 1) / tiles);
 }
 
-PTK_HOST_DEVICE constexpr int64_t tiles_of(int64_t vocab_size) { return (vocab_size + kTile - 1) / kTile; }
-
 // Bytes of one row in one block: x, and three summaries a tile.
 PTK_HOST_DEVICE constexpr size_t row_bytes(int64_t vocab_size, int blocks) {
   const int64_t tiles = (tiles_of(vocab_size) + blocks - 1) / blocks;

@@ -6,13 +6,6 @@
 namespace ptk {
 namespace cuda {
 
-// Token in order: descending is x descending, then id ascending. 0 is after all tokens.
-PTK_HOST_DEVICE uint64_t pack_token(float x, uint32_t id) {
-  return uint64_t(key_of(x)) << 32 | uint32_t(~id);
-}
-PTK_HOST_DEVICE float token_x(uint64_t packed) { return value_of(uint32_t(packed >> 32)); }
-PTK_HOST_DEVICE uint32_t token_id(uint64_t packed) { return ~uint32_t(packed); }
-
 // Sorts n packed tokens, no more than threads, descending: each goes where its rank says.
 template <class Team>
 PTK_KERNEL void sort_by_rank(const Team& team, uint64_t* tokens, int n) {
