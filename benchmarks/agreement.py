@@ -101,7 +101,7 @@ def _logits_with_rounding(
     whole, stepped, largest, eps = {}, {}, 0.0, 0.0
     for role, model in naive.models.items():
         cache = DynamicCache(config=model.config)
-        ids = torch.tensor([[*prompt, *generated]])
+        ids = torch.tensor([[*prompt, *generated]], device=naive.device)
         whole[role] = (
             model(input_ids=ids, use_cache=False).logits[0, -1, : naive.vocab_size].float()
         )

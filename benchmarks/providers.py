@@ -50,7 +50,8 @@ class NaiveLoop:
     """Proxy-tuning as one writes it with transformers: three forwards in turn, then the warpers.
 
     Everything that could slow it without changing its tokens is left out: there is no attention
-    mask (the prompts have one length), no stopping, no detokenising, and inference mode is on.
+    mask (the prompts have one length), no stopping, no detokenising, and inference mode is on. All
+    models are on the base's device.
 
     Args:
         trio: the models.
@@ -63,6 +64,7 @@ class NaiveLoop:
     def __init__(self, trio: Trio, roles: Sequence[str] | None = None) -> None:
         self.roles = trio.roles if roles is None else tuple(roles)
         self.models = {role: trio.models[role] for role in self.roles}
+        self.device = next(trio.base.parameters()).device
         self.vocab_size = trio.vocab_size
         self.warpers = LogitsProcessorList(
             [TemperatureLogitsWarper(TEMPERATURE), TopPLogitsWarper(TOP_P)]
@@ -73,7 +75,7 @@ class NaiveLoop:
         """See :class:`Provider`."""
         start = time.perf_counter()
         seconds: list[float] = []
-        input_ids = torch.tensor(prompts)
+        input_ids = torch.tensor(prompts, device=self.device)
         caches = {role: DynamicCache(config=m.config) for role, m in self.models.items()}
         new_ids = input_ids
         for _ in range(max_tokens):
