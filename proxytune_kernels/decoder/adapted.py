@@ -50,6 +50,8 @@ class AdaptedLayer(Module):
         scaling: factor of the update.
     """
 
+    bias: Parameter | None
+
     def __init__(
         self,
         base: Module,
@@ -111,13 +113,13 @@ def adapted_pair(expert: Any, anti: Any) -> tuple[Any, Any]:
         PairError: the expert is not the anti-expert and an adapter on its linear layers.
     """
     check_same_architecture(expert, anti)
+    adapters = _adapters(expert)
     plain = dict(_plain_tensors(anti))
     shared: dict[int, Any] = {}
     for name, tensor in _plain_tensors(expert):
         shared[id(tensor)] = _same(name, tensor, plain.pop(name, None))
     if plain:
         raise PairError(f"expert must have all weights of anti, got none for {next(iter(plain))}")
-    adapters = _adapters(expert)
     copies = []
     for kind in (AdaptedPairLayer, AdaptedLayer):
         memo = dict(shared)
