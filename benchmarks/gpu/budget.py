@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-# Guesses, until the first of a kind was measured: a unit of replays, one that compiles twice.
-_FIRST_COSTS = {"plain": 3.0, "compiled": 25.0}
+# Guesses, until the first of a kind was measured: a unit of replays, one that compiles twice, all
+# ways to decode a trio at a batch size.
+_FIRST_COSTS = {"plain": 3.0, "compiled": 25.0, "decoding": 60.0}
 _NEWEST = 0.5  # weight of the newest cost in the running mean: batch sizes come in runs
 
 

@@ -150,9 +150,7 @@ def _measure(
     journal: Journal,
 ) -> None:
     """Check and time the units that fit in the budget, in their order."""
-    copy = copy_rates(device)
-    copy_rate = median(copy)
-    journal.add([{"op": "copy", "bytes": 2 * COPY_BYTES, "bytes_per_second": copy}])
+    copy_rate = measure_copy(device, journal)
     runner = UnitRunner(
         device,
         unavailable,
@@ -185,6 +183,13 @@ def _measure(
             f"Not measured for lack of time, {len(dropped)} of {len(options.units)}, least "
             f"important last: {'; '.join(dropped)}"
         )
+
+
+def measure_copy(device: Device, journal: Journal) -> float:
+    """The yardstick: median bytes per second of a copy; all samples go to the journal."""
+    rates = copy_rates(device)
+    journal.add([{"op": "copy", "bytes": 2 * COPY_BYTES, "bytes_per_second": rates}])
+    return median(rates)
 
 
 def copy_rates(device: Device) -> list[float]:
