@@ -13,7 +13,7 @@ from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 
 if TYPE_CHECKING:
-    from proxytune_kernels.decoder import Decoder
+    from proxytune_kernels.decoder import Decoder, Speculation
     from proxytune_kernels.trio import Trio, load_trio
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "RowParams",
     "SampleOutput",
     "SamplingParams",
+    "Speculation",
     "TopLogprobs",
     "Trio",
     "VerifyOutput",
@@ -38,7 +39,12 @@ __all__ = [
 ]
 
 # What needs transformers is imported when it is first asked for.
-_LAZY = {"Decoder": "decoder", "Trio": "trio", "load_trio": "trio"}
+_LAZY = {
+    "Decoder": "decoder",
+    "Speculation": "decoder",
+    "Trio": "trio",
+    "load_trio": "trio",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,14 @@
-"""Batched proxy-tuned decoding: scheduler, cache, runner and engine, one module each."""
+"""Batched proxy-tuned decoding: engine, loop, step, cache, runner, a module each."""
 
-from proxytune_kernels.decoder.engine import DecodeError, Decoder
+from proxytune_kernels.decoder.engine import Decoder
+from proxytune_kernels.decoder.loop import DecodeError
 from proxytune_kernels.decoder.request import (
     FINISH_REASONS,
     RequestMetrics,
     RequestOutput,
     StreamEvent,
 )
+from proxytune_kernels.decoder.speculative import Speculation, SpeculationStats
 
 __all__ = [
     "FINISH_REASONS",
@@ -14,5 +16,7 @@ __all__ = [
     "Decoder",
     "RequestMetrics",
     "RequestOutput",
+    "Speculation",
+    "SpeculationStats",
     "StreamEvent",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from proxytune_kernels.decoder.speculative import Speculation
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 
@@ -41,6 +42,20 @@ def max_seq_len(models: Mapping[str, Any], value: Any) -> int:
             f"got {value}"
         )
     return int(value)
+
+
+def speculation(value: Any, roles: Sequence[str]) -> Speculation | None:
+    """How to draft; the expert can only where it runs."""
+    if value is None:
+        return None
+    if not isinstance(value, Speculation):
+        raise TypeError(f"speculation must be a Speculation or None, got {value!r:.80}")
+    if value.drafter == "expert" and "expert" not in roles:
+        raise ValueError(
+            f"speculation with the expert's drafts must have the expert among the roles, "
+            f"got {', '.join(roles)} (drafter='prompt_lookup' needs none)"
+        )
+    return value
 
 
 def prompts(value: Any) -> Sequence[Any]:

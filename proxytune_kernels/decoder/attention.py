@@ -7,6 +7,7 @@ attention layer as the keyword ``cache_step``.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +24,26 @@ ATTENTION_NAME = "proxytune_slots"
 # wrong tokens without an error.
 _UNKNOWN_TERMS = ("s_aux", "position_bias")
 
+_MAX_GROUPED_QUERIES = 64
+"""Up to here query heads that share a key are run as its queries; SDPA would copy keys for each."""
+
 
 def register_attention() -> None:
     """Register :func:`slot_attention` with transformers; doing it again changes nothing."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
+
+
+def flash_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash-attn's decoding kernel can't be used, as a sentence; None where it can."""
+    if device.type != "cuda":
+        return f"flash-attn runs on CUDA devices, and this model is on {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn takes bfloat16 and float16, and this model has {dtype}"
+    if find_spec("flash_attn") is None:
+        return "flash-attn is not installed (pip install 'proxytune_kernels[flash]')"
+    return None
 
 
 def slot_attention(
@@ -68,32 +83,73 @@ def slot_attention(
                 f"{ATTENTION_NAME} attention got {name} from {type(module).__name__}, "
                 f"which it does not implement"
             )
-    first, mask = cache_step.visible(sliding_window)
+    if not cache_step.fresh and cache_step.cache.flash:
+        return _flash(query, key, value, cache_step, scaling, sliding_window, softcap), None
+    first, masked = cache_step.visible(sliding_window)
     if first:
         key, value = key[:, :, first:], value[:, :, first:]
-    rows, heads, queries, width = query.shape
-    causal = mask is None and queries > 1
     if softcap is not None:
-        mask = cache_step.mask(None) if causal else mask
+        # Needs the mask where SDPA has a flag for it.
+        masked = masked or query.shape[2] > 1
+        mask = _mask(cache_step, sliding_window, 1, query)[..., first:] if masked else None
         attended = _softcapped(query, key, value, mask, scaling, softcap)
-    elif queries == 1:
-        # Query heads that share a key become queries of one head: no copy of keys per query head.
-        groups = (rows, key.shape[1], heads // key.shape[1], width)
-        attended = scaled_dot_product_attention(
-            query.reshape(groups), key, value, attn_mask=mask, scale=scaling
-        )
-        return attended.reshape(rows, 1, heads, value.shape[-1]), None
+        return attended.transpose(1, 2).contiguous(), None
+    rows, heads, queries, width = query.shape
+    groups = heads // key.shape[1]
+    if queries * groups <= _MAX_GROUPED_QUERIES and not cache_step.fresh:
+        mask = None
+        if masked:
+            # One query's mask is broadcast over the heads that share a key.
+            copies = groups if queries > 1 else 1
+            mask = _mask(cache_step, sliding_window, copies, query)[..., first:]
+        grouped = query.reshape(rows, key.shape[1], groups * queries, width)
+        attended = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+        attended = attended.reshape(rows, heads, queries, value.shape[-1])
+        if queries == 1:
+            return attended.transpose(1, 2), None
     else:
+        mask = _mask(cache_step, sliding_window, 1, query)[..., first:] if masked else None
         attended = scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            is_causal=causal,
+            is_causal=mask is None and queries > 1,
             scale=scaling,
-            enable_gqa=heads != key.shape[1],
+            enable_gqa=groups > 1,
         )
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _mask(step: CacheStep, window: int | None, groups: int, query: Tensor) -> Tensor:
+    # A model may be spread over devices.
+    return step.mask(window, groups).to(query.device)
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: CacheStep,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """flash-attn's decoding kernel, which takes each row's length and reads no key past it."""
+    from flash_attn import flash_attn_with_kvcache
+
+    attended: Tensor = flash_attn_with_kvcache(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        cache_seqlens=step.seq_lens().to(query.device),
+        softmax_scale=scaling,
+        causal=True,
+        # Keys to the left of a query's own, and to its right.
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
+    )
+    return attended
 
 
 def _softcapped(

@@ -1,7 +1,7 @@
-"""Static KV cache of one role: a fixed place per slot, and what one forward reads and writes of it.
+"""Static KV cache: a fixed place per row, and what one forward reads and writes of it.
 
-A token's index in its slot is its position, so a slot's keys need no padding, a row's length is its
-next position, and rolling back is a smaller length.
+A token's index in its row is its position, so a row's keys need no padding, its length is its next
+position, and rolling back is a smaller length: what lies past a row's length is never attended to.
 """
 
 from __future__ import annotations
@@ -13,79 +13,138 @@ from torch import Tensor
 
 
 class SlotCache:
-    """Keys and values of ``max_batch_size`` slots of ``max_seq_len`` tokens, for each layer.
+    """Keys and values of ``rows`` rows of ``max_seq_len`` tokens, for each layer.
 
-    A layer's memory is [max_batch_size, max_seq_len, kv_heads, D] for keys and the same for values;
-    it is taken when the layer first writes, with the shape and dtype that it writes. ``lengths``
-    counts the tokens in each slot.
+    A row is a slot of one role. A layer's memory is [rows, capacity, kv_heads, D] for keys and the
+    same for values; it is taken when the layer first writes, with the shape, dtype and device that
+    it writes. The lengths are kept twice: on the device, for forwards, and on the host, to know
+    without asking the device how far the keys reach.
 
     Args:
-        max_batch_size: number of slots.
-        max_seq_len: tokens a slot can hold.
-        device: where the keys and values live.
+        rows: number of rows.
+        max_seq_len: tokens a row can hold.
+        device: where token ids and positions live.
+        slack: places past ``max_seq_len`` for drafts that will be rolled back.
+        exact: the host's lengths are the device's, rather than upper bounds of them.
+        flash: attend with flash-attn's decoding kernel.
     """
 
-    def __init__(self, max_batch_size: int, max_seq_len: int, device: torch.device) -> None:
-        self.max_batch_size = max_batch_size
+    def __init__(
+        self,
+        rows: int,
+        max_seq_len: int,
+        device: torch.device,
+        *,
+        slack: int = 0,
+        exact: bool = True,
+        flash: bool = False,
+    ) -> None:
+        self.rows = rows
         self.max_seq_len = max_seq_len
+        self.capacity = max_seq_len + slack
         self.device = device
-        self.lengths = [0] * max_batch_size
+        self.exact = exact
+        self.flash = flash
+        self.lengths = [0] * rows
+        self.device_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._positions = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
-        self._starts = torch.arange(max_batch_size, device=device) * max_seq_len
-        self._span = torch.arange(max_seq_len, device=device)
+        self._starts = torch.arange(rows, device=device) * self.capacity
+        self._span = torch.arange(self.capacity, device=device)
+        # A model with a table of positions has none for drafts past the end.
+        self._position_ids = self._span.clamp(max=max_seq_len - 1)
 
-    def prefill_step(self, slots: Sequence[int], length: int) -> CacheStep:
-        """The forward that fills empty ``slots`` with prompts of ``length`` tokens each."""
-        index = torch.tensor(slots, device=self.device)
-        self._positions[index] = length
-        for slot in slots:
-            self.lengths[slot] = length
-        span = self._span[:length]
-        write_index = (self._starts[index][:, None] + span).flatten()
-        return CacheStep(self, span.expand(len(slots), -1), write_index, span, fresh=True)
+    def fresh_step(self, rows: Sequence[int], width: int) -> CacheStep:
+        """The forward that fills empty ``rows`` with up to ``width`` tokens each.
 
-    def decode_step(self, rows: int) -> CacheStep:
-        """The forward that adds one token to each of the slots 0 to ``rows`` - 1."""
-        # Copied, since the rows' positions move on before the forward reads them.
-        positions = self._positions[:rows].clone()
-        self._positions[:rows] += 1
-        longest, shortest = max(self.lengths[:rows]), min(self.lengths[:rows])
-        for slot in range(rows):
-            self.lengths[slot] += 1
+        A shorter prompt is padded at its end: what comes behind a row's length does not exist.
+        """
+        positions = self._span[:width].expand(len(rows), -1)
+        starts = self._starts[torch.tensor(rows, device=self.device)]
+        write_index = (starts[:, None] + positions).flatten()
         return CacheStep(
-            self,
-            positions[:, None],
-            self._starts[:rows] + positions,
-            self._span[: longest + 1],
-            ragged=shortest != longest,
+            self, positions, positions, write_index, self._span[:width], first_row=0, fresh=True
         )
 
+    def step(
+        self,
+        rows: range,
+        width: int,
+        offset: int = 0,
+        *,
+        length: int | None = None,
+        indexed: bool = False,
+    ) -> CacheStep:
+        """The forward that adds ``width`` tokens to each of ``rows``; their lengths stay.
+
+        Args:
+            rows: which rows, in the order of the forward's batch.
+            width: new tokens of each row.
+            offset: how many tokens behind a row's length they go.
+            length: keys to attend over, for graphs of one shape; the longest row's unless told.
+            indexed: write by index even where all rows have one length.
+        """
+        host = [self.lengths[row] for row in rows]
+        longest = max(host) + offset
+        equal = length is None and self.exact and min(host) == max(host)
+        if length is None:
+            length = longest + width
+            if equal and not indexed:
+                span = slice(longest, length)
+                return CacheStep(
+                    self,
+                    self._position_ids[span].expand(len(rows), -1),
+                    self._span[span].expand(len(rows), -1),
+                    None,
+                    self._span[:length],
+                    first_row=rows.start,
+                    row_stride=rows.step,
+                )
+        place = slice(rows.start, rows.stop, rows.step)
+        positions = self.device_lengths[place][:, None] + self._span[offset : offset + width]
+        write_index = (self._starts[place][:, None] + positions).flatten()
+        ids = positions if self.capacity == self.max_seq_len else self._position_ids[positions]
+        return CacheStep(
+            self,
+            ids,
+            positions,
+            write_index,
+            self._span[:length],
+            first_row=rows.start,
+            row_stride=rows.step,
+            ragged=not equal,
+        )
+
+    def set_length(self, row: int, length: int) -> None:
+        """Set a row's length, on the host and on the device."""
+        self.lengths[row] = length
+        self.device_lengths[row] = length
+
     def move(self, source: int, target: int) -> None:
-        """Move a slot's tokens to an empty slot."""
+        """Move a row's tokens to an empty row."""
         length = self.lengths[source]
         for layer in (*self.keys, *self.values):
             layer[target, :length] = layer[source, :length]
-        self._positions[target] = length
+        # On the device, which may know better than the host.
+        self.device_lengths[target] = self.device_lengths[source]
         self.lengths[target] = length
         self.release(source)
 
-    def release(self, slot: int) -> None:
-        """Empty a slot."""
+    def release(self, row: int) -> None:
+        """Empty a row."""
         # A ragged batch reads past a short row's end with weight 0, and 0 * NaN is NaN: what a
-        # request left must not be there for the next.
+        # request left must not be there for the next, drafts past its end included.
+        end = min(self.lengths[row] + 1 + self.capacity - self.max_seq_len, self.capacity)
         for layer in (*self.keys, *self.values):
-            layer[slot, : self.lengths[slot]] = 0
-        self._positions[slot] = 0
-        self.lengths[slot] = 0
+            layer[row, :end] = 0
+        self.set_length(row, 0)
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values, [slots, max_seq_len, kv_heads, D]; made at the first call."""
+        """A layer's keys and values, [rows, capacity, kv_heads, D]; made at the first call."""
         while len(self.keys) <= index:
-            slots = (self.max_batch_size, self.max_seq_len)
-            self.keys.append(key.new_zeros(*slots, key.shape[1], key.shape[3]))
-            self.values.append(value.new_zeros(*slots, value.shape[1], value.shape[3]))
+            shape = (self.rows, self.capacity)
+            self.keys.append(key.new_zeros(*shape, key.shape[1], key.shape[3]))
+            self.values.append(value.new_zeros(*shape, value.shape[1], value.shape[3]))
         return self.keys[index], self.values[index]
 
     def nbytes(self) -> int:
@@ -98,10 +157,12 @@ class CacheStep:
 
     Args:
         cache: the keys and values.
-        position_ids: int64 [B, q], position of each new token.
-        write_index: int64 [B * q], where each new token goes, slot * max_seq_len + position.
-        span: int64 [L], 0 to L - 1, for L the tokens of the longest row, new ones included.
-        fresh: the slots were empty, so the new keys are all there is to attend to.
+        position_ids: int64 [B, q], position of each new token for the model.
+        positions: int64 [B, q], its index in its row; past the end these two differ.
+        write_index: int64 [B * q], row * capacity + position; None where all rows have one length.
+        span: int64 [L], 0 to L - 1, for L the keys to attend over, new ones included.
+        first_row, row_stride: the B rows are first_row, first_row + row_stride, ...
+        fresh: the rows were empty, so the new keys are all there is to attend to.
         ragged: the rows have different lengths.
     """
 
@@ -109,19 +170,25 @@ class CacheStep:
         self,
         cache: SlotCache,
         position_ids: Tensor,
-        write_index: Tensor,
+        positions: Tensor,
+        write_index: Tensor | None,
         span: Tensor,
         *,
+        first_row: int,
+        row_stride: int = 1,
         fresh: bool = False,
         ragged: bool = False,
     ) -> None:
         self.cache = cache
         self.position_ids = position_ids
+        self.positions = positions
         self.write_index = write_index
         self.span = span
+        self.first_row = first_row
+        self.row_stride = row_stride
         self.fresh = fresh
         self.ragged = ragged
-        self.masks: dict[int | None, Tensor] = {}
+        self.masks: dict[tuple[int | None, int], Tensor] = {}
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -132,43 +199,59 @@ class CacheStep:
             Keys and values [B, kv_heads, L, D], views of the cache; the new ones if it was empty.
         """
         keys, values = self.cache.layer(layer_idx, key, value)
-        rows, length, first = key.shape[0], self.span.shape[0], self.get_seq_length()
-        seen_keys = keys[:rows, :length].transpose(1, 2)
-        seen_values = values[:rows, :length].transpose(1, 2)
-        if self.fresh or self.ragged or torch.compiler.is_compiling():
+        length = self.span.shape[0]
+        end = self.first_row + key.shape[0] * self.row_stride
+        rows = slice(self.first_row, end, self.row_stride)
+        seen_keys = keys[rows, :length].transpose(1, 2)
+        seen_values = values[rows, :length].transpose(1, 2)
+        if self.write_index is not None:
+            # A model may be spread over devices.
+            index = self.write_index.to(key.device)
             for cached, new in ((keys, key), (values, value)):
                 tokens = new.transpose(1, 2).reshape(-1, new.shape[1], new.shape[3])
-                cached.flatten(0, 1).index_copy_(0, self.write_index, tokens)
+                cached.flatten(0, 1).index_copy_(0, index, tokens)
         else:
             # Rows of one length write at one place: half the calls of the general way.
+            first = self.get_seq_length()
             seen_keys[:, :, first:].copy_(key)
             seen_values[:, :, first:].copy_(value)
         return (key, value) if self.fresh else (seen_keys, seen_values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the longest row before this forward (transformers asks to infer positions)."""
-        return self.span.shape[0] - self.position_ids.shape[1]
+        return self.span.shape[0] - self.positions.shape[1]
 
-    def visible(self, window: int | None) -> tuple[int, Tensor | None]:
-        """The first key that any row sees through a window, and the additive mask over the rest.
+    def visible(self, window: int | None) -> tuple[int, bool]:
+        """The first key that any query sees, and whether the rest needs a mask.
 
-        No mask means: causal where there are several queries, everything where there is one.
+        Without a mask: causal where the rows are fresh, everything where there is one query.
         """
-        length = self.span.shape[0]
+        length, width = self.span.shape[0], self.positions.shape[1]
         if self.ragged:
-            return 0, self.mask(window)
-        if window is None or length <= window:
-            return 0, None
-        # All rows are equally long: one new query sees the last keys, without a mask.
-        return (0, self.mask(window)) if self.fresh else (length - window, None)
+            return 0, True
+        if self.fresh:
+            return 0, window is not None and length > window
+        first = 0 if window is None else max(0, length - width + 1 - window)
+        return first, width > 1
 
-    def mask(self, window: int | None) -> Tensor:
-        """Additive causal mask [B, 1, q, L]: 0 where a query may look, -inf elsewhere."""
-        if window not in self.masks:
-            positions = self.position_ids[:, None, :, None]
+    def mask(self, window: int | None, groups: int = 1) -> Tensor:
+        """Additive causal mask [B or 1, 1, q * groups, L]: 0 where a query may look, else -inf.
+
+        Args:
+            window: a query sees this many keys at most, itself included; None sees all.
+            groups: how often the q queries follow each other.
+        """
+        if (window, groups) not in self.masks:
+            # Rows of one length share a mask.
+            positions = self.positions if self.ragged else self.positions[:1]
+            positions = positions.repeat(1, groups)[:, None, :, None]
             hidden = self.span > positions
             if window is not None:
                 hidden |= self.span <= positions - window
             zeros = torch.zeros_like(hidden, dtype=self.cache.keys[0].dtype)
-            self.masks[window] = zeros.masked_fill_(hidden, -torch.inf)
-        return self.masks[window]
+            self.masks[window, groups] = zeros.masked_fill_(hidden, -torch.inf)
+        return self.masks[window, groups]
+
+    def seq_lens(self) -> Tensor:
+        """int32 [B]: tokens of each row, new ones included."""
+        return (self.positions[:, -1] + 1).to(torch.int32)

@@ -42,18 +42,26 @@ class CompiledStep:
         if token_ids.shape[0] > 1:
             # Rows that are equally long just now take the ragged rows' graph.
             step.ragged = True
-            for tensor in (token_ids, step.position_ids, step.write_index):
+            assert step.write_index is not None
+            for tensor in (token_ids, step.position_ids, step.positions, step.write_index):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
             # The masks are built here, for all layers, rather than in each layer.
             for window in self._windows:
                 torch._dynamo.maybe_mark_dynamic(step.mask(window), (0, 3))
         return self._compiled(token_ids, step)
 
-    def warm_up_lengths(self, max_batch_size: int, max_seq_len: int) -> list[tuple[int, ...]]:
-        """Lengths of the rows, batch by batch, that meet every graph once."""
+    def warm_up_lengths(
+        self, max_batch_size: int, max_seq_len: int, several: bool = False
+    ) -> list[tuple[int, ...]]:
+        """Lengths of the rows, batch by batch, that meet every graph once.
+
+        ``several``: a slot has several rows, so that there is no batch of one.
+        """
         # Unlike the number of rows: dimensions that are equal by chance are compiled as equal.
         short = min(5, max_seq_len - 1)
+        if several:
+            return [(short,)]
         # One row has another graph where it has outgrown a window.
         past = [w + 1 for w in self._windows if w is not None and w + 1 < max_seq_len]
-        several = [(short, short - 1)] if max_batch_size > 1 else []
-        return [*((length,) for length in (short, *past)), *several]
+        batch = [(short, short - 1)] if max_batch_size > 1 else []
+        return [*((length,) for length in (short, *past)), *batch]

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from proxytune_kernels.decoder import arguments
+from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
+from proxytune_kernels.decoder.loop import DecodeError, DecodingLoop
 from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler
-from proxytune_kernels.decoder.scheduler import Scheduler
+from proxytune_kernels.decoder.speculative import DraftController, Speculation, SpeculationStats
+from proxytune_kernels.decoder.step import Stepper
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
-
-
-class DecodeError(RuntimeError):
-    """A request cannot go on."""
 
 
 class Decoder:
     """Decodes many requests at once, each with its own parameters, steered by a trio.
 
     A step is one forward of each role for all running requests, then one
-    :func:`proxytune_kernels.sample`. Finished requests' slots are refilled at once. Not for use
-    from several threads at a time.
+    :func:`proxytune_kernels.sample`; with ``speculation`` a round of drafts, then one
+    :func:`proxytune_kernels.verify`. Finished requests' slots are refilled at once, long prompts
+    run chunk by chunk between the steps of the others, and while no running request is steered
+    (alpha 0) the small models rest. Not for use from several threads at a time.
 
     Args:
         trio: the models; they are not changed.
@@ -37,6 +39,15 @@ class Decoder:
         compile: run decoding steps through torch.compile; needs a C++ compiler, and some seconds
             per role at the first request, or before it in :meth:`warm_up`.
         backend: of the sampling op; None is the fastest usable one.
+        speculation: draft with the expert or from the text; None decodes token by token.
+        pair: how expert and anti run. ``"shared"``: one batch over the anti's weights, with the
+            expert's LoRA adapter on its rows. ``"batched"``: both models' weights stacked, which
+            copies them. ``"separate"``: a forward each. None is shared where the expert is the
+            anti with an adapter (``load_trio(merge_adapter=False)``), else separate.
+        pack_weights: on a CPU, hold the weights of linear layers once more in the layout that its
+            matrix products read fastest.
+        prefill_chunk: prompt tokens of each role between two steps, at most.
+        graphs: run steps as CUDA graphs; None does on a CUDA device, unless ``compile`` is set.
 
     Raises:
         ValueError: names the argument, what it got and what it wanted.
@@ -58,19 +69,44 @@ class Decoder:
         roles: Sequence[str] | None = None,
         compile: bool = False,
         backend: str | None = None,
+        speculation: Speculation | None = None,
+        pair: str | None = None,
+        pack_weights: bool = False,
+        prefill_chunk: int = 512,
+        graphs: bool | None = None,
     ) -> None:
         self.trio = trio
         self.roles = arguments.roles(trio, roles)
         self.max_batch_size = arguments.size("max_batch_size", max_batch_size)
         models = {role: trio.models[role] for role in self.roles}
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
+        self.speculation = arguments.speculation(speculation, self.roles)
+        arguments.size("prefill_chunk", prefill_chunk)
         self._compile = compile
         self._cold = compile
-        self._runner = Runner(models, self.max_batch_size, self.max_seq_len, compile=compile)
+        ahead = run_ahead(models["base"].device)
+        drafts = 0 if speculation is None else speculation.max_drafts
+        self._runner = Runner(
+            models,
+            self.max_batch_size,
+            self.max_seq_len,
+            pair=pair,
+            compile=compile,
+            pack_weights=pack_weights,
+            # Steps that the host launches before it learns of an end write behind it.
+            slack=drafts + ahead * (drafts + 1),
+            exact=not ahead or speculation is None,
+            drafts=speculation is not None and speculation.drafter == "expert",
+        )
         self._sampler = SlotSampler(
             self.max_batch_size, trio.vocab_size, backend, self._runner.device
         )
-        self._scheduler = Scheduler(self.max_batch_size)
+        self._graphs, self._no_graphs = self._make_graphs(graphs)
+        self._controller = None if speculation is None else DraftController(speculation)
+        stepper = Stepper(self._runner, self._sampler, speculation, self._graphs)
+        self._loop = DecodingLoop(
+            stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
+        )
         self._requests: dict[int, Request] = {}
         self._queues: dict[int, deque[StreamEvent | DecodeError]] = {}
         self._next_request_id = 0
@@ -137,8 +173,45 @@ class Decoder:
             "max_seq_len": self.max_seq_len,
             "compile": self._compile,
             "backend": self._sampler.backend,
+            "pair": self._runner.pair,
+            "speculation": None if self.speculation is None else asdict(self.speculation),
+            "graphs": self._graphs_info(),
+            "attention": {
+                role: "flash-attn" if reason is None else f"sdpa: {reason}"
+                for role, reason in self._runner.flash_missing.items()
+            },
             "cache_bytes": self._runner.cache_bytes(),
         }
+
+    def statistics(self) -> dict[str, int]:
+        """What was done since the decoder was made: counts of steps, rounds, slots and drafts.
+
+        The keys are the fields of :class:`proxytune_kernels.decoder.loop.Statistics`.
+        """
+        return self._loop.counts()
+
+    def _make_graphs(self, wanted: bool | None) -> tuple[StepGraphs | None, str | None]:
+        """The graphs, or why there are none."""
+        reason = None
+        if wanted is False:
+            reason = "not asked for"
+        elif self._compile:
+            reason = "steps run through torch.compile"
+        else:
+            reason = self._runner.cannot_capture()
+        if reason is None:
+            capture = CudaCapture(self._runner.device)
+            return StepGraphs(capture, self.max_batch_size, self._runner.capacity), None
+        if wanted:
+            raise ValueError(f"graphs can't be True here: {reason}")
+        return None, reason
+
+    def _graphs_info(self) -> str:
+        if self._graphs is None:
+            return f"none: {self._no_graphs}"
+        if self._graphs.failed is not None:
+            return f"none: {self._graphs.failed}"
+        return f"{self._graphs.count} captured"
 
     def _make_request(self, index: int, prompt: Any, params: SamplingParams) -> Request:
         try:
@@ -149,6 +222,7 @@ class Decoder:
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from error
         self._next_request_id += 1
+        controller = self._controller
         return Request(
             request_id=self._next_request_id,
             index=index,
@@ -157,6 +231,8 @@ class Decoder:
             params=params.with_seed(),
             rules=rules,
             tokenizer=self.trio.tokenizer,
+            speculation=None if controller is None else SpeculationStats(),
+            acceptance=None if controller is None else controller.new_request(),
         )
 
     def _drain(self, requests: list[Request]) -> Iterator[StreamEvent]:
@@ -165,7 +241,7 @@ class Decoder:
         for request in requests:
             self._requests[request.request_id] = request
             self._queues[request.request_id] = queue
-            self._scheduler.add(request)
+            self._loop.add(request)
         left = len(requests)
         try:
             while left:
@@ -182,65 +258,30 @@ class Decoder:
                 self._remove(request)
 
     def _step(self) -> None:
-        """Start requests in free slots, or draw one more token for each that runs."""
+        """Run the loop once, and queue what comes of it."""
         try:
-            started = self._scheduler.admit()
-            if started:
-                # Their first tokens are handed out before the next step is taken.
-                self._start(started)
-                return
-            for source, target in self._scheduler.compact():
-                self._runner.move(source, target)
-                self._sampler.move(source, target)
-            running = self._scheduler.running
-            if running:
-                logits = self._runner.decode(self._sampler.token_ids[: len(running)])
-                self._take(running, self._sampler.draw(running, logits))
+            for request, event in self._loop.step():
+                queue = self._queues[request.request_id]
+                queue.append(event)
+                if isinstance(event, DecodeError) or event.output is not None:
+                    self._forget(request)
         except BaseException:
             # Interrupted between two roles' forwards, the slots no longer hold the same tokens.
             for request_id in list(self._requests):
                 self.cancel(request_id)
             raise
 
-    def _start(self, requests: list[Request]) -> None:
-        """Fill the slots of new requests, those of equal lengths together, and draw their first."""
-
-        def lengths(request: Request) -> list[int]:
-            return [len(token_ids) for token_ids in request.prompt_token_ids.values()]
-
-        now = time.monotonic()
-        for _, group in groupby(sorted(requests, key=lengths), lengths):
-            alike = list(group)
-            for request in alike:
-                request.started = now
-                self._sampler.start(request)
-            slots = [request.slot for request in alike if request.slot is not None]
-            prompts = {role: [r.prompt_token_ids[role] for r in alike] for role in self.roles}
-            logits = self._runner.prefill(slots, prompts)
-            self._take(alike, self._sampler.draw(alike, logits))
-
-    def _take(self, requests: list[Request], drawn: list[tuple[int, float, float, int]]) -> None:
-        """Hand each request its token; those that end leave their slots."""
-        for request, (token_id, logprob, raw_logprob, status) in zip(requests, drawn, strict=True):
-            request.status |= status
-            queue = self._queues[request.request_id]
-            if token_id < 0:
-                error = DecodeError(
-                    f"prompts[{request.index}]: no token can be drawn at position "
-                    f"{len(request.token_ids)}: its combined logits are all NaN or masked"
-                )
-                queue.append(error)
-                self._remove(request)
-                continue
-            queue.append(request.append(token_id, logprob, raw_logprob))
-            if request.finish_reason is not None:
-                self._remove(request)
-
     def _remove(self, request: Request) -> None:
-        """Forget a request, wherever it is; nothing if it is gone already."""
-        if self._requests.pop(request.request_id, None) is None:
-            return
+        """Take a request out, wherever it is; nothing if it is gone already."""
+        if request.request_id in self._requests:
+            self._forget(request)
+            self._loop.remove(request)
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
         del self._queues[request.request_id]
-        slot = self._scheduler.remove(request)
-        if slot is not None:
-            self._runner.release(slot)
+
+
+def run_ahead(device: torch.device) -> int:
+    """Steps that the host launches before it reads the first; a CPU runs none beside it."""
+    return int(device.type == "cuda")

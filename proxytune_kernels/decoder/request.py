@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxytune_kernels.decoder.speculative import Acceptance, SpeculationStats
 from proxytune_kernels.decoder.text import Detokenizer, StopStrings
 from proxytune_kernels.params import SamplingParams
 
@@ -47,6 +48,7 @@ class RequestOutput:
         status: what the sampler reported, or-ed over the tokens: 0, or the bits of
             :class:`proxytune_kernels.reference.SampleOutput`.
         metrics: its times.
+        speculation: drafts and what became of them; None where the decoder doesn't speculate.
     """
 
     index: int
@@ -61,6 +63,7 @@ class RequestOutput:
     seed: int
     status: int
     metrics: RequestMetrics
+    speculation: SpeculationStats | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class StreamEvent:
         request_id: for :meth:`Decoder.cancel`.
         index: the request's place among the prompts of its call.
         text: new text; may be empty while a character or a stop string is incomplete.
-        token_ids: new tokens; none in the event of a cancellation.
+        token_ids: new tokens, several where drafts were accepted; none in the event of a
+            cancellation.
         logprobs: per new token.
         output: the whole output, in the request's last event; None before.
     """
@@ -135,6 +139,8 @@ class Request:
         params: with a seed.
         rules: what ends it.
         tokenizer: decodes its output.
+        speculation: counts its drafts; None where nothing is drafted.
+        acceptance: of its drafts, as seen lately; None likewise.
     """
 
     request_id: int
@@ -144,7 +150,12 @@ class Request:
     params: SamplingParams
     rules: StopRules
     tokenizer: Any
+    speculation: SpeculationStats | None = None
+    acceptance: Acceptance | None = None
     slot: int | None = None
+    prefilled: dict[str, int] = field(default_factory=dict)
+    prompt_logits: dict[str, Tensor] = field(default_factory=dict)
+    launched: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
@@ -161,31 +172,65 @@ class Request:
         self._stop = StopStrings(self.params.stop, self.params.include_stop_str_in_output)
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles it runs in: the base alone where it is not steered."""
+        return tuple(self.prompt_token_ids) if self.params.alpha else ("base",)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest of its roles' prompts."""
+        return max(len(self.prompt_token_ids[role]) for role in self.roles)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its prompts are in its slot, and its first token is drawn."""
+        return self.launched > 0
+
+    def next_part(self, most: int) -> dict[str, list[int]]:
+        """The next ``most`` tokens of each role's prompt that are not in the slot yet."""
+        parts = {}
+        for role in self.roles:
+            start = self.prefilled.get(role, 0)
+            parts[role] = self.prompt_token_ids[role][start : start + most]
+        return {role: part for role, part in parts.items() if part}
+
+    @property
     def needs_mask(self) -> bool:
         """Whether its next token may not be a stop token."""
         return self.rules.allowed_mask is not None and len(self.token_ids) < self.params.min_tokens
 
-    def append(self, token_id: int, logprob: float, raw_logprob: float) -> StreamEvent:
-        """Take a drawn token; sets :attr:`finish_reason` if it ends the request."""
+    def extend(
+        self, token_ids: Sequence[int], logprobs: Sequence[float], raw_logprobs: Sequence[float]
+    ) -> StreamEvent:
+        """Take drawn tokens, up to one that ends the request and sets :attr:`finish_reason`."""
         if self.first_token is None:
             self.first_token = time.monotonic()
-        self.token_ids.append(token_id)
-        self.logprobs.append(logprob)
-        self.raw_logprobs.append(raw_logprob)
-        if token_id in self.rules.token_ids:
-            text = self._ended("stop", token_id)
-            if self.params.include_stop_str_in_output:
-                text += self._detokenizer.push(token_id) + self._detokenizer.flush()
-        else:
-            text = self._read(token_id)
+        text, taken = "", 0
+        for token_id in token_ids:
+            taken += 1
+            self.token_ids.append(token_id)
+            text += self._text_of(token_id)
+            if self.finish_reason is not None:
+                break
+        self.logprobs += logprobs[:taken]
+        self.raw_logprobs += raw_logprobs[:taken]
         self.text += text
-        return self._event(text, (token_id,), (logprob,))
+        return self._event(text, tuple(token_ids[:taken]), tuple(logprobs[:taken]))
 
     def cancel(self) -> StreamEvent:
         """End the request where it is."""
         text = self._ended("cancelled", None)
         self.text += text
         return self._event(text, (), ())
+
+    def _text_of(self, token_id: int) -> str:
+        """The text that the last token lets out; it may be the end."""
+        if token_id not in self.rules.token_ids:
+            return self._read(token_id)
+        text = self._ended("stop", token_id)
+        if self.params.include_stop_str_in_output:
+            text += self._detokenizer.push(token_id) + self._detokenizer.flush()
+        return text
 
     def _read(self, token_id: int) -> str:
         piece = self._detokenizer.push(token_id)
@@ -229,4 +274,5 @@ class Request:
             metrics=RequestMetrics(
                 queued - self.submitted, first - self.submitted, now - self.submitted
             ),
+            speculation=self.speculation,
         )

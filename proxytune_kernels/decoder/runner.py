@@ -1,196 +1,284 @@
-"""Runs the models of a trio: a prompt into a slot, or one more token for each slot."""
+"""Runs the models of a trio: prompts into slots, or new tokens behind what the slots hold."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from proxytune_kernels.decoder.attention import ATTENTION_NAME, register_attention
-from proxytune_kernels.decoder.cache import CacheStep, SlotCache
-from proxytune_kernels.decoder.compiled import CompiledStep
-from proxytune_kernels.decoder.slim import slim
+from proxytune_kernels.decoder.attention import flash_missing, register_attention
+from proxytune_kernels.decoder.cache import SlotCache
+from proxytune_kernels.decoder.member import Member, check_model, sharing_copy
+from proxytune_kernels.decoder.pairing import PAIR, pair_models
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-class RoleRunner:
-    """One model with its slot cache.
-
-    Args:
-        role: the model's role, for messages.
-        model: a transformers causal LM. It is not changed: the runner works on a copy of its
-            modules that shares every weight and has its own configuration.
-        max_batch_size: number of slots.
-        max_seq_len: tokens a slot can hold.
-        compile: run decoding steps through torch.compile.
-
-    Raises:
-        ValueError: the model has layers that a slot cache cannot serve.
-    """
-
-    def __init__(
-        self,
-        role: str,
-        model: Module,
-        max_batch_size: int,
-        max_seq_len: int,
-        *,
-        compile: bool = False,
-    ) -> None:
-        _check_model(role, model)
-        self.role = role
-        self.device = next(model.parameters()).device
-        self.model = _sharing_copy(model)
-        if not compile:
-            slim(self.model)
-        self.cache = SlotCache(max_batch_size, max_seq_len, self.device)
-        # Always the same tensor, for graphs that are compiled or captured around it.
-        self._token_ids = torch.zeros((max_batch_size, 1), dtype=torch.int64, device=self.device)
-        accepted = inspect.signature(model.forward).parameters
-        self._keywords = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._compiled = CompiledStep(self._forward, _windows(model.config)) if compile else None
-
-    def prefill(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Run equally long prompts into empty slots; logits [B, V] after their last tokens."""
-        step = self.cache.prefill_step(slots, len(token_ids[0]))
-        return self._forward(torch.tensor(token_ids, device=self.device), step)
-
-    def decode(self, token_ids: Tensor) -> Tensor:
-        """Run one token in each of the first slots, token_ids int64 [B, 1]; logits [B, V]."""
-        rows = token_ids.shape[0]
-        inputs = self._token_ids[:rows].copy_(token_ids)
-        forward = self._forward if self._compiled is None else self._compiled
-        return forward(inputs, self.cache.decode_step(rows))
-
-    def warm_up(self) -> None:
-        """Compile all there is to compile; the slots must be empty, and are again."""
-        if self._compiled is None:
-            return
-        self.prefill([0], [[0]])
-        sizes = (self.cache.max_batch_size, self.cache.max_seq_len)
-        for lengths in self._compiled.warm_up_lengths(*sizes):
-            for slot, length in enumerate(lengths):
-                # The forward's cost depends on the lengths; what the slots hold doesn't matter.
-                self.cache.prefill_step([slot], length)
-            self.decode(self._token_ids[: len(lengths)])
-            for slot in range(len(lengths)):
-                self.cache.release(slot)
-
-    def _forward(self, token_ids: Tensor, step: CacheStep) -> Tensor:
-        output = self.model(
-            input_ids=token_ids,
-            position_ids=step.position_ids,
-            past_key_values=step,
-            use_cache=True,
-            cache_step=step,
-            **self._keywords,
-        )
-        logits: Tensor = output.logits[:, -1]
-        # The ops take fp32 and narrower.
-        return logits.float() if logits.dtype == torch.float64 else logits
+Roles = tuple[str, ...]
 
 
 class Runner:
-    """All roles' models in step; every role has its own cache and its own lengths.
+    """All roles' models over their caches; a slot has its own length in each role.
+
+    A role's rows for slots without a request of that role run along where they lie between others:
+    what they write is behind their length, and nobody reads it.
 
     Args:
-        models: role -> causal LM, in the order base, expert, anti; or base alone.
+        models: role -> causal LM, in the order base, expert, anti; or base alone. They are not
+            changed: the runner works on copies of their modules that share every weight.
         max_batch_size: number of slots.
         max_seq_len: tokens a slot can hold, for each role.
-        compile: run decoding steps through torch.compile.
+        pair: how expert and anti run, one of :data:`~proxytune_kernels.decoder.pairing.PAIR_MODES`;
+            None chooses.
+        compile: run forwards of one token a slot through torch.compile.
+        pack_weights: hold the weights of linear layers once more, packed for the CPU.
+        slack: places past ``max_seq_len`` for drafts that will be rolled back.
+        exact: the host knows every length, as it does unless it runs ahead of the device.
+        drafts: the expert also runs alone.
+
+    Raises:
+        ValueError: a model that can't be served, or a pair that can't run as asked.
     """
 
     def __init__(
         self,
-        models: Mapping[str, Module],
+        models: Mapping[str, Any],
         max_batch_size: int,
         max_seq_len: int,
         *,
+        pair: str | None = None,
         compile: bool = False,
+        pack_weights: bool = False,
+        slack: int = 0,
+        exact: bool = True,
+        drafts: bool = False,
     ) -> None:
         register_attention()
-        self.roles = {
-            role: RoleRunner(role, model, max_batch_size, max_seq_len, compile=compile)
-            for role, model in models.items()
+        for role, model in models.items():
+            check_model(role, model)
+        self.device = _device(models["base"])
+        self.flash_missing: dict[str, str | None] = {}
+        self.pair, trees = pair_models(models, pair)
+        trees["base",] = sharing_copy(models["base"])
+        self.members: dict[Roles, Member] = {}
+        self._rows: dict[str, tuple[SlotCache, int, int]] = {}
+        caches = {}
+        for roles in [("base",), *([PAIR] if PAIR in trees else []), ("expert",), ("anti",)]:
+            if roles not in trees:
+                continue
+            joint = PAIR in trees and roles != ("base",)
+            key = PAIR if joint else roles
+            if key not in caches:
+                caches[key] = self._cache(
+                    roles[0], models[roles[0]], max_batch_size * len(key), max_seq_len, slack, exact
+                )
+            first, stride = (PAIR.index(roles[0]), 2) if joint and len(roles) == 1 else (0, 1)
+            if pack_weights:
+                from proxytune_kernels.decoder.packing import pack_weights as pack
+
+                pack(trees[roles])
+            self.members[roles] = Member(
+                trees[roles],
+                caches[key],
+                first=first,
+                stride=stride,
+                rows_per_slot=len(roles),
+                # Beside a joint forward the expert alone only drafts, the anti alone only checks.
+                compile=compile and (key == roles or (drafts and roles == ("expert",))),
+            )
+            for role in roles:
+                self._rows[role] = (caches[key], key.index(role), len(key))
+        self._caches = list(caches.values())
+        # 1 for the slots whose request runs in a role: only their lengths move.
+        self.active = {
+            role: torch.zeros(max_batch_size, dtype=torch.int64, device=cache.device)
+            for role, (cache, _, _) in self._rows.items()
         }
-        self.device = self.roles["base"].device
+        devices = {cache.device for cache in self._caches}
+        self._side = torch.cuda.Stream(self.device) if _one_cuda_device(devices) else None
+
+    def _cache(
+        self, role: str, model: Any, rows: int, max_seq_len: int, slack: int, exact: bool
+    ) -> SlotCache:
+        self.flash_missing[role] = flash_missing(_device(model), model.dtype)
+        return SlotCache(
+            rows,
+            max_seq_len,
+            _device(model),
+            slack=slack,
+            exact=exact,
+            flash=self.flash_missing[role] is None,
+        )
+
+    def parts(self, roles: Roles) -> list[Roles]:
+        """How these roles run: joint forwards and single ones, the base first."""
+        if PAIR in self.members and set(PAIR) <= set(roles):
+            return [*((r,) for r in roles if r not in PAIR), PAIR]
+        return [(role,) for role in roles]
+
+    @torch.inference_mode()
+    def forward(
+        self, roles: Roles, token_ids: Tensor, offset: int = 0, length: int | None = None
+    ) -> dict[str, Tensor]:
+        """Run q tokens int64 [B, q] in each of the first B slots; per role logits [B, q, V].
+
+        The lengths stay (see :meth:`advance`); arguments as in :meth:`Member.forward`.
+        """
+        parts = self.parts(roles)
+
+        def run(part: Roles) -> Tensor:
+            member = self.members[part]
+            return member.forward(token_ids.to(member.cache.device), offset, length)
+
+        return self._by_role(parts, self._side_by_side(run, parts))
 
     @torch.inference_mode()
     def prefill(
         self, slots: Sequence[int], prompts: Mapping[str, Sequence[Sequence[int]]]
-    ) -> list[Tensor]:
-        """Run prompts into empty slots; per role the logits [B, V] for the first output tokens.
+    ) -> dict[str, Tensor]:
+        """Run whole prompts into empty slots; per role the logits [B, V] for the next tokens.
 
         Args:
             slots: B empty slots.
-            prompts: per role B prompts of one length; the lengths of two roles may differ.
+            prompts: per role B prompts; those of two roles may differ.
         """
-        logits = (runner.prefill(slots, prompts[role]) for role, runner in self.roles.items())
-        return [x.to(self.device) for x in logits]
+        parts = self._parts_of(prompts)
+
+        def run(part: Roles) -> Tensor:
+            return self.members[part].prefill(slots, prompts[part[0]])
+
+        return self._by_role(parts, self._side_by_side(run, parts))
 
     @torch.inference_mode()
-    def decode(self, token_ids: Tensor) -> list[Tensor]:
-        """Run one token int64 [B, 1] in each of the first B slots; per role the logits [B, V]."""
-        logits = (runner.decode(token_ids) for runner in self.roles.values())
-        return [x.to(self.device) for x in logits]
+    def extend(self, slot: int, prompts: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Run parts of prompts behind what a slot holds; per role the logits [1, V] after them."""
+        parts = self._parts_of(prompts)
+
+        def run(part: Roles) -> Tensor:
+            return self.members[part].extend(slot, prompts[part[0]])
+
+        return self._by_role(parts, self._side_by_side(run, parts))
+
+    def _parts_of(self, prompts: Mapping[str, Any]) -> list[Roles]:
+        """As :meth:`parts`; roles with different prompts run apart."""
+        roles = tuple(prompts)
+        if set(PAIR) <= set(roles) and prompts["expert"] != prompts["anti"]:
+            return [(role,) for role in roles]
+        return self.parts(roles)
+
+    def _side_by_side(self, run: Callable[[Roles], Tensor], parts: Sequence[Roles]) -> list[Tensor]:
+        """Run the first part on the current stream, the rest on one beside it, and join them."""
+        if self._side is None or len(parts) < 2:
+            return [run(part) for part in parts]
+        main = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(main)
+        results = [run(parts[0])]
+        with torch.cuda.stream(self._side):
+            results += [run(part) for part in parts[1:]]
+        main.wait_stream(self._side)
+        for result in results[1:] if not torch.cuda.is_current_stream_capturing() else ():
+            # Made on the side stream and read on this one: its memory must not be reused before.
+            result.record_stream(main)
+        return results
+
+    def _by_role(self, parts: Sequence[Roles], logits: Sequence[Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for part, x in zip(parts, logits, strict=True):
+            local = x.to(self.device, non_blocking=True)
+            for i, role in enumerate(part):
+                found[role] = local[i :: len(part)]
+        return found
+
+    def cannot_capture(self) -> str | None:
+        """Why steps can't be CUDA graphs, as a sentence; None where they can be tried."""
+        if self._side is not None:
+            return None
+        places = dict.fromkeys(str(cache.device) for cache in self._caches)
+        if all(place.startswith("cuda") for place in places):
+            return f"the models lie on several devices ({', '.join(places)})"
+        return f"CUDA graphs need a CUDA device, and the models are on {', '.join(places)}"
+
+    def start(self, slot: int, roles: Sequence[str]) -> None:
+        """Let a slot's lengths move on in these roles."""
+        for role in roles:
+            self.active[role][slot] = 1
+
+    @torch.inference_mode()
+    def advance(self, slots: int, counts: Tensor | int) -> None:
+        """Move the first slots' lengths on by ``counts``, int64 [B] or a number, on the device.
+
+        Slots that run in a role alone move; the host learns of it by :meth:`advance_host`.
+        """
+        for role, (cache, first, stride) in self._rows.items():
+            moved = self.active[role][:slots]
+            if isinstance(counts, Tensor):
+                moved = moved * counts.to(cache.device, non_blocking=True)
+            elif counts != 1:
+                moved = moved * counts
+            cache.device_lengths[first : first + slots * stride : stride] += moved
+
+    def advance_host(self, slot: int, roles: Sequence[str], count: int) -> None:
+        """Tell the host that a slot is longer by ``count`` in these roles."""
+        for role in roles:
+            cache, first, stride = self._rows[role]
+            cache.lengths[first + slot * stride] += count
+
+    def longest(self, slots: int) -> int:
+        """The most tokens that any of the first slots holds in any role, as far as is known."""
+        return max(
+            max(cache.lengths[first : first + slots * stride : stride])
+            for cache, first, stride in self._rows.values()
+        )
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile all there is to compile; the slots must be empty, and are again."""
-        for runner in self.roles.values():
-            runner.warm_up()
+        for member in self.members.values():
+            member.warm_up()
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Move a slot's content to an empty slot."""
-        for runner in self.roles.values():
-            runner.cache.move(source, target)
+        for role, (cache, first, stride) in self._rows.items():
+            cache.move(first + source * stride, first + target * stride)
+            self.active[role][target] = self.active[role][source]
+            self.active[role][source] = 0
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Empty a slot."""
-        for runner in self.roles.values():
-            runner.cache.release(slot)
+        for role, (cache, first, stride) in self._rows.items():
+            cache.release(first + slot * stride)
+            self.active[role][slot] = 0
+
+    def lengths(self, role: str) -> list[int]:
+        """Tokens of each slot in a role, as far as the host knows."""
+        cache, first, stride = self._rows[role]
+        return cache.lengths[first::stride]
+
+    @property
+    def capacity(self) -> int:
+        """Places in a row."""
+        return self._caches[0].capacity
+
+    def state(self) -> list[Tensor]:
+        """What a step changes beside keys and values: the lengths on the devices."""
+        return [cache.device_lengths for cache in self._caches]
 
     def cache_bytes(self) -> int:
         """Bytes reserved for keys and values."""
-        return sum(runner.cache.nbytes() for runner in self.roles.values())
+        return sum(cache.nbytes() for cache in self._caches)
 
 
-def _windows(config: Any) -> list[int | None]:
-    """The attention windows of a model's layers, each once; None is full attention."""
-    text = config.get_text_config(decoder=True)
-    window = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None) or ["sliding_attention"]
-    return list({window if kind == "sliding_attention" else None: None for kind in types})
+def _device(model: Module) -> torch.device:
+    """Where a model takes its token ids."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device: torch.device = embeddings.weight.device
+    # Weights that are loaded as they are needed lie nowhere; accelerate says where they run.
+    if device.type == "meta":
+        device = torch.device(embeddings._hf_hook.execution_device)
+    return device
 
 
-def _sharing_copy(model: Module) -> Any:
-    # The attention implementation is read from the configuration that a model's layers share. Set
-    # on the caller's own model it would change what that model does outside the decoder.
-    tensors = (*model.parameters(), *model.buffers())
-    twin: Any = copy.deepcopy(model, {id(t): t for t in tensors}).eval()
-    twin.set_attn_implementation(ATTENTION_NAME)
-    return twin
-
-
-def _check_model(role: str, model: Module) -> None:
-    name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(
-            f"{role} must be a model whose attention transformers can exchange, got {name}, "
-            f"which does not support that"
-        )
-    config: Any = model.config
-    types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-    if not types <= _LAYER_TYPES:
-        raise ValueError(
-            f"{role} must have layers of {' and '.join(sorted(_LAYER_TYPES))} only, "
-            f"got {name} with {', '.join(sorted(types - _LAYER_TYPES))}"
-        )
+def _one_cuda_device(devices: set[torch.device]) -> bool:
+    return len(devices) == 1 and next(iter(devices)).type == "cuda"

@@ -1,8 +1,9 @@
-"""Draws the slots' next tokens: each slot's sampling parameters, in place, and one op per step."""
+"""Draws the slots' next tokens: each slot's sampling parameters, in place, and one op a step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,28 @@ from proxytune_kernels import ops
 from proxytune_kernels.backends import resolve
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.params import RowParams
+
+
+class StepResult(NamedTuple):
+    """What a step emitted, B rows of up to q tokens; on the device."""
+
+    token_ids: Tensor
+    """int64 [B, q]: the tokens, -1 behind the last."""
+    logprobs: Tensor
+    """fp32 [B, q]."""
+    raw_logprobs: Tensor
+    """fp32 [B, q]."""
+    status: Tensor
+    """int32 [B]."""
+    num_drafted: Tensor | None = None
+    """int64 [B]: drafts that were verified; None in a plain step."""
+    num_accepted: Tensor | None = None
+    """int32 [B]: those that were kept."""
+
+    def first(self, rows: int) -> StepResult:
+        """The first rows, as views."""
+        columns: list[Any] = [None if column is None else column[:rows] for column in self]
+        return StepResult(*columns)
 
 
 class SlotSampler:
@@ -28,62 +51,164 @@ class SlotSampler:
     ) -> None:
         self.device = device
         self.token_ids = torch.zeros((max_batch_size, 1), dtype=torch.int64, device=device)
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self.backend = resolve(backend, self.token_ids, "sample", vocab_size)
-        self._row_params = RowParams.make(max_batch_size, device=device)
+        self.params = RowParams.make(max_batch_size, device=device)
+        self._min_tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
+        # All tokens but those that end the request; all, for requests without min_tokens.
+        words = -(-vocab_size // 32)
+        self._no_stop = torch.full((max_batch_size, words), -1, dtype=torch.int32, device=device)
 
     def start(self, request: Request) -> None:
         """Set a slot's parameters to its new request's, at position 0."""
+        slot = request.slot
         one = RowParams.from_sampling_params([request.params], device=self.device)
-        for column, value in zip(self._row_params, one, strict=True):
-            column[request.slot] = value[0]
+        for column, value in zip(self.params, one, strict=True):
+            column[slot] = value[0]
+        mask = request.rules.allowed_mask
+        self._min_tokens[slot] = 0 if mask is None else request.params.min_tokens
+        if mask is not None:
+            self._no_stop[slot] = mask.to(self.device)
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to another."""
-        for column in (*self._row_params, self.token_ids):
+        for column in (*self.params, self.token_ids, self._min_tokens, self._no_stop):
             column[target] = column[source]
 
-    def draw(
-        self, requests: Sequence[Request], logits: Sequence[Tensor]
-    ) -> list[tuple[int, float, float, int]]:
-        """Draw the next token of each request, and move its slot on by one position.
+    def state(self) -> list[Tensor]:
+        """What a step changes."""
+        return [self.params.position, self.token_ids]
+
+    def draw(self, slots: slice | Tensor, logits: Mapping[str, Tensor], masked: bool) -> StepResult:
+        """Draw the next token of some slots; :meth:`advance` moves them on.
 
         Args:
-            requests: B requests with slots; all of them, by slot, in a decoding step.
-            logits: per role [B, V_role], in the same order.
-
-        Returns:
-            Per request: token id, logprob, raw logprob and status.
+            slots: B slots.
+            logits: per role [B, V_role], of all roles or of the base alone.
+            masked: whether any of them may not stop yet.
         """
-        rows = self._rows(requests)
-        base, expert, anti = logits if len(logits) > 1 else (logits[0], None, None)
+        params = self.params.rows(slots)
         drawn = ops.sample(
+            logits["base"],
+            logits.get("expert"),
+            logits.get("anti"),
+            params,
+            allowed_mask=self._allowed(slots, params.position) if masked else None,
+            vocab_size=self.vocab_size,
+            backend=self.backend,
+        )
+        return StepResult(
+            drawn.token_ids[:, None],
+            drawn.logprobs[:, None],
+            drawn.raw_logprobs[:, None],
+            drawn.status,
+        )
+
+    def draft(self, slots: int, logits: Tensor, offset: int, masked: bool, stream: str) -> Tensor:
+        """Draw a draft token [B, 1] for the first slots, ``offset`` places behind their position.
+
+        Args:
+            logits: [B, V], the drafter's.
+            masked: leave out what may not end the text yet, as the target will.
+            stream: ``"sample"`` shares the target's noise, ``"draft"`` does not.
+        """
+        params = self.params.rows(slice(0, slots))
+        params = params._replace(position=params.position + offset)
+        drawn = ops.sample(
+            logits,
+            params=params,
+            allowed_mask=self._allowed(slice(0, slots), params.position) if masked else None,
+            vocab_size=self.vocab_size,
+            stream=stream,
+            backend=self.backend,
+        )
+        # A drafter without a token to draw must not end the round: any draft can be refused.
+        return drawn.token_ids.clamp(min=0)[:, None]
+
+    def verify(
+        self,
+        slots: int,
+        logits: Mapping[str, Tensor],
+        draft_token_ids: Tensor,
+        mode: str,
+        draft_logits: Tensor | None,
+        masked: bool,
+    ) -> StepResult:
+        """Verify the drafts of the first slots; :meth:`advance` moves them on.
+
+        Args:
+            logits: per role [B, k + 1, V_role].
+            draft_token_ids: int64 [B, k], -1 behind a row's last.
+            mode: of :func:`proxytune_kernels.verify`.
+            draft_logits: [B, k, V], for rejection.
+            masked: whether any of them may not stop yet.
+        """
+        params = self.params.rows(slice(0, slots))
+        base, expert, anti = (logits.get(role) for role in ("base", "expert", "anti"))
+        assert base is not None
+        if masked:
+            # score takes no mask; -inf in base means the same.
+            base = base[..., : self.vocab_size].masked_fill(self._blocked(slots, base), -torch.inf)
+        verified = ops.verify(
             base,
             expert,
             anti,
-            self._row_params.rows(rows),
-            allowed_mask=self._allowed_mask(requests),
-            vocab_size=self._vocab_size,
+            draft_token_ids,
+            params,
+            mode=mode,
+            draft_logits=draft_logits,
+            vocab_size=self.vocab_size,
             backend=self.backend,
         )
-        self._row_params.position[rows] += 1
-        self.token_ids[rows, 0] = drawn.token_ids
-        columns = (drawn.token_ids, drawn.logprobs, drawn.raw_logprobs, drawn.status)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+        raw_logprobs = ops.score(
+            base,
+            expert,
+            anti,
+            verified.token_ids,
+            params.alpha,
+            vocab_size=self.vocab_size,
+            backend=self.backend,
+        )
+        drafted = (draft_token_ids >= 0).sum(1)
+        return StepResult(
+            verified.token_ids,
+            verified.logprobs,
+            raw_logprobs,
+            verified.status,
+            drafted,
+            verified.num_accepted,
+        )
 
-    def _rows(self, requests: Sequence[Request]) -> slice | Tensor:
-        slots = [request.slot for request in requests]
-        if slots == list(range(len(slots))):
-            return slice(0, len(slots))
-        return torch.tensor(slots, device=self.device)
+    def advance(self, slots: int, result: StepResult, active: Tensor) -> Tensor:
+        """Take the first slots' last tokens, and move on those that are active (1, else 0).
 
-    def _allowed_mask(self, requests: Sequence[Request]) -> Tensor | None:
-        """Packed mask that keeps requests short of min_tokens from stopping; None for no such."""
-        if not any(request.needs_mask for request in requests):
-            return None
-        words = -(-self._vocab_size // 32)
-        mask = torch.full((len(requests), words), -1, dtype=torch.int32)
-        for row, request in zip(mask, requests, strict=True):
-            if request.needs_mask and request.rules.allowed_mask is not None:
-                row.copy_(request.rules.allowed_mask)
-        return mask.to(self.device)
+        Returns:
+            int64 [B]: how many tokens each emitted.
+        """
+        counts = (result.token_ids >= 0).sum(1)
+        last = result.token_ids.gather(1, (counts - 1).clamp(min=0)[:, None])
+        # -1 where no token could be drawn: its request is about to end.
+        self.token_ids[:slots] = last.clamp(min=0)
+        self.params.position[:slots] += counts * active
+        return counts
+
+    def take_first(self, slots: Sequence[int], result: StepResult) -> None:
+        """Take the first tokens of requests whose prompts have just been run."""
+        index = torch.tensor(slots, device=self.device)
+        self.token_ids[index] = result.token_ids.clamp(min=0)
+        self.params.position[index] += 1
+
+    def _allowed(self, slots: slice | Tensor, positions: Tensor) -> Tensor:
+        """Packed masks int32 [B, words]: no stop token before min_tokens are out."""
+        early = positions < self._min_tokens[slots]
+        return torch.where(early[:, None], self._no_stop[slots], -1)
+
+    def _blocked(self, slots: int, base: Tensor) -> Tensor:
+        """Bool [B, k + 1, vocab_size]: the stop tokens at positions before min_tokens."""
+        place = slice(0, slots)
+        ahead = torch.arange(base.shape[1], device=self.device)
+        early = self.params.position[place, None] + ahead < self._min_tokens[place, None]
+        bits = torch.arange(32, dtype=torch.int32, device=self.device)
+        free = (self._no_stop[place, :, None] >> bits) & 1
+        stops = free.flatten(1)[:, None, : self.vocab_size] == 0
+        return early[..., None] & stops

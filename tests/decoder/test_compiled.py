@@ -49,7 +49,7 @@ def test_compiled_tokens_equal_the_naive_loop(
     pair = Trio.from_models(sliding(7), trio.expert, trio.anti, trio.tokenizer)
     decoder = make_decoder(pair, 3, max_seq_len=48, compile=True)
     decoder.warm_up()
-    assert not any(any(r.cache.lengths) for r in decoder._runner.roles.values())
+    assert not any(any(decoder._runner.lengths(role)) for role in decoder.roles)
     graphs = counters["stats"]["unique_graphs"]
     params = SamplingParams(temperature=0, max_tokens=14, ignore_eos=True)
     for prompts in (["a"], ["hello", "world"], ["a", "hello you", "abc", "b"], ["hello, you two"]):

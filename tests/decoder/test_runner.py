@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from proxytune_kernels.decoder.runner import RoleRunner, Runner
+from proxytune_kernels.decoder.runner import Runner
 
 VOCAB_SIZE = 96
 SIZES: dict[str, Any] = {
@@ -81,29 +81,87 @@ def random_ids(length: int, seed: int) -> list[int]:
     return ids
 
 
+def prefill(runner: Runner, slots: list[int], prompts: list[list[int]]) -> Tensor:
+    """Logits [B, V] after whole prompts in empty slots, which run from now on."""
+    for slot in slots:
+        runner.start(slot, ["base"])
+    return runner.prefill(slots, {"base": prompts})["base"]
+
+
+def step(runner: Runner, token_ids: list[list[int]], kept: int | None = None) -> Tensor:
+    """Logits [B, q, V] of q more tokens in each of the first slots, of which ``kept`` stay."""
+    logits = runner.forward(("base",), torch.tensor(token_ids))["base"]
+    count = len(token_ids[0]) if kept is None else kept
+    runner.advance(len(token_ids), count)
+    for slot in range(len(token_ids)):
+        runner.advance_host(slot, ("base",), count)
+    return logits
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("lengths", [(9, 3, 14), (7, 7, 7), (11,)], ids=str)
 def test_logits_equal_the_plain_forward(architecture: str, lengths: tuple[int, ...]) -> None:
     model = make(architecture)
     runner = Runner({"base": model}, 4, 64)
     rows = [random_ids(length, seed) for seed, length in enumerate(lengths)]
-    logits = [runner.prefill([slot], {"base": [row]})[0][0] for slot, row in enumerate(rows)]
-    for step in range(12):
+    logits = [prefill(runner, [slot], [row])[0] for slot, row in enumerate(rows)]
+    for count in range(12):
         for row, row_logits in zip(rows, logits, strict=True):
             torch.testing.assert_close(
                 row_logits, plain(model, row), rtol=1e-6, atol=TOLERANCE.get(architecture, 1e-6)
             )
-        token_ids = random_ids(len(rows), 100 + step)
+        token_ids = random_ids(len(rows), 100 + count)
         for row, token_id in zip(rows, token_ids, strict=True):
             row.append(token_id)
-        logits = list(runner.decode(torch.tensor(token_ids)[:, None])[0])
+        logits = list(step(runner, [[token_id] for token_id in token_ids])[:, 0])
 
 
-def test_equal_prompts_prefill_together() -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("lengths", [(9, 3, 14), (7, 7, 7), (11,)], ids=str)
+def test_several_tokens_at_once_and_their_rollback(
+    architecture: str, lengths: tuple[int, ...]
+) -> None:
+    """Of four tokens two stay; what was written behind them must not be seen again."""
+    model = make(architecture)
+    runner = Runner({"base": model}, 4, 64, slack=3)
+    rows = [random_ids(length, seed) for seed, length in enumerate(lengths)]
+    for slot, row in enumerate(rows):
+        prefill(runner, [slot], [row])
+    for count in range(4):
+        tokens = [random_ids(4, 10 * count + slot) for slot in range(len(rows))]
+        logits = step(runner, tokens, kept=2)
+        for row, new, row_logits in zip(rows, tokens, logits, strict=True):
+            for j in range(4):
+                torch.testing.assert_close(
+                    row_logits[j],
+                    plain(model, [*row, *new[: j + 1]]),
+                    rtol=1e-6,
+                    atol=TOLERANCE.get(architecture, 1e-6),
+                )
+            row += new[:2]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prompt_in_chunks(architecture: str) -> None:
+    model = make(architecture)
+    runner = Runner({"base": model}, 2, 64)
+    row = random_ids(23, 0)
+    for start in range(0, 23, 9):
+        logits = runner.extend(1, {"base": row[start : start + 9]})["base"]
+        torch.testing.assert_close(
+            logits[0],
+            plain(model, row[: start + 9]),
+            rtol=1e-6,
+            atol=TOLERANCE.get(architecture, 1e-6),
+        )
+
+
+@pytest.mark.parametrize("lengths", [(8, 8, 8), (5, 12, 8)], ids=str)
+def test_prompts_prefill_together(lengths: tuple[int, ...]) -> None:
     model = make("mistral-window")
     runner = Runner({"base": model}, 4, 64)
-    rows = [random_ids(8, seed) for seed in range(3)]
-    logits = runner.prefill([3, 0, 2], {"base": rows})[0]
+    rows = [random_ids(length, seed) for seed, length in enumerate(lengths)]
+    logits = prefill(runner, [3, 0, 2], rows)
     for row, row_logits in zip(rows, logits, strict=True):
         torch.testing.assert_close(row_logits, plain(model, row), rtol=1e-6, atol=1e-6)
 
@@ -112,38 +170,43 @@ def test_moved_and_reused_slots() -> None:
     model = make("llama")
     runner = Runner({"base": model}, 3, 64)
     long, short, new = random_ids(20, 0), random_ids(5, 1), random_ids(3, 2)
-    runner.prefill([0], {"base": [long]})
-    runner.prefill([1], {"base": [short]})
+    prefill(runner, [0], [long])
+    prefill(runner, [1], [short])
     runner.release(0)
     runner.move(1, 0)
-    runner.prefill([1], {"base": [new]})
-    logits = runner.decode(torch.tensor([[7], [8]]))[0]
+    prefill(runner, [1], [new])
+    logits = step(runner, [[7], [8]])[:, 0]
     torch.testing.assert_close(logits[0], plain(model, [*short, 7]), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits[1], plain(model, [*new, 8]), rtol=1e-6, atol=1e-6)
 
 
 def test_nan_of_a_request_does_not_reach_the_next() -> None:
     model = make("llama")
-    runner = RoleRunner("base", model, 2, 64)
+    runner = Runner({"base": model}, 2, 64, slack=3)
+    prefill(runner, [0], [random_ids(12, 0)])
+    prefill(runner, [1], [random_ids(10, 1)])
+    # Drafts that were rolled back leave something behind the end, too.
+    step(runner, [[1, 2, 3, 4]] * 2, kept=1)
+    cache = runner.members["base",].cache
     with torch.inference_mode():
-        runner.prefill([0], [random_ids(12, 0)])
-        runner.prefill([1], [random_ids(10, 1)])
-        for layer in (*runner.cache.keys, *runner.cache.values):
-            layer[1, :10] = torch.nan
-        runner.cache.release(1)
-        runner.prefill([1], [[5]])
-        logits = runner.decode(torch.tensor([[7], [8]]))
+        for layer in (*cache.keys, *cache.values):
+            assert layer[1, 13].any()
+            layer[1, :14] = torch.nan
+    runner.release(1)
+    prefill(runner, [1], [[5]])
+    runner.forward(("base",), torch.tensor([[7], [8]]))
+    logits = step(runner, [[7], [8]])[:, 0]
     torch.testing.assert_close(logits[1], plain(model, [5, 8]), rtol=1e-6, atol=1e-6)
 
 
 def test_the_callers_model_is_left_as_it_was() -> None:
     model = make("llama")
     before = plain(model, [3, 4, 5])
-    runner = RoleRunner("base", model, 2, 64)
+    member = Runner({"base": model}, 2, 64).members["base",]
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(plain(model, [3, 4, 5]), before)
     shared = {id(p) for p in model.parameters()}
-    assert {id(p) for p in runner.model.parameters()} == shared
+    assert {id(p) for p in member.model.parameters()} == shared
 
 
 def test_layers_that_a_slot_cache_cannot_serve_are_refused() -> None:
@@ -151,23 +214,23 @@ def test_layers_that_a_slot_cache_cannot_serve_are_refused() -> None:
     model.config.layer_types = ["full_attention", "chunked_attention", "linear_attention"]
     wanted = r"expert must have layers of .*, got Gemma3ForCausalLM with chunked.*, linear.*"
     with pytest.raises(ValueError, match=wanted):
-        RoleRunner("expert", model, 2, 64)
+        Runner({"base": make("llama"), "expert": model, "anti": model}, 2, 64)
 
 
 def test_models_that_hide_their_attention_are_refused() -> None:
     with pytest.raises(ValueError, match=r"anti must be a model whose attention .* got Linear"):
-        RoleRunner("anti", torch.nn.Linear(2, 2), 2, 64)
+        Runner({"base": make("llama"), "anti": torch.nn.Linear(2, 2)}, 2, 64)
 
 
 def test_unknown_attention_terms_are_refused() -> None:
     model = make("llama")
-    runner = RoleRunner("base", model, 2, 64)
-    step = runner.cache.prefill_step([0], 2)
+    member = Runner({"base": model}, 2, 64).members["base",]
+    fresh = member.cache.fresh_step([0], 2)
     with pytest.raises(NotImplementedError, match="got s_aux from LlamaAttention"):
-        runner.model(
+        member.model(
             torch.tensor([[1, 2]]),
-            position_ids=step.position_ids,
-            past_key_values=step,
-            cache_step=step,
+            position_ids=fresh.position_ids,
+            past_key_values=fresh,
+            cache_step=fresh,
             s_aux=torch.zeros(4),
         )

@@ -173,7 +173,7 @@ def test_a_closed_stream_frees_its_slots(trio: Trio, make_decoder: Make) -> None
     stream = decoder.stream(["a", "b", "c"], params())
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    assert not decoder._scheduler.unfinished
+    assert not decoder._loop.unfinished
     assert len(decoder.generate(["a", "b"], params())) == 2
 
 
@@ -197,13 +197,13 @@ def test_an_interrupted_step_leaves_the_decoder_usable(
     decoder = make_decoder(trio, 2)
     stream = decoder.stream(["hello", "a"], params(ignore_eos=True))
     next(stream)
-    anti = decoder._runner.roles["anti"]
+    anti = decoder._runner.members["anti",]
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(anti, "decode", interrupt)
+        patch.setattr(anti, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     [output] = decoder.generate("hello", params(ignore_eos=True))
@@ -231,7 +231,7 @@ def test_requests_that_can_never_run_are_refused(
     decoder = make_decoder(trio)
     with pytest.raises((ValueError, TypeError), match=message):
         decoder.stream(prompts, settings)
-    assert not decoder._scheduler.unfinished
+    assert not decoder._loop.unfinished
 
 
 def test_a_request_that_just_fits(trio: Trio, make_decoder: Make) -> None:

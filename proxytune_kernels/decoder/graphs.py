@@ -1,0 +1,126 @@
+"""Captured steps: one CUDA graph for each number of slots, length and kind of step.
+
+A graph replays the kernels of one step on the addresses it was captured with. What differs from
+step to step (tokens, lengths, parameters, which slots run) lies in tensors at fixed places; what a
+graph must be made for (its shapes) is rounded up, so that a few graphs serve all steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from proxytune_kernels.decoder.sampler import StepResult
+
+_SHORTEST = 256
+"""Keys of the shortest graph; the others double."""
+
+Step = Callable[[int, int | None], StepResult]
+Replay = Callable[[], StepResult]
+
+
+class Capture(Protocol):
+    """Makes a step that can be run again out of one that is run now."""
+
+    def __call__(self, step: Replay, state: Sequence[Tensor]) -> Replay:
+        """Capture ``step``; what it changes (``state``) is as before when this returns."""
+
+
+class CudaCapture:
+    """Captures into CUDA graphs, which share one pool of memory.
+
+    Args:
+        device: where the steps run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Replay, state: Sequence[Tensor]) -> Replay:
+        """See :class:`Capture`."""
+        saved = [tensor.clone() for tensor in state]
+        try:
+            self._warm_up(step)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = step()
+        finally:
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+
+        def replay() -> StepResult:
+            graph.replay()
+            return result
+
+        return replay
+
+    def _warm_up(self, step: Replay) -> None:
+        # Libraries set themselves up, and kernels are compiled, at their first calls: not captured.
+        main = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        main.wait_stream(stream)
+
+
+class StepGraphs:
+    """Runs steps from graphs, and makes those that are not there yet.
+
+    Args:
+        capture: makes a graph of a step.
+        max_batch_size: number of slots.
+        capacity: keys of a row at most.
+    """
+
+    def __init__(self, capture: Capture, max_batch_size: int, capacity: int) -> None:
+        self._capture = capture
+        self._max_batch_size = max_batch_size
+        self._capacity = capacity
+        self._replays: dict[Hashable, Replay] = {}
+        self.failed: str | None = None
+        """Why nothing is captured any more; None while it is."""
+
+    @property
+    def count(self) -> int:
+        """How many graphs there are."""
+        return len(self._replays)
+
+    def run(
+        self, slots: int, longest: int, kind: Hashable, step: Step, state: Sequence[Tensor]
+    ) -> StepResult:
+        """Run a step of the first slots, from its graph.
+
+        Args:
+            slots: how many.
+            longest: keys of the longest of them, those of the step included.
+            kind: what else the step depends on.
+            step: (rows, length) -> result; length None for whatever is there.
+            state: what the step changes.
+
+        Returns:
+            The first rows of the graph's own tensors: the next run writes over them.
+        """
+        if self.failed is not None:
+            return step(slots, None)
+        rows = min(_power_of_two(slots, 1), self._max_batch_size)
+        length = min(_power_of_two(longest, _SHORTEST), self._capacity)
+        key = (rows, length, kind)
+        if key not in self._replays:
+            try:
+                self._replays[key] = self._capture(lambda: step(rows, length), state)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.failed = f"a step can't be captured: {' '.join(str(error).split())}"
+                return step(slots, None)
+        return self._replays[key]().first(slots)
+
+
+def _power_of_two(count: int, least: int) -> int:
+    return max(least, 1 << (count - 1).bit_length())

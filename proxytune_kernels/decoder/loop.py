@@ -1,0 +1,301 @@
+"""The decoding loop: prompts into slots chunk by chunk, steps of all that run, results taken.
+
+On a GPU the host runs ahead: it launches a step before it has read the one before, and learns one
+step late which requests have ended. Their last step is thrown away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxytune_kernels.decoder.request import Request, StreamEvent
+from proxytune_kernels.decoder.sampler import StepResult
+from proxytune_kernels.decoder.scheduler import Scheduler
+from proxytune_kernels.decoder.speculative import DraftController
+from proxytune_kernels.decoder.step import Stepper
+
+
+class DecodeError(RuntimeError):
+    """A request cannot go on."""
+
+
+Progress = tuple[Request, StreamEvent | DecodeError]
+
+
+@dataclass
+class Statistics:
+    """What a decoder has done since it was made; counts."""
+
+    plain_steps: int = 0
+    speculative_rounds: int = 0
+    prefill_forwards: int = 0
+    base_forwards: int = 0
+    """Of steps and rounds; those of prompts are not among them."""
+    slot_steps: int = 0
+    """Slots there are, summed over steps and rounds."""
+    useful_slot_steps: int = 0
+    """Those in which a request got at least one token that counted."""
+    emitted: int = 0
+    """Tokens from steps and rounds."""
+    drafted: int = 0
+    accepted: int = 0
+
+
+class _Pending:
+    """A launched step on its way to the host.
+
+    Args:
+        requests: (row, request) of the rows that count.
+        result: on the device.
+        drafts: of each row; -1 for the first tokens after prompts.
+        launched: when, by ``time.perf_counter``.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[tuple[int, Request]],
+        result: StepResult,
+        drafts: int,
+        launched: float,
+    ) -> None:
+        self.requests = requests
+        self.drafts = drafts
+        self.launched = launched
+        # The next step writes over a graph's tensors: they are copied before it is launched.
+        on_device = result.token_ids.is_cuda
+        self._host = [
+            None if t is None else t.to("cpu", non_blocking=True, copy=True) for t in result
+        ]
+        self._event = None
+        if on_device:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def lists(self) -> list[list[Any]]:
+        """Wait for the step; its columns, row by row."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [[] if t is None else t.tolist() for t in self._host]
+
+
+class DecodingLoop:
+    """Moves requests from the queue through the slots to their ends.
+
+    Args:
+        stepper: runs the models.
+        max_batch_size: number of slots.
+        controller: chooses how many drafts a round has; None never drafts.
+        prefill_chunk: prompt tokens of each role between two steps, at most.
+        run_ahead: steps launched before the results of the first are read.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        max_batch_size: int,
+        controller: DraftController | None,
+        prefill_chunk: int,
+        run_ahead: int,
+    ) -> None:
+        self.statistics = Statistics()
+        self._stepper = stepper
+        self._runner = stepper.runner
+        self._scheduler = Scheduler(max_batch_size)
+        self._controller = controller
+        self._prefill_chunk = prefill_chunk
+        self._run_ahead = run_ahead
+        self._pending: deque[_Pending] = deque()
+        self._taken = 0.0
+
+    def add(self, request: Request) -> None:
+        """Put a request at the end of the queue."""
+        self._scheduler.add(request)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return self._scheduler.unfinished
+
+    def remove(self, request: Request) -> None:
+        """Take a request out, wherever it is."""
+        slot = self._scheduler.remove(request)
+        if slot is not None:
+            self._runner.release(slot)
+
+    def step(self) -> Iterator[Progress]:
+        """Run a chunk of a prompt and one step; what came of them.
+
+        Whoever has an end or an error is out of its slot when it is given out.
+        """
+        for request in self._scheduler.admit():
+            request.started = time.monotonic()
+        for source, target in self._scheduler.compact():
+            self._stepper.move(source, target)
+        started = self._prefill()
+        if started:
+            # Their first tokens are handed out before the next step is taken.
+            yield from self._take_all()
+            return
+        launched = self._launch()
+        while len(self._pending) > (self._run_ahead if launched else 0):
+            yield from self._take(self._pending.popleft())
+
+    def _prefill(self) -> bool:
+        """Run one chunk of prompts, of the longest waiting; whether any request has started."""
+        waiting = [r for r in self._scheduler.running if not r.ready]
+        if not waiting:
+            return False
+        waiting.sort(key=lambda request: request.request_id)
+        head = waiting[0]
+        if head.prefilled or head.longest_prompt > self._prefill_chunk:
+            return self._prefill_part(head)
+        together = [r for r in waiting if r.roles == head.roles and not r.prefilled]
+        batch: list[Request] = []
+        width = 0
+        for request in together:
+            width = max(width, request.longest_prompt)
+            # A batch runs as wide as its longest prompt.
+            if batch and (len(batch) + 1) * width > self._prefill_chunk:
+                break
+            batch.append(request)
+        slots = [request.slot for request in batch if request.slot is not None]
+        prompts = {role: [r.prompt_token_ids[role] for r in batch] for role in head.roles}
+        self.statistics.prefill_forwards += 1
+        self._start(batch, self._runner.prefill(slots, prompts))
+        return True
+
+    def _prefill_part(self, request: Request) -> bool:
+        assert request.slot is not None
+        parts = request.next_part(self._prefill_chunk)
+        request.prompt_logits |= self._runner.extend(request.slot, parts)
+        for role, part in parts.items():
+            request.prefilled[role] = request.prefilled.get(role, 0) + len(part)
+        self.statistics.prefill_forwards += 1
+        if request.next_part(1):
+            return False
+        self._start([request], request.prompt_logits)
+        request.prompt_logits = {}
+        return True
+
+    def _start(self, requests: list[Request], logits: dict[str, Tensor]) -> None:
+        launched = time.perf_counter()
+        result = self._stepper.prefill(requests, logits)
+        for request in requests:
+            request.launched = 1
+        self._pending.append(_Pending(list(enumerate(requests)), result, -1, launched))
+
+    def _launch(self) -> bool:
+        """Launch a step of all requests that may need one; whether there was any."""
+        running = [r for r in self._scheduler.running if r.ready]
+        if all(request.launched >= request.params.max_tokens for request in running):
+            return False
+        rows = [(r.slot, r) for r in running if r.slot is not None]
+        slots = 1 + max(slot for slot, _ in rows)
+        steered = any(len(request.roles) > 1 for request in running)
+        roles = self._stepper.roles if steered else ("base",)
+        masked = any(request.params.min_tokens > request.launched for request in running)
+        drafts, launched = self._choose(running), time.perf_counter()
+        result = self._stepper.run(slots, roles, drafts, masked)
+        for slot, request in rows:
+            request.launched += 1
+            # At most; what was refused is taken back when the host learns of it.
+            self._runner.advance_host(slot, request.roles, drafts + 1)
+        self._pending.append(_Pending(rows, result, drafts, launched))
+        return True
+
+    def _choose(self, running: Sequence[Request]) -> int:
+        if self._controller is None:
+            return 0
+        useful = []
+        for request in running:
+            assert request.acceptance is not None
+            left = request.params.max_tokens - request.launched - 1
+            can = self._stepper.can_draft(request)
+            useful.append((request.acceptance, max(0, left) if can else 0))
+        return self._controller.choose(useful)
+
+    def _take_all(self) -> Iterator[Progress]:
+        while self._pending:
+            yield from self._take(self._pending.popleft())
+
+    def _take(self, pending: _Pending) -> Iterator[Progress]:
+        """Hand the rows of a step to their requests; those that end leave their slots."""
+        token_ids, logprobs, raw_logprobs, status, drafted, accepted = pending.lists()
+        now = time.perf_counter()
+        seconds, self._taken = now - max(pending.launched, self._taken), now
+        is_step = pending.drafts >= 0
+        if is_step:
+            self._count(pending, seconds)
+        for row, request in pending.requests:
+            if request.slot is None:
+                continue  # it ended while this step was on its way
+            emitted = [token_id for token_id in token_ids[row] if token_id >= 0]
+            request.status |= status[row]
+            if is_step:
+                self._runner.advance_host(
+                    request.slot, request.roles, len(emitted) - pending.drafts - 1
+                )
+                request.launched += len(emitted) - 1
+                self.statistics.useful_slot_steps += 1
+                self.statistics.emitted += len(emitted)
+            if drafted:
+                self._observe(request, drafted[row], accepted[row], len(emitted))
+            yield from self._progress(
+                request, emitted, logprobs[row], raw_logprobs[row], accepted[row] if accepted else 0
+            )
+
+    def _progress(
+        self,
+        request: Request,
+        emitted: list[int],
+        logprobs: list[float],
+        raw_logprobs: list[float],
+        accepted: int,
+    ) -> Iterator[Progress]:
+        if emitted:
+            event = request.extend(emitted, logprobs, raw_logprobs)
+            if request.finish_reason is not None:
+                self.remove(request)
+            yield request, event
+        if len(emitted) == accepted and request.finish_reason is None:
+            # After the drafts that were kept, a row emits one token more.
+            self.remove(request)
+            yield (
+                request,
+                DecodeError(
+                    f"prompts[{request.index}]: no token can be drawn at position "
+                    f"{len(request.token_ids)}: its combined logits are all NaN or masked"
+                ),
+            )
+
+    def _count(self, pending: _Pending, seconds: float) -> None:
+        statistics = self.statistics
+        statistics.base_forwards += 1
+        statistics.slot_steps += self._scheduler.max_batch_size
+        if pending.drafts:
+            statistics.speculative_rounds += 1
+        else:
+            statistics.plain_steps += 1
+        if self._controller is not None:
+            self._controller.observe_time(len(pending.requests), pending.drafts, seconds)
+
+    def _observe(self, request: Request, drafted: int, accepted: int, emitted: int) -> None:
+        assert self._controller is not None and request.acceptance is not None
+        assert request.speculation is not None
+        self._controller.observe(request.acceptance, drafted, accepted)
+        request.speculation.drafted += drafted
+        request.speculation.accepted += accepted
+        request.speculation.emitted_per_round.append(emitted)
+        self.statistics.drafted += drafted
+        self.statistics.accepted += accepted
+
+    def counts(self) -> dict[str, int]:
+        """The statistics as plain values."""
+        return asdict(self.statistics)

@@ -1,0 +1,205 @@
+"""Speculative decoding: what is asked for, what came of it, and how many drafts pay.
+
+The expert, which has to run anyway, drafts; base and anti then score a block of drafts in one
+forward each. The emitted tokens are the target's: docs/contracts.md, Speculative verification.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from proxytune_kernels.ops import VERIFY_MODES
+
+DRAFTERS = ("expert", "prompt_lookup")
+_MAX_DRAFTS = 32
+
+# What a request is taken to accept before anything is known, worth this many drafts of its own.
+_PRIOR_ACCEPTANCE, _PRIOR_WEIGHT = 0.8, 4.0
+_MEMORY = 64.0
+"""Drafts that the estimate of acceptance looks back on, about: texts change their kind."""
+_FIRST_DRAFTS = 4
+_MARGIN = 1.02
+"""How much better than plain decoding a round must promise to be."""
+_PROBE_AFTER = 96
+"""Plain steps between two rounds that ask whether drafts pay by now."""
+_TIMES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """How a decoder drafts and verifies.
+
+    Args:
+        drafter: ``"expert"`` drafts token by token; ``"prompt_lookup"`` takes what followed the
+            same tokens earlier in the text, which costs no forward.
+        mode: ``"coupled"``: a seeded request's tokens are plain decoding's, whatever is drafted.
+            ``"rejection"``: accepts the most; the law of the tokens is the same, the tokens are
+            not, and they depend on how many are drafted.
+        max_drafts: drafts of a round at most, in [1, 32].
+        adaptive: draft as many as measured times and acceptance say pays, none where plain
+            decoding is faster; else always ``max_drafts``.
+
+    Raises:
+        ValueError: names the argument, what it got and what it wanted.
+
+    Source: Leviathan et al. 2023, arXiv 2211.17192; Daliri, Musco and Suresh 2024,
+    arXiv 2408.07978; docs/contracts.md.
+    """
+
+    drafter: str = "expert"
+    mode: str = "coupled"
+    max_drafts: int = 8
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        for name, known in (("drafter", DRAFTERS), ("mode", VERIFY_MODES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        drafts = self.max_drafts
+        if (
+            isinstance(drafts, bool)
+            or not isinstance(drafts, int)
+            or not 1 <= drafts <= _MAX_DRAFTS
+        ):
+            raise ValueError(f"max_drafts must be an integer in [1, {_MAX_DRAFTS}], got {drafts!r}")
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"adaptive must be True or False, got {self.adaptive!r}")
+
+
+@dataclass
+class SpeculationStats:
+    """What speculation did for a request.
+
+    Args:
+        drafted: drafts that were verified.
+        accepted: those that were kept.
+        emitted_per_round: tokens of each round, the recovered or bonus one included; a plain step
+            is no round.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    emitted_per_round: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that were kept; NaN where there were none."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+
+class Acceptance:
+    """The probability that a draft is kept where all before it were, as seen lately.
+
+    Args:
+        prior: an estimate to begin with.
+    """
+
+    def __init__(self, prior: Acceptance | None = None) -> None:
+        rate = _PRIOR_ACCEPTANCE if prior is None else prior.rate
+        self._accepted, self._tried = rate * _PRIOR_WEIGHT, _PRIOR_WEIGHT
+
+    @property
+    def rate(self) -> float:
+        """In [0, 1]."""
+        return self._accepted / self._tried
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """Count a round: what comes behind the first refusal was never tried."""
+        tried = min(accepted + 1, drafted)
+        keep = 1 - tried / _MEMORY if tried < _MEMORY else 0.0
+        if self._tried > _MEMORY:
+            self._accepted *= keep
+            self._tried *= keep
+        self._accepted += accepted
+        self._tried += tried
+
+    def tokens(self, drafts: int) -> float:
+        """Expected tokens of a round with so many drafts: 1 + a + ... + a^drafts."""
+        return sum(self.rate**j for j in range(drafts + 1))
+
+
+class StepTimes:
+    """Seconds of a step by its number of rows and of drafts (0 is a plain step)."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, int], deque[float]] = {}
+
+    def observe(self, rows: int, drafts: int, seconds: float) -> None:
+        """Add a measurement."""
+        self._seen.setdefault((rows, drafts), deque(maxlen=_TIMES)).append(seconds)
+
+    def estimate(self, rows: int, drafts: int) -> float | None:
+        """Median of the last measurements, else along the line through the nearest two."""
+        known = {d: median(times) for (r, d), times in self._seen.items() if r == rows}
+        if drafts in known:
+            return known[drafts]
+        if len(known) < 2:
+            return None
+        low, high = sorted(sorted(known, key=lambda d: abs(d - drafts))[:2])
+        slope = (known[high] - known[low]) / (high - low)
+        # Noise may turn the line; more drafts never take less.
+        return known[low] + max(slope, 0.0) * (drafts - low)
+
+
+class DraftController:
+    """Chooses how many drafts the next round has: what promises the most tokens a second.
+
+    In coupled mode the choice changes no token, so it may depend on the clock.
+
+    Args:
+        speculation: the limits.
+    """
+
+    def __init__(self, speculation: Speculation) -> None:
+        self._speculation = speculation
+        self._times = StepTimes()
+        self._overall = Acceptance()
+        self._plain_steps = 0
+
+    def new_request(self) -> Acceptance:
+        """An estimate for a new request, from what the others accepted."""
+        return Acceptance(self._overall)
+
+    def choose(self, requests: Sequence[tuple[Acceptance, int]]) -> int:
+        """Drafts of the next round; 0 is a plain step.
+
+        Args:
+            requests: of each row, its acceptance and the drafts it can use at most.
+        """
+        rows = len(requests)
+        limit = min(self._speculation.max_drafts, max((n for _, n in requests), default=0))
+        if limit == 0 or not self._speculation.adaptive:
+            return limit
+        if self._times.estimate(rows, 0) is None:
+            return 0
+        if self._times.estimate(rows, 1) is None:
+            return min(_FIRST_DRAFTS, limit)
+        best = max(range(limit + 1), key=lambda drafts: self._promise(requests, drafts))
+        if best and self._promise(requests, best) > _MARGIN * self._promise(requests, 0):
+            self._plain_steps = 0
+            return best
+        self._plain_steps += 1
+        if self._plain_steps < _PROBE_AFTER:
+            return 0
+        self._plain_steps = 0
+        return min(2, limit)
+
+    def observe_time(self, rows: int, drafts: int, seconds: float) -> None:
+        """A step of so many rows and drafts took ``seconds``."""
+        self._times.observe(rows, drafts, seconds)
+
+    def observe(self, acceptance: Acceptance, drafted: int, accepted: int) -> None:
+        """Of a row's drafts so many were kept."""
+        acceptance.observe(drafted, accepted)
+        self._overall.observe(drafted, accepted)
+
+    def _promise(self, requests: Sequence[tuple[Acceptance, int]], drafts: int) -> float:
+        seconds = self._times.estimate(len(requests), drafts)
+        assert seconds is not None
+        tokens = sum(acceptance.tokens(min(drafts, most)) for acceptance, most in requests)
+        return tokens / max(seconds, 1e-9)

@@ -1,0 +1,199 @@
+"""One step of all running slots: forwards, then a draw; or a round of drafts and their check.
+
+Everything a step decides lies in tensors on the device: which slots move on, how long they are,
+which drafts may count. So a step can be captured once and replayed (see
+:mod:`~proxytune_kernels.decoder.graphs`), and nothing in it waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from proxytune_kernels.decoder.drafting import History
+from proxytune_kernels.decoder.graphs import StepGraphs
+from proxytune_kernels.decoder.request import Request
+from proxytune_kernels.decoder.runner import Runner
+from proxytune_kernels.decoder.sampler import SlotSampler, StepResult
+from proxytune_kernels.decoder.speculative import Speculation
+
+
+class Stepper:
+    """Runs steps over the first slots.
+
+    Args:
+        runner: the models.
+        sampler: the slots' parameters and last tokens.
+        speculation: how to draft; None never does.
+        graphs: replays captured steps; None runs each step anew.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        sampler: SlotSampler,
+        speculation: Speculation | None,
+        graphs: StepGraphs | None,
+    ) -> None:
+        self.runner = runner
+        self.sampler = sampler
+        self.speculation = speculation
+        self.graphs = graphs
+        self.roles = tuple(runner.active)
+        slots, capacity = sampler.token_ids.shape[0], runner.capacity
+        # Output tokens up to which a slot's drafts are of use: 0 for one that can't have any.
+        self._draft_until = torch.zeros(slots, dtype=torch.int64, device=runner.device)
+        looks_up = speculation is not None and speculation.drafter == "prompt_lookup"
+        self._history = History(slots, capacity, runner.device) if looks_up else None
+
+    def can_draft(self, request: Request) -> bool:
+        """Whether a request takes part in rounds: the expert must be running in it."""
+        if self.speculation is None:
+            return False
+        return self.speculation.drafter != "expert" or "expert" in request.roles
+
+    @torch.inference_mode()
+    def prefill(self, requests: Sequence[Request], logits: dict[str, Tensor]) -> StepResult:
+        """Draw the first tokens of requests whose prompts are in their slots."""
+        slots = [request.slot for request in requests if request.slot is not None]
+        for request in requests:
+            self.sampler.start(request)
+        masked = any(request.needs_mask for request in requests)
+        index = torch.tensor(slots, device=self.runner.device)
+        result = self.sampler.draw(index, logits, masked)
+        self.sampler.take_first(slots, result)
+        for request, slot in zip(requests, slots, strict=True):
+            self.runner.start(slot, request.roles)
+            self._draft_until[slot] = request.params.max_tokens if self.can_draft(request) else 0
+        if self._history is not None:
+            first = result.token_ids.clamp(min=0)
+            for row, (request, slot) in enumerate(zip(requests, slots, strict=True)):
+                self._history.start(slot, request.prompt_token_ids["base"])
+                self._history.token_ids[slot, self._history.lengths[slot]] = first[row, 0]
+                self._history.lengths[slot] += 1
+        return result
+
+    @torch.inference_mode()
+    def run(self, slots: int, roles: tuple[str, ...], drafts: int, masked: bool) -> StepResult:
+        """One step of the first slots.
+
+        Args:
+            slots: how many.
+            roles: all, or the base alone where no running request is steered.
+            drafts: of each row; 0 is a plain step.
+            masked: whether any request may not stop yet.
+
+        Returns:
+            B = ``slots`` rows; those whose slot is not running hold nothing of meaning.
+        """
+
+        def step(rows: int, length: int | None) -> StepResult:
+            if drafts:
+                return self._round(rows, roles, drafts, masked, length)
+            return self._plain(rows, roles, masked, length)
+
+        if self.graphs is None:
+            return step(slots, None)
+        longest = self.runner.longest(slots) + 1 + drafts
+        return self.graphs.run(slots, longest, (roles, drafts, masked), step, self.state())
+
+    def move(self, source: int, target: int) -> None:
+        """Move what a slot holds to an empty slot."""
+        self.runner.move(source, target)
+        self.sampler.move(source, target)
+        self._draft_until[target] = self._draft_until[source]
+        if self._history is not None:
+            self._history.move(source, target)
+
+    def state(self) -> list[Tensor]:
+        """What a step changes beside keys and values."""
+        history = [] if self._history is None else self._history.state()
+        return [*self.runner.state(), *self.sampler.state(), *history]
+
+    def _plain(
+        self, rows: int, roles: tuple[str, ...], masked: bool, length: int | None
+    ) -> StepResult:
+        logits = self.runner.forward(roles, self.sampler.token_ids[:rows], length=length)
+        last = {role: x[:, 0] for role, x in logits.items()}
+        result = self.sampler.draw(slice(0, rows), last, masked)
+        self._advance(rows, result)
+        return result
+
+    def _round(
+        self, rows: int, roles: tuple[str, ...], drafts: int, masked: bool, length: int | None
+    ) -> StepResult:
+        """Draft, score the drafts, verify them: 1 to drafts + 1 tokens a row."""
+        assert self.speculation is not None
+        start = self.sampler.token_ids[:rows]
+        rejection = self.speculation.mode == "rejection"
+        if self._history is not None:
+            token_ids = self._history.lookup(rows, drafts)
+            inputs = torch.cat([start, token_ids.clamp(min=0)], 1)
+            logits = self.runner.forward(roles, inputs, length=length)
+            draft_logits = self._certain(token_ids) if rejection else None
+        else:
+            token_ids, expert = self._draft(rows, drafts, masked and not rejection, length)
+            inputs = torch.cat([start, token_ids], 1)
+            others = tuple(role for role in roles if role != "expert")
+            logits = self.runner.forward(others, inputs, length=length)
+            logits["expert"] = expert
+            draft_logits = expert[:, :-1] if rejection else None
+        # No token past max_tokens, whatever is accepted.
+        useful = (self._draft_until[:rows] - self.sampler.params.position[:rows] - 1)[:, None]
+        ahead = torch.arange(drafts, device=token_ids.device)
+        token_ids = torch.where(ahead < useful, token_ids, -1)
+        result = self.sampler.verify(
+            rows, logits, token_ids, self.speculation.mode, draft_logits, masked
+        )
+        if rejection:
+            result = self._undrafted(rows, logits, result, masked)
+        self._advance(rows, result)
+        return result
+
+    def _draft(
+        self, rows: int, drafts: int, masked: bool, length: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """The expert's drafts [B, k], and its logits [B, k + 1, V] at them and behind the last."""
+        assert self.speculation is not None
+        stream = "draft" if self.speculation.mode == "rejection" else "sample"
+        tokens, logits = [self.sampler.token_ids[:rows]], []
+        for offset in range(drafts + 1):
+            x = self.runner.forward(("expert",), tokens[-1], offset, length)["expert"]
+            logits.append(x)
+            if offset < drafts:
+                tokens.append(self.sampler.draft(rows, x[:, 0], offset, masked, stream))
+        return torch.cat(tokens[1:], 1), torch.cat(logits, 1)
+
+    def _undrafted(
+        self, rows: int, logits: dict[str, Tensor], result: StepResult, masked: bool
+    ) -> StepResult:
+        """Rows without drafts get what a plain step would draw, whatever shares their batch."""
+        plain = self.sampler.draw(
+            slice(0, rows), {role: x[:, 0] for role, x in logits.items()}, masked
+        )
+        assert result.num_drafted is not None
+        alone = (result.num_drafted == 0)[:, None]
+
+        def first(drawn: Tensor, verified: Tensor) -> Tensor:
+            return torch.cat([torch.where(alone, drawn, verified[:, :1]), verified[:, 1:]], 1)
+
+        return result._replace(
+            token_ids=first(plain.token_ids, result.token_ids),
+            logprobs=first(plain.logprobs, result.logprobs),
+            raw_logprobs=first(plain.raw_logprobs, result.raw_logprobs),
+        )
+
+    def _certain(self, token_ids: Tensor) -> Tensor:
+        """Logits [B, k, V] of a drafter that could have drawn nothing else."""
+        shape = (*token_ids.shape, self.sampler.vocab_size)
+        logits = torch.full(shape, -torch.inf, device=token_ids.device)
+        return logits.scatter_(2, token_ids.clamp(min=0)[..., None], 0.0)
+
+    def _advance(self, rows: int, result: StepResult) -> None:
+        active = self.runner.active["base"][:rows]
+        counts = self.sampler.advance(rows, result, active)
+        self.runner.advance(rows, counts)
+        if self._history is not None:
+            self._history.append(result.token_ids.clamp(min=0), counts * active)
