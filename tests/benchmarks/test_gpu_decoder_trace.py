@@ -88,3 +88,44 @@ class TestTrace:
         start, end = trace.middle(ten_steps, 10, 3)
         # 99 in all, around 149.5
         assert (start, end) == pytest.approx((149.5 - 1.5 * 9.9, 149.5 + 1.5 * 9.9))
+
+
+NAMES = {
+    "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": "products",
+    "void cutlass::Kernel2<cutlass_80_tensorop>": "products",
+    "void gemv2T_kernel_val": "products",
+    "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": "attention",
+    "void flash_fwd_splitkv_kernel": "attention",
+    "_scan_kernel": "sampling",
+    "_finish_kernel": "sampling",
+    "void proxytune::cluster_sample<__nv_bfloat16>": "sampling",
+    "void at::native::vectorized_elementwise_kernel<4>": "rest",
+}
+
+
+class TestPictures:
+    def test_kinds(self):
+        plots = pytest.importorskip("benchmarks.gpu.decoder.plots")
+        got = {name: plots.kind_of(kernel(0, 1, name=name)) for name in NAMES}
+        assert got == NAMES
+        assert plots.kind_of(Work("Memcpy DtoH", "copy", 0, 1, 7)) == "copies"
+
+    def test_bars_are_cut_to_what_is_shown(self):
+        plots = pytest.importorskip("benchmarks.gpu.decoder.plots")
+        from matplotlib.figure import Figure
+
+        axes = Figure().subplots()
+        spans = [(0, 500), (900, 1500), (1800, 3000), (2500, 2600)]
+        plots._bars(axes, 1, spans, (1000, 2000), "#000000")
+        [bars] = axes.collections
+        boxes = [path.get_extents() for path in bars.get_paths()]
+        # milliseconds from the window's start
+        assert [x for b in boxes for x in (b.x0, b.x1)] == pytest.approx([0.0, 0.5, 0.8, 1.0])
+        assert {(b.y0, b.y1) for b in boxes} == {(0.6, 1.4)}
+
+    def test_timeline(self, tmp_path):
+        plots = pytest.importorskip("benchmarks.gpu.decoder.plots")
+        work = [kernel(10 * i, 10 * i + 8, 7 + i % 2, "nvjet") for i in range(40)]
+        found = Trace((*work, Work("Memcpy", "copy", 401, 402, 7)), Counter())
+        plots.plot_trace(found, (100.0, 300.0), tmp_path / "trace.png", "title")
+        assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")

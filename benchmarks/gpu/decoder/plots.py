@@ -24,9 +24,9 @@ Record = Mapping[str, Any]
 _STEP, _FLOOR, _PLAIN = "#D55E00", "#000000", "#0072B2"
 _DRAFTS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999")
 _KINDS = {
-    "products": ("#0072B2", r"gemm|gemv|splitk|cutlass|nvjet|cublas|int8|_mm_|wgmma"),
     "attention": ("#009E73", r"fmha|flash|attention"),
     "sampling": ("#D55E00", r"proxytune|_(?:sample|scan|finish|narrow|select|verify|accept)_"),
+    "products": ("#0072B2", r"gemm|gemv|splitk|cutlass|nvjet|cublas|int8|_mm_|wgmma"),
 }
 """Colour, and what the names of such kernels contain, by kind; the first that fits counts."""
 _OTHER, _COPIES, _IDLE = "#E69F00", "#CC79A7", "#000000"

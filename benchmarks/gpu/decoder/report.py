@@ -61,8 +61,8 @@ def caption(copy_rate: float) -> str:
         f"{copy_rate / 1e9:,.0f} GB/s, read and written, of a device-to-device copy in this run. "
         "x base only: over the base alone. naive over it: how much longer the naive loop takes. "
         "pays from, beats base from: the share of drafts accepted from which rounds are faster "
-        "than plain steps of ours, and than the base alone. the paper: proxy-tuned over tuned model, "
-        "whose cost is the base's (Liu et al. 2024)."
+        "than plain steps of ours, and than the base alone. the paper: proxy-tuned over tuned "
+        "model, whose cost is the base's (Liu et al. 2024)."
     )
 
 

@@ -20,13 +20,13 @@ from benchmarks.gpu.decoder.modes import MODES, NAIVE, OURS, SEPARATE, Mode, mod
 from benchmarks.gpu.decoder.shapes import TrioShape
 from benchmarks.gpu.decoder.steps import ModeTimes, records, time_modes
 from benchmarks.gpu.decoder.targets import verdicts
-from benchmarks.gpu.decoder.trace import Trace
+from benchmarks.gpu.decoder.trace import Idle, Trace
 from benchmarks.gpu.device import Device, first_line
 from benchmarks.gpu.report import where
 from benchmarks.gpu.run import Journal, measure_copy, say
 from benchmarks.gpu.units import DeviceLost
 from benchmarks.prompts import make_prompts
-from benchmarks.providers import DecoderProvider
+from benchmarks.providers import DecoderProvider, Prompts
 from proxytune_kernels import Trio
 
 _PROMPT, _TOKENS = 32, 33
@@ -106,6 +106,7 @@ class _Session:
                 self._release()
 
     def _measure_trio(self, shape: TrioShape, later: float) -> None:
+        say(f"{shape.name}: making the weights")
         trios = build_trios(shape, self._device.torch_device)
         self.journal.add([weights_record(shape, trios)])
         for batch_size in self._options.batch_sizes:
@@ -125,13 +126,10 @@ class _Session:
         prompts = make_prompts(trios[SEPARATE], batch_size, _PROMPT)
         timed: list[ModeTimes] = []
         for mode in modes(batch_size):
-            if mode.name not in self._right:
-                continue
-            with self._guarded(f"{what}: {mode.name}"):
-                provider = mode.make(trios, batch_size, _MAX_SEQ_LEN)
-                provider.generate(prompts, _TOKENS)  # captures
-                models = trios[mode.pair].models
-                timed.append(ModeTimes(mode, provider, [models[r] for r in provider.roles]))
+            if mode.name in self._right:
+                with self._guarded(f"{what}: {mode.name}"):
+                    timed.append(_prepare(mode, trios, prompts))
+        say(f"{what}: timing {len(timed)} modes")
         counted = time_modes(timed, prompts, _TOKENS, _REPEATS)
         lines = records(timed, batch_size, _TOKENS, self._copy_rate)
         shared: dict[str, Any] = {"op": "decode", "trio": shape.name, "title": shape.title}
@@ -156,17 +154,20 @@ class _Session:
             found, idle = profiling.profile(provider, _PROMPT, Path(folder) / "trace.json")
             self.journal.add([{"trio": shape.name, **profiling.trace_record(found, idle)}])
             if self._can_plot():
-                self._plot_trace(shape, found)
+                self._plot_trace(shape, found, idle)
 
     def _can_plot(self) -> bool:
         return self._options.plot and importlib.util.find_spec("matplotlib") is not None
 
-    def _plot_trace(self, shape: TrioShape, found: Trace) -> None:
+    def _plot_trace(self, shape: TrioShape, found: Trace, idle: Idle) -> None:
         from benchmarks.gpu.decoder import plots
 
         path = self._beside(f"trace-{shape.name}.png")
         window = trace.middle(found, profiling.STEPS, profiling.SHOWN)
-        title = f"{shape.title}: {profiling.SHOWN} steps at batch 1, {self._where()}"
+        title = (
+            f"{shape.title}: {profiling.SHOWN} steps at batch 1, no kernel in {idle.share:.1%} of "
+            f"the time\n{self._where()}"
+        )
         plots.plot_trace(found, window, path, title)
         self._pictures.append(path)
 
@@ -216,18 +217,30 @@ class _Session:
         Raises:
             DeviceLost: nothing can run on the device any more.
         """
+        lost = None
         try:
             yield
-            return
         except DeviceLost:
             raise
         except torch.OutOfMemoryError:
             self.journal.note(f"{what}: not run, the device's memory does not suffice")
-            self._release()
-            return
         except Exception as error:
             self.journal.note(f"{what}: failed: {first_line(error)}", failed=True)
-        try:
-            self._device.synchronize()
-        except Exception as error:
-            raise DeviceLost(f"{what}: the device is lost: {first_line(error)}") from error
+            try:
+                self._device.synchronize()
+            except Exception as after:
+                lost = first_line(after)
+        else:
+            return
+        # Only now: while it was handled, the error held on to all that its frames had made.
+        if lost is not None:
+            raise DeviceLost(f"{what}: the device is lost: {lost}")
+        self._release()
+
+
+def _prepare(mode: Mode, trios: Mapping[str, Trio], prompts: Prompts) -> ModeTimes:
+    """A mode that has run once: what is compiled or captured is there."""
+    provider = mode.make(trios, len(prompts), _MAX_SEQ_LEN)
+    provider.generate(prompts, _TOKENS)
+    models = trios[mode.pair].models
+    return ModeTimes(mode, provider, [models[role] for role in provider.roles])
