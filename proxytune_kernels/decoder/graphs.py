@@ -7,8 +7,8 @@ graph must be made for (its shapes) is rounded up, so that a few graphs serve al
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,19 +17,43 @@ from proxytune_kernels.decoder.sampler import StepResult
 
 _SHORTEST = 256
 """Keys of the shortest graph; the others double."""
+_WARM_UPS = 2
 
 Step = Callable[[int, int | None], StepResult]
 Replay = Callable[[], StepResult]
 
 
-class Capture(Protocol):
+class Capture(ABC):
     """Makes a step that can be run again out of one that is run now."""
 
     def __call__(self, step: Replay, state: Sequence[Tensor]) -> Replay:
         """Capture ``step``; what it changes (``state``) is as before when this returns."""
+        saved = [tensor.clone() for tensor in state]
+
+        def restore() -> None:
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+
+        try:
+            # Libraries set themselves up, and kernels are compiled, at their first calls.
+            for _ in range(_WARM_UPS):
+                self.warm_up(step)
+                # Each run begins where the step does: a full row has no room for another.
+                restore()
+            return self.record(step)
+        finally:
+            restore()
+
+    @abstractmethod
+    def warm_up(self, step: Replay) -> None:
+        """Run ``step`` without recording it."""
+
+    @abstractmethod
+    def record(self, step: Replay) -> Replay:
+        """Record ``step``; a RuntimeError says why it can't be."""
 
 
-class CudaCapture:
+class CudaCapture(Capture):
     """Captures into CUDA graphs, which share one pool of memory.
 
     Args:
@@ -39,34 +63,34 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # Of this device, which need not be the current one.
+        self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, step: Replay, state: Sequence[Tensor]) -> Replay:
+    def warm_up(self, step: Replay) -> None:
         """See :class:`Capture`."""
-        saved = [tensor.clone() for tensor in state]
-        try:
-            self._warm_up(step)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                result = step()
-        finally:
-            for tensor, value in zip(state, saved, strict=True):
-                tensor.copy_(value)
+        main = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            step()
+        main.wait_stream(self._stream)
+
+    def record(self, step: Replay) -> Replay:
+        """See :class:`Capture`."""
+        graph = torch.cuda.CUDAGraph()
+        main = torch.cuda.current_stream(self._device)
+        # The outer stream: a capture that fails may leave its own as the current one.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(main),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+        ):
+            result = step()
 
         def replay() -> StepResult:
             graph.replay()
             return result
 
         return replay
-
-    def _warm_up(self, step: Replay) -> None:
-        # Libraries set themselves up, and kernels are compiled, at their first calls: not captured.
-        main = torch.cuda.current_stream(self._device)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                step()
-        main.wait_stream(stream)
 
 
 class StepGraphs:

@@ -69,14 +69,15 @@ class _Pending:
         self.drafts = drafts
         self.launched = launched
         # The next step writes over a graph's tensors: they are copied before it is launched.
-        on_device = result.token_ids.is_cuda
+        device = result.token_ids.device
         self._host = [
             None if t is None else t.to("cpu", non_blocking=True, copy=True) for t in result
         ]
         self._event = None
-        if on_device:
+        if device.type == "cuda":
             self._event = torch.cuda.Event()
-            self._event.record()
+            # Of this device, which need not be the current one.
+            self._event.record(torch.cuda.current_stream(device))
 
     def lists(self) -> list[list[Any]]:
         """Wait for the step; its columns, row by row."""

@@ -1,0 +1,139 @@
+"""CUDA graphs without a GPU: a tape of the operators of one step, played again and again.
+
+A replay of a CUDA graph runs no Python: the same kernels run on the same addresses, with the same
+numbers. So does a tape. It keeps each operator with the very tensors that it got, and writes what
+it gives over the tensors that it gave first. What a step takes from the host (a length, the end of
+a slice, a mask made in Python) stays as it was when the step was recorded, and the tokens show it.
+
+A tape also refuses what a capture refuses, with a RuntimeError as torch raises: to read a value
+back to the host, an output whose shape depends on values, a tensor that is made on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from proxytune_kernels.decoder.graphs import Capture, Replay
+from proxytune_kernels.decoder.sampler import StepResult
+
+# Operators that wait for the device, or have outputs of a shape that only the device knows.
+_WAITING = {
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "item",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave.Tensor",
+    "unique_dim",
+    "_unique2",
+}
+# torch.tensor and its like: on a GPU a copy from memory that is not pinned.
+_MADE_ON_THE_HOST = {"lift", "lift_fresh", "lift_fresh_copy"}
+_BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+
+
+@dataclass
+class _Call:
+    operator: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    # What the operator made; not what it wrote in place, nor views of what it got.
+    made: list[tuple[int, Tensor]]
+
+    def play(self) -> None:
+        given = tree_leaves(self.operator(*self.arguments, **self.keywords))
+        for place, tensor in self.made:
+            tensor.copy_(given[place])
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the operators that run, and the storages that were there before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.found: dict[int, Tensor] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        keywords = kwargs or {}
+        _refuse(func, args)
+        for tensor in _tensors((args, keywords)):
+            if _place(tensor) not in self._made:
+                self.found[_place(tensor)] = tensor
+        result = func(*args, **keywords)
+        got = {_place(tensor) for tensor in _tensors((args, keywords))}
+        made = [
+            (i, leaf)
+            for i, leaf in enumerate(tree_leaves(result))
+            if isinstance(leaf, Tensor) and _place(leaf) not in got
+        ]
+        self._made |= {_place(tensor) for _, tensor in made}
+        if made or func._schema.is_mutable:
+            self.calls.append(_Call(func, args, keywords, made))
+        return result
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _refuse(operator: Any, arguments: tuple[Any, ...]) -> None:
+    name = operator._schema.name.split("::")[1]
+    full = f"{name}.{operator._overloadname}"
+    if name in _WAITING or full in _WAITING:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {name} waits")
+    if name in _MADE_ON_THE_HOST:
+        raise RuntimeError("operation not permitted when stream is capturing: a copy to the device")
+    if name in _BY_INDEX and any(t.dtype == torch.bool for t in _tensors(arguments[1])):
+        raise RuntimeError(f"operation not permitted when stream is capturing: {name} by a mask")
+
+
+class Tape(Capture):
+    """Records steps on a CPU, to be run again without their Python.
+
+    It has the limits of a capture, and a replay has a capture's results: what is refused, and why,
+    is in this module's docstring.
+    """
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self._found: dict[int, Tensor] = {}
+
+    def warm_up(self, step: Replay) -> None:
+        # A step may make what it keeps at its first run; from then on it must find it there.
+        recorder = _Recorder()
+        with recorder:
+            step()
+        self._found = recorder.found
+
+    def record(self, step: Replay) -> Replay:
+        recorder = _Recorder()
+        with recorder:
+            result = step()
+        new = [t for place, t in recorder.found.items() if place not in self._found]
+        if new:
+            shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in new)
+            raise RuntimeError(f"a step got tensors that it had not got before: {shapes}")
+
+        def replay() -> StepResult:
+            self.replays += 1
+            for call in recorder.calls:
+                call.play()
+            return result
+
+        return replay
