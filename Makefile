@@ -2,7 +2,7 @@
 # A change of setup.py, build_cuda.py, pyproject.toml, constraints.txt or csrc/ is built again.
 
 PYTHON ?= python3
-EXTRAS ?= hf,lora,plots,test,triton
+EXTRAS ?= hf,lora,plots,quant,test,triton
 TESTS ?= tests
 
 VENV := .venv
