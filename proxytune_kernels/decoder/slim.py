@@ -68,9 +68,10 @@ def _slim_config(config: Any) -> None:
 def slim(model: Any) -> None:
     """Let the modules of a model that is nobody else's be called without ``nn.Module.__call__``.
 
-    The model must be in eval mode, and stay with the modules and parameters that it has. A module
-    with hooks, with a ``forward`` of its own (as accelerate puts there), or whose class defines
-    another ``__call__``, is called as before.
+    The model must be in eval mode, and stay with the modules and parameters that it has; those of
+    a module that accelerate offloads may come and go. A module with hooks, with a ``forward`` of
+    its own (as accelerate puts there), or whose class defines another ``__call__``, is called as
+    before.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -86,5 +87,8 @@ def slim(model: Any) -> None:
             module.__class__ = classes[kind]
         # Found at once, where nn.Module has them found by __getattr__ after a failed look here.
         # Not the buffers: some models register new ones as they run (rope scaling).
-        vars(module).update({**module._parameters, **module._modules})
+        vars(module).update(module._modules)
+        # Nor the parameters that accelerate's hook brings in for a call and takes away again.
+        if "_hf_hook" not in vars(module):
+            vars(module).update(module._parameters)
     _slim_config(model.config)
