@@ -14,6 +14,7 @@ from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder import Decoder, Speculation
+    from proxytune_kernels.quantization import quantize
     from proxytune_kernels.trio import Trio, load_trio
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "backends",
     "combine",
     "load_trio",
+    "quantize",
     "sample",
     "sample_hidden",
     "score",
@@ -44,6 +46,7 @@ _LAZY = {
     "Speculation": "decoder",
     "Trio": "trio",
     "load_trio": "trio",
+    "quantize": "quantization",
 }
 
 

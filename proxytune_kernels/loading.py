@@ -1,124 +1,165 @@
-"""Opens one role's model and tokenizer, from safetensors, GGUF or a LoRA adapter."""
+"""Opens the models of a trio: merged or beside their weights, placed, quantised."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from proxytune_kernels import adapters
+from proxytune_kernels.checkpoints import (
+    LoadError,
+    LoadOptions,
+    check_device_map,
+    check_dtype,
+    open_checkpoint,
+    resolve,
+)
+from proxytune_kernels.quantization import QuantizationError, check_quantization, quantize
+from proxytune_kernels.roles import ROLES, check_known, per_role
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-_ADAPTER_FILE = "adapter_config.json"
+__all__ = ["LoadError", "LoadOptions", "load_models", "load_options"]
 
-
-class LoadError(ValueError):
-    """A model or tokenizer cannot be opened."""
-
-
-def resolve(reference: str | Path, directory: Path | None) -> str:
-    """A path inside ``directory`` if there is one of that name, else the reference as it is."""
-    if directory is not None and (directory / reference).exists():
-        return str(directory / reference)
-    return str(reference)
-
-
-def check_dtype(role: str, dtype: Any) -> str | torch.dtype:
-    """Check a dtype: "auto", a floating-point dtype of torch, or its name."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"dtype of {role} must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    return name if name == "auto" else getattr(torch, name)
+# The expert beside the anti's weights is where and what these are.
+_SHARED = ("dtype", "device", "device_map", "quantize")
 
 
-def load_model(
+def load_options(
     role: str,
-    reference: str,
     *,
-    dtype: str | torch.dtype,
-    device: str | torch.device,
-    gguf_file: str | None,
+    dtype: Any,
+    device: Any,
+    device_map: Any,
+    quantize: Mapping[str, str | None],
+    gguf_file: Mapping[str, str],
     trust_remote_code: bool,
-) -> Any:
-    """A transformers causal LM in evaluation mode.
-
-    Args:
-        role: base, expert or anti, for messages.
-        reference: a directory or hub name. A directory with a LoRA adapter (PEFT) is merged into
-            the model it names, a path relative to the adapter's directory or a hub name.
-        dtype: of the weights; "auto" is the checkpoint's.
-        device: where the weights go.
-        gguf_file: name of a GGUF file in the directory, unpacked to ``dtype``.
-        trust_remote_code: run modelling code that comes with the checkpoint.
+) -> LoadOptions:
+    """What the arguments of ``load_trio`` say for one role.
 
     Raises:
-        LoadError: names the role, the reference and the reason.
+        ValueError: names the argument and the role, what it got and what it wanted.
     """
-    adapter = Path(reference) / _ADAPTER_FILE
-    if adapter.is_file():
-        model = _load_adapted(role, adapter, dtype, trust_remote_code)
-    else:
-        model = _load_checkpoint(role, reference, dtype, gguf_file, trust_remote_code)
-    return model.to(device).eval()
-
-
-def _load_checkpoint(
-    role: str,
-    reference: str,
-    dtype: str | torch.dtype,
-    gguf_file: str | None,
-    trust_remote_code: bool,
-) -> Any:
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if gguf_file is None:
-        # Pickled weights run code when they are opened.
-        options["use_safetensors"] = True
-    else:
-        options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    try:
-        return AutoModelForCausalLM.from_pretrained(reference, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise _load_error(role, "a causal LM", reference, error) from error
-
-
-def _load_adapted(
-    role: str, adapter: Path, dtype: str | torch.dtype, trust_remote_code: bool
-) -> Any:
-    if not (adapter.parent / "adapter_model.safetensors").is_file():
-        raise LoadError(
-            f"{role} must have its adapter's weights in adapter_model.safetensors, "
-            f"got {adapter.parent} without it"
-        )
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise LoadError(
-            f"{role} is a LoRA adapter, which needs peft: pip install 'proxytune-kernels[lora]'"
-        ) from error
-    named = json.loads(adapter.read_text())["base_model_name_or_path"]
-    model = _load_checkpoint(role, resolve(named, adapter.parent), dtype, None, trust_remote_code)
-    return PeftModel.from_pretrained(model, adapter.parent).merge_and_unload()
-
-
-def load_tokenizer(
-    name: str, reference: str, *, gguf_file: str | None, trust_remote_code: bool
-) -> Any:
-    """A tokenizer from a directory or hub name; ``name`` says whose in messages."""
-    from transformers import AutoTokenizer
-
-    options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    try:
-        return AutoTokenizer.from_pretrained(
-            reference, trust_remote_code=trust_remote_code, **options
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise _load_error(name, "a tokenizer", reference, error) from error
-
-
-def _load_error(name: str, what: str, reference: str, error: Exception) -> LoadError:
-    reason = " ".join(str(error).split())
-    return LoadError(
-        f"{name} must be {what} (a directory or hub name), got {reference!r}: {reason}"
+    if quantize.get(role) is not None:
+        check_quantization(f"quantize of {role}", quantize[role])
+    device, device_map = _placement(role, device, device_map)
+    return LoadOptions(
+        dtype=check_dtype(role, per_role("dtype", dtype, role)),
+        device=device,
+        device_map=device_map,
+        quantize=quantize.get(role),
+        gguf_file=gguf_file.get(role),
+        trust_remote_code=trust_remote_code,
     )
+
+
+def _placement(role: str, device: Any, device_map: Any) -> tuple[Any, Any]:
+    """A role's device, or its device map: one of them is None."""
+    each = isinstance(device_map, Mapping) and bool(set(device_map) & set(ROLES))
+    if each:
+        check_known("device_map", device_map)
+    spread = device_map.get(role) if each else device_map
+    if spread is None:
+        return "cpu" if device is None else per_role("device", device, role), None
+    if isinstance(device, Mapping):
+        check_known("device", device)
+        own = device.get(role)
+    else:
+        # One device for all roles is for those that the device map does not name.
+        own = None if each else device
+    if own is not None:
+        raise ValueError(
+            f"device of {role} must not be given with a device_map of {role}, got {own!r} and "
+            f"{spread!r}"
+        )
+    return None, check_device_map(role, spread)
+
+
+def load_models(
+    references: Mapping[str, str], options: Mapping[str, LoadOptions], *, merge_adapter: bool
+) -> dict[str, Any]:
+    """The models of a trio in evaluation mode.
+
+    Args:
+        references: role -> a directory or hub name. A directory with a LoRA adapter (PEFT) stands
+            for the model that it names, a path relative to its own or a hub name, with the adapter
+            merged into its weights.
+        options: role -> how its model is opened.
+        merge_adapter: False keeps the expert's adapter apart, over the anti's weights: expert and
+            anti are then two models that hold the same tensors.
+
+    Returns:
+        role -> transformers causal LM, in the order of ``references``.
+
+    Raises:
+        LoadError: names the role, what was asked for and the reason.
+    """
+    if merge_adapter:
+        return {role: _load(role, ref, options[role]) for role, ref in references.items()}
+    expert = references.get("expert")
+    if expert is None or not adapters.is_adapter(expert):
+        raise LoadError(
+            f"merge_adapter=False needs expert to be a directory with a LoRA adapter, "
+            f"got {expert!r}"
+        )
+    for name in _SHARED:
+        ours, theirs = (getattr(options[role], name) for role in ("expert", "anti"))
+        if ours != theirs:
+            raise LoadError(
+                f"{name} of expert must be that of anti, whose weights it shares with "
+                f"merge_adapter=False, got {ours!r} and {theirs!r}"
+            )
+    loaded = {r: _load(r, ref, options[r]) for r, ref in references.items() if r == "base"}
+    loaded |= _load_pair(Path(expert), references["anti"], options["anti"])
+    return {role: loaded[role] for role in references}
+
+
+def _load(role: str, reference: str, options: LoadOptions) -> Any:
+    return _place(role, _open(role, reference, options), options)
+
+
+def _load_pair(directory: Path, reference: str, options: LoadOptions) -> dict[str, Any]:
+    anti = _open("anti", reference, options)
+    _check_same_checkpoint(directory, anti, reference, options)
+    anti = _place("anti", anti, options)
+    return {"expert": adapters.beside("expert", anti, directory), "anti": anti}
+
+
+def _open(role: str, reference: str, options: LoadOptions) -> Any:
+    if not adapters.is_adapter(reference):
+        return open_checkpoint(role, reference, options)
+    directory = Path(reference)
+    named = resolve(adapters.named_checkpoint(role, directory), directory)
+    model = open_checkpoint(role, named, replace(options, gguf_file=None))
+    return adapters.merged(role, model, directory)
+
+
+def _place(role: str, model: Any, options: LoadOptions) -> Any:
+    if options.quantize is not None:
+        try:
+            quantize(model, options.quantize, device=options.device)
+        except QuantizationError as error:
+            raise LoadError(f"quantize of {role}: {error}") from error
+    elif options.device is not None:
+        model.to(options.device)
+    return model.eval()
+
+
+def _check_same_checkpoint(
+    directory: Path, anti: Any, reference: str, options: LoadOptions
+) -> None:
+    """Check that the expert's adapter was trained on the anti, by its name or by its weights."""
+    named = resolve(adapters.named_checkpoint("expert", directory), directory)
+    if named == reference or (
+        Path(named).exists() and Path(reference).exists() and Path(named).samefile(reference)
+    ):
+        return
+    wanted = f"anti must be the model that expert's adapter names, {named!r}, or have its weights"
+    plain = replace(options, device="cpu", device_map=None, gguf_file=None)
+    try:
+        other = open_checkpoint("expert", named, plain)
+    except LoadError as error:
+        raise LoadError(f"{wanted}, got {reference!r}; to compare them, {error}") from error
+    differing = adapters.first_difference(anti, other)
+    if differing is not None:
+        raise LoadError(f"{wanted}, got {reference!r} with another {differing}")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from proxytune_kernels.loading import check_dtype, load_model, load_tokenizer, resolve
+from proxytune_kernels.adapters import adapter_parameters, tokenizer_directory, unwrapped
+from proxytune_kernels.checkpoints import LoadOptions, load_tokenizer, resolve
+from proxytune_kernels.describe import model_info
+from proxytune_kernels.loading import load_models, load_options
 from proxytune_kernels.prompts import PROMPT_STYLES, tokenize
+from proxytune_kernels.roles import ROLES, check_known, check_roles
+from proxytune_kernels.trio_file import read_source
 from proxytune_kernels.vocabulary import Agreement, RoleVocabulary, VocabularyError, agree
-
-ROLES = ("base", "expert", "anti")
-TRIO_FILE = "trio.json"
-TRIO_FORMAT = 1
-_TRIO_KEYS = {"format", *ROLES, "tokenizer", "gguf_file", "prompts"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,9 @@ class Trio:
         """Make a trio of models in memory.
 
         Args:
-            base, expert, anti: transformers causal LMs; expert and anti both, or neither.
+            base, expert, anti: transformers causal LMs; expert and anti both, or neither. The
+                expert may be a PEFT model with a LoRA adapter: taken is the causal LM in it, a copy
+                that shares its tensors, the adapter's weights cast to the dtype of their layers.
             tokenizer: one for all roles, or a mapping from role to tokenizer.
             prompts: role -> ``"plain"`` (default) or ``"chat"``.
 
@@ -66,9 +66,17 @@ class Trio:
             ValueError: names the argument, what it got and what it wanted.
             VocabularyError: the roles disagree on the meaning of an id.
         """
+        if expert is not None:
+            expert = unwrapped("expert", expert)
         given = {"base": base, "expert": expert, "anti": anti}
         models = {role: model for role, model in given.items() if model is not None}
-        _check_roles(models)
+        check_roles(models)
+        if anti is not None and adapter_parameters(anti):
+            # PEFT puts an adapter into the very model that it is given.
+            raise ValueError(
+                "anti must be the model without the adapter, got one with LoRA layers in it: "
+                "give PEFT another one (a copy), or load the anti anew"
+            )
         if tokenizer is None:
             raise ValueError(
                 "tokenizer must be a tokenizer or a mapping from role to one, got None"
@@ -122,7 +130,7 @@ class Trio:
     def info(self) -> dict[str, Any]:
         """What was loaded and agreed, as plain values for printing or JSON."""
         return {
-            "roles": {role: _model_info(model) for role, model in self.models.items()},
+            "roles": {role: model_info(model) for role, model in self.models.items()},
             "vocab_size": self.vocab_size,
             "vocabulary_notes": list(self.agreement.notes),
             "eos_token_ids": list(self.eos_token_ids),
@@ -138,7 +146,10 @@ def load_trio(
     anti: str | Path | None = None,
     tokenizer: str | Path | None = None,
     dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
-    device: str | torch.device | Mapping[str, str | torch.device] = "cpu",
+    device: str | torch.device | Mapping[str, str | torch.device] | None = None,
+    device_map: Any = None,
+    quantize: str | Mapping[str, str | None] | None = None,
+    merge_adapter: bool | None = None,
     prompts: Mapping[str, str] | None = None,
     gguf_file: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
@@ -153,7 +164,16 @@ def load_trio(
         tokenizer: directory or hub name of one for all roles; without it each role's directory has
             its own, and they are compared.
         dtype: of the weights, "auto" for the checkpoint's; or one per role.
-        device: or one per role.
+        device: or one per role; the CPU if it is not given.
+        device_map: what transformers' ``from_pretrained`` takes to spread a model's layers, by
+            accelerate: ``"auto"``, or a mapping from module names to devices; or one per role. A
+            role has a device or a device map.
+        quantize: ``"int8"`` or ``"int4"``, or role -> one of them or None, as
+            :func:`proxytune_kernels.quantize` does it; replaces what the source says for a role.
+        merge_adapter: False keeps an expert that is a LoRA adapter beside the anti's weights:
+            expert and anti then hold the same tensors, and what is said of dtype, device and
+            quantisation is the same for both. The adapter must have been trained on the anti. None
+            is what the source says, and True if it says nothing.
         prompts: role -> ``"plain"`` or ``"chat"``; replaces the source's, plain if neither says.
         gguf_file: role -> name of the GGUF file in its directory, unpacked to ``dtype``.
         trust_remote_code: run modelling code that comes with a checkpoint.
@@ -168,105 +188,71 @@ def load_trio(
         >>> sorted(trio.tokenize("Hello"))
         ['anti', 'base', 'expert']
 
-    Source: Liu et al. 2024, arXiv 2401.08565.
+    Source: Liu et al. 2024, arXiv 2401.08565; docs/loading.md.
     """
-    directory, settings = _read_source(source)
+    directory, settings = read_source(source)
     named = {"base": base, "expert": expert, "anti": anti}
     references = {
         role: str(given) if given is not None else resolve(settings[role], directory)
         for role, given in named.items()
         if given is not None or role in settings
     }
-    _check_roles(references)
+    check_roles(references)
     gguf = {**settings.get("gguf_file", {}), **(gguf_file or {})}
-    _check_known("gguf_file", gguf)
-    models = {
-        role: load_model(
+    check_known("gguf_file", gguf)
+    quantizations = {**_quantizations(settings.get("quantize")), **_quantizations(quantize)}
+    options = {
+        role: load_options(
             role,
-            reference,
-            dtype=check_dtype(role, _per_role("dtype", dtype, role)),
-            device=_per_role("device", device, role),
-            gguf_file=gguf.get(role),
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            quantize=quantizations,
+            gguf_file=gguf,
             trust_remote_code=trust_remote_code,
         )
-        for role, reference in references.items()
+        for role in references
     }
-    if tokenizer is not None or "tokenizer" in settings:
-        shared = (
-            str(tokenizer) if tokenizer is not None else resolve(settings["tokenizer"], directory)
-        )
-        one = load_tokenizer(
-            "tokenizer", shared, gguf_file=None, trust_remote_code=trust_remote_code
-        )
-        tokenizers = dict.fromkeys(models, one)
-    else:
-        tokenizers = {
-            role: load_tokenizer(
-                f"tokenizer of {role}",
-                reference,
-                gguf_file=gguf.get(role),
-                trust_remote_code=trust_remote_code,
-            )
-            for role, reference in references.items()
-        }
+    merge = settings.get("merge_adapter", True) if merge_adapter is None else merge_adapter
+    models = load_models(references, options, merge_adapter=merge)
+    if tokenizer is None and "tokenizer" in settings:
+        tokenizer = resolve(settings["tokenizer"], directory)
+    tokenizers = _tokenizers(references, options, tokenizer)
     styles = {**settings.get("prompts", {}), **(prompts or {})}
     return Trio.from_models(**models, tokenizer=tokenizers, prompts=styles)
 
 
-def _read_source(source: str | Path | None) -> tuple[Path | None, dict[str, Any]]:
-    """The trio's directory and what its trio.json says; neither for no source."""
-    if source is None:
-        return None, {}
-    directory = (
-        Path(str(files("proxytune_kernels") / "data" / "trio"))
-        if source == "shipped"
-        else Path(source)
-    )
-    path = directory / TRIO_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"source must be 'shipped' or a directory with a {TRIO_FILE}, got {str(source)!r}"
+def _quantizations(quantize: Any) -> dict[str, str | None]:
+    """Role -> quantisation, for the roles of which ``quantize`` says something."""
+    if quantize is None:
+        return {}
+    if isinstance(quantize, Mapping):
+        check_known("quantize", quantize)
+        return dict(quantize)
+    return dict.fromkeys(ROLES, quantize)
+
+
+def _tokenizers(
+    references: Mapping[str, str], options: Mapping[str, LoadOptions], shared: str | Path | None
+) -> dict[str, Any]:
+    trusted = options["base"].trust_remote_code
+    if shared is not None:
+        one = load_tokenizer("tokenizer", str(shared), gguf_file=None, trust_remote_code=trusted)
+        return dict.fromkeys(references, one)
+    return {
+        role: load_tokenizer(
+            f"tokenizer of {role}",
+            tokenizer_directory(role, reference),
+            gguf_file=options[role].gguf_file,
+            trust_remote_code=trusted,
         )
-    try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must hold JSON: {error}") from error
-    if not isinstance(settings, dict) or settings.get("format") != TRIO_FORMAT:
-        raise ValueError(f"{path} must be an object of format {TRIO_FORMAT}")
-    unknown = sorted(set(settings) - _TRIO_KEYS)
-    if unknown:
-        raise ValueError(
-            f"{path} must have keys among {', '.join(sorted(_TRIO_KEYS))}, got {unknown[0]!r}"
-        )
-    return directory, settings
-
-
-def _check_roles(given: Mapping[str, Any]) -> None:
-    if "base" not in given:
-        raise ValueError("base must be a model, got None")
-    if ("expert" in given) != ("anti" in given):
-        missing = "anti" if "expert" in given else "expert"
-        raise ValueError(f"{missing} must be given with the other of the pair, got None")
-
-
-def _check_known(name: str, values: Mapping[str, Any]) -> None:
-    unknown = sorted(set(values) - set(ROLES))
-    if unknown:
-        raise ValueError(f"{name} must have keys among {', '.join(ROLES)}, got {unknown[0]!r}")
-
-
-def _per_role(name: str, value: Any, role: str) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    _check_known(name, value)
-    if role not in value:
-        raise ValueError(f"{name} must have an entry for {role}, got {', '.join(value)}")
-    return value[role]
+        for role, reference in references.items()
+    }
 
 
 def _prompt_styles(prompts: Mapping[str, str] | None, roles: tuple[str, ...]) -> dict[str, str]:
     given = prompts or {}
-    _check_known("prompts", given)
+    check_known("prompts", given)
     for role, style in given.items():
         if style not in PROMPT_STYLES:
             raise ValueError(
@@ -293,15 +279,3 @@ def _eos_token_ids(base: Any, tokenizer: Any, agreement: Agreement) -> tuple[int
             f"vocabulary of {agreement.vocab_size} ids"
         )
     return tuple(i for i in eos if i < agreement.vocab_size)
-
-
-def _model_info(model: Any) -> dict[str, Any]:
-    weight = next(model.parameters())
-    return {
-        "model": type(model).__name__,
-        "name": model.config._name_or_path,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": str(weight.device),
-        "logits": model.get_output_embeddings().weight.shape[0],
-    }

@@ -23,7 +23,11 @@ LAYERS = (
     {"kernels", "cuda", "choices"},
     {"backends"},
     {"ops", "ops_hidden"},
-    {"", "loading", "trio", "decoder", "sharded"},
+    {"roles", "quantization", "sharing"},
+    {"checkpoints", "trio_file"},
+    {"adapters"},
+    {"describe", "loading"},
+    {"", "trio", "decoder", "sharded"},
     {"analysis", "integrations", "cli", "testing", "__main__"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
@@ -33,6 +37,8 @@ HEAVY = {
     "transformers",
     "triton",
     "peft",
+    "accelerate",
+    "torchao",
     "vllm",
     "typer",
     "rich",
