@@ -114,6 +114,7 @@ class DecodingLoop:
         self._run_ahead = run_ahead
         self._pending: deque[_Pending] = deque()
         self._taken = 0.0
+        self._started = False
 
     def add(self, request: Request) -> None:
         """Put a request at the end of the queue."""
@@ -139,8 +140,9 @@ class DecodingLoop:
             request.started = time.monotonic()
         for source, target in self._scheduler.compact():
             self._stepper.move(source, target)
-        started = self._prefill()
-        if started:
+        # After a chunk comes a step: whoever runs waits for one chunk at most.
+        self._started = not self._started and self._prefill()
+        if self._started:
             # Their first tokens are handed out before the next step is taken.
             yield from self._take_all()
             return
