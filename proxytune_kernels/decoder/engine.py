@@ -181,6 +181,7 @@ class Decoder:
                 for role, reason in self._runner.flash_missing.items()
             },
             "cache_bytes": self._runner.cache_bytes(),
+            "packed_bytes": self._runner.packed_bytes,
         }
 
     def statistics(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from proxytune_kernels.decoder.adapted import adapted_pair, is_adapted
 from proxytune_kernels.decoder.member import sharing_copy
 
 PAIR = ("expert", "anti")
@@ -36,7 +37,7 @@ def pair_models(models: Mapping[str, Any], mode: str | None) -> tuple[str | None
             raise ValueError(f"pair must be None where the base runs alone, got {mode!r}")
         return None, {}
     expert, anti = models["expert"], models["anti"]
-    adapted = _has_adapter(expert)
+    adapted = is_adapted(expert)
     mode = mode or ("shared" if adapted else "separate")
     if mode == "batched":
         from proxytune_kernels.decoder.stacked import stacked_pair
@@ -53,12 +54,6 @@ def pair_models(models: Mapping[str, Any], mode: str | None) -> tuple[str | None
             "pair='shared' takes an expert that is the anti with a LoRA adapter, not merged "
             f"(load_trio(merge_adapter=False)), got {type(expert).__name__} without one"
         )
-    from proxytune_kernels.decoder.adapted import adapted_pair
-
     both, alone = adapted_pair(sharing_copy(expert), sharing_copy(anti))
     trees: Trees = {("expert",): alone, ("anti",): sharing_copy(anti)}
     return mode, trees if mode == "separate" else {PAIR: both, **trees}
-
-
-def _has_adapter(model: Any) -> bool:
-    return any(hasattr(module, "lora_A") for module in model.modules())

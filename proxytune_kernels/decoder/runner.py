@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from proxytune_kernels.decoder import packing
 from proxytune_kernels.decoder.attention import flash_missing, register_attention
 from proxytune_kernels.decoder.cache import SlotCache
 from proxytune_kernels.decoder.member import Member, check_model, sharing_copy
@@ -62,7 +63,10 @@ class Runner:
         trees["base",] = sharing_copy(models["base"])
         self.members: dict[Roles, Member] = {}
         self._rows: dict[str, tuple[SlotCache, int, int]] = {}
-        caches = {}
+        caches: dict[Roles, SlotCache] = {}
+        # By the weight they are of: roles that share weights share these.
+        self._packed: dict[int, Tensor] = {}
+        self.packed_bytes = 0
         for roles in [("base",), *([PAIR] if PAIR in trees else []), ("expert",), ("anti",)]:
             if roles not in trees:
                 continue
@@ -74,9 +78,7 @@ class Runner:
                 )
             first, stride = (PAIR.index(roles[0]), 2) if joint and len(roles) == 1 else (0, 1)
             if pack_weights:
-                from proxytune_kernels.decoder.packing import pack_weights as pack
-
-                pack(trees[roles])
+                self.packed_bytes += packing.pack_weights(trees[roles], self._packed)
             self.members[roles] = Member(
                 trees[roles],
                 caches[key],

@@ -1,0 +1,112 @@
+"""Expert and anti as one batch: the tokens of two models, whatever shares the batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import tiny_llama
+
+# PEFT asks a model what transformers has since renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+Make = Callable[..., Decoder]
+Loop = Callable[..., list[int]]
+
+PROMPTS: list[Any] = [
+    "hello",
+    "stop it now, or else",
+    {"base": "b", "expert": "a longer expert prompt", "anti": [40, 41]},
+    "a",
+    "x y z",
+]
+ALPHAS = [1.0, 0.5, -1.0, 0.0, 2.0]
+
+
+@pytest.fixture(scope="module")
+def adapted(tokenizer: Any) -> Trio:
+    """The expert is the anti with an adapter that moves its logits by about their own size."""
+    anti = tiny_llama(2)
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    expert = get_peft_model(copy.deepcopy(anti), config).get_base_model().double().eval()
+    return Trio.from_models(tiny_llama(0, 48, 3), expert, anti, tokenizer)
+
+
+def settings(sampled: bool) -> list[SamplingParams]:
+    return [
+        SamplingParams(
+            alpha=alpha,
+            temperature=float(sampled),
+            seed=row,
+            max_tokens=6 + 4 * (row % 3),
+            ignore_eos=True,
+        )
+        for row, alpha in enumerate(ALPHAS)
+    ]
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 2, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"speculation": Speculation(adaptive=False, max_drafts=3)},
+        {"speculation": Speculation(drafter="prompt_lookup", adaptive=False)},
+        {"prefill_chunk": 4},
+        {"pair": "separate"},
+    ],
+    ids=["plain", "speculative", "lookup", "chunked", "separate"],
+)
+def test_greedy_equals_the_naive_loop(
+    adapted: Trio, make_decoder: Make, greedy: Loop, options: dict[str, Any], max_batch_size: int
+) -> None:
+    decoder = make_decoder(adapted, max_batch_size, **options)
+    assert decoder.info()["pair"] == options.get("pair", "shared")
+    params = settings(sampled=False)
+    for output, p in zip(decoder.generate(PROMPTS, params), params, strict=True):
+        wanted = greedy(adapted.models, output.prompt_token_ids, p.alpha, p.max_tokens)
+        assert output.token_ids == wanted
+
+
+@pytest.mark.parametrize(
+    "speculation", [None, Speculation(adaptive=False)], ids=["plain", "drafts"]
+)
+def test_sampled_tokens_are_the_separate_models(
+    adapted: Trio, make_decoder: Make, speculation: Speculation | None
+) -> None:
+    shared = make_decoder(adapted, 3, speculation=speculation)
+    apart = make_decoder(adapted, 3, pair="separate")
+    params = settings(sampled=True)
+    for one, two in zip(
+        shared.generate(PROMPTS, params), apart.generate(PROMPTS, params), strict=True
+    ):
+        assert one.token_ids == two.token_ids
+
+
+def test_weights_are_held_once(adapted: Trio, make_decoder: Make) -> None:
+    decoder = make_decoder(adapted, 2)
+    pointers = {p.data_ptr() for p in adapted.anti.parameters()}
+    small = [m for roles, m in decoder._runner.members.items() if roles != ("base",)]
+    assert len(small) == 3
+    for member in small:
+        large = [p for p in member.model.parameters() if p.numel() >= 1024]
+        assert large
+        assert all(p.data_ptr() in pointers for p in large)
+
+
+def test_pairs_that_cannot_run_so_are_refused(trio: Trio, make_decoder: Make) -> None:
+    with pytest.raises(ValueError, match=r"pair='shared' takes an expert .* LlamaForCausalLM"):
+        make_decoder(trio, pair="shared")
+    with pytest.raises(ValueError, match=r"pair must be one of shared, .*, got 'joint'"):
+        make_decoder(trio, pair="joint")
+    with pytest.raises(ValueError, match=r"pair must be None where the base runs alone"):
+        make_decoder(trio, roles=("base",), pair="separate")
