@@ -148,7 +148,7 @@ def _speeds(axes: Axes, own: Mapping[str, Record]) -> None:
         ours = step / own[OURS]["step_ms"]["median"]
         axes.axhline(ours, color=_PLAIN, linewidth=0.9, linestyle=":", label="ours, plain")
     axes.set_xlim(0.0, 1.0)
-    axes.set_ylim(bottom=0.0)
+    axes.set_ylim(0.0, 1.3 * axes.get_ylim()[1])  # room for the legend
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("share of drafts accepted (assumed, not measured)")
     axes.set_ylabel("tokens/s over the base alone's")
