@@ -204,7 +204,8 @@ class DecodingLoop:
         steered = any(len(request.roles) > 1 for request in running)
         roles = self._stepper.roles if steered else ("base",)
         masked = any(request.params.min_tokens > request.launched for request in running)
-        drafts, launched = self._choose(running), time.perf_counter()
+        launched = time.perf_counter()
+        drafts = self._stepper.at_hand(slots, self._choose(running))
         result = self._stepper.run(slots, roles, drafts, masked)
         for slot, request in rows:
             request.launched += 1

@@ -25,6 +25,7 @@ _MARGIN = 1.02
 """How much better than plain decoding a round must promise to be."""
 _PROBE_AFTER = 96
 """Plain steps between two rounds that ask whether drafts pay by now."""
+_PROBE_DRAFTS = 2
 _TIMES = 5
 
 
@@ -127,23 +128,44 @@ class StepTimes:
     """Seconds of a step by its number of rows and of drafts (0 is a plain step)."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[int, int], deque[float]] = {}
+        # rows -> drafts -> the last measurements.
+        self._seen: dict[int, dict[int, deque[float]]] = {}
 
     def observe(self, rows: int, drafts: int, seconds: float) -> None:
         """Add a measurement."""
-        self._seen.setdefault((rows, drafts), deque(maxlen=_TIMES)).append(seconds)
+        times = self._seen.setdefault(rows, {}).setdefault(drafts, deque(maxlen=_TIMES))
+        times.append(seconds)
 
-    def estimate(self, rows: int, drafts: int) -> float | None:
-        """Median of the last measurements, else along the line through the nearest two."""
-        known = {d: median(times) for (r, d), times in self._seen.items() if r == rows}
-        if drafts in known:
-            return known[drafts]
-        if len(known) < 2:
+    def estimates(self, rows: int, most: int) -> list[float] | None:
+        """Seconds of steps with 0 to ``most`` drafts; None before both kinds have been timed.
+
+        Where there are measurements their median, between and beyond them a line. Numbers of rows
+        for which one kind is missing take the shape of the nearest that has both.
+        """
+        both = [r for r, times in self._seen.items() if 0 in times and len(times) > 1]
+        if not both:
             return None
-        low, high = sorted(sorted(known, key=lambda d: abs(d - drafts))[:2])
+        like = min(both, key=lambda r: abs(r - rows))
+        shape = _line({d: median(t) for d, t in self._seen[like].items()}, most)
+        own = self._seen.get(rows, {})
+        if like == rows or 0 not in own:
+            return shape
+        scale = median(own[0]) / shape[0]
+        return [seconds * scale for seconds in shape]
+
+
+def _line(known: dict[int, float], most: int) -> list[float]:
+    """Values at 0 to ``most``: the known ones, else on the line through the nearest two."""
+    values = []
+    for place in range(most + 1):
+        if place in known:
+            values.append(known[place])
+            continue
+        low, high = sorted(sorted(known, key=lambda d: abs(d - place))[:2])
         slope = (known[high] - known[low]) / (high - low)
         # Noise may turn the line; more drafts never take less.
-        return known[low] + max(slope, 0.0) * (drafts - low)
+        values.append(known[low] + max(slope, 0.0) * (place - low))
+    return values
 
 
 class DraftController:
@@ -159,7 +181,9 @@ class DraftController:
         self._speculation = speculation
         self._times = StepTimes()
         self._overall = Acceptance()
-        self._plain_steps = 0
+        self._untimed = 0
+        self._rest = 0
+        self._probing = False
 
     def new_request(self) -> Acceptance:
         """An estimate for a new request, from what the others accepted."""
@@ -171,23 +195,31 @@ class DraftController:
         Args:
             requests: of each row, its acceptance and the drafts it can use at most.
         """
-        rows = len(requests)
-        limit = min(self._speculation.max_drafts, max((n for _, n in requests), default=0))
+        most = max((n for _, n in requests), default=0)
+        limit = min(self._speculation.max_drafts, most)
         if limit == 0 or not self._speculation.adaptive:
             return limit
-        if self._times.estimate(rows, 0) is None:
+        if self._rest > 0:
+            self._rest -= 1
             return 0
-        if self._times.estimate(rows, 1) is None:
-            return min(_FIRST_DRAFTS, limit)
-        best = max(range(limit + 1), key=lambda drafts: self._promise(requests, drafts))
-        if best and self._promise(requests, best) > _MARGIN * self._promise(requests, 0):
-            self._plain_steps = 0
+        seconds = self._times.estimates(len(requests), limit)
+        if seconds is None:
+            # A plain step and a round, to see what they take.
+            self._untimed += 1
+            return min(_FIRST_DRAFTS, limit) if self._untimed % 2 == 0 else 0
+        if self._probing:
+            self._probing = False
+            return min(_PROBE_DRAFTS, limit)
+        promise = [
+            sum(acceptance.tokens(min(drafts, can)) for acceptance, can in requests)
+            / max(seconds[drafts], 1e-9)
+            for drafts in range(limit + 1)
+        ]
+        best = max(range(limit + 1), key=promise.__getitem__)
+        if promise[best] > _MARGIN * promise[0]:
             return best
-        self._plain_steps += 1
-        if self._plain_steps < _PROBE_AFTER:
-            return 0
-        self._plain_steps = 0
-        return min(2, limit)
+        self._rest, self._probing = _PROBE_AFTER, True
+        return 0
 
     def observe_time(self, rows: int, drafts: int, seconds: float) -> None:
         """A step of so many rows and drafts took ``seconds``."""
@@ -195,11 +227,8 @@ class DraftController:
 
     def observe(self, acceptance: Acceptance, drafted: int, accepted: int) -> None:
         """Of a row's drafts so many were kept."""
+        if self._speculation.drafter == "prompt_lookup":
+            # A round without a draft at hand is no better than one whose draft was refused.
+            drafted = max(drafted, 1)
         acceptance.observe(drafted, accepted)
         self._overall.observe(drafted, accepted)
-
-    def _promise(self, requests: Sequence[tuple[Acceptance, int]], drafts: int) -> float:
-        seconds = self._times.estimate(len(requests), drafts)
-        assert seconds is not None
-        tokens = sum(acceptance.tokens(min(drafts, most)) for acceptance, most in requests)
-        return tokens / max(seconds, 1e-9)

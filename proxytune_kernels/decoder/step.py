@@ -75,6 +75,14 @@ class Stepper:
                 self._history.lengths[slot] += 1
         return result
 
+    def at_hand(self, slots: int, drafts: int) -> int:
+        """How many of so many drafts there are to verify, where asking costs no waiting."""
+        if not drafts or self._history is None or self.graphs is not None:
+            return drafts
+        if self.runner.device.type != "cpu":
+            return drafts
+        return int((self._history.lookup(slots, drafts) >= 0).sum(1).max())
+
     @torch.inference_mode()
     def run(self, slots: int, roles: tuple[str, ...], drafts: int, masked: bool) -> StepResult:
         """One step of the first slots.
