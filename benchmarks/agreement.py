@@ -1,24 +1,27 @@
-"""Before anything is timed: do the providers decode the same greedy tokens?"""
+"""Do two ways to decode give the same tokens, and where not, is it a tie within rounding?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.providers import NaiveLoop, Prompts, Provider, combined
-from proxytune_kernels import Trio
+from proxytune_kernels import Trio, rng
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Where a provider's greedy tokens first leave the naive loop's, for one prompt.
+    """Where tokens first leave those expected, for one prompt.
 
-    ``gap`` is the naive loop's combined logit of its token less that of the provider's;
-    ``rounding`` the largest gap that rounding explains (see :func:`_logits_with_rounding`).
+    ``gap`` is the score of the expected token less that of the other; ``rounding`` the largest gap,
+    of either sign, that rounding explains (see :class:`ComputedTwice`). Greedy scores are combined
+    logits; sampled ones are divided by the temperature, with the token's keyed noise added.
     """
 
     provider: str
@@ -32,13 +35,13 @@ class Mismatch:
     @property
     def within_rounding(self) -> bool:
         """Whether the two tokens are a tie as far as the dtype can tell."""
-        return self.gap <= self.rounding
+        return abs(self.gap) <= self.rounding
 
     def __str__(self) -> str:
         verdict = "a tie within" if self.within_rounding else "more than"
         return (
             f"{self.provider}: prompt {self.prompt}, position {self.position}: token {self.got} "
-            f"where naive has {self.expected}; logit gap {self.gap:.3g}, {verdict} rounding "
+            f"in place of {self.expected}; score gap {self.gap:.3g}, {verdict} rounding "
             f"({self.rounding:.3g})"
         )
 
@@ -67,50 +70,115 @@ def greedy_mismatches(
         got = provider.generate(prompts, max_tokens, greedy=True).token_ids
         for row, (want, have) in enumerate(zip(expected[provider.roles], got, strict=True)):
             if want != have:
-                found.append(_first_mismatch(provider.name, naive, prompts[row], row, want, have))
+                if len(want) != len(have):
+                    raise RuntimeError(
+                        f"{provider.name} gave {len(have)} tokens of prompt {row}, not {len(want)}"
+                    )
+                computed = ComputedTwice(naive, prompts[row], want)
+                found.append(first_mismatch(provider.name, row, computed, have))
     return found
 
 
-def _first_mismatch(
-    name: str,
-    naive: NaiveLoop,
-    prompt: Sequence[int],
-    row: int,
-    want: Sequence[int],
-    have: Sequence[int],
-) -> Mismatch:
-    if len(want) != len(have):
-        raise RuntimeError(f"{name} gave {len(have)} tokens of prompt {row}, not {len(want)}")
-    position = next(i for i, (a, b) in enumerate(zip(want, have, strict=True)) if a != b)
-    logits, rounding = _logits_with_rounding(naive, prompt, want[:position])
-    gap = float(logits[want[position]] - logits[have[position]])
-    return Mismatch(name, row, position, want[position], have[position], gap, rounding)
+class ComputedTwice:
+    """Combined logits along a text, by two computations that are equal in exact arithmetic.
 
+    The naive loop's own: the whole text in one forward, and token by token over a cache. How far
+    the two lie apart shows how far any two such computations may.
 
-@torch.inference_mode()
-def _logits_with_rounding(
-    naive: NaiveLoop, prompt: Sequence[int], generated: Sequence[int]
-) -> tuple[Tensor, float]:
-    """Combined logits [V] after the generated tokens, and the gap that rounding explains there.
-
-    Two providers are two computations that are equal in exact arithmetic. How far such lie apart is
-    seen in two of the naive loop's: the whole text in one forward, and token by token over a cache.
-    Let d be the largest difference of a combined logit between those (or, where they happen to
-    coincide, one ulp of the largest logit): two tokens can swap if their gap is at most 2 d.
+    Args:
+        naive: whose models.
+        prompt: token ids.
+        generated: the tokens behind it, at least one.
     """
-    whole, stepped, largest, eps = {}, {}, 0.0, 0.0
-    for role, model in naive.models.items():
-        cache = DynamicCache(config=model.config)
-        ids = torch.tensor([[*prompt, *generated]], device=naive.device)
-        whole[role] = (
-            model(input_ids=ids, use_cache=False).logits[0, -1, : naive.vocab_size].float()
+
+    def __init__(self, naive: NaiveLoop, prompt: Sequence[int], generated: Sequence[int]) -> None:
+        self._naive = naive
+        self._prompt = list(prompt)
+        self.generated = list(generated)
+
+    @cached_property
+    def whole(self) -> dict[str, Tensor]:
+        """Role -> logits fp32 [n, V], of whose row i generated[i] was drawn; in one forward."""
+        return self._of_roles(self._in_one_forward)
+
+    @cached_property
+    def stepped(self) -> dict[str, Tensor]:
+        """The same token by token."""
+        return self._of_roles(self._step_by_step)
+
+    def gap(
+        self, position: int, other: int, temperature: float = 0.0, seed: int = 0
+    ) -> tuple[float, float]:
+        """By how much the token at a position leads another, and the gap that rounding explains.
+
+        Let d be the largest difference of a combined logit between the two computations (or, where
+        they happen to coincide, one ulp of a role's largest logit): with logits as they are, two
+        tokens can swap if their gap is at most 2 d, at a temperature T if it is at most 2 d / T.
+
+        Args:
+            position: in the generated tokens.
+            other: the token that stands there in the other text.
+            temperature: 0 for greedy texts.
+            seed: of the noise, where the temperature is above 0.
+        """
+        stepped = {role: x[position] for role, x in self.stepped.items()}
+        whole = {role: x[position] for role, x in self.whole.items()}
+        seen = float((combined(whole) - combined(stepped)).abs().max())
+        rounding = 2 * max(
+            seen, *(_ulp(x, self._naive.models[role].dtype) for role, x in stepped.items())
         )
-        output = model(input_ids=ids[:, : len(prompt)], past_key_values=cache, use_cache=True)
-        for i in range(len(prompt), ids.shape[1]):
-            output = model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-        stepped[role] = output.logits[0, -1, : naive.vocab_size].float()
-        largest = max(largest, float(stepped[role].abs().max()))
-        eps = max(eps, torch.finfo(output.logits.dtype).eps)
-    logits = combined(stepped)
-    seen = float((combined(whole) - logits).abs().max())
-    return logits, 2 * max(seen, eps * largest)
+        tokens = torch.tensor([self.generated[position], other])
+        scores = combined(stepped).cpu()[tokens].double()
+        if temperature:
+            at = torch.tensor([seed]), torch.tensor([position])
+            noise = rng.gumbel(*at, tokens, rng.STREAMS["sample"])[0]
+            scores, rounding = scores / temperature + noise, rounding / temperature
+        return float(scores[0] - scores[1]), rounding
+
+    @torch.inference_mode()
+    def _of_roles(self, compute: Any) -> dict[str, Tensor]:
+        return {role: compute(model) for role, model in self._naive.models.items()}
+
+    def _in_one_forward(self, model: Any) -> Tensor:
+        text = [*self._prompt, *self.generated[:-1]]
+        ids = torch.tensor([text], device=self._naive.device)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+        return logits[len(self._prompt) - 1 :, : self._naive.vocab_size].float()
+
+    def _step_by_step(self, model: Any) -> Tensor:
+        cache = DynamicCache(config=model.config)
+        new, rows = self._prompt, []
+        for token_id in self.generated:
+            ids = torch.tensor([new], device=self._naive.device)
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            rows.append(output.logits[0, -1, : self._naive.vocab_size].float())
+            new = [token_id]
+        return torch.stack(rows)
+
+
+def _ulp(logits: Tensor, dtype: torch.dtype) -> float:
+    """One unit in the last place of the largest logit."""
+    return torch.finfo(dtype).eps * float(logits.abs().max())
+
+
+def first_mismatch(
+    name: str,
+    row: int,
+    computed: ComputedTwice,
+    have: Sequence[int],
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Mismatch:
+    """The first place where tokens leave those of a text.
+
+    Args:
+        name: whose tokens.
+        row: the prompt's.
+        computed: the text that was expected.
+        have: other tokens, that differ before the shorter of the two ends.
+        temperature, seed: as in :meth:`ComputedTwice.gap`.
+    """
+    want = computed.generated
+    position = next(i for i, (a, b) in enumerate(zip(want, have, strict=False)) if a != b)
+    gap, rounding = computed.gap(position, have[position], temperature, seed)
+    return Mismatch(name, row, position, want[position], have[position], gap, rounding)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import typer
 
 from benchmarks.decode_timing import Case
@@ -9,7 +11,7 @@ from benchmarks.providers import PROVIDERS
 
 
 def parse_cases(batch_sizes: str, lengths: str) -> tuple[Case, ...]:
-    """Cases of ``1,4`` and ``8:512,512:8``.
+    """Cases of ``1,4`` and ``8:512,512:8``; ``own:32`` is prompts as long as they are.
 
     Raises:
         typer.BadParameter: names the option, what it got and what it wanted.
@@ -20,7 +22,8 @@ def parse_cases(batch_sizes: str, lengths: str) -> tuple[Case, ...]:
         parts = pair.split(":")
         if len(parts) != 2:
             raise typer.BadParameter(f"--lengths must be prompt:output pairs, got {pair!r}")
-        pairs.append((_positive("--lengths", parts[0], 1), _positive("--lengths", parts[1], 2)))
+        prompt = None if parts[0] == "own" else _positive("--lengths", parts[0], 1)
+        pairs.append((prompt, _positive("--lengths", parts[1], 2)))
     return tuple(Case(size, *pair) for pair in pairs for size in sizes)
 
 
@@ -35,6 +38,21 @@ def _positive(option: str, text: str, least: int) -> int:
             f"time), got {text!r}"
         )
     return value
+
+
+def check_lengths(prompts: str, cases: Sequence[Case]) -> None:
+    """Text is cut to any length, prompts of the other kinds have lengths of their own.
+
+    Raises:
+        typer.BadParameter: a case with the other sort of length.
+    """
+    for case in cases:
+        if (case.prompt_length is None) != (prompts != "text"):
+            wanted = "prompt:output" if prompts == "text" else "own:output"
+            got = "own" if case.prompt_length is None else case.prompt_length
+            raise typer.BadParameter(
+                f"--lengths must be {wanted} with {prompts} prompts, got {got}:{case.output_length}"
+            )
 
 
 def parse_providers(names: str, compiled: bool) -> tuple[str, ...]:

@@ -18,7 +18,13 @@ _COLOURS = {
     "naive": "#999999",
     "base-only": "#56B4E9",
     "ours": "#D55E00",
+    "ours-shared-pair": "#F0E442",
+    "ours-speculative": "#0072B2",
+    "ours-shared-speculative": "#009E73",
+    "ours-lookup": "#CC79A7",
     "ours-compiled": "#E69F00",
+    "base-only-packed": "#9AD0EE",
+    "ours-packed": "#EE9A66",
 }
 _ROLE_COLOURS = {"base": "#0072B2", "expert": "#009E73", "anti": "#CC79A7"}
 
@@ -38,9 +44,9 @@ def _bars(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
     axes.text(0, bottom, significant(bottom), ha="center", va="bottom")
     axes.axhline(bottom, color="black", linewidth=0.9, linestyle="--", zorder=0)
     for i, record in enumerate(records, start=1):
-        times = record["output_token_ms"]
-        axes.bar(i, times["p50"], color=_COLOURS[record["provider"]], width=0.75)
-        axes.text(i, times["p50"], significant(times["p50"]), ha="center", va="bottom")
+        time = record["token_ms"]["median"]
+        axes.bar(i, time, color=_COLOURS[record["provider"]], width=0.75)
+        axes.text(i, time, significant(time), ha="center", va="bottom")
     labels = ["bare\nforwards", *(r["provider"].replace("-", "-\n") for r in records)]
     axes.set_xticks(range(len(labels)), labels)
     axes.margins(y=0.12)
@@ -71,10 +77,11 @@ def plot_throughput(records: Sequence[dict[str, Any]], path: Path, title: str) -
                 key = (prompt, output, batch_size)
                 axes = grid[row][column]
                 _bars(axes, [r for r in records if tuple(r[k] for k in keys) == key])
+                prompts = "own prompts" if prompt is None else f"{prompt} prompt"
                 axes.set_title(
-                    f"batch {batch_size}, {prompt} prompt + {output} output tokens", fontsize=9
+                    f"batch {batch_size}, {prompts} + {output} output tokens", fontsize=9
                 )
-            grid[row][0].set_ylabel("ms per output token (median)")
+            grid[row][0].set_ylabel("ms per output token")
         handles = [mpl.patches.Patch(color=c, label=role) for role, c in _ROLE_COLOURS.items()]
         figure.legend(
             handles=handles,

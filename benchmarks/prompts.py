@@ -1,8 +1,16 @@
-"""Prompts of an exact length for the decoding benchmarks."""
+"""Prompts for the decoding benchmarks: running English of any length, sums in words, and code."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from benchmarks.code_prompts import CODE
 from proxytune_kernels import Trio
+from scripts.qwen import problems
+from scripts.trio_training import arithmetic
+
+KINDS = ("text", "arithmetic", "code")
+"""English cut to length; held-out problems of the expert's task; function heads to complete."""
 
 # Darwin, On the Origin of Species (1859), introduction; public domain.
 TEXT = """\
@@ -30,3 +38,73 @@ def make_prompts(trio: Trio, batch_size: int, length: int) -> list[list[int]]:
     return [
         [text[(row * _STRIDE + i) % len(text)] for i in range(length)] for row in range(batch_size)
     ]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and how a text of its kind goes on where that is known."""
+
+    text: str
+    solution: str | None = None
+
+
+_PROBLEMS = 400
+_SHIPPED_SEED = 4242
+
+
+def task_prompts(kind: str, trio_name: str) -> list[Prompt]:
+    """Prompts that have a length of their own.
+
+    Args:
+        kind: ``"arithmetic"``: problems that the expert of the trio was not tuned on (shipped: of
+            ``scripts/trio_training``, any other: of ``scripts/qwen``); ``"code"``: those of
+            :mod:`benchmarks.code_prompts`.
+        trio_name: as the benchmarks' ``--trio``.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "code":
+        return [Prompt(head) for head in CODE]
+    if kind != "arithmetic":
+        raise ValueError(f"kind must be arithmetic or code, got {kind!r}")
+    if trio_name == "shipped":
+        drawn = arithmetic.problems(_PROBLEMS, _SHIPPED_SEED, held_out=True)
+        return list(dict.fromkeys(Prompt(p.prompt, p.answer) for p in drawn))
+    # scripts/qwen_trio.py tunes on fewer, drawn from the same seed.
+    unseen = problems.held_out(_PROBLEMS, problems.training(_PROBLEMS))
+    return [Prompt(p.prompt, p.completion) for p in unseen]
+
+
+def task_batches(
+    trio: Trio, trio_name: str, kind: str, batch_size: int, output_length: int, count: int
+) -> list[list[list[int]]]:
+    """At most ``count`` batches of task prompts, token ids [batch_size][length].
+
+    The prompts of a batch have one length, as a loop without an attention mask needs. Those whose
+    solution is known to be shorter than ``output_length`` are left out: what follows the end of a
+    solution is no text of the kind.
+
+    Raises:
+        ValueError: there is not one such batch.
+    """
+    found: list[list[list[int]]] = []
+    by_length: dict[int, list[list[int]]] = {}
+    for prompt in task_prompts(kind, trio_name):
+        if prompt.solution is not None:
+            solution = trio.tokenizer.encode(prompt.solution, add_special_tokens=False)
+            if len(solution) < output_length:
+                continue
+        token_ids = trio.tokenize(prompt.text)["base"]
+        same = by_length.setdefault(len(token_ids), [])
+        same.append(token_ids)
+        if len(same) == batch_size:
+            found.append(by_length.pop(len(token_ids)))
+        if len(found) == count:
+            break
+    if not found:
+        raise ValueError(
+            f"{kind} prompts must hold {batch_size} of one length whose text goes on for "
+            f"{output_length} tokens, and these don't"
+        )
+    return found

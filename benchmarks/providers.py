@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,34 +16,55 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from proxytune_kernels import Decoder, SamplingParams, Trio
+from benchmarks.trios import TrioForms
+from proxytune_kernels import Decoder, SamplingParams, Speculation, Trio
 
 ALPHA, TEMPERATURE, TOP_P = 1.0, 0.7, 0.9
-"""Parameters of the timed runs."""
+"""Parameters of the timed runs, unless told."""
 
 Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the timed runs draw; temperature 0 is greedy."""
+
+    temperature: float = TEMPERATURE
+    top_p: float = TOP_P
+
+
+GREEDY = Sampling(0.0, 1.0)
+
+
+@dataclass(frozen=True)
 class Generation:
-    """A batch's output tokens, and when its caller had each, in seconds from the call."""
+    """A batch's output tokens, and when its caller had each.
+
+    Args:
+        token_ids: of each row.
+        seconds: from the call, of each row and token; tokens that came together have the same.
+        counts: of the steps behind the prompts, by the names that :meth:`Decoder.statistics` has;
+            empty where nobody counted.
+    """
 
     token_ids: list[list[int]]
     seconds: list[list[float]]
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Provider(Protocol):
     """Decodes prompts of one length to exactly ``max_tokens`` tokens each.
 
-    ``set_up_seconds`` is what it took to make, compilation included.
+    ``trio`` is what it decodes, ``set_up_seconds`` what it took to make, compilation included.
     """
 
     name: str
+    trio: Trio
     roles: tuple[str, ...]
     set_up_seconds: float
 
     def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
-        """Greedy, or sampled at the temperature and top_p above."""
+        """Greedy, or as the provider was told to sample."""
 
 
 class NaiveLoop:
@@ -56,23 +77,32 @@ class NaiveLoop:
     Args:
         trio: the models.
         roles: those to run; the base alone is not steered.
+        sampling: temperature and top_p.
     """
 
     name = "naive"
     set_up_seconds = 0.0
 
-    def __init__(self, trio: Trio, roles: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, trio: Trio, roles: Sequence[str] | None = None, sampling: Sampling | None = None
+    ) -> None:
+        self.trio = trio
+        self.sampling = sampling or Sampling()
         self.roles = trio.roles if roles is None else tuple(roles)
         self.models = {role: trio.models[role] for role in self.roles}
         self.device = next(trio.base.parameters()).device
         self.vocab_size = trio.vocab_size
-        self.warpers = LogitsProcessorList(
-            [TemperatureLogitsWarper(TEMPERATURE), TopPLogitsWarper(TOP_P)]
-        )
+        self.warpers = LogitsProcessorList()
+        # As transformers' generate does: no warper for what is off.
+        if self.sampling.temperature not in (0.0, 1.0):
+            self.warpers.append(TemperatureLogitsWarper(self.sampling.temperature))
+        if self.sampling.top_p < 1.0:
+            self.warpers.append(TopPLogitsWarper(self.sampling.top_p))
 
     @torch.inference_mode()
     def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
         """See :class:`Provider`."""
+        greedy = greedy or self.sampling.temperature == 0.0
         start = time.perf_counter()
         seconds: list[float] = []
         input_ids = torch.tensor(prompts, device=self.device)
@@ -97,7 +127,16 @@ class NaiveLoop:
             new_ids.tolist()
             seconds.append(time.perf_counter() - start)
         output = input_ids[:, -max_tokens:].tolist()
-        return Generation(output, [seconds] * len(output))
+        steps, rows = max_tokens - 1, len(output)
+        counts = dict.fromkeys(_COUNTS, 0) | {
+            "base_forwards": steps,
+            "emitted": steps * rows,
+            "useful_slot_steps": steps * rows,
+        }
+        return Generation(output, [seconds] * rows, counts)
+
+
+_COUNTS = ("base_forwards", "emitted", "useful_slot_steps", "drafted", "accepted")
 
 
 def combined(logits: Mapping[str, Tensor]) -> Tensor:
@@ -108,10 +147,21 @@ def combined(logits: Mapping[str, Tensor]) -> Tensor:
 
 
 class DecoderProvider:
-    """Our decoder, timed at its stream: a token counts when the caller has it."""
+    """Our decoder, timed at its stream: a token counts when the caller has it.
 
-    def __init__(self, name: str, trio: Trio, **options: Any) -> None:
+    Args:
+        name: as in the results.
+        trio: the models.
+        sampling: temperature and top_p.
+        options: of :class:`proxytune_kernels.Decoder`.
+    """
+
+    def __init__(
+        self, name: str, trio: Trio, sampling: Sampling | None = None, **options: Any
+    ) -> None:
         self.name = name
+        self.trio = trio
+        self.sampling = sampling or Sampling()
         start = time.perf_counter()
         self.decoder = Decoder(trio, **options)
         self.decoder.warm_up()
@@ -120,11 +170,13 @@ class DecoderProvider:
 
     def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
         """See :class:`Provider`."""
+        sampling = GREEDY if greedy else self.sampling
+        before = self.decoder.statistics()
         params = [
             SamplingParams(
                 alpha=ALPHA,
-                temperature=0.0 if greedy else TEMPERATURE,
-                top_p=1.0 if greedy else TOP_P,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
                 seed=row,
                 max_tokens=max_tokens,
                 ignore_eos=True,
@@ -137,7 +189,8 @@ class DecoderProvider:
         for event in self.decoder.stream([list(prompt) for prompt in prompts], params):
             token_ids[event.index].extend(event.token_ids)
             seconds[event.index].extend([time.perf_counter() - start] * len(event.token_ids))
-        return Generation(token_ids, seconds)
+        after = self.decoder.statistics()
+        return Generation(token_ids, seconds, {key: after[key] - before[key] for key in _COUNTS})
 
 
 @torch.inference_mode()
@@ -163,27 +216,50 @@ def bare_forwards(
     return seconds
 
 
-Factory = Callable[[Trio, int, int], Provider]
-"""Makes a provider from a trio, max_batch_size and max_seq_len."""
+Factory = Callable[[TrioForms, int, int, Sampling], Provider]
+"""Makes a provider from a trio, max_batch_size, max_seq_len and how to draw."""
 
 
-def _naive(trio: Trio, max_batch_size: int, max_seq_len: int) -> Provider:
-    return NaiveLoop(trio)
+def _naive(forms: TrioForms, max_batch_size: int, max_seq_len: int, sampling: Sampling) -> Provider:
+    return NaiveLoop(forms.trio, sampling=sampling)
 
 
-def _decoder(name: str, **options: Any) -> Factory:
-    def make(trio: Trio, max_batch_size: int, max_seq_len: int) -> Provider:
+def _decoder(name: str, *, unmerged: bool = False, **options: Any) -> tuple[str, Factory]:
+    """A provider's name, and what makes it: a decoder with these options.
+
+    ``unmerged`` takes the expert as the anti-expert and an adapter: the maker raises
+    AdapterMissing where there is none.
+    """
+
+    def make(
+        forms: TrioForms, max_batch_size: int, max_seq_len: int, sampling: Sampling
+    ) -> Provider:
         return DecoderProvider(
-            name, trio, max_batch_size=max_batch_size, max_seq_len=max_seq_len, **options
+            name,
+            forms.unmerged if unmerged else forms.trio,
+            sampling,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            **options,
         )
 
-    return make
+    return name, make
 
 
-PROVIDERS: dict[str, Factory] = {
-    "naive": _naive,
-    "base-only": _decoder("base-only", roles=("base",)),
-    "ours": _decoder("ours"),
-    "ours-compiled": _decoder("ours-compiled", compile=True),
-}
+PROVIDERS: dict[str, Factory] = dict(
+    [
+        ("naive", _naive),
+        _decoder("base-only", roles=("base",)),
+        _decoder("ours"),
+        _decoder("ours-shared-pair", unmerged=True, pair="shared"),
+        _decoder("ours-speculative", speculation=Speculation()),
+        _decoder(
+            "ours-shared-speculative", unmerged=True, pair="shared", speculation=Speculation()
+        ),
+        _decoder("ours-lookup", speculation=Speculation(drafter="prompt_lookup")),
+        _decoder("ours-compiled", compile=True),
+        _decoder("base-only-packed", roles=("base",), pack_weights=True),
+        _decoder("ours-packed", pack_weights=True),
+    ]
+)
 """Providers by name, in the order of tables and plots; ``naive`` is what ratios are taken to."""

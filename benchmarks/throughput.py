@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,29 +15,22 @@ import typer
 from rich.progress import Progress
 
 from benchmarks.agreement import Mismatch, greedy_mismatches
-from benchmarks.decode_timing import Case, time_case
+from benchmarks.decode_timing import Case, Work, time_case
 from benchmarks.memory import in_fresh_process
-from benchmarks.options import parse_cases, parse_providers
+from benchmarks.options import check_lengths, parse_cases, parse_providers
 from benchmarks.plots import plot_throughput
-from benchmarks.prompts import make_prompts
-from benchmarks.providers import ALPHA, PROVIDERS, TEMPERATURE, TOP_P, Provider
-from benchmarks.report import (
-    RESULTS,
-    console,
-    fixed,
-    machine_line,
-    make_progress,
-    make_table,
-    significant,
-    write_json_lines,
-)
-from benchmarks.trios import open_trio
+from benchmarks.prompts import KINDS, make_prompts, task_batches
+from benchmarks.providers import ALPHA, GREEDY, PROVIDERS, TEMPERATURE, TOP_P, Provider, Sampling
+from benchmarks.report import RESULTS, console, make_progress, write_json_lines
+from benchmarks.throughput_table import print_tables
+from benchmarks.trios import AdapterMissing, TrioForms
 from proxytune_kernels import Trio
+from proxytune_kernels.decoder.packing import PackingError
 
-DEFAULT_PROVIDERS = "naive,base-only,ours"
+DEFAULT_PROVIDERS = "naive,base-only,ours,ours-shared-pair,ours-speculative"
 _GREEDY_ROWS, _GREEDY_PROMPT, _GREEDY_TOKENS = 4, 12, 16  # the agreement check
-
-_MIB = 2**20
+_TASK_TOKENS = {"shipped": 15}
+"""Output of a case unless told, where prompts have lengths of their own: the median solution's."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +40,15 @@ class Settings:
     trio: str
     dtype: str | None
     providers: tuple[str, ...]
+    prompts: str
     cases: tuple[Case, ...]
+    sampling: Sampling
     repeats: int
     memory: bool
 
 
-def check_context(trio: Trio, cases: Sequence[Case]) -> None:
-    """Refuse cases longer than the trio's shortest context.
+def make_work(trio: Trio, settings: Settings) -> list[Work]:
+    """Each case with its prompts, refused where they are longer than the trio's shortest context.
 
     Raises:
         typer.BadParameter: names the case and the context.
@@ -62,30 +57,53 @@ def check_context(trio: Trio, cases: Sequence[Case]) -> None:
         model.config.get_text_config(decoder=True).max_position_embeddings
         for model in trio.models.values()
     )
-    for case in cases:
-        if case.prompt_length + case.output_length > context:
+    made = []
+    for case in settings.cases:
+        if case.prompt_length is not None:
+            batches = [make_prompts(trio, case.batch_size, case.prompt_length)]
+        else:
+            sizes = case.batch_size, case.output_length, settings.repeats
+            batches = task_batches(trio, settings.trio, settings.prompts, *sizes)
+        work = Work(case, batches)
+        if work.longest > context:
             raise typer.BadParameter(
                 f"--lengths must fit in the trio's context of {context} tokens, "
-                f"got {case.prompt_length}:{case.output_length}"
+                f"got {work.longest - case.output_length}:{case.output_length}"
             )
+        made.append(work)
+    return made
 
 
-def make_providers(trio: Trio, settings: Settings) -> list[Provider]:
-    """The providers asked for, each with room for the largest case."""
-    rows = max(case.batch_size for case in settings.cases)
-    length = max(case.prompt_length + case.output_length for case in settings.cases)
-    length = max(length, _GREEDY_PROMPT + _GREEDY_TOKENS)
-    return [PROVIDERS[name](trio, rows, length) for name in settings.providers]
+def make_providers(forms: TrioForms, settings: Settings, works: Sequence[Work]) -> list[Provider]:
+    """The providers asked for, each with room for the largest case.
+
+    One that this trio or processor has no use for is left out, and said so: without an adapter
+    there is no shared pair, and only bf16 weights are packed.
+    """
+    rows = max(work.case.batch_size for work in works)
+    length = max(_GREEDY_PROMPT + _GREEDY_TOKENS, *(work.longest for work in works))
+    made = []
+    for name in settings.providers:
+        try:
+            made.append(PROVIDERS[name](forms, rows, length, settings.sampling))
+        except (AdapterMissing, PackingError) as reason:
+            console.print(f"{name} is left out: {reason}.", style="yellow", soft_wrap=True)
+    return made
 
 
-def check_greedy(trio: Trio, providers: Sequence[Provider]) -> list[Mismatch]:
+def check_greedy(providers: Sequence[Provider]) -> list[Mismatch]:
     """Compare greedy tokens before anything is timed; returns the ties within rounding.
+
+    Each provider is held to a naive loop over the models that it decodes.
 
     Raises:
         typer.Exit: code 1, a provider decodes other tokens; each mismatch is printed.
     """
-    prompts = make_prompts(trio, _GREEDY_ROWS, _GREEDY_PROMPT)
-    mismatches = greedy_mismatches(providers, trio, prompts, _GREEDY_TOKENS)
+    mismatches = []
+    for trio in {id(p.trio): p.trio for p in providers}.values():
+        own = [provider for provider in providers if provider.trio is trio]
+        prompts = make_prompts(trio, _GREEDY_ROWS, _GREEDY_PROMPT)
+        mismatches += greedy_mismatches(own, trio, prompts, _GREEDY_TOKENS)
     for mismatch in mismatches:
         console.print(str(mismatch), style="yellow" if mismatch.within_rounding else "red")
     if not all(mismatch.within_rounding for mismatch in mismatches):
@@ -94,7 +112,8 @@ def check_greedy(trio: Trio, providers: Sequence[Provider]) -> list[Mismatch]:
     console.print(
         f"Greedy tokens agree: {_GREEDY_ROWS} prompts x {_GREEDY_TOKENS} tokens, "
         f"{', '.join(p.name for p in providers)}"
-        + (f"; {len(mismatches)} ties within rounding." if mismatches else ".")
+        + (f"; {len(mismatches)} ties within rounding." if mismatches else "."),
+        soft_wrap=True,
     )
     return mismatches
 
@@ -106,27 +125,33 @@ def _tick(progress: Progress, task: Any, case: Case) -> Any:
     return tick
 
 
-def measure(trio: Trio, settings: Settings, providers: Sequence[Provider]) -> list[dict[str, Any]]:
+def measure(
+    trio: Trio, settings: Settings, providers: Sequence[Provider], works: Sequence[Work]
+) -> list[dict[str, Any]]:
     """Time all cases, then measure memory; one record per case and provider."""
-    runs = len(settings.cases) * (len(providers) + 1) * (settings.repeats + 1)
+    runs = len(works) * (len(providers) + 1) * (settings.repeats + 1)
     records = []
     with make_progress() as progress:
         task = progress.add_task("timing", total=runs + len(providers) * settings.memory)
-        for case in settings.cases:
-            tick = _tick(progress, task, case)
-            times = time_case(trio, providers, case, settings.repeats, tick)
+        for work in works:
+            tick = _tick(progress, task, work.case)
+            times = time_case(trio, providers, work, settings.repeats, tick)
             records += [times.record(provider.name) for provider in providers]
         for provider in providers if settings.memory else ():
             progress.update(task, description=f"memory: {provider.name}")
-            _add_memory(records, settings, provider.name)
+            _add_memory(records, settings, works, provider.name)
             progress.advance(task)
     return records
 
 
-def _add_memory(records: list[dict[str, Any]], settings: Settings, provider: str) -> None:
-    shapes = [(c.batch_size, c.prompt_length, c.output_length) for c in settings.cases]
+def _add_memory(
+    records: list[dict[str, Any]], settings: Settings, works: Sequence[Work], provider: str
+) -> None:
+    shapes = [
+        (w.case.batch_size, w.longest - w.case.output_length, w.case.output_length) for w in works
+    ]
     peaks = in_fresh_process(
-        "benchmarks.trios:provider_peaks",
+        "benchmarks.provider_memory:provider_peaks",
         trio=settings.trio,
         dtype=settings.dtype,
         provider=provider,
@@ -138,64 +163,37 @@ def _add_memory(records: list[dict[str, Any]], settings: Settings, provider: str
         record["peak_memory"] = peak
 
 
-def print_table(records: Sequence[dict[str, Any]], title: str) -> None:
-    """The table at the end."""
-    columns = (
-        "provider", "tokens\n/s", "x\nnaive", "first\nms", "token ms\np50", "\np95",
-        "step /\nforwards", "peak\nMiB", "extra\nMiB",
-    )  # fmt: skip
-    caption = (
-        "x naive: tokens/s over the naive loop's, paired by repeat. step / forwards: time per "
-        "output token over the sum of the bare forwards of all roles, measured alone in the same "
-        f"run. Medians. {machine_line()}"
-    )
-    table = make_table(title, columns, caption)
-    previous = None
-    for r in records:
-        case = Case(r["batch_size"], r["prompt_length"], r["output_length"])
-        if case != previous:
-            table.add_section()
-            forwards = significant(r["bare_forwards_ms"]["sum"])
-            table.add_row(f"[bold]{case}")
-            table.add_row("bare forwards", "", "", "", forwards, "", "1.00")
-            previous = case
-        speed, peak = r["speed_over_naive"], r.get("peak_memory")
-        table.add_row(
-            r["provider"],
-            significant(r["tokens_per_second"]["median"]),
-            fixed(speed and speed["median"]),
-            significant(r["first_token_ms"]["median"]),
-            significant(r["output_token_ms"]["p50"]),
-            significant(r["output_token_ms"]["p95"]),
-            fixed(r["step_over_forwards"]["median"]),
-            fixed(peak and peak["total_bytes"] / _MIB, 0),
-            fixed(peak and peak["extra_bytes"] / _MIB, 1),
-        )
-    console.print(table)
-
-
 def run(settings: Settings, output: Path, plot: bool) -> None:
     """Load, check, measure, write and show."""
-    trio = open_trio(settings.trio, settings.dtype)
-    check_context(trio, settings.cases)
-    providers = make_providers(trio, settings)
-    ties = check_greedy(trio, providers)
-    records = measure(trio, settings, providers)
+    forms = TrioForms.open(settings.trio, settings.dtype)
+    trio = forms.trio
+    works = make_work(trio, settings)
+    providers = make_providers(forms, settings, works)
+    ties = check_greedy(providers)
+    records = measure(trio, settings, providers, works)
     dtypes = {role: info["dtype"] for role, info in trio.info()["roles"].items()}
     sizes = {role: info["parameters"] for role, info in trio.info()["roles"].items()}
     name = settings.trio if settings.trio in ("shipped", "qwen") else Path(settings.trio).name
-    parameters = {"alpha": ALPHA, "temperature": TEMPERATURE, "top_p": TOP_P}
-    shared = {"trio": name, "dtype": dtypes, "model_parameters": sizes, "sampling": parameters}
+    parameters = {"alpha": ALPHA, **asdict(settings.sampling)}
+    shared = {
+        "trio": name,
+        "dtype": dtypes,
+        "model_parameters": sizes,
+        "sampling": parameters,
+        "prompts": settings.prompts,
+    }
     for record in records:
         record["greedy_ties"] = [str(t) for t in ties if t.provider == record["provider"]]
     write_json_lines(output, "throughput", [{**shared, **record} for record in records])
-    kinds = "/".join(dict.fromkeys(dtypes.values()))
-    title = f"Proxy-tuned decoding, trio {name}, {kinds}, temperature {TEMPERATURE}, top_p {TOP_P}"
-    print_table(records, title)
+    title = (
+        f"Proxy-tuned decoding, trio {name}, {'/'.join(dict.fromkeys(dtypes.values()))}, "
+        f"{settings.prompts}, {describe(settings.sampling)}"
+    )
+    print_tables(records, title)
     for provider in providers:
         if provider.set_up_seconds > 1:
             console.print(
-                f"{provider.name}: {provider.set_up_seconds:.0f} s to compile before its first "
+                f"{provider.name}: {provider.set_up_seconds:.0f} s to set up before its first "
                 "token, in none of the timings."
             )
     console.print(f"Wrote {output}", soft_wrap=True)
@@ -205,6 +203,34 @@ def run(settings: Settings, output: Path, plot: bool) -> None:
         console.print(f"Wrote {picture}", soft_wrap=True)
 
 
+def describe(sampling: Sampling) -> str:
+    """In words, for titles."""
+    if sampling.temperature == 0.0:
+        return "greedy"
+    top_p = "" if sampling.top_p == 1.0 else f", top_p {sampling.top_p:g}"
+    return f"temperature {sampling.temperature:g}{top_p}"
+
+
+def default_lengths(trio: str, prompts: str, quick: bool) -> str:
+    """Cases where none are given."""
+    if prompts != "text":
+        return f"own:{_TASK_TOKENS.get(trio, 32)}"
+    return "8:32,32:8" if quick else "8:128,128:8,8:8"
+
+
+def default_output(settings: Settings, quick: bool) -> Path:
+    """A name for each trio, kind of prompts and way to draw."""
+    sampling = settings.sampling
+    parts = ["throughput", Path(settings.trio).name]
+    if settings.prompts != "text":
+        parts.append(settings.prompts)
+    if sampling.temperature == 0.0:
+        parts.append("greedy")
+    elif sampling != Sampling():
+        parts.append(f"t{sampling.temperature:g}-p{sampling.top_p:g}")
+    return RESULTS / ("-".join([*parts, *(["quick"] if quick else [])]) + ".jsonl")
+
+
 def main(
     trio: Annotated[
         str, typer.Option(help="shipped, qwen, or a directory with a trio.json.")
@@ -212,14 +238,21 @@ def main(
     providers: Annotated[
         str, typer.Option(help=f"Comma-separated, of {', '.join(PROVIDERS)}.")
     ] = DEFAULT_PROVIDERS,
+    prompts: Annotated[
+        str, typer.Option(help=f"One of {', '.join(KINDS)}: the text that prompts are of.")
+    ] = "text",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = TEMPERATURE,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = TOP_P,
+    greedy: Annotated[bool, typer.Option(help="Temperature 0, no top_p.")] = False,
     batch_sizes: Annotated[
         str | None, typer.Option(help="Comma-separated.", show_default="1,4")
     ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated prompt:output pairs; the paper's speed test is 8:512,512:8,8:8.",
-            show_default="8:128,128:8,8:8",
+            help="Comma-separated prompt:output pairs; the paper's speed test is 8:512,512:8,8:8. "
+            "With arithmetic and code own:output, prompts as long as they are.",
+            show_default="8:128,128:8,8:8; own:32; own:15 with the shipped trio",
         ),
     ] = None,
     quick: Annotated[
@@ -241,7 +274,9 @@ def main(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="JSON lines.", show_default="benchmarks/results/throughput-<trio>.jsonl"),
+        typer.Option(
+            help="JSON lines.", show_default="benchmarks/results/throughput-<trio>....jsonl"
+        ),
     ] = None,
     plot: Annotated[bool, typer.Option(help="Also a PNG beside the output.")] = True,
     memory: Annotated[bool, typer.Option(help="Also peak memory, one process a provider.")] = True,
@@ -249,21 +284,24 @@ def main(
     """Time decoding a trio: a transformers loop, the base alone, and ours, side by side."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if prompts not in KINDS:
+        raise typer.BadParameter(f"--prompts must be one of {', '.join(KINDS)}, got {prompts!r}")
     cases = parse_cases(
-        batch_sizes or ("1" if quick else "1,4"),
-        lengths or ("8:32,32:8" if quick else "8:128,128:8,8:8"),
+        batch_sizes or ("1" if quick else "1,4"), lengths or default_lengths(trio, prompts, quick)
     )
+    check_lengths(prompts, cases)
     settings = Settings(
         trio=trio,
         dtype=dtype,
         providers=parse_providers(providers, compile),
+        prompts=prompts,
         cases=cases,
+        sampling=GREEDY if greedy else Sampling(temperature, top_p),
         repeats=repeats or (3 if quick else 5),
         memory=memory,
     )
-    stem = f"throughput-{Path(trio).name}{'-quick' if quick else ''}"
     try:
-        run(settings, output or RESULTS / f"{stem}.jsonl", plot)
+        run(settings, output or default_output(settings, quick), plot)
     except ValueError as error:
         # A user's mistake: an absent trio, a dtype that does not exist. Bugs keep their traceback.
         raise typer.BadParameter(str(error)) from error

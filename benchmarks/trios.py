@@ -1,20 +1,19 @@
-"""The trios that benchmarks decode with, by name, and what one provider's memory peaks at."""
+"""The trios that benchmarks decode with, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.environment import REPOSITORY
-from benchmarks.memory import PeakMemory
-from benchmarks.prompts import make_prompts
-from benchmarks.providers import PROVIDERS
 from proxytune_kernels import Trio, load_trio
+from proxytune_kernels.adapters import beside
 
 _QWEN = Path("trios") / "qwen"
+_ADAPTER = "expert-lora"
+"""Where scripts/qwen_trio.py leaves the expert's adapter, beside the merged expert."""
 
 
 class TrioMissing(ValueError):
@@ -52,29 +51,41 @@ def open_trio(name: str, dtype: str | None) -> Trio:
     return load_trio(find_trio(name), dtype=dtype)
 
 
-def provider_peaks(
-    trio: str,
-    dtype: str | None,
-    provider: str,
-    cases: Sequence[Sequence[int]],
-    threads: int,
-) -> list[dict[str, int]]:
-    """Peak memory of a provider for each case (batch_size, prompt_length, output_length).
+class AdapterMissing(ValueError):
+    """The trio's expert has no adapter that could stay apart from the anti-expert's weights."""
 
-    Run it in a process of its own (:func:`benchmarks.memory.in_fresh_process`). The weights are
-    loaded before, a one-token run has paged in the libraries, and each case starts with a new
-    provider; ``extra_bytes`` is therefore the case's caches, temporaries and, on first use, packed
-    weights. ``total_bytes`` is the whole process.
+
+class TrioForms:
+    """A trio as it is loaded, and with the expert's adapter apart from the weights.
+
+    Args:
+        trio: its expert has weights of its own.
+        adapter: directory of a LoRA adapter (PEFT) that makes the anti-expert the expert.
     """
-    torch.set_num_threads(threads)
-    loaded = open_trio(trio, dtype)
-    PROVIDERS[provider](loaded, 1, 16).generate(make_prompts(loaded, 1, 8), 1)
-    peaks = []
-    for batch_size, prompt_length, output_length in cases:
-        prompts = make_prompts(loaded, batch_size, prompt_length)
-        with PeakMemory() as peak:
-            made = PROVIDERS[provider](loaded, batch_size, prompt_length + output_length)
-            made.generate(prompts, output_length)
-        del made
-        peaks.append({"total_bytes": peak.total_bytes, "extra_bytes": peak.extra_bytes})
-    return peaks
+
+    def __init__(self, trio: Trio, adapter: Path) -> None:
+        self.trio = trio
+        self._adapter = adapter
+
+    @classmethod
+    def open(cls, name: str, dtype: str | None) -> TrioForms:
+        """As :func:`open_trio`."""
+        return cls(open_trio(name, dtype), Path(find_trio(name)) / _ADAPTER)
+
+    @cached_property
+    def unmerged(self) -> Trio:
+        """The same base and anti-expert; the expert is the anti-expert's tensors and the adapter.
+
+        Its weights are the merged expert's but for rounding: the merged ones were rounded to their
+        dtype after the adapter was added.
+
+        Raises:
+            AdapterMissing: there is no adapter.
+        """
+        if not (self._adapter / "adapter_config.json").is_file():
+            raise AdapterMissing(
+                f"the expert has no adapter beside it ({self._adapter.name}/adapter_config.json)"
+            )
+        expert = beside("expert", self.trio.anti, self._adapter)
+        tokenizers, prompts = self.trio.tokenizers, self.trio.prompts
+        return Trio.from_models(self.trio.base, expert, self.trio.anti, tokenizers, prompts=prompts)

@@ -1,5 +1,7 @@
+import ast
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -7,25 +9,56 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import throughput
-from benchmarks.agreement import greedy_mismatches
-from benchmarks.decode_timing import Case, CaseTimes, ProviderTimes, time_case
-from benchmarks.options import parse_cases, parse_providers
-from benchmarks.prompts import make_prompts
+from benchmarks.agreement import ComputedTwice, Mismatch, greedy_mismatches
+from benchmarks.decode_timing import Case, CaseTimes, ProviderTimes, Work, time_case
+from benchmarks.options import check_lengths, parse_cases, parse_providers
+from benchmarks.prompts import Prompt, make_prompts, task_batches, task_prompts
+from benchmarks.provider_memory import provider_peaks
 from benchmarks.providers import (
+    GREEDY,
     PROVIDERS,
     DecoderProvider,
     Generation,
     NaiveLoop,
+    Sampling,
     bare_forwards,
 )
-from benchmarks.trios import TrioMissing, find_trio, provider_peaks
-from proxytune_kernels import Trio
+from benchmarks.trios import AdapterMissing, TrioForms, TrioMissing, find_trio
+from proxytune_kernels import Trio, reference
+from proxytune_kernels.params import RowParams
+
+# PEFT asks a model for a property that transformers renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 MAX_TOKENS = 6
+PLAIN = ("naive", "base-only", "ours")
+SPECULATIVE = ("ours-speculative", "ours-lookup")
+SHARED = ("ours-shared-pair", "ours-shared-speculative")
 
 
-def make(name: str, trio: Trio):
-    return PROVIDERS[name](trio, 2, 32)
+def make(name: str, forms: TrioForms, sampling=None):
+    return PROVIDERS[name](forms, 2, 32, sampling or Sampling())
+
+
+@pytest.fixture(scope="module")
+def adapter(trio, tmp_path_factory):
+    """Directory of a random LoRA adapter for the anti-expert."""
+    peft = pytest.importorskip("peft")
+    directory = tmp_path_factory.mktemp("expert-lora")
+    torch.manual_seed(5)
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    peft.get_peft_model(copy.deepcopy(trio.anti), config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def forms(trio, adapter):
+    """The trio with that adapter's expert, merged."""
+    peft = pytest.importorskip("peft")
+    merged = peft.PeftModel.from_pretrained(copy.deepcopy(trio.anti), adapter).merge_and_unload()
+    return TrioForms(Trio.from_models(trio.base, merged, trio.anti, trio.tokenizer), adapter)
 
 
 @pytest.fixture
@@ -40,9 +73,42 @@ def test_prompts_have_the_length_asked_for(trio):
     assert trio.tokenizer.decode(prompts[0][:12]) == "When on boar"
 
 
-def test_greedy_tokens_agree(trio, prompts):
-    providers = [make(name, trio) for name in ("naive", "base-only", "ours")]
-    assert greedy_mismatches(providers, trio, prompts, MAX_TOKENS) == []
+def test_greedy_tokens_agree(forms, prompts):
+    for names, trio in ((PLAIN + SPECULATIVE, forms.trio), (SHARED, forms.unmerged)):
+        providers = [make(name, forms) for name in names]
+        assert all(provider.trio is trio for provider in providers)
+        assert greedy_mismatches(providers, trio, prompts, MAX_TOKENS) == []
+
+
+def test_greedy_providers_need_not_be_told(forms, prompts):
+    for name in PLAIN + SPECULATIVE:
+        told = make(name, forms).generate(prompts, MAX_TOKENS, greedy=True).token_ids
+        assert make(name, forms, GREEDY).generate(prompts, MAX_TOKENS).token_ids == told
+
+
+def test_unmerged_expert_is_the_merged_one_over_the_anti(forms):
+    ids = torch.tensor([[5, 9, 200, 31]])
+    with torch.inference_mode():
+        merged, unmerged, anti = (
+            m(ids).logits for m in (forms.trio.expert, forms.unmerged.expert, forms.trio.anti)
+        )
+    # Two fp32 computations of logits of order 10, some hundred roundings each.
+    assert torch.allclose(merged, unmerged, atol=1e-4)
+    assert not torch.allclose(anti, unmerged, atol=1e-1)
+    weight = forms.unmerged.expert.model.embed_tokens.weight
+    assert weight.data_ptr() == forms.trio.anti.model.embed_tokens.weight.data_ptr()
+
+
+def test_sampling_is_as_told(trio, prompts):
+    """At a temperature next to none both are greedy, at a high one neither is."""
+    greedy = NaiveLoop(trio).generate(prompts, MAX_TOKENS, greedy=True).token_ids
+    for make_one in (
+        lambda sampling: NaiveLoop(trio, sampling=sampling),
+        lambda sampling: DecoderProvider("ours", trio, sampling, max_batch_size=3),
+    ):
+        assert make_one(Sampling(1e-4, 1.0)).generate(prompts, MAX_TOKENS).token_ids == greedy
+        assert make_one(Sampling(100.0, 1e-6)).generate(prompts, MAX_TOKENS).token_ids == greedy
+        assert make_one(Sampling(100.0, 1.0)).generate(prompts, MAX_TOKENS).token_ids != greedy
 
 
 def test_naive_is_whole_forwards(trio, prompts):
@@ -74,7 +140,7 @@ class OneTokenOff:
     set_up_seconds = 0.0
 
     def __init__(self, trio, roles, prompt, position, token):
-        self.naive, self.roles = NaiveLoop(trio, roles), roles
+        self.naive, self.roles, self.trio = NaiveLoop(trio, roles), roles, trio
         self.change = prompt, position, token
 
     def generate(self, prompts, max_tokens, *, greedy=False):
@@ -115,19 +181,55 @@ def test_a_tie_is_within_rounding(trio, prompts):
     assert "a tie within rounding" in str(mismatch)
 
 
+def test_ties_of_both_signs_and_noise(trio, prompts):
+    """A sampled token's lead is its logit over the temperature and its noise, less the other's."""
+    text = NaiveLoop(trio).generate(prompts[:1], 4, greedy=True).token_ids[0]
+    computed = ComputedTwice(NaiveLoop(trio), prompts[0], text)
+    other = (text[2] + 1) % trio.vocab_size
+    temperature, seed = 0.5, 11
+    gap, rounding = computed.gap(2, other, temperature, seed)
+    with torch.inference_mode():
+        ids = torch.tensor([[*prompts[0], *text[:2]]])
+        base, expert, anti = (model(ids).logits[0, -1] for model in trio.models.values())
+    params = RowParams.make(1, temperature=temperature, seed=seed, position=2)
+    scores = reference.scores(
+        reference.distribution((base + expert - anti)[None], params), params, 0
+    )[0]
+    # As above, divided by the temperature.
+    assert gap == pytest.approx(float(scores[text[2]] - scores[other]), abs=2e-4)
+    assert rounding == pytest.approx(computed.gap(2, other)[1] / temperature)
+    assert Mismatch("", 0, 0, 1, 2, -0.5, 0.6).within_rounding
+    assert not Mismatch("", 0, 0, 1, 2, -0.7, 0.6).within_rounding
+
+
 def test_bare_forwards(trio, prompts):
     seconds = bare_forwards(trio.models, prompts, 5)
     assert {role: len(s) for role, s in seconds.items()} == dict.fromkeys(trio.roles, 5)
 
 
-@pytest.mark.parametrize("name", ["naive", "base-only", "ours"])
-def test_generation_has_a_time_for_each_token(trio, prompts, name):
-    generation = make(name, trio).generate(prompts, MAX_TOKENS)
-    assert [len(row) for row in generation.token_ids] == [MAX_TOKENS] * 3
+@pytest.mark.parametrize("name", PLAIN + SPECULATIVE)
+def test_generation_has_a_time_and_a_count_for_each_token(forms, prompts, name):
+    generation = make(name, forms).generate(prompts[:2], MAX_TOKENS)
+    assert [len(row) for row in generation.token_ids] == [MAX_TOKENS] * 2
     for row in generation.seconds:
         assert len(row) == MAX_TOKENS
         assert 0 < row[0] <= row[-1]
         assert row == sorted(row)
+    assert generation.counts["emitted"] == 2 * (MAX_TOKENS - 1)
+    if name in PLAIN:
+        assert generation.counts["base_forwards"] == MAX_TOKENS - 1
+        assert generation.counts["useful_slot_steps"] == 2 * (MAX_TOKENS - 1)
+        assert generation.counts["drafted"] == 0
+
+
+def test_counts_are_of_the_run(forms, prompts):
+    provider = make("ours", forms)
+    first = provider.generate(prompts[:2], MAX_TOKENS).counts
+    assert provider.generate(prompts[:2], MAX_TOKENS).counts == first
+
+
+def generation_of(seconds, **counts):
+    return Generation([[1] * len(row) for row in seconds], seconds, counts)
 
 
 def test_record_arithmetic():
@@ -136,7 +238,7 @@ def test_record_arithmetic():
     for name, scale in (("naive", 2.0), ("ours", 1.0)):
         for slowdown in (1.0, 2.0):
             seconds = [[scale * slowdown * s for s in (0.5, 0.6, 0.8)]] * 2
-            times[name].add(Generation([[1, 2, 3]] * 2, seconds))
+            times[name].add(generation_of(seconds, emitted=4, useful_slot_steps=4))
     forwards = [
         {"base": [0.04 * s, 0.05 * s, 0.09 * s], "expert": [0.03 * s], "anti": [0.02 * s]}
         for s in (1, 2)
@@ -145,29 +247,61 @@ def test_record_arithmetic():
     # 6 tokens in 0.8 s and in 1.6 s; the steps of a repeat are 0.1 and 0.2 s, median 0.15.
     assert record["tokens_per_second"]["median"] == pytest.approx((7.5 + 3.75) / 2)
     assert record["first_token_ms"]["median"] == pytest.approx(750)
-    assert record["output_token_ms"]["count"] == 8
-    assert record["output_token_ms"]["p50"] == pytest.approx(200)
+    assert record["arrival_ms"]["count"] == 8
+    assert record["arrival_ms"]["p50"] == pytest.approx(200)
+    assert record["token_ms"]["median"] == pytest.approx((150 + 300) / 2)
     assert record["bare_forwards_ms"]["sum"] == pytest.approx(150)
     assert record["step_over_forwards"]["median"] == pytest.approx(1.5)
     # A repeat's forwards: medians 50 + 30 + 20, means 60 + 30 + 20, times 1 and 2.
     assert record["bare_forwards_ms"]["base"] == pytest.approx(75)
-    assert record["mean_step_over_forwards"]["median"] == pytest.approx(150 / 110)
-    assert record["speed_over_naive"]["median"] == pytest.approx(2.0)
-    assert record["step_speed_over_naive"]["median"] == pytest.approx(2.0)
+    assert record["token_over_forwards"]["median"] == pytest.approx(150 / 110)
+    assert list(record["speed_over"]) == ["naive"]
+    assert record["speed_over"]["naive"]["median"] == pytest.approx(2.0)
+    assert record["token_speed_over"]["naive"]["median"] == pytest.approx(2.0)
+    assert record["acceptance"] is None
+    assert record["tokens_per_base_forward"] == 1.0
 
 
-def test_time_case_interleaves(trio):
+def test_tokens_that_come_together_are_one_arrival():
+    """Five tokens: the first, three 0.3 s later, one 0.1 s after those; two rounds of drafts."""
+    times = ProviderTimes()
+    seconds = [[1.0, 1.3, 1.3, 1.3, 1.4]]
+    for _ in range(2):
+        times.add(generation_of(seconds, emitted=4, useful_slot_steps=2, drafted=5, accepted=2))
+    record = CaseTimes(Case(1, None, 5), {"spec": times}, [{"base": [0.1]}] * 2).record("spec")
+    assert times.arrivals == [[pytest.approx(0.3), pytest.approx(0.1)]] * 2
+    assert record["token_ms"]["median"] == pytest.approx(100)
+    assert record["token_over_forwards"]["median"] == pytest.approx(1.0)
+    assert record["step_over_forwards"]["median"] == pytest.approx(2.0)
+    assert record["acceptance"] == pytest.approx(0.4)
+    assert record["tokens_per_base_forward"] == pytest.approx(2.0)
+    assert record["speed_over"] == {}
+
+
+def test_time_case_interleaves(forms, trio, prompts):
     ran: list[str] = []
-    providers = [make(name, trio) for name in ("naive", "ours")]
-    times = time_case(trio, providers, Case(2, 8, 3), 2, ran.append)
-    assert ran == ["naive", "ours", "bare forwards"] * 3
-    assert {name: len(t.totals) for name, t in times.providers.items()} == {"naive": 2, "ours": 2}
-    assert len(times.forwards) == 2
+    seen = []
+
+    class Noted:
+        name, set_up_seconds = "noted", 0.0
+
+        def generate(self, given, max_tokens):
+            seen.append(given)
+            return generation_of([[0.1, 0.2, 0.3]])
+
+    providers = [make("naive", forms), Noted()]
+    work = Work(Case(1, 10, 3), [prompts[:1], prompts[1:2]])
+    times = time_case(trio, providers, work, 3, ran.append)
+    assert ran == ["naive", "noted", "bare forwards"] * 4
+    assert {name: len(t.totals) for name, t in times.providers.items()} == {"naive": 3, "noted": 3}
+    assert len(times.forwards) == 3
+    # The warm-up's is the first repeat's; then they take turns.
+    assert seen == [prompts[:1], prompts[:1], prompts[1:2], prompts[:1]]
 
 
 def test_parse_cases():
-    assert parse_cases("1,4", "8:16,16:8") == (
-        Case(1, 8, 16), Case(4, 8, 16), Case(1, 16, 8), Case(4, 16, 8),
+    assert parse_cases("1,4", "8:16,own:8") == (
+        Case(1, 8, 16), Case(4, 8, 16), Case(1, None, 8), Case(4, None, 8),
     )  # fmt: skip
 
 
@@ -193,9 +327,82 @@ def test_parse_providers():
         parse_providers("naive,mine", compiled=False)
 
 
+@pytest.mark.parametrize(
+    ("kind", "lengths", "message"),
+    [("text", "own:8", "prompt:output with text"), ("code", "8:8", "own:output with code")],
+)
+def test_lengths_that_prompts_do_not_have(kind, lengths, message):
+    with pytest.raises(typer.BadParameter, match=message):
+        check_lengths(kind, parse_cases("1", lengths))
+    check_lengths("text" if kind == "code" else "code", parse_cases("1", lengths))
+
+
+def settings(**changes):
+    values = {
+        "trio": "tiny", "dtype": None, "providers": ("naive",), "prompts": "text",
+        "cases": (Case(1, 8, 4),), "sampling": Sampling(), "repeats": 2, "memory": False,
+    }  # fmt: skip
+    return throughput.Settings(**{**values, **changes})
+
+
 def test_case_longer_than_the_context(trio):
-    with pytest.raises(typer.BadParameter, match="context of 64"):
-        throughput.check_context(trio, [Case(1, 60, 5)])
+    with pytest.raises(typer.BadParameter, match="context of 64.*got 60:5"):
+        throughput.make_work(trio, settings(cases=(Case(1, 60, 5),)))
+
+
+def test_work_of_own_lengths(trio, monkeypatch):
+    """Byte tokens: prompts of 2, 3, 2, 2 and 3 tokens, the third's solution too short."""
+    listed = [("ab", "wxyz"), ("abc", None), ("xx", "w"), ("cd", "wxyz"), ("def", "wxyz")]
+    prompts = [Prompt(*pair) for pair in listed]
+    monkeypatch.setattr("benchmarks.prompts.task_prompts", lambda kind, name: prompts)
+    cases = (Case(1, None, 4), Case(2, None, 4))
+    one, two = throughput.make_work(trio, settings(prompts="code", cases=cases, repeats=2))
+    encode = trio.tokenizer.encode
+    assert one.batches == [[encode("ab")], [encode("abc")]]
+    assert two.batches == [[encode("ab"), encode("cd")], [encode("abc"), encode("def")]]
+    assert (one.longest, two.longest) == (7, 7)
+    with pytest.raises(ValueError, match="3 of one length"):
+        task_batches(trio, "tiny", "code", 3, 4, 1)
+
+
+def test_task_prompts():
+    for name, solution in (("shipped", r" \d [+-] \d = \d+\n#### \d+"), ("qwen", r" .*\n#### \d+")):
+        drawn = task_prompts("arithmetic", name)
+        assert len({prompt.text for prompt in drawn}) > 100
+        assert all(re.fullmatch(solution, prompt.solution or "") for prompt in drawn)
+    for prompt in task_prompts("code", "qwen"):
+        body = prompt.text + "    raise NotImplementedError\n"
+        [function] = ast.parse(body).body
+        assert isinstance(function, ast.FunctionDef)
+        assert ">>> " in (ast.get_docstring(function) or "")
+    with pytest.raises(ValueError, match="arithmetic or code, got 'text'"):
+        task_prompts("text", "qwen")
+
+
+def test_providers_without_an_adapter_are_left_out(trio, tmp_path, capsys):
+    bare = TrioForms(trio, tmp_path / "expert-lora")
+    wanted = settings(providers=("naive", "ours-shared-pair", "ours"))
+    made = throughput.make_providers(bare, wanted, throughput.make_work(trio, wanted))
+    assert [provider.name for provider in made] == ["naive", "ours"]
+    assert "ours-shared-pair is left out: the expert has no adapter" in capsys.readouterr().out
+    with pytest.raises(AdapterMissing, match="expert-lora"):
+        make("ours-shared-pair", bare)
+
+
+@pytest.mark.parametrize(
+    ("changes", "quick", "stem"),
+    [
+        ({}, False, "throughput-qwen"),
+        ({"sampling": GREEDY}, True, "throughput-qwen-greedy-quick"),
+        (
+            {"prompts": "arithmetic", "sampling": Sampling(1.0, 1.0)},
+            False,
+            "throughput-qwen-arithmetic-t1-p1",
+        ),
+    ],
+)
+def test_results_of_different_runs_have_different_names(changes, quick, stem):
+    assert throughput.default_output(settings(trio="qwen", **changes), quick).stem == stem
 
 
 def test_absent_trio_names_the_command(tmp_path, monkeypatch):
@@ -229,28 +436,36 @@ def test_command(command, trio_directory, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in output.read_text().splitlines()]
-    names = ["naive", "base-only", "ours"]
+    names = ["naive", "base-only", "ours", "ours-speculative"]
     assert [(r["batch_size"], r["provider"]) for r in records] == [
         (size, name) for size in (1, 2) for name in names
     ]
+    assert "ours-shared-pair is left out" in result.output
     for record in records:
         assert record["benchmark"] == "throughput"
         assert record["trio"] == trio_directory.name
         assert record["dtype"] == {"base": "float32", "expert": "float32", "anti": "float32"}
         assert record["repeats"] == record["step_over_forwards"]["count"] == 2
         assert record["greedy_ties"] == []
+        assert record["prompts"] == "text"
+        assert record["sampling"] == {"alpha": 1.0, "temperature": 0.7, "top_p": 0.9}
+        assert record["acceptance"] is None or record["provider"] == "ours-speculative"
+        assert record["tokens_per_base_forward"] >= 1.0
         assert (
             record["environment"]["revision"] is None
             or len(record["environment"]["revision"]) == 40
         )
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "step" in result.output
+    assert "forwards" in result.output
 
 
 def test_command_refuses_to_time_wrong_tokens(command, trio_directory, tmp_path, monkeypatch):
-    def wrong(trio, max_batch_size, max_seq_len):
+    def wrong(forms, max_batch_size, max_seq_len, sampling):
+        trio = forms.trio
         swapped = Trio.from_models(trio.base, trio.anti, trio.expert, trio.tokenizer)
-        return DecoderProvider("ours", swapped, max_batch_size=max_batch_size)
+        provider = DecoderProvider("ours", swapped, max_batch_size=max_batch_size)
+        provider.trio = trio
+        return provider
 
     monkeypatch.setitem(PROVIDERS, "ours", wrong)
     output = tmp_path / "out.jsonl"
