@@ -1,6 +1,7 @@
 """A whole run of ``python -m benchmarks.gpu --decoder``, with a processor in the GPU's place."""
 
 import json
+import sys
 from collections import Counter
 from statistics import median
 
@@ -28,10 +29,12 @@ from benchmarks.gpu.decoder.modes import (
     Mode,
     speculative,
 )
+from benchmarks.gpu.decoder.random_models import weight_bytes
 from benchmarks.gpu.decoder.run import Options
 from benchmarks.gpu.decoder.shapes import INT8, TRIOS, ModelShape, TrioShape
 from benchmarks.gpu.decoder.trace import Trace, Work
 from benchmarks.providers import DecoderProvider
+from proxytune_kernels.quantization import QuantizationError
 from tests.benchmarks.gpu_device import CpuDevice
 
 pytest.importorskip("peft", reason="the shared pair needs the extra lora")
@@ -359,6 +362,24 @@ class TestBuild:
         assert len(asked) == 3 * 7
         build_trios(TINY, "cpu")
         assert len(asked) == 3 * 7
+
+    def test_a_layer_in_int8(self):
+        pytest.importorskip("torchao", reason="weights in int8 need the extra quant")
+        layer = torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+        x, wanted = torch.eye(64, dtype=torch.bfloat16), layer.weight.detach().T.clone()
+        quantised = build.int8_linear(layer)
+        assert isinstance(quantised, torch.nn.Linear)
+        # a byte a weight, and a few for a row's scale
+        assert 64 * 32 < weight_bytes([quantised]) <= 64 * 32 + 32 * 8
+        # half a step of 2 / 254 of a row's largest, the row's scale and the product in bf16 (2^-8)
+        bound = wanted.abs().amax(0) * (1 / 254 + 2**-7)
+        assert ((quantised(x) - wanted).abs() <= bound).all()
+
+    def test_without_torchao(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torchao", None)
+        monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+        with pytest.raises(QuantizationError, match="int8 needs torchao"):
+            build.int8_linear(torch.nn.Linear(64, 32, bias=False))
 
 
 class TestCommand:

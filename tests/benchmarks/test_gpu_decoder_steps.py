@@ -49,6 +49,7 @@ class Scripted:
     """Decodes steps that last as long as it was told, one call after the other."""
 
     set_up_seconds = 0.5
+    trio: Any = None
     roles: tuple[str, ...] = ("base",)
 
     def __init__(self, name, seconds, log):
