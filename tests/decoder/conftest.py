@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,23 +39,40 @@ def byte_tokenizer() -> Any:
     )
 
 
+def word_tokenizer(size: int) -> Any:
+    """``size`` words, "w0", "w1", ..., and no special tokens."""
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
 def tiny_llama(seed: int, hidden: int = 32, layers: int = 2, **settings: Any) -> Any:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **settings,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    defaults: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings})).double().eval()
+
+
+@torch.no_grad()
+def noisy_copy(model: Any, scale: float, seed: int) -> Any:
+    """A model near another: normal noise of standard deviation ``scale`` on every weight."""
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in twin.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter += scale * noise
+    return twin
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +132,7 @@ def naive() -> Callable[..., list[int]]:
     return naive_loop
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def greedy() -> Callable[..., list[int]]:
     """The naive loop with the argmax: (models, prompts, alpha, count) -> token ids."""
 
