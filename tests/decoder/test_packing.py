@@ -81,7 +81,8 @@ def test_all_layers_of_a_model_are_packed(slimmed, monkeypatch):
     if slimmed:
         slim(model)
     of_packed = {id(layer.packed): layer for layer in layers}
-    packed_op, called = packing._linear, []
+    packed_op: Any = packing._linear
+    called = []
 
     def checked(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
         result = packed_op(x, packed, *rest)
