@@ -61,24 +61,20 @@ def check_device_map(role: str, device_map: Any) -> Any:
         raise LoadError(f"device_map of {role} needs accelerate: pip install accelerate")
     if isinstance(device_map, str) and device_map in _SPREADS:
         return device_map
-    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
-    for place in places:
-        if not _is_device(place) and not (place == "disk" and isinstance(device_map, Mapping)):
+    mapped = isinstance(device_map, Mapping)
+    for place in device_map.values() if mapped else [device_map]:
+        if mapped and place == "disk":
+            continue
+        try:
+            torch.empty(0, device=place)
+        # torch built without CUDA answers with an AssertionError.
+        except (RuntimeError, TypeError, AssertionError) as error:
+            reason = str(error).split("\n")[0]
             raise ValueError(
                 f"device_map of {role} must be one of {', '.join(_SPREADS)}, a device, or a "
-                f"mapping from module names to devices or 'disk', got {device_map!r}"
-            )
+                f"mapping from module names to devices or 'disk', got {device_map!r}: {reason}"
+            ) from error
     return device_map
-
-
-def _is_device(place: Any) -> bool:
-    if isinstance(place, bool) or not isinstance(place, (str, int, torch.device)):
-        return False
-    try:
-        torch.device(place)
-    except RuntimeError:
-        return False
-    return True
 
 
 def open_checkpoint(role: str, reference: str, options: LoadOptions) -> Any:
@@ -111,7 +107,8 @@ def open_checkpoint(role: str, reference: str, options: LoadOptions) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(reference, **named)
     except (OSError, ValueError, KeyError) as error:
-        raise _load_error(role, "a causal LM", reference, error) from error
+        placed = " that its device_map can place" if options.device_map is not None else ""
+        raise _load_error(role, f"a causal LM{placed}", reference, error) from error
 
 
 def load_tokenizer(

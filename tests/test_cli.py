@@ -180,6 +180,45 @@ def test_info_names_backends_versions_and_the_agreement():
     assert lines["vocabulary"].startswith(str(ptk.load_trio("shipped").vocab_size))
 
 
+def test_info_says_how_models_are_held():
+    pytest.importorskip("torchao")
+    arguments = ["--quantize", "base=int4,expert=int8", "--device-map", "anti=auto"]
+    result = invoke("info", "--trio", "shipped", *arguments)
+    assert result.exit_code == 0, result.output
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert "int4 and bfloat16 on cpu" in lines["base"]
+    assert "int8 and bfloat16 on cpu" in lines["expert"]
+    assert "parameters, bfloat16 on cpu" in lines["anti"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], {}),
+        (["--quantize", "int8"], {"quantize": "int8"}),
+        (["--quantize", "base=int8, anti=int4"], {"quantize": {"base": "int8", "anti": "int4"}}),
+        (["--device-map", "auto"], {"device_map": "auto"}),
+        (
+            ["--device", "cpu", "--device-map", "base=auto"],
+            {"device": "cpu", "device_map": {"base": "auto"}},
+        ),
+        (["--keep-adapter"], {"merge_adapter": False}),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "info"])
+def test_options_reach_load_trio(monkeypatch, command, arguments, named):
+    seen = []
+
+    def load_trio(source, **options):
+        seen.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("proxytune_kernels.cli.models.load_trio", load_trio)
+    invoke(command, "--trio", "shipped", *arguments, *(["x"] if command == "generate" else []))
+    unset = dict.fromkeys(("device", "device_map", "quantize", "merge_adapter"))
+    assert {name: seen[0][name] for name in unset} == {**unset, **named}
+
+
 def test_info_says_what_the_default_on_cuda_comes_from(monkeypatch):
     monkeypatch.setattr("proxytune_kernels.cli.info.CHOICES", ())
     assert "default on CUDA" in (plain := invoke("info").stdout)
@@ -250,6 +289,12 @@ def shipped_role(role):
         (["--trio", "shipped", "--expert", "nowhere"], ["expert", "nowhere"]),
         (["--trio", "shipped", "--device", "cuda:99"], ["device", "cuda:99"]),
         (["--trio", "shipped", "--backend", "abacus"], ["backend", "abacus"]),
+        (["--trio", "shipped", "--quantize", "int3"], ["quantize of base", "int8, int4", "int3"]),
+        (["--trio", "shipped", "--quantize", "bass=int8"], ["--quantize", "bass=int8", "anti"]),
+        (["--trio", "shipped", "--quantize", "base=int8,int4"], ["--quantize", "ROLE=VALUE"]),
+        (["--trio", "shipped", "--device-map", "cuda:99"], ["device_map of base", "cuda:99"]),
+        (["--trio", "shipped", "--device", "cpu", "--device-map", "auto"], ["device_map of base"]),
+        (["--trio", "shipped", "--keep-adapter"], ["expert", "directory with a LoRA adapter"]),
         (["--trio", "shipped", "--max-seq-len", "8"], ["prompts[0]", "max_tokens"]),
         (["--trio", "shipped", "--file", "nowhere.txt"], ["nowhere.txt"]),
     ],

@@ -50,7 +50,10 @@ def generate(
     anti: models.Anti = None,
     tokenizer: models.TokenizerName = None,
     dtype: models.Dtype = "auto",
-    device: models.Device = "cpu",
+    device: models.Device = None,
+    device_map: models.DeviceMap = None,
+    quantize: models.Quantize = None,
+    keep_adapter: models.KeepAdapter = False,
     trust_remote_code: models.TrustRemoteCode = False,
     max_batch_size: Annotated[int, typer.Option(help="Prompts decoded at the same time.")] = 16,
     max_seq_len: Annotated[
@@ -124,6 +127,9 @@ def generate(
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
+        device_map=device_map,
+        quantize=quantize,
+        keep_adapter=keep_adapter,
         trust_remote_code=trust_remote_code,
     )
     settings = {"max_seq_len": max_seq_len, "compile": compile_, "backend": backend}

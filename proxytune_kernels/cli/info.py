@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import typer
@@ -14,7 +15,7 @@ from proxytune_kernels.choices import CHOICES, UNMEASURED
 from proxytune_kernels.cli import models
 from proxytune_kernels.trio import Trio
 
-_PACKAGES = ("torch", "transformers", "peft", "triton", "vllm")
+_PACKAGES = ("torch", "transformers", "peft", "torchao", "triton", "vllm")
 
 
 def info(
@@ -24,7 +25,10 @@ def info(
     anti: models.Anti = None,
     tokenizer: models.TokenizerName = None,
     dtype: models.Dtype = "auto",
-    device: models.Device = "cpu",
+    device: models.Device = None,
+    device_map: models.DeviceMap = None,
+    quantize: models.Quantize = None,
+    keep_adapter: models.KeepAdapter = False,
     trust_remote_code: models.TrustRemoteCode = False,
 ) -> None:
     """Say which backends run here and why not, versions, and how a trio's vocabularies agree."""
@@ -38,6 +42,9 @@ def info(
             tokenizer=tokenizer,
             dtype=dtype,
             device=device,
+            device_map=device_map,
+            quantize=quantize,
+            keep_adapter=keep_adapter,
             trust_remote_code=trust_remote_code,
         )
         lines += _agreement(opened)
@@ -90,14 +97,23 @@ def _version(package: str) -> str:
 def _agreement(trio: Trio) -> list[tuple[str, str]]:
     described = trio.info()
     lines = [
-        (
-            role,
-            f"{model['model']}, {model['parameters']:,} parameters, {model['dtype']} on "
-            f"{model['device']}, {model['logits']} logits, {described['prompts'][role]} prompts",
-        )
+        (role, f"{_model(model)}, {described['prompts'][role]} prompts")
         for role, model in described["roles"].items()
     ]
     lines.append(("vocabulary", f"{trio.vocab_size} ids that mean the same to every role"))
     lines += [("", note) for note in described["vocabulary_notes"]]
     lines.append(("ends at", ", ".join(map(str, described["eos_token_ids"])) or "no token"))
     return lines
+
+
+def _model(described: dict[str, Any]) -> str:
+    weights = described["dtype"]
+    if described["quantized"] is not None:
+        weights = f"{described['quantized']} and {weights}"
+    parameters = f"{described['parameters']:,} parameters"
+    if described["adapter_parameters"]:
+        parameters += f", {described['adapter_parameters']:,} of them of an adapter"
+    return (
+        f"{described['model']}, {parameters}, {weights} on {described['device']}, "
+        f"{described['logits']} logits"
+    )
