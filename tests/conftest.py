@@ -1,9 +1,35 @@
-"""Settings of the whole test run."""
+"""Settings of the whole test run, and what tests of several parts share."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
 
 # Nothing is fetched from a hub: what a test needs it has or makes.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@torch.no_grad()
+def proxy_greedy(trio: Any, prompt: str, count: int) -> list[int]:
+    """Proxy-tuning by the models' own forwards: no cache, no batch, the argmax of the sum."""
+    sequences = {role: list(ids) for role, ids in trio.tokenize(prompt).items()}
+    output: list[int] = []
+    for _ in range(count):
+        base, expert, anti = (
+            trio.models[role](torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+            for role, ids in sequences.items()
+        )
+        output.append(int((base + (expert - anti))[: trio.vocab_size].argmax()))
+        for ids in sequences.values():
+            ids.append(output[-1])
+    return output
+
+
+@pytest.fixture
+def plain_greedy() -> Callable[[Any, str, int], list[int]]:
+    return proxy_greedy
