@@ -171,6 +171,7 @@ class TestRun:
         assert names == {"gpu-decoder.jsonl", "gpu-decoder.md"}
         shown = capsys.readouterr().out
         assert "The decoder on a GPU" in shown
+        assert "Tiny, bf16: weights of base 0.0 GB, expert 0.0 GB, anti 0.0 GB, shared" in shown
         assert "missed: no kernel runs in less than 3% of the time (4.76%, 13b)" in shown
 
     def traced(self, records, synchronisation, profiled):

@@ -267,7 +267,10 @@ class TestReport:
 
     def test_markdown(self):
         lines = [decoded(OURS), self.ROUND, decoded(OURS, batch_size=4), decoded(OURS, "70b")]
-        page = report.markdown(lines, DEVICE, 3e12, verdicts([]))
+        sizes = {"base": 26_031_728_640, "shared pair": 13_556_785_152}
+        weights = {"title": "Llama 13b", "bytes": sizes}
+        page = report.markdown([weights], lines, DEVICE, 3e12, verdicts([]))
+        assert "- Llama 13b: weights of base 26.0 GB, shared pair 13.6 GB." in page
         heads = [line for line in page.splitlines() if line.startswith("**")]
         assert heads == [
             "**Llama 13b, batch 1**", "**Llama 13b, batch 4**", "**Llama 70b, batch 1**",

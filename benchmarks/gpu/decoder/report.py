@@ -87,7 +87,14 @@ def groups(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     return [(title, list(group)) for title, group in groupby(records, heading)]
 
 
+def weights_line(record: Record) -> str:
+    """One sentence: bytes of weights by role."""
+    sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in record["bytes"].items())
+    return f"{record['title']}: weights of {sizes}."
+
+
 def markdown(
+    weights: Sequence[Record],
     records: Sequence[Record],
     device: Mapping[str, Any],
     copy_rate: float,
@@ -95,6 +102,7 @@ def markdown(
 ) -> str:
     """The same table, and the verdicts, for a document."""
     lines = [f"`python -m benchmarks.gpu --decoder` on {where(device)}. {caption(copy_rate)}", ""]
+    lines += [*(f"- {weights_line(record)}" for record in weights), ""]
     for heading, group in groups(records):
         heads = (" ".join(column.split()) for column in COLUMNS)
         lines += [f"**{heading}**", "", f"| {' | '.join(heads)} |"]

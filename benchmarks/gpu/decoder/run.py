@@ -106,9 +106,10 @@ class _Session:
                 self._release()
 
     def _measure_trio(self, shape: TrioShape, later: float) -> None:
-        say(f"{shape.name}: making the weights")
         trios = build_trios(shape, self._device.torch_device)
-        self.journal.add([weights_record(shape, trios)])
+        weights = weights_record(shape, trios)
+        self.journal.add([weights])
+        say(report.weights_line(weights))
         for batch_size in self._options.batch_sizes:
             what = f"{shape.name}, batch {batch_size}"
             if not self._budget.fits(_DECODING, later):
@@ -181,7 +182,9 @@ class _Session:
         if timed:
             report.print_modes(timed, journal.device, self._copy_rate)
             page = self._options.output.with_suffix(".md")
-            page.write_text(report.markdown(timed, journal.device, self._copy_rate, judged))
+            weights = [r for r in journal.records if r["op"] == "weights"]
+            text = report.markdown(weights, timed, journal.device, self._copy_rate, judged)
+            page.write_text(text)
             written += [page, *self._plot_steps(timed)]
         for verdict in judged:
             say(str(verdict))
