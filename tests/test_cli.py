@@ -53,6 +53,28 @@ def expected():
     return decoder.generate(PROMPTS, PARAMS)
 
 
+def test_speculation_gives_the_same_tokens_and_says_what_it_did(expected):
+    for drafter in ("expert", "prompt-lookup"):
+        options = ["--speculate", drafter, "--max-drafts", "3", "--prefill-chunk", "8"]
+        result = invoke(*SHIPPED, *SAMPLED, *options, "--format", "jsonl", *PROMPTS)
+        assert result.exit_code == 0, result.output
+        for line, wanted in zip(result.stdout.splitlines(), expected, strict=True):
+            record = json.loads(line)
+            assert record["token_ids"] == wanted.token_ids
+            assert set(record["speculation"]) == {"drafted", "accepted", "emitted_per_round"}
+
+
+def test_options_of_decoding_that_make_no_sense():
+    assert_one_sentence(
+        invoke(*SHIPPED, "--speculate", "expert", "--max-drafts", "0", "a"),
+        2,
+        "max_drafts must be an integer in [1, 32], got 0",
+    )
+    assert_one_sentence(
+        invoke(*SHIPPED, "--pair", "shared", "a"), 2, "pair='shared' takes an expert"
+    )
+
+
 def test_jsonl_is_what_the_decoder_gives(expected):
     result = invoke(*SHIPPED, *SAMPLED, "--format", "jsonl", *PROMPTS)
     assert result.exit_code == 0, result.output

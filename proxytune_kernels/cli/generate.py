@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from proxytune_kernels.cli import models, output
+from proxytune_kernels.cli import decoding, models, output
 from proxytune_kernels.cli.errors import USAGE, expected, stop
 from proxytune_kernels.cli.requests import CliRequest, read_requests
 from proxytune_kernels.params import SamplingParams
@@ -65,6 +65,11 @@ def generate(
     backend: Annotated[
         str | None, typer.Option(help="Of the sampling op; see `proxytune info`.")
     ] = None,
+    speculate: decoding.SpeculateOption = None,
+    max_drafts: decoding.MaxDrafts = 8,
+    pair: decoding.PairOption = None,
+    pack_weights: decoding.PackWeights = False,
+    prefill_chunk: decoding.PrefillChunk = 512,
     alpha: Annotated[
         float, typer.Option(help="Strength of the steering; 0 is the base alone.")
     ] = 1.0,
@@ -118,6 +123,7 @@ def generate(
             ignore_eos=ignore_eos,
             include_stop_str_in_output=include_stop_str_in_output,
         )
+    speculation = decoding.speculation(speculate, max_drafts)
     requests = read_requests(prompts or (), file, jsonl, params)
     opened = models.open_trio(
         trio,
@@ -132,7 +138,15 @@ def generate(
         keep_adapter=keep_adapter,
         trust_remote_code=trust_remote_code,
     )
-    settings = {"max_seq_len": max_seq_len, "compile": compile_, "backend": backend}
+    settings = {
+        "max_seq_len": max_seq_len,
+        "compile": compile_,
+        "backend": backend,
+        "speculation": speculation,
+        "pair": None if pair is None else pair.value,
+        "pack_weights": pack_weights,
+        "prefill_chunk": prefill_chunk,
+    }
     # RuntimeError: also what torch raises where memory runs out.
     with expected(ValueError, TypeError, RuntimeError):
         _write(opened, requests, output_format, max_batch_size, settings)
@@ -149,7 +163,8 @@ def _write(
         raise stop("--format side-by-side needs --expert and --anti", USAGE)
     tuned = models.open_decoder(trio, max_batch_size, **settings)
     if output_format is Format.SIDE_BY_SIDE:
-        base = models.open_decoder(trio, max_batch_size, roles=("base",), **settings)
+        alone = {**settings, "roles": ("base",), "speculation": None, "pair": None}
+        base = models.open_decoder(trio, max_batch_size, **alone)
         output.side_by_side(base, tuned, requests)
         return
     events = tuned.stream([r.prompt for r in requests], [r.params for r in requests])

@@ -6,6 +6,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
 
@@ -68,6 +69,7 @@ def _record(output: RequestOutput) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
         "seed": output.seed,
+        **({} if output.speculation is None else {"speculation": asdict(output.speculation)}),
     }
 
 
