@@ -15,13 +15,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from proxytune_kernels.decoder import Decoder, engine, graphs
 from proxytune_kernels.decoder.graphs import Capture, Replay
+from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import StepResult
+from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import BACKEND
 
 # Operators that wait for the device, or have outputs of a shape that only the device knows.
 _WAITING = {
@@ -38,6 +44,9 @@ _WAITING = {
 # torch.tensor and its like: on a GPU a copy from memory that is not pinned.
 _MADE_ON_THE_HOST = {"lift", "lift_fresh", "lift_fresh_copy"}
 _BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+# Reads of a CPU tensor's memory that go through no operator.
+_READS = {"__array__", "numpy", "tolist"}
+_REFUSED = "operation not permitted when stream is capturing"
 
 
 @dataclass
@@ -96,11 +105,22 @@ def _refuse(operator: Any, arguments: tuple[Any, ...]) -> None:
     name = operator._schema.name.split("::")[1]
     full = f"{name}.{operator._overloadname}"
     if name in _WAITING or full in _WAITING:
-        raise RuntimeError(f"operation not permitted when stream is capturing: {name} waits")
+        raise RuntimeError(f"{_REFUSED}: {name}")
     if name in _MADE_ON_THE_HOST:
-        raise RuntimeError("operation not permitted when stream is capturing: a copy to the device")
+        raise RuntimeError(f"{_REFUSED}: a copy of memory that is not pinned")
     if name in _BY_INDEX and any(t.dtype == torch.bool for t in _tensors(arguments[1])):
-        raise RuntimeError(f"operation not permitted when stream is capturing: {name} by a mask")
+        raise RuntimeError(f"{_REFUSED}: {name} by a mask")
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses to read tensors as lists and arrays."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", None) in _READS:
+            raise RuntimeError(f"{_REFUSED}: {func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 class Tape(Capture):
@@ -123,7 +143,7 @@ class Tape(Capture):
 
     def record(self, step: Replay) -> Replay:
         recorder = _Recorder()
-        with recorder:
+        with _Reads(), recorder:
             result = step()
         new = [t for place, t in recorder.found.items() if place not in self._found]
         if new:
@@ -137,3 +157,25 @@ class Tape(Capture):
             return result
 
         return replay
+
+
+def make_decoder(
+    monkeypatch: pytest.MonkeyPatch,
+    trio: Trio,
+    max_batch_size: int,
+    *,
+    taped: bool = False,
+    ahead: int = 0,
+    **options: Any,
+) -> Decoder:
+    """A decoder on the CPU whose steps are taped, or whose host runs ahead, as on a GPU.
+
+    Graphs are made for 8 keys, 16, 32, ..., so that few tokens need several.
+    """
+    monkeypatch.setattr(graphs, "_SHORTEST", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "run_ahead", lambda device: ahead)
+        if taped:
+            patch.setattr(Runner, "cannot_capture", lambda self: None)
+            patch.setattr(engine, "CudaCapture", lambda device: Tape())
+        return Decoder(trio, max_batch_size, **{"backend": BACKEND, **options})

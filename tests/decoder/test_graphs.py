@@ -1,0 +1,327 @@
+"""Captured steps, on a CPU: a tape in a graph's place (see tape.py) gives the eager tokens."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from proxytune_kernels.decoder import Decoder, RequestOutput, Speculation
+from proxytune_kernels.decoder.graphs import StepGraphs
+from proxytune_kernels.decoder.sampler import StepResult
+from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import BACKEND, VOCAB_SIZE, noisy_copy, tiny_llama
+from tests.decoder.tape import Tape, make_decoder
+from tests.decoder.test_runner import ARCHITECTURES
+
+pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="the reference can't be captured")
+
+SPECULATIONS: dict[str, Speculation | None] = {
+    "plain": None,
+    "coupled": Speculation(max_drafts=3, adaptive=False),
+    "rejection": Speculation(max_drafts=3, adaptive=False, mode="rejection"),
+    "lookup": Speculation(drafter="prompt_lookup", max_drafts=4, adaptive=False),
+    "lookup-rejection": Speculation(
+        drafter="prompt_lookup", max_drafts=4, adaptive=False, mode="rejection"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def near(tokenizer: Any) -> Trio:
+    """A trio whose expert drafts what the target often takes."""
+    anti = tiny_llama(6, 16, 1)
+    return Trio.from_models(noisy_copy(anti, 0.03, 3), noisy_copy(anti, 0.03, 4), anti, tokenizer)
+
+
+def requests(seed: int, count: int) -> tuple[list[Any], list[SamplingParams]]:
+    """Ragged prompts, some other for each role and some that repeat; every kind of parameter."""
+    rng = random.Random(seed)
+
+    def tokens(most: int) -> list[int]:
+        return [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, most))]
+
+    prompts: list[Any] = [tokens(20) for _ in range(count)]
+    prompts[::3] = [{role: tokens(14) for role in ("base", "expert", "anti")} for _ in prompts[::3]]
+    prompts[1::3] = [tokens(4) * 4 for _ in prompts[1::3]]
+    params = [
+        SamplingParams(
+            alpha=rng.choice([0.0, 1.0, 1.0, 0.5, -1.0]),
+            temperature=rng.choice([0.0, 0.0, 0.3, 1.0]),
+            top_p=rng.choice([1.0, 0.9]),
+            seed=i,
+            max_tokens=rng.choice([1, 4, 13, 30, 30]),
+            min_tokens=rng.choice([0, 0, 1]),
+            # Half of all tokens end a request, once they may.
+            stop_token_ids=range(0, VOCAB_SIZE, 2) if rng.random() < 0.2 else (),
+            ignore_eos=True,
+        )
+        for i in range(count)
+    ]
+    params[2] = SamplingParams(seed=2, max_tokens=24, min_tokens=9, stop_token_ids=range(100))
+    # A greedy text comes back to what it has said, and prompt lookup finds it.
+    params[3] = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    return prompts, params
+
+
+def check(outputs: list[RequestOutput], wanted: list[RequestOutput]) -> None:
+    for output, other in zip(outputs, wanted, strict=True):
+        assert output.token_ids == other.token_ids
+        assert (output.finish_reason, output.stop_reason) == (
+            other.finish_reason,
+            other.stop_reason,
+        )
+        # Both from the same logits, but for roundings of fp64 that fp32 shows once in 10^8.
+        assert output.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def replays(decoder: Decoder) -> int:
+    assert decoder._graphs is not None
+    tape = decoder._graphs._capture
+    assert isinstance(tape, Tape)
+    return tape.replays
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("speculation", SPECULATIONS)
+def test_tokens_equal_eager_ones(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str, ahead: int
+) -> None:
+    """Ragged, refilled, prompts per role and in chunks, alpha 0 among others, min_tokens."""
+    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation], "prefill_chunk": 12}
+    prompts, params = requests(0, 10)
+    eager = make_decoder(monkeypatch, near, 5, ahead=ahead, **options)
+    wanted = eager.generate(prompts, params)
+    decoder = make_decoder(monkeypatch, near, 5, ahead=ahead, taped=True, **options)
+    check(decoder.generate(prompts, params), wanted)
+    counts = decoder.statistics()
+    # A last step that nobody waits for may still be on its way.
+    steps = counts["plain_steps"] + counts["speculative_rounds"]
+    assert steps <= replays(decoder) <= steps + ahead
+    if speculation != "plain":
+        assert counts["accepted"] > 0
+    assert decoder.info()["graphs"] == f"{count(decoder)} captured"
+    assert decoder._graphs is not None
+    keys: list[Any] = list(decoder._graphs._replays)
+    assert {rows for rows, *_ in keys} <= {1, 2, 4, 5}
+    assert {length for _, length, *_ in keys} <= {8, 16, 32, 64}
+
+
+def count(decoder: Decoder) -> int:
+    assert decoder._graphs is not None
+    return decoder._graphs.count
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_can_be_captured(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    kind, config = ARCHITECTURES[architecture]
+    config = copy.deepcopy(config)
+    config.vocab_size = VOCAB_SIZE
+    torch.manual_seed(0)
+    base = kind(config).double().eval()
+    mixed = Trio.from_models(base, noisy_copy(base, 0.05, 1), tiny_llama(1, 16, 1), tokenizer)
+    prompts, params = requests(1, 4)
+    # The expert runs token by token, the base several at once.
+    options: dict[str, Any] = {"speculation": Speculation(max_drafts=2, adaptive=False)}
+    wanted = make_decoder(monkeypatch, mixed, 3, **options).generate(prompts, params)
+    decoder = make_decoder(monkeypatch, mixed, 3, taped=True, **options)
+    check(decoder.generate(prompts, params), wanted)
+    assert replays(decoder) > 0
+
+
+def test_one_graph_for_each_doubling(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    wanted = make_decoder(monkeypatch, trio, 4).generate([[5, 6, 7]], params)
+    decoder = make_decoder(monkeypatch, trio, 4, taped=True)
+    check(decoder.generate([[5, 6, 7]], params), wanted)
+    # From 4 keys to 62: one graph each for 8, 16, 32 and 64.
+    assert count(decoder) == 4
+    decoder.generate([[5, 6, 7]], params)
+    assert count(decoder) == 4
+    # Of 3 rows as of 4.
+    decoder.generate([[8, 9]] * 3, params)
+    decoder.generate([[8, 9]] * 4, params)
+    assert count(decoder) == 8
+
+
+@pytest.mark.parametrize("speculation", SPECULATIONS)
+def test_a_full_row_when_a_graph_is_made(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
+) -> None:
+    """The step behind a request's last one is the first to need the longest graph.
+
+    Its row has no place for the tokens of two warm-ups one behind the other.
+    """
+    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
+    prompts = [[6] * 3, [5] * 9]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (14, 8)]
+    wanted = make_decoder(monkeypatch, trio, 2, max_seq_len=16, ahead=1, **options).generate(
+        prompts, params
+    )
+    decoder = make_decoder(monkeypatch, trio, 2, max_seq_len=16, ahead=1, taped=True, **options)
+    check(decoder.generate(prompts, params), wanted)
+
+
+# PEFT asks a model for a property that transformers renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_the_shared_pair(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    anti = tiny_llama(1)
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(anti), config, autocast_adapter_dtype=False)
+    expert = adapted.double().eval().get_base_model()
+    trio = Trio.from_models(tiny_llama(0, 48, 3), expert, anti, tokenizer)
+    prompts, params = requests(2, 5)
+    for speculation in (None, SPECULATIONS["coupled"]):
+        options: dict[str, Any] = {"pair": "shared", "speculation": speculation}
+        wanted = make_decoder(monkeypatch, trio, 3, **options).generate(prompts, params)
+        decoder = make_decoder(monkeypatch, trio, 3, taped=True, ahead=1, **options)
+        check(decoder.generate(prompts, params), wanted)
+        assert decoder.info()["pair"] == "shared"
+        assert replays(decoder) > 0
+
+
+def test_a_model_that_waits_for_the_device_runs_eagerly(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rope that grows with the longest position must know it on the host."""
+    base = tiny_llama(
+        0, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    )
+    waiting = Trio.from_models(base, trio.expert, trio.anti, trio.tokenizer)
+    prompts, params = requests(3, 4)
+    wanted = make_decoder(monkeypatch, waiting, 3).generate(prompts, params)
+    decoder = make_decoder(monkeypatch, waiting, 3, taped=True)
+    check(decoder.generate(prompts, params), wanted)
+    assert decoder.info()["graphs"] == (
+        "none: a step can't be captured: operation not permitted when stream is capturing: "
+        "is_nonzero"
+    )
+
+
+class _Failing(Tape):
+    """Captures ``works`` steps; the next fails when it has been run."""
+
+    def __init__(self, works: int, error: BaseException) -> None:
+        super().__init__()
+        self.works = works
+        self.error = error
+
+    def record(self, step: Callable[[], StepResult]) -> Callable[[], StepResult]:
+        replay = super().record(step)
+        self.works -= 1
+        if self.works < 0:
+            raise self.error
+        return replay
+
+
+@pytest.mark.parametrize("works", [0, 2])
+@pytest.mark.parametrize("speculation", ["plain", "rejection", "lookup"])
+def test_a_failed_capture_harms_nothing(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str, works: int
+) -> None:
+    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
+    prompts, params = requests(4, 6)
+    wanted = make_decoder(monkeypatch, near, 3, **options).generate(prompts, params)
+    decoder = make_decoder(monkeypatch, near, 3, taped=True, **options)
+    assert decoder._graphs is not None
+    decoder._graphs._capture = _Failing(works, RuntimeError("no\n  such thing"))
+    check(decoder.generate(prompts, params), wanted)
+    assert decoder.info()["graphs"] == "none: a step can't be captured: no such thing"
+
+
+def test_other_errors_are_not_hidden(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without memory is no reason to go on; nor is an interrupt."""
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    [wanted] = make_decoder(monkeypatch, trio, 2).generate("hello", params)
+    decoder = make_decoder(monkeypatch, trio, 2, taped=True)
+    assert decoder._graphs is not None
+    error: type[BaseException]
+    for error in (torch.OutOfMemoryError, ValueError, KeyboardInterrupt):
+        decoder._graphs._capture = _Failing(0, error("out of it"))
+        with pytest.raises(error, match="out of it"):
+            decoder.generate("hello", params)
+        assert decoder._graphs.failed is None
+    decoder._graphs._capture = Tape()
+    check(decoder.generate("hello", params), [wanted])
+
+
+def test_why_there_are_no_graphs(trio: Trio) -> None:
+    with pytest.raises(ValueError, match="graphs can't be True here: CUDA graphs need a CUDA dev"):
+        Decoder(trio, 2, graphs=True)
+    reasons: dict[bool | None, str] = {
+        None: "CUDA graphs need a CUDA device, and the models are on cpu",
+        False: "not asked for",
+    }
+    for graphs, reason in reasons.items():
+        assert Decoder(trio, 2, graphs=graphs).info()["graphs"] == f"none: {reason}"
+
+
+def result(token_ids: Tensor) -> StepResult:
+    nothing = torch.zeros(token_ids.shape[0])
+    return StepResult(token_ids, nothing, nothing, nothing)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: int(x[0, 0]),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x[: x[0, 0]],
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: torch.where(x > 0),
+        lambda x: torch.equal(x, x + 1),
+        lambda x: x.repeat_interleave(x[:, 0], 0),
+        lambda x: x.unique(),
+        lambda x: x + torch.tensor([3, 4]),
+        lambda x: x[:, torch.tensor([1])],
+        lambda x: x[:, [1]],
+        lambda x: x + torch.as_tensor([3, 4]),
+    ],
+)
+def test_a_tape_refuses_what_a_capture_does(read: Callable[[Tensor], Any]) -> None:
+    x = torch.tensor([[1, 2], [3, 4]])
+
+    def step() -> StepResult:
+        read(x)
+        x.add_(1)
+        return result(x + 1)
+
+    graphs = StepGraphs(Tape(), 2, 8)
+    assert graphs.run(2, 1, "kind", lambda rows, length: step(), [x]).token_ids[0, 0] == 3
+    assert graphs.failed is not None and graphs.count == 0
+    assert x.tolist() == [[2, 3], [4, 5]]
+
+
+def test_a_tape_runs_no_python() -> None:
+    """What comes from the host stays as it was recorded; what lies in tensors does not."""
+    x = torch.tensor([[1], [2]])
+    added = [10]
+
+    def step(rows: int, length: int | None) -> StepResult:
+        y = x[:rows] * 2
+        y[0] += 100
+        x[:rows] += 1
+        return result(y + added[0])
+
+    graphs = StepGraphs(Tape(), 2, 8)
+    seen: list[tuple[list[int], int]] = []
+    for added[0] in (10, 20, 30):
+        taken = graphs.run(2, 1, "kind", step, [x])
+        assert taken.token_ids.data_ptr() == (seen[0][1] if seen else taken.token_ids.data_ptr())
+        seen.append((taken.token_ids.flatten().tolist(), taken.token_ids.data_ptr()))
+    assert [tokens for tokens, _ in seen] == [[112, 14], [114, 16], [116, 18]]
+    assert graphs.run(1, 1, "kind", step, [x]).token_ids.tolist() == [[138]]

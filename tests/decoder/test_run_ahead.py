@@ -1,0 +1,202 @@
+"""A host one step ahead of its device, on a CPU: the same tokens, and no more than those."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+
+from proxytune_kernels.decoder import Decoder, StreamEvent
+from proxytune_kernels.decoder.step import Stepper
+from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import BACKEND
+from tests.decoder.tape import make_decoder
+from tests.decoder.test_graphs import SPECULATIONS, check, near, requests
+
+__all__ = ["near"]  # a fixture
+
+NEEDS_TAPE = pytest.mark.skipif(BACKEND == "reference", reason="the reference can't be captured")
+TAPED = [False, pytest.param(True, marks=NEEDS_TAPE)]
+
+
+def empty(decoder: Decoder) -> None:
+    """No slot is held, on the host or on the device."""
+    assert not decoder._loop.unfinished
+    runner = decoder._runner
+    for role in decoder.roles:
+        assert not any(runner.lengths(role))
+        assert not runner.active[role].any()
+    assert not any(lengths.any() for lengths in runner.state())
+
+
+@pytest.mark.parametrize("taped", TAPED)
+@pytest.mark.parametrize("speculation", SPECULATIONS)
+def test_tokens_equal(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str, taped: bool
+) -> None:
+    """Ends by length, stop token and stop string, with refills while a last step is on its way."""
+    prompts, params = requests(5, 12)
+    params[4:6] = [dataclasses.replace(p, max_tokens=30, stop=["a", "\u00e9"]) for p in params[4:6]]
+    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation], "prefill_chunk": 12}
+    if "rejection" in speculation:
+        # Its tokens depend on how many drafts share a round, and so on when requests come.
+        params = [dataclasses.replace(p, temperature=0.0) for p in params]
+    wanted = make_decoder(monkeypatch, near, 3, **options).generate(prompts, params)
+    decoder = make_decoder(monkeypatch, near, 3, ahead=1, taped=taped, **options)
+    events = list(decoder.stream(prompts, params))
+    by_index = by_request(events)
+    outputs = [by_index[i][-1].output for i in range(len(prompts))]
+    check([output for output in outputs if output is not None], wanted)
+    assert {output.finish_reason for output in wanted} == {"stop", "length"}
+    for index, output in enumerate(wanted):
+        # Nothing behind an end, nothing twice.
+        assert [e.output is None for e in by_index[index]][:-1] == [True] * (
+            len(by_index[index]) - 1
+        )
+        assert [t for e in by_index[index] for t in e.token_ids] == output.token_ids
+        assert "".join(e.text for e in by_index[index]) == output.text
+    empty(decoder)
+
+
+def by_request(events: list[StreamEvent]) -> dict[int, list[StreamEvent]]:
+    by_index = defaultdict(list)
+    for event in events:
+        by_index[event.index].append(event)
+    return by_index
+
+
+def test_the_host_is_ahead(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is launched before the one before it is read, and only one."""
+    launched: list[int] = []
+    run = Stepper.run
+
+    def counted(self: Stepper, *arguments: Any) -> Any:
+        launched.append(1)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Stepper, "run", counted)
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    for ahead in (0, 1):
+        launched.clear()
+        decoder = make_decoder(monkeypatch, trio, 2, ahead=ahead)
+        seen = 0
+        for event in decoder.stream("hello", params):
+            seen += len(event.token_ids)
+            # The first token is the prompt's; the last is known to be the last.
+            assert len(launched) == min(seen - 1 + (ahead if seen > 1 else 0), 8)
+        assert len(launched) == 8
+
+
+@pytest.mark.parametrize("taped", TAPED)
+@pytest.mark.parametrize("speculation", ["plain", "coupled", "lookup"])
+def test_a_slot_is_refilled_under_a_step_in_flight(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str, taped: bool
+) -> None:
+    """The step that its last request still has on the way leaves nothing for the next.
+
+    One request ends early (the host can't know), one slot moves, new requests come at once.
+    """
+    decoder = make_decoder(
+        monkeypatch, near, 3, ahead=1, taped=taped, speculation=SPECULATIONS[speculation]
+    )
+    long = SamplingParams(seed=1, max_tokens=25, ignore_eos=True)
+    [text] = make_decoder(monkeypatch, near, 1).generate([[9, 8, 7]], long)
+    stop = next(t for i, t in enumerate(text.token_ids) if i > 3 and t not in text.token_ids[:i])
+    short = dataclasses.replace(long, stop_token_ids=[stop])
+    new = SamplingParams(seed=2, max_tokens=12, ignore_eos=True)
+    prompts: list[Any] = [[9, 8, 7], [4, 5], [9, 8, 7], [10] * 9, [9, 8, 7], [11]]
+    params = [short, long, short, new, long, new]
+    outputs = decoder.generate(prompts, params)
+    for output, prompt, p in zip(outputs, prompts, params, strict=True):
+        [alone] = make_decoder(monkeypatch, near, 1).generate([prompt], p)
+        check([output], [alone])
+    assert outputs[0].finish_reason == outputs[2].finish_reason == "stop"
+    empty(decoder)
+
+
+@pytest.mark.parametrize("speculation", ["plain", "coupled"])
+def test_cancelled_under_a_step_in_flight(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
+) -> None:
+    params = SamplingParams(seed=1, max_tokens=25, ignore_eos=True)
+    prompts = [[9, 8, 7], [4, 5], [6], [7]]
+    wanted = [make_decoder(monkeypatch, near, 1).generate([p], params)[0] for p in prompts]
+    decoder = make_decoder(monkeypatch, near, 2, ahead=1, speculation=SPECULATIONS[speculation])
+    events: list[StreamEvent] = []
+    for event in decoder.stream(prompts, params):
+        events.append(event)
+        if len(events) == 7:
+            assert decoder._loop._pending
+            decoder.cancel(next(e.request_id for e in events if e.index == 0))
+    for index, seen in by_request(events).items():
+        output = seen[-1].output
+        assert output is not None
+        assert [t for e in seen for t in e.token_ids] == output.token_ids
+        assert output.token_ids == wanted[index].token_ids[: len(output.token_ids)]
+        assert output.finish_reason == ("cancelled" if index == 0 else "length")
+        assert index == 0 or len(output.token_ids) == 25
+    empty(decoder)
+
+
+@pytest.mark.parametrize("speculation", ["plain", "lookup"])
+def test_a_row_with_nothing_to_draw_fails_alone(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
+) -> None:
+    """The request fails once, at its position, though a step more of it is on its way."""
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    prompts: list[Any] = [[9, 8, 7], [4, 5]]
+    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
+    first, other = make_decoder(monkeypatch, near, 2).generate(prompts, params)
+    at = next(
+        i
+        for i, t in enumerate(first.token_ids)
+        if i > 2 and t not in first.token_ids[:i] and t not in other.token_ids and t > 5
+    )
+    poison = first.token_ids[at]
+    decoder = make_decoder(monkeypatch, near, 2, ahead=1, **options)
+    weight = near.base.model.embed_tokens.weight
+    kept = weight[poison].clone()
+    bad, good = (decoder.stream([prompt], params) for prompt in prompts)
+    with torch.no_grad():
+        weight[poison] = torch.nan
+    try:
+        seen: list[int] = list(next(good).token_ids)
+        tokens: list[int] = []
+        with pytest.raises(RuntimeError, match=f"no token can be drawn at position {at + 1}:"):
+            for event in bad:
+                tokens += event.token_ids
+        seen += [t for event in good for t in event.token_ids]
+    finally:
+        with torch.no_grad():
+            weight[poison] = kept
+    assert tokens == first.token_ids[: at + 1]
+    assert seen == other.token_ids
+    empty(decoder)
+
+
+def test_an_interrupted_step_leaves_nothing_in_flight_that_counts(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompts = ["hello", "a"]
+    wanted = make_decoder(monkeypatch, trio, 2).generate(prompts, params)
+    decoder = make_decoder(monkeypatch, trio, 2, ahead=1)
+    for role in ("base", "anti"):
+        stream = decoder.stream(prompts, params)
+        for _ in range(5):
+            next(stream)
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder._runner.members[role,], "forward", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                list(stream)
+        empty(decoder)
+        check(decoder.generate(prompts, params), wanted)
+    empty(decoder)
