@@ -11,89 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from benchmarks.report import significant
-
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
-_COLOURS = {
-    "naive": "#999999",
-    "base-only": "#56B4E9",
-    "ours": "#D55E00",
-    "ours-shared-pair": "#F0E442",
-    "ours-speculative": "#0072B2",
-    "ours-shared-speculative": "#009E73",
-    "ours-lookup": "#CC79A7",
-    "ours-compiled": "#E69F00",
-    "base-only-packed": "#9AD0EE",
-    "ours-packed": "#EE9A66",
-}
-_ROLE_COLOURS = {"base": "#0072B2", "expert": "#009E73", "anti": "#CC79A7"}
-
-
-def _providers(records: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(record["provider"] for record in records))
-
-
-def _bars(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
-    """One panel: ms per token of each provider, the stacked bare forwards on their left."""
-    forwards = records[0]["bare_forwards_ms"]
-    bottom = 0.0
-    for role, colour in _ROLE_COLOURS.items():
-        if role in forwards:
-            axes.bar(0, forwards[role], bottom=bottom, color=colour, width=0.75)
-            bottom += forwards[role]
-    axes.text(0, bottom, significant(bottom), ha="center", va="bottom")
-    axes.axhline(bottom, color="black", linewidth=0.9, linestyle="--", zorder=0)
-    for i, record in enumerate(records, start=1):
-        time = record["token_ms"]["median"]
-        axes.bar(i, time, color=_COLOURS[record["provider"]], width=0.75)
-        axes.text(i, time, significant(time), ha="center", va="bottom")
-    labels = ["bare\nforwards", *(r["provider"].replace("-", "-\n") for r in records)]
-    axes.set_xticks(range(len(labels)), labels)
-    axes.margins(y=0.12)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def plot_throughput(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars of milliseconds per output token, a panel per case, beside the sum of bare forwards.
-
-    Args:
-        records: as the throughput benchmark writes them.
-        path: of the PNG.
-        title: above the panels.
-    """
-    keys = ("prompt_length", "output_length", "batch_size")
-    cases = list(dict.fromkeys(tuple(r[k] for k in keys) for r in records))
-    batch_sizes = sorted({case[2] for case in cases})
-    lengths = list(dict.fromkeys(case[:2] for case in cases))
-    width = 1.1 * (len(_providers(records)) + 1) * len(lengths)
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(
-            figsize=(max(7.0, width), 1.2 + 2.6 * len(batch_sizes)), layout="constrained"
-        )
-        grid = figure.subplots(len(batch_sizes), len(lengths), squeeze=False, sharey="row")
-        for row, batch_size in enumerate(batch_sizes):
-            for column, (prompt, output) in enumerate(lengths):
-                key = (prompt, output, batch_size)
-                axes = grid[row][column]
-                _bars(axes, [r for r in records if tuple(r[k] for k in keys) == key])
-                prompts = "own prompts" if prompt is None else f"{prompt} prompt"
-                axes.set_title(
-                    f"batch {batch_size}, {prompts} + {output} output tokens", fontsize=9
-                )
-            grid[row][0].set_ylabel("ms per output token")
-        handles = [mpl.patches.Patch(color=c, label=role) for role, c in _ROLE_COLOURS.items()]
-        figure.legend(
-            handles=handles,
-            title="bare forwards of",
-            loc="outside lower center",
-            ncols=3,
-            frameon=False,
-        )
-        figure.suptitle(title, fontsize=10)
-        figure.savefig(path, dpi=150)
-
-
 _KERNEL_COLOURS = {
     "ours": "#D55E00",
     "softmax only": "#000000",
@@ -102,6 +20,10 @@ _KERNEL_COLOURS = {
     "torch.compile": "#0072B2",
     "numpy": "#009E73",
 }
+
+
+def _providers(records: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(record["provider"] for record in records))
 
 
 def plot_kernels(records: Sequence[dict[str, Any]], path: Path) -> None:

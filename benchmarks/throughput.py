@@ -16,9 +16,9 @@ from rich.progress import Progress
 
 from benchmarks.agreement import Mismatch, greedy_mismatches
 from benchmarks.decode_timing import Case, Work, time_case
+from benchmarks.decoding_plots import plot_throughput
 from benchmarks.memory import in_fresh_process
 from benchmarks.options import check_lengths, parse_cases, parse_providers
-from benchmarks.plots import plot_throughput
 from benchmarks.prompts import KINDS, make_prompts, task_batches
 from benchmarks.providers import ALPHA, GREEDY, PROVIDERS, TEMPERATURE, TOP_P, Provider, Sampling
 from benchmarks.report import RESULTS, console, make_progress, write_json_lines
