@@ -1,0 +1,91 @@
+"""Drafts from the text itself, against a search in plain Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxytune_kernels.decoder.drafting import History
+
+CPU = torch.device("cpu")
+CAPACITY = 14
+# Few different tokens, so that texts repeat themselves.
+TOKEN = st.integers(0, 2)
+TEXT = st.lists(TOKEN, min_size=1, max_size=CAPACITY)
+WIDTH = st.integers(1, 5)
+
+
+def search(text: list[int], width: int) -> list[int]:
+    """What followed the latest earlier occurrence of the last three tokens, else of the last two.
+
+    Exactly ``width`` of them, -1 where the text ends before.
+    """
+    for size in (3, 2):
+        ending = text[-size:]
+        for end in range(len(text) - 1, size - 1, -1):
+            if text[end - size : end] == ending:
+                return [*text[end : end + width], *[-1] * width][:width]
+    return [-1] * width
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ([1, 2, 3, 9, 1, 2, 3], [9, 1, 2]),
+        # The latest of several, and three tokens before two.
+        ([1, 2, 3, 8, 1, 2, 3, 9, 1, 2, 3], [9, 1, 2]),
+        ([1, 2, 3, 8, 7, 2, 3, 9, 1, 2, 3], [8, 7, 2]),
+        # Drafts may run up to the end of the text, and not beyond.
+        ([5, 5, 5, 5], [5, -1, -1]),
+        ([4, 6, 4, 6], [4, 6, -1]),
+        # One equal token is not enough; nor is a text that only is its own end.
+        ([7, 1, 2, 7], [-1, -1, -1]),
+        ([1, 2, 3], [-1, -1, -1]),
+        ([1, 1], [-1, -1, -1]),
+        ([1], [-1, -1, -1]),
+    ],
+)
+def test_lookup(text: list[int], wanted: list[int]) -> None:
+    assert search(text, 3) == wanted
+    history = History(1, 16, CPU)
+    history.start(0, text)
+    assert history.lookup(1, 3).tolist() == [wanted]
+
+
+@given(st.lists(TEXT, min_size=1, max_size=4), st.lists(TOKEN, min_size=CAPACITY), WIDTH)
+def test_lookup_is_the_naive_search(texts: list[list[int]], garbage: list[int], width: int) -> None:
+    """Lengths from one token to the capacity; what lies behind them is never read."""
+    history = History(len(texts) + 1, CAPACITY, CPU)
+    for slot, text in enumerate(texts):
+        history.start(slot, text)
+        history.token_ids[slot, len(text) :] = torch.tensor(garbage[: CAPACITY - len(text)])
+    wanted = [search(text, width) for text in texts]
+    assert history.lookup(len(texts), width).tolist() == wanted
+
+
+ROUNDS = st.lists(st.tuples(st.lists(TOKEN, min_size=3, max_size=3), st.integers(0, 3)), max_size=8)
+
+
+@given(TEXT, st.lists(TOKEN, min_size=1, max_size=CAPACITY - 1), ROUNDS, WIDTH)
+def test_text_grows_by_what_rounds_emit(
+    first: list[int], second: list[int], rounds: list[tuple[list[int], int]], width: int
+) -> None:
+    """Of three tokens the first 0 to 3 count. The slot beside it does not run: it is written to
+    behind its end, and does not grow."""
+    history = History(3, CAPACITY, CPU)
+    history.start(0, second)
+    history.start(1, first)
+    text = list(first)
+    for tokens, count in rounds:
+        if len(text) + len(tokens) > CAPACITY:
+            break
+        history.append(torch.tensor([[2, 2, 2], tokens]), torch.tensor([0, count]))
+        text += tokens[:count]
+        wanted = [search(second, width), search(text, width)]
+        assert history.lookup(2, width).tolist() == wanted
+    history.move(1, 0)
+    assert history.lookup(1, width).tolist() == [search(text, width)]
+    history.start(0, second)
+    assert history.lookup(1, width).tolist() == [search(second, width)]
