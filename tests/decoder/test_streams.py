@@ -1,0 +1,190 @@
+"""In what order streams wait for each other, with stand-ins for those of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from proxytune_kernels.decoder.graphs import CudaCapture
+from proxytune_kernels.decoder.loop import _Pending
+from proxytune_kernels.decoder.runner import Runner
+from proxytune_kernels.decoder.sampler import StepResult
+from tests.decoder.test_runner import make
+
+
+class _Stream:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: _Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class _Cuda:
+    """What of torch.cuda the decoder uses; it writes down who does what on which stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.main = _Stream("main", self.log)
+        self.current = self.main
+        self.capturing = False
+        self.graph_fails = False
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: _Stream("side", self.log))
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: self.stream(self.current))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: _Cuda, *, pool: str, stream: _Stream) -> Iterator[None]:
+        assert (graph, pool) == (self, "pool")
+        before, self.current, self.capturing = self.current, stream, True
+        yield
+        self.capturing = False
+        if self.graph_fails:
+            # torch gives the stream back behind this, and so not at all.
+            raise RuntimeError("capture_end")
+        self.current = before
+
+    def replay(self) -> None:
+        self.log.append(f"replay on {self.current.name}")
+
+    def run(self, what: str) -> None:
+        self.log.append(f"{what} on {self.current.name}{' captured' * self.capturing}")
+
+
+class _Result:
+    def __init__(self, part: tuple[str, ...], log: list[str]) -> None:
+        self.name, self.log = "+".join(part), log
+
+    def record_stream(self, stream: _Stream) -> None:
+        self.log.append(f"{self.name} recorded on {stream.name}")
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("parts", [[("base",), ("expert",), ("anti",)], [("base",), ("pair",)]])
+def test_the_pair_runs_beside_the_base(
+    monkeypatch: pytest.MonkeyPatch, capturing: bool, parts: list[tuple[str, ...]]
+) -> None:
+    runner = Runner({"base": make("llama")}, 1, 8)
+    cuda = _Cuda(monkeypatch)
+    cuda.capturing = capturing
+    log = cuda.log
+    monkeypatch.setattr(runner, "_side", _Stream("side", log))
+
+    def run(part: tuple[str, ...]) -> Any:
+        log.append(f"{'+'.join(part)} on {cuda.current.name}")
+        return _Result(part, log)
+
+    results: list[Any] = runner._side_by_side(run, parts)
+    assert [result.name for result in results] == ["+".join(part) for part in parts]
+    others = [part[0] for part in parts[1:]]
+    for other in others:
+        # Its inputs are there before; what reads its logits comes after.
+        ran = log.index(f"{other} on side")
+        assert log.index("side waits for main") < ran < log.index("main waits for side")
+    # The base's work is not waited for by the pair, and runs on the stream of the rest.
+    assert log.index("side waits for main") < log.index("base on main")
+    assert log.index("base on main") < log.index("main waits for side")
+    recorded = [f"{other} recorded on main" for other in others]
+    assert [entry for entry in log if "recorded" in entry] == ([] if capturing else recorded)
+    assert cuda.current is cuda.main
+
+
+def test_one_model_needs_no_other_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner({"base": make("llama")}, 1, 8)
+    cuda = _Cuda(monkeypatch)
+    monkeypatch.setattr(runner, "_side", _Stream("side", cuda.log))
+    run: Callable[[Any], Any] = lambda _: cuda.run("base")  # noqa: E731
+    runner._side_by_side(run, [("base",)])
+    assert cuda.log == ["base on main"]
+
+
+def test_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs that are not recorded, each from the state that was; then the one that is."""
+    cuda = _Cuda(monkeypatch)
+    state = torch.tensor([5])
+    begun: list[int] = []
+
+    def step() -> Any:
+        cuda.run("step")
+        begun.append(int(state))
+        state.add_(1)
+        return "result"
+
+    replay: Callable[[], Any] = CudaCapture(torch.device("cuda", 1))(step, [state])
+    assert begun == [5, 5, 5]
+    assert int(state) == 5
+    warm_up = ["side waits for main", "step on side", "main waits for side"]
+    assert cuda.log == [*warm_up, *warm_up, "step on side captured"]
+    assert replay() == "result"
+    assert cuda.log[-1] == "replay on main"
+    assert begun == [5, 5, 5]
+
+
+@pytest.mark.parametrize("where", ["warm-up", "capture"])
+def test_a_failed_capture_leaves_stream_and_state(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    cuda = _Cuda(monkeypatch)
+    cuda.graph_fails = where == "capture"
+    state = torch.tensor([5])
+
+    def step() -> Any:
+        state.add_(1)
+        if where == "warm-up":
+            raise RuntimeError("out of order")
+
+    with pytest.raises(RuntimeError, match="capture_end|out of order"):
+        CudaCapture(torch.device("cuda", 0))(step, [state])
+    assert int(state) == 5
+    assert cuda.current is cuda.main
+
+
+class _OnDevice:
+    """A column of a result on a GPU that is not the current one."""
+
+    device = torch.device("cuda", 1)
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def to(self, device: str, *, non_blocking: bool, copy: bool) -> torch.Tensor:
+        assert (device, non_blocking, copy) == ("cpu", True, True)
+        self.log.append("copied")
+        return torch.tensor([[3]])
+
+
+def test_a_result_is_read_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event is behind the copies, on their stream, and waited for before they are read."""
+    log: list[str] = []
+
+    class Event:
+        def record(self, stream: str) -> None:
+            log.append(f"recorded on {stream}")
+
+        def synchronize(self) -> None:
+            log.append("waited for")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    column: Any = _OnDevice(log)
+    pending = _Pending([], StepResult(column, column, column, column), 0, 0.0)
+    assert log == [*["copied"] * 4, "recorded on stream of cuda:1"]
+    assert pending.lists()[0] == [[3]]
+    assert log[-1] == "waited for"
