@@ -324,6 +324,26 @@ class TestChecks:
         assert outcome.sentence.count("where plain decoding has") == 1
         assert "prompt 2: " in outcome.sentence
 
+    def test_differences_in_bf16_are_reported(self, monkeypatch):
+        monkeypatch.setattr(checks, "_TOKENS", 6)
+        right = DecoderProvider.generate
+
+        def wrong(self, prompts, max_tokens, *, greedy=False):
+            generation = right(self, prompts, max_tokens, greedy=greedy)
+            if self.trio.base.dtype == torch.bfloat16:
+                generation.token_ids[3][0] = 0  # <pad>, which no model gives
+            return generation
+
+        monkeypatch.setattr(DecoderProvider, "generate", wrong)
+        outcome = Checks("cpu").check(MODES[OURS])
+        assert not outcome.failed
+        assert outcome.sentence == (
+            "ours: greedy tokens are the naive loop's, 0 ties; in bf16 those of 3 of 4 texts, and "
+            "1 leave them by more than the naive loop's own rounding."
+        )
+        [mismatch] = outcome.fields["bf16"]
+        assert "prompt 3, position 0: token 0" in mismatch
+
     def test_the_shared_pair_has_another_expert(self):
         trios = checks.shipped_trios("cpu", "float32")
         assert trios[SHARED].anti is trios[SEPARATE].anti

@@ -1,5 +1,6 @@
 """Step times of the decoder's modes: from events to records, verdicts and a table."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,12 +159,13 @@ class TestModes:
         class Provider:
             def __init__(self, name, trio, **options):
                 given[name] = (trio, options)
-                self.decoder = type("", (), {"_runner": type("", (), {"_side": 1})()})()
+                self.decoder = SimpleNamespace(_runner=SimpleNamespace(_side="a stream"))
 
         monkeypatch.setattr(decoder_modes, "DecoderProvider", Provider)
-        for mode in MODES.values():
-            mode.make(trios, 4, 80)
+        made: dict[str, Any] = {mode.name: mode.make(trios, 4, 80) for mode in MODES.values()}
         assert NAIVE not in given
+        sides = {name: made[name].decoder._runner._side for name in given}
+        assert sides == {name: None if name == ONE_STREAM else "a stream" for name in given}
         for name, (trio, options) in given.items():
             assert trio is trios[SHARED if name == SHARED_PAIR else SEPARATE]
             assert (options.pop("max_batch_size"), options.pop("max_seq_len")) == (4, 80)
@@ -178,8 +180,6 @@ class TestModes:
     def test_one_stream(self, trios):
         """What keeps the pair on the base's stream is not a public option: it has to be there."""
         assert "_side" in vars(Decoder(trios[SEPARATE], 1, 32)._runner)
-        provider: Any = MODES[ONE_STREAM].make(trios, 1, 32)
-        assert provider.decoder._runner._side is None
 
     def test_naive_is_the_loop_over_all_roles(self, trios):
         assert MODES[NAIVE].make(trios, 1, 32).roles == ("base", "expert", "anti")
