@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.functional import linear
 
+from proxytune_kernels.quantization import plain_tensors
+
 # What a configuration says besides what its model computes.
 _LABELS = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"} | {
     "bos_token_id",
@@ -147,6 +149,16 @@ def check_same_architecture(expert: Any, anti: Any) -> None:
             )
 
 
+def same_values(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are equal; quantised ones are if all their parts are."""
+    if x is y:
+        return True
+    parts, others = list(plain_tensors(x)), list(plain_tensors(y))
+    return [p.dtype for p in parts] == [p.dtype for p in others] and all(
+        map(torch.equal, parts, others)
+    )
+
+
 def _plain_tensors(module: Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """A model's parameters and buffers without its adapters', by the names they have there."""
     module = getattr(module, "base_layer", module)
@@ -167,7 +179,7 @@ def _same(name: str, expert: Tensor, anti: Tensor | None) -> Tensor:
         raise PairError(
             f"expert and anti must have equal weights, got {name} of {' and '.join(described)}"
         )
-    if not torch.equal(expert, anti):
+    if not same_values(expert, anti):
         raise PairError(
             f"expert must be anti and an adapter, got other values in {name}: an expert that was "
             f"merged, or tuned as a whole, shares no weights"
@@ -203,6 +215,8 @@ def _adapter(path: str, layer: Any) -> tuple[Any, ...] | None:
     if layer.merged or layer.disable_adapters:
         state = "merged" if layer.merged else "disabled"
         raise PairError(f"expert must have its adapter active beside its weights, got it {state}")
+    if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+        raise PairError(f"expert must have LoRA layers without hooks, got some at {path}")
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) > 1:
         raise PairError(f"expert must have one active adapter, got {', '.join(names)} at {path}")

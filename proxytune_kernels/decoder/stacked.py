@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from torch.nn.functional import layer_norm
 
-from proxytune_kernels.decoder.adapted import PairError, check_same_architecture
+from proxytune_kernels.decoder.adapted import PairError, check_same_architecture, same_values
 
 
 class StackedLinear(Linear):
@@ -98,7 +98,7 @@ def stacked_pair(expert: Any, anti: Any) -> Any:
                 f"expert and anti must have weights of one kind, got {kinds[0]} and {kinds[1]} in "
                 f"{path}"
             )
-        differing = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+        differing = {name for name in ours if not same_values(ours[name], theirs[name])}
         if differing:
             _check(path, module, differing)
             both = {n: torch.stack([t, theirs[n]]) for n, t in ours.items()}

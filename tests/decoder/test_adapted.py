@@ -19,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import proxytune_kernels as ptk
 from proxytune_kernels.decoder.adapted import PairError, adapted_pair, is_adapted
 from proxytune_kernels.decoder.slim import slim
 
@@ -193,6 +194,20 @@ def test_the_given_models_are_left_as_they_were():
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
 
 
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")
+def test_quantised_weights_are_shared():
+    pytest.importorskip("torchao")
+    models = [make_anti().to(torch.bfloat16) for _ in range(2)]
+    anti, expert_base = (ptk.quantize(model, "int8") for model in models)
+    model = adapt(expert_base, target_modules=["q_proj", "up_proj", "lm_head"])
+    check(model, anti, token_ids(4, 3))
+    other = make_anti().to(torch.bfloat16)
+    refuse(model, other, r"other values in model\.layers\.0\.self_attn\.q_proj\.weight")
+    nn.init.zeros_(other.model.layers[1].mlp.down_proj.weight)
+    other = ptk.quantize(other, "int8")
+    refuse(model, other, r"other values in model\.layers\.1\.mlp\.down_proj\.weight")
+
+
 def test_adapted_models_are_known():
     anti = make_anti()
     assert not is_adapted(anti)
@@ -265,6 +280,10 @@ def test_states_of_an_adapter_are_refused():
     model = adapt(anti)
     model.base_model.disable_adapter_layers()
     refuse(model, anti, "active beside its weights, got it disabled")
+    model = adapt(anti)
+    model.get_base_model().lm_head.register_forward_pre_hook(print)
+    model.get_base_model().model.layers[0].mlp.up_proj.register_forward_pre_hook(print)
+    refuse(model, anti, r"without hooks, got some at model\.layers\.0\.mlp\.up_proj")
     model = adapt(anti, init_lora_weights=True)
     # An adapter that changes nothing yet: merging it leaves the weights as they are.
     model.merge_adapter()
