@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import proxytune_kernels as ptk
+from proxytune_kernels.adapters import beside
 from proxytune_kernels.loading import LoadError
 from proxytune_kernels.trio import Trio, load_trio
 
@@ -293,3 +294,17 @@ def test_an_anti_with_the_adapter_in_it_is_refused(peft_expert: Any) -> None:
     inner = peft_expert.get_base_model()
     with pytest.raises(ValueError, match="anti must be the model without the adapter, got one"):
         Trio.from_models(shipped.base, peft_expert, inner, shipped.tokenizer)
+
+
+def test_an_adapter_with_biases_for_the_model_is_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, attention_bias=True,
+    )  # fmt: skip
+    adapted = peft.get_peft_model(
+        LlamaForCausalLM(config), peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    )
+    adapted.save_pretrained(tmp_path)
+    model = LlamaForCausalLM(config)
+    with pytest.raises(LoadError, match=r"leaves the model's own weights as they are"):
+        beside("expert", model, tmp_path)
