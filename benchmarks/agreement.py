@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,7 +47,11 @@ class Mismatch:
 
 
 def greedy_mismatches(
-    providers: Sequence[Provider], trio: Trio, prompts: Prompts, max_tokens: int
+    providers: Sequence[Provider],
+    trio: Trio,
+    prompts: Prompts,
+    max_tokens: int,
+    tick: Callable[[str], object] = lambda name: None,
 ) -> list[Mismatch]:
     """Compare every provider's greedy tokens with a naive loop over the same roles.
 
@@ -56,6 +60,7 @@ def greedy_mismatches(
         trio: the models they decode.
         prompts: token ids, all of one length.
         max_tokens: tokens to decode of each.
+        tick: called with each provider's name, before it decodes.
 
     Returns:
         The first mismatch of each prompt of each provider. What follows one is not compared: the
@@ -64,6 +69,7 @@ def greedy_mismatches(
     found = []
     expected: dict[tuple[str, ...], list[list[int]]] = {}
     for provider in providers:
+        tick(provider.name)
         naive = NaiveLoop(trio, provider.roles)
         if provider.roles not in expected:
             expected[provider.roles] = naive.generate(prompts, max_tokens, greedy=True).token_ids

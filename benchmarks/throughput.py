@@ -22,7 +22,7 @@ from benchmarks.options import check_lengths, parse_cases, parse_providers
 from benchmarks.prompts import KINDS, make_prompts, task_batches
 from benchmarks.providers import ALPHA, GREEDY, PROVIDERS, TEMPERATURE, TOP_P, Provider, Sampling
 from benchmarks.report import RESULTS, console, make_progress, write_json_lines
-from benchmarks.throughput_table import print_tables
+from benchmarks.throughput_table import print_tables, print_verdicts
 from benchmarks.trios import AdapterMissing, TrioForms
 from proxytune_kernels import Trio
 from proxytune_kernels.decoder.packing import PackingError
@@ -100,10 +100,16 @@ def check_greedy(providers: Sequence[Provider]) -> list[Mismatch]:
         typer.Exit: code 1, a provider decodes other tokens; each mismatch is printed.
     """
     mismatches = []
-    for trio in {id(p.trio): p.trio for p in providers}.values():
-        own = [provider for provider in providers if provider.trio is trio]
-        prompts = make_prompts(trio, _GREEDY_ROWS, _GREEDY_PROMPT)
-        mismatches += greedy_mismatches(own, trio, prompts, _GREEDY_TOKENS)
+    with make_progress() as progress:
+        task = progress.add_task("greedy tokens", total=len(providers))
+
+        def tick(name: str) -> None:
+            progress.update(task, advance=1, description=f"greedy tokens: {name}")
+
+        for trio in {id(p.trio): p.trio for p in providers}.values():
+            own = [provider for provider in providers if provider.trio is trio]
+            prompts = make_prompts(trio, _GREEDY_ROWS, _GREEDY_PROMPT)
+            mismatches += greedy_mismatches(own, trio, prompts, _GREEDY_TOKENS, tick)
     for mismatch in mismatches:
         console.print(str(mismatch), style="yellow" if mismatch.within_rounding else "red")
     if not all(mismatch.within_rounding for mismatch in mismatches):
@@ -190,6 +196,7 @@ def run(settings: Settings, output: Path, plot: bool) -> None:
         f"{settings.prompts}, {describe(settings.sampling)}"
     )
     print_tables(records, title)
+    print_verdicts(records, name, settings.prompts)
     for provider in providers:
         if provider.set_up_seconds > 1:
             console.print(

@@ -13,6 +13,36 @@ _MIB = 2**20
 Record = dict[str, Any]
 
 
+TARGETS = {
+    ("qwen", "arithmetic", 1): (
+        ("ours-speculative", "naive", 2.5),
+        ("ours-speculative", "base-only", 1.3),
+        ("ours-shared-pair", "ours", 1.2),
+    ),
+    ("shipped", "text", 1): (("ours-speculative", "ours", 0.95),),
+    ("shipped", "arithmetic", 1): (("ours-speculative", "ours", 0.95),),
+}
+"""Trio, kind of prompts and batch size -> tokens/s of a provider over another's, at least."""
+
+
+def print_verdicts(records: Sequence[Record], trio: str, prompts: str) -> None:
+    """Which targets are met, of those that a case has and whose providers ran."""
+    for record in records:
+        for provider, other, least in TARGETS.get((trio, prompts, record["batch_size"]), ()):
+            over = record["speed_over"].get(other)
+            if record["provider"] != provider or over is None:
+                continue
+            verdict = "met" if over["median"] >= least else "missed"
+            behind = record["token_speed_over"][other]["median"]
+            case = Case(record["batch_size"], record["prompt_length"], record["output_length"])
+            console.print(
+                f"{case}: {provider} has {over['median']:.2f} times {other}'s tokens/s "
+                f"({over['p10']:.2f} to {over['p90']:.2f}), target {least:g}: {verdict}; "
+                f"behind the prompt {behind:.2f} times.",
+                soft_wrap=True,
+            )
+
+
 def print_tables(records: Sequence[Record], title: str) -> None:
     """Speed, then what speculation and memory came to."""
     columns = (

@@ -23,6 +23,7 @@ from benchmarks.providers import (
     Sampling,
     bare_forwards,
 )
+from benchmarks.throughput_table import print_verdicts
 from benchmarks.trios import AdapterMissing, TrioForms, TrioMissing, find_trio
 from proxytune_kernels import Trio, reference
 from proxytune_kernels.params import RowParams
@@ -387,6 +388,23 @@ def test_providers_without_an_adapter_are_left_out(trio, tmp_path, capsys):
     assert "ours-shared-pair is left out: the expert has no adapter" in capsys.readouterr().out
     with pytest.raises(AdapterMissing, match="expert-lora"):
         make("ours-shared-pair", bare)
+
+
+def test_verdicts(capsys):
+    """The naive loop takes 0.8 s and its tokens 0.3 s; ours 0.5 s and 0.1 s."""
+    times = {"naive": ProviderTimes(), "ours-speculative": ProviderTimes()}
+    times["naive"].add(generation_of([[0.5, 0.8]]))
+    times["ours-speculative"].add(generation_of([[0.4, 0.5]]))
+    case_times = CaseTimes(Case(1, None, 2), times, [{"base": [0.1]}])
+    records = [case_times.record(name) for name in times]
+    print_verdicts(records, "qwen", "arithmetic")
+    said = capsys.readouterr().out
+    assert said.count("target") == 1
+    assert "ours-speculative has 1.60 times naive's tokens/s" in said
+    assert "target 2.5: missed; behind the prompt 3.00 times" in said
+    print_verdicts(records, "qwen", "text")
+    print_verdicts(records, "tiny", "arithmetic")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
