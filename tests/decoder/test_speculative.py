@@ -155,6 +155,51 @@ def test_a_drafter_that_is_the_target_is_always_right(
         assert len(output.token_ids) == n
 
 
+def test_drafts_leave_out_what_may_not_end_the_text_yet(
+    trios: dict[str, Trio], make_decoder: Make
+) -> None:
+    """With nearly every token a stop token before min_tokens, too, the same is drafted as drawn."""
+    speculation = Speculation(max_drafts=4, adaptive=False)
+    decoder = make_decoder(trios["same"], 2, speculation=speculation)
+    params = SamplingParams(
+        max_tokens=40, min_tokens=33, seed=4, temperature=2.0, stop_token_ids=range(6, 262)
+    )
+    outputs = decoder.generate(["hello", "a"], params)
+    for output in outputs:
+        assert max(output.token_ids[:33]) < 6 <= output.token_ids[-1]
+        assert output.finish_reason == "stop"
+    counts = decoder.statistics()
+    assert counts["accepted"] == counts["drafted"] > 0
+
+
+@pytest.mark.parametrize(("cost", "pays"), [(0.1, True), (3.0, False)])
+def test_drafts_follow_the_clock_and_tokens_do_not(
+    trios: dict[str, Trio], make_decoder: Make, monkeypatch: pytest.MonkeyPatch,
+    cost: float, pays: bool,
+) -> None:  # fmt: skip
+    """On a clock on which a draft takes ``cost`` plain steps."""
+    params = [SamplingParams(max_tokens=160, seed=i, ignore_eos=True) for i in range(2)]
+    plain = make_decoder(trios["same"], 2).generate(["hello", "a"], params)
+    decoder = make_decoder(trios["same"], 2, speculation=Speculation(max_drafts=6))
+    controller = decoder._controller
+    assert controller is not None
+    observe = controller.observe_time
+
+    def on_the_clock(rows: int, drafts: int, seconds: float) -> None:
+        assert seconds > 0
+        observe(rows, drafts, 1 + cost * drafts)
+
+    monkeypatch.setattr(controller, "observe_time", on_the_clock)
+    for output, wanted in zip(decoder.generate(["hello", "a"], params), plain, strict=True):
+        assert_same(output, wanted)
+    counts = decoder.statistics()
+    if pays:
+        # A plain step to time it, rounds of up to seven tokens, and a short one at the end.
+        assert counts["plain_steps"] <= 3 and counts["speculative_rounds"] <= 40
+    else:
+        assert 1 <= counts["speculative_rounds"] <= 4 and counts["plain_steps"] >= 140
+
+
 def test_unrelated_models_accept_little_and_near_ones_more(
     trios: dict[str, Trio], make_decoder: Make
 ) -> None:
