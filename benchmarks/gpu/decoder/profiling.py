@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -27,8 +27,12 @@ _BEFORE = 8  # steps until the decoder runs evenly
 Record = dict[str, Any]
 
 
-def _decoding(provider: DecoderProvider, prompt_length: int) -> Iterator[object]:
-    """Events of one request that has decoded a few steps, and goes on for :data:`STEPS` more."""
+@contextmanager
+def _decoding(provider: DecoderProvider, prompt_length: int) -> Iterator[Iterator[object]]:
+    """Events of one request that has decoded a few steps, and goes on for :data:`STEPS` more.
+
+    It is over when the context is left: the slot is free for the next.
+    """
     prompts = make_prompts(provider.decoder.trio, 1, prompt_length)
     params = SamplingParams(
         alpha=ALPHA,
@@ -41,7 +45,9 @@ def _decoding(provider: DecoderProvider, prompt_length: int) -> Iterator[object]
     events = provider.decoder.stream(prompts, params)
     for _ in islice(events, _BEFORE):
         pass
-    return events
+    yield events
+    for _ in events:
+        pass
 
 
 def _steps(events: Iterator[object]) -> None:
@@ -49,14 +55,24 @@ def _steps(events: Iterator[object]) -> None:
         pass
 
 
-def profile(provider: DecoderProvider, prompt_length: int, path: Path) -> tuple[Trace, Idle]:
-    """Profile :data:`STEPS` steps at batch 1; the trace goes to ``path``.
+def profile(
+    provider: DecoderProvider, prompt_length: int, path: Path, synchronize: Callable[[], None]
+) -> tuple[Trace, Idle]:
+    """Profile :data:`STEPS` steps at batch 1.
+
+    Args:
+        provider: decodes.
+        prompt_length: tokens.
+        path: where the trace goes.
+        synchronize: waits for the device.
 
     Raises:
         NoKernels: nothing ran on a CUDA device.
     """
-    events = _decoding(provider, prompt_length)
-    found = trace.record(lambda: _steps(events), path, ProfilerActivity.CUDA)
+    with _decoding(provider, prompt_length) as events:
+        # The decoder runs a step ahead: that one's end would be in the trace.
+        synchronize()
+        found = trace.record(lambda: _steps(events), path, ProfilerActivity.CUDA)
     return found, trace.idle(found.kernels)
 
 
@@ -90,13 +106,13 @@ def synchronisation_record(provider: DecoderProvider, prompt_length: int) -> Rec
 
     What is not one: waiting for an event, as the host does for the step before the last.
     """
-    events = _decoding(provider, prompt_length)
     raised = None
-    try:
-        with _synchronising_raises():
-            _steps(events)
-    except RuntimeError as error:
-        raised = first_line(error)
+    with _decoding(provider, prompt_length) as events:
+        try:
+            with _synchronising_raises():
+                _steps(events)
+        except RuntimeError as error:
+            raised = first_line(error)
     graphs: str = provider.decoder.info()["graphs"]
     return {
         "op": "synchronisation",

@@ -152,7 +152,8 @@ class _Session:
             record = profiling.synchronisation_record(provider, _PROMPT)
             self.journal.add([{"trio": shape.name, **record}])
         with self._guarded(f"{shape.name}: profile"), tempfile.TemporaryDirectory() as folder:
-            found, idle = profiling.profile(provider, _PROMPT, Path(folder) / "trace.json")
+            path = Path(folder) / "trace.json"
+            found, idle = profiling.profile(provider, _PROMPT, path, self._device.synchronize)
             self.journal.add([{"trio": shape.name, **profiling.trace_record(found, idle)}])
             if self._can_plot():
                 self._plot_trace(shape, found, idle)
