@@ -290,6 +290,19 @@ class TestRun:
         assert notes(records)[-1].startswith("13b, batch 1: the device is lost: RuntimeError")
         assert notes(records)[-1].endswith("; nothing more is measured")
 
+    def test_nothing_runs_on_the_device_when_the_profile_begins(self, bench, monkeypatch):
+        log = []
+        record = trace.record
+
+        def logged(*arguments):
+            log.append("profile")
+            return record(*arguments)
+
+        monkeypatch.setattr(CpuDevice, "synchronize", lambda self: log.append("wait"))
+        monkeypatch.setattr(trace, "record", logged)
+        bench()
+        assert log == ["wait", "profile"]
+
     def test_a_step_that_synchronises(self, bench, monkeypatch, synchronisation):
         right = profiling._steps
 
