@@ -164,8 +164,9 @@ def test_drafts_leave_out_what_may_not_end_the_text_yet(
     params = SamplingParams(
         max_tokens=40, min_tokens=33, seed=4, temperature=2.0, stop_token_ids=range(6, 262)
     )
-    outputs = decoder.generate(["hello", "a"], params)
-    for output in outputs:
+    plain = make_decoder(trios["same"], 2).generate(["hello", "a"], params)
+    for output, wanted in zip(decoder.generate(["hello", "a"], params), plain, strict=True):
+        assert_same(output, wanted)
         assert max(output.token_ids[:33]) < 6 <= output.token_ids[-1]
         assert output.finish_reason == "stop"
     counts = decoder.statistics()
@@ -207,10 +208,11 @@ def test_unrelated_models_accept_little_and_near_ones_more(
     for kind, trio in trios.items():
         speculation = Speculation(max_drafts=3, adaptive=False)
         decoder = make_decoder(trio, 16, speculation=speculation)
-        decoder.generate(["hello"] * 16, SamplingParams(max_tokens=50, ignore_eos=True))
+        params = [SamplingParams(seed=i, max_tokens=50, ignore_eos=True) for i in range(16)]
+        decoder.generate(["hello"] * 16, params)
         counts = decoder.statistics()
         rates[kind] = counts["accepted"] / counts["drafted"]
-    assert rates["unrelated"] < 0.2 < rates["near"] < 0.9 < rates["same"] == 1
+    assert rates["unrelated"] < 0.3 < rates["near"] < 0.9 < rates["same"] == 1
 
 
 DRAFTERS = ("expert", "prompt_lookup")
