@@ -46,6 +46,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "prefill_chunk": 4,
         "speculation": SPECULATION["expert-coupled"],
     },
+    "batched-pair": {"pair": "batched"},
+    "batched-pair-expert-coupled": {
+        "pair": "batched",
+        "speculation": SPECULATION["expert-coupled"],
+    },
 }
 
 PROMPTS: list[Any] = [

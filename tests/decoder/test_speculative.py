@@ -155,6 +155,17 @@ def test_a_drafter_that_is_the_target_is_always_right(
         assert len(output.token_ids) == n
 
 
+def test_the_last_token_needs_no_drafts(trios: dict[str, Trio], make_decoder: Make) -> None:
+    """1 token of the prompt, two whole rounds, and 1 that is left: a plain step."""
+    speculation = Speculation(max_drafts=4, adaptive=False)
+    decoder = make_decoder(trios["same"], 1, speculation=speculation)
+    decoder.generate("hello", SamplingParams(max_tokens=12, seed=1, ignore_eos=True))
+    counts = decoder.statistics()
+    assert (counts["speculative_rounds"], counts["plain_steps"]) == (2, 1)
+    assert (counts["drafted"], counts["accepted"], counts["emitted"]) == (8, 8, 11)
+    assert counts["base_forwards"] == counts["slot_steps"] == counts["useful_slot_steps"] == 3
+
+
 def test_drafts_leave_out_what_may_not_end_the_text_yet(
     trios: dict[str, Trio], make_decoder: Make
 ) -> None:
