@@ -152,6 +152,26 @@ def test_one_graph_for_each_doubling(trio: Trio, monkeypatch: pytest.MonkeyPatch
     assert count(decoder) == 8
 
 
+@pytest.mark.parametrize("speculation", ["plain", "coupled", "lookup"])
+def test_each_kind_of_step_has_its_graph(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
+) -> None:
+    """The same shape first without the small models, then with them, then with a mask."""
+    stops = tuple(range(0, VOCAB_SIZE, 2))
+    kinds = [
+        SamplingParams(alpha=0.0, seed=1, max_tokens=12, ignore_eos=True),
+        SamplingParams(alpha=2.0, seed=1, max_tokens=12, ignore_eos=True),
+        SamplingParams(alpha=2.0, seed=1, max_tokens=12, stop_token_ids=stops, min_tokens=11),
+        SamplingParams(alpha=0.0, seed=1, max_tokens=12, stop_token_ids=stops, min_tokens=11),
+    ]
+    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
+    eager = make_decoder(monkeypatch, near, 1, **options)
+    decoder = make_decoder(monkeypatch, near, 1, taped=True, **options)
+    for params in kinds:
+        [wanted] = eager.generate([[5, 6, 7]], params)
+        check(decoder.generate([[5, 6, 7]], params), [wanted])
+
+
 @pytest.mark.parametrize("speculation", SPECULATIONS)
 def test_a_full_row_when_a_graph_is_made(
     trio: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
