@@ -189,6 +189,7 @@ class CacheStep:
         self.fresh = fresh
         self.ragged = ragged
         self.masks: dict[tuple[int | None, int], Tensor] = {}
+        self._seq_lens: Tensor | None = None
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -254,4 +255,6 @@ class CacheStep:
 
     def seq_lens(self) -> Tensor:
         """int32 [B]: tokens of each row, new ones included."""
-        return (self.positions[:, -1] + 1).to(torch.int32)
+        if self._seq_lens is None:
+            self._seq_lens = (self.positions[:, -1] + 1).to(torch.int32)
+        return self._seq_lens

@@ -133,7 +133,10 @@ class StepGraphs:
         if self.failed is not None:
             return step(slots, None)
         rows = min(_power_of_two(slots, 1), self._max_batch_size)
-        length = min(_power_of_two(longest, _SHORTEST), self._capacity)
+        length = _power_of_two(longest, _SHORTEST)
+        if length + length // 8 >= self._capacity:
+            # No graph of their own for the few steps between a power of two and the end.
+            length = self._capacity
         key = (rows, length, kind)
         if key not in self._replays:
             try:

@@ -31,6 +31,7 @@ class _Kernel:
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
+        self.lengths: list[Tensor] = []
 
     def __call__(
         self,
@@ -53,6 +54,7 @@ class _Kernel:
         assert heads % k_cache.shape[2] == 0
         scale = width**-0.5 if softmax_scale is None else softmax_scale
         self.calls.append({"queries": queries, "window_size": window_size, "softcap": softcap})
+        self.lengths.append(cache_seqlens)
         out = torch.zeros_like(q)
         for b, length in enumerate(cache_seqlens.tolist()):
             assert length <= k_cache.shape[1]
@@ -112,6 +114,8 @@ def test_logits_equal_those_of_sdpa(
         token_ids = [random_ids(width, 10 * count + slot) for slot in range(len(lengths))]
         sdpa, flash = (step(r, token_ids, kept=(width + 1) // 2) for r in both)
         torch.testing.assert_close(flash, sdpa, **TOLERANCE)
+    # Made once in a forward, not in each layer.
+    assert len({id(lengths) for lengths in kernel.lengths}) == 6
     config = ARCHITECTURES[architecture][1]
     assert {call["queries"] for call in kernel.calls} == {1, 2, 3, 4}
     windows = {(-1, -1)}

@@ -152,6 +152,17 @@ def test_one_graph_for_each_doubling(trio: Trio, monkeypatch: pytest.MonkeyPatch
     assert count(decoder) == 8
 
 
+def test_no_graph_for_the_last_few_places(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 places: where 32 would do, so do all."""
+    params = SamplingParams(temperature=0, max_tokens=31, ignore_eos=True)
+    wanted = make_decoder(monkeypatch, trio, 1, max_seq_len=33).generate([[5, 6, 7]], params)
+    decoder = make_decoder(monkeypatch, trio, 1, max_seq_len=33, taped=True)
+    check(decoder.generate([[5, 6, 7]], params), wanted)
+    assert decoder._graphs is not None
+    keys: list[Any] = list(decoder._graphs._replays)
+    assert [length for _, length, *_ in keys] == [8, 16, 33]
+
+
 @pytest.mark.parametrize("speculation", ["plain", "coupled", "lookup"])
 def test_each_kind_of_step_has_its_graph(
     near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
@@ -176,13 +187,16 @@ def test_each_kind_of_step_has_its_graph(
 def test_a_full_row_when_a_graph_is_made(
     trio: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
 ) -> None:
-    """The step behind a request's last one is the first to need the longest graph.
+    """The step behind a request's last one is the first without a mask, and needs a graph.
 
     Its row has no place for the tokens of two warm-ups one behind the other.
     """
     options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
     prompts = [[6] * 3, [5] * 9]
-    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (14, 8)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=14, min_tokens=8, stop_token_ids=[0]),
+        SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
+    ]
     wanted = make_decoder(monkeypatch, trio, 2, max_seq_len=16, ahead=1, **options).generate(
         prompts, params
     )
