@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from proxytune_kernels.decoder import Decoder, RequestOutput, Speculation
 from proxytune_kernels.params import FILTER_ORDERS, SamplingParams
@@ -335,6 +336,42 @@ def test_unsteered_requests_rest_the_pair(
         stats = output.speculation
         assert stats is not None
         assert (stats.drafted > 0) == (drafter == "prompt_lookup")
+
+
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
+def test_a_row_with_nothing_to_draw_fails_alone(
+    trios: dict[str, Trio], make_decoder: Make, mode: str
+) -> None:
+    """In a round, at the latest where plain decoding would: NaN of a draft reaches the queries
+    before it, too (its weight is 0, and 0 * NaN is NaN)."""
+    trio = trios["near"]
+    params = SamplingParams(alpha=0.3, temperature=0, max_tokens=30, ignore_eos=True)
+    first, second = make_decoder(trio).generate(["hello", "a"], params)
+    at = next(
+        i for i, token_id in enumerate(first.token_ids)
+        if i > 2 and token_id not in [*first.token_ids[:i], *second.token_ids]
+    )  # fmt: skip
+    speculation = Speculation(mode=mode, max_drafts=5, adaptive=False)
+    decoder = make_decoder(trio, 2, speculation=speculation)
+    weight = trio.base.model.embed_tokens.weight
+    kept = weight[first.token_ids[at]].clone()
+    good, bad = decoder.stream("a", params), decoder.stream("hello", params)
+    next(good)
+    emitted: list[int] = []
+    with torch.no_grad():
+        weight[first.token_ids[at]] = torch.nan
+    try:
+        with pytest.raises(RuntimeError, match=r"prompts\[0\]: no token can be drawn at pos"):
+            for event in bad:
+                emitted += event.token_ids
+        rest = list(good)
+    finally:
+        with torch.no_grad():
+            weight[first.token_ids[at]] = kept
+    assert 0 < len(emitted) <= at + 1
+    assert emitted == first.token_ids[: len(emitted)]
+    assert rest[-1].output is not None
+    assert rest[-1].output.token_ids == second.token_ids
 
 
 def test_no_speculation_no_statistics(trios: dict[str, Trio], make_decoder: Make) -> None:
