@@ -100,6 +100,19 @@ def test_unmerged_expert_is_the_merged_one_over_the_anti(forms):
     assert weight.data_ptr() == forms.trio.anti.model.embed_tokens.weight.data_ptr()
 
 
+def test_each_provider_is_held_to_its_own_models(forms, capsys):
+    """A shared pair that decodes other models is found beside a trio's providers that are right."""
+    right = [make(name, forms) for name in ("naive", "ours", "ours-shared-pair")]
+    assert throughput.check_greedy(right) == []
+    trio = forms.unmerged
+    swapped = Trio.from_models(trio.base, trio.anti, forms.trio.expert, trio.tokenizer)
+    wrong = DecoderProvider("wrong", swapped, max_batch_size=2)
+    wrong.trio = trio
+    with pytest.raises(typer.Exit):
+        throughput.check_greedy([*right, wrong])
+    assert "wrong: prompt 0" in capsys.readouterr().out
+
+
 def test_sampling_is_as_told(trio, prompts):
     """At a temperature next to none both are greedy, at a high one neither is."""
     greedy = NaiveLoop(trio).generate(prompts, MAX_TOKENS, greedy=True).token_ids
@@ -165,6 +178,7 @@ def test_mismatch_says_where(trio, prompts):
     x = base + expert - anti
     # Two fp32 computations of logits of order 10: 1e-4 is a hundred roundings.
     assert mismatch.gap == pytest.approx(float(x[expected[1][4]] - x[other]), abs=1e-4)
+    assert 0 < mismatch.rounding < 1e-3
 
 
 def test_a_tie_is_within_rounding(trio, prompts):
@@ -357,9 +371,9 @@ def test_work_of_own_lengths(trio, monkeypatch):
     prompts = [Prompt(*pair) for pair in listed]
     monkeypatch.setattr("benchmarks.prompts.task_prompts", lambda kind, name: prompts)
     cases = (Case(1, None, 4), Case(2, None, 4))
-    one, two = throughput.make_work(trio, settings(prompts="code", cases=cases, repeats=2))
+    one, two = throughput.make_work(trio, settings(prompts="code", cases=cases, repeats=3))
     encode = trio.tokenizer.encode
-    assert one.batches == [[encode("ab")], [encode("abc")]]
+    assert one.batches == [[encode("ab")], [encode("abc")], [encode("cd")]]
     assert two.batches == [[encode("ab"), encode("cd")], [encode("abc"), encode("def")]]
     assert (one.longest, two.longest) == (7, 7)
     with pytest.raises(ValueError, match="3 of one length"):
