@@ -30,7 +30,7 @@ class StackedLinear(Linear):
         """Result [2B, q, out] for input [2B, q, in]."""
         rows, queries, width = input.shape
         if rows > 2:
-            input = input.reshape(-1, 2, queries, width).transpose(0, 1).reshape(2, -1, width)
+            input = input.view(-1, 2, queries, width).transpose(0, 1).reshape(2, -1, width)
         if self.bias is None:
             result = torch.bmm(input, self.weight)
         else:
@@ -48,8 +48,8 @@ class StackedEmbedding(Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Result [2B, q, H] for ids int64 [2B, q]."""
-        pairs = input.reshape(-1, 2, input.shape[-1]) + self.offset
-        return super().forward(pairs.view(input.shape))
+        pairs = input.view(-1, 2, input.shape[-1]) + self.offset
+        return super().forward(pairs.flatten(0, 1))
 
 
 class StackedNorm(Module):
