@@ -19,6 +19,7 @@ _COLOURS = {
     "base-only": "#56B4E9",
     "ours": "#D55E00",
     "ours-shared-pair": "#F0E442",
+    "ours-batched-pair": "#BBA63A",
     "ours-speculative": "#882255",
     "ours-shared-speculative": "#999933",
     "ours-lookup": "#5E3C99",

@@ -252,6 +252,7 @@ PROVIDERS: dict[str, Factory] = dict(
         _decoder("base-only", roles=("base",)),
         _decoder("ours"),
         _decoder("ours-shared-pair", unmerged=True, pair="shared"),
+        _decoder("ours-batched-pair", pair="batched"),
         _decoder("ours-speculative", speculation=Speculation()),
         _decoder(
             "ours-shared-speculative", unmerged=True, pair="shared", speculation=Speculation()

@@ -25,6 +25,7 @@ from benchmarks.report import RESULTS, console, make_progress, write_json_lines
 from benchmarks.throughput_table import print_tables, print_verdicts
 from benchmarks.trios import AdapterMissing, TrioForms
 from proxytune_kernels import Trio
+from proxytune_kernels.decoder.adapted import PairError
 from proxytune_kernels.decoder.packing import PackingError
 
 DEFAULT_PROVIDERS = "naive,base-only,ours,ours-shared-pair,ours-speculative"
@@ -78,7 +79,7 @@ def make_providers(forms: TrioForms, settings: Settings, works: Sequence[Work]) 
     """The providers asked for, each with room for the largest case.
 
     One that this trio or processor has no use for is left out, and said so: without an adapter
-    there is no shared pair, and only bf16 weights are packed.
+    there is no shared pair, two architectures are no batched one, and only bf16 is packed.
     """
     rows = max(work.case.batch_size for work in works)
     length = max(_GREEDY_PROMPT + _GREEDY_TOKENS, *(work.longest for work in works))
@@ -86,7 +87,7 @@ def make_providers(forms: TrioForms, settings: Settings, works: Sequence[Work]) 
     for name in settings.providers:
         try:
             made.append(PROVIDERS[name](forms, rows, length, settings.sampling))
-        except (AdapterMissing, PackingError) as reason:
+        except (AdapterMissing, PackingError, PairError) as reason:
             console.print(f"{name} is left out: {reason}.", style="yellow", soft_wrap=True)
     return made
 

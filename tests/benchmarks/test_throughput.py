@@ -32,7 +32,7 @@ from proxytune_kernels.params import RowParams
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 MAX_TOKENS = 6
-PLAIN = ("naive", "base-only", "ours")
+PLAIN = ("naive", "base-only", "ours", "ours-batched-pair")
 SPECULATIVE = ("ours-speculative", "ours-lookup")
 SHARED = ("ours-shared-pair", "ours-shared-speculative")
 
@@ -394,12 +394,15 @@ def test_task_prompts():
         task_prompts("text", "qwen")
 
 
-def test_providers_without_an_adapter_are_left_out(trio, tmp_path, capsys):
+def test_providers_that_cannot_run_are_left_out(trio, tmp_path, capsys):
     bare = TrioForms(trio, tmp_path / "expert-lora")
-    wanted = settings(providers=("naive", "ours-shared-pair", "ours"))
+    wanted = settings(providers=("naive", "ours-shared-pair", "ours", "ours-packed"))
     made = throughput.make_providers(bare, wanted, throughput.make_work(trio, wanted))
     assert [provider.name for provider in made] == ["naive", "ours"]
-    assert "ours-shared-pair is left out: the expert has no adapter" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ours-shared-pair is left out: the expert has no adapter" in said
+    # Its weights are fp32.
+    assert "ours-packed is left out: " in said
     with pytest.raises(AdapterMissing, match="expert-lora"):
         make("ours-shared-pair", bare)
 
