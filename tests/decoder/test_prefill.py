@@ -55,19 +55,6 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [3 + (7 * i * i + 31 * seed) % 250 for i in range(length)]
 
 
-def follow(stream: Any, other: Any) -> list[tuple[str, StreamEvent]]:
-    """Events of two streams that are read in turn."""
-    events, streams = [], {"first": stream, "other": other}
-    while streams:
-        for name in list(streams):
-            event = next(streams[name], None)
-            if event is None:
-                del streams[name]
-            else:
-                events.append((name, event))
-    return events
-
-
 @pytest.mark.parametrize("chunk", [1, 4, 9, 10, 512])
 def test_tokens_do_not_depend_on_the_chunks(
     trio: Trio, make_decoder: Make, greedy: Greedy, chunk: int
@@ -88,24 +75,17 @@ def test_others_get_tokens_while_a_long_prompt_runs(
     trio: Trio, make_decoder: Make, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = make_decoder(trio, 3, prefill_chunk=8)
-    running = decoder.stream([prompt(5)], params(max_tokens=30))
-    for _ in range(4):
-        next(running)
     log = Log(decoder, monkeypatch)
     long = {"base": prompt(50), "expert": prompt(20), "anti": prompt(3)}
-    events = follow(running, decoder.stream([long], params()))
-    # A step behind each of seven chunks but the last, whose token comes at once.
-    assert log.prompts == [[8]] * 6 + [[2]]
-    at = log.entries.index([8])
-    assert log.entries[at : at + 13] == [*[[8], None] * 6, [2]]
-    first = [name for name, _ in events].index("other")
-    assert [name for name, _ in events[:first]] == ["first"] * first
-    # Six steps while it ran; the reader of both is one event behind at most.
-    assert first >= 6
-    outputs = {name: event.output for name, event in events}
-    assert outputs["first"] is not None and outputs["other"] is not None
-    assert outputs["first"].token_ids == greedy(trio.models, trio.tokenize(prompt(5)), 1.0, 30)
-    assert outputs["other"].token_ids == greedy(trio.models, long, 1.0, 6)
+    events = list(decoder.stream([prompt(5), long], [params(max_tokens=30), params()]))
+    # A step behind each of seven chunks but the last, whose token is given out at once.
+    assert log.entries[:16] == [[5], None, *[[8], None] * 6, [2], None]
+    # The prompt's token, that of the step behind it, and six beside the chunks.
+    assert [event.index for event in events[:10]] == [*[0] * 8, 1, 0]
+    outputs = {event.index: event.output for event in events}
+    assert outputs[0] is not None and outputs[1] is not None
+    assert outputs[0].token_ids == greedy(trio.models, trio.tokenize(prompt(5)), 1.0, 30)
+    assert outputs[1].token_ids == greedy(trio.models, long, 1.0, 6)
 
 
 def test_many_prompts_are_one_chunk_apart(
@@ -113,16 +93,12 @@ def test_many_prompts_are_one_chunk_apart(
 ) -> None:
     """Prompts that start at once wait for the others' steps as the parts of a long one do."""
     decoder = make_decoder(trio, 6, prefill_chunk=10)
-    running = decoder.stream([prompt(5)], params(max_tokens=30))
-    next(running)
     log = Log(decoder, monkeypatch)
-    events = follow(running, decoder.stream([prompt(7, n) for n in range(5)], params()))
-    assert len(log.prompts) == 5
-    for before, after in zip(log.entries, log.entries[1:], strict=False):
-        assert before is None or after is None
-    # The running one gets a token for each prompt that starts.
-    starts = [i for i, (name, e) in enumerate(events) if name == "other" and len(e.token_ids)]
-    assert sum(name == "first" for name, _ in events[: starts[4]]) >= 4
+    events = list(decoder.stream([prompt(7, n) for n in range(5)], params(max_tokens=10)))
+    assert log.entries[:10] == [[7], None] * 5
+    # Each prompt that starts gives its first token, and then all that run give one.
+    began = [events.index(next(e for e in events if e.index == i)) for i in range(5)]
+    assert began == [0, 2, 5, 9, 14]
 
 
 def test_prompts_share_a_forward_within_the_budget(
