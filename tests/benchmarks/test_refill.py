@@ -2,14 +2,16 @@
 
 import json
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from benchmarks import refill
-from benchmarks.refill import Settings, draw_lengths, make_load
-from benchmarks.slots import Load, decode, decode_in_batches, useful_at_best
+from benchmarks.refill import WAYS, Settings, draw_lengths, make_load, records_of
+from benchmarks.slots import Load, Usage, decode, decode_in_batches, useful_at_best
 from proxytune_kernels import Decoder, SamplingParams
 
 
@@ -19,16 +21,38 @@ def load_of(outputs, trio, length=3):
 
 
 def test_lengths_are_log_uniform_and_repeat():
-    settings = Settings("tiny", None, 20_000, 8, 4, 256, 0, 1)
+    """Each length as often as the law says, the first and the last too: 5 standard deviations."""
+    settings = Settings("tiny", None, 20_000, 8, 4, 8, 0, 1)
     lengths = draw_lengths(settings, 3)
     assert lengths == draw_lengths(settings, 3)
     assert lengths != draw_lengths(settings, 4)
     for column in zip(*lengths, strict=True):
-        assert (min(column), max(column)) == (4, 256)
-        # Half of them below the geometric mean, 29.96 with half a token at each end; 5 sd.
-        below = sum(n < 30 for n in column)
-        want = math.log(29.5 / 3.5) / math.log(256.5 / 3.5)
-        assert abs(below - 20_000 * want) < 5 * math.sqrt(20_000 * want * (1 - want))
+        assert set(column) == set(range(4, 9))
+        for n in range(4, 9):
+            share = math.log((n + 0.5) / (n - 0.5)) / math.log(8.5 / 3.5)
+            deviation = math.sqrt(20_000 * share * (1 - share))
+            assert abs(column.count(n) - 20_000 * share) < 5 * deviation
+
+
+def test_records_are_arithmetic(trio):
+    """20 tokens: refilled in 2 s, a quarter of it prompts, the tail from 1.5 s; batches in 5 s."""
+    load = load_of([12, 8], trio)
+    counts = Counter(slot_steps=40, useful_slot_steps=18)
+    queued = Counter(slot_steps=10, useful_slot_steps=8)
+    refilled = Usage(2.0, 0.5, counts, queued, 1.5, [])
+    batches = Usage(5.0, 0.5, Counter(slot_steps=60, useful_slot_steps=18), Counter(), 0.0, [])
+    usages = {"refilled": [refilled], "longest first": [refilled], "batches": [batches]}
+    busy: dict[str, Any] = {way: [way] for way in WAYS}
+    own, _, other = records_of(load, usages, busy)
+    assert own["useful"] == pytest.approx(18 / 40)
+    assert own["useful_while_queued"] == pytest.approx(0.8)
+    assert own["idle_in_tail"] == pytest.approx(20 / 40)
+    assert own["tail_seconds_share"]["median"] == pytest.approx(0.25)
+    assert own["prefill_share"]["median"] == pytest.approx(0.25)
+    assert own["tokens_per_second"]["median"] == pytest.approx(10)
+    assert own["speed_over_batches"]["median"] == pytest.approx(2.5)
+    assert other["useful"] == pytest.approx(18 / 60)
+    assert (own["busy"], other["busy"]) == (["refilled"], ["batches"])
 
 
 def test_load_is_what_was_drawn(trio):
