@@ -71,15 +71,10 @@ def merged(role: str, model: Any, directory: Path) -> Any:
         LoadError: PEFT is missing, the adapter is not for this model, or the model is offloaded.
     """
     _check_in_memory(role, model)
-    # PEFT would place a model that has this anew, on devices of its own choice.
-    device_map = vars(model).pop("hf_device_map", None)
     with _attaching(role, directory):
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, directory).merge_and_unload()
-    if device_map is not None:
-        model.hf_device_map = device_map
-    return model
+        return PeftModel.from_pretrained(model, directory).merge_and_unload()
 
 
 def beside(role: str, model: Any, directory: Path) -> Any:

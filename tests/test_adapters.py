@@ -162,6 +162,7 @@ def test_an_adapter_for_another_model_is_refused(broken: Path) -> None:
         load(broken)
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # else pytest's would do
 @pytest.mark.parametrize("merge_adapter", [False, True])
 def test_an_adapter_that_lacks_weights_is_refused(broken: Path, merge_adapter: bool) -> None:
     file = broken / "adapter_model.safetensors"
