@@ -257,6 +257,18 @@ def test_the_adapter_stands_beside_quantised_weights(quantization: str, tmp_path
     assert torch.equal(trio.expert(IDS).logits, wanted(IDS).logits)
 
 
+def test_a_quantised_pair_decodes_alike(
+    adapter: Path, plain_greedy: Callable[..., list[int]]
+) -> None:
+    pytest.importorskip("torchao")
+    trio = load(adapter, quantize="int8")
+    params = ptk.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    wanted = plain_greedy(trio, PROMPT, 12)
+    for pair in ("shared", "separate"):
+        [output] = ptk.Decoder(trio, pair=pair).generate([PROMPT], params)
+        assert output.token_ids == wanted
+
+
 def path_of(model: Any, module: Any) -> str:
     return next(path for path, other in model.named_modules() if other is module)
 
