@@ -112,8 +112,13 @@ def test_a_slot_is_refilled_under_a_step_in_flight(
     params = [short, long, short, new, long, new]
     outputs = decoder.generate(prompts, params)
     for output, prompt, p in zip(outputs, prompts, params, strict=True):
-        [alone] = make_decoder(monkeypatch, near, 1).generate([prompt], p)
+        options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
+        [alone] = make_decoder(monkeypatch, near, 1, **options).generate([prompt], p)
         check([output], [alone])
+        if output.speculation is not None and alone.speculation is not None:
+            # What a slot may draft moves with it.
+            assert output.speculation.drafted == alone.speculation.drafted
+            assert output.speculation.accepted == alone.speculation.accepted
     assert outputs[0].finish_reason == outputs[2].finish_reason == "stop"
     empty(decoder)
 
