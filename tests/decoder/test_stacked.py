@@ -184,6 +184,11 @@ def test_models_that_differ_in_more_are_refused():
     refuse(expert, other, "one configuration, got rope_parameters")
     anti.model.rotary_emb.inv_freq *= 2
     refuse(expert, anti, r"LlamaRotaryEmbedding at model\.rotary_emb with another inv_freq")
+    scaled = make_model("gemma3", 1)
+    scaled.model.embed_tokens.embed_scale *= 2
+    refuse(
+        make_model("gemma3", 0), scaled, r"ScaledWordEmbedding at .* another embed_scale, weight"
+    )
     fewer = make_model("llama", 1)
     fewer.model.layers[1].mlp.down_proj = nn.Identity()
     refuse(expert, fewer, r"got .* and none in model\.layers\.1\.mlp\.down_proj")
