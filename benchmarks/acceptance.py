@@ -18,7 +18,7 @@ from benchmarks.agreement import ComputedTwice, Mismatch, first_mismatch
 from benchmarks.choices import parse_choices
 from benchmarks.decoding_plots import plot_acceptance
 from benchmarks.drafts import Row, Run, decode, expected, text_of, tokens_per_round, tried_drafts
-from benchmarks.prompts import KINDS, make_prompts, task_batches
+from benchmarks.prompts import KINDS, make_prompts, task_batches, task_tokens
 from benchmarks.providers import NaiveLoop, Prompts
 from benchmarks.report import (
     RESULTS,
@@ -35,7 +35,7 @@ from proxytune_kernels.decoder.speculative import DRAFTERS
 from proxytune_kernels.ops import VERIFY_MODES
 
 _PROMPT_LENGTH = 32  # of text, which has no length of its own
-_TASK_TOKENS = {"shipped": 15}
+_TOKENS = 32
 
 Record = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Settings:
 
     def tokens_of(self, kind: str) -> int:
         """Output tokens of a request: as told; else as many as half of the solutions have."""
-        return self.tokens or (_TASK_TOKENS.get(self.trio, 32) if kind == "arithmetic" else 32)
+        return self.tokens or (task_tokens(self.trio) if kind == "arithmetic" else _TOKENS)
 
     @property
     def runs(self) -> int:

@@ -1,13 +1,15 @@
-"""The decoding benchmark's comma-separated options; every error names the option."""
+"""The decoding benchmark's options; every error names the option."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
 from benchmarks.decode_timing import Case
-from benchmarks.providers import PROVIDERS
+from benchmarks.prompts import task_tokens
+from benchmarks.providers import PROVIDERS, Sampling
 
 
 def parse_cases(batch_sizes: str, lengths: str) -> tuple[Case, ...]:
@@ -68,3 +70,30 @@ def parse_providers(names: str, compiled: bool) -> tuple[str, ...]:
             f"--providers must be among {', '.join(PROVIDERS)}, got {unknown[0]!r}"
         )
     return tuple(name for name in PROVIDERS if name in wanted)
+
+
+def default_lengths(trio: str, prompts: str, quick: bool) -> str:
+    """Cases where none are given."""
+    if prompts != "text":
+        return f"own:{task_tokens(trio)}"
+    return "8:32,32:8" if quick else "8:128,128:8,8:8"
+
+
+def describe(sampling: Sampling) -> str:
+    """In words, for titles."""
+    if sampling.temperature == 0.0:
+        return "greedy"
+    top_p = "" if sampling.top_p == 1.0 else f", top_p {sampling.top_p:g}"
+    return f"temperature {sampling.temperature:g}{top_p}"
+
+
+def result_stem(trio: str, prompts: str, sampling: Sampling, quick: bool) -> str:
+    """A file name for each trio, kind of prompts and way to draw."""
+    parts = ["throughput", Path(trio).name]
+    if prompts != "text":
+        parts.append(prompts)
+    if sampling.temperature == 0.0:
+        parts.append("greedy")
+    elif sampling != Sampling():
+        parts.append(f"t{sampling.temperature:g}-p{sampling.top_p:g}")
+    return "-".join([*parts, *(["quick"] if quick else [])])

@@ -18,7 +18,14 @@ from benchmarks.agreement import Mismatch, greedy_mismatches
 from benchmarks.decode_timing import Case, Work, time_case
 from benchmarks.decoding_plots import plot_throughput
 from benchmarks.memory import in_fresh_process
-from benchmarks.options import check_lengths, parse_cases, parse_providers
+from benchmarks.options import (
+    check_lengths,
+    default_lengths,
+    describe,
+    parse_cases,
+    parse_providers,
+    result_stem,
+)
 from benchmarks.prompts import KINDS, make_prompts, task_batches
 from benchmarks.providers import ALPHA, GREEDY, PROVIDERS, TEMPERATURE, TOP_P, Provider, Sampling
 from benchmarks.report import RESULTS, console, make_progress, write_json_lines
@@ -30,8 +37,6 @@ from proxytune_kernels.decoder.packing import PackingError
 
 DEFAULT_PROVIDERS = "naive,base-only,ours,ours-shared-pair,ours-speculative"
 _GREEDY_ROWS, _GREEDY_PROMPT, _GREEDY_TOKENS = 4, 12, 16  # the agreement check
-_TASK_TOKENS = {"shipped": 15}
-"""Output of a case unless told, where prompts have lengths of their own: the median solution's."""
 
 
 @dataclass(frozen=True)
@@ -211,34 +216,6 @@ def run(settings: Settings, output: Path, plot: bool) -> None:
         console.print(f"Wrote {picture}", soft_wrap=True)
 
 
-def describe(sampling: Sampling) -> str:
-    """In words, for titles."""
-    if sampling.temperature == 0.0:
-        return "greedy"
-    top_p = "" if sampling.top_p == 1.0 else f", top_p {sampling.top_p:g}"
-    return f"temperature {sampling.temperature:g}{top_p}"
-
-
-def default_lengths(trio: str, prompts: str, quick: bool) -> str:
-    """Cases where none are given."""
-    if prompts != "text":
-        return f"own:{_TASK_TOKENS.get(trio, 32)}"
-    return "8:32,32:8" if quick else "8:128,128:8,8:8"
-
-
-def default_output(settings: Settings, quick: bool) -> Path:
-    """A name for each trio, kind of prompts and way to draw."""
-    sampling = settings.sampling
-    parts = ["throughput", Path(settings.trio).name]
-    if settings.prompts != "text":
-        parts.append(settings.prompts)
-    if sampling.temperature == 0.0:
-        parts.append("greedy")
-    elif sampling != Sampling():
-        parts.append(f"t{sampling.temperature:g}-p{sampling.top_p:g}")
-    return RESULTS / ("-".join([*parts, *(["quick"] if quick else [])]) + ".jsonl")
-
-
 def main(
     trio: Annotated[
         str, typer.Option(help="shipped, qwen, or a directory with a trio.json.")
@@ -309,7 +286,8 @@ def main(
         memory=memory,
     )
     try:
-        run(settings, output or default_output(settings, quick), plot)
+        stem = result_stem(trio, prompts, settings.sampling, quick)
+        run(settings, output or RESULTS / f"{stem}.jsonl", plot)
     except ValueError as error:
         # A user's mistake: an absent trio, a dtype that does not exist. Bugs keep their traceback.
         raise typer.BadParameter(str(error)) from error

@@ -2,17 +2,19 @@ import ast
 import copy
 import json
 import re
+from importlib.resources import files
 
 import pytest
 import torch
 import typer
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from benchmarks import throughput
 from benchmarks.agreement import ComputedTwice, Mismatch, greedy_mismatches
 from benchmarks.decode_timing import Case, CaseTimes, ProviderTimes, Work, time_case
-from benchmarks.options import check_lengths, parse_cases, parse_providers
-from benchmarks.prompts import Prompt, make_prompts, task_batches, task_prompts
+from benchmarks.options import check_lengths, parse_cases, parse_providers, result_stem
+from benchmarks.prompts import Prompt, make_prompts, task_batches, task_prompts, task_tokens
 from benchmarks.provider_memory import provider_peaks
 from benchmarks.providers import (
     GREEDY,
@@ -427,19 +429,23 @@ def test_verdicts(capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "quick", "stem"),
+    ("prompts", "sampling", "quick", "stem"),
     [
-        ({}, False, "throughput-qwen"),
-        ({"sampling": GREEDY}, True, "throughput-qwen-greedy-quick"),
-        (
-            {"prompts": "arithmetic", "sampling": Sampling(1.0, 1.0)},
-            False,
-            "throughput-qwen-arithmetic-t1-p1",
-        ),
+        ("text", Sampling(), False, "throughput-qwen"),
+        ("text", GREEDY, True, "throughput-qwen-greedy-quick"),
+        ("arithmetic", Sampling(1.0, 1.0), False, "throughput-qwen-arithmetic-t1-p1"),
     ],
 )
-def test_results_of_different_runs_have_different_names(changes, quick, stem):
-    assert throughput.default_output(settings(trio="qwen", **changes), quick).stem == stem
+def test_results_of_different_runs_have_different_names(prompts, sampling, quick, stem):
+    assert result_stem("trios/qwen", prompts, sampling, quick) == stem
+
+
+def test_task_tokens_are_the_median_solution():
+    """With the shipped trio's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(files("proxytune_kernels") / "data" / "trio")
+    solutions = [p.solution or "" for p in task_prompts("arithmetic", "shipped")]
+    lengths = sorted(len(tokenizer.encode(solution)) for solution in solutions)
+    assert lengths[len(lengths) // 2] == task_tokens("shipped")
 
 
 def test_absent_trio_names_the_command(tmp_path, monkeypatch):
