@@ -88,6 +88,23 @@ def trio(tokenizer: Any) -> Trio:
     )
 
 
+@pytest.fixture(scope="session")
+def trios(tokenizer: Any) -> dict[str, Trio]:
+    """By how much of what the expert drafts is accepted: little, some, all."""
+
+    def model(seed: int) -> Any:
+        heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        return tiny_llama(seed, 16, 1, max_position_embeddings=512, **heads)
+
+    base = model(0)
+    pair = noisy_copy(base, 0.05, 1), noisy_copy(base, 0.05, 2)
+    return {
+        "unrelated": Trio.from_models(base, model(1), model(2), tokenizer),
+        "near": Trio.from_models(base, *pair, tokenizer),
+        "same": Trio.from_models(base, base, base, tokenizer),
+    }
+
+
 @pytest.fixture
 def make_decoder() -> Callable[..., Decoder]:
     def make(trio: Trio, max_batch_size: int = 4, **options: Any) -> Decoder:

@@ -6,92 +6,18 @@ differ by some 1e-15, which the rounding hides but for about one logit in 10^8.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from proxytune_kernels.decoder import Decoder, RequestOutput, Speculation
-from proxytune_kernels.params import FILTER_ORDERS, SamplingParams
+from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import noisy_copy, tiny_llama
+from tests.decoder.random_requests import assert_same, random_requests, total_tokens
 
 Make = Callable[..., Decoder]
-Requests = tuple[list[Any], list[SamplingParams]]
-
-# A logit that the rounding does not hide is one fp32 ulp off: 2^-18 for those below 64, as here.
-# In a logprob it counts twice, for the token and for the sum, and over temperatures of 0.3 or more.
-LOGPROB_TOLERANCE = 2 * 2**-18 / 0.3
-
-
-@pytest.fixture(scope="module")
-def trios(tokenizer: Any) -> dict[str, Trio]:
-    """By how much of what the expert drafts is accepted: little, some, all."""
-
-    def model(seed: int) -> Any:
-        heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        return tiny_llama(seed, 16, 1, max_position_embeddings=512, **heads)
-
-    base = model(0)
-    pair = noisy_copy(base, 0.05, 1), noisy_copy(base, 0.05, 2)
-    return {
-        "unrelated": Trio.from_models(base, model(1), model(2), tokenizer),
-        "near": Trio.from_models(base, *pair, tokenizer),
-        "same": Trio.from_models(base, base, base, tokenizer),
-    }
-
-
-def random_prompt(rng: random.Random) -> Any:
-    """Of up to 40 tokens, the same or another for each role."""
-
-    def tokens(most: int) -> list[int]:
-        return [rng.randrange(3, 262) for _ in range(rng.randint(1, most))]
-
-    if rng.random() < 0.6:
-        return tokens(40)
-    return {role: tokens(20) for role in ("base", "expert", "anti")}
-
-
-def random_params(rng: random.Random, longest: int) -> SamplingParams:
-    """Every filter, on or off, and every way to end a request."""
-    max_tokens = rng.choice([1, 2, 5, longest // 2, longest, longest])
-    temperature = rng.choice([0.0, 0.3, 0.7, 1.0, 1.0, 1.4, 2.0])
-    return SamplingParams(
-        alpha=rng.choice([1.0, 1.0, 0.5, 2.0, -0.5, 0.0]),
-        temperature=temperature,
-        top_k=rng.choice([0, 0, -1, 3, 40]),
-        top_p=rng.choice([1.0, 1.0, 0.95, 0.7]),
-        min_p=rng.choice([0.0, 0.0, 0.02, 0.1]),
-        filter_order=rng.choice(FILTER_ORDERS),
-        seed=rng.getrandbits(64),
-        max_tokens=max_tokens,
-        min_tokens=min(max_tokens, rng.choice([0, 0, 3, 30])),
-        stop_token_ids=rng.choice([(), (), rng.sample(range(262), 4)]),
-        stop=rng.choice([(), (), ("st", "\u0120"), ("e", "op")]),
-        ignore_eos=rng.random() < 0.5,
-    )
-
-
-def random_requests(seed: int, count: int, longest: int) -> Requests:
-    rng = random.Random(seed)
-    prompts = [random_prompt(rng) for _ in range(count)]
-    return prompts, [random_params(rng, longest) for _ in range(count)]
-
-
-def assert_same(output: RequestOutput, plain: RequestOutput) -> None:
-    """One request, decoded in two ways."""
-    assert output.token_ids == plain.token_ids
-    assert output.text == plain.text
-    assert (output.finish_reason, output.stop_reason) == (plain.finish_reason, plain.stop_reason)
-    assert output.status == plain.status == 0
-    assert output.logprobs == pytest.approx(plain.logprobs, rel=0, abs=LOGPROB_TOLERANCE)
-    assert output.raw_logprobs == pytest.approx(plain.raw_logprobs, rel=0, abs=LOGPROB_TOLERANCE)
-
-
-def total_tokens(outputs: list[RequestOutput]) -> int:
-    return sum(len(output.token_ids) for output in outputs)
 
 
 # Twelve cases of at least 8,500 tokens each: more than 10^5 in all.
@@ -128,43 +54,6 @@ def test_coupled_tokens_are_plain_decodings(
     counts = decoder.statistics()
     assert counts["accepted"] > 0
     assert kind == "same" or counts["accepted"] < counts["drafted"]
-
-
-@pytest.mark.parametrize("mode", ["coupled", "rejection"])
-@pytest.mark.parametrize("drafts", [1, 2, 5, 8])
-def test_a_drafter_that_is_the_target_is_always_right(
-    trios: dict[str, Trio], make_decoder: Make, mode: str, drafts: int
-) -> None:
-    """Acceptance 1: every round gives its drafts and one token more; the last what was left."""
-    speculation = Speculation(mode=mode, max_drafts=drafts, adaptive=False)
-    decoder = make_decoder(trios["same"], 3, speculation=speculation)
-    lengths = [1 + 3 * (drafts + 1), 1, 2, 3 + 2 * (drafts + 1), drafts + 1]
-    params = [
-        SamplingParams(max_tokens=n, seed=n, temperature=0.9, top_p=0.9, ignore_eos=True)
-        for n in lengths
-    ]
-    for output, n in zip(decoder.generate(["hello"] * 5, params), lengths, strict=True):
-        whole, rest = divmod(n - 1, drafts + 1)
-        stats = output.speculation
-        assert stats is not None
-        # A last round of one token drafts nothing: it is a plain step, or a round beside others.
-        assert stats.emitted_per_round in (
-            [drafts + 1] * whole + [rest] * (rest > 0),
-            [drafts + 1] * whole + [rest] * (rest > 1),
-        )
-        assert stats.drafted == stats.accepted == whole * drafts + max(0, rest - 1)
-        assert len(output.token_ids) == n
-
-
-def test_the_last_token_needs_no_drafts(trios: dict[str, Trio], make_decoder: Make) -> None:
-    """1 token of the prompt, two whole rounds, and 1 that is left: a plain step."""
-    speculation = Speculation(max_drafts=4, adaptive=False)
-    decoder = make_decoder(trios["same"], 1, speculation=speculation)
-    decoder.generate("hello", SamplingParams(max_tokens=12, seed=1, ignore_eos=True))
-    counts = decoder.statistics()
-    assert (counts["speculative_rounds"], counts["plain_steps"]) == (2, 1)
-    assert (counts["drafted"], counts["accepted"], counts["emitted"]) == (8, 8, 11)
-    assert counts["base_forwards"] == counts["slot_steps"] == counts["useful_slot_steps"] == 3
 
 
 def test_drafts_leave_out_what_may_not_end_the_text_yet(
@@ -213,20 +102,6 @@ def test_drafts_follow_the_clock_and_tokens_do_not(
         assert 1 <= counts["speculative_rounds"] <= 4 and counts["plain_steps"] >= 140
 
 
-def test_unrelated_models_accept_little_and_near_ones_more(
-    trios: dict[str, Trio], make_decoder: Make
-) -> None:
-    rates = {}
-    for kind, trio in trios.items():
-        speculation = Speculation(max_drafts=3, adaptive=False)
-        decoder = make_decoder(trio, 16, speculation=speculation)
-        params = [SamplingParams(seed=i, max_tokens=50, ignore_eos=True) for i in range(16)]
-        decoder.generate(["hello"] * 16, params)
-        counts = decoder.statistics()
-        rates[kind] = counts["accepted"] / counts["drafted"]
-    assert rates["unrelated"] < 0.3 < rates["near"] < 0.9 < rates["same"] == 1
-
-
 DRAFTERS = ("expert", "prompt_lookup")
 
 
@@ -265,56 +140,6 @@ def test_a_request_that_just_fits(trios: dict[str, Trio], make_decoder: Make, mo
     ):
         assert_same(output, wanted)
         assert output.finish_reason == "length"
-
-
-@pytest.mark.parametrize("mode", ["coupled", "rejection"])
-@pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_statistics_add_up(
-    trios: dict[str, Trio], make_decoder: Make, mode: str, drafter: str, adaptive: bool
-) -> None:
-    speculation = Speculation(drafter=drafter, mode=mode, max_drafts=3, adaptive=adaptive)
-    decoder = make_decoder(trios["near"], 4, speculation=speculation)
-    prompts, params = random_requests(5, 20, 60)
-    outputs = decoder.generate(prompts, params)
-    rounds = [output.speculation for output in outputs]
-    assert all(stats is not None for stats in rounds)
-    for output, p, stats in zip(outputs, params, rounds, strict=True):
-        assert stats is not None
-        assert 0 <= stats.accepted <= stats.drafted <= 3 * len(stats.emitted_per_round)
-        assert all(1 <= n <= 4 for n in stats.emitted_per_round)
-        # Each round emits what it accepted and one token more.
-        assert stats.accepted == sum(stats.emitted_per_round) - len(stats.emitted_per_round)
-        in_rounds = sum(stats.emitted_per_round)
-        if output.finish_reason == "length":
-            # The first token comes with the prompt, others from plain steps.
-            assert in_rounds <= len(output.token_ids) - 1
-            if not adaptive and drafter == "expert" and p.alpha:
-                # A step is plain only where no row that can draft has two tokens left.
-                assert in_rounds >= len(output.token_ids) - 2
-        else:
-            assert in_rounds <= len(output.token_ids) - 1 + 3  # a stop cuts a round
-    counts = decoder.statistics()
-    assert counts["drafted"] == sum(s.drafted for s in rounds if s is not None)
-    assert counts["accepted"] == sum(s.accepted for s in rounds if s is not None)
-    assert counts["base_forwards"] == counts["plain_steps"] + counts["speculative_rounds"]
-    assert counts["slot_steps"] == 4 * counts["base_forwards"]
-    # A row's step emits one token, and those that it accepted.
-    assert counts["emitted"] == counts["useful_slot_steps"] + counts["accepted"]
-    assert counts["useful_slot_steps"] <= counts["slot_steps"]
-    assert total_tokens(outputs) <= counts["emitted"] + len(outputs)
-
-
-def test_streamed_events_hold_whole_rounds(trios: dict[str, Trio], make_decoder: Make) -> None:
-    speculation = Speculation(max_drafts=3, adaptive=False)
-    decoder = make_decoder(trios["same"], 1, speculation=speculation)
-    params = SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
-    events = list(decoder.stream("hello", params))
-    assert [len(event.token_ids) for event in events] == [1, 4, 4]
-    output = events[-1].output
-    assert output is not None
-    assert [i for event in events for i in event.token_ids] == output.token_ids
-    assert [p for event in events for p in event.logprobs] == output.logprobs
 
 
 def test_unsteered_requests_rest_the_pair(
@@ -372,11 +197,3 @@ def test_a_row_with_nothing_to_draw_fails_alone(
     assert emitted == first.token_ids[: len(emitted)]
     assert rest[-1].output is not None
     assert rest[-1].output.token_ids == second.token_ids
-
-
-def test_no_speculation_no_statistics(trios: dict[str, Trio], make_decoder: Make) -> None:
-    decoder = make_decoder(trios["near"], 1)
-    [output] = decoder.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))
-    assert output.speculation is None
-    assert decoder.info()["speculation"] is None
-    assert decoder.statistics()["drafted"] == 0
