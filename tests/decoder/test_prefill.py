@@ -105,11 +105,11 @@ def test_prompts_share_a_forward_within_the_budget(
     trio: Trio, make_decoder: Make, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal and unequal lengths; a forward is as wide as its longest prompt, padding included."""
-    decoder = make_decoder(trio, 8, prefill_chunk=16)
+    decoder = make_decoder(trio, 9, prefill_chunk=16)
     log = Log(decoder, monkeypatch)
-    lengths = [4, 4, 2, 4, 8, 1, 16, 17]
+    lengths = [4, 4, 2, 4, 8, 1, 1, 16, 17]
     outputs = decoder.generate([prompt(n, n) for n in lengths], params())
-    assert log.prompts == [[4, 4, 2, 4], [8, 1], [16], [16], [1]]
+    assert log.prompts == [[4, 4, 2, 4], [8, 1], [1], [16], [16], [1]]
     for output in outputs:
         assert output.token_ids == greedy(trio.models, output.prompt_token_ids, 1.0, 6)
 

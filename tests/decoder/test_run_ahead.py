@@ -109,7 +109,8 @@ def test_a_slot_is_refilled_under_a_step_in_flight(
     short = dataclasses.replace(long, stop_token_ids=[stop])
     new = SamplingParams(seed=2, max_tokens=12, ignore_eos=True)
     prompts: list[Any] = [[9, 8, 7], [4, 5], [9, 8, 7], [10] * 9, [9, 8, 7], [11]]
-    params = [short, long, short, new, long, new]
+    # Where the last one moves to, another had fewer tokens to come.
+    params = [short, dataclasses.replace(long, max_tokens=19), short, new, long, new]
     outputs = decoder.generate(prompts, params)
     for output, prompt, p in zip(outputs, prompts, params, strict=True):
         options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
