@@ -90,16 +90,14 @@ def storages(*models: Any) -> int:
 @torch.no_grad()
 def test_the_expert_is_pefts_and_its_weights_are_the_antis(adapter: Path, dtype: str) -> None:
     trio = load(adapter, dtype=dtype)
-    wanted = peft.PeftModel.from_pretrained(
-        open_anti(dtype), adapter, autocast_adapter_dtype=False
-    ).eval()
+    wanted = peft.PeftModel.from_pretrained(open_anti(dtype), adapter).eval()
     assert torch.equal(trio.expert(IDS).logits, wanted(IDS).logits)
     assert torch.equal(trio.anti(IDS).logits, open_anti(dtype)(IDS).logits)
     assert (trio.expert(IDS).logits - trio.anti(IDS).logits).abs().max() > 0.1
     assert type(trio.expert) is type(trio.anti)
     own, _ = own_and_shared(trio.expert, trio.anti)
-    # PEFT's file is fp32; in memory they have the dtype of the weights that they are added to.
-    assert {str(tensor.dtype) for tensor in own.values()} == {f"torch.{dtype}"}
+    # On a CPU, whatever the dtype of the weights that they are added to.
+    assert {tensor.dtype for tensor in own.values()} == {torch.float32}
     assert all(".lora_" in name for name in own)
     added = sum(tensor.nbytes for tensor in own.values())
     assert storages(trio.expert, trio.anti) == storages(trio.anti) + added
@@ -243,12 +241,12 @@ def test_the_adapter_stands_beside_quantised_weights(quantization: str, tmp_path
     torch.manual_seed(3)
     named = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
     plain = AutoModelForCausalLM.from_pretrained(SHIPPED / "base", dtype="bfloat16")
-    adapted = peft.get_peft_model(plain, peft.LoraConfig(**named), autocast_adapter_dtype=False)
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(**named))
     adapted.save_pretrained(tmp_path)
     edit(tmp_path, base_model_name_or_path=str(SHIPPED / "base"))
     trio = load(tmp_path, anti=SHIPPED / "base", dtype="bfloat16", quantize=quantization)
     own, _ = own_and_shared(trio.expert, trio.anti)
-    assert {tensor.dtype for tensor in own.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in own.values()} == {torch.float32}
     assert trio.info()["roles"]["expert"]["quantized"] == quantization
     wanted = adapted.eval().get_base_model()
     for layer in wanted.modules():
@@ -287,9 +285,10 @@ def test_a_peft_model_is_taken_as_the_model_in_it(peft_expert: Any, adapter: Pat
     assert torch.equal(trio.expert(IDS).logits, load(adapter, dtype="auto").expert(IDS).logits)
     inner = dict(peft_expert.get_base_model().named_parameters())
     for name, tensor in trio.expert.named_parameters():
-        assert tensor.dtype == torch.bfloat16
-        assert (tensor is inner[name]) == (".lora_" not in name)
-    # The caller's model stays as it is: PEFT made its adapter fp32.
+        assert tensor.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16)
+        # PEFT made the adapter fp32, as it stays.
+        assert tensor is inner[name]
+    # The caller's model stays as it is.
     assert all(tensor is before[name] for name, tensor in peft_expert.named_parameters())
     assert {t.dtype for name, t in before.items() if ".lora_" in name} == {torch.float32}
 

@@ -63,6 +63,12 @@ def test_offloaded_layers_decode_alike(
     assert [output.token_ids for output in outputs] == [wanted, wanted]
 
 
+def test_offloaded_layers_are_not_compiled() -> None:
+    trio = load(device_map={"base": EMBEDDING_IN_MEMORY}, device="cpu")
+    with pytest.raises(ValueError, match=r"compile must be False where .* as those of base are"):
+        ptk.Decoder(trio, compile=True)
+
+
 def test_a_device_is_for_the_roles_without_a_map() -> None:
     trio = load(device={"expert": "cpu", "anti": "cpu"}, device_map={"base": EMBEDDING_IN_MEMORY})
     places = [role["device"] for role in trio.info()["roles"].values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from proxytune_kernels import sharing
 from proxytune_kernels.decoder.attention import ATTENTION_NAME
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache
 from proxytune_kernels.decoder.compiled import CompiledStep
@@ -46,8 +46,7 @@ def sharing_copy(model: Module) -> Any:
     The attention implementation is read from the configuration that a model's layers share. Set on
     the caller's own model it would change what that model does outside the decoder.
     """
-    tensors = (*model.parameters(), *model.buffers())
-    twin: Any = copy.deepcopy(model, {id(t): t for t in tensors}).eval()
+    twin = sharing.sharing_copy(model).eval()
     twin.set_attn_implementation(ATTENTION_NAME)
     return twin
 

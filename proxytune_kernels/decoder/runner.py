@@ -57,6 +57,11 @@ class Runner:
         register_attention()
         for role, model in models.items():
             check_model(role, model)
+            if compile and any(p.device.type == "meta" for p in model.parameters()):
+                raise ValueError(
+                    f"compile must be False where weights are offloaded, as those of {role} are: "
+                    f"compiled code has no place for the hooks that bring them in"
+                )
         self.device = _device(models["base"])
         self.flash_missing: dict[str, str | None] = {}
         self.pair, trees = pair_models(models, pair)
