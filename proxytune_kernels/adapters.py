@@ -210,12 +210,12 @@ def _set_adapter_dtypes(model: Any) -> None:
     """
     from peft.tuners.lora import LoraLayer
 
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            weight = layer.get_base_layer().weight
-            on_cpu = weight.device.type == "cpu"
-            dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else weight.dtype
-            _cast_adapter(layer, dtype)
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        on_cpu = weight.device.type == "cpu"
+        dtype = torch.promote_types(weight.dtype, torch.float32) if on_cpu else weight.dtype
+        _cast_adapter(layer, dtype)
 
 
 def _cast_adapter(layer: Module, dtype: torch.dtype) -> None:
