@@ -51,8 +51,9 @@ def _decoding(provider: DecoderProvider, prompt_length: int) -> Iterator[Iterato
 
 
 def _steps(events: Iterator[object]) -> None:
-    for _ in islice(events, STEPS):
-        pass
+    done = sum(1 for _ in islice(events, STEPS))
+    if done < STEPS:
+        raise ValueError(f"the request must have {STEPS} steps left, and ended after {done}")
 
 
 def profile(
