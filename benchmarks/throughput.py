@@ -117,7 +117,8 @@ def check_greedy(providers: Sequence[Provider]) -> list[Mismatch]:
             prompts = make_prompts(trio, _GREEDY_ROWS, _GREEDY_PROMPT)
             mismatches += greedy_mismatches(own, trio, prompts, _GREEDY_TOKENS, tick)
     for mismatch in mismatches:
-        console.print(str(mismatch), style="yellow" if mismatch.within_rounding else "red")
+        style = "yellow" if mismatch.within_rounding else "red"
+        console.print(str(mismatch), style=style, soft_wrap=True)
     if not all(mismatch.within_rounding for mismatch in mismatches):
         console.print("Greedy tokens disagree: nothing is timed.", style="red")
         raise typer.Exit(1)
