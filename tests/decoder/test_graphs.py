@@ -224,6 +224,17 @@ def test_the_shared_pair(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         assert replays(decoder) > 0
 
 
+@pytest.mark.parametrize("speculation", ["plain", "coupled"])
+def test_the_batched_pair(near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str) -> None:
+    options: dict[str, Any] = {"pair": "batched", "speculation": SPECULATIONS[speculation]}
+    prompts, params = requests(2, 5)
+    wanted = make_decoder(monkeypatch, near, 3, **options).generate(prompts, params)
+    decoder = make_decoder(monkeypatch, near, 3, taped=True, ahead=1, **options)
+    check(decoder.generate(prompts, params), wanted)
+    assert decoder.info()["pair"] == "batched"
+    assert replays(decoder) > 0
+
+
 def test_a_model_that_waits_for_the_device_runs_eagerly(
     trio: Trio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
