@@ -27,7 +27,16 @@ from benchmarks.options import (
     result_stem,
 )
 from benchmarks.prompts import KINDS, make_prompts, task_batches
-from benchmarks.providers import ALPHA, GREEDY, PROVIDERS, TEMPERATURE, TOP_P, Provider, Sampling
+from benchmarks.providers import (
+    ALPHA,
+    GREEDY,
+    PROVIDERS,
+    TEMPERATURE,
+    TOP_P,
+    DecoderProvider,
+    Provider,
+    Sampling,
+)
 from benchmarks.report import RESULTS, console, make_progress, write_json_lines
 from benchmarks.throughput_table import print_tables, print_verdicts
 from benchmarks.trios import AdapterMissing, TrioForms
@@ -80,21 +89,43 @@ def make_work(trio: Trio, settings: Settings) -> list[Work]:
     return made
 
 
+def room(works: Sequence[Work]) -> tuple[int, int]:
+    """Rows and tokens that the largest case takes, and the agreement check."""
+    rows = max(work.case.batch_size for work in works)
+    return rows, max(_GREEDY_PROMPT + _GREEDY_TOKENS, *(work.longest for work in works))
+
+
 def make_providers(forms: TrioForms, settings: Settings, works: Sequence[Work]) -> list[Provider]:
     """The providers asked for, each with room for the largest case.
 
     One that this trio or processor has no use for is left out, and said so: without an adapter
     there is no shared pair, two architectures are no batched one, and only bf16 is packed.
     """
-    rows = max(work.case.batch_size for work in works)
-    length = max(_GREEDY_PROMPT + _GREEDY_TOKENS, *(work.longest for work in works))
-    made = []
+    rows, length = room(works)
+    made: list[Provider] = []
     for name in settings.providers:
         try:
             made.append(PROVIDERS[name](forms, rows, length, settings.sampling))
         except (AdapterMissing, PackingError, PairError) as reason:
             console.print(f"{name} is left out: {reason}.", style="yellow", soft_wrap=True)
     return made
+
+
+def unlearned(
+    providers: Sequence[Provider], forms: TrioForms, settings: Settings, works: Sequence[Work]
+) -> list[Provider]:
+    """The same providers, those that speculate made anew.
+
+    They choose how much to draft by what they saw. What they saw of another text, in the check of
+    greedy tokens, would last far into a short timed run.
+    """
+    rows, length = room(works)
+    return [
+        PROVIDERS[p.name](forms, rows, length, settings.sampling)
+        if isinstance(p, DecoderProvider) and p.decoder.speculation is not None
+        else p
+        for p in providers
+    ]
 
 
 def check_greedy(providers: Sequence[Provider]) -> list[Mismatch]:
@@ -183,6 +214,7 @@ def run(settings: Settings, output: Path, plot: bool) -> None:
     works = make_work(trio, settings)
     providers = make_providers(forms, settings, works)
     ties = check_greedy(providers)
+    providers = unlearned(providers, forms, settings, works)
     records = measure(trio, settings, providers, works)
     dtypes = {role: info["dtype"] for role, info in trio.info()["roles"].items()}
     sizes = {role: info["parameters"] for role, info in trio.info()["roles"].items()}

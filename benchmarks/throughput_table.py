@@ -46,13 +46,13 @@ def print_verdicts(records: Sequence[Record], trio: str, prompts: str) -> None:
 def print_tables(records: Sequence[Record], title: str) -> None:
     """Speed, then what speculation and memory came to."""
     columns = (
-        "provider", "tokens\n/s", "x\nnaive", "x\nbase", "first\nms", "token\nms",
-        "arrival\nms p50", "\np95", "token /\nforwards",
+        "provider", "tok\n/s", "x\nnaive", "x\nbase", "first\nms", "token\nms",
+        "p50\nms", "p95\nms", "/\nfwds",
     )  # fmt: skip
     caption = (
         "x: tokens/s over those of naive and of base-only, paired by repeat. token ms: mean time "
-        "per output token after the first; arrivals: times between what a row's caller gets, which "
-        "may be several tokens. token / forwards: token ms over the sum of the bare forwards of "
+        "per output token after the first. p50, p95: times between what a row's caller gets, which "
+        "may be several tokens. / fwds: token ms over the sum of the bare forwards of "
         f"all roles, measured alone in the same run. Medians over repeats. {machine_line()}"
     )
     table = make_table(title, columns, caption)

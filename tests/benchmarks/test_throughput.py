@@ -115,6 +115,15 @@ def test_each_provider_is_held_to_its_own_models(forms, capsys):
     assert "wrong: prompt 0" in capsys.readouterr().out
 
 
+def test_providers_that_learn_are_made_anew(forms):
+    wanted = settings(providers=("naive", "ours", "ours-speculative"))
+    works = throughput.make_work(forms.trio, wanted)
+    made = throughput.make_providers(forms, wanted, works)
+    again = throughput.unlearned(made, forms, wanted, works)
+    assert [p.name for p in again] == list(wanted.providers)
+    assert [p is q for p, q in zip(made, again, strict=True)] == [True, True, False]
+
+
 def test_sampling_is_as_told(trio, prompts):
     """At a temperature next to none both are greedy, at a high one neither is."""
     greedy = NaiveLoop(trio).generate(prompts, MAX_TOKENS, greedy=True).token_ids
@@ -499,7 +508,7 @@ def test_command(command, trio_directory, tmp_path):
             or len(record["environment"]["revision"]) == 40
         )
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "forwards" in result.output
+    assert "fwds" in result.output
 
 
 def test_command_refuses_to_time_wrong_tokens(command, trio_directory, tmp_path, monkeypatch):
