@@ -37,7 +37,7 @@ MaxDrafts = Annotated[int, typer.Option(help="With --speculate: drafts of a roun
 PairOption = Annotated[
     Pair | None,
     typer.Option(
-        "--pair", help="How expert and anti-expert run.", show_default="shared where it can be"
+        "--pair", help="How expert and anti-expert run.", show_default="what is known to be fastest"
     ),
 ]
 PackWeights = Annotated[

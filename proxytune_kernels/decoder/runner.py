@@ -64,7 +64,9 @@ class Runner:
                 )
         self.device = _device(models["base"])
         self.flash_missing: dict[str, str | None] = {}
-        self.pair, trees = pair_models(models, pair)
+        # Stacked weights are neither compiled for nor packed unless asked for.
+        may_batch = not compile and not pack_weights
+        self.pair, trees = pair_models(models, pair, may_batch=may_batch)
         trees["base",] = sharing_copy(models["base"])
         self.members: dict[Roles, Member] = {}
         self._rows: dict[str, tuple[SlotCache, int, int]] = {}

@@ -35,12 +35,13 @@ def greedy_params(alpha: float = 1.0, **settings: Any) -> SamplingParams:
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("pair", ["separate", "batched"])
 def test_greedy_equals_the_naive_loop(
-    trio: Trio, make_decoder: Make, greedy: Loop, max_batch_size: int
+    trio: Trio, make_decoder: Make, greedy: Loop, pair: str, max_batch_size: int
 ) -> None:
     """Ragged, refilled (more prompts than slots, of different lengths), prompts per role."""
     params = [greedy_params(a, max_tokens=4 + 5 * (i % 3)) for i, a in enumerate(ALPHAS)]
-    decoder = make_decoder(trio, max_batch_size)
+    decoder = make_decoder(trio, max_batch_size, pair=pair)
     outputs = decoder.generate(PROMPTS, params)
     assert [output.index for output in outputs] == list(range(len(PROMPTS)))
     for output, p in zip(outputs, params, strict=True):

@@ -92,6 +92,15 @@ def test_sampled_tokens_are_the_separate_models(
         assert one.token_ids == two.token_ids
 
 
+# Importing torch's own compiler calls what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_small_checkpoints_of_one_shape_run_as_one_batch(trio: Trio, make_decoder: Make) -> None:
+    assert make_decoder(trio).info()["pair"] == "batched"
+    assert make_decoder(trio, compile=True).info()["pair"] == "separate"
+    other = Trio.from_models(trio.base, trio.expert, tiny_llama(4, layers=1), trio.tokenizer)
+    assert make_decoder(other).info()["pair"] == "separate"
+
+
 def test_weights_are_held_once(adapted: Trio, make_decoder: Make) -> None:
     decoder = make_decoder(adapted, 2)
     pointers = {p.data_ptr() for p in adapted.anti.parameters()}

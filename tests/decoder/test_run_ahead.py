@@ -190,7 +190,7 @@ def test_an_interrupted_step_leaves_nothing_in_flight_that_counts(
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompts = ["hello", "a"]
     wanted = make_decoder(monkeypatch, trio, 2).generate(prompts, params)
-    decoder = make_decoder(monkeypatch, trio, 2, ahead=1)
+    decoder = make_decoder(monkeypatch, trio, 2, ahead=1, pair="separate")
     for role in ("base", "anti"):
         stream = decoder.stream(prompts, params)
         for _ in range(5):

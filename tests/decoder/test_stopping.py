@@ -194,7 +194,7 @@ def test_two_streams_share_the_slots(trio: Trio, make_decoder: Make, plain: Requ
 def test_an_interrupted_step_leaves_the_decoder_usable(
     trio: Trio, make_decoder: Make, plain: RequestOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = make_decoder(trio, 2)
+    decoder = make_decoder(trio, 2, pair="separate")
     stream = decoder.stream(["hello", "a"], params(ignore_eos=True))
     next(stream)
     anti = decoder._runner.members["anti",]
