@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median_low
 
 from proxytune_kernels.ops import VERIFY_MODES
 
@@ -23,8 +23,8 @@ _MEMORY = 64.0
 _FIRST_DRAFTS = 4
 _MARGIN = 1.02
 """How much better than plain decoding a round must promise to be."""
-_PROBE_AFTER = 96
-"""Plain steps between two rounds that ask whether drafts pay by now."""
+_SHORTEST_REST, _LONGEST_REST = 16, 128
+"""Plain steps between two rounds that ask whether drafts pay by now: each time twice as many."""
 _PROBE_DRAFTS = 2
 _TIMES = 5
 
@@ -136,6 +136,12 @@ class StepTimes:
         times = self._seen.setdefault(rows, {}).setdefault(drafts, deque(maxlen=_TIMES))
         times.append(seconds)
 
+    def forget_rounds(self) -> None:
+        """Keep the plain steps alone."""
+        for times in self._seen.values():
+            for drafts in [d for d in times if d]:
+                del times[drafts]
+
     def estimates(self, rows: int, most: int) -> list[float] | None:
         """Seconds of steps with 0 to ``most`` drafts; None before both kinds have been timed.
 
@@ -146,11 +152,11 @@ class StepTimes:
         if not both:
             return None
         like = min(both, key=lambda r: abs(r - rows))
-        shape = _line({d: median(t) for d, t in self._seen[like].items()}, most)
+        shape = _line({d: median_low(t) for d, t in self._seen[like].items()}, most)
         own = self._seen.get(rows, {})
         if like == rows or 0 not in own:
             return shape
-        scale = median(own[0]) / shape[0]
+        scale = median_low(own[0]) / shape[0]
         return [seconds * scale for seconds in shape]
 
 
@@ -183,10 +189,16 @@ class DraftController:
         self._overall = Acceptance()
         self._untimed = 0
         self._rest = 0
+        self._next_rest = _SHORTEST_REST
         self._probing = False
 
     def new_request(self) -> Acceptance:
-        """An estimate for a new request, from what the others accepted."""
+        """An estimate for a new request, from what the others accepted.
+
+        Its text may be of another kind, so drafts are asked for again soon.
+        """
+        self._rest = min(self._rest, _SHORTEST_REST)
+        self._next_rest = _SHORTEST_REST
         return Acceptance(self._overall)
 
     def choose(self, requests: Sequence[tuple[Acceptance, int]]) -> int:
@@ -209,6 +221,8 @@ class DraftController:
             return min(_FIRST_DRAFTS, limit) if self._untimed % 2 == 0 else 0
         if self._probing:
             self._probing = False
+            # What rounds took before may have been a bad moment.
+            self._times.forget_rounds()
             return min(_PROBE_DRAFTS, limit)
         promise = [
             sum(acceptance.tokens(min(drafts, can)) for acceptance, can in requests)
@@ -217,8 +231,10 @@ class DraftController:
         ]
         best = max(range(limit + 1), key=promise.__getitem__)
         if promise[best] > _MARGIN * promise[0]:
+            self._next_rest = _SHORTEST_REST
             return best
-        self._rest, self._probing = _PROBE_AFTER, True
+        self._rest, self._probing = self._next_rest, True
+        self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
         return 0
 
     def observe_time(self, rows: int, drafts: int, seconds: float) -> None:
