@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def find_trio(name: str) -> str:
 def open_trio(name: str, dtype: str | None) -> Trio:
     """Load a trio; without a dtype the shipped one in fp32, others in their checkpoints' dtype."""
     disable_progress_bar()  # it would tear up ours
+    # transformers imports torchao, which notes the kernels that this build of torch lacks.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     if dtype is None:
         dtype = "float32" if name == "shipped" else "auto"
     return load_trio(find_trio(name), dtype=dtype)

@@ -66,7 +66,7 @@ def generate(
         str | None, typer.Option(help="Of the sampling op; see `proxytune info`.")
     ] = None,
     speculate: decoding.SpeculateOption = None,
-    max_drafts: decoding.MaxDrafts = 8,
+    max_drafts: decoding.MaxDrafts = 16,
     pair: decoding.PairOption = None,
     pack_weights: decoding.PackWeights = False,
     prefill_chunk: decoding.PrefillChunk = 512,

@@ -52,7 +52,7 @@ class Speculation:
 
     drafter: str = "expert"
     mode: str = "coupled"
-    max_drafts: int = 8
+    max_drafts: int = 16
     adaptive: bool = True
 
     def __post_init__(self) -> None:

@@ -230,6 +230,26 @@ def test_turns_itself_off_and_asks_again() -> None:
     assert speed_when_cheap > 2
 
 
+def test_one_slow_round_is_forgiven() -> None:
+    """The first round of all may be slow: code and weights are cold."""
+    world = World([1 + 0.1 * n for n in range(9)])
+    quick, world.seconds = world.seconds, [1.0, *[50.0] * 8]
+    chosen, _ = world.run(2, 0.95)
+    assert max(chosen) > 0
+    world.seconds = quick
+    chosen, _ = world.run(40, 0.95)
+    assert min(chosen[20:]) > 2
+
+
+def test_a_new_request_asks_again_soon() -> None:
+    """Its text may be of a kind that the drafter knows."""
+    world = World([1 + 0.3 * n for n in range(9)])
+    world.run(1000, 0.0)
+    world.acceptance = world.controller.new_request()
+    chosen, _ = world.run(60, 0.99)
+    assert min(chosen[40:]) > 2
+
+
 def test_drafts_follow_acceptance() -> None:
     world = World([1 + 0.1 * n for n in range(9)])
     means = []
