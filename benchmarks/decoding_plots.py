@@ -26,6 +26,7 @@ _COLOURS = {
     "ours-compiled": "#E69F00",
     "base-only-packed": "#9AD0EE",
     "ours-packed": "#EE9A66",
+    "ours-packed-speculative": "#A3472F",
 }
 _ROLE_COLOURS = {"base": "#0072B2", "expert": "#009E73", "anti": "#CC79A7"}
 

@@ -261,6 +261,7 @@ PROVIDERS: dict[str, Factory] = dict(
         _decoder("ours-compiled", compile=True),
         _decoder("base-only-packed", roles=("base",), pack_weights=True),
         _decoder("ours-packed", pack_weights=True),
+        _decoder("ours-packed-speculative", pack_weights=True, speculation=Speculation()),
     ]
 )
 """Providers by name, in the order of tables and plots; ``naive`` is what ratios are taken to."""
