@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks import options
 from benchmarks.agreement import ComputedTwice, Mismatch, first_mismatch
 from benchmarks.choices import parse_choices
 from benchmarks.decoding_plots import plot_acceptance
@@ -262,16 +263,8 @@ def main(
         typer.Option(min=2, help="Of each prompt.", show_default="32; 15 for shipped arithmetic"),
     ] = None,
     temperature: Annotated[float, typer.Option(min=1e-3)] = 1.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own choice")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the weights: auto, float32, bfloat16, float16.",
-            show_default="float32 for the shipped trio, auto for others",
-        ),
-    ] = None,
+    threads: options.Threads = None,
+    dtype: options.Dtype = None,
     output: Annotated[
         Path | None,
         typer.Option(help="JSON lines.", show_default="benchmarks/results/acceptance-<trio>.jsonl"),

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from benchmarks.decode_timing import Case
 from benchmarks.prompts import task_tokens
 from benchmarks.providers import PROVIDERS, Sampling
+
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own choice")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the weights: auto, float32, bfloat16, float16.",
+        show_default="float32 for the shipped trio, auto for others",
+    ),
+]
 
 
 def parse_cases(batch_sizes: str, lengths: str) -> tuple[Case, ...]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks import options
 from benchmarks.decoding_plots import plot_refill
 from benchmarks.measure import Summary, paired_ratios
 from benchmarks.prompts import make_prompts
@@ -221,16 +222,8 @@ def main(
     longest: Annotated[int, typer.Option(min=1, help="Of prompts, and of outputs.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 5,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own choice")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the weights: auto, float32, bfloat16, float16.",
-            show_default="float32 for the shipped trio, auto for others",
-        ),
-    ] = None,
+    threads: options.Threads = None,
+    dtype: options.Dtype = None,
     output: Annotated[
         Path | None,
         typer.Option(help="JSON lines.", show_default="benchmarks/results/refill-<trio>.jsonl"),

@@ -14,6 +14,7 @@ import torch
 import typer
 from rich.progress import Progress
 
+from benchmarks import options
 from benchmarks.agreement import Mismatch, greedy_mismatches
 from benchmarks.decode_timing import Case, Work, time_case
 from benchmarks.decoding_plots import plot_throughput
@@ -280,16 +281,8 @@ def main(
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Timed runs.", show_default="5")
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own choice")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the weights: auto, float32, bfloat16, float16.",
-            show_default="float32 for the shipped trio, auto for others",
-        ),
-    ] = None,
+    threads: options.Threads = None,
+    dtype: options.Dtype = None,
     output: Annotated[
         Path | None,
         typer.Option(

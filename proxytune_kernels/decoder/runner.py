@@ -213,17 +213,13 @@ class Runner:
             self.active[role][slot] = 1
 
     @torch.inference_mode()
-    def advance(self, slots: int, counts: Tensor | int) -> None:
-        """Move the first slots' lengths on by ``counts``, int64 [B] or a number, on the device.
+    def advance(self, slots: int, counts: Tensor) -> None:
+        """Move the first slots' lengths on by ``counts``, int64 [B], on the device.
 
         Slots that run in a role alone move; the host learns of it by :meth:`advance_host`.
         """
         for role, (cache, first, stride) in self._rows.items():
-            moved = self.active[role][:slots]
-            if isinstance(counts, Tensor):
-                moved = moved * counts.to(cache.device, non_blocking=True)
-            elif counts != 1:
-                moved = moved * counts
+            moved = self.active[role][:slots] * counts.to(cache.device, non_blocking=True)
             cache.device_lengths[first : first + slots * stride : stride] += moved
 
     def advance_host(self, slot: int, roles: Sequence[str], count: int) -> None:

@@ -92,7 +92,7 @@ def step(runner: Runner, token_ids: list[list[int]], kept: int | None = None) ->
     """Logits [B, q, V] of q more tokens in each of the first slots, of which ``kept`` stay."""
     logits = runner.forward(("base",), torch.tensor(token_ids))["base"]
     count = len(token_ids[0]) if kept is None else kept
-    runner.advance(len(token_ids), count)
+    runner.advance(len(token_ids), torch.full((len(token_ids),), count))
     for slot in range(len(token_ids)):
         runner.advance_host(slot, ("base",), count)
     return logits
