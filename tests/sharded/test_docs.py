@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.documents import ROOT, examples
 
 
 def test_the_example_of_the_documentation(tmp_path):
-    text = (ROOT / "docs/sharded.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", text, re.S)
+    [code] = examples("docs/sharded.md", "python")
     script = tmp_path / "example.py"
     script.write_text(code)
     done = subprocess.run(
