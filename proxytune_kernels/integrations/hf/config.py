@@ -1,0 +1,103 @@
+"""The configuration of a trio as one transformers model: what a saved directory's config.json says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from proxytune_kernels.roles import ROLES
+
+SUB_CONFIGS = {role: f"{role}_config" for role in ROLES}
+"""Role -> name of its model's configuration within the trio's."""
+
+
+def _member() -> SubConfigSpec:
+    # transformers wants a type to fall back to; a member's configuration always says its own.
+    return SubConfigSpec(config_class=AutoConfig, model_type="llama", optional=True)
+
+
+@strict
+class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Names three checkpoints, how strongly they steer and how they read prompts.
+
+    Args:
+        base_config, expert_config, anti_config: the models' own, once they are loaded. They are
+            not written: the checkpoints have them.
+        alpha: strength of the steering where a call names none.
+        checkpoints: role -> directory (relative to the manifest's) or hub name.
+        prompts: role -> ``"plain"`` or ``"chat"``, as in :func:`proxytune_kernels.load_trio`.
+        merge_adapter: as in :func:`proxytune_kernels.load_trio`.
+        quantize: role -> ``"int8"`` or ``"int4"``.
+        vocab_size: width of the combined logits, the vocabulary that the three models share.
+        max_position_embeddings: the shortest context of the three.
+    """
+
+    model_type = "proxy_tuned"
+    sub_configs_defaults = {name: _member() for name in SUB_CONFIGS.values()}  # noqa: RUF012
+
+    base_config: dict[str, Any] | PreTrainedConfig | None = None
+    expert_config: dict[str, Any] | PreTrainedConfig | None = None
+    anti_config: dict[str, Any] | PreTrainedConfig | None = None
+    alpha: float | int = 1.0
+    checkpoints: dict[str, str] | None = None
+    prompts: dict[str, str] | None = None
+    merge_adapter: bool = True
+    quantize: dict[str, str] | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def of_models(cls, models: dict[str, Any], vocab_size: int, **settings: Any) -> Any:
+        """The configuration of three models in memory; theirs stay as they are."""
+        configs = {role: model.config for role, model in models.items()}
+        base = configs["base"].get_text_config(decoder=True)
+        return cls(
+            **{SUB_CONFIGS[role]: config for role, config in configs.items()},
+            vocab_size=vocab_size,
+            max_position_embeddings=_shortest_context(configs),
+            dtype=_dtype(models["base"]),
+            **{
+                name: getattr(base, name, None)
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            },
+            # Unless each is named, transformers writes None into the models' own configurations,
+            # and attention without an implementation turns non-causal without an error.
+            attn_implementation=_kept(configs, "_attn_implementation"),
+            experts_implementation=_kept(configs, "_experts_implementation"),
+            **settings,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written: everything but the models' own configurations."""
+        return {k: v for k, v in super().to_dict().items() if k not in SUB_CONFIGS.values()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As :meth:`to_dict`, without what has its default value."""
+        return {k: v for k, v in super().to_diff_dict().items() if k not in SUB_CONFIGS.values()}
+
+
+def _kept(configs: dict[str, Any], name: str) -> dict[str, Any]:
+    values = {SUB_CONFIGS[role]: getattr(config, name, None) for role, config in configs.items()}
+    return {"": values[SUB_CONFIGS["base"]], **values}
+
+
+def _shortest_context(configs: dict[str, Any]) -> int | None:
+    texts = (config.get_text_config(decoder=True) for config in configs.values())
+    known = [n for t in texts if (n := getattr(t, "max_position_embeddings", None)) is not None]
+    return min(known, default=None)
+
+
+def _dtype(model: Any) -> torch.dtype:
+    dtype: torch.dtype = model.dtype
+    return dtype
+
+
+AutoConfig.register(ProxyTunedConfig.model_type, ProxyTunedConfig)

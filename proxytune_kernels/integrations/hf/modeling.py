@@ -1,0 +1,444 @@
+"""A trio as one transformers model: its logits are the combined logits of the three."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BatchEncoding, GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from proxytune_kernels import ops
+from proxytune_kernels.adapters import unwrapped
+from proxytune_kernels.describe import model_info
+from proxytune_kernels.integrations.hf.caching import RoleCaches, cache_maker
+from proxytune_kernels.integrations.hf.config import ProxyTunedConfig
+from proxytune_kernels.integrations.hf.inputs import (
+    OWN_ARGUMENTS,
+    Prompts,
+    checked_alpha,
+    left_padded,
+    positions,
+    prompts_of,
+)
+from proxytune_kernels.roles import ROLES
+from proxytune_kernels.trio import Trio
+
+RoleLogits = dict[str, Tensor]
+"""Role -> logits [B, q, V_role]."""
+
+
+class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Proxy-tuning in transformers: ``generate()`` in all its modes, pipelines, streamers.
+
+    Made by :meth:`from_models`, :meth:`from_trio` or ``from_pretrained``.
+
+    Args:
+        config: of these models.
+        models: role -> transformers causal LM.
+        trio: the same models with their tokenizers, where there are any.
+    """
+
+    config_class = ProxyTunedConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(
+        self,
+        config: ProxyTunedConfig,
+        models: Mapping[str, Any] | None = None,
+        trio: Trio | None = None,
+    ) -> None:
+        if models is None:
+            raise ValueError(
+                "ProxyTunedForCausalLM must be made by from_models, from_trio or from_pretrained: "
+                "a configuration alone has no weights"
+            )
+        super().__init__(config)
+        self.base, self.expert, self.anti = (models[role] for role in ROLES)
+        self.trio = trio
+        self.notes: dict[str, Any] = {}
+        self.post_init()
+        self.train(self.base.training)
+        self.generation_config = copy.deepcopy(self.base.generation_config)
+        if trio is not None and trio.eos_token_ids:
+            self.generation_config.eos_token_id = list(trio.eos_token_ids)
+
+    @classmethod
+    def from_models(
+        cls,
+        base: Any,
+        expert: Any,
+        anti: Any,
+        tokenizer: Any = None,
+        *,
+        alpha: float = 1.0,
+        prompts: Mapping[str, str] | None = None,
+    ) -> ProxyTunedForCausalLM:
+        """Make one model of three in memory, which are not copied or changed.
+
+        Args:
+            base, expert, anti: transformers causal LMs; the expert may be a PEFT model with a LoRA
+                adapter.
+            tokenizer: one for all roles or a mapping from role to tokenizer: the vocabulary is
+                agreed as :func:`proxytune_kernels.load_trio` does it. Without one the three models
+                are taken to share their vocabulary, and must give logits of one width.
+            alpha: strength of the steering where a call names none.
+            prompts: role -> ``"plain"`` (default) or ``"chat"``; needs a tokenizer.
+
+        Raises:
+            ValueError: names the argument, what it got and what it wanted.
+            VocabularyError: the roles disagree on the meaning of an id.
+        """
+        if tokenizer is not None:
+            trio = Trio.from_models(base, expert, anti, tokenizer, prompts=prompts)
+            return cls.from_trio(trio, alpha)
+        if prompts is not None:
+            raise ValueError("prompts need a tokenizer, got None")
+        models = {"base": base, "expert": unwrapped("expert", expert), "anti": anti}
+        widths = {r: m.get_output_embeddings().weight.shape[0] for r, m in models.items()}
+        if len(set(widths.values())) > 1:
+            listed = ", ".join(f"{width} of {role}" for role, width in widths.items())
+            raise ValueError(
+                f"tokenizer must be given where the models' logits have different widths, "
+                f"got None and {listed}"
+            )
+        config = ProxyTunedConfig.of_models(models, widths["base"], alpha=alpha)
+        return cls(config, models)
+
+    @classmethod
+    def from_trio(cls, trio: Trio, alpha: float = 1.0) -> ProxyTunedForCausalLM:
+        """Make one model of a trio; ``alpha`` is the steering where a call names none.
+
+        Example:
+            >>> import proxytune_kernels as ptk
+            >>> model = ProxyTunedForCausalLM.from_trio(ptk.load_trio("shipped"))
+            >>> model.config.vocab_size == model.trio.vocab_size
+            True
+        """
+        if trio.roles != ROLES:
+            raise ValueError(f"trio must have {', '.join(ROLES)}, got {', '.join(trio.roles)}")
+        config = ProxyTunedConfig.of_models(
+            dict(trio.models), trio.vocab_size, alpha=alpha, prompts=dict(trio.prompts)
+        )
+        return cls(config, trio.models, trio)
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """Role -> its model."""
+        return {role: getattr(self, role) for role in ROLES}
+
+    @property
+    def alpha(self) -> float:
+        """Strength of the steering where a call names none."""
+        return float(self.config.alpha)
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.config.alpha = float(value)
+
+    def init_weights(self) -> None:
+        """Nothing: the models come with their weights."""
+
+    def _init_weights(self, module: Any) -> None:
+        """Nothing, as :meth:`init_weights`."""
+
+    def get_input_embeddings(self) -> Any:
+        """The base's."""
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """The base's."""
+        return self.base.get_output_embeddings()
+
+    def info(self) -> dict[str, Any]:
+        """What the model is and how its last ``generate()`` ran, as plain values."""
+        described = {role: model_info(model) for role, model in self.models.items()}
+        attention = {role: model.config._attn_implementation for role, model in self.models.items()}
+        return {
+            "roles": described,
+            "alpha": self.alpha,
+            "vocab_size": self.config.vocab_size,
+            "vocabulary_notes": (
+                ["no tokenizers to compare: ids are taken to mean the same to all roles"]
+                if self.trio is None
+                else list(self.trio.agreement.notes)
+            ),
+            "attention": attention,
+            **self.notes,
+        }
+
+    def tokenize(self, prompts: Any) -> BatchEncoding:
+        """A batch's inputs for ``generate()``: token ids and masks, padded on the left.
+
+        Args:
+            prompts: one prompt, or a list of them; a prompt is a string, chat messages, a list of
+                token ids, or a mapping from role to one of these.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, int64 [B, P], and for a role that reads another
+            prompt than the base ``expert_input_ids``, ``expert_attention_mask`` (``anti_...``).
+        """
+        if self.trio is None:
+            raise ValueError("tokenize needs tokenizers: give from_models a tokenizer")
+        single = isinstance(prompts, str | Mapping) or not prompts or _is_one(prompts)
+        each = [self.trio.tokenize(prompt) for prompt in ([prompts] if single else prompts)]
+        pad = self.trio.tokenizer.pad_token_id or 0
+        inputs: dict[str, Tensor] = {}
+        for role in ROLES:
+            rows = [ids[role] for ids in each]
+            if role == "base":
+                inputs["input_ids"], inputs["attention_mask"] = left_padded(rows, pad)
+            elif rows != [ids["base"] for ids in each]:
+                token_ids, mask = left_padded(rows, pad)
+                inputs |= {f"{role}_input_ids": token_ids, f"{role}_attention_mask": mask}
+        return BatchEncoding(inputs).to(self.device)
+
+    def role_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        prompt_length: int | None = None,
+        **prompts: Tensor | None,
+    ) -> tuple[RoleLogits, Any]:
+        """Each role's logits for new tokens; arguments as in :meth:`forward`.
+
+        Returns:
+            Role -> logits [B, q, V_role] on the base's device, and the cache, longer by the new
+            tokens.
+        """
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = RoleCaches.make(self.models, cache_maker("dynamic", 0))
+        own = prompts_of(prompts, input_ids.shape[0])
+        return self._separate_logits(
+            input_ids, attention_mask, position_ids, cache, logits_to_keep, own, prompt_length
+        ), cache
+
+    def _separate_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        caches: RoleCaches | None,
+        keep: int,
+        own: Prompts,
+        prompt_length: int | None,
+    ) -> RoleLogits:
+        """Run the models as they are, one after another, over transformers' caches."""
+        length = input_ids.shape[1] if prompt_length is None else prompt_length
+        found = {}
+        for role, model in self.models.items():
+            cache = None if caches is None else caches.caches[role]
+            ids, mask, place = input_ids, attention_mask, position_ids
+            if role in own or (caches is not None and role in caches.masks):
+                ids, mask = _own_inputs(role, input_ids, attention_mask, caches, own, length)
+                place = None
+            if place is None and isinstance(mask, Tensor) and mask.dim() == 2:
+                place = positions(mask)[:, -ids.shape[1] :]
+            found[role] = _run(model, ids, mask, place, cache, keep)
+        if own:
+            # Prompts of several lengths have their last logits in common.
+            shared = min(logits.shape[1] for logits in found.values())
+            found = {role: logits[:, -shared:] for role, logits in found.items()}
+        device = found["base"].device
+        return {role: logits.to(device) for role, logits in found.items()}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        labels: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        expert_input_ids: Tensor | None = None,
+        expert_attention_mask: Tensor | None = None,
+        anti_input_ids: Tensor | None = None,
+        anti_attention_mask: Tensor | None = None,
+        prompt_length: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Combined logits ``base + alpha * (expert - anti)`` of every token, or of the last.
+
+        Args:
+            input_ids: int64 [B, q], new tokens.
+            attention_mask: int64 [B, T], 1 for tokens and 0 for padding on the left, of all tokens
+                so far; None is all tokens.
+            position_ids: int64 [B, q]; counted by the mask if None.
+            past_key_values: a cache that this model gave, longer by q tokens afterwards.
+            use_cache: give a cache back.
+            logits_to_keep: give the logits of so many last tokens; 0 is all of them.
+            labels: int64 [B, q]; the loss is that of transformers' causal LMs.
+            alpha: a number or a tensor [B]; the configuration's if None.
+            expert_input_ids, expert_attention_mask, anti_input_ids, anti_attention_mask: int64
+                [B, P], a role's own prompt in place of the base's, padded on the left.
+            prompt_length: how many of the first ``input_ids`` are the base's prompt, where more
+                follow it (drafts); all if None.
+
+        Returns:
+            Logits fp32 [B, q, vocab_size]; differentiable while torch records gradients.
+        """
+        _refuse(kwargs)
+        if input_ids is None:
+            raise ValueError("input_ids must be a tensor [B, q], got None")
+        strength = checked_alpha(self.alpha if alpha is None else alpha, input_ids.shape[0])
+        roles, cache = self.role_logits(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+            logits_to_keep,
+            prompt_length,
+            expert_input_ids=expert_input_ids,
+            expert_attention_mask=expert_attention_mask,
+            anti_input_ids=anti_input_ids,
+            anti_attention_mask=anti_attention_mask,
+        )
+        logits = combined(roles, strength, self.config.vocab_size)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Check alpha and the prompts once; from here on each is a tensor with a row per row."""
+        rows = input_ids.shape[0]
+        if model_kwargs.get("alpha") is not None:
+            model_kwargs["alpha"] = checked_alpha(model_kwargs["alpha"], rows)
+        if prompts_of(model_kwargs, rows):
+            # The first pass of assisted decoding has drafts behind the prompt.
+            model_kwargs["prompt_length"] = input_ids.shape[1]
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
+        )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
+            return
+        implementation = generation_config.cache_implementation
+        maker = cache_maker(implementation, max_cache_length)
+        model_kwargs["past_key_values"] = RoleCaches.make(self.models, maker)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which hands all arguments of this model on to the assistant."""
+        known = {k: v for k, v in kwargs["model_kwargs"].items() if k not in OWN_ARGUMENTS}
+        return super()._get_candidate_generator(*args, **{**kwargs, "model_kwargs": known})
+
+
+def combined(roles: Mapping[str, Tensor], alpha: float | Tensor, vocab_size: int) -> Tensor:
+    """Combined logits, fp32 [B, q, vocab_size], of each role's [B, q, V_role].
+
+    One fused pass where no gradient is wanted; else torch's own operators, which can be
+    differentiated (also by alpha).
+    """
+    logits = [roles[role][..., :vocab_size] for role in ROLES]
+    tensors = [*logits, *([alpha] if isinstance(alpha, Tensor) else [])]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        base, expert, anti = (x.float() for x in logits)
+        each = alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
+        return base + each * (expert - anti)
+    rows, width = logits[0].shape[:2]
+    base, expert, anti = (x.flatten(0, 1) for x in logits)
+    if isinstance(alpha, Tensor) and width > 1:
+        alpha = alpha.repeat_interleave(width)
+    x = ops.combine(base, expert, anti, alpha, vocab_size=vocab_size)
+    return x.view(rows, width, vocab_size)
+
+
+def _own_inputs(
+    role: str,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    caches: RoleCaches | None,
+    own: Prompts,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """A role's new tokens and its mask over all tokens, where it reads another prompt."""
+    seen = 0 if caches is None else caches.caches[role].get_seq_length()
+    if role in own and seen < own[role][0].shape[1]:
+        prompt, mask = own[role]
+        drafts = input_ids[:, length:]
+        ids = torch.cat([prompt[:, seen:], drafts], 1)
+        mask = torch.cat([mask, torch.ones_like(drafts)], 1)
+    else:
+        assert caches is not None
+        ids, width = input_ids, input_ids.shape[1]
+        new = torch.ones_like(ids) if attention_mask is None else attention_mask[:, -width:]
+        mask = torch.cat([caches.masks[role], new.to(caches.masks[role])], 1)
+    if caches is not None:
+        caches.masks[role] = mask
+    return ids, mask
+
+
+def _run(
+    model: Any, input_ids: Tensor, mask: Any, place: Tensor | None, cache: Any, keep: int
+) -> Tensor:
+    device = model.get_input_embeddings().weight.device
+    keywords = {"logits_to_keep": keep} if _keeps_logits(model) else {}
+    logits: Tensor = model(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device) if isinstance(mask, Tensor) else mask,
+        position_ids=None if place is None else place.to(device),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **keywords,
+    ).logits
+    if not keywords and keep:
+        logits = logits[:, -keep:]
+    # The operators take fp32 and narrower.
+    return logits.float() if logits.dtype == torch.float64 else logits
+
+
+def _keeps_logits(model: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether a list is one prompt: token ids, or chat messages."""
+    first = prompts[0]
+    return isinstance(first, int) or (isinstance(first, Mapping) and "content" in first)
+
+
+def _refuse(kwargs: Mapping[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if name != "num_items_in_batch" and value not in (None, False):
+            raise ValueError(
+                f"{name} must not be given: three models run here, whose {name} differ; "
+                f"call .base, .expert or .anti for one's own"
+            )
+
+
+AutoModelForCausalLM.register(ProxyTunedConfig, ProxyTunedForCausalLM)
