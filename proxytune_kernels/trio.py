@@ -15,7 +15,7 @@ from proxytune_kernels.describe import model_info
 from proxytune_kernels.loading import load_models, load_options
 from proxytune_kernels.prompts import PROMPT_STYLES, tokenize
 from proxytune_kernels.roles import ROLES, check_known, check_roles
-from proxytune_kernels.trio_file import read_source
+from proxytune_kernels.trio_file import named_models, read_source
 from proxytune_kernels.vocabulary import Agreement, RoleVocabulary, VocabularyError, agree
 
 
@@ -86,7 +86,7 @@ class Trio:
         }
         vocabularies = {r: _vocabulary(models[r], tokenizers[r]) for r in models}
         agreement = agree(vocabularies)
-        eos = _eos_token_ids(models["base"], tokenizers["base"], agreement)
+        eos = eos_token_ids(models["base"].generation_config, tokenizers["base"], agreement)
         return cls(models, tokenizers, _prompt_styles(prompts, tuple(models)), agreement, eos)
 
     @property
@@ -191,13 +191,7 @@ def load_trio(
     Source: Liu et al. 2024, arXiv 2401.08565; docs/loading.md.
     """
     directory, settings = read_source(source)
-    named = {"base": base, "expert": expert, "anti": anti}
-    references = {
-        role: str(given) if given is not None else resolve(settings[role], directory)
-        for role, given in named.items()
-        if given is not None or role in settings
-    }
-    check_roles(references)
+    references = named_models(settings, directory, base=base, expert=expert, anti=anti)
     gguf = {**settings.get("gguf_file", {}), **(gguf_file or {})}
     check_known("gguf_file", gguf)
     quantizations = {**_quantizations(settings.get("quantize")), **_quantizations(quantize)}
@@ -266,8 +260,13 @@ def _vocabulary(model: Any, tokenizer: Any) -> RoleVocabulary:
     return RoleVocabulary(tokens, model.get_output_embeddings().weight.shape[0])
 
 
-def _eos_token_ids(base: Any, tokenizer: Any, agreement: Agreement) -> tuple[int, ...]:
-    named = base.generation_config.eos_token_id if base.generation_config is not None else None
+def eos_token_ids(generation_config: Any, tokenizer: Any, agreement: Agreement) -> tuple[int, ...]:
+    """Tokens that end a request: those of the base's generation_config (or None) and tokenizer.
+
+    Raises:
+        VocabularyError: there are some, and no role can produce any of them.
+    """
+    named = generation_config.eos_token_id if generation_config is not None else None
     listed = [named] if isinstance(named, int) else list(named or ())
     if tokenizer.eos_token_id is not None:
         listed.append(tokenizer.eos_token_id)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from proxytune_kernels.roles import ROLES
+from proxytune_kernels.checkpoints import resolve
+from proxytune_kernels.roles import ROLES, check_roles
 
 TRIO_FILE = "trio.json"
 TRIO_FORMAT = 1
@@ -47,3 +49,27 @@ def read_source(source: str | Path | None) -> tuple[Path | None, dict[str, Any]]
             f"{path} must have keys among {', '.join(sorted(_KEYS))}, got {unknown[0]!r}"
         )
     return directory, settings
+
+
+def named_models(
+    settings: Mapping[str, Any], directory: Path | None, **named: str | Path | None
+) -> dict[str, str]:
+    """Role -> directory or hub name of its model, in the order base, expert, anti.
+
+    Args:
+        settings: what trio.json says.
+        directory: it is in this one; paths are relative to it.
+        named: role -> what replaces trio.json's, or None.
+
+    Raises:
+        ValueError: no base, or one of expert and anti without the other.
+    """
+    references = {
+        role: str(named[role])
+        if named.get(role) is not None
+        else resolve(settings[role], directory)
+        for role in ROLES
+        if named.get(role) is not None or role in settings
+    }
+    check_roles(references)
+    return references
