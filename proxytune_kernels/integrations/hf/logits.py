@@ -117,7 +117,7 @@ class LogitsSampler:
         config.update(**config._get_default_generation_params(), defaults_only=True)
         if config.num_beams > 1:
             raise NotInOp(f"num_beams {config.num_beams} is not in the op")
-        builder = _ProcessorBuilder()
+        builder: Any = _ProcessorBuilder()
         builder._prepare_special_tokens(config, device=device)
         processors = builder._get_logits_processor(
             config, input_ids_seq_length=prompt_length, device=device, model_kwargs={}

@@ -27,6 +27,7 @@ from proxytune_kernels.integrations.hf.inputs import (
     positions,
     prompts_of,
 )
+from proxytune_kernels.integrations.hf.sampling import FusedSampling
 from proxytune_kernels.roles import ROLES
 from proxytune_kernels.trio import Trio
 
@@ -34,7 +35,7 @@ RoleLogits = dict[str, Tensor]
 """Role -> logits [B, q, V_role]."""
 
 
-class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ProxyTunedForCausalLM(FusedSampling, PreTrainedModel, GenerationMixin):
     """Proxy-tuning in transformers: ``generate()`` in all its modes, pipelines, streamers.
 
     Made by :meth:`from_models`, :meth:`from_trio` or ``from_pretrained``.

@@ -1,0 +1,236 @@
+"""Greedy decoding and sampling inside ``generate()`` through our op, where it gives the same law.
+
+Greedy tokens are those of transformers' own loop. Sampled ones follow the same law and are others:
+each row's noise is keyed by a seed and the token's position (docs/contracts.md, Randomness), and
+the seeds are drawn from torch's global generator when ``generate()`` starts, so ``set_seed``
+repeats a call, and a row draws the same tokens whatever rows come behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EosTokenCriteria, GenerationMixin, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from proxytune_kernels import ops
+from proxytune_kernels.decoder.loop import DecodeError
+from proxytune_kernels.integrations.hf.logits import LogitsSampler
+from proxytune_kernels.integrations.hf.processors import NotInOp, OpSampling, read_processors
+from proxytune_kernels.reference import STATUS_BAD_PARAMS
+
+_OP = "proxytune_kernels.sample on the three roles' logits"
+
+
+# Its methods are typed for models that have no other parent.
+_Generation: Any = GenerationMixin
+
+
+class FusedSampling(_Generation):  # type: ignore[misc]
+    """What :class:`ProxyTunedForCausalLM` does in place of transformers' decoding loops.
+
+    Each of them leaves in ``notes["sampling"]`` how it drew its tokens.
+    """
+
+    notes: dict[str, Any]
+
+    def _sample(
+        self,
+        input_ids: Any,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy decoding or sampling; arguments and result as in transformers."""
+        try:
+            if synced_gpus:
+                raise NotInOp("synced_gpus is not in this package's loop")
+            _check_loop(generation_config)
+            # Last, as it sets up what torch.compile needs.
+            if self._valid_auto_compile_criteria(model_kwargs, generation_config):
+                raise NotInOp("a compiled forward of a static cache is not in this package's loop")
+            sampling = read_processors(logits_processor, do_sample=generation_config.do_sample)
+        except NotInOp as reason:
+            self.notes["sampling"] = f"transformers' warpers: {reason}"
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        self.notes["sampling"] = _OP
+        stops = Stops(stopping_criteria, generation_config._pad_token_tensor)
+        with self._optimize_model_for_decode():
+            return _decode(
+                self, input_ids, sampling, stops, generation_config, streamer, model_kwargs
+            )
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        self.notes["sampling"] = "transformers' warpers: beam search ranks whole rows of logits"
+        return super()._beam_search(*args, **kwargs)
+
+    def _assisted_decoding(
+        self, input_ids: Any, *args: Any, inputs_tensor: Any = None, **kwargs: Any
+    ) -> Any:
+        self.notes["sampling"] = (
+            "transformers' warpers: assisted decoding checks its drafts on whole rows of logits "
+            "(custom_generate with speculation checks them through the op)"
+        )
+        return super()._assisted_decoding(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
+
+
+def _check_loop(generation_config: Any) -> None:
+    """NotInOp if transformers' loop can do what ours can't."""
+    if not generation_config.use_cache:
+        raise NotInOp("use_cache False is not in this package's loop")
+    if generation_config.is_assistant:
+        raise NotInOp("a drafter's loop is transformers'")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name):
+            raise NotInOp(f"{name} is not in this package's loop")
+    if generation_config.return_dict_in_generate and generation_config.output_scores:
+        raise NotInOp("output_scores asks for the rows that the op does not write")
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    sampling: OpSampling,
+    stops: Stops,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> Any:
+    """The loop: one forward of each role and one op a token.
+
+    Args:
+        input_ids: int64 [B, P].
+        model_kwargs: as transformers prepares them; alpha is a number or a tensor [B].
+    """
+    rows, prompt_length = input_ids.shape
+    keep_logits = generation_config.return_dict_in_generate and generation_config.output_logits
+    alpha = model_kwargs.get("alpha")
+    alpha = model.alpha if alpha is None else alpha
+    vocab_size: int = model.config.vocab_size
+    sampler = LogitsSampler(
+        sampling,
+        rows,
+        vocab_size,
+        alpha=alpha,
+        prompt_length=prompt_length,
+        device=model.device,
+    )
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    positions = model_kwargs["position_ids"][:, -1:]
+    # The prompt's last logits come combined.
+    x, expert, anti = outputs.logits[:, -1], None, None
+    del outputs
+    kept_logits: tuple[Tensor, ...] = ()
+    while True:
+        if keep_logits:
+            x, expert, anti = ops.combine(x, expert, anti, alpha, vocab_size=vocab_size), None, None
+            kept_logits += (x,)
+        drawn = sampler.draw(x, expert, anti)
+        tokens = stops.padded(drawn.token_ids.to(input_ids.device))
+        listed = tokens.tolist()
+        if min(listed) < 0:
+            _raise_nothing_drawn(listed, drawn.status, sampler.position - 1)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+        finished = stops.finished(input_ids, listed)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        if finished:
+            break
+        roles, cache = model.role_logits(
+            tokens[:, None].to(model.device), mask, positions, cache, True, 1
+        )
+        x, expert, anti = (roles[role][:, -1] for role in ("base", "expert", "anti"))
+        positions = positions + 1
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones((rows, 1))], dim=-1)
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return input_ids
+    result: Any = GenerateDecoderOnlyOutput  # its types are narrower than what transformers puts in
+    return result(
+        sequences=input_ids, logits=kept_logits if keep_logits else None, past_key_values=cache
+    )
+
+
+def _raise_nothing_drawn(token_ids: list[int], status: Tensor, position: int) -> None:
+    row = next(i for i, token_id in enumerate(token_ids) if token_id < 0)
+    if int(status[row]) & STATUS_BAD_PARAMS:
+        raise ValueError(f"row {row}: alpha must be finite, and what it is drawn by in range")
+    raise DecodeError(
+        f"row {row}: no token can be drawn at position {position}: its combined logits are all "
+        "NaN or masked"
+    )
+
+
+class Stops:
+    """Which rows have ended, by transformers' stopping criteria.
+
+    Length and end-of-sequence tokens are looked up on the host, where the loop has the tokens
+    anyway; any other criterion is called as transformers calls it.
+
+    Args:
+        criteria: of a :class:`transformers.StoppingCriteriaList`.
+        pad_token_id: a tensor [], what follows in a row that an end-of-sequence token ended; None
+            where no criterion has such tokens.
+    """
+
+    def __init__(self, criteria: Iterable[Any], pad_token_id: Tensor | None) -> None:
+        self._max_length: int | None = None
+        self._eos: frozenset[int] = frozenset()
+        self._others: list[Any] = []
+        self._pad = None
+        for criterion in criteria:
+            if hasattr(criterion, "eos_token_id"):
+                self._pad = pad_token_id
+            if type(criterion) is EosTokenCriteria:
+                self._eos |= frozenset(criterion.eos_token_id.tolist())
+            elif type(criterion) is MaxLengthCriteria and _is_silent(criterion):
+                shortest = self._max_length or criterion.max_length
+                self._max_length = min(shortest, criterion.max_length)
+            else:
+                self._others.append(criterion)
+        self._ended: list[bool] = []
+        self._any = False
+
+    def padded(self, token_ids: Tensor) -> Tensor:
+        """The tokens int64 [B], with padding in the rows that have ended."""
+        if not self._any or self._pad is None:
+            return token_ids
+        ended = torch.tensor(self._ended, device=token_ids.device)
+        return torch.where(ended, self._pad.to(token_ids.device), token_ids)
+
+    def finished(self, input_ids: Tensor, token_ids: list[int]) -> bool:
+        """Take the last column of ``input_ids`` [B, L], also on the host; whether all rows end."""
+        long = self._max_length is not None and input_ids.shape[1] >= self._max_length
+        now = [long or token_id in self._eos for token_id in token_ids]
+        for criterion in self._others:
+            done = criterion(input_ids, None)
+            rows = done.tolist() if isinstance(done, Tensor) else [done] * len(now)
+            now = [a or bool(b) for a, b in zip(now, rows, strict=True)]
+        before = self._ended or [False] * len(now)
+        self._ended = [a or b for a, b in zip(before, now, strict=True)]
+        self._any = any(self._ended)
+        return all(self._ended)
+
+
+def _is_silent(criterion: Any) -> bool:
+    """Whether the criterion has no warning to give of a text longer than the model's context."""
+    context = criterion.max_position_embeddings
+    return context is None or criterion.max_length <= context
