@@ -1,7 +1,4 @@
-"""The C API from C: no Python, no torch; the numbers are those of the operators, bit for bit.
-
-PROXYTUNE_SANITIZE=1 builds everything here with AddressSanitizer, LeakSanitizer and UBSan.
-"""
+"""The C API from C: no Python, no torch; the numbers are those of the operators, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,24 +14,8 @@ import torch
 
 import proxytune_kernels as ptk
 from proxytune_kernels.backends import backends
+from tests.capi.conftest import INCLUDE, ROOT, STRICT, link, run
 
-ROOT = Path(__file__).parents[2]
-INCLUDE = ROOT / "csrc" / "include"
-SANITIZE = os.environ.get("PROXYTUNE_SANITIZE") == "1"
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
-STRICT = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
-C11 = ["gcc", "-std=c11", "-D_POSIX_C_SOURCE=200809L", *STRICT, f"-I{INCLUDE}"]
-# The command of docs/contracts.md, but for -O1: it compiles faster, and the numbers must not
-# depend on it.
-LIBRARY = [
-    "g++",
-    "-std=c++20",
-    "-O1",
-    "-ffp-contract=off",
-    "-fvisibility=hidden",
-    "-fPIC",
-    "-shared",
-]
 NUM_TOP = 9  # as in ops.c
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -42,32 +23,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs gcc and g++"),
     pytest.mark.skipif(backends()["cpu"] is not None, reason="needs the C++ extension to compare"),
 ]
-
-
-def run(command: list[str | Path], **environment: str) -> str:
-    """Output of a command that must succeed; a sanitizer of this process isn't handed on."""
-    env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
-    done = subprocess.run(
-        [str(c) for c in command], env=env | environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels as a shared library, from csrc/cpu alone."""
-    path = tmp_path_factory.mktemp("capi") / "libproxytune_cpu.so"
-    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    run([*LIBRARY, *(SANITIZERS if SANITIZE else []), *sources, "-o", path])
-    return path
-
-
-def link(library: Path, source: Path, name: str) -> Path:
-    program = library.parent / name
-    flags = SANITIZERS if SANITIZE else []
-    run([*C11, *flags, source, library, f"-Wl,-rpath,{library.parent}", "-pthread", "-o", program])
-    return program
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,58 @@
+"""The kernels as a shared library, from csrc/cpu alone, and programs linked to it.
+
+PROXYTUNE_SANITIZE=1 builds everything here with AddressSanitizer, LeakSanitizer and UBSan.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+INCLUDE = ROOT / "csrc" / "include"
+SANITIZE = os.environ.get("PROXYTUNE_SANITIZE") == "1"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+STRICT = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
+C11 = ["gcc", "-std=c11", "-D_POSIX_C_SOURCE=200809L", *STRICT, f"-I{INCLUDE}"]
+CPP = ["g++", "-std=c++20", *STRICT, f"-I{INCLUDE}"]
+# The command of docs/contracts.md, but for -O1: it compiles faster, and the numbers must not
+# depend on it.
+LIBRARY = [
+    "g++",
+    "-std=c++20",
+    "-O1",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+]
+
+
+def run(command: list[str | Path], **environment: str) -> str:
+    """Output of a command that must succeed; a sanitizer of this process isn't handed on."""
+    env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
+    done = subprocess.run(
+        [str(c) for c in command], env=env | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels as a shared library, from csrc/cpu alone."""
+    path = tmp_path_factory.mktemp("capi") / "libproxytune_cpu.so"
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    run([*LIBRARY, *(SANITIZERS if SANITIZE else []), *sources, "-o", path])
+    return path
+
+
+def link(library: Path, source: Path, name: str, compiler: list[str] = C11) -> Path:
+    program = library.parent / name
+    flags = SANITIZERS if SANITIZE else []
+    end: list[str | Path] = [library, f"-Wl,-rpath,{library.parent}", "-pthread", "-o", program]
+    run([*compiler, *flags, source, *end])
+    return program
