@@ -79,7 +79,7 @@ def open_trio(
     named["device_map"] = _by_role("--device-map", device_map)
     named["quantize"] = _by_role("--quantize", quantize)
     named["merge_adapter"] = False if keep_adapter else None  # None: what the trio's file says
-    _quiet()
+    quiet()
     if device is not None:
         _check_device(device)
     with expected(ValueError, OSError, RuntimeError):
@@ -123,7 +123,7 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep transformers' progress bars, one for each small file, off the terminal.
 
     And torchao's notes, as transformers imports it, of the kernels that this build of torch lacks.
