@@ -1,0 +1,290 @@
+"""The registered model: lm_eval's requests to token ids, and scores and texts back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import has_bos_prefix
+from tqdm import tqdm
+
+from proxytune_kernels.integrations.lm_eval_model.arguments import (
+    number,
+    open_trio,
+    positive,
+    shortest_context,
+)
+from proxytune_kernels.integrations.lm_eval_model.generation import (
+    Generation,
+    Generator,
+    make_params,
+    request_seed,
+)
+from proxytune_kernels.integrations.lm_eval_model.scoring import Score, Scorer
+from proxytune_kernels.trio import Trio
+
+_MAX_GEN_TOKS = 256  # lm_eval's own default
+
+
+@register_model("proxytune")
+class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
+    """A trio as a model of lm_eval.
+
+    Args:
+        trio: ``"shipped"``, a directory with a trio.json, or a :class:`proxytune_kernels.Trio`; or
+            name the roles instead.
+        alpha: strength of the steering.
+        batch_size: sequences that run at the same time.
+        max_batch_size: as lm_eval passes it; not used.
+        max_length: tokens that a model is given at most; None is the shortest context of the roles.
+        max_gen_toks: output tokens where a task does not say.
+        add_bos_token: whether the tokenizer adds its special tokens; None is its own default.
+        prefix_token_id: what an empty context and the start of a text are; None is the tokenizer's
+            BOS, or its EOS where it has none.
+        seed: of sampled generation; None is torch's initial seed, which lm_eval's ``--seed`` sets.
+        device: as in :func:`proxytune_kernels.load_trio`; lm_eval's own default "cuda:0" is the CPU
+            where torch has no CUDA device.
+        backend: of the ops; None is the fastest usable one.
+        loading: base, expert, anti, tokenizer, dtype, quantize and the other arguments of
+            :func:`proxytune_kernels.load_trio`.
+
+    Raises:
+        ValueError: names the argument, what it got and what it wanted; also where a role has
+            prompts of its own ("chat"), since lm_eval has one context for all.
+
+    Example:
+        >>> lm = ProxyTuneLM("shipped", alpha=0.5)
+        >>> lm.max_length
+        1024
+
+    Source: docs/lm_eval.md.
+    """
+
+    def __init__(
+        self,
+        trio: str | Trio | None = None,
+        *,
+        alpha: float = 1.0,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = _MAX_GEN_TOKS,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        backend: str | None = None,
+        **loading: Any,
+    ) -> None:
+        super().__init__()
+        self.trio = open_trio(trio, device, loading)
+        self.tokenizer = self.trio.tokenizer
+        self.batch_size = positive("batch_size", batch_size)
+        self.max_length = shortest_context(self.trio, max_length)
+        self.max_gen_toks = positive("max_gen_toks", max_gen_toks)
+        self.add_bos_token = add_bos_token
+        self._prefix_token_id = prefix_token_id
+        self._seed = seed
+        self._alphas: tuple[float, ...] = (number("alpha", alpha),)
+        self._current = 0
+        # Results for every alpha, kept while several are evaluated one after the other.
+        self._kept: dict[bytes, Any] | None = None
+        self._device = self.trio.base.device
+        self._scorer = Scorer(self.trio, backend)
+        self._generator = Generator(self.trio, self.batch_size, backend)
+
+    @property
+    def alpha(self) -> float:
+        """The strength that results are for."""
+        return self._alphas[self._current]
+
+    def each_alpha(self, alphas: Sequence[float]) -> Iterator[float]:
+        """Set :attr:`alpha` to each of these in turn.
+
+        What is asked for under one of them is computed for all, with the same forwards, and kept
+        until the iterator ends.
+        """
+        before = self._alphas
+        self._alphas = tuple(number("alphas", alpha) for alpha in alphas)
+        self._kept = {}
+        try:
+            for i in range(len(self._alphas)):
+                self._current = i
+                yield self.alpha
+        finally:
+            self._alphas, self._current, self._kept = before, 0, None
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        token_id: int = self.tokenizer.eos_token_id
+        return token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands for an empty context."""
+        if self._prefix_token_id is not None:
+            return self._prefix_token_id
+        token_id: int | None = self.tokenizer.bos_token_id
+        return self.eot_token_id if token_id is None else token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the cache of requests that lm_eval keeps where it is told to."""
+        name: str = self.tokenizer.name_or_path
+        return name.replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Token ids of a text; no second BOS where it begins with one."""
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos_token
+            if has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+                add_special_tokens = False
+        keywords = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.tokenizer.encode(string, **keywords)
+        return ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages as one text for all roles, by the base's tokenizer."""
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "apply_chat_template needs a tokenizer with a chat template, and the base's has "
+                "none: give tokenizer= the expert's directory if it has one"
+            )
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm_eval writes beside the results."""
+        return {"alpha": self.alpha, "trio": self.trio.info(), "scoring": self._scorer.info()}
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[Score]:
+        """Scores of (strings, context, continuation), in their order."""
+        keys = [self._checked(context, continuation) for _, context, continuation in requests]
+        kept: dict[bytes, tuple[Score, ...]] = {} if self._kept is None else self._kept
+        new: dict[bytes, list[int]] = {}
+        for i, key in enumerate(keys):
+            if key not in kept:
+                new.setdefault(key, []).append(i)
+        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
+        bar.update(len(requests) - sum(map(len, new.values())))
+        waiting = list(new.items())
+
+        def scored(request: int, scores: tuple[Score, ...]) -> None:
+            key, places = waiting[request]
+            kept[key] = scores
+            for place in places:
+                if (strings := requests[place][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", strings, scores[self._current])
+            bar.update(len(places))
+
+        with bar:
+            self._scorer.score(
+                [requests[places[0]][1:] for _, places in waiting],
+                self._alphas,
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                scored=scored,
+            )
+        return [kept[key][self._current] for key in keys]
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts; those longer than the context in disjoint windows."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            rolling = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            disjoint = [utils.make_disjoint_window(window) for window in rolling]
+            windows += [(None, *window) for window in disjoint]
+            counts.append(len(disjoint))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
+        found = []
+        for request, count in zip(requests, counts, strict=True):
+            found.append(sum(next(scores)[0] for _ in range(count)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continue contexts up to their stop strings."""
+        seed = torch.initial_seed() if self._seed is None else self._seed
+        repeats: dict[str, int] = {}
+        kept: dict[bytes, list[str]] = {} if self._kept is None else self._kept
+        keys, new = [], {}
+        for i, (context, gen_kwargs) in enumerate(request.args for request in requests):
+            named = json.dumps([context, gen_kwargs], sort_keys=True, default=str)
+            repeats[named] = repeats.get(named, -1) + 1
+            own_seed = request_seed(seed, context, gen_kwargs, repeats[named])
+            keys.append(own_seed.to_bytes(8, "little"))
+            if keys[-1] not in kept:
+                new[i] = self._generation(context, gen_kwargs, own_seed)
+        waiting = list(new)
+        bar = tqdm(
+            total=len(waiting) * len(self._alphas),
+            disable=disable_tqdm,
+            desc="Running generate_until requests",
+        )
+
+        def done(place: int, alpha: int, text: str) -> None:
+            i = waiting[place]
+            kept.setdefault(keys[i], [""] * len(self._alphas))[alpha] = text
+            if alpha == self._current:
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+            bar.update()
+
+        with bar:
+            if waiting:
+                self._generator.generate(list(new.values()), self._alphas, done)
+        return [kept[key][self._current] for key in keys]
+
+    def _generation(self, context: str, gen_kwargs: Mapping[str, Any], seed: int) -> Generation:
+        eot = self.tokenizer.decode([self.eot_token_id])
+        params, until = make_params(gen_kwargs, self.tokenizer, eot, self.max_gen_toks, seed)
+        room = self.max_length - params.max_tokens
+        if room < 1:
+            raise ValueError(
+                f"generate_until: max_gen_toks must be below max_length {self.max_length}, "
+                f"got {params.max_tokens}"
+            )
+        prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        return Generation(prompt, until, params)
+
+    def _checked(self, context: Sequence[int], continuation: Sequence[int]) -> bytes:
+        """A short name for a request that can be scored."""
+        if not context or not continuation:
+            part = "continuation" if context else "context"
+            raise ValueError(f"loglikelihood: {part} must have at least one token, got none")
+        if len(continuation) > self.max_length:
+            raise ValueError(
+                f"loglikelihood: a continuation must have at most max_length {self.max_length} "
+                f"tokens, got {len(continuation)}"
+            )
+        ids = array("q", (len(context), *context, *continuation))
+        return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
