@@ -136,6 +136,11 @@ class LogitsSampler:
         )
 
     @property
+    def alpha(self) -> Tensor:
+        """Strength of the steering, fp32 [B]."""
+        return self._params.alpha
+
+    @property
     def position(self) -> int:
         """Index of the next output token; set it back to draw again what was rolled back."""
         return self._position

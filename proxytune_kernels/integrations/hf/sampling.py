@@ -116,32 +116,27 @@ def _decode(
         input_ids: int64 [B, P].
         model_kwargs: as transformers prepares them; alpha is a number or a tensor [B].
     """
-    rows, prompt_length = input_ids.shape
     keep_logits = generation_config.return_dict_in_generate and generation_config.output_logits
     alpha = model_kwargs.get("alpha")
-    alpha = model.alpha if alpha is None else alpha
+    forwards = _Forwards(model, input_ids, generation_config, model_kwargs)
     vocab_size: int = model.config.vocab_size
     sampler = LogitsSampler(
         sampling,
-        rows,
+        input_ids.shape[0],
         vocab_size,
-        alpha=alpha,
-        prompt_length=prompt_length,
-        device=model.device,
+        alpha=model.alpha if alpha is None else alpha,
+        prompt_length=input_ids.shape[1],
+        device=forwards.device,
     )
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-    positions = model_kwargs["position_ids"][:, -1:]
-    # The prompt's last logits come combined.
-    x, expert, anti = outputs.logits[:, -1], None, None
-    del outputs
     kept_logits: tuple[Tensor, ...] = ()
+    logits: tuple[Tensor, ...] = (forwards.prompt_logits,)
     while True:
         if keep_logits:
-            x, expert, anti = ops.combine(x, expert, anti, alpha, vocab_size=vocab_size), None, None
-            kept_logits += (x,)
-        drawn = sampler.draw(x, expert, anti)
+            base, *pair = logits
+            expert, anti = pair or (None, None)
+            logits = (ops.combine(base, expert, anti, sampler.alpha, vocab_size=vocab_size),)
+            kept_logits += logits
+        drawn = sampler.draw(*logits)
         tokens = stops.padded(drawn.token_ids.to(input_ids.device))
         listed = tokens.tolist()
         if min(listed) < 0:
@@ -152,21 +147,51 @@ def _decode(
             streamer.put(tokens.cpu())
         if finished:
             break
-        roles, cache = model.role_logits(
-            tokens[:, None].to(model.device), mask, positions, cache, True, 1
-        )
-        x, expert, anti = (roles[role][:, -1] for role in ("base", "expert", "anti"))
-        positions = positions + 1
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones((rows, 1))], dim=-1)
+        logits = forwards.step(tokens)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return input_ids
     result: Any = GenerateDecoderOnlyOutput  # its types are narrower than what transformers puts in
     return result(
-        sequences=input_ids, logits=kept_logits if keep_logits else None, past_key_values=cache
+        sequences=input_ids,
+        logits=kept_logits if keep_logits else None,
+        past_key_values=forwards.cache,
     )
+
+
+class _Forwards:
+    """The models' forwards: of the prompts when it is made, then of a token a row.
+
+    ``prompt_logits`` are the combined logits behind the prompts, fp32 [B, vocab_size].
+    """
+
+    def __init__(
+        self, model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> None:
+        self._model = model
+        # Found by a walk over the parameters: once, not once a token.
+        self.device: torch.device = model.device
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        after = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        self.prompt_logits: Tensor = outputs.logits[:, -1]
+        self.cache = after["past_key_values"]
+        self._mask: Tensor | None = after.get("attention_mask")
+        self._positions: Tensor = after["position_ids"][:, -1:]
+
+    def step(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Base, expert and anti logits [B, V_role] behind one more token int64 [B] in each row.
+
+        The base's alone where alpha is the number 0 and the pair rests.
+        """
+        roles, self.cache = self._model.role_logits(
+            tokens[:, None].to(self.device), self._mask, self._positions, self.cache, True, 1
+        )
+        self._positions = self._positions + 1
+        if self._mask is not None:
+            one = self._mask.new_ones((len(tokens), 1))
+            self._mask = torch.cat([self._mask, one], dim=-1)
+        return tuple(logits[:, -1] for logits in roles.values())
 
 
 def _raise_nothing_drawn(token_ids: list[int], status: Tensor, position: int) -> None:
