@@ -1,0 +1,155 @@
+"""The trio as one vLLM model: three forwards, one combination on the sharded logits, one gather."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_pp_group, tensor_model_parallel_all_gather
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.sequence import IntermediateTensors
+
+from proxytune_kernels import ops
+from proxytune_kernels.integrations.vllm_plugin import alpha as alphas
+from proxytune_kernels.integrations.vllm_plugin.members import make_members
+from proxytune_kernels.integrations.vllm_plugin.settings import ProxyTuning
+from proxytune_kernels.roles import ROLES
+
+
+class ProxyTunedForCausalLM(nn.Module):
+    """Base, expert and anti as vLLM's own models, side by side in one engine.
+
+    What ``forward`` gives for each token is the members' hidden states side by side, and alpha's
+    four bytes behind them: the runner picks rows (of a prompt its last, of drafts all, for prompt
+    logprobs any), and each keeps its alpha whatever is picked.
+    """
+
+    supports_pp = True
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        model_config = vllm_config.model_config
+        self.config = model_config.hf_config
+        self.vllm_config = vllm_config
+        settings = ProxyTuning.read(model_config)
+        self.alpha = settings.alpha
+        self.members = nn.ModuleDict(make_members(vllm_config, settings, prefix))
+        configs = {r: self.members[r].config.get_text_config() for r in ROLES}
+        self.agreed = settings.vocab_size
+        self.vocab_size = model_config.get_vocab_size()
+        self.widths = [configs[role].hidden_size for role in ROLES]
+        self.dtype = model_config.dtype
+        # alpha's fp32 bits in columns of the hidden states' dtype.
+        self.widths.append(4 // self.dtype.itemsize)
+        # Each member keeps its own shard of the logits, with what its LogitsProcessor does to them
+        # (soft cap, scale): the trio gathers.
+        for module in self.modules():
+            if isinstance(module, LogitsProcessor):
+                module._gather_logits = lambda logits: logits
+        # vLLM loads the checkpoint of ModelConfig.model, the base's, then these.
+        self.secondary_weights = [
+            DefaultModelLoader.Source(getattr(settings, role), None, prefix=_prefix(role))
+            for role in ROLES[1:]
+        ]
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """The base's embeddings; a member embeds its own in ``forward``."""
+        return self.members["base"].embed_input_ids(input_ids)
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """What a later stage of the pipeline gets from the one before."""
+        return _merge(
+            {
+                role: member.make_empty_intermediate_tensors(batch_size, dtype, device)
+                for role, member in self.members.items()
+            }
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        alpha: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        """Hidden states [tokens, sum of the members' widths + alpha's columns].
+
+        Args:
+            input_ids, positions: [tokens].
+            intermediate_tensors: of all members, on a later stage of a pipeline.
+            inputs_embeds: always None: one embedding can't feed three models.
+            alpha: fp32 [tokens], from the V2 runner; the V1 runner's is looked up.
+        """
+        if inputs_embeds is not None:
+            raise ValueError("a trio reads token ids: each member has embeddings of its own")
+        outputs = {}
+        for role, member in self.members.items():
+            own = None if intermediate_tensors is None else _of_role(intermediate_tensors, role)
+            outputs[role] = member(input_ids, positions, intermediate_tensors=own)
+        if not get_pp_group().is_last_rank:
+            return _merge(outputs)
+        hidden = list(outputs.values())
+        if alpha is None:
+            alpha = self._alpha_by_token(hidden[0].shape[0], hidden[0].device)
+        return torch.cat([*hidden, alpha.view(-1, 1).view(self.dtype)], dim=-1)
+
+    def _alpha_by_token(self, tokens: int, device: torch.device) -> Tensor:
+        """Alpha by token, fp32 [tokens]: the V1 runner's table by row, spread over their tokens."""
+        table = alphas.table(self.vllm_config)
+        metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
+        if table is None or not metadata:  # no request has its own; a run for profiling
+            return torch.full((tokens,), self.alpha, dtype=torch.float32, device=device)
+        starts = next(iter(metadata.values())).query_start_loc  # [rows + 1]
+        index = torch.arange(tokens, device=device, dtype=starts.dtype)
+        rows = torch.bucketize(index, starts[1:], right=True)
+        # Padding past the last row's tokens, which nobody reads, stays within the table.
+        return table[rows.clamp_(max=table.shape[0] - 1)]
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Combined logits, fp32 [rows, vocab_size]; -inf past the agreed width.
+
+        Each rank combines its shard of the vocabulary, then one gather joins them.
+        """
+        *hidden, bits = hidden_states.split(self.widths, dim=-1)
+        alpha = bits.contiguous().view(torch.float32).view(-1)
+        shards = [m.compute_logits(h) for m, h in zip(self.members.values(), hidden, strict=True)]
+        logits = tensor_model_parallel_all_gather(ops.combine(*shards, alpha))
+        return logits[:, : self.vocab_size]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Hand each member its checkpoint; names what was loaded."""
+        loaded: set[str] = set()
+        for role, named in itertools.groupby(weights, key=lambda item: _role_of(item[0])):
+            cut = 0 if role == "base" else len(_prefix(role))
+            names = self.members[role].load_weights((name[cut:], w) for name, w in named)
+            loaded |= {f"members.{role}.{name}" for name in names}
+        return loaded
+
+
+def _prefix(role: str) -> str:
+    return f"__{role}__."
+
+
+def _role_of(name: str) -> str:
+    return next((role for role in ROLES[1:] if name.startswith(_prefix(role))), "base")
+
+
+def _merge(outputs: dict[str, IntermediateTensors]) -> IntermediateTensors:
+    return IntermediateTensors(
+        {f"{role}.{name}": t for role, own in outputs.items() for name, t in own.items()}
+    )
+
+
+def _of_role(tensors: IntermediateTensors, role: str) -> IntermediateTensors:
+    start = f"{role}."
+    return IntermediateTensors(
+        {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
+    )

@@ -1,0 +1,63 @@
+"""vLLM's tokens for a trio are our decoder's, on every kind of member."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs these")
+
+import proxytune_kernels as ptk
+from tests.vllm.trios import decode, rounding, save_trio
+
+ALPHAS = [1.0, 0.0, 0.5, -1.0]
+PROMPTS: list[list[int]] = [list(b"hello world"), [97], list(b"proxy tuning " * 9), list(b"zz 123")]
+TOKENS = 24
+
+TRIOS = {
+    "llama": ("llama",),
+    "head-64": ("head-64",),
+    "three-kv-heads": ("three-kv-heads",),
+    "window": ("window",),
+    "tied": ("tied",),
+    "softcap": ("softcap",),
+    "window-expert": ("llama", "window-expert"),
+    "softcap-expert": ("tied", "softcap-expert"),
+}
+
+
+def generate(llm: Any, prompts: list[list[int]], alphas: list[float | None]) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=TOKENS,
+            ignore_eos=True,
+            extra_args=None if alpha is None else {"alpha": alpha},
+        )
+        for alpha in alphas
+    ]
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
+    return [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("members", TRIOS.values(), ids=TRIOS)
+def test_tokens_are_the_decoders(
+    members: tuple[str, ...], make_llm: Callable[..., Any], tmp_path: Path
+) -> None:
+    trio = save_trio(tmp_path, *members)
+    got = generate(make_llm(trio), PROMPTS, list(ALPHAS))
+    params = [
+        ptk.SamplingParams(alpha=a, temperature=0, max_tokens=TOKENS, ignore_eos=True)
+        for a in ALPHAS
+    ]
+    assert got == decode(trio, PROMPTS, params)
+    for prompt, alpha, tokens in zip(PROMPTS, ALPHAS, got, strict=True):
+        exact, error = rounding(trio, prompt + tokens[:-1], alpha)
+        best = exact[len(prompt) - 1 :].topk(2).values
+        # Rounding could not have chosen another token: the test means what it says.
+        assert float((best[:, 0] - best[:, 1]).min()) > 2 * error
