@@ -1,0 +1,446 @@
+"""`proxytune export-vllm`: what it writes, what it refuses, and that it loses nobody's files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import Qwen2ForCausalLM as Qwen2
+from typer.testing import CliRunner
+
+import proxytune_kernels as ptk
+from proxytune_kernels.checkpoints import LoadError
+from proxytune_kernels.cli import app
+from proxytune_kernels.integrations.vllm_plugin import directory as writer
+from proxytune_kernels.integrations.vllm_plugin.export import export, serve_command
+from proxytune_kernels.vocabulary import VocabularyError
+from tests.gguf_file import write_gguf
+from tests.test_trio import make_tokenizer
+
+SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
+IDS = torch.tensor([[5, 6, 7, 200, 1000]])
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def trio(tmp_path: Path) -> Path:
+    """A copy of the shipped trio, to be changed."""
+    return Path(shutil.copytree(SHIPPED, tmp_path / "trio"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def edit(file: Path, **settings: Any) -> None:
+    changed = {**json.loads(file.read_text()), **settings}
+    file.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
+
+
+def contents(directory: Path) -> dict[str, Any]:
+    """Every file by name, and the target of every link."""
+    found: dict[str, Any] = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.is_symlink():
+            found[name] = path.readlink()
+        elif path.is_file():
+            found[name] = path.read_bytes()
+    return found
+
+
+def weights(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for file in directory.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def assert_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def logits(directory: Path) -> Any:
+    """Of a checkpoint as transformers opens it: by its model_type, not by its architecture."""
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(IDS).logits
+
+
+def test_what_is_written(out: Path) -> None:
+    written = export(out, "shipped", alpha=0.5)
+    base = json.loads((SHIPPED / "base" / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text()) == {
+        **base,
+        "architectures": ["ProxyTunedForCausalLM"],
+        "proxy_tuning": {
+            "expert": "expert",
+            "anti": "anti",
+            "alpha": 0.5,
+            "base_architectures": ["LlamaForCausalLM"],
+            "vocab_size": 1536,
+        },
+    }
+    links = {name: target for name, target in contents(out).items() if isinstance(target, Path)}
+    assert links == {
+        "model.safetensors": SHIPPED / "base/model.safetensors",
+        "expert/model.safetensors": SHIPPED / "expert/model.safetensors",
+        "anti/model.safetensors": SHIPPED / "anti/model.safetensors",
+    }
+    assert torch.equal(logits(out), logits(SHIPPED / "base"))
+    for role in ("expert", "anti"):
+        assert torch.equal(logits(out / role), logits(SHIPPED / role))
+    text = "Question: Tom has 3 pens."
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.encode(text) == ptk.load_trio("shipped").tokenizer.encode(text)
+    assert (out / "generation_config.json").is_file()
+    assert (written.directory, written.vocab_size, written.notes) == (out, 1536, ())
+
+
+def test_copies_are_self_contained(tmp_path: Path, trio: Path) -> None:
+    export(tmp_path / "here" / "out", trio, copy=True)
+    moved = tmp_path / "there"
+    shutil.move(tmp_path / "here" / "out", moved)
+    shutil.rmtree(trio)
+    assert not any(path.is_symlink() for path in moved.rglob("*"))
+    assert str(tmp_path) not in (moved / "config.json").read_text()
+    assert_same(weights(moved), weights(SHIPPED / "base"))
+    assert_same(weights(moved / "expert"), weights(SHIPPED / "expert"))
+    assert list(tmp_path.joinpath("here").iterdir()) == []
+
+
+def test_dtype(out: Path, trio: Path) -> None:
+    edit(trio / "base" / "config.json", dtype=None, torch_dtype="float16")
+    written = export(out, trio, dtype="float32")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["dtype"], "torch_dtype" in config) == ("float32", False)
+    assert any("--dtype float32" in note for note in written.notes)
+
+
+def test_weights_in_parts(out: Path, trio: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(trio / "base")
+    (trio / "base" / "model.safetensors").unlink()
+    base.save_pretrained(trio / "base", max_shard_size="1MB")
+    parts = {file.name for file in (trio / "base").glob("*.safetensors")}
+    assert len(parts) > 2
+    # What the index does not name is another form of the weights: vLLM would read it too.
+    save_file({"other": torch.zeros(2)}, trio / "base" / "consolidated.safetensors")
+    export(out, trio)
+    assert {file.name for file in out.glob("*.safetensors")} == parts
+    assert (out / INDEX).is_file()
+    assert_same(weights(out), dict(weights(SHIPPED / "base")))
+
+
+def make_adapter(directory: Path, trio: Path, role: str = "anti") -> Path:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(trio / role)
+    peft.get_peft_model(model, config).save_pretrained(directory)
+    edit(directory / "adapter_config.json", base_model_name_or_path=f"../{role}")
+    return directory
+
+
+# peft 0.21 asks transformers 5.23 for an attribute by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("role", ["expert", "base"])
+def test_an_adapter_is_merged(out: Path, trio: Path, role: str) -> None:
+    # The expert's is over the anti, the base's over the base.
+    over = {"expert": "anti", "base": "base"}[role]
+    adapter = make_adapter(trio / "adapter", trio, over)
+    edit(trio / "trio.json", **{role: "adapter", "merge_adapter": None})
+    export(out, trio)
+    target = {"expert": out / "expert", "base": out}[role]
+    merged = ptk.load_trio(trio).models[role]
+    assert_same(AutoModelForCausalLM.from_pretrained(target).state_dict(), merged.state_dict())
+    assert not torch.equal(logits(target), logits(SHIPPED / over))
+    # safetensors makes files that only their owner can read.
+    assert (target / "model.safetensors").stat().st_mode & 0o777 == (
+        (out / "tokenizer.json").stat().st_mode & 0o777
+    )
+    assert not (target / "adapter_config.json").exists()
+    with pytest.raises(LoadError, match=f"{role} must be .* weights have to be written: export it"):
+        serve_command(trio)
+    assert adapter.is_dir()
+
+
+def test_gguf_is_unpacked(out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    for role in ("base", "expert", "anti"):
+        (tmp_path / role).mkdir()
+        write_gguf(tmp_path / role / "m.gguf", Qwen2(config).eval(), make_tokenizer())
+    settings: dict[str, Any] = {"format": 1, **{role: role for role in ("base", "expert", "anti")}}
+    settings["gguf_file"] = dict.fromkeys(("base", "expert", "anti"), "m.gguf")
+    (tmp_path / "trio.json").write_text(json.dumps(settings))
+    export(out, tmp_path)
+    opened = ptk.load_trio(tmp_path)
+    for role, target in {"base": out, "expert": out / "expert", "anti": out / "anti"}.items():
+        written = Qwen2.from_pretrained(target)
+        assert_same(written.state_dict(), opened.models[role].state_dict())
+        assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    ids = AutoTokenizer.from_pretrained(out).encode("xab")
+    assert ids == opened.tokenize("xab")["base"]
+
+
+def test_a_hub_name_is_its_cached_snapshot(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--some--base"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(SHIPPED / "base", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    export(out, "shipped", base="some/base")
+    assert (out / "model.safetensors").readlink() == snapshot / "model.safetensors"
+    with pytest.raises(LoadError, match="base must be a directory or hub name, got 'some/other'"):
+        export(tmp_path / "more", "shipped", base="some/other")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expert": None, "anti": None}, "expert and anti must be given .* got base alone"),
+        ({"anti": None}, "anti must be given with the other of the pair"),
+        ({"prompts": {"expert": "chat"}}, "same for all roles.* base plain, expert chat"),
+        ({"quantize": {"base": "int8"}}, "quantize in trio.json .* which vLLM does not do"),
+        ({"gguf_file": {"bass": "x"}}, "gguf_file must have keys .* got 'bass'"),
+        ({"expert": "gone"}, "expert must be a directory or hub name, got 'gone'"),
+    ],
+)
+def test_trios_that_are_refused(
+    out: Path, trio: Path, settings: dict[str, Any], message: str
+) -> None:
+    edit(trio / "trio.json", **settings)
+    with pytest.raises(ValueError, match=message):
+        export(out, trio)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),
+        ({"alpha": "1"}, "alpha must be a finite number, got '1'"),
+        ({"dtype": "float64"}, "dtype must be one of auto, .* got 'float64'"),
+        ({"source": "nowhere"}, "source must be 'shipped' or a directory .* got 'nowhere'"),
+    ],
+)
+def test_arguments_that_are_refused(out: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(out, **{"source": "shipped", **arguments})
+    assert not out.exists()
+
+
+def test_checkpoints_that_are_refused(out: Path, trio: Path) -> None:
+    (trio / "anti" / "model.safetensors").rename(trio / "anti" / "pytorch_model.bin")
+    with pytest.raises(LoadError, match="anti must have its weights in safetensors .* without"):
+        export(out, trio)
+    (trio / "anti" / INDEX).write_text('{"weight_map": {"a": "part-1.safetensors"}}')
+    with pytest.raises(LoadError, match="without part-1"):
+        export(out, trio)
+    edit(trio / "expert" / "config.json", architectures=None)
+    with pytest.raises(LoadError, match="expert must name its architectures"):
+        export(out, trio)
+    edit(trio / "base" / "config.json", model_type="no-such-model")
+    with pytest.raises(LoadError, match="base must be a causal LM, got"):
+        export(out, trio)
+    export(out, "shipped")
+    with pytest.raises(LoadError, match="base must be one model, got the exported trio"):
+        export(trio.parent / "again", "shipped", base=out)
+
+
+def test_vocabularies_agree_as_in_load_trio(out: Path, trio: Path) -> None:
+    edit(trio / "expert" / "config.json", vocab_size=1600)
+    written = export(out, trio)
+    assert written.vocab_size == 1536
+    assert written.notes == ("expert: 64 padding ids from 1536 on are never read",)
+    for role in ("base", "expert", "anti"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(SHIPPED / name, trio / role)
+    text = (trio / "expert" / "tokenizer.json").read_text()
+    swapped = text.replace('"A": 33', '"A": 34').replace('"B": 34', '"B": 33')
+    (trio / "expert" / "tokenizer.json").write_text(swapped)
+    edit(trio / "trio.json", tokenizer=None)
+    with pytest.raises(VocabularyError, match="2 ids that differ, first id 33: base 'A', expert"):
+        export(out.parent / "other", trio)
+    # One for all roles is what they then share.
+    assert export(out.parent / "other", trio, tokenizer=SHIPPED).vocab_size == 1536
+
+
+def test_an_end_that_not_every_role_has_is_refused(out: Path, trio: Path) -> None:
+    edit(trio / "base" / "config.json", vocab_size=1600)
+    edit(trio / "base" / "generation_config.json", eos_token_id=1590)
+    edit(trio / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(VocabularyError, match="base must end its text with a token"):
+        export(out, trio)
+
+
+def test_chat_needs_one_template(out: Path, trio: Path) -> None:
+    for role in ("base", "expert", "anti"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(SHIPPED / name, trio / role)
+        (trio / role / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    edit(
+        trio / "trio.json",
+        tokenizer=None,
+        prompts=dict.fromkeys(("base", "expert", "anti"), "chat"),
+    )
+    export(out, trio)
+    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages[0]['content'] }}"
+    (trio / "expert" / "chat_template.jinja").write_text("other")
+    with pytest.raises(LoadError, match="prompts of 'chat' must come from one template"):
+        export(out.parent / "other", trio)
+
+
+def test_force_replaces_an_earlier_export_and_nothing_else(out: Path, trio: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(trio / "base")
+    base.save_pretrained(trio / "base", max_shard_size="1MB")
+    export(out, trio)
+    (out / "notes.txt").write_text("mine")
+    (out / "anti" / "more").mkdir()
+    with pytest.raises(LoadError, match="out must be new or empty, .* with an earlier export"):
+        export(out, "shipped")
+    export(out, "shipped", copy=True, force=True)
+    names = set(contents(out))
+    assert "model.safetensors" in names and INDEX not in names
+    assert [name for name in names if name.startswith("model-")] == []
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "anti" / "more").is_dir()
+    assert (trio / "base" / INDEX).is_file()  # a link was taken away, not what it named
+
+
+@pytest.mark.parametrize("change", ["edited", "relinked", "in the way", "folder", "outside"])
+def test_force_refuses_what_it_did_not_write(out: Path, trio: Path, change: str) -> None:
+    export(out, "shipped")
+    if change == "edited":
+        (out / "tokenizer_config.json").write_text("{}")
+    elif change == "relinked":
+        (out / "model.safetensors").unlink()
+        (out / "model.safetensors").symlink_to(trio / "base" / "model.safetensors")
+    elif change == "in the way":
+        edit(out / writer.RECORD, files={})
+    elif change == "folder":
+        shutil.move(out / "expert", trio / "moved")
+        (out / "expert").symlink_to(trio / "moved")
+    else:
+        edit(out / writer.RECORD, files={"../trio/trio.json": {}})
+    before = contents(out.parent)
+    with pytest.raises(LoadError, match="out must"):
+        export(out, "shipped", copy=True, force=True)
+    assert contents(out.parent) == before
+
+
+def test_other_peoples_directories_are_refused(tmp_path: Path, trio: Path) -> None:
+    before = contents(trio)
+    for force in (False, True):
+        with pytest.raises(LoadError, match="out must be new, empty, or an earlier export"):
+            export(trio / "anti", "shipped", force=force)
+        with pytest.raises(LoadError, match="out must not hold what is exported"):
+            export(trio, trio, force=force)
+        with pytest.raises(LoadError, match="out must be a directory, got the file"):
+            export(trio / "trio.json", "shipped", force=force)
+    assert contents(trio) == before
+    (tmp_path / "empty").mkdir()
+    export(tmp_path / "empty", "shipped")
+
+
+def test_nothing_is_left_of_what_fails(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    export(out, "shipped")
+    before = contents(out)
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(out, "shipped", force=True)
+    assert contents(out) == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def invoke(*arguments: str) -> Any:
+    result = CliRunner().invoke(app, ["export-vllm", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_the_command(tmp_path: Path) -> None:
+    target = tmp_path / "a trio"
+    result = invoke("--trio", "shipped", "--alpha", "0.25", "--dtype", "float32", str(target))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        *(f"{role}: linked from {SHIPPED / role}" for role in ("base", "expert", "anti")),
+        "vocabulary: 1536 ids that mean the same to every role",
+        "vLLM runs float32 checkpoints in 16 bits unless it is told --dtype float32",
+        f"vllm serve '{target}'",
+    ]
+    assert json.loads((target / "config.json").read_text())["proxy_tuning"]["alpha"] == 0.25
+    result = invoke("--trio", "shipped", "--force", "--copy", str(target))
+    assert result.stdout.startswith("base: copied from ")
+
+
+def test_the_command_that_serves_it_where_it_lies() -> None:
+    result = invoke("--trio", "shipped", "--print-overrides", "--alpha", "0.5")
+    assert result.exit_code == 0, result.output
+    *command, overrides = shlex.split(result.stdout)
+    assert command == [
+        *("vllm", "serve", str(SHIPPED / "base")),
+        *("--tokenizer", str(SHIPPED), "--hf-overrides"),
+    ]
+    assert json.loads(overrides) == {
+        "architectures": ["ProxyTunedForCausalLM"],
+        "proxy_tuning": {
+            "expert": str(SHIPPED / "expert"),
+            "anti": str(SHIPPED / "anti"),
+            "alpha": 0.5,
+            "base_architectures": ["LlamaForCausalLM"],
+            "vocab_size": 1536,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["out"], 2, "no models: give --trio shipped"),
+        (["--trio", "shipped"], 2, "give OUT, or --print-overrides without it"),
+        (["--trio", "shipped", "--print-overrides", "out"], 2, "give OUT, or --print-overrides"),
+        (["--trio", "shipped", "--print-overrides", "--copy"], 2, "takes no option of what is"),
+        (["--trio", "nowhere", "out"], 1, "source must be 'shipped'"),
+        (["--trio", "shipped", "--dtype", "int8", "out"], 1, "dtype must be one of auto"),
+        (["--trio", "shipped", "--alpha", "inf", "out"], 1, "alpha must be a finite number"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(
+    arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert list(tmp_path.iterdir()) == []
