@@ -11,6 +11,7 @@ import typer
 
 import proxytune_kernels
 from proxytune_kernels.cli.demo import demo
+from proxytune_kernels.cli.evaluate import evaluate
 from proxytune_kernels.cli.export import export_vllm
 from proxytune_kernels.cli.generate import generate
 from proxytune_kernels.cli.info import info
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(info)
 app.command()(demo)
+app.command("eval")(evaluate)
 app.command("export-vllm")(export_vllm)
 
 
