@@ -36,6 +36,11 @@ class Block:
     start: int = 0
     stop: int = _NEVER
 
+    @property
+    def ends(self) -> bool:
+        """Whether there is a length from which the tokens can be drawn."""
+        return self.stop < _NEVER
+
 
 @dataclass(frozen=True)
 class OpSampling:

@@ -8,18 +8,19 @@ repeats a call, and a row draws the same tokens whatever rows come behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, GenerationMixin, MaxLengthCriteria
+from transformers import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from proxytune_kernels import ops
 from proxytune_kernels.decoder.loop import DecodeError
 from proxytune_kernels.integrations.hf.logits import LogitsSampler
 from proxytune_kernels.integrations.hf.processors import NotInOp, OpSampling, read_processors
+from proxytune_kernels.integrations.hf.stops import Stops
 from proxytune_kernels.reference import STATUS_BAD_PARAMS
 
 _OP = "proxytune_kernels.sample on the three roles' logits"
@@ -36,6 +37,8 @@ class FusedSampling(_Generation):  # type: ignore[misc]
     """
 
     notes: dict[str, Any]
+    engine: Any = None
+    """What :func:`engine_generate` keeps: an :class:`EngineGenerate` with its decoder."""
 
     def _sample(
         self,
@@ -48,6 +51,7 @@ class FusedSampling(_Generation):  # type: ignore[misc]
         **model_kwargs: Any,
     ) -> Any:
         """Greedy decoding or sampling; arguments and result as in transformers."""
+        model_kwargs = _for_forward(model_kwargs)
         try:
             if synced_gpus:
                 raise NotInOp("synced_gpus is not in this package's loop")
@@ -68,15 +72,37 @@ class FusedSampling(_Generation):  # type: ignore[misc]
                 **model_kwargs,
             )
         self.notes["sampling"] = _OP
-        stops = Stops(stopping_criteria, generation_config._pad_token_tensor)
+        stops = Stops(stopping_criteria, generation_config._pad_token_tensor, len(input_ids))
         with self._optimize_model_for_decode():
             return _decode(
                 self, input_ids, sampling, stops, generation_config, streamer, model_kwargs
             )
 
+    def _extract_generation_mode_kwargs(
+        self,
+        custom_generate: Any,
+        kwargs: dict[str, Any],
+        synced_gpus: Any,
+        assistant_model: Any,
+        streamer: Any,
+    ) -> dict[str, Any]:
+        """As transformers, which keeps back from a callable what ``generate`` takes by name."""
+        named = {
+            "streamer": streamer,
+            "assistant_model": assistant_model,
+            "tokenizer": kwargs.get("tokenizer"),
+        }
+        found: dict[str, Any] = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        if callable(custom_generate):
+            taken = inspect.signature(custom_generate).parameters
+            found |= {k: v for k, v in named.items() if k in taken and v is not None}
+        return found
+
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         self.notes["sampling"] = "transformers' warpers: beam search ranks whole rows of logits"
-        return super()._beam_search(*args, **kwargs)
+        return super()._beam_search(*args, **_for_forward(kwargs))
 
     def _assisted_decoding(
         self, input_ids: Any, *args: Any, inputs_tensor: Any = None, **kwargs: Any
@@ -86,6 +112,11 @@ class FusedSampling(_Generation):  # type: ignore[misc]
             "(custom_generate with speculation checks them through the op)"
         )
         return super()._assisted_decoding(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
+
+
+def _for_forward(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without what is for stop strings, which transformers' loops hand on to the model."""
+    return {k: v for k, v in kwargs.items() if k not in ("tokenizer", "assistant_tokenizer")}
 
 
 def _check_loop(generation_config: Any) -> None:
@@ -202,60 +233,3 @@ def _raise_nothing_drawn(token_ids: list[int], status: Tensor, position: int) ->
         f"row {row}: no token can be drawn at position {position}: its combined logits are all "
         "NaN or masked"
     )
-
-
-class Stops:
-    """Which rows have ended, by transformers' stopping criteria.
-
-    Length and end-of-sequence tokens are looked up on the host, where the loop has the tokens
-    anyway; any other criterion is called as transformers calls it.
-
-    Args:
-        criteria: of a :class:`transformers.StoppingCriteriaList`.
-        pad_token_id: a tensor [], what follows in a row that an end-of-sequence token ended; None
-            where no criterion has such tokens.
-    """
-
-    def __init__(self, criteria: Iterable[Any], pad_token_id: Tensor | None) -> None:
-        self._max_length: int | None = None
-        self._eos: frozenset[int] = frozenset()
-        self._others: list[Any] = []
-        self._pad = None
-        for criterion in criteria:
-            if hasattr(criterion, "eos_token_id"):
-                self._pad = pad_token_id
-            if type(criterion) is EosTokenCriteria:
-                self._eos |= frozenset(criterion.eos_token_id.tolist())
-            elif type(criterion) is MaxLengthCriteria and _is_silent(criterion):
-                shortest = self._max_length or criterion.max_length
-                self._max_length = min(shortest, criterion.max_length)
-            else:
-                self._others.append(criterion)
-        self._ended: list[bool] = []
-        self._any = False
-
-    def padded(self, token_ids: Tensor) -> Tensor:
-        """The tokens int64 [B], with padding in the rows that have ended."""
-        if not self._any or self._pad is None:
-            return token_ids
-        ended = torch.tensor(self._ended, device=token_ids.device)
-        return torch.where(ended, self._pad.to(token_ids.device), token_ids)
-
-    def finished(self, input_ids: Tensor, token_ids: list[int]) -> bool:
-        """Take the last column of ``input_ids`` [B, L], also on the host; whether all rows end."""
-        long = self._max_length is not None and input_ids.shape[1] >= self._max_length
-        now = [long or token_id in self._eos for token_id in token_ids]
-        for criterion in self._others:
-            done = criterion(input_ids, None)
-            rows = done.tolist() if isinstance(done, Tensor) else [done] * len(now)
-            now = [a or bool(b) for a, b in zip(now, rows, strict=True)]
-        before = self._ended or [False] * len(now)
-        self._ended = [a or b for a, b in zip(before, now, strict=True)]
-        self._any = any(self._ended)
-        return all(self._ended)
-
-
-def _is_silent(criterion: Any) -> bool:
-    """Whether the criterion has no warning to give of a text longer than the model's context."""
-    context = criterion.max_position_embeddings
-    return context is None or criterion.max_length <= context
