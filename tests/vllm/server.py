@@ -82,7 +82,7 @@ class Server:
 
 
 def _environment() -> dict[str, str]:
-    # The engine in a process of its own, as in production; conftest.py has it in the tests' process.
+    # The engine is a process of its own, as in production, unlike in the other tests.
     return {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 
 
