@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -69,15 +68,15 @@ def member_vllm_config(vllm_config: Any, config: Any) -> Any:
     return member
 
 
-def make_members(vllm_config: Any, settings: ProxyTuning, prefix: str) -> Mapping[str, nn.Module]:
-    """Make each role's model, without weights; its layers are named after the role."""
-    members = {}
-    for role in ROLES:
-        config = member_config(vllm_config.model_config, settings, role)
-        # The tag keeps what is compiled for one member apart from another's.
-        with set_model_tag(f"proxytune_{role}"):
-            members[role] = initialize_model(
-                member_vllm_config(vllm_config, config),
-                prefix=f"{prefix}.{role}" if prefix else role,
-            )
-    return members
+def member_configs(model_config: Any, settings: ProxyTuning, **changes: Any) -> dict[str, Any]:
+    """Role -> its own ModelConfig; see :func:`member_config`."""
+    return {role: member_config(model_config, settings, role, **changes) for role in ROLES}
+
+
+def make_member(vllm_config: Any, config: Any, role: str, prefix: str) -> nn.Module:
+    """Make a role's model, without weights; its layers are named after the role."""
+    # The tag keeps what is compiled for one member apart from another's.
+    with set_model_tag(f"proxytune_{role}"):
+        return initialize_model(
+            member_vllm_config(vllm_config, config), prefix=f"{prefix}.{role}" if prefix else role
+        )

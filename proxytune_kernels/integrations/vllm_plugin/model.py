@@ -8,17 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_pp_group, tensor_model_parallel_all_gather
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.sequence import IntermediateTensors
 
 from proxytune_kernels import ops
 from proxytune_kernels.integrations.vllm_plugin import alpha as alphas
-from proxytune_kernels.integrations.vllm_plugin.members import make_members
+from proxytune_kernels.integrations.vllm_plugin.members import make_member, member_configs
 from proxytune_kernels.integrations.vllm_plugin.settings import ProxyTuning
 from proxytune_kernels.roles import ROLES
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class ProxyTunedForCausalLM(nn.Module):
@@ -38,19 +45,24 @@ class ProxyTunedForCausalLM(nn.Module):
         self.vllm_config = vllm_config
         settings = ProxyTuning.read(model_config)
         self.alpha = settings.alpha
-        self.members = nn.ModuleDict(make_members(vllm_config, settings, prefix))
-        configs = {r: self.members[r].config.get_text_config() for r in ROLES}
-        self.agreed = settings.vocab_size
+        configs = member_configs(model_config, settings)
+        self.members = nn.ModuleDict(
+            {
+                role: make_member(vllm_config, config, role, prefix)
+                for role, config in configs.items()
+            }
+        )
         self.vocab_size = model_config.get_vocab_size()
-        self.widths = [configs[role].hidden_size for role in ROLES]
+        self.agreed = settings.vocab_size
         self.dtype = model_config.dtype
-        # alpha's fp32 bits in columns of the hidden states' dtype.
+        # Of what forward gives: the members' columns, then those that hold alpha's fp32 bits.
+        self.widths = [config.get_hidden_size() for config in configs.values()]
         self.widths.append(4 // self.dtype.itemsize)
-        # Each member keeps its own shard of the logits, with what its LogitsProcessor does to them
-        # (soft cap, scale): the trio gathers.
+        # A member's logits stay on their rank, with all that the member does to them (soft caps,
+        # scales): the trio gathers.
         for module in self.modules():
             if isinstance(module, LogitsProcessor):
-                module._gather_logits = lambda logits: logits
+                module._gather_logits = _leave
         # vLLM loads the checkpoint of ModelConfig.model, the base's, then these.
         self.secondary_weights = [
             DefaultModelLoader.Source(getattr(settings, role), None, prefix=_prefix(role))
@@ -113,16 +125,29 @@ class ProxyTunedForCausalLM(nn.Module):
         # Padding past the last row's tokens, which nobody reads, stays within the table.
         return table[rows.clamp_(max=table.shape[0] - 1)]
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Combined logits, fp32 [rows, vocab_size]; -inf past the agreed width.
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Combined logits, fp32 [rows, vocab_size], -inf past the agreed width.
 
-        Each rank combines its shard of the vocabulary, then one gather joins them.
+        Each rank combines its shard of the vocabulary, and one gather joins them. Where the
+        members' shards hold other ids, since their vocabularies are padded to other widths, each
+        member's are gathered first.
         """
         *hidden, bits = hidden_states.split(self.widths, dim=-1)
         alpha = bits.contiguous().view(torch.float32).view(-1)
-        shards = [m.compute_logits(h) for m, h in zip(self.members.values(), hidden, strict=True)]
-        logits = tensor_model_parallel_all_gather(ops.combine(*shards, alpha))
-        return logits[:, : self.vocab_size]
+        members = zip(self.members.values(), hidden, strict=True)
+        logits = [member.compute_logits(h) for member, h in members]
+        sharded = get_tensor_model_parallel_world_size() > 1
+        if sharded and len({shard.shape[-1] for shard in logits}) == 1:
+            x = tensor_model_parallel_all_gather(ops.combine(*logits, alpha))[:, : self.vocab_size]
+        else:
+            if sharded:
+                logger.info_once("the members' vocabularies are padded differently: three gathers")
+                logits = [tensor_model_parallel_all_gather(shard) for shard in logits]
+            x = torch.empty(len(alpha), self.vocab_size, device=alpha.device)
+            ops.combine(*logits, alpha, vocab_size=self.agreed, out=x[:, : self.agreed])
+        # Ids that not every member has; the sampler's tables are as wide as the base's logits.
+        x[:, self.agreed :] = -torch.inf
+        return x
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Hand each member its checkpoint; names what was loaded."""
@@ -132,6 +157,10 @@ class ProxyTunedForCausalLM(nn.Module):
             names = self.members[role].load_weights((name[cut:], w) for name, w in named)
             loaded |= {f"members.{role}.{name}" for name in names}
         return loaded
+
+
+def _leave(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _prefix(role: str) -> str:

@@ -11,6 +11,8 @@ from proxytune_kernels.checkpoints import resolve
 from proxytune_kernels.params import SamplingParams
 
 _WHERE = "proxy_tuning in config.json (or in --hf-overrides)"
+# In place of proxy_tuning in a member's own configuration: a trio has no trio among its members.
+_MEMBER = "member"
 _REMEDY = "`proxytune export-vllm` writes one"
 
 
@@ -42,6 +44,11 @@ class ProxyTuning:
             ValueError: what is missing or wrong, and what to do.
         """
         given = getattr(model_config.hf_config, "proxy_tuning", None)
+        if given == _MEMBER:
+            raise ValueError(
+                f"a member must be one model, got the trio {model_config.model}: where config.json "
+                "is the base's own, base_architectures in proxy_tuning must name the base's"
+            )
         if not isinstance(given, Mapping):
             raise ValueError(f"{_WHERE} must be an object, got {given!r}: {_REMEDY}")
         if "prompts" in given:
@@ -69,7 +76,7 @@ class ProxyTuning:
     def overrides(self, role: str, trio_overrides: Any) -> dict[str, Any]:
         """``hf_overrides`` of a role's own configuration, of those that the trio got."""
         if role != "base":
-            return {}
+            return {"proxy_tuning": _MEMBER}
         if not isinstance(trio_overrides, Mapping):
             raise ValueError(
                 f"hf_overrides must be a mapping for a trio, got {type(trio_overrides).__name__}"
@@ -77,6 +84,7 @@ class ProxyTuning:
         own = {
             k: v for k, v in trio_overrides.items() if k not in ("architectures", "proxy_tuning")
         }
+        own["proxy_tuning"] = _MEMBER
         if self.base_architectures is not None:
             own["architectures"] = list(self.base_architectures)
         return own
