@@ -117,7 +117,7 @@ class LogitsSampler:
         config.update(**config._get_default_generation_params(), defaults_only=True)
         if config.num_beams > 1:
             raise NotInOp(f"num_beams {config.num_beams} is not in the op")
-        builder: Any = _ProcessorBuilder()
+        builder: Any = _ProcessorBuilder(vocab_size)
         builder._prepare_special_tokens(config, device=device)
         processors = builder._get_logits_processor(
             config, input_ids_seq_length=prompt_length, device=device, model_kwargs={}
@@ -216,4 +216,6 @@ def draw_seeds(batch_size: int) -> Tensor:
 class _ProcessorBuilder(GenerationMixin):
     """As much of a model as ``_get_logits_processor`` reads."""
 
-    config = PreTrainedConfig()
+    def __init__(self, vocab_size: int) -> None:
+        self.config: Any = PreTrainedConfig()
+        self.config.vocab_size = vocab_size

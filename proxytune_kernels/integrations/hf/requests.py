@@ -160,7 +160,7 @@ def _check_positions(position_ids: Tensor | None, mask: Tensor) -> None:
     counted = mask.long().cumsum(-1) - 1
     given = position_ids.to(mask.device)
     if given.shape[-1] != mask.shape[-1] or bool((given != counted)[mask != 0].any()):
-        raise Refused("position_ids other than those that the attention mask counts")
+        raise Refused("position_ids other than the attention mask counts are not in the decoder")
 
 
 def _check_config(config: Any) -> None:
