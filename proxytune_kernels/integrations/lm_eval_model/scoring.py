@@ -83,7 +83,8 @@ class Scorer:
         roles = self._running(alphas)
         share = all(states.contexts_apart is None for states in roles.values())
         trees = make_trees(requests, max_length, share=share)
-        for batch in _batches(trees, batch_size):
+        windows = [states.window for states in roles.values() if states.window is not None]
+        for batch in _batches(trees, batch_size, min(windows, default=None)):
             rows = {role: states.rows(batch, batch_size) for role, states in roles.items()}
             self._finish(batch, rows, alphas, scored)
 
@@ -165,9 +166,26 @@ def _repeated(x: Tensor, rows: Sequence[int], count: int) -> Tensor:
     return x[rows][:, None].expand(-1, count, -1)
 
 
-def _batches(trees: Sequence[Tree], size: int) -> Iterator[Batch]:
-    """Trees in batches of one kind, in their order: those with branches, and those without."""
+def _batches(trees: Sequence[Tree], size: int, window: int | None) -> Iterator[Batch]:
+    """Trees in batches of one kind, in their order: those with branches, and those without.
+
+    Those with branches are of one length where padding could push what a branch sees out of the
+    window.
+    """
     for plain in (False, True):
-        kind = [tree for tree in trees if tree.is_plain == plain]
-        for first in range(0, len(kind), size):
-            yield Batch(kind[first : first + size])
+        batch: list[Tree] = []
+        for tree in (tree for tree in trees if tree.is_plain == plain):
+            if len(batch) == size or not (plain or _together(batch, tree, window)):
+                yield Batch(batch)
+                batch = []
+            batch.append(tree)
+        if batch:
+            yield Batch(batch)
+
+
+def _together(batch: Sequence[Tree], tree: Tree, window: int | None) -> bool:
+    """Whether a tree's branches can run in one batch with those of longer ones."""
+    if not batch or window is None or len(tree.trunk) == len(batch[0].trunk):
+        return True
+    longest = max(len(tokens) for each in (*batch, tree) for _, tokens in each.branches())
+    return len(batch[0].trunk) + longest <= window

@@ -73,6 +73,8 @@ class RoleStates:
         self._accepted = inspect.signature(model.forward).parameters
         self.head_unknown = self._why_head_is_unknown(vocab_size)
         self.contexts_apart = self._why_contexts_run_apart()
+        # Padding between a trunk and its branch takes up as much of a sliding window.
+        self.window = None if self.contexts_apart is not None else _window(model)
 
     @property
     def logits_bytes(self) -> int:
@@ -114,47 +116,40 @@ class RoleStates:
         """States [N, H] of a batch's rows, in its order; logits [N, V] where no head is known.
 
         Args:
-            batch: trees; with branches only where :attr:`contexts_apart` is None.
+            batch: trees; with branches only where :attr:`contexts_apart` is None, and then of one
+                length or within :attr:`window`.
             branch_rows: branches that run at the same time.
         """
-        branches = batch.branches
         if self.head_unknown is not None:
             return self._own_logits(batch)
-        if not branches:
-            ids = _padded([tree.trunk for tree in batch.trees], self.device, left=False)
-            return _scored(self._body(ids).last_hidden_state, batch.trees)
-        lengths = torch.tensor([len(tree.trunk) for tree in batch.trees], device=self.device)
-        ids = _padded([tree.trunk for tree in batch.trees], self.device, left=True)
-        width = ids.shape[1]
-        places = torch.arange(width, device=self.device) - (width - lengths)[:, None]
-        mask = places >= 0
-        cache = _empty_cache(self.model)
-        output = self._body(
-            ids,
-            attention_mask=mask.long(),
-            position_ids=places.clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        found = [_scored(output.last_hidden_state, batch.trees, left=True)]
+        branches = batch.branches
+        cache = _empty_cache(self.model) if branches else None
+        # Padding stands behind the tokens, which do not see it: no mask, and no row sees nothing.
+        ids = _padded([tree.trunk for tree in batch.trees], self.device)
+        output = self._body(ids, past_key_values=cache, use_cache=cache is not None)
+        found = [_scored(output.last_hidden_state, batch.trees)]
         del output
+        lengths = torch.tensor([len(tree.trunk) for tree in batch.trees], device=self.device)
         for first in range(0, len(branches), branch_rows):
             part = branches[first : first + branch_rows]
-            found.append(self._behind(cache, mask, lengths, part))
+            found.append(self._behind(cache, ids.shape[1], lengths, part))
         return torch.cat(found)
 
     def _behind(
-        self, cache: Any, mask: Tensor, lengths: Tensor, part: Sequence[tuple[int, Tokens]]
+        self, cache: Any, width: int, lengths: Tensor, part: Sequence[tuple[int, Tokens]]
     ) -> Tensor:
-        """States of branches, run behind the trunks that ``cache`` holds."""
+        """States of branches, run behind the trunks that ``cache`` holds in ``width`` places."""
         trunks = torch.tensor([i for i, _ in part], device=self.device)
-        ids = _padded([tokens for _, tokens in part], self.device, left=False)
+        ids = _padded([tokens for _, tokens in part], self.device)
         counts = torch.tensor([len(tokens) for _, tokens in part], device=self.device)
         places = torch.arange(ids.shape[1], device=self.device)
         own = places < counts[:, None]
+        # A trunk's padding lies between it and its branch, and is not seen. A branch's lies behind
+        # it, and sees itself: a row that sees nothing would be NaN, and so would what it hides.
+        seen = torch.arange(width, device=self.device) < lengths[trunks, None]
         hidden = self._body(
             ids,
-            attention_mask=torch.cat([mask[trunks], own], dim=1).long(),
+            attention_mask=torch.cat([seen, torch.ones_like(own)], dim=1).long(),
             position_ids=lengths[trunks, None] + places,
             past_key_values=_selected(cache, trunks),
             use_cache=True,
@@ -164,14 +159,14 @@ class RoleStates:
     def _own_logits(self, batch: Batch) -> Tensor:
         """Logits [N, V] by the model's own forward, of as few positions as it takes."""
         trees = batch.trees
-        ids = _padded([tree.trunk for tree in trees], self.device, left=False)
+        ids = _padded([tree.trunk for tree in trees], self.device)
         first = min(tree.scored.start for tree in trees)
         if "logits_to_keep" in self._accepted:
             keep = torch.arange(first, ids.shape[1], device=self.device)
             logits = self.model(ids, use_cache=False, logits_to_keep=keep).logits
         else:
             logits = self.model(ids, use_cache=False).logits[:, first:]
-        return _scored(logits, trees, first=first)
+        return _scored(logits, trees, first)
 
     @torch.inference_mode()
     def logits(self, rows: Tensor) -> Tensor:
@@ -191,27 +186,18 @@ class RoleStates:
         return self.model.base_model(input_ids=ids, **{"use_cache": False, **keywords})
 
 
-def _padded(sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> Tensor:
-    """Token ids [B, longest]; padding is token 0, on one side."""
+def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids [B, longest]; token 0 behind those that are shorter."""
     width = max(map(len, sequences))
-    rows = []
-    for tokens in sequences:
-        padding = [0] * (width - len(tokens))
-        rows.append([*padding, *tokens] if left else [*tokens, *padding])
+    rows = [[*tokens, *[0] * (width - len(tokens))] for tokens in sequences]
     return torch.tensor(rows, device=device)
 
 
-def _scored(states: Tensor, trees: Sequence[Tree], *, left: bool = False, first: int = 0) -> Tensor:
+def _scored(states: Tensor, trees: Sequence[Tree], first: int = 0) -> Tensor:
     """The trunks' scored rows [N, ...], of states [B, width, ...] from position ``first`` on."""
-    width = states.shape[1]
-    rows: list[int] = []
-    columns: list[int] = []
-    for i, tree in enumerate(trees):
-        offset = width - len(tree.trunk) if left else -first
-        rows += [i] * len(tree.scored)
-        columns += [offset + position for position in tree.scored]
-    place = torch.tensor([rows, columns], device=states.device)
-    return states[place[0], place[1]]
+    rows = [i for i, tree in enumerate(trees) for _ in tree.scored]
+    columns = [position - first for tree in trees for position in tree.scored]
+    return states[torch.tensor(rows), torch.tensor(columns)]
 
 
 def _empty_cache(model: Any) -> Any:
@@ -227,3 +213,10 @@ def _selected(cache: Any, rows: Tensor) -> Any:
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(rows)
     return chosen
+
+
+def _window(model: Any) -> int | None:
+    """Tokens that the narrowest sliding attention sees; None where all layers see all."""
+    layers = _empty_cache(model).layers
+    widths = [w for w in (getattr(layer, "sliding_window", None) for layer in layers) if w]
+    return min(widths, default=None)

@@ -1,0 +1,174 @@
+"""Scores of every kind of model, against the log-softmax of its own whole forwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+)
+
+from proxytune_kernels.decoder.member import check_model
+from proxytune_kernels.integrations.lm_eval_model.scoring import Scorer
+from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import word_tokenizer
+from tests.decoder.test_runner import ARCHITECTURES, SIZES, random_ids
+
+ALPHAS = (1.0, 0.0, -0.7)
+MAX_LENGTH = 24
+
+
+class TripleLogits(LlamaForCausalLM):
+    """Does to its logits what its configuration does not say."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        output = super().forward(*arguments, **keywords)
+        output.logits = 3 * output.logits
+        return output
+
+
+class AllLogits(LlamaForCausalLM):
+    """Unknown to Head, and gives the logits of every position."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        output = super().forward(input_ids, use_cache=use_cache)
+        output.logits = -output.logits
+        return output
+
+
+TOKENS = {name: SIZES[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+LLAMA = ARCHITECTURES["llama"][1]
+KINDS: dict[str, tuple[Any, Any]] = {
+    **ARCHITECTURES,
+    "cohere-scale": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.3)),
+    "granite-divisor": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=3.0)),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **TOKENS),
+    ),
+    "unknown-head": (TripleLogits, LLAMA),
+    "unknown-head-all-logits": (AllLogits, LLAMA),
+}
+UNKNOWN = {"unknown-head", "unknown-head-all-logits"}
+
+
+def make(kind: str, seed: int) -> Any:
+    model_class, config = KINDS[kind]
+    torch.manual_seed(seed)
+    model = model_class(copy.deepcopy(config)).double().eval()
+    if kind == "gemma2-softcap":
+        model.set_attn_implementation("eager")  # SDPA has no soft caps
+    return model
+
+
+def make_trio(base: str, pair: str) -> Trio:
+    tokenizer = word_tokenizer(SIZES["vocab_size"])
+    return Trio.from_models(make(base, 0), make(pair, 1), make(pair, 2), tokenizer)
+
+
+LONG = random_ids(30, 1)
+REQUESTS: list[tuple[list[int], list[int]]] = [
+    # One context, longer than the windows: one-token ends, a common beginning, an end in it.
+    *((random_ids(9, 0), random_ids(n, n)) for n in (1, 4, 2, 6)),
+    (random_ids(9, 0), [4, 5, 6, 7]),
+    (random_ids(9, 0), [4, 5, 7]),
+    (random_ids(9, 0), [4, 5]),
+    # Shorter contexts of several continuations: unequal padding in the same batch.
+    *((random_ids(n, 7), random_ids(m, m)) for n in (1, 4, 13) for m in (2, 3, 6)),
+    # Alone, and longer than what is run: the left of the context goes, of each by its own length.
+    (random_ids(3, 8), random_ids(20, 9)),
+    (LONG, [1, 2, 3]),
+    (LONG, [1, 2, 4]),
+    (LONG, [5]),
+    (LONG, random_ids(MAX_LENGTH, 3)),
+]  # fmt: skip
+
+
+@torch.no_grad()
+def whole_forwards(trio: Trio, alpha: float) -> list[tuple[float, bool, float]]:
+    """(sum of logprobs, whether greedy, bound of the sum's error) by one forward per request.
+
+    The models are fp64. A logit l is rounded to fp32 (u |l|, u = 2^-24), so is the difference of
+    the pair, its product and x: E = u (|b| + |alpha| (2 |e| + 2 |a| + |e - a|) + |x|) at most, over
+    the row. A log-softmax moves by 2 E then, and ``score`` rounds by 2^-24 (depth + |logprob| + 4 +
+    ln V) as in tests/ops/test_score.py; depth and |logprob| are below 2 max |x| + ln V.
+    """
+    unit = 2.0**-24
+    found = []
+    for context, continuation in REQUESTS:
+        ids = torch.tensor([(context + continuation)[-(MAX_LENGTH + 1) : -1]])
+        rows = [
+            m(ids, use_cache=False).logits[0, -len(continuation) :] for m in trio.models.values()
+        ]
+        b, e, a = (row[:, : trio.vocab_size] for row in rows)
+        x = b + alpha * (e - a)
+        logprobs = x.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])
+        tops = [row.abs().amax(1) for row in (b, e, a, e - a, x)]
+        pair = abs(alpha) * (2 * tops[1] + 2 * tops[2] + tops[3])
+        error = 2 * unit * (tops[0] + pair + tops[4]) + unit * (4 * tops[4] + 24)
+        greedy = x.argmax(1).tolist() == continuation
+        found.append((float(logprobs.sum()), greedy, float(error.sum())))
+    return found
+
+
+def scores(
+    trio: Trio, alphas: Sequence[float], batch_size: int
+) -> list[tuple[tuple[float, bool], ...]]:
+    found: dict[int, tuple[tuple[float, bool], ...]] = {}
+    Scorer(trio).score(
+        REQUESTS,
+        alphas,
+        batch_size=batch_size,
+        max_length=MAX_LENGTH,
+        scored=found.__setitem__,
+    )
+    assert sorted(found) == list(range(len(REQUESTS)))
+    return [found[i] for i in range(len(REQUESTS))]
+
+
+PAIRS = [
+    *((kind, "llama") for kind in KINDS),
+    ("llama", "mistral-window"),
+    ("llama", "gemma2-softcap"),
+    ("gpt2", "unknown-head"),
+]
+# Gemma 2's own eager attention takes its softmax in fp32, where masked keys round nothing but the
+# others are rounded: 2^-24 in every weight of values of a few units, through two layers.
+FP32_SOFTMAX = {"gemma2-softcap": 1e-4}
+
+
+@pytest.mark.parametrize(("base", "pair"), PAIRS, ids="-".join)
+def test_scores_are_those_of_whole_forwards(base, pair):
+    trio = make_trio(base, pair)
+    by_size = {size: scores(trio, ALPHAS, size) for size in (1, 5)}
+    slack = max(FP32_SOFTMAX.get(base, 0.0), FP32_SOFTMAX.get(pair, 0.0))
+    for place, alpha in enumerate(ALPHAS):
+        wanted = whole_forwards(trio, alpha)
+        for found in by_size.values():
+            for (value, greedy), (logprob, is_greedy, bound) in zip(
+                (each[place] for each in found), wanted, strict=True
+            ):
+                assert abs(value - logprob) <= bound + slack
+                assert greedy == is_greedy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_runs_how_is_said(kind):
+    model = make(kind, 0)
+    tokenizer = word_tokenizer(SIZES["vocab_size"])
+    info = Scorer(Trio.from_models(model, tokenizer=tokenizer)).info()
+    assert ("own forward" in info["logits"]["base"]) == (kind in UNKNOWN)
+    assert info["contexts"]["base"].startswith("run with each") == (kind in UNKNOWN)
+    if kind not in UNKNOWN:
+        check_model("base", model)
