@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -22,9 +25,6 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-# What vLLM and what it imports warn of at import is not ours to mend.
-IMPORT_WARNINGS = ("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -35,12 +35,17 @@ ENGINE: dict[str, Any] = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            for warning in IMPORT_WARNINGS:
-                item.add_marker(pytest.mark.filterwarnings(warning))
+@pytest.fixture(scope="session", autouse=True)
+def imported() -> None:
+    """Import vLLM; the notes on deprecation of what it imports are not ours to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import vllm.entrypoints.llm
+        import vllm.v1.engine.core
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
 
 
 def close(llm: Any) -> None:
@@ -53,6 +58,27 @@ def close(llm: Any) -> None:
     cleanup_dist_env_and_memory()
 
 
+@contextmanager
+def kernels_registered() -> Iterator[None]:
+    """Have an engine register vLLM's replacements of Triton kernels once, and quietly.
+
+    To do so vLLM reads every object of every module: torch notes that one is deprecated, and it
+    fails on numba's, which n-gram speculation has imported by the next time.
+    """
+    from vllm.triton_utils import dispatcher
+
+    register, registered = dispatcher.register_kernels, bool(dispatcher._registry)
+
+    def once(overrides: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            if not registered:
+                register(overrides)
+
+    with mock.patch.object(dispatcher, "register_kernels", once):
+        yield
+
+
 @pytest.fixture(scope="module")
 def make_llm() -> Iterator[Callable[..., Any]]:
     """Open a directory with vLLM; the one before is closed, since a process holds one at a time."""
@@ -63,7 +89,8 @@ def make_llm() -> Iterator[Callable[..., Any]]:
     def make(directory: str | Path, **settings: Any) -> Any:
         while opened:
             close(opened.pop())
-        opened.append(LLM(str(directory), **{**ENGINE, **settings}))
+        with kernels_registered():
+            opened.append(LLM(str(directory), **{**ENGINE, **settings}))
         return opened[-1]
 
     yield make
