@@ -56,7 +56,7 @@ def tiny(seed: int, hidden: int, layers: int, dtype: torch.dtype) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
-        initializer_range=0.2,
+        initializer_range=0.1,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
