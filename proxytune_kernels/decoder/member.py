@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -82,6 +83,13 @@ class Member:
         self._keeps_logits = "logits_to_keep" in accepted
         self._token_ids = torch.zeros((cache.rows, 1), dtype=torch.int64, device=cache.device)
         self._compiled = CompiledStep(self._last, _windows(model.config)) if compile else None
+
+    def over(self, cache: SlotCache) -> Member:
+        """The same model over rows of another cache, laid out alike."""
+        other = copy.copy(self)
+        other.cache = cache
+        other._token_ids = self._token_ids.new_zeros((cache.rows, 1))
+        return other
 
     def rows(self, slots: int) -> range:
         """The rows of the first ``slots`` slots."""

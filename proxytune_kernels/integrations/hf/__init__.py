@@ -1,4 +1,4 @@
-"""Proxy-tuning inside transformers; importing this registers the Auto classes. See docs/transformers.md."""
+"""Proxy-tuning inside transformers; importing it registers the Auto classes."""
 
 from proxytune_kernels.integrations.hf.config import ProxyTunedConfig
 from proxytune_kernels.integrations.hf.modeling import ProxyTunedForCausalLM

@@ -1,13 +1,17 @@
-"""Transformers' own caches, one per role, that move together: the cache that every model can use."""
+"""Transformers' own caches, one per role, and the models as they are over them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
+
+from proxytune_kernels.integrations.hf.inputs import Prompts, positions
+from proxytune_kernels.roles import ROLES
 
 Maker = Callable[[Any], Cache]
 """A model's configuration -> its empty cache."""
@@ -52,6 +56,8 @@ class RoleCaches(Cache):
         self.caches = dict(caches)
         # The layers are those of the caches: cropping, reordering and the like reach all of them.
         super().__init__(layers=[layer for cache in caches.values() for layer in cache.layers])
+        self.roles: tuple[str, ...] = ()
+        """The roles whose tokens it holds; none while it is empty."""
         self.masks: dict[str, Tensor] = {}
         """Role -> int64 [B, columns], 1 for a token and 0 for padding, of roles that have read a
         prompt of their own; others share the base's, which ``generate()`` keeps."""
@@ -89,4 +95,121 @@ class RoleCaches(Cache):
     def reset(self) -> None:
         """Empty the caches."""
         super().reset()
-        self.masks = {}
+        self.roles, self.masks = (), {}
+
+
+def roles_to_run(cache: Any, alpha: float | Tensor | None) -> tuple[str, ...]:
+    """Which roles a forward runs: all, or the base alone where nothing is steered.
+
+    A cache goes on with the roles that it was filled with, so that it holds the same tokens of all.
+
+    Args:
+        cache: a cache with ``roles``, or None.
+        alpha: a number or a tensor [B]; None goes by the cache.
+
+    Raises:
+        ValueError: alpha steers, and the cache has the base's tokens alone.
+    """
+    rests = isinstance(alpha, float | int) and alpha == 0
+    held: tuple[str, ...] = () if cache is None else cache.roles
+    if not held:
+        return ROLES[:1] if rests else ROLES
+    if alpha is not None and not rests and held != ROLES:
+        raise ValueError(
+            "past_key_values must hold the tokens of expert and anti to steer, got a cache filled "
+            "at alpha 0, where they rest: fill one with alpha as a tensor of zeros"
+        )
+    return held
+
+
+def separate_logits(
+    models: Mapping[str, Any],
+    input_ids: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    caches: RoleCaches | None,
+    keep: int,
+    own: Prompts,
+    prompt_length: int | None,
+) -> dict[str, Tensor]:
+    """Run models as they are, one after another, over transformers' caches.
+
+    Arguments as in :meth:`ProxyTunedForCausalLM.forward`; a mask by role is as that role's layers
+    take it.
+
+    Returns:
+        Role -> logits [B, q, V_role] of the last q tokens, on the base's device.
+    """
+    length = input_ids.shape[1] if prompt_length is None else prompt_length
+    seen = {r: 0 if caches is None else caches.caches[r].get_seq_length() for r in models}
+    # Prompts that are behind say nothing any more; calls go on to carry them.
+    own = {r: prompt for r, prompt in own.items() if seen[r] < prompt[0].shape[1]}
+    found = {}
+    for role, model in models.items():
+        cache = None if caches is None else caches.caches[role]
+        ids, place = input_ids, position_ids
+        mask = attention_mask[role] if isinstance(attention_mask, dict) else attention_mask
+        if role in own or (caches is not None and role in caches.masks):
+            ids, mask = _own_inputs(
+                role, input_ids, attention_mask, caches, own, seen[role], length
+            )
+            place = None
+        if place is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            place = positions(mask)[:, -ids.shape[1] :]
+        found[role] = _run(model, ids, mask, place, cache, keep)
+    if caches is not None and not caches.roles:
+        caches.roles = tuple(models)
+    if own:
+        # Prompts of several lengths have their last logits in common.
+        shared = min(input_ids.shape[1] - length + 1, *(x.shape[1] for x in found.values()))
+        found = {role: logits[:, -shared:] for role, logits in found.items()}
+    device = found["base"].device
+    return {role: logits.to(device) for role, logits in found.items()}
+
+
+def _own_inputs(
+    role: str,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    caches: RoleCaches | None,
+    own: Prompts,
+    seen: int,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """A role's new tokens and its mask over all tokens, where it reads another prompt."""
+    if role in own:
+        prompt, mask = own[role]
+        drafts = input_ids[:, length:]
+        ids = torch.cat([prompt[:, seen:], drafts], 1)
+        mask = torch.cat([mask, torch.ones_like(drafts)], 1)
+    else:
+        assert caches is not None
+        ids, width = input_ids, input_ids.shape[1]
+        new = torch.ones_like(ids) if attention_mask is None else attention_mask[:, -width:]
+        mask = torch.cat([caches.masks[role], new.to(caches.masks[role])], 1)
+    if caches is not None:
+        caches.masks[role] = mask
+    return ids, mask
+
+
+def _run(
+    model: Any, input_ids: Tensor, mask: Any, place: Tensor | None, cache: Any, keep: int
+) -> Tensor:
+    device = model.get_input_embeddings().weight.device
+    keywords = {"logits_to_keep": keep} if _keeps_logits(model) else {}
+    logits: Tensor = model(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device) if isinstance(mask, Tensor) else mask,
+        position_ids=None if place is None else place.to(device),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **keywords,
+    ).logits
+    if not keywords and keep:
+        logits = logits[:, -keep:]
+    # The operators take fp32 and narrower.
+    return logits.float() if logits.dtype == torch.float64 else logits
+
+
+def _keeps_logits(model: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -1,10 +1,9 @@
-"""The configuration of a trio as one transformers model: what a saved directory's config.json says."""
+"""The configuration of a trio as one transformers model, and what config.json says of it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -14,6 +13,8 @@ from proxytune_kernels.roles import ROLES
 SUB_CONFIGS = {role: f"{role}_config" for role in ROLES}
 """Role -> name of its model's configuration within the trio's."""
 
+_BASE_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def _member() -> SubConfigSpec:
     # transformers wants a type to fall back to; a member's configuration always says its own.
@@ -21,7 +22,7 @@ def _member() -> SubConfigSpec:
 
 
 @strict
-class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[misc]
+class ProxyTunedConfig(PreTrainedConfig):
     """Names three checkpoints, how strongly they steer and how they read prompts.
 
     Args:
@@ -59,21 +60,18 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[misc]
         """The configuration of three models in memory; theirs stay as they are."""
         configs = {role: model.config for role, model in models.items()}
         base = configs["base"].get_text_config(decoder=True)
-        return cls(
+        named: dict[str, Any] = {
             **{SUB_CONFIGS[role]: config for role, config in configs.items()},
-            vocab_size=vocab_size,
-            max_position_embeddings=_shortest_context(configs),
-            dtype=_dtype(models["base"]),
-            **{
-                name: getattr(base, name, None)
-                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-            },
+            **{name: getattr(base, name, None) for name in _BASE_IDS},
+            "vocab_size": vocab_size,
+            "max_position_embeddings": _shortest_context(configs),
+            "dtype": models["base"].dtype,
             # Unless each is named, transformers writes None into the models' own configurations,
             # and attention without an implementation turns non-causal without an error.
-            attn_implementation=_kept(configs, "_attn_implementation"),
-            experts_implementation=_kept(configs, "_experts_implementation"),
-            **settings,
-        )
+            "attn_implementation": _kept(configs, "_attn_implementation"),
+            "experts_implementation": _kept(configs, "_experts_implementation"),
+        }
+        return cls(**named, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """What is written: everything but the models' own configurations."""
@@ -93,11 +91,6 @@ def _shortest_context(configs: dict[str, Any]) -> int | None:
     texts = (config.get_text_config(decoder=True) for config in configs.values())
     known = [n for t in texts if (n := getattr(t, "max_position_embeddings", None)) is not None]
     return min(known, default=None)
-
-
-def _dtype(model: Any) -> torch.dtype:
-    dtype: torch.dtype = model.dtype
-    return dtype
 
 
 AutoConfig.register(ProxyTunedConfig.model_type, ProxyTunedConfig)

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BatchEncoding, GenerationMixin, PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
+from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from proxytune_kernels import ops
 from proxytune_kernels.adapters import unwrapped
 from proxytune_kernels.describe import model_info
-from proxytune_kernels.integrations.hf.caching import RoleCaches, cache_maker
-from proxytune_kernels.integrations.hf.config import ProxyTunedConfig
-from proxytune_kernels.integrations.hf.inputs import (
-    OWN_ARGUMENTS,
-    Prompts,
-    checked_alpha,
-    left_padded,
-    positions,
-    prompts_of,
+from proxytune_kernels.integrations.hf.caching import (
+    RoleCaches,
+    cache_maker,
+    roles_to_run,
+    separate_logits,
 )
+from proxytune_kernels.integrations.hf.combining import combined
+from proxytune_kernels.integrations.hf.config import ProxyTunedConfig
+from proxytune_kernels.integrations.hf.generating import ProxyTunedGenerationMixin
+from proxytune_kernels.integrations.hf.inputs import checked_alpha, left_padded, prompts_of
+from proxytune_kernels.integrations.hf.rows import RowEngine, Rows
 from proxytune_kernels.integrations.hf.sampling import FusedSampling
 from proxytune_kernels.roles import ROLES
 from proxytune_kernels.trio import Trio
 
-RoleLogits = dict[str, Tensor]
-"""Role -> logits [B, q, V_role]."""
 
-
-class ProxyTunedForCausalLM(FusedSampling, PreTrainedModel, GenerationMixin):
+class ProxyTunedForCausalLM(FusedSampling, ProxyTunedGenerationMixin, PreTrainedModel):
     """Proxy-tuning in transformers: ``generate()`` in all its modes, pipelines, streamers.
 
     Made by :meth:`from_models`, :meth:`from_trio` or ``from_pretrained``.
@@ -68,7 +63,9 @@ class ProxyTunedForCausalLM(FusedSampling, PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base, self.expert, self.anti = (models[role] for role in ROLES)
         self.trio = trio
+        # What the last generate() says of itself, for info().
         self.notes: dict[str, Any] = {}
+        self._engine = RowEngine(self.models)
         self.post_init()
         self.train(self.base.training)
         self.generation_config = copy.deepcopy(self.base.generation_config)
@@ -133,11 +130,6 @@ class ProxyTunedForCausalLM(FusedSampling, PreTrainedModel, GenerationMixin):
             dict(trio.models), trio.vocab_size, alpha=alpha, prompts=dict(trio.prompts)
         )
         return cls(config, trio.models, trio)
-
-    @property
-    def models(self) -> dict[str, Any]:
-        """Role -> its model."""
-        return {role: getattr(self, role) for role in ROLES}
 
     @property
     def alpha(self) -> float:
@@ -208,56 +200,49 @@ class ProxyTunedForCausalLM(FusedSampling, PreTrainedModel, GenerationMixin):
     def role_logits(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        *,
+        alpha: float | Tensor | None = None,
         prompt_length: int | None = None,
         **prompts: Tensor | None,
-    ) -> tuple[RoleLogits, Any]:
+    ) -> tuple[dict[str, Tensor], Any]:
         """Each role's logits for new tokens; arguments as in :meth:`forward`.
+
+        The pair rests while alpha is the number 0, if the cache is empty or has rested before: then
+        the base's are all there are. A tensor of zeros does not rest it. Without ``alpha`` the
+        roles run that the cache holds; all, if there is none.
 
         Returns:
             Role -> logits [B, q, V_role] on the base's device, and the cache, longer by the new
             tokens.
         """
         cache = past_key_values
+        own = prompts_of(prompts, input_ids.shape[0])
+        roles = roles_to_run(cache, alpha)
+        if isinstance(cache, Rows):
+            if input_ids.shape[1] == 1 and cache.roles and not (own and cache.awaits(own)):
+                return cache.step(input_ids), cache
+            length = input_ids.shape[1] if prompt_length is None else prompt_length
+            return cache.extend(
+                roles, input_ids, attention_mask, position_ids, logits_to_keep, own, length
+            ), cache
         if cache is None and use_cache:
             cache = RoleCaches.make(self.models, cache_maker("dynamic", 0))
-        own = prompts_of(prompts, input_ids.shape[0])
-        return self._separate_logits(
-            input_ids, attention_mask, position_ids, cache, logits_to_keep, own, prompt_length
+        models = {role: self.models[role] for role in roles}
+        return separate_logits(
+            models,
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            logits_to_keep,
+            own,
+            prompt_length,
         ), cache
-
-    def _separate_logits(
-        self,
-        input_ids: Tensor,
-        attention_mask: Any,
-        position_ids: Tensor | None,
-        caches: RoleCaches | None,
-        keep: int,
-        own: Prompts,
-        prompt_length: int | None,
-    ) -> RoleLogits:
-        """Run the models as they are, one after another, over transformers' caches."""
-        length = input_ids.shape[1] if prompt_length is None else prompt_length
-        found = {}
-        for role, model in self.models.items():
-            cache = None if caches is None else caches.caches[role]
-            ids, mask, place = input_ids, attention_mask, position_ids
-            if role in own or (caches is not None and role in caches.masks):
-                ids, mask = _own_inputs(role, input_ids, attention_mask, caches, own, length)
-                place = None
-            if place is None and isinstance(mask, Tensor) and mask.dim() == 2:
-                place = positions(mask)[:, -ids.shape[1] :]
-            found[role] = _run(model, ids, mask, place, cache, keep)
-        if own:
-            # Prompts of several lengths have their last logits in common.
-            shared = min(logits.shape[1] for logits in found.values())
-            found = {role: logits[:, -shared:] for role, logits in found.items()}
-        device = found["base"].device
-        return {role: logits.to(device) for role, logits in found.items()}
 
     @can_return_tuple
     def forward(
@@ -284,7 +269,8 @@ class ProxyTunedForCausalLM(FusedSampling, PreTrainedModel, GenerationMixin):
             attention_mask: int64 [B, T], 1 for tokens and 0 for padding on the left, of all tokens
                 so far; None is all tokens.
             position_ids: int64 [B, q]; counted by the mask if None.
-            past_key_values: a cache that this model gave, longer by q tokens afterwards.
+            past_key_values: a cache that this model gave, longer by q tokens afterwards. One that
+                was filled at the number alpha 0 holds the base's tokens alone.
             use_cache: give a cache back.
             logits_to_keep: give the logits of so many last tokens; 0 is all of them.
             labels: int64 [B, q]; the loss is that of transformers' causal LMs.
@@ -308,7 +294,8 @@ class ProxyTunedForCausalLM(FusedSampling, PreTrainedModel, GenerationMixin):
             past_key_values,
             use_cache,
             logits_to_keep,
-            prompt_length,
+            alpha=strength,
+            prompt_length=prompt_length,
             expert_input_ids=expert_input_ids,
             expert_attention_mask=expert_attention_mask,
             anti_input_ids=anti_input_ids,
@@ -324,107 +311,6 @@ class ProxyTunedForCausalLM(FusedSampling, PreTrainedModel, GenerationMixin):
                 num_items_in_batch=kwargs.get("num_items_in_batch"),
             )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, input_ids: Any = None, **model_kwargs: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """Check alpha and the prompts once; from here on each is a tensor with a row per row."""
-        rows = input_ids.shape[0]
-        if model_kwargs.get("alpha") is not None:
-            model_kwargs["alpha"] = checked_alpha(model_kwargs["alpha"], rows)
-        if prompts_of(model_kwargs, rows):
-            # The first pass of assisted decoding has drafts behind the prompt.
-            model_kwargs["prompt_length"] = input_ids.shape[1]
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **model_kwargs
-        )
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
-            return
-        implementation = generation_config.cache_implementation
-        maker = cache_maker(implementation, max_cache_length)
-        model_kwargs["past_key_values"] = RoleCaches.make(self.models, maker)
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which hands all arguments of this model on to the assistant."""
-        known = {k: v for k, v in kwargs["model_kwargs"].items() if k not in OWN_ARGUMENTS}
-        return super()._get_candidate_generator(*args, **{**kwargs, "model_kwargs": known})
-
-
-def combined(roles: Mapping[str, Tensor], alpha: float | Tensor, vocab_size: int) -> Tensor:
-    """Combined logits, fp32 [B, q, vocab_size], of each role's [B, q, V_role].
-
-    One fused pass where no gradient is wanted; else torch's own operators, which can be
-    differentiated (also by alpha).
-    """
-    logits = [roles[role][..., :vocab_size] for role in ROLES]
-    tensors = [*logits, *([alpha] if isinstance(alpha, Tensor) else [])]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        base, expert, anti = (x.float() for x in logits)
-        each = alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
-        return base + each * (expert - anti)
-    rows, width = logits[0].shape[:2]
-    base, expert, anti = (x.flatten(0, 1) for x in logits)
-    if isinstance(alpha, Tensor) and width > 1:
-        alpha = alpha.repeat_interleave(width)
-    x = ops.combine(base, expert, anti, alpha, vocab_size=vocab_size)
-    return x.view(rows, width, vocab_size)
-
-
-def _own_inputs(
-    role: str,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    caches: RoleCaches | None,
-    own: Prompts,
-    length: int,
-) -> tuple[Tensor, Tensor]:
-    """A role's new tokens and its mask over all tokens, where it reads another prompt."""
-    seen = 0 if caches is None else caches.caches[role].get_seq_length()
-    if role in own and seen < own[role][0].shape[1]:
-        prompt, mask = own[role]
-        drafts = input_ids[:, length:]
-        ids = torch.cat([prompt[:, seen:], drafts], 1)
-        mask = torch.cat([mask, torch.ones_like(drafts)], 1)
-    else:
-        assert caches is not None
-        ids, width = input_ids, input_ids.shape[1]
-        new = torch.ones_like(ids) if attention_mask is None else attention_mask[:, -width:]
-        mask = torch.cat([caches.masks[role], new.to(caches.masks[role])], 1)
-    if caches is not None:
-        caches.masks[role] = mask
-    return ids, mask
-
-
-def _run(
-    model: Any, input_ids: Tensor, mask: Any, place: Tensor | None, cache: Any, keep: int
-) -> Tensor:
-    device = model.get_input_embeddings().weight.device
-    keywords = {"logits_to_keep": keep} if _keeps_logits(model) else {}
-    logits: Tensor = model(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device) if isinstance(mask, Tensor) else mask,
-        position_ids=None if place is None else place.to(device),
-        past_key_values=cache,
-        use_cache=cache is not None,
-        **keywords,
-    ).logits
-    if not keywords and keep:
-        logits = logits[:, -keep:]
-    # The operators take fp32 and narrower.
-    return logits.float() if logits.dtype == torch.float64 else logits
-
-
-def _keeps_logits(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _is_one(prompts: Any) -> bool:
