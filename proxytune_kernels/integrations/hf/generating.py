@@ -87,7 +87,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
             self.notes["cache"] = f"{_kind(given)}: handed in"
         elif generation_config.use_cache is False:
             self.notes["cache"] = "none: use_cache is False"
-        elif implementation is None and (refusal := self._engine.refusal()) is None:
+        elif implementation is None and (refusal := self._no_rows(generation_config)) is None:
             model_kwargs["past_key_values"] = self._engine.rows(
                 batch_size * copies, model_kwargs["position_ids"].shape[-1], max_cache_length
             )
@@ -105,6 +105,12 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
                 # This configuration also goes to an assistant, which brings a cache of its own and
                 # would refuse the two.
                 generation_config.cache_implementation = None
+
+    def _no_rows(self, generation_config: Any) -> str | None:
+        """Why the engine's rows can't be the cache; None if they can."""
+        if generation_config.prefill_chunk_size is not None:
+            return "prefill_chunk_size may leave a row nothing but padding"
+        return self._engine.refusal()
 
     def _check_given(self, cache: Any, implementation: str | None) -> None:
         if not isinstance(cache, Rows | RoleCaches):
