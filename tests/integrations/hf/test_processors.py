@@ -7,6 +7,7 @@ import inspect
 import itertools
 import math
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -258,7 +259,12 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_in_the_op_or_named(option):
     value, named = OPTIONS[option]
-    options = {"do_sample": True, "max_length": 20, "eos_token_id": EOS, option: value}
+    options: dict[str, Any] = {
+        "do_sample": True,
+        "max_length": 20,
+        "eos_token_id": EOS,
+        option: value,
+    }
 
     def make():
         return LogitsSampler.from_config(**options, vocab_size=VOCAB_SIZE, prompt_length=PROMPT)
