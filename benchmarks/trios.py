@@ -44,12 +44,17 @@ def find_trio(name: str) -> str:
     return name
 
 
-def open_trio(name: str, dtype: str | None) -> Trio:
-    """Load a trio; without a dtype the shipped one in fp32, others in their checkpoints' dtype."""
+def quiet_loading() -> None:
+    """Keep off the terminal what loading models says."""
     disable_progress_bar()  # it would tear up ours
     # transformers imports torchao, which notes the kernels that this build of torch lacks.
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def open_trio(name: str, dtype: str | None) -> Trio:
+    """Load a trio; without a dtype the shipped one in fp32, others in their checkpoints' dtype."""
+    quiet_loading()
     if dtype is None:
         dtype = "float32" if name == "shipped" else "auto"
     return load_trio(find_trio(name), dtype=dtype)
