@@ -85,3 +85,19 @@ def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
 def positions(mask: Tensor) -> Tensor:
     """Position of each token among its row's, int64 [B, T]; padding has 0, as transformers does."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def refuse(call: str, arguments: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    """Refuse arguments of transformers that a model of three models can't honour.
+
+    Raises:
+        ValueError: names the first that is neither known nor left at nothing (None, False, or a
+            mapping to nothing else).
+    """
+    for name, value in arguments.items():
+        said = value.values() if isinstance(value, Mapping) else [value]
+        if name not in known and any(v is not None and v is not False for v in said):
+            raise ValueError(
+                f"{call}: {name} is not supported here, got {value!r:.80} (the three models are "
+                "at .base, .expert and .anti)"
+            )

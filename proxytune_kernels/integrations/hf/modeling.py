@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -23,14 +22,15 @@ from proxytune_kernels.integrations.hf.caching import (
 from proxytune_kernels.integrations.hf.combining import combined
 from proxytune_kernels.integrations.hf.config import ProxyTunedConfig
 from proxytune_kernels.integrations.hf.generating import ProxyTunedGenerationMixin
-from proxytune_kernels.integrations.hf.inputs import checked_alpha, left_padded, prompts_of
+from proxytune_kernels.integrations.hf.inputs import checked_alpha, left_padded, prompts_of, refuse
+from proxytune_kernels.integrations.hf.manifest import SavedByName
 from proxytune_kernels.integrations.hf.rows import RowEngine, Rows
 from proxytune_kernels.integrations.hf.sampling import FusedSampling
 from proxytune_kernels.roles import ROLES
 from proxytune_kernels.trio import Trio
 
 
-class ProxyTunedForCausalLM(FusedSampling, ProxyTunedGenerationMixin, PreTrainedModel):
+class ProxyTunedForCausalLM(FusedSampling, ProxyTunedGenerationMixin, SavedByName, PreTrainedModel):
     """Proxy-tuning in transformers: ``generate()`` in all its modes, pipelines, streamers.
 
     Made by :meth:`from_models`, :meth:`from_trio` or ``from_pretrained``.
@@ -283,7 +283,7 @@ class ProxyTunedForCausalLM(FusedSampling, ProxyTunedGenerationMixin, PreTrained
         Returns:
             Logits fp32 [B, q, vocab_size]; differentiable while torch records gradients.
         """
-        _refuse(kwargs)
+        refuse("forward", kwargs, known=("num_items_in_batch",))
         if input_ids is None:
             raise ValueError("input_ids must be a tensor [B, q], got None")
         strength = checked_alpha(self.alpha if alpha is None else alpha, input_ids.shape[0])
@@ -317,15 +317,6 @@ def _is_one(prompts: Any) -> bool:
     """Whether a list is one prompt: token ids, or chat messages."""
     first = prompts[0]
     return isinstance(first, int) or (isinstance(first, Mapping) and "content" in first)
-
-
-def _refuse(kwargs: Mapping[str, Any]) -> None:
-    for name, value in kwargs.items():
-        if name != "num_items_in_batch" and value not in (None, False):
-            raise ValueError(
-                f"{name} must not be given: three models run here, whose {name} differ; "
-                f"call .base, .expert or .anti for one's own"
-            )
 
 
 AutoModelForCausalLM.register(ProxyTunedConfig, ProxyTunedForCausalLM)
