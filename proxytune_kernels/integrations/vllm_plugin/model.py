@@ -38,6 +38,14 @@ class ProxyTunedForCausalLM(nn.Module):
 
     supports_pp = True
 
+    @classmethod
+    def get_model_state_cls(cls) -> type:
+        """What keeps alpha by request in the V2 runner."""
+        # Only that runner asks, which needs Triton.
+        from proxytune_kernels.integrations.vllm_plugin.model_state import ProxyTunedState
+
+        return ProxyTunedState
+
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         model_config = vllm_config.model_config

@@ -1,0 +1,97 @@
+"""Alpha of each request, and our sampler, in vLLM's V2 runner, which is the default on a GPU.
+
+No device has run this: the tests hold it to the same runner's code on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from proxytune_kernels.integrations.vllm_plugin.alpha import default_alpha, request_alpha
+from proxytune_kernels.integrations.vllm_plugin.sampler import FusedSampler
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class ProxyTunedState(DefaultModelState):
+    """Keeps alpha by request; gives the model's forward alpha by token.
+
+    Args:
+        vllm_config, model, encoder_cache, device: as the runner passes them.
+    """
+
+    supports_prompt_embeds = False
+
+    def __init__(
+        self, vllm_config: Any, model: nn.Module, encoder_cache: Any, device: torch.device
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.default = default_alpha(vllm_config)
+        # By request; written on the host while earlier steps still run on the device.
+        self.alphas = UvaBackedTensor(self.max_num_reqs, dtype=torch.float32)
+        self.alphas.np.fill(self.default)
+        self.alphas.copy_to_uva()
+        # By token; a captured graph reads it where it is.
+        self.by_token = torch.full((self.max_num_tokens,), self.default, device=device)
+        self.token_index = torch.arange(self.max_num_tokens, dtype=torch.int32, device=device)
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """Note a request's alpha."""
+        super().add_request(req_index, new_req_data)
+        params = new_req_data.sampling_params
+        alpha = self.default if params is None else request_alpha(params, self.default)
+        self.alphas.np[req_index] = alpha
+
+    def apply_staged_writes(self) -> None:
+        """Hand the requests' alphas to the device."""
+        super().apply_staged_writes()
+        self.alphas.copy_to_uva()
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        """Arguments of the model's forward; alpha, fp32 [tokens after padding]."""
+        inputs = super().prepare_inputs(input_batch, req_states)
+        tokens = input_batch.num_tokens_after_padding
+        ends = input_batch.query_start_loc[1 : input_batch.num_reqs + 1]
+        rows = torch.bucketize(self.token_index[:tokens], ends, right=True)
+        # Padding, which nobody reads, counts as the last request's.
+        rows.clamp_(max=input_batch.num_reqs - 1)
+        torch.index_select(
+            self.alphas.gpu, 0, input_batch.idx_mapping[rows], out=self.by_token[:tokens]
+        )
+        return {**inputs, "alpha": self.by_token[:tokens]}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """Arguments of the forward that a graph is captured from."""
+        inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        return {**inputs, "alpha": self.by_token[:num_tokens]}
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
+        """Our sampler in place of vLLM's, or None where it can't do what is asked of all requests.
+
+        What a single request asks beyond it, that one request gets from vLLM's.
+        """
+        reason = self._vllm_samples(sampler)
+        if reason is not None:
+            logger.info_once("vLLM's own sampler draws from the combined logits: %s", reason)
+            return None
+        return FusedSampler.over(sampler), None
+
+    def _vllm_samples(self, sampler: Any) -> str | None:
+        if self.vllm_config.speculative_config is not None:
+            return "drafts are checked by its rejection sampler"
+        if type(sampler) is not Sampler:
+            return f"{type(sampler).__name__} changes the draws"
+        if sampler.logprobs_mode not in ("raw_logprobs", "raw_logits"):
+            return f"logprobs_mode {sampler.logprobs_mode} wants the filtered logits"
+        if sampler.return_sampling_mask:
+            return "return_sampling_mask wants the filtered logits"
+        if sampler.use_fp64_gumbel:
+            return "use_fp64_gumbel asks for another noise"
+        return None
