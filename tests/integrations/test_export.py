@@ -24,6 +24,7 @@ from proxytune_kernels.cli import app
 from proxytune_kernels.integrations.vllm_plugin import directory as writer
 from proxytune_kernels.integrations.vllm_plugin.export import export, serve_command
 from proxytune_kernels.vocabulary import VocabularyError
+from tests.documents import examples
 from tests.gguf_file import write_gguf
 from tests.test_trio import make_tokenizer
 
@@ -444,3 +445,13 @@ def test_a_users_mistake_is_one_sentence(
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     assert words in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [line] = examples("docs/vllm.md", "sh")
+    program, command, *arguments = shlex.split(line)
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert (program, command, result.exit_code) == ("proxytune", "export-vllm", 0)
+    assert result.stdout.endswith("\nvllm serve served\n")
+    assert (tmp_path / "served" / "config.json").is_file()
