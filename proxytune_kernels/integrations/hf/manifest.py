@@ -28,11 +28,7 @@ from proxytune_kernels.roles import ROLES, check_known
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-# transformers' own methods have other arguments.
-_Model: Any = object
-
-
-class SavedByName(_Model):  # type: ignore[misc]
+class SavedByName:
     """Saving and loading of a model of three models, as a manifest."""
 
     @classmethod
@@ -81,7 +77,8 @@ class SavedByName(_Model):  # type: ignore[misc]
             trust_remote_code=bool(trust_remote_code),
         )
         strength = config.alpha if alpha is None else alpha
-        model: Any = cls.from_models(
+        made_of: Any = cls
+        model = made_of.from_models(
             **models,
             tokenizer=tokenizers or None,
             alpha=strength,

@@ -30,7 +30,9 @@ from proxytune_kernels.roles import ROLES
 from proxytune_kernels.trio import Trio
 
 
-class ProxyTunedForCausalLM(FusedSampling, ProxyTunedGenerationMixin, SavedByName, PreTrainedModel):
+class ProxyTunedForCausalLM(  # type: ignore[misc]
+    FusedSampling, ProxyTunedGenerationMixin, SavedByName, PreTrainedModel
+):
     """Proxy-tuning in transformers: ``generate()`` in all its modes, pipelines, streamers.
 
     Made by :meth:`from_models`, :meth:`from_trio` or ``from_pretrained``.
@@ -67,7 +69,7 @@ class ProxyTunedForCausalLM(FusedSampling, ProxyTunedGenerationMixin, SavedByNam
         self.notes: dict[str, Any] = {}
         self._engine = RowEngine(self.models)
         self.post_init()
-        self.train(self.base.training)
+        self.training = self.base.training
         self.generation_config = copy.deepcopy(self.base.generation_config)
         if trio is not None and trio.eos_token_ids:
             self.generation_config.eos_token_id = list(trio.eos_token_ids)

@@ -38,6 +38,10 @@ class RowEngine:
         self._refusal: str | None = None
         self._built_of: list[Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own: the engine's modules are of classes made as it runs.
+        return {"_models": self._models, "_runner": None, "_refusal": None, "_built_of": None}
+
     def refusal(self) -> str | None:
         """Why the engine can't run these models as they are now, as a sentence; None if it can."""
         for role, model in self._models.items():
