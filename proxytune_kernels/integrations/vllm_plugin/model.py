@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_world_size,
@@ -144,18 +145,17 @@ class ProxyTunedForCausalLM(nn.Module):
         alpha = bits.contiguous().view(torch.float32).view(-1)
         members = zip(self.members.values(), hidden, strict=True)
         logits = [member.compute_logits(h) for member, h in members]
-        sharded = get_tensor_model_parallel_world_size() > 1
-        if sharded and len({shard.shape[-1] for shard in logits}) == 1:
-            x = tensor_model_parallel_all_gather(ops.combine(*logits, alpha))[:, : self.vocab_size]
+        if get_tensor_model_parallel_world_size() == 1:
+            x = ops.combine(*logits, alpha)
+        elif len({shard.shape[-1] for shard in logits}) == 1:
+            x = tensor_model_parallel_all_gather(ops.combine(*logits, alpha))
         else:
-            if sharded:
-                logger.info_once("the members' vocabularies are padded differently: three gathers")
-                logits = [tensor_model_parallel_all_gather(shard) for shard in logits]
-            x = torch.empty(len(alpha), self.vocab_size, device=alpha.device)
-            ops.combine(*logits, alpha, vocab_size=self.agreed, out=x[:, : self.agreed])
-        # Ids that not every member has; the sampler's tables are as wide as the base's logits.
+            logger.info_once("the members' vocabularies are padded differently: three gathers")
+            x = ops.combine(*map(tensor_model_parallel_all_gather, logits), alpha)
+        # Ids that not every member has. The sampler's tables are as wide as the base's logits.
         x[:, self.agreed :] = -torch.inf
-        return x
+        missing = max(0, self.vocab_size - x.shape[-1])
+        return pad(x, (0, missing), value=-torch.inf)[:, : self.vocab_size]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Hand each member its checkpoint; names what was loaded."""

@@ -1,0 +1,149 @@
+"""The V2 runner, vLLM's default on a GPU, on a CPU: its Triton kernels run in the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs these")
+pytest.importorskip("triton", reason="triton is not installed here: `make vllm` runs these")
+
+import proxytune_kernels as ptk
+from tests.vllm.trios import decode, rounding, save_model, save_trio
+
+PROMPTS = [list(b"hello world"), [97], list(b"proxy tuning " * 9), list(b"zz 123")]
+ALPHAS = [1.0, 0.0, 0.5, -1.0]
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.7, "top_k": 20, "seed": 4},
+    {"temperature": 1.3, "top_p": 0.8, "min_p": 0.02, "seed": 5},
+    {"temperature": 0.0},
+]
+TOKENS = 10
+
+
+def run_engine(directory: Path, trio: Path, batches: list[Any], **settings: Any) -> dict[str, Any]:
+    requests = directory / "requests.json"
+    requests.write_text(json.dumps({"model": str(trio), "settings": settings, "batches": batches}))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.vllm.v2_engine", str(requests)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def request(prompt: list[int], **params: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "max_tokens": TOKENS, **params}
+
+
+def tokens(batch: Any) -> list[list[int]]:
+    return [output["token_ids"] for output in batch]
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_trio(tmp_path_factory.mktemp("members"), "llama")
+
+
+@pytest.fixture(scope="module")
+def results(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One engine for all of what follows: what it gave for each batch."""
+    alphas = [{"extra_args": {"alpha": alpha}} for alpha in ALPHAS]
+    rows = list(zip(PROMPTS, alphas, SAMPLING, strict=True))
+    batches = [
+        [request(p, temperature=0, logprobs=0, **a) for p, a, _ in rows],
+        [request(p, **a, **s) for p, a, s in rows],
+        # A neighbour whose logits vLLM must change, and which must get token 65 alone.
+        [
+            request(PROMPTS[0], **alphas[0], **SAMPLING[0]),
+            request(PROMPTS[1], temperature=1.0, seed=9, allowed_token_ids=[65]),
+            request(PROMPTS[2], temperature=0, repetition_penalty=1e6),
+        ],
+        [request(PROMPTS[0], extra_args={"alpha": "high"})],
+        [request(PROMPTS[0], extra_args={"prompts": {"expert": "x"}})],
+        # More than the cache holds at once.
+        [
+            request([97 + i] * 60, temperature=0.8, seed=i, extra_args={"alpha": 0.25 * i})
+            | {"max_tokens": 40}
+            for i in range(5)
+        ],
+    ]
+    directory = tmp_path_factory.mktemp("requests")
+    settings = {"num_gpu_blocks_override": 9, "block_size": 32, "disable_log_stats": False}
+    return run_engine(directory, trio, batches, **settings)
+
+
+def ours(alpha: float, **sampling: Any) -> ptk.SamplingParams:
+    return ptk.SamplingParams(
+        **{"max_tokens": TOKENS, "ignore_eos": True, "alpha": alpha, **sampling}
+    )
+
+
+def test_it_is_the_v2_runner_with_our_sampler(results: dict[str, Any]) -> None:
+    assert results["runner"] == "vllm.v1.worker.cpu.model_runner"
+    assert results["sampler"] == "FusedSampler"
+
+
+def test_greedy_tokens_and_logprobs(trio: Path, results: dict[str, Any]) -> None:
+    batch = results["batches"][0]
+    assert tokens(batch) == decode(trio, PROMPTS, [ours(a, temperature=0) for a in ALPHAS])
+    for prompt, alpha, output in zip(PROMPTS, ALPHAS, batch, strict=True):
+        chosen = output["token_ids"]
+        x, error = rounding(trio, prompt + chosen[:-1], alpha)
+        exact = x[len(prompt) - 1 :].log_softmax(-1)[range(TOKENS), chosen]
+        assert (exact - exact.new_tensor(output["logprobs"])).abs().max() <= 2 * error
+
+
+def test_seeded_draws_are_the_decoders(trio: Path, results: dict[str, Any]) -> None:
+    params = [ours(a, **s) for a, s in zip(ALPHAS, SAMPLING, strict=True)]
+    assert tokens(results["batches"][1]) == decode(trio, PROMPTS, params)
+
+
+def test_what_a_neighbour_asks_of_vllm_changes_no_draw(results: dict[str, Any]) -> None:
+    seeded, allowed, penalised = tokens(results["batches"][2])
+    assert seeded == tokens(results["batches"][1])[0]
+    assert allowed == [65] * TOKENS
+    assert len(set(penalised)) == TOKENS
+
+
+def test_bad_requests_are_refused(results: dict[str, Any]) -> None:
+    assert "alpha must be a finite number, got 'high'" in results["batches"][3]
+    assert "prompts per role need proxytune_kernels.Decoder" in results["batches"][4]
+
+
+def test_a_preempted_request_goes_on_with_its_draws(trio: Path, results: dict[str, Any]) -> None:
+    assert results["preemptions"] > 0
+    prompts = [[97 + i] * 60 for i in range(5)]
+    params = [ours(0.25 * i, temperature=0.8, seed=i, max_tokens=40) for i in range(5)]
+    assert tokens(results["batches"][5]) == decode(trio, prompts, params)
+
+
+def test_each_alpha_holds_under_speculation(trio: Path, tmp_path: Path) -> None:
+    drafter = {
+        "method": "draft_model",
+        "model": str(save_model(trio.parent, "expert")),
+        "num_speculative_tokens": 2,
+    }
+    batch = [
+        request(p, temperature=0, extra_args={"alpha": a})
+        for p, a in zip(PROMPTS, ALPHAS, strict=True)
+    ]
+    results = run_engine(
+        tmp_path, trio, [batch], speculative_config=drafter, disable_log_stats=False
+    )
+    assert results["drafts"] > 0
+    assert results["sampler"] == "Sampler"
+    assert tokens(results["batches"][0]) == decode(
+        trio, PROMPTS, [ours(a, temperature=0) for a in ALPHAS]
+    )

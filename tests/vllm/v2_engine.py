@@ -1,0 +1,75 @@
+"""Runs requests through vLLM's V2 runner on a CPU, its Triton kernels interpreted.
+
+    python -m tests.vllm.v2_engine REQUESTS.json
+
+A process of its own: Triton decides when it is imported whether to interpret. vLLM wants Triton on
+a CPU to have a backend for CPUs, which nothing uses when kernels are interpreted; one is named
+here.
+
+REQUESTS.json: {"model": DIR, "settings": {of LLM}, "batches": [[{"prompt": [ids], ...}]]}, where
+the dots are of SamplingParams. Prints the token ids and logprobs of each batch, or the error of one
+that was refused, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from typing import Any
+
+os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+
+import triton.backends
+
+from tests.vllm import conftest  # the environment
+
+
+def generate(llm: Any, batch: list[dict[str, Any]]) -> Any:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    prompts = [{"prompt_token_ids": request.pop("prompt")} for request in batch]
+    params = [SamplingParams(ignore_eos=True, **request) for request in batch]
+    try:
+        outputs = [o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]
+    except VLLMValidationError as error:
+        return str(error)
+    return [
+        {
+            "token_ids": list(output.token_ids),
+            "logprobs": output.logprobs
+            and [
+                row[token].logprob
+                for row, token in zip(output.logprobs, output.token_ids, strict=True)
+            ],
+        }
+        for output in outputs
+    ]
+
+
+def main() -> None:
+    driver = types.SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+    from vllm import LLM
+
+    with open(sys.argv[1]) as file:
+        said = json.load(file)
+    llm = LLM(said["model"], **{**conftest.ENGINE, **said["settings"]})
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    results = {
+        "runner": type(runner).__module__,
+        "sampler": type(runner.sampler).__name__,
+        "batches": [generate(llm, batch) for batch in said["batches"]],
+        "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+        "drafts": sum(
+            m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens"
+        ),
+    }
+    print(json.dumps(results))
+    conftest.close(llm)
+
+
+if __name__ == "__main__":
+    main()
