@@ -197,6 +197,8 @@ def test_info_names_backends_versions_and_the_agreement():
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert lines["proxytune_kernels"] == ptk.__version__
     assert lines["python"] == sys.version.split()[0]
+    assert "transformers" in lines["integrations"].split(", ")
+    assert ("vLLM" in lines["integrations"]) == (lines["vllm"] != "not installed")
     assert result.stdout.count("backend ") == len(ptk.backends())
     assert "LlamaForCausalLM" in lines["base"]
     assert lines["vocabulary"].startswith(str(ptk.load_trio("shipped").vocab_size))

