@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -39,13 +39,18 @@ def evaluate_alphas(
     Returns:
         (alpha, what ``simple_evaluate`` returned, with ``samples`` if logged).
 
+    Raises:
+        ValueError, OSError: as ``simple_evaluate``; a folder that can't be made.
+
     Example:
         >>> lm = ProxyTuneLM("shipped")
         >>> list(evaluate_alphas(lm, [], tasks=[]))
         []
     """
     if name is None:
-        name = PurePath(lm.trio.base.config._name_or_path).name or MODEL
+        name = Path(lm.trio.base.config._name_or_path).name or MODEL
+    if output_path is not None:
+        _make_folder(Path(output_path))
     for alpha in lm.each_alpha(alphas):
         tracker = EvaluationTracker(output_path=output_path)
         results = simple_evaluate(
@@ -65,6 +70,11 @@ def evaluate_alphas(
         general.model_name_sanitized = sanitize_model_name(general.model_name)
         _save(tracker, results)
         yield alpha, results
+
+
+def _make_folder(path: Path) -> None:
+    """Find out before anything runs that results can't be written: lm_eval would only log it."""
+    (path.parent if path.suffix == ".json" else path).mkdir(parents=True, exist_ok=True)
 
 
 def _save(tracker: EvaluationTracker, results: dict[str, Any]) -> None:

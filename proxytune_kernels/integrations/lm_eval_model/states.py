@@ -21,6 +21,9 @@ from proxytune_kernels.integrations.lm_eval_model.contexts import Tokens, Tree
 _PROBE = 8
 """Tokens that a head is tried on before it is trusted."""
 
+_SHORT = 256
+"""Trunks of fewer tokens have more branches run at the same time: as many keys as of this many."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -112,13 +115,13 @@ class RoleStates:
         return f"its body's forward takes no {missing[0]}" if missing else None
 
     @torch.inference_mode()
-    def rows(self, batch: Batch, branch_rows: int) -> Tensor:
+    def rows(self, batch: Batch, batch_size: int) -> Tensor:
         """States [N, H] of a batch's rows, in its order; logits [N, V] where no head is known.
 
         Args:
             batch: trees; with branches only where :attr:`contexts_apart` is None, and then of one
                 length or within :attr:`window`.
-            branch_rows: branches that run at the same time.
+            batch_size: branches that run at the same time; more behind short trunks.
         """
         if self.head_unknown is not None:
             return self._own_logits(batch)
@@ -130,8 +133,9 @@ class RoleStates:
         found = [_scored(output.last_hidden_state, batch.trees)]
         del output
         lengths = torch.tensor([len(tree.trunk) for tree in batch.trees], device=self.device)
-        for first in range(0, len(branches), branch_rows):
-            part = branches[first : first + branch_rows]
+        at_once = batch_size * max(1, _SHORT // ids.shape[1])
+        for first in range(0, len(branches), at_once):
+            part = branches[first : first + at_once]
             found.append(self._behind(cache, ids.shape[1], lengths, part))
         return torch.cat(found)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +31,17 @@ CHAT = (
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What datasets keeps of the tasks' files goes with the tests."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
 
 
 def tokenizer_with_bos() -> Any:
@@ -144,3 +157,55 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
     from lm_eval.api.instance import Instance
 
     return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
+
+
+def write_tasks(folder: Path) -> Path:
+    """Three local tasks: multiple choice, perplexity of texts, answers to the end of the line."""
+    rows = [
+        {
+            "question": f"What is {i} and {i}{' and so on' * (i % 3)}?",
+            "choices": [f"{2 * i}", f"{2 * i} or so", "none", "none of these"],
+            "label": i % 4,
+            "answer": str(2 * i),
+            "text": f"All of {i} is {i}. " * (1 + 5 * (i % 3)),
+        }
+        for i in range(9)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data), "train": str(data)}},
+        "test_split": "test",
+        "fewshot_split": "train",
+        "doc_to_text": "{{question}}\n",
+    }
+    mean: dict[str, Any] = {"aggregation": "mean", "higher_is_better": True}
+    lowest: dict[str, Any] = {"aggregation": "weighted_perplexity", "higher_is_better": False}
+    tasks: dict[str, dict[str, Any]] = {
+        "local_choice": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "label",
+            "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
+        },
+        "local_text": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "num_fewshot": 0,
+            "metric_list": [
+                {"metric": "word_perplexity", **lowest},
+                {"metric": "bits_per_byte", **lowest, "aggregation": "bits_per_byte"},
+            ],
+        },
+        "local_answer": {
+            "output_type": "generate_until",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+    }
+    for name, task in tasks.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **shared, **task}))
+    return folder
