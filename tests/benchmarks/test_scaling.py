@@ -1,0 +1,38 @@
+"""The table of docs/scaling.md is what its formulas give for Llama 2's shapes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks.gpu.decoder.random_models import empty_model
+from benchmarks.gpu.decoder.shapes import LLAMA_7B, LLAMA_13B, LLAMA_70B, ModelShape
+from tests.documents import ROOT
+
+SHAPES = {"7B": LLAMA_7B, "13B": LLAMA_13B, "70B": LLAMA_70B}
+BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128}
+UTILIZATION, DEVICE = 0.92, 80e9
+ROW = re.compile(r"^\| (\d+B) \+ 7B \+ 7B \| (\w+) \| (\w+) \| (.*) \|$", re.M)
+ROWS = ROW.findall((ROOT / "docs/scaling.md").read_text())
+
+
+def weights(shape: ModelShape, kind: str) -> float:
+    """Bytes, of the parameters that transformers makes: matrices of layers, and the rest."""
+    parameters = dict(empty_model(shape).named_parameters())
+    linear = sum(p.numel() for n, p in parameters.items() if ".layers." in n and p.dim() == 2)
+    return linear * BYTES[kind] + 2 * (sum(p.numel() for p in parameters.values()) - linear)
+
+
+def test_there_are_rows() -> None:
+    assert len(ROWS) == 10
+
+
+@pytest.mark.parametrize(("size", "base", "pair", "figures"), ROWS)
+def test_a_row(size: str, base: str, pair: str, figures: str) -> None:
+    own, two = weights(SHAPES[size], base), 2 * weights(LLAMA_7B, pair)
+    token = SHAPES[size].cache_bytes_per_token() + 2 * LLAMA_7B.cache_bytes_per_token()
+    left = [(n * DEVICE * UTILIZATION - own - two) / token / 1e3 for n in (1, 2, 4, 8)]
+    wanted = [f"{held / 1e9:.1f}" for held in (own, two, own + two)]
+    wanted += [f"{tokens:.1f}" if tokens > 0 else "-" for tokens in left]
+    assert figures.split(" | ") == wanted
