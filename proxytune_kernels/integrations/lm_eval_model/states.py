@@ -132,7 +132,7 @@ class RoleStates:
         output = self._body(ids, past_key_values=cache, use_cache=cache is not None)
         found = [_scored(output.last_hidden_state, batch.trees)]
         del output
-        lengths = torch.tensor([len(tree.trunk) for tree in batch.trees], device=self.device)
+        lengths = torch.tensor([len(tree.trunk) for tree in batch.trees])
         at_once = batch_size * max(1, _SHORT // ids.shape[1])
         for first in range(0, len(branches), at_once):
             part = branches[first : first + at_once]
@@ -143,22 +143,23 @@ class RoleStates:
         self, cache: Any, width: int, lengths: Tensor, part: Sequence[tuple[int, Tokens]]
     ) -> Tensor:
         """States of branches, run behind the trunks that ``cache`` holds in ``width`` places."""
-        trunks = torch.tensor([i for i, _ in part], device=self.device)
+        # Indices stay on the host: layers of one model may be on several devices.
+        trunks = torch.tensor([i for i, _ in part])
         ids = _padded([tokens for _, tokens in part], self.device)
-        counts = torch.tensor([len(tokens) for _, tokens in part], device=self.device)
-        places = torch.arange(ids.shape[1], device=self.device)
-        own = places < counts[:, None]
+        counts = torch.tensor([len(tokens) for _, tokens in part])
+        places = torch.arange(ids.shape[1])
         # A trunk's padding lies between it and its branch, and is not seen. A branch's lies behind
         # it, and sees itself: a row that sees nothing would be NaN, and so would what it hides.
-        seen = torch.arange(width, device=self.device) < lengths[trunks, None]
+        seen = torch.arange(width) < lengths[trunks, None]
+        mask = torch.cat([seen, torch.ones_like(ids, dtype=torch.bool, device="cpu")], dim=1)
         hidden = self._body(
             ids,
-            attention_mask=torch.cat([seen, torch.ones_like(own)], dim=1).long(),
-            position_ids=lengths[trunks, None] + places,
+            attention_mask=mask.long().to(self.device),
+            position_ids=(lengths[trunks, None] + places).to(self.device),
             past_key_values=_selected(cache, trunks),
             use_cache=True,
         ).last_hidden_state
-        return hidden[own]
+        return hidden[places < counts[:, None]]
 
     def _own_logits(self, batch: Batch) -> Tensor:
         """Logits [N, V] by the model's own forward, of as few positions as it takes."""

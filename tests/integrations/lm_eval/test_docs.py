@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.documents import ROOT, examples
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_documentation(tmp_path):
     [script] = examples("docs/lm_eval.md", "sh")
     [code] = examples("docs/lm_eval.md", "python")
