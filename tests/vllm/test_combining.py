@@ -97,7 +97,7 @@ def test_every_rank_has_the_whole_combination(
             SimpleNamespace(compute_logits=lambda hidden, x=x: shard(x, rank, count))
             for x in logits
         ]
-        trio = SimpleNamespace(
+        trio: Any = SimpleNamespace(
             widths=[8, 4, 4, 4 // dtype.itemsize],
             members=dict(zip(("base", "expert", "anti"), members, strict=True)),
             agreed=agreed,

@@ -62,7 +62,7 @@ def table(vllm_config: Any) -> Tensor | None:
     return vllm_config.compilation_config.static_forward_context.get(_TABLE)
 
 
-class AlphaProcessor(LogitsProcessor):
+class AlphaProcessor(LogitsProcessor):  # type: ignore[misc]  # vllm is Any here
     """Keeps alpha by row for the V1 runner; leaves the logits as they are."""
 
     @classmethod
@@ -102,7 +102,7 @@ class AlphaProcessor(LogitsProcessor):
         return logits
 
 
-class AlphaCheck(V2Processor):
+class AlphaCheck(V2Processor):  # type: ignore[misc]  # vllm is Any here
     """Refuses a bad alpha when a request comes in to the V2 runner; leaves the logits."""
 
     @classmethod

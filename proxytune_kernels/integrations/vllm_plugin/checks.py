@@ -29,7 +29,7 @@ _LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "dummy")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-class ProxyTunedConfig(VerifyAndUpdateConfig):
+class ProxyTunedConfig(VerifyAndUpdateConfig):  # type: ignore[misc]  # vllm is Any here
     """vLLM's hooks for the settings of our architecture."""
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class ProxyTunedForCausalLM(nn.Module):
     """
 
     supports_pp = True
+    members: Any
 
     @classmethod
     def get_model_state_cls(cls) -> type:
@@ -118,6 +119,12 @@ class ProxyTunedForCausalLM(nn.Module):
         if not get_pp_group().is_last_rank:
             return _merge(outputs)
         hidden = list(outputs.values())
+        if any(h.dtype != self.dtype for h in hidden):
+            # cat would convert alpha's bits as if they were numbers.
+            raise TypeError(
+                f"members must give hidden states in {self.dtype}, got "
+                f"{', '.join(str(h.dtype) for h in hidden)}"
+            )
         if alpha is None:
             alpha = self._alpha_by_token(hidden[0].shape[0], hidden[0].device)
         return torch.cat([*hidden, alpha.view(-1, 1).view(self.dtype)], dim=-1)
@@ -145,17 +152,19 @@ class ProxyTunedForCausalLM(nn.Module):
         alpha = bits.contiguous().view(torch.float32).view(-1)
         members = zip(self.members.values(), hidden, strict=True)
         logits = [member.compute_logits(h) for member, h in members]
+        gather = tensor_model_parallel_all_gather
         if get_tensor_model_parallel_world_size() == 1:
-            x = ops.combine(*logits, alpha)
+            x = _combine(logits, alpha)
         elif len({shard.shape[-1] for shard in logits}) == 1:
-            x = tensor_model_parallel_all_gather(ops.combine(*logits, alpha))
+            x = gather(_combine(logits, alpha))
         else:
             logger.info_once("the members' vocabularies are padded differently: three gathers")
-            x = ops.combine(*map(tensor_model_parallel_all_gather, logits), alpha)
+            x = _combine([gather(shard) for shard in logits], alpha)
         # Ids that not every member has. The sampler's tables are as wide as the base's logits.
         x[:, self.agreed :] = -torch.inf
-        missing = max(0, self.vocab_size - x.shape[-1])
-        return pad(x, (0, missing), value=-torch.inf)[:, : self.vocab_size]
+        if x.shape[-1] < self.vocab_size:
+            return pad(x, (0, self.vocab_size - x.shape[-1]), value=-torch.inf)
+        return x[:, : self.vocab_size]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Hand each member its checkpoint; names what was loaded."""
@@ -169,6 +178,11 @@ class ProxyTunedForCausalLM(nn.Module):
 
 def _leave(logits: Tensor) -> Tensor:
     return logits
+
+
+def _combine(logits: Sequence[Tensor], alpha: Tensor) -> Tensor:
+    base, expert, anti = logits
+    return ops.combine(base, expert, anti, alpha)
 
 
 def _prefix(role: str) -> str:

@@ -20,7 +20,7 @@ from proxytune_kernels.integrations.vllm_plugin.sampler import FusedSampler
 logger = init_logger(f"vllm.{__name__}")
 
 
-class ProxyTunedState(DefaultModelState):
+class ProxyTunedState(DefaultModelState):  # type: ignore[misc]  # vllm is Any here
     """Keeps alpha by request; gives the model's forward alpha by token.
 
     Args:

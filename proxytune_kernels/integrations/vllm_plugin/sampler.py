@@ -21,7 +21,7 @@ from proxytune_kernels.params import FILTER_ORDERS, RowParams
 _ORDER = FILTER_ORDERS.index("vllm")
 
 
-class FusedSampler(Sampler):
+class FusedSampler(Sampler):  # type: ignore[misc]  # vllm is Any here
     """vLLM's Sampler with another draw; requests that change the logits keep vLLM's.
 
     Those are requests with penalties, a bias, banned, allowed or forced tokens, a minimal length or

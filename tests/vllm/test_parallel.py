@@ -1,8 +1,7 @@
-"""Two ranks with half of every layer and of the vocabulary each."""
+"""Two processes: half of every layer and of the vocabulary each, or half of the layers."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,35 +16,34 @@ from tests.vllm.trios import decode, save_model, write_trio
 ALPHAS = [1.0, 0.0, -1.0]
 PROMPTS = [list(b"hello world"), [97], list(b"proxy tuning " * 9)]
 TOKENS = 12
+# vLLM pads vocabularies to multiples of 64, so 262 and 300 are both 320 wide: 160 a rank.
+WIDTH, SHARD = 300, 160
 
 
-# The widths of base and pair, and how many gathers a step takes. vLLM pads vocabularies to 64: 262
-# and 300 to 320 both, 400 to 448.
-@pytest.mark.parametrize(("width", "gathers"), [(300, 1), (400, 3)])
-def test_two_ranks(
-    width: int,
-    gathers: int,
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_two_processes(
+    kind: str,
     make_llm: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm import SamplingParams
 
-    # A core for each rank; vLLM's own choice wants a NUMA node for each.
-    cores = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    # vLLM's own choice wants a NUMA node for each.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     members = {
         "base": save_model(tmp_path, "tied"),
-        "expert": save_model(tmp_path, "expert", vocab_size=width),
-        "anti": save_model(tmp_path, "anti", vocab_size=width),
+        "expert": save_model(tmp_path, "expert", vocab_size=WIDTH),
+        "anti": save_model(tmp_path, "anti", vocab_size=WIDTH),
     }
     trio = write_trio(tmp_path / "trio", members)
     llm = make_llm(
         trio,
-        tensor_parallel_size=2,
+        **{f"{kind}_parallel_size": 2},
         distributed_executor_backend="mp",
-        worker_extension_cls="tests.vllm.gathers.CountGathers",
+        worker_extension_cls="tests.vllm.workers.WorkerTools",
     )
+    llm.collective_rpc("make_intermediate_tensors")
     llm.collective_rpc("count_gathers")
     params = [
         SamplingParams(
@@ -60,8 +58,10 @@ def test_two_ranks(
         for a in ALPHAS
     ]
     assert [list(o.outputs[0].token_ids) for o in outputs] == decode(trio, PROMPTS, ours)
-    for shapes in llm.collective_rpc("gathered"):
-        steps = len(shapes) // gathers
-        assert len(shapes) == steps * gathers
-        assert steps >= TOKENS
-        assert {shape[-1] for shape in shapes} == ({160} if gathers == 1 else {160, 224})
+    if kind == "tensor":
+        for shapes in llm.collective_rpc("gathered"):
+            # A step gives each of the requests in it a row at most, and there are three requests:
+            # three gathers a step would be three times as many.
+            rows = sum(rows for rows, _ in shapes)
+            assert {width for _, width in shapes} == {SHARD}
+            assert len(ALPHAS) * TOKENS <= rows < 2 * len(ALPHAS) * TOKENS
