@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from proxytune_kernels.integrations.hf.inputs import Prompts, positions
+from proxytune_kernels.integrations.hf.inputs import Prompts, positions, prompt_columns
 from proxytune_kernels.roles import ROLES
 
 Maker = Callable[[Any], Cache]
@@ -140,7 +140,7 @@ def separate_logits(
     Returns:
         Role -> logits [B, q, V_role] of the last q tokens, on the base's device.
     """
-    length = input_ids.shape[1] if prompt_length is None else prompt_length
+    length = prompt_columns(prompt_length, caches, input_ids)
     seen = {r: 0 if caches is None else caches.caches[r].get_seq_length() for r in models}
     # Prompts that are behind say nothing any more; calls go on to carry them.
     own = {r: prompt for r, prompt in own.items() if seen[r] < prompt[0].shape[1]}

@@ -82,6 +82,11 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
         given = model_kwargs.get("past_key_values")
         implementation = generation_config.cache_implementation
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        if generation_config.prefill_chunk_size and "prompt_length" in model_kwargs:
+            raise ValueError(
+                "prefill_chunk_size must be None where roles have prompts of their own, got "
+                f"{generation_config.prefill_chunk_size}"
+            )
         if given is not None:
             self._check_given(given, implementation)
             self.notes["cache"] = f"{_kind(given)}: handed in"

@@ -74,6 +74,21 @@ def prompts_of(arguments: Mapping[str, Any], rows: int) -> dict[str, tuple[Tenso
     return prompts
 
 
+def prompt_columns(prompt_length: int | None, cache: Any, input_ids: Tensor) -> int:
+    """How many of the first new columns belong to the base's prompt; drafts follow.
+
+    Args:
+        prompt_length: columns of the whole prompt, those that the cache has seen included; None if
+            nothing follows it.
+        cache: the transformers cache, or None.
+        input_ids: int64 [B, q], the new columns.
+    """
+    if prompt_length is None:
+        return input_ids.shape[1]
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    return max(prompt_length - seen, 0)
+
+
 def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask, int64 [B, P], of prompts of several lengths."""
     width = max(map(len, rows))

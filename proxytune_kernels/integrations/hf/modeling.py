@@ -22,7 +22,13 @@ from proxytune_kernels.integrations.hf.caching import (
 from proxytune_kernels.integrations.hf.combining import combined
 from proxytune_kernels.integrations.hf.config import ProxyTunedConfig
 from proxytune_kernels.integrations.hf.generating import ProxyTunedGenerationMixin
-from proxytune_kernels.integrations.hf.inputs import checked_alpha, left_padded, prompts_of, refuse
+from proxytune_kernels.integrations.hf.inputs import (
+    checked_alpha,
+    left_padded,
+    prompt_columns,
+    prompts_of,
+    refuse,
+)
 from proxytune_kernels.integrations.hf.manifest import SavedByName
 from proxytune_kernels.integrations.hf.rows import RowEngine, Rows
 from proxytune_kernels.integrations.hf.sampling import FusedSampling
@@ -228,7 +234,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         if isinstance(cache, Rows):
             if input_ids.shape[1] == 1 and cache.roles and not (own and cache.awaits(own)):
                 return cache.step(input_ids), cache
-            length = input_ids.shape[1] if prompt_length is None else prompt_length
+            length = prompt_columns(prompt_length, cache, input_ids)
             return cache.extend(
                 roles, input_ids, attention_mask, position_ids, logits_to_keep, own, length
             ), cache
