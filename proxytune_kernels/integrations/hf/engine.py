@@ -67,6 +67,10 @@ class EngineGenerate:
         self._decoder: Decoder | None = None
         self._of: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own decoder: its modules are of classes made as it was built.
+        return {**vars(self), "_decoder": None, "_of": None}
+
     @property
     def decoder(self) -> Decoder | None:
         """The decoder of the last call; None before the first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -11,10 +12,13 @@ from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from proxytune_kernels import Decoder, SamplingParams, Speculation
+from proxytune_kernels.decoder.request import StreamEvent
 from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
 from proxytune_kernels.integrations.hf.engine import EngineGenerate, engine_generate
+from proxytune_kernels.integrations.hf.engine import _run as run_rows
 from proxytune_kernels.integrations.hf.logits import draw_seeds
-from proxytune_kernels.integrations.hf.requests import Refused
+from proxytune_kernels.integrations.hf.requests import Call, Refused
+from proxytune_kernels.integrations.hf.stops import Criteria
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import byte_tokenizer, tiny_llama
 
@@ -160,6 +164,33 @@ def test_other_criteria_end_rows(trio, model, batch, speculation):
     assert engine.decoder is not None and not engine.decoder._loop.unfinished
 
 
+def test_rows_that_a_criterion_ends_leave_the_decoder(trio, model):
+    inputs = model.tokenize("The sum")
+    engine = EngineGenerate(trio)
+    options = {"stopping_criteria": StoppingCriteriaList([EveryThird()]), "eos_token_id": None}
+    row = tokens(model, inputs, custom_generate=engine, max_new_tokens=100, **options)
+    output = row.shape[1] - inputs["input_ids"].shape[1]
+    assert engine.decoder is not None and output < 50
+    assert engine.decoder.statistics()["plain_steps"] == output - 1
+
+
+class Scripted:
+    """A decoder that had launched one more step when its request was cancelled."""
+
+    def stream(self, prompts, params):
+        for token_id in (4, 6, 8):
+            yield StreamEvent(1, 0, "", (token_id,), (0.0,))
+
+    def cancel(self, request_id):
+        assert request_id == 1
+
+
+def test_what_was_on_its_way_when_a_row_ended_does_not_count():
+    stops = Criteria(None, frozenset(), (EveryThird(),), pads=False)
+    decoder: Any = Scripted()
+    assert run_rows(decoder, Call([{}], [], stops, None), torch.tensor([[1]]), []) == [[4, 6]]
+
+
 def test_rows_that_end_apart_need_padding(model, batch):
     criteria = StoppingCriteriaList([EveryThird()])
     with pytest.raises(ValueError, match="pad_token_id must be given where rows end"):
@@ -205,6 +236,17 @@ def test_a_decoder_is_kept_while_it_has_room(trio, model):
     shapes = [(d.max_batch_size, d.max_seq_len) for d in seen]
     assert shapes == [(1, 256), (1, 256), (4, 256), (4, 256), (4, 256), (4, 256)]
     assert [a is b for a, b in itertools.pairwise(seen)] == [True, False, True, True, True]
+
+
+def test_a_copy_of_the_model_makes_its_own_decoder(trio):
+    model = ProxyTunedForCausalLM.from_trio(trio)
+    inputs = model.tokenize("The sum")
+    wanted = tokens(model, inputs, custom_generate=engine_generate).tolist()
+    twin = copy.deepcopy(model)
+    kept: Any = twin.engine
+    assert kept.decoder is None
+    assert tokens(twin, inputs, custom_generate=engine_generate).tolist() == wanted
+    assert kept.decoder.trio.base is twin.base is not model.base
 
 
 def test_a_text_longer_than_the_context_is_refused(trio, model):

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, set_seed
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    set_seed,
+)
 
 from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
 from proxytune_kernels.integrations.hf.logits import LogitsSampler, draw_seeds
@@ -128,6 +134,39 @@ def test_rows_have_seeds_of_their_own_unless_told():
     assert drawn.unique().numel() > 1
     drawn = LogitsSampler.from_config(**options, seed=7).draw(base, expert, anti).token_ids
     assert drawn.unique().numel() == 1
+
+
+class SmallModels(LogitsProcessor):
+    """Proxy-tuning as it is often written: the small models' caches in a logits processor."""
+
+    def __init__(self, model):
+        self.model = model
+        self.caches = [DynamicCache(config=m.config) for m in (model.expert, model.anti)]
+
+    def __call__(self, input_ids, scores):
+        new = input_ids[:, -1:] if self.caches[0].get_seq_length() else input_ids
+        expert, anti = (
+            small(input_ids=new, past_key_values=cache).logits[:, -1]
+            for small, cache in zip((self.model.expert, self.model.anti), self.caches, strict=True)
+        )
+        return scores + self.model.alpha * (expert - anti)
+
+
+def test_a_processor_with_caches_of_its_own_is_wrong_where_drafts_are_refused(model):
+    inputs = model.tokenize("stop the stop the sum of the sum of the")
+    options = {"max_new_tokens": 24, "eos_token_id": None}
+    drafts = {"prompt_lookup_num_tokens": 4}
+    wanted = model.generate(**inputs, **options).tolist()
+
+    def processed(**given):
+        processors = LogitsProcessorList([SmallModels(model)])
+        return model.base.generate(
+            **inputs, **options, **given, logits_processor=processors
+        ).tolist()
+
+    assert processed() == wanted
+    assert model.generate(**inputs, **options, **drafts).tolist() == wanted
+    assert processed(**drafts) != wanted
 
 
 def test_what_can_not_be_drawn_is_named():
