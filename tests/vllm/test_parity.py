@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs these")
 
 import proxytune_kernels as ptk
+from proxytune_kernels.integrations.vllm_plugin.export import export
 from tests.vllm.trios import decode, rounding, save_trio
 
 ALPHAS = [1.0, 0.0, 0.5, -1.0]
@@ -61,3 +62,17 @@ def test_tokens_are_the_decoders(
         best = exact[len(prompt) - 1 :].topk(2).values
         # Rounding could not have chosen another token: the test means what it says.
         assert float((best[:, 0] - best[:, 1]).min()) > 2 * error
+
+
+def test_the_shipped_trio(make_llm: Callable[..., Any], tmp_path: Path) -> None:
+    exported = export(tmp_path / "served", "shipped").directory
+    trio = ptk.load_trio("shipped", dtype="float32")
+    prompt = "Question: Ann has 2 pens and buys 5 more. How many pens does Ann have now?\nAnswer:"
+    ids = trio.tokenize(prompt)["base"]
+    params = [
+        ptk.SamplingParams(alpha=a, temperature=0, max_tokens=TOKENS, ignore_eos=True)
+        for a in ALPHAS
+    ]
+    outputs = ptk.Decoder(trio).generate([ids] * len(ALPHAS), params)
+    wanted = [list(output.token_ids) for output in outputs]
+    assert generate(make_llm(exported), [ids] * len(ALPHAS), list(ALPHAS)) == wanted
