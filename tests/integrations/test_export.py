@@ -347,7 +347,10 @@ def test_force_refuses_what_it_did_not_write(out: Path, trio: Path, change: str)
         shutil.move(out / "expert", trio / "moved")
         (out / "expert").symlink_to(trio / "moved")
     else:
-        edit(out / writer.RECORD, files={"../trio/trio.json": {}})
+        outside = trio / "trio.json"
+        size, time = outside.stat().st_size, outside.stat().st_mtime_ns
+        record = {"../trio/trio.json": {"bytes": size, "time_ns": time}}
+        edit(out / writer.RECORD, files=record)
     before = contents(out.parent)
     with pytest.raises(LoadError, match="out must"):
         export(out, "shipped", copy=True, force=True)
