@@ -49,6 +49,9 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         trio: the same models with their tokenizers, where there are any.
     """
 
+    # Of GenerationMixin, whose methods mypy can't see from here.
+    generate: Any
+
     config_class = ProxyTunedConfig
     main_input_name = "input_ids"
     _supports_sdpa = True

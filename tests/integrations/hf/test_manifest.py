@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,16 @@ from proxytune_kernels.checkpoints import LoadError
 from proxytune_kernels.integrations.hf import ProxyTunedConfig, ProxyTunedForCausalLM
 from proxytune_kernels.quantization import quantization_of
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import byte_tokenizer, tiny_llama, word_tokenizer
+from tests.decoder.conftest import byte_tokenizer, tiny_llama
 from tests.integrations.hf.conftest import PLAIN
 
 IDS = torch.tensor([[5, 9, 13, 7]])
 ROLES = ("base", "expert", "anti")
 
 
-def three():
-    return [tiny_llama(seed, 16, 1).float() for seed in range(3)]
+def three() -> tuple[Any, Any, Any]:
+    base, expert, anti = (tiny_llama(seed, 16, 1).float() for seed in range(3))
+    return base, expert, anti
 
 
 def named(directory):
@@ -133,8 +135,10 @@ def test_one_model_in_two_roles_is_written_once(tmp_path):
 
 
 def test_tied_embeddings_come_back_tied_and_are_named(tmp_path):
-    models = [tiny_llama(s, 16, 1, tie_word_embeddings=True).float() for s in range(3)]
-    ProxyTunedForCausalLM.from_models(*models).save_pretrained(tmp_path / "written")
+    base, expert, anti = (
+        tiny_llama(seed, 16, 1, tie_word_embeddings=True).float() for seed in range(3)
+    )
+    ProxyTunedForCausalLM.from_models(base, expert, anti).save_pretrained(tmp_path / "written")
     again = ProxyTunedForCausalLM.from_pretrained(tmp_path / "written")
     head = again.base.lm_head.weight
     assert head.data_ptr() == again.base.get_input_embeddings().weight.data_ptr()
@@ -155,7 +159,7 @@ def test_each_role_keeps_its_own_tokenizer_and_prompt_style(tmp_path):
 
 def test_options_of_loading(checkpoints, opened, tmp_path):
     ProxyTunedForCausalLM.from_trio(opened).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, attn_implementation="eager"
     )
     assert {m.dtype for m in model.models.values()} == {torch.bfloat16}

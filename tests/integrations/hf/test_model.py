@@ -1,8 +1,9 @@
-"""The model's own surface: forward, gradients, loss, vocabulary, what it refuses and what it says."""
+"""The model's own surface: forward, gradients, vocabulary, what it refuses and what it says."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama
 from tests.integrations.hf.conftest import ALPHA, PLAIN
 
 
-def three(**settings):
-    return [tiny_llama(seed, 16, 1, **settings) for seed in range(3)]
+def three() -> tuple[Any, Any, Any]:
+    return tiny_llama(0, 16, 1), tiny_llama(1, 16, 1), tiny_llama(2, 16, 1)
 
 
 def whole(models, ids, alpha):
@@ -70,6 +71,7 @@ def test_gradients_reach_the_three_models_and_alpha():
     loss = model(ids, labels=ids, alpha=alpha).loss
     loss.backward()
     ours = [m.lm_head.weight.grad.clone() for m in models]
+    assert alpha.grad is not None
     slope = float(alpha.grad)
     for m in models:
         m.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ OWN = [
     {"base": "more words", "expert": "Q:", "anti": "xyz"},
 ]
 COUNT = 10
-CACHES = {
+CACHES: dict[str, dict[str, Any]] = {
     "rows": {},
     "dynamic": {"cache_implementation": "dynamic"},
     "static": {"cache_implementation": "static"},
