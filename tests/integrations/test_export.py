@@ -121,6 +121,14 @@ def test_copies_are_self_contained(tmp_path: Path, trio: Path) -> None:
     assert list(tmp_path.joinpath("here").iterdir()) == []
 
 
+def test_links_hold_wherever_the_command_ran(
+    tmp_path: Path, trio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(Path("some") / "where" / "out", trio.name)
+    assert_same(weights(tmp_path / "some" / "where" / "out"), weights(trio / "base"))
+
+
 def test_dtype(out: Path, trio: Path) -> None:
     edit(trio / "base" / "config.json", dtype=None, torch_dtype="float16")
     written = export(out, trio, dtype="float32")
@@ -333,7 +341,9 @@ def test_force_replaces_an_earlier_export_and_nothing_else(out: Path, trio: Path
     assert (trio / "base" / INDEX).is_file()  # a link was taken away, not what it named
 
 
-@pytest.mark.parametrize("change", ["edited", "relinked", "in the way", "folder", "outside"])
+@pytest.mark.parametrize(
+    "change", ["edited", "relinked", "in the way", "folder", "empty folder", "outside"]
+)
 def test_force_refuses_what_it_did_not_write(out: Path, trio: Path, change: str) -> None:
     export(out, "shipped")
     if change == "edited":
@@ -346,6 +356,10 @@ def test_force_refuses_what_it_did_not_write(out: Path, trio: Path, change: str)
     elif change == "folder":
         shutil.move(out / "expert", trio / "moved")
         (out / "expert").symlink_to(trio / "moved")
+    elif change == "empty folder":
+        shutil.rmtree(out / "expert")
+        (trio / "empty").mkdir()
+        (out / "expert").symlink_to(trio / "empty")
     else:
         outside = trio / "trio.json"
         size, time = outside.stat().st_size, outside.stat().st_mtime_ns

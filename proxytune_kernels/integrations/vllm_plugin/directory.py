@@ -126,6 +126,3 @@ def _move(staging: Path, out: Path, names: list[str]) -> None:
     for name in names:
         # Within one file system, as staging is beside out.
         (staging / name).rename(out / name)
-    for folder in {Path(name).parent for name in old} - folders:
-        if not any((out / folder).iterdir()):
-            (out / folder).rmdir()
