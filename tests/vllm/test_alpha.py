@@ -55,6 +55,7 @@ def test_the_table_follows_the_batch() -> None:
     one_way = MoveDirectionality.UNIDIRECTIONAL
     assert update(removed=[1], moved=[(3, 1, one_way)]) == [0.5, 1, 0.25, 0.25, 0.25]
     assert update(removed=[0], added=[(0, 2)]) == [2, 1, 0.25, 0.25, 0.25]
+    assert update(removed=[0]) == [0.25, 1, 0.25, 0.25, 0.25]
     logits = torch.randn(2, 3)
     assert processor.apply(logits) is logits
 

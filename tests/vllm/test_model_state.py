@@ -15,6 +15,7 @@ pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs
 pytest.importorskip("triton", reason="triton is not installed here: `make vllm` runs these")
 
 import proxytune_kernels as ptk
+from tests.decoder.conftest import byte_tokenizer
 from tests.vllm.trios import decode, rounding, save_model, save_trio
 
 PROMPTS = [list(b"hello world"), [97], list(b"proxy tuning " * 9), list(b"zz 123")]
@@ -78,6 +79,11 @@ def results(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
             | {"max_tokens": 40}
             for i in range(5)
         ],
+        # vLLM masks the logits, our sampler draws.
+        [
+            request(PROMPTS[0], temperature=1.0, seed=1, choice=["yes", "no"])
+            | {"ignore_eos": False}
+        ],
     ]
     directory = tmp_path_factory.mktemp("requests")
     settings = {"num_gpu_blocks_override": 9, "block_size": 32, "disable_log_stats": False}
@@ -115,6 +121,11 @@ def test_what_a_neighbour_asks_of_vllm_changes_no_draw(results: dict[str, Any]) 
     assert seeded == tokens(results["batches"][1])[0]
     assert allowed == [65] * TOKENS
     assert len(set(penalised)) == TOKENS
+
+
+def test_a_grammar_masks_what_our_sampler_draws_from(results: dict[str, Any]) -> None:
+    (chosen,) = tokens(results["batches"][6])
+    assert byte_tokenizer().decode(chosen, skip_special_tokens=True) in ("yes", "no")
 
 
 def test_bad_requests_are_refused(results: dict[str, Any]) -> None:

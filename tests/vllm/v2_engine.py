@@ -29,9 +29,14 @@ from tests.vllm import conftest  # the environment
 def generate(llm: Any, batch: list[dict[str, Any]]) -> Any:
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
 
+    for request in batch:
+        if "choice" in request:
+            choice = StructuredOutputsParams(choice=request.pop("choice"))
+            request["structured_outputs"] = choice
     prompts = [{"prompt_token_ids": request.pop("prompt")} for request in batch]
-    params = [SamplingParams(ignore_eos=True, **request) for request in batch]
+    params = [SamplingParams(**{"ignore_eos": True, **request}) for request in batch]
     try:
         outputs = [o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]
     except VLLMValidationError as error:

@@ -72,8 +72,9 @@ class AlphaProcessor(LogitsProcessor):  # type: ignore[misc]  # vllm is Any here
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.default = default_alpha(vllm_config)
+        self.pinned = is_pin_memory
         size = (vllm_config.scheduler_config.max_num_seqs,)
-        self.host = torch.full(size, self.default, dtype=torch.float32, pin_memory=is_pin_memory)
+        self.host = torch.full(size, self.default, dtype=torch.float32)
         self.device = self.host if device.type == "cpu" else self.host.to(device)
         vllm_config.compilation_config.static_forward_context[_TABLE] = self.device
 
@@ -95,7 +96,9 @@ class AlphaProcessor(LogitsProcessor):  # type: ignore[misc]  # vllm is Any here
             swapped = direction == MoveDirectionality.SWAP
             self.host[source] = replaced if swapped else self.default
         if self.device is not self.host:
-            self.device.copy_(self.host, non_blocking=True)
+            # A copy, since the device may read it after the host has gone on to the next step.
+            staged = self.host.pin_memory() if self.pinned else self.host
+            self.device.copy_(staged, non_blocking=True)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Leave the logits, which the model has combined."""
