@@ -97,6 +97,9 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         # Results for every alpha, kept while several are evaluated one after the other.
         self._kept: dict[bytes, Any] | None = None
         self._device = self.trio.base.device
+        self._readable: int = min(
+            model.get_input_embeddings().weight.shape[0] for model in self.trio.models.values()
+        )
         self._scorer = Scorer(self.trio, backend)
         self._generator = Generator(self.trio, self.batch_size, backend)
 
@@ -285,6 +288,12 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             raise ValueError(
                 f"loglikelihood: a continuation must have at most max_length {self.max_length} "
                 f"tokens, got {len(continuation)}"
+            )
+        outside = [i for i in (*context, *continuation[:-1]) if not 0 <= i < self._readable]
+        if outside:
+            raise ValueError(
+                f"loglikelihood: token ids must be in [0, {self._readable}), which all roles can "
+                f"read, got {outside[0]}"
             )
         ids = array("q", (len(context), *context, *continuation))
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()

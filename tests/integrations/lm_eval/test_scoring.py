@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from proxytune_kernels.decoder.member import check_model
+from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM, scoring, states
 from proxytune_kernels.integrations.lm_eval_model.scoring import Scorer
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import word_tokenizer
@@ -151,14 +152,18 @@ FP32_SOFTMAX = {"gemma2-softcap": 1e-4}
 @pytest.mark.parametrize(("base", "pair"), PAIRS, ids="-".join)
 def test_scores_are_those_of_whole_forwards(base, pair):
     trio = make_trio(base, pair)
-    by_size = {size: scores(trio, ALPHAS, size) for size in (1, 5)}
     slack = max(FP32_SOFTMAX.get(base, 0.0), FP32_SOFTMAX.get(pair, 0.0))
+    assert_right(trio, [scores(trio, ALPHAS, size) for size in (1, 5)], slack)
+
+
+def assert_right(
+    trio: Trio, runs: Sequence[Sequence[tuple[tuple[float, bool], ...]]], slack: float = 0.0
+) -> None:
     for place, alpha in enumerate(ALPHAS):
         wanted = whole_forwards(trio, alpha)
-        for found in by_size.values():
-            for (value, greedy), (logprob, is_greedy, bound) in zip(
-                (each[place] for each in found), wanted, strict=True
-            ):
+        for found in runs:
+            for each, (logprob, is_greedy, bound) in zip(found, wanted, strict=True):
+                value, greedy = each[place]
                 assert abs(value - logprob) <= bound + slack
                 assert greedy == is_greedy
 
@@ -172,3 +177,29 @@ def test_what_runs_how_is_said(kind):
     assert info["contexts"]["base"].startswith("run with each") == (kind in UNKNOWN)
     if kind not in UNKNOWN:
         check_model("base", model)
+
+
+def test_parts_of_any_size_give_the_same(monkeypatch):
+    """One row of logits at a time, and one branch."""
+    trio = make_trio("llama", "mistral-window")
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(states, "_SHORT", 1)
+    assert_right(trio, [scores(trio, ALPHAS, 1)])
+
+
+def test_tokens_that_not_every_role_has_are_never_produced():
+    """The base's vocabulary is wider: what lies past the shared part scores -inf."""
+    base, expert, anti = (make("llama", seed) for seed in range(3))
+    wide = SIZES["vocab_size"] + 2
+    base.resize_token_embeddings(wide, mean_resizing=False)
+    narrow = word_tokenizer(SIZES["vocab_size"])
+    tokenizers = {"base": word_tokenizer(wide), "expert": narrow, "anti": narrow}
+    trio = Trio.from_models(base, expert, anti, tokenizers)
+    found: dict[int, tuple[tuple[float, bool], ...]] = {}
+    listed = [([3, 4], [5]), ([3, 4], [wide - 1]), ([3, 4], [5, wide - 1])]
+    Scorer(trio).score(listed, [1.0], batch_size=2, max_length=9, scored=found.__setitem__)
+    assert found[0][0][0] > -torch.inf
+    assert found[1] == found[2] == ((-torch.inf, False),)
+    lm = ProxyTuneLM(trio)
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 96\).* got 97"):
+        lm._loglikelihood_tokens([(None, [97], [5])], disable_tqdm=True)
