@@ -210,6 +210,9 @@ def test_gguf_is_unpacked(out: Path, tmp_path: Path) -> None:
         assert "quantization_config" not in json.loads((target / "config.json").read_text())
     ids = AutoTokenizer.from_pretrained(out).encode("xab")
     assert ids == opened.tokenize("xab")["base"]
+    # One for all roles is no GGUF file's.
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    assert export(tmp_path / "other", tmp_path, tokenizer=tmp_path / "tokenizer").vocab_size == 259
 
 
 def test_a_hub_name_is_its_cached_snapshot(
@@ -322,6 +325,20 @@ def test_chat_needs_one_template(out: Path, trio: Path) -> None:
     (trio / "expert" / "chat_template.jinja").write_text("other")
     with pytest.raises(LoadError, match="prompts of 'chat' must come from one template"):
         export(out.parent / "other", trio)
+
+
+def test_a_tokenizer_that_opens_otherwise_beside_the_config_is_refused(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "proxytune_kernels.integrations.vllm_plugin.export"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{names}.load_tokenizer", lambda *_, **__: make_tokenizer())
+        with pytest.raises(LoadError, match="tokenizer must be the same beside the base's config"):
+            export(out, "shipped")
+    monkeypatch.setattr(f"{names}._TOKENIZER_FILES", ("tokenizer_config.json",))
+    with pytest.raises(LoadError, match="tokenizer must be a tokenizer"):
+        export(out, "shipped")
+    assert not out.exists()
 
 
 def test_force_replaces_an_earlier_export_and_nothing_else(out: Path, trio: Path) -> None:

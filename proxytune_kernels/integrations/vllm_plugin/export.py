@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxytune_kernels.checkpoints import LoadError
+from proxytune_kernels.checkpoints import LoadError, load_tokenizer
 from proxytune_kernels.integrations.vllm_plugin import ARCHITECTURE
 from proxytune_kernels.integrations.vllm_plugin.directory import check_out, place, replaced
 from proxytune_kernels.integrations.vllm_plugin.sources import (
@@ -191,8 +191,6 @@ def _write_tokenizer(sources: Sources, directory: Path) -> None:
     Raises:
         LoadError: it opens there with other tokens.
     """
-    from transformers import AutoTokenizer
-
     home = sources.tokenizer_directory
     if home is None:
         sources.tokenizer.save_pretrained(directory)
@@ -200,7 +198,7 @@ def _write_tokenizer(sources: Sources, directory: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (home / name).is_file():
             place(home / name, directory / name, copy=True)
-    opened = AutoTokenizer.from_pretrained(directory)
+    opened = load_tokenizer("tokenizer", str(directory), gguf_file=None, trust_remote_code=False)
     if opened.get_vocab() != sources.tokenizer.get_vocab():
         raise LoadError(
             f"tokenizer must be the same beside the base's config.json, got another vocabulary for "
