@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer, pipeline, set_seed
+from transformers import CompileConfig, TextIteratorStreamer, pipeline, set_seed
 
 from tests.integrations.hf.conftest import ALPHA, PLAIN
 
@@ -263,3 +263,21 @@ def test_a_streamer_gets_the_text_as_it_comes(hf_model, hf_trio, loop):
     text = "".join(streamer)
     thread.join()
     assert text == hf_trio.tokenizer.decode(loop(hf_trio, PROMPTS[0], COUNT))
+
+
+def test_a_static_cache_compiles_into_one_graph(hf_model, hf_trio, loop):
+    """Only the tracing: the graph runs as it was traced."""
+    inputs = hf_model.tokenize(PROMPTS)
+    compiling = CompileConfig(fullgraph=True, mode="default", backend="eager")
+    compiling._compile_all_devices = True  # by itself generate() compiles on GPUs alone
+    output = hf_model.generate(
+        **inputs,
+        **PLAIN,
+        max_new_tokens=5,
+        alpha=torch.tensor(ALPHAS),
+        cache_implementation="static",
+        compile_config=compiling,
+    )
+    wanted = [loop(hf_trio, p, 5, a) for p, a in zip(PROMPTS, ALPHAS, strict=True)]
+    assert new(output, inputs) == wanted
+    assert "compiled forward" in hf_model.info()["sampling"]
