@@ -59,7 +59,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "quantization": ({"quantization": "fp8"}, "unclear of which member"),
     "pooling": ({"runner": "pooling"}, "runner"),
-    "medusa": (
+    "drafter-of-unknown-needs": (
         {"speculative_config": {**DRAFT, "method": "custom_class", "model": "some.Drafter"}},
         "reads the hidden states of one model",
     ),
