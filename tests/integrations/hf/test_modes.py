@@ -268,7 +268,7 @@ def test_a_streamer_gets_the_text_as_it_comes(hf_model, hf_trio, loop):
 def test_a_static_cache_compiles_into_one_graph(hf_model, hf_trio, loop):
     """Only the tracing: the graph runs as it was traced."""
     inputs = hf_model.tokenize(PROMPTS)
-    compiling = CompileConfig(fullgraph=True, mode="default", backend="eager")
+    compiling: Any = CompileConfig(fullgraph=True, mode="default", backend="eager")
     compiling._compile_all_devices = True  # by itself generate() compiles on GPUs alone
     output = hf_model.generate(
         **inputs,
