@@ -172,6 +172,22 @@ def test_tokenizers_that_differ(root: Path, tmp_path: Path) -> None:
             engine_config(trio)
 
 
+def test_tokens_that_not_every_member_has(root: Path, tmp_path: Path) -> None:
+    members = {role: save_model(root, name) for role, name in ROLES.items()}
+    members["expert"] = Path(shutil.copytree(root / "expert", tmp_path / "fewer"))
+    file = members["expert"] / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"] = []
+    for token in ("st", "op", "stop"):
+        del tokenizer["model"]["vocab"][token]
+    file.write_text(json.dumps(tokenizer))
+    shared = VOCAB_SIZE - 3
+    with pytest.raises(ValueError, match=f"must be at most {shared}, the ids that the tokenizers"):
+        engine_config(write_trio(tmp_path / "trio", members))
+    found = engine_config(write_trio(tmp_path / "found", members, vocab_size=None))
+    assert found.model_config.hf_config.proxy_tuning["vocab_size"] == shared
+
+
 def test_no_tokenizer_to_compare_and_no_width_given(root: Path, tmp_path: Path) -> None:
     members = {role: save_model(root, name) for role, name in ROLES.items()}
     bare = tmp_path / "bare"
