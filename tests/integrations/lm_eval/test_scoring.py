@@ -180,11 +180,18 @@ def test_what_runs_how_is_said(kind):
 
 
 def test_parts_of_any_size_give_the_same(monkeypatch):
-    """One row of logits at a time, and one branch."""
+    """One row of logits at a time, and two sequences."""
     trio = make_trio("llama", "mistral-window")
     monkeypatch.setattr(scoring, "LOGITS_BYTES", 1)
     monkeypatch.setattr(states, "_SHORT", 1)
-    assert_right(trio, [scores(trio, ALPHAS, 1)])
+    widths: list[int] = []
+
+    def width(_: Any, __: Any, keywords: dict[str, Any]) -> None:
+        widths.append(len(keywords["input_ids"]))
+
+    with trio.base.base_model.register_forward_pre_hook(width, with_kwargs=True):
+        assert_right(trio, [scores(trio, ALPHAS, 2)])
+    assert max(widths) == 2
 
 
 def test_tokens_that_not_every_role_has_are_never_produced():
