@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ TOLERANCE = {"gemma2-softcap": 1e-4}
 def make(architecture: str) -> Any:
     model_class, config = ARCHITECTURES[architecture]
     torch.manual_seed(0)
-    model = model_class(config).double().eval()
+    model = model_class(copy.deepcopy(config)).double().eval()
     if architecture == "gemma2-softcap":
         model.set_attn_implementation("eager")
     return model

@@ -43,6 +43,14 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
         """The mask as it is: each role's is made of it, with that role's layers."""
         return attention_mask
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' paged cache is for one model's layers, and here are three."""
+        raise ValueError(
+            "transformers' continuous batching (generate_batch, cache_implementation='paged') "
+            "keeps one cache for one model: use custom_generate=engine_generate, "
+            "proxytune_kernels.Decoder or vLLM"
+        )
+
     def _masks_by_role(self, caches: RoleCaches, inputs: dict[str, Any]) -> dict[str, Any]:
         token_ids, masks = inputs["input_ids"], {}
         for role, model in self.models.items():

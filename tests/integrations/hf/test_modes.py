@@ -281,3 +281,12 @@ def test_a_static_cache_compiles_into_one_graph(hf_model, hf_trio, loop):
     wanted = [loop(hf_trio, p, 5, a) for p, a in zip(PROMPTS, ALPHAS, strict=True)]
     assert new(output, inputs) == wanted
     assert "compiled forward" in hf_model.info()["sampling"]
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_transformers_continuous_batching_is_refused(hf_model, paged):
+    with pytest.raises(ValueError, match="one cache for one model: use custom_generate"):
+        if paged:
+            hf_model.generate(torch.tensor([[3, 4]]), cache_implementation="paged")
+        else:
+            hf_model.generate_batch([[3, 4]])
