@@ -11,7 +11,8 @@ from transformers.masking_utils import create_masks_for_generate
 
 from proxytune_kernels.integrations.hf.caching import RoleCaches, cache_maker
 from proxytune_kernels.integrations.hf.inputs import OWN_ARGUMENTS, checked_alpha, prompts_of
-from proxytune_kernels.integrations.hf.rows import RowEngine, Rows
+from proxytune_kernels.integrations.hf.row_engine import RowEngine
+from proxytune_kernels.integrations.hf.rows import Rows
 from proxytune_kernels.roles import ROLES
 
 # Its methods are typed for models that have no other parent.

@@ -30,7 +30,8 @@ from proxytune_kernels.integrations.hf.inputs import (
     refuse,
 )
 from proxytune_kernels.integrations.hf.manifest import SavedByName
-from proxytune_kernels.integrations.hf.rows import RowEngine, Rows
+from proxytune_kernels.integrations.hf.row_engine import RowEngine
+from proxytune_kernels.integrations.hf.rows import Rows
 from proxytune_kernels.integrations.hf.sampling import FusedSampling
 from proxytune_kernels.roles import ROLES
 from proxytune_kernels.trio import Trio

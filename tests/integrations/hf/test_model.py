@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
-from proxytune_kernels.integrations.hf.rows import RowEngine
+from proxytune_kernels.integrations.hf.row_engine import RowEngine
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.vocabulary import VocabularyError
 from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama
