@@ -104,6 +104,35 @@ def test_a_cache_of_responses_is_fed(trio, tmp_path):
 SAMPLED = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0, "top_p": 0.9}
 
 
+def test_what_a_later_alpha_asks_first_is_cached_as_its_own(trio):
+    class Hook:
+        def __init__(self) -> None:
+            self.fed: dict[tuple[str, Any], Any] = {}
+
+        def add_partial(self, kind: str, arguments: Any, result: Any) -> None:
+            self.fed[kind, arguments[0]] = result
+
+    lm = ProxyTuneLM(trio)
+    lm.cache_hook = Hook()
+    found = {}
+    for alpha in lm.each_alpha([0.0, 1.0]):
+        if alpha == 1.0:  # the first alpha did not ask for any of it
+            found["loglikelihood"] = lm.loglikelihood(SCORED[:1], disable_tqdm=True)
+            found["generate_until"] = lm.generate_until(CONTINUED, disable_tqdm=True)
+    steered, alone = (ProxyTuneLM(trio, alpha=alpha) for alpha in (1.0, 0.0))
+    for kind, asked in (("loglikelihood", SCORED[:1]), ("generate_until", CONTINUED)):
+        assert getattr(steered, kind)(asked) != getattr(alone, kind)(asked)
+        assert [lm.cache_hook.fed[kind, "Is it?"]] == found[kind]
+
+
+def test_an_empty_context_is_continued_from_the_prefix_token(trio):
+    lm = ProxyTuneLM(trio, alpha=0.5)
+    empty = requests("generate_until", ("", {"until": ["~"], "max_gen_toks": 8}))
+    params = ptk.SamplingParams(alpha=0.5, temperature=0, max_tokens=8, stop="~")
+    [output] = ptk.Decoder(trio).generate([[lm.prefix_token_id]], params)
+    assert lm.generate_until(empty, disable_tqdm=True) == [output.text]
+
+
 def test_sampled_texts_depend_on_seed_prompt_and_repeat_alone(trio):
     def run(prompts: list[str], **arguments: Any) -> list[str]:
         lm = ProxyTuneLM(trio, **{"seed": 7, **arguments})
