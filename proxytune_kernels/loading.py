@@ -17,7 +17,7 @@ from proxytune_kernels.checkpoints import (
     resolve,
 )
 from proxytune_kernels.quantization import QuantizationError, check_quantization, quantize
-from proxytune_kernels.roles import ROLES, check_known, per_role
+from proxytune_kernels.roles import PAIR, ROLES, check_known, per_role
 
 __all__ = ["LoadError", "LoadOptions", "load_models", "load_options"]
 
@@ -103,7 +103,7 @@ def load_models(
             f"got {expert!r}"
         )
     for name in _SHARED:
-        ours, theirs = (getattr(options[role], name) for role in ("expert", "anti"))
+        ours, theirs = (getattr(options[role], name) for role in PAIR)
         if ours != theirs:
             raise LoadError(
                 f"{name} of expert must be that of anti, whose weights it shares with "

@@ -6,7 +6,7 @@ Names and ranges are vLLM's, plus ``alpha`` and ``filter_order``.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        _number("alpha", self.alpha, "a finite number")
+        check_alpha(self.alpha)
         check_filters(self.temperature, self.top_k, self.top_p, self.min_p, self.filter_order)
         if self.seed is not None:
             check_seed(self.seed)
@@ -124,6 +124,24 @@ def check_filters(temperature: Any, top_k: Any, top_p: Any, min_p: Any, filter_o
         raise ValueError(f"min_p must be in [0, 1], got {min_p!r}")
     if filter_order not in FILTER_ORDERS:
         raise ValueError(f"filter_order must be one of {FILTER_ORDERS}, got {filter_order!r}")
+
+
+def check_alpha(alpha: Any) -> float:
+    """Check the strength of the steering, finite in fp32; returns it."""
+    return _number("alpha", alpha, "a finite number")
+
+
+def mask_without(token_ids: Iterable[int], vocab_size: int) -> Tensor:
+    """Packed mask, int32 [ceil(vocab_size / 32)], of all tokens but these (docs/contracts.md).
+
+    Ids past the vocabulary mean nothing.
+    """
+    words = [-1] * (-(-vocab_size // 32))
+    for i in token_ids:
+        if i < vocab_size:
+            words[i >> 5] &= ~(1 << (i & 31))
+    # As int32 bit patterns: a word with bit 31 cleared is positive.
+    return torch.tensor(words, dtype=torch.int64).to(torch.int32)
 
 
 def check_seed(seed: Any) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 ROLES = ("base", "expert", "anti")
+PAIR = ROLES[1:]
+"""The small models."""
 
 
 def check_roles(given: Mapping[str, Any]) -> None:

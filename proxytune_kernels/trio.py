@@ -84,8 +84,8 @@ class Trio:
         tokenizers = {
             r: tokenizer[r] if isinstance(tokenizer, Mapping) else tokenizer for r in models
         }
-        vocabularies = {r: _vocabulary(models[r], tokenizers[r]) for r in models}
-        agreement = agree(vocabularies)
+        widths = {r: m.get_output_embeddings().weight.shape[0] for r, m in models.items()}
+        agreement = agree({r: RoleVocabulary.of(tokenizers[r], widths[r]) for r in models})
         eos = eos_token_ids(models["base"].generation_config, tokenizers["base"], agreement)
         return cls(models, tokenizers, _prompt_styles(prompts, tuple(models)), agreement, eos)
 
@@ -253,11 +253,6 @@ def _prompt_styles(prompts: Mapping[str, str] | None, roles: tuple[str, ...]) ->
                 f"prompts of {role} must be one of {', '.join(PROMPT_STYLES)}, got {style!r}"
             )
     return {role: given.get(role, "plain") for role in roles}
-
-
-def _vocabulary(model: Any, tokenizer: Any) -> RoleVocabulary:
-    tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    return RoleVocabulary(tokens, model.get_output_embeddings().weight.shape[0])
 
 
 def eos_token_ids(generation_config: Any, tokenizer: Any, agreement: Agreement) -> tuple[int, ...]:

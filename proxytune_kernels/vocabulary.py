@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _SHOWN = 5
 """Ids that a message shows; a disagreement usually goes on for thousands."""
@@ -20,6 +21,12 @@ class RoleVocabulary:
 
     tokens: Mapping[int, str]
     width: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, width: int) -> RoleVocabulary:
+        """That of a transformers tokenizer and a model of so many logits."""
+        tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+        return cls(tokens, width)
 
 
 @dataclass(frozen=True)

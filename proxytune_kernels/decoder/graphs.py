@@ -132,8 +132,8 @@ class StepGraphs:
         """
         if self.failed is not None:
             return step(slots, None)
-        rows = min(_power_of_two(slots, 1), self._max_batch_size)
-        length = _power_of_two(longest, _SHORTEST)
+        rows = min(power_of_two(slots, 1), self._max_batch_size)
+        length = power_of_two(longest, _SHORTEST)
         if length + length // 8 >= self._capacity:
             # No graph of their own for the few steps between a power of two and the end.
             length = self._capacity
@@ -149,5 +149,6 @@ class StepGraphs:
         return self._replays[key]().first(slots)
 
 
-def _power_of_two(count: int, least: int) -> int:
+def power_of_two(count: int, least: int) -> int:
+    """The least power of two that is no less than ``count`` or ``least``, itself one."""
     return max(least, 1 << (count - 1).bit_length())

@@ -9,8 +9,8 @@ from typing import Any
 from proxytune_kernels.decoder.adapted import PairError, adapted_pair, is_adapted
 from proxytune_kernels.decoder.member import sharing_copy
 from proxytune_kernels.decoder.stacked import stacked_pair
+from proxytune_kernels.roles import PAIR
 
-PAIR = ("expert", "anti")
 PAIR_MODES = ("shared", "batched", "separate")
 """``"shared"``: the anti's weights once, and a LoRA adapter on the expert's rows. ``"batched"``:
 both models' weights stacked, one batched product a layer. ``"separate"``: a forward each."""

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from proxytune_kernels.decoder.speculative import Acceptance, SpeculationStats
 from proxytune_kernels.decoder.text import Detokenizer, StopStrings
-from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.params import SamplingParams, mask_without
 
 FINISH_REASONS = ("stop", "length", "cancelled")
 
@@ -119,12 +118,7 @@ class StopRules:
             return cls(token_ids, None)
         if len(token_ids) == vocab_size:
             raise ValueError("min_tokens must be 0 where every token is a stop token")
-        words = [-1] * (-(-vocab_size // 32))
-        for i in token_ids:
-            words[i >> 5] &= ~(1 << (i & 31))
-        # As int32 bit patterns: a word with bit 31 cleared is positive.
-        mask = torch.tensor(words, dtype=torch.int64).to(torch.int32)
-        return cls(token_ids, mask)
+        return cls(token_ids, mask_without(token_ids, vocab_size))
 
 
 @dataclass(eq=False)

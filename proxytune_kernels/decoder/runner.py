@@ -14,7 +14,8 @@ from proxytune_kernels.decoder import packing
 from proxytune_kernels.decoder.attention import flash_missing, register_attention
 from proxytune_kernels.decoder.cache import SlotCache
 from proxytune_kernels.decoder.member import Member, check_model, sharing_copy
-from proxytune_kernels.decoder.pairing import PAIR, pair_models
+from proxytune_kernels.decoder.pairing import pair_models
+from proxytune_kernels.roles import PAIR
 
 Roles = tuple[str, ...]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from proxytune_kernels.decoder import Decoder, arguments
+from proxytune_kernels.decoder.graphs import power_of_two
 from proxytune_kernels.integrations.hf.modeling import ProxyTunedForCausalLM
 from proxytune_kernels.integrations.hf.requests import Call, Refused, read_call
 from proxytune_kernels.trio import Trio
@@ -164,8 +165,8 @@ class EngineGenerate:
             for ids in prompt.values()
         )
         most = arguments.max_seq_len(trio.models, self._max_seq_len)
-        rows = min(_power_of_two(len(call.prompts)), self._max_batch_size)
-        tokens = min(_power_of_two(max(longest, _FEWEST_TOKENS)), most)
+        rows = min(power_of_two(len(call.prompts), 1), self._max_batch_size)
+        tokens = min(power_of_two(longest, _FEWEST_TOKENS), most)
         kept = self._decoder
         if kept is not None and self._of is trio.base:
             if rows <= kept.max_batch_size and tokens <= kept.max_seq_len:
@@ -214,10 +215,6 @@ def _joined(input_ids: Tensor, rows: list[list[int]], pad_token_id: int | None) 
     pad = 0 if pad_token_id is None else pad_token_id
     padded = [row + [pad] * (longest - len(row)) for row in rows]
     return torch.cat([input_ids, input_ids.new_tensor(padded)], dim=1)
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 class _NoText:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PAIR = ("expert", "anti")
+from proxytune_kernels.roles import PAIR
+
 PROMPT_ARGUMENTS = tuple(f"{role}_{name}" for role in PAIR for name in ("input_ids",
                          "attention_mask"))  # fmt: skip
 OWN_ARGUMENTS = ("alpha", "prompt_length", *PROMPT_ARGUMENTS)
@@ -95,6 +96,15 @@ def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
     token_ids = [[pad_token_id] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(token_ids), torch.tensor(mask)
+
+
+def unpadded(values: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """Each row of [B, q] where the mask is not 0."""
+    rows: list[list[int]] = values.tolist()
+    if mask is None:
+        return rows
+    kept = mask.tolist()
+    return [[v for v, k in zip(r, m, strict=True) if k] for r, m in zip(rows, kept, strict=True)]
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 
 from proxytune_kernels import ops
 from proxytune_kernels.integrations.hf.processors import NotInOp, OpSampling, read_processors
-from proxytune_kernels.params import RowParams, signed_seed
+from proxytune_kernels.params import RowParams, mask_without, signed_seed
 from proxytune_kernels.reference import SampleOutput
 
 
@@ -195,12 +195,7 @@ class LogitsSampler:
         return self._masks[active]
 
     def _pack(self, blocked: frozenset[int]) -> Tensor:
-        words = [-1] * (-(-self.vocab_size // 32))
-        for i in blocked:
-            if i < self.vocab_size:
-                words[i >> 5] &= ~(1 << (i & 31))
-        # As int32 bit patterns: a word with bit 31 cleared is positive.
-        mask = torch.tensor(words, dtype=torch.int64).to(torch.int32)
+        mask = mask_without(blocked, self.vocab_size)
         return mask.to(self._params.alpha.device).repeat(self.batch_size, 1)
 
 

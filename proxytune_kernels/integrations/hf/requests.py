@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 
-from proxytune_kernels.integrations.hf.inputs import checked_alpha, prompts_of
+from proxytune_kernels.integrations.hf.inputs import checked_alpha, prompts_of, unpadded
 from proxytune_kernels.integrations.hf.logits import draw_seeds
 from proxytune_kernels.integrations.hf.processors import Block, NotInOp, read_processors
 from proxytune_kernels.integrations.hf.stops import Criteria
@@ -150,8 +150,7 @@ def _unpadded(name: str, input_ids: Tensor, mask: Tensor) -> list[list[int]]:
     """Token ids of each row, int64 [B, P], without the padding on its left."""
     if mask.shape != input_ids.shape or bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise Refused(f"{name} must be {list(input_ids.shape)} with padding on the left alone")
-    pairs = zip(input_ids.tolist(), mask.tolist(), strict=True)
-    return [[i for i, kept in zip(ids, row, strict=True) if kept] for ids, row in pairs]
+    return unpadded(input_ids, mask)
 
 
 def _check_positions(position_ids: Tensor | None, mask: Tensor) -> None:

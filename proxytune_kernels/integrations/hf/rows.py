@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from proxytune_kernels.decoder.runner import Runner
-from proxytune_kernels.integrations.hf.inputs import Prompts
+from proxytune_kernels.integrations.hf.inputs import Prompts, unpadded
 from proxytune_kernels.roles import ROLES
 
 
@@ -158,7 +158,7 @@ class Rows(Cache):
         self._start(roles, input_ids.shape[0])
         width = input_ids.shape[1]
         mask = None if attention_mask is None else attention_mask[:, -width:]
-        rows = _tokens(input_ids, mask)
+        rows = unpadded(input_ids, mask)
         if position_ids is not None:
             self._check_positions(position_ids, rows, mask)
         new = dict.fromkeys(self._active, rows)
@@ -166,7 +166,7 @@ class Rows(Cache):
         for role in self._active:
             seen = self._columns[role]
             if role in own and own[role][0].shape[1] > seen:
-                prompt = _tokens(*(t[:, seen:] for t in own[role]))
+                prompt = unpadded(*(t[:, seen:] for t in own[role]))
                 drafts = input_ids[:, length:].tolist()
                 new[role] = [[*p, *d] for p, d in zip(prompt, drafts, strict=True)]
                 columns[role] = own[role][0].shape[1] - seen + width - length
@@ -194,7 +194,7 @@ class Rows(Cache):
     def _check_positions(
         self, position_ids: Tensor, rows: list[list[int]], mask: Tensor | None
     ) -> None:
-        given = _tokens(position_ids.expand(len(rows), -1), mask)
+        given = unpadded(position_ids.expand(len(rows), -1), mask)
         starts = self._runner.lengths("base")
         wanted = [list(range(n, n + len(row))) for n, row in zip(starts, rows, strict=True)]
         if given != wanted:
@@ -265,12 +265,3 @@ class Rows(Cache):
 
 def _all_filled(new: Mapping[str, list[list[int]]]) -> bool:
     return all(row for rows in new.values() for row in rows)
-
-
-def _tokens(values: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """Each row of [B, q] where the mask is not 0."""
-    rows: list[list[int]] = values.tolist()
-    if mask is None:
-        return rows
-    kept = mask.tolist()
-    return [[v for v, k in zip(r, m, strict=True) if k] for r, m in zip(rows, kept, strict=True)]

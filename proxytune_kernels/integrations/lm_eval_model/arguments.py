@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lm_eval.models.utils import resolve_max_length
 
+from proxytune_kernels.decoder.arguments import size
 from proxytune_kernels.trio import Trio, load_trio
 
 _log = logging.getLogger(__name__)
@@ -45,16 +45,7 @@ def positive(name: str, value: Any) -> int:
     """A count of at least 1, perhaps written out."""
     if isinstance(value, str) and value.isdigit():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
-
-
-def number(name: str, value: Any) -> float:
-    """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+    return size(name, value)
 
 
 def shortest_context(trio: Trio, value: int | None) -> int:

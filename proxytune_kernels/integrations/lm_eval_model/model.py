@@ -16,7 +16,6 @@ from lm_eval.models.utils import has_bos_prefix
 from tqdm import tqdm
 
 from proxytune_kernels.integrations.lm_eval_model.arguments import (
-    number,
     open_trio,
     positive,
     shortest_context,
@@ -28,6 +27,7 @@ from proxytune_kernels.integrations.lm_eval_model.generation import (
     request_seed,
 )
 from proxytune_kernels.integrations.lm_eval_model.scoring import Score, Scorer
+from proxytune_kernels.params import check_alpha
 from proxytune_kernels.trio import Trio
 
 _MAX_GEN_TOKS = 256  # lm_eval's own default
@@ -92,7 +92,7 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self.add_bos_token = add_bos_token
         self._prefix_token_id = prefix_token_id
         self._seed = seed
-        self._alphas: tuple[float, ...] = (number("alpha", alpha),)
+        self._alphas: tuple[float, ...] = (check_alpha(alpha),)
         self._current = 0
         # Results for every alpha, kept while several are evaluated one after the other.
         self._kept: dict[bytes, Any] | None = None
@@ -115,7 +115,7 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         until the iterator ends.
         """
         before = self._alphas
-        self._alphas = tuple(number("alphas", alpha) for alpha in alphas)
+        self._alphas = tuple(check_alpha(alpha) for alpha in alphas)
         self._kept = {}
         try:
             for i in range(len(self._alphas)):

@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
 
-from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.params import check_alpha
 
 KEY = "alpha"
 """Name of alpha in a request's ``extra_args``, over HTTP in ``vllm_xargs``."""
@@ -36,7 +36,7 @@ def request_alpha(params: Any, default: float) -> float:
     if alpha is None:
         return default
     try:
-        return SamplingParams(alpha=alpha).alpha
+        return check_alpha(alpha)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter=KEY, value=alpha) from None
 

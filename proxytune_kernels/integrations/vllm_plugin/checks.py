@@ -162,8 +162,7 @@ def _width(settings: ProxyTuning, members: Mapping[str, Any]) -> int:
                 gguf_file=None,
                 trust_remote_code=config.trust_remote_code,
             )
-            tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-            vocabularies[role] = RoleVocabulary(tokens, widths[role])
+            vocabularies[role] = RoleVocabulary.of(tokenizer, widths[role])
     missing = [role for role in members if role not in vocabularies]
     if settings.vocab_size is None and missing:
         raise VocabularyError(

@@ -12,7 +12,6 @@ directory of copies can be moved, or put in a container, as a whole.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from proxytune_kernels.integrations.vllm_plugin.sources import (
     Sources,
     open_sources,
 )
+from proxytune_kernels.params import check_alpha
+from proxytune_kernels.roles import PAIR
 
 # Copied where they are there: of every role, and of the tokenizer.
 _CONFIG_FILES = ("generation_config.json", "quantize_config.json", "hf_quant_config.json")
@@ -92,7 +93,7 @@ def export(
 
     Source: docs/vllm.md.
     """
-    _check_alpha(alpha)
+    check_alpha(alpha)
     _check_dtype(dtype)
     target = Path(out)
     sources = open_sources(source, {"base": base, "expert": expert, "anti": anti}, tokenizer, dtype)
@@ -128,7 +129,7 @@ def serve_command(
         ValueError, VocabularyError: as :func:`export`.
         LoadError: also where weights or a tokenizer would have to be written.
     """
-    _check_alpha(alpha)
+    check_alpha(alpha)
     named = {"base": base, "expert": expert, "anti": anti}
     sources = open_sources(source, named, tokenizer, "auto")
     for role, checkpoint in sources.checkpoints.items():
@@ -148,11 +149,6 @@ def serve_command(
         "proxy_tuning": _proxy_tuning(sources, places, alpha),
     }
     return [*command, "--hf-overrides", json.dumps(changed)]
-
-
-def _check_alpha(alpha: float) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
 
 
 def _check_dtype(dtype: str) -> None:
@@ -213,7 +209,7 @@ def _edit_config(directory: Path, sources: Sources, alpha: float, dtype: str) ->
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     config["architectures"] = [ARCHITECTURE]
-    pair = {role: role for role in ("expert", "anti")}
+    pair = {role: role for role in PAIR}
     config["proxy_tuning"] = _proxy_tuning(sources, pair, alpha)
     file.write_text(json.dumps(config, indent=2) + "\n")
 

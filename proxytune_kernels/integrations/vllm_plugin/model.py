@@ -24,7 +24,7 @@ from proxytune_kernels import ops
 from proxytune_kernels.integrations.vllm_plugin import alpha as alphas
 from proxytune_kernels.integrations.vllm_plugin.members import make_member, member_configs
 from proxytune_kernels.integrations.vllm_plugin.settings import ProxyTuning
-from proxytune_kernels.roles import ROLES
+from proxytune_kernels.roles import PAIR
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -76,7 +76,7 @@ class ProxyTunedForCausalLM(nn.Module):
         # vLLM loads the checkpoint of ModelConfig.model, the base's, then these.
         self.secondary_weights = [
             DefaultModelLoader.Source(getattr(settings, role), None, prefix=_prefix(role))
-            for role in ROLES[1:]
+            for role in PAIR
         ]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def _prefix(role: str) -> str:
 
 
 def _role_of(name: str) -> str:
-    return next((role for role in ROLES[1:] if name.startswith(_prefix(role))), "base")
+    return next((role for role in PAIR if name.startswith(_prefix(role))), "base")
 
 
 def _merge(outputs: dict[str, IntermediateTensors]) -> IntermediateTensors:

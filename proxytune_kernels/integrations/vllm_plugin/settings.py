@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from proxytune_kernels.checkpoints import resolve
-from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.params import check_alpha
 
 _WHERE = "proxy_tuning in config.json (or in --hf-overrides)"
 # In place of proxy_tuning in a member's own configuration: a trio has no trio among its members.
@@ -68,7 +68,7 @@ class ProxyTuning:
             expert=_path("expert", given, directory),
             anti=_path("anti", given, directory),
             base=model_config.model if base is None else _path("base", given, directory),
-            alpha=SamplingParams(alpha=given.get("alpha", 1.0)).alpha,
+            alpha=check_alpha(given.get("alpha", 1.0)),
             base_architectures=_architectures(given.get("base_architectures")),
             vocab_size=_vocab_size(given.get("vocab_size")),
         )

@@ -135,7 +135,7 @@ def open_sources(
     }
     _check_prompts(settings.get("prompts", {}), tokenizers)
     agreement = agree(
-        {r: RoleVocabulary(_tokens(tokenizers[r]), checkpoints[r].width) for r in checkpoints}
+        {r: RoleVocabulary.of(tokenizers[r], checkpoints[r].width) for r in checkpoints}
     )
     eos_token_ids(_generation_config(checkpoints["base"]), tokenizers["base"], agreement)
     home = None if "base" in packed else homes["base"]
@@ -199,10 +199,6 @@ def _opened(role: str, directory: Path, gguf_file: str | None, dtype: str) -> Ch
         )
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     return Checkpoint(role, directory, config, model.get_output_embeddings().weight.shape[0], model)
-
-
-def _tokens(tokenizer: Any) -> dict[int, str]:
-    return {token_id: token for token, token_id in tokenizer.get_vocab().items()}
 
 
 def _generation_config(base: Checkpoint) -> Any:
