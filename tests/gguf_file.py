@@ -6,6 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+def tiny_qwen2() -> Qwen2ForCausalLM:
+    """A random model of widths that Q8_0 takes, which are multiples of 32."""
+    config = Qwen2Config(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    return Qwen2ForCausalLM(config).eval()
 
 
 def write_gguf(path: Path, model: Any, tokenizer: Any) -> None:

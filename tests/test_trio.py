@@ -13,14 +13,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from proxytune_kernels.loading import LoadError
 from proxytune_kernels.trio import Trio, load_trio
 from proxytune_kernels.vocabulary import VocabularyError
-from tests.gguf_file import write_gguf
+from tests.gguf_file import tiny_qwen2, write_gguf
 
 CHAT = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}|{% endfor %}"
@@ -289,16 +287,7 @@ def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
 def test_gguf_is_unpacked(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    model = Qwen2ForCausalLM(config).eval()
+    model = tiny_qwen2()
     write_gguf(tmp_path / "tiny.gguf", model, make_tokenizer())
     trio = load_trio(base=tmp_path, gguf_file={"base": "tiny.gguf"}, dtype="float32")
     ids = torch.tensor([[5, 6, 7]])

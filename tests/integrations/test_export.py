@@ -14,7 +14,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import Qwen2ForCausalLM as Qwen2
 from typer.testing import CliRunner
 
@@ -25,7 +25,7 @@ from proxytune_kernels.integrations.vllm_plugin import directory as writer
 from proxytune_kernels.integrations.vllm_plugin.export import export, serve_command
 from proxytune_kernels.vocabulary import VocabularyError
 from tests.documents import examples
-from tests.gguf_file import write_gguf
+from tests.gguf_file import tiny_qwen2, write_gguf
 from tests.test_trio import make_tokenizer
 
 SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
@@ -187,18 +187,9 @@ def test_an_adapter_is_merged(out: Path, trio: Path, role: str) -> None:
 def test_gguf_is_unpacked(out: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
     for role in ("base", "expert", "anti"):
         (tmp_path / role).mkdir()
-        write_gguf(tmp_path / role / "m.gguf", Qwen2(config).eval(), make_tokenizer())
+        write_gguf(tmp_path / role / "m.gguf", tiny_qwen2(), make_tokenizer())
     settings: dict[str, Any] = {"format": 1, **{role: role for role in ("base", "expert", "anti")}}
     settings["gguf_file"] = dict.fromkeys(("base", "expert", "anti"), "m.gguf")
     (tmp_path / "trio.json").write_text(json.dumps(settings))

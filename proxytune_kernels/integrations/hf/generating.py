@@ -110,7 +110,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
             # A role's own prompt may be longer than the base's.
             own = prompts_of(model_kwargs, batch_size * copies).values()
             longer = [ids.shape[1] - model_kwargs["prompt_length"] for ids, _ in own]
-            maker = cache_maker(implementation, max_cache_length + max(0, *longer, 0))
+            maker = cache_maker(implementation, max_cache_length + max([0, *longer]))
             model_kwargs["past_key_values"] = RoleCaches.make(self.models, maker)
             kind = implementation or "dynamic"
             reason = "asked for" if implementation else refusal

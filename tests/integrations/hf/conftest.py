@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
 from proxytune_kernels.trio import Trio
@@ -39,6 +40,19 @@ def loop() -> Callable[..., list[int]]:
         return naive_loop(trio.models, ids, count, lambda logits, _: argmax(logits, alpha))
 
     return run
+
+
+class Recorder(BaseStreamer):
+    """Keeps what a streamer is given."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def put(self, value: Any) -> None:
+        self.events.append(value.tolist())
+
+    def end(self) -> None:
+        self.events.append("end")
 
 
 class Steer(LogitsProcessor):

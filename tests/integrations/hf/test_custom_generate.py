@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
-from transformers.generation.streamers import BaseStreamer
 
 from proxytune_kernels import Decoder, SamplingParams, Speculation
 from proxytune_kernels.decoder.request import StreamEvent
@@ -21,6 +20,7 @@ from proxytune_kernels.integrations.hf.requests import Call, Refused
 from proxytune_kernels.integrations.hf.stops import Criteria
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import byte_tokenizer, tiny_llama
+from tests.integrations.hf.conftest import Recorder
 
 LONG = 12
 
@@ -196,17 +196,6 @@ def test_rows_that_end_apart_need_padding(model, batch):
     with pytest.raises(ValueError, match="pad_token_id must be given where rows end"):
         tokens(model, batch, stopping_criteria=criteria, custom_generate=engine_generate,
                eos_token_id=None, pad_token_id=None, **SAMPLED)  # fmt: skip
-
-
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.events = []
-
-    def put(self, value):
-        self.events.append(value.tolist())
-
-    def end(self):
-        self.events.append("end")
 
 
 def test_streamers(trio, model, steer):

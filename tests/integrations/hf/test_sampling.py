@@ -16,13 +16,13 @@ from transformers import (
     StoppingCriteriaList,
     set_seed,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from proxytune_kernels.decoder.loop import DecodeError
 from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
 from proxytune_kernels.integrations.hf.sampling import FusedSampling
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama
+from tests.integrations.hf.conftest import Recorder
 
 OP = "proxytune_kernels.sample on the three roles' logits"
 LONG = 10
@@ -179,17 +179,6 @@ def test_greedy_decoding_draws_no_seed(model, batch):
     before = torch.get_rng_state()
     model.generate(**batch, max_new_tokens=2)
     assert torch.equal(before, torch.get_rng_state())
-
-
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.events = []
-
-    def put(self, value):
-        self.events.append(value.tolist())
-
-    def end(self):
-        self.events.append("end")
 
 
 def test_streamers_get_what_transformers_gives_them(model, batch, theirs):
