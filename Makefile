@@ -89,7 +89,7 @@ static: install ## Compile the GPU kernels, no GPU needed, and compare with the 
 .PHONY: interpret
 interpret: install ## Run the Triton kernels' tests in Triton's interpreter, which needs no GPU
 	@echo "Running the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops tests/sharded
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops tests/ops/sharded
 
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy

@@ -16,7 +16,8 @@ from benchmarks.op_cases import DTYPES
 from benchmarks.peers import ALPHA
 from benchmarks.prompts import make_prompts
 from benchmarks.providers import TEMPERATURE, TOP_P
-from proxytune_kernels import Trio, _cpu_heads, reference
+from proxytune_kernels import Trio, reference
+from proxytune_kernels.ops import cpu_heads
 
 Heads = tuple[ptk.Head, ptk.Head, ptk.Head]
 
@@ -204,4 +205,4 @@ def accuracy(heads: Heads, vocab_size: int, rows: int) -> dict[str, Any]:
 def fused_x(heads: Heads, vocab_size: int) -> Tensor:
     """x as ``sample_hidden`` combines it on the CPU, fp32 [B, V]."""
     alpha = torch.full((len(heads[0].hidden),), ALPHA)
-    return _cpu_heads.combined(heads, alpha, None, vocab_size)
+    return cpu_heads.combined(heads, alpha, None, vocab_size)

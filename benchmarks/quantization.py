@@ -20,7 +20,7 @@ from benchmarks.environment import REPOSITORY
 from benchmarks.measure import Summary, collect, interleaved, paired_ratios
 from benchmarks.report import RESULTS, console, fixed, machine_line, make_table, write_json_lines
 from proxytune_kernels import quantize
-from proxytune_kernels.quantization import weight_bytes
+from proxytune_kernels.trio.quantization import weight_bytes
 
 # English and Python.
 TEXTS = ("docs/math.md", "proxytune_kernels/params.py")

@@ -33,7 +33,7 @@ from benchmarks.report import (
 )
 from benchmarks.vllm_engine import Engine, Load, Run
 from proxytune_kernels.integrations.vllm_plugin.export import export
-from proxytune_kernels.roles import ROLES
+from proxytune_kernels.trio.roles import ROLES
 
 TARGET = 1.15
 """A step of the trio over the sum of the members' steps."""

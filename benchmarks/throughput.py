@@ -42,8 +42,8 @@ from benchmarks.report import RESULTS, console, make_progress, write_json_lines
 from benchmarks.throughput_table import print_tables, print_verdicts
 from benchmarks.trios import AdapterMissing, TrioForms
 from proxytune_kernels import Trio
-from proxytune_kernels.decoder.adapted import PairError
 from proxytune_kernels.decoder.packing import PackingError
+from proxytune_kernels.decoder.pair.shared import PairError
 
 DEFAULT_PROVIDERS = "naive,base-only,ours,ours-shared-pair,ours-speculative"
 _GREEDY_ROWS, _GREEDY_PROMPT, _GREEDY_TOKENS = 4, 12, 16  # the agreement check

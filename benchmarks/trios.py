@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.environment import REPOSITORY
 from proxytune_kernels import Trio, load_trio
-from proxytune_kernels.adapters import beside
+from proxytune_kernels.trio.adapters import beside
 
 _QWEN = Path("trios") / "qwen"
 _ADAPTER = "expert-lora"

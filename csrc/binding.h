@@ -1,7 +1,7 @@
 // What the bindings share: tensors as arguments of the C API, and the operators `sample` and
 // `verify` over any backend. Through torch's stable ABI: one build serves several versions.
 //
-// Schemas live in proxytune_kernels/_library.py. proxytune_kernels/_check.py checks arguments, with
+// Schemas live in proxytune_kernels/ops/table.py. proxytune_kernels/ops/checks.py checks arguments, with
 // messages for people; the checks here only keep direct callers of torch.ops in bounds.
 #pragma once
 

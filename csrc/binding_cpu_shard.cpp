@@ -1,5 +1,5 @@
 // Registers the operators of vocabularies spread over ranks. Schemas live in
-// proxytune_kernels/_shard_library.py; the checks here keep direct callers of torch.ops in bounds.
+// proxytune_kernels/ops/shard_table.py; the checks here keep direct callers of torch.ops in bounds.
 #include <algorithm>
 #include <vector>
 

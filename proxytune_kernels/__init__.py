@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from proxytune_kernels import sharded
-from proxytune_kernels.backends import backends
 from proxytune_kernels.heads import Head
-from proxytune_kernels.ops import combine, sample, score, verify
-from proxytune_kernels.ops_hidden import sample_hidden
+from proxytune_kernels.ops import combine, sample, score, sharded, verify
+from proxytune_kernels.ops.backends import backends
+from proxytune_kernels.ops.hidden import sample_hidden
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder import Decoder, Speculation
-    from proxytune_kernels.quantization import quantize
     from proxytune_kernels.trio import Trio, load_trio
+    from proxytune_kernels.trio.quantization import quantize
 
 __version__ = "0.1.0"
 
@@ -46,7 +45,7 @@ _LAZY = {
     "Speculation": "decoder",
     "Trio": "trio",
     "load_trio": "trio",
-    "quantize": "quantization",
+    "quantize": "trio.quantization",
 }
 
 

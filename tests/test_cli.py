@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 import proxytune_kernels as ptk
-from proxytune_kernels import choices
 from proxytune_kernels.cli import app, output
 from proxytune_kernels.cli.requests import CliRequest
 from proxytune_kernels.decoder import StreamEvent
+from proxytune_kernels.ops import choices
 
 PROMPTS = ["Question: Tom has 3 pens and buys 4 more.", "1 + 1 ="]
 SHIPPED = ["generate", "--trio", "shipped", "--dtype", "float32"]

@@ -18,17 +18,12 @@ PACKAGE = ROOT.name
 # its place.
 LAYERS = (
     {"params", "rng", "heads"},
-    {"reference", "vocabulary", "prompts", "_cpu", "_cuda", "_library", "_check"}
-    | {"_check_heads", "_cpu_heads", "_shard_library"},
-    {"kernels", "cuda", "choices"},
-    {"backends"},
-    {"ops", "ops_hidden"},
-    {"roles", "quantization", "sharing"},
-    {"checkpoints", "trio_file"},
-    {"adapters"},
-    {"describe", "loading"},
-    {"", "trio", "decoder", "sharded"},
-    {"analysis", "integrations", "cli", "testing", "__main__"},
+    {"reference", "extensions", "kernels", "_cpu", "_cuda"},
+    {"ops"},
+    {"trio"},
+    {"", "decoder"},
+    {"integrations"},
+    {"cli", "__main__"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 
@@ -53,6 +48,9 @@ HEAVY_AT_TOP = {
 }
 
 MODULES = sorted(ROOT.rglob("*.py"))
+
+# The compiled extensions have names of their own kind: private to the package, not to a module.
+EXTENSIONS = (f"{PACKAGE}._cpu", f"{PACKAGE}._cuda")
 
 
 def stem(path: Path) -> str:
@@ -96,6 +94,17 @@ def test_no_import_points_up(path):
             target = within_package(name)
             if target is not None:
                 assert LAYER[target] <= LAYER[own], f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_private_name_is_imported_across_folders(path):
+    folder = ".".join((PACKAGE, *path.relative_to(ROOT).parent.parts))
+    for node in ast.walk(ast.parse(path.read_text())):
+        for name in imported(node, path):
+            if within_package(name) is not None and name not in EXTENSIONS:
+                inside, _, private = name.partition("._")
+                same = inside == folder or inside.rpartition(".")[0] == folder
+                assert not private or same, name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -20,7 +20,7 @@ import proxytune_kernels as ptk
 from benchmarks.gpu.contract import Outcome
 from benchmarks.gpu.device import Device
 from benchmarks.logits import KINDS, Logits, make_logits
-from proxytune_kernels.sharded import Shard
+from proxytune_kernels.ops.sharded import Shard
 
 VOCAB_SIZE = 32_003
 SPLITS: tuple[tuple[float, ...], ...] = (

@@ -10,8 +10,8 @@ import typer
 
 from proxytune_kernels.cli.errors import FAILED, USAGE, expected, stop
 from proxytune_kernels.decoder import Decoder
-from proxytune_kernels.roles import ROLES
 from proxytune_kernels.trio import Trio, load_trio
+from proxytune_kernels.trio.roles import ROLES
 
 _NAMED = "Directory or hub name of the {}."
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from proxytune_kernels import sharing
 from proxytune_kernels.decoder.attention import ATTENTION_NAME
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache
 from proxytune_kernels.decoder.compiled import CompiledStep
 from proxytune_kernels.decoder.slim import slim
+from proxytune_kernels.trio import sharing
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -60,7 +60,7 @@ class Member:
         cache: its keys and values; other members may have other rows of it.
         first, stride: slot s of this member is row first + s * stride.
         rows_per_slot: 2 for expert and anti as one batch (see
-            :func:`~proxytune_kernels.decoder.adapted.adapted_pair`), whose rows alternate.
+            :func:`~proxytune_kernels.decoder.pair.shared.adapted_pair`), whose rows alternate.
         compile: run forwards of one token a row through torch.compile.
     """
 

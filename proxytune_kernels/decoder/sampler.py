@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels import ops
-from proxytune_kernels.backends import resolve
 from proxytune_kernels.decoder.request import Request
+from proxytune_kernels.ops.backends import resolve
 from proxytune_kernels.params import RowParams
 
 

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-
-from proxytune_kernels._library import LIBRARY, OPERATORS
-from proxytune_kernels._shard_library import SHARD_OPERATORS
 
 _OLDEST = (8, 0)
 
@@ -48,21 +42,3 @@ def device_unusable(index: int) -> str | None:
         return None
     found, wanted = (".".join(map(str, c)) for c in (capability, _OLDEST))
     return f"CUDA device {index} has compute capability {found}, {wanted} or later is needed"
-
-
-def operator(name: str) -> Callable[..., Any]:
-    """The Triton implementation of an operator, by its name in ``torch.ops.proxytune``."""
-    module = "shard_operators" if name in SHARD_OPERATORS else "operators"
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        operators = import_module(f"proxytune_kernels.kernels.{module}")
-        return getattr(operators, name)(*args, **kwargs)
-
-    return run
-
-
-IMPLEMENTATIONS = {name: operator(name) for name in (*OPERATORS, *SHARD_OPERATORS)}
-"""What runs each operator."""
-
-for _name, _implementation in IMPLEMENTATIONS.items():
-    LIBRARY.impl(_name, _implementation, "CUDA")

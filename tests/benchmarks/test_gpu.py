@@ -37,8 +37,8 @@ from benchmarks.gpu.targets import verdicts
 from benchmarks.gpu.timing import COLD, SINGLE, WARM, Timed
 from benchmarks.logits import KINDS
 from benchmarks.op_cases import FILTERS, VOCAB_SIZES
-from proxytune_kernels import choices
-from proxytune_kernels.choices import Choice
+from proxytune_kernels.ops import choices
+from proxytune_kernels.ops.choices import Choice
 from tests.benchmarks.gpu_device import CpuDevice
 
 PLAIN = (OURS, CUDA, EAGER, TRANSFORMERS, FLASHINFER)

@@ -34,7 +34,7 @@ from benchmarks.gpu.decoder.run import Options
 from benchmarks.gpu.decoder.shapes import INT8, TRIOS, ModelShape, TrioShape
 from benchmarks.gpu.decoder.trace import Trace, Work
 from benchmarks.providers import DecoderProvider
-from proxytune_kernels.quantization import QuantizationError
+from proxytune_kernels.trio.quantization import QuantizationError
 from tests.benchmarks.gpu_device import CpuDevice
 
 pytest.importorskip("peft", reason="the shared pair needs the extra lora")

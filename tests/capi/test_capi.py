@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import proxytune_kernels as ptk
-from proxytune_kernels.backends import backends
+from proxytune_kernels.ops.backends import backends
 from tests.capi.conftest import INCLUDE, ROOT, STRICT, link, run
 
 NUM_TOP = 9  # as in ops.c

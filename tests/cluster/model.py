@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from proxytune_kernels import _check, ops, rng
-from proxytune_kernels._library import empty_sample, empty_top, empty_verify
+from proxytune_kernels import rng
+from proxytune_kernels.ops import checks, operators
+from proxytune_kernels.ops.table import empty_sample, empty_top, empty_verify
 from tests.cluster import build
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -139,12 +140,12 @@ class Model:
         top_logprobs: Any = 0, out: Any = None, **values: Any,
     ) -> ptk.SampleOutput:  # fmt: skip
         """As ptk.sample."""
-        _check.top_logprobs(top_logprobs)
-        _check.sample(base, expert, anti, params, values, bias, allowed_mask, vocab_size, stream)
-        _check.sample_out(out, base, top_logprobs)
-        params = ops._row_params(base, params, values)
-        _check.row_params("sample", params, base)
-        width = _check.logits("sample", base, expert, anti, 2, vocab_size)
+        checks.top_logprobs(top_logprobs)
+        checks.sample(base, expert, anti, params, values, bias, allowed_mask, vocab_size, stream)
+        checks.sample_out(out, base, top_logprobs)
+        params = operators._row_params(base, params, values)
+        checks.row_params("sample", params, base)
+        width = checks.logits("sample", base, expert, anti, 2, vocab_size)
         if out is None:
             out = ptk.SampleOutput._make((*empty_sample(base), None))
             if top_logprobs:
@@ -163,24 +164,26 @@ class Model:
         allowed_mask: Any = None, vocab_size: Any = None, out: Any = None, **values: Any,
     ) -> ptk.VerifyOutput:  # fmt: skip
         """As ptk.verify."""
-        width = _check.logits("verify", base, expert, anti, 3, vocab_size)
+        width = checks.logits("verify", base, expert, anti, 3, vocab_size)
         rows, positions = base.shape[:2]
-        _check.ids("verify", "draft_token_ids", draft_token_ids, (rows, positions - 1), base.device)
-        _check.params("verify", params, values)
-        params = ops._row_params(base, params, values)
-        _check.row_params("verify", params, base)
-        _check.constraints("verify", base, bias, allowed_mask, width)
-        if mode not in ops.VERIFY_MODES:
-            raise ValueError(f"verify: mode must be one of {list(ops.VERIFY_MODES)}, got {mode!r}")
-        _check.draft_logits(draft_logits, mode, (rows, positions - 1), width, base.device)
+        checks.ids("verify", "draft_token_ids", draft_token_ids, (rows, positions - 1), base.device)
+        checks.params("verify", params, values)
+        params = operators._row_params(base, params, values)
+        checks.row_params("verify", params, base)
+        checks.constraints("verify", base, bias, allowed_mask, width)
+        if mode not in operators.VERIFY_MODES:
+            raise ValueError(
+                f"verify: mode must be one of {list(operators.VERIFY_MODES)}, got {mode!r}"
+            )
+        checks.draft_logits(draft_logits, mode, (rows, positions - 1), width, base.device)
         if out is not None:
-            _check.verify_out(out, base)
+            checks.verify_out(out, base)
         else:
             out = ptk.VerifyOutput(*empty_verify(base))
         drafts = draft_token_ids.contiguous()
         inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, width)
         args = VerifyArgs(
-            inputs, row_params, positions - 1, ops.VERIFY_MODES.index(mode), _address(drafts),
+            inputs, row_params, positions - 1, operators.VERIFY_MODES.index(mode), _address(drafts),
             drafts.stride(0), _logits(draft_logits), *map(_address, out),
         )  # fmt: skip
         self._call("cluster_verify", args, rows)

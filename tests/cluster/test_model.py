@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from proxytune_kernels.backends import backends
+from proxytune_kernels.ops.backends import backends
 from tests.cluster import build
 from tests.cluster.model import Model
 from tests.ops import oracle

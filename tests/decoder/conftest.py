@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from proxytune_kernels.backends import backends
 from proxytune_kernels.decoder import Decoder
+from proxytune_kernels.ops.backends import backends
 from proxytune_kernels.trio import Trio
 
 VOCAB_SIZE = 262

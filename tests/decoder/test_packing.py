@@ -133,7 +133,7 @@ def test_layers_that_are_not_plain_stay():
 @needs_packing
 def test_under_an_adapter():
     peft = pytest.importorskip("peft")
-    from proxytune_kernels.decoder.adapted import AdaptedPairLayer, adapted_pair
+    from proxytune_kernels.decoder.pair.shared import AdaptedPairLayer, adapted_pair
 
     anti = make_model()
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)

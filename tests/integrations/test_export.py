@@ -19,14 +19,14 @@ from transformers import Qwen2ForCausalLM as Qwen2
 from typer.testing import CliRunner
 
 import proxytune_kernels as ptk
-from proxytune_kernels.checkpoints import LoadError
 from proxytune_kernels.cli import app
 from proxytune_kernels.integrations.vllm_plugin import directory as writer
 from proxytune_kernels.integrations.vllm_plugin.export import export, serve_command
-from proxytune_kernels.vocabulary import VocabularyError
+from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.vocabulary import VocabularyError
 from tests.documents import examples
-from tests.gguf_file import tiny_qwen2, write_gguf
-from tests.test_trio import make_tokenizer
+from tests.trio.gguf_file import tiny_qwen2, write_gguf
+from tests.trio.test_trio import make_tokenizer
 
 SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
 IDS = torch.tensor([[5, 6, 7, 200, 1000]])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels import kernels
-from proxytune_kernels._library import CUDA_OPERATORS
+from proxytune_kernels.ops.table import CUDA_OPERATORS
 from tests.cluster import build
 from tests.cluster.model import Model
 

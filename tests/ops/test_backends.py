@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from benchmarks.report import RESULTS
-from proxytune_kernels import choices, cuda, kernels
-from proxytune_kernels.backends import _warn_reference, backends, resolve
-from proxytune_kernels.choices import CHOICES, Choice, choose
+from proxytune_kernels import extensions, kernels
+from proxytune_kernels.ops import choices
+from proxytune_kernels.ops.backends import _warn_reference, backends, resolve
+from proxytune_kernels.ops.choices import CHOICES, Choice, choose
 from tests.test_imports import WITHOUT
 
 NAMES = ["cpu", "triton", "cuda", "reference"]
@@ -50,8 +51,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     It has Triton and, unless told, a CUDA C++ extension that takes rows of up to V tokens, in
     verify's rejection mode half as many.
     """
-    caches = (kernels.unusable, kernels.device_unusable, cuda.missing, cuda.device_unusable,
-              cuda.max_vocab_size, cuda.device_name, _warn_reference)  # fmt: skip
+    caches = (kernels.unusable, kernels.device_unusable, extensions.missing,
+              extensions.device_unusable, extensions.max_vocab_size,
+              extensions.device_name, _warn_reference)  # fmt: skip
 
     def max_vocab_size(rejection: bool, device: int) -> int:
         return V // 2 if rejection else V
@@ -62,9 +64,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     ) -> None:  # fmt: skip
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(kernels, "find_spec", lambda name: object() if triton else None)
-        monkeypatch.setattr(cuda, "find_spec", lambda name: object() if built else None)
+        monkeypatch.setattr(extensions, "find_spec", lambda name: object() if built else None)
         monkeypatch.setattr(
-            cuda, "_extension", lambda: SimpleNamespace(max_vocab_size=max_vocab_size)
+            extensions, "_extension", lambda: SimpleNamespace(max_vocab_size=max_vocab_size)
         )
         monkeypatch.setattr(torch.version, "cuda", None if hip else cuda_version)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"NVIDIA H{i}00")
@@ -173,7 +175,7 @@ def test_a_compiled_function_takes_the_backend_for_a_constant(machine, monkeypat
     told = SimpleNamespace(cuda=SimpleNamespace(**vars(torch.cuda)), version=torch.version)
     monkeypatch.undo()  # the compiler asks torch too, and must hear the truth
     monkeypatch.setattr(kernels, "torch", told)
-    monkeypatch.setattr(cuda, "torch", told)
+    monkeypatch.setattr(extensions, "torch", told)
     monkeypatch.setattr(kernels, "find_spec", lambda name: object())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     base = logits("cuda:0")
@@ -258,7 +260,7 @@ def test_an_extension_that_does_not_load(machine, monkeypatch):
         raise ImportError("undefined symbol: aoti_torch")
 
     machine((9, 0))
-    monkeypatch.setattr(cuda, "_extension", broken)
+    monkeypatch.setattr(extensions, "_extension", broken)
     reason = "the CUDA C++ extension does not load: undefined symbol: aoti_torch"
     assert backends()["cuda"] == reason
     check_refused("cuda", "cuda:0", reason)
@@ -271,7 +273,7 @@ def test_a_device_that_nothing_was_compiled_for(machine, monkeypatch):
         raise RuntimeError("nothing was compiled for it")
 
     extension = SimpleNamespace(max_vocab_size=max_vocab_size)
-    monkeypatch.setattr(cuda, "_extension", lambda: extension)
+    monkeypatch.setattr(extensions, "_extension", lambda: extension)
     assert backends()["cuda"] == "CUDA device 0: nothing was compiled for it"
 
 
@@ -347,12 +349,12 @@ def test_every_choice_was_measured():
 def test_a_compiled_function_looks_its_shapes_up(machine, monkeypatch):
     """Widths and numbers of rows may be symbols: the table then becomes guards."""
     machine((9, 0))
-    fake, extension = SimpleNamespace(**vars(torch.cuda)), cuda._extension()
+    fake, extension = SimpleNamespace(**vars(torch.cuda)), extensions._extension()
     monkeypatch.undo()  # the compiler asks torch too, and must hear the truth
     told = SimpleNamespace(cuda=fake, version=SimpleNamespace(cuda="13.0"))
-    monkeypatch.setattr(cuda, "torch", told)
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object())
-    monkeypatch.setattr(cuda, "_extension", lambda: extension)
+    monkeypatch.setattr(extensions, "torch", told)
+    monkeypatch.setattr(extensions, "find_spec", lambda name: object())
+    monkeypatch.setattr(extensions, "_extension", lambda: extension)
     monkeypatch.setattr(kernels, "unusable", lambda: None)
     monkeypatch.setattr(kernels, "device_unusable", lambda index: None)
     line = Choice("NVIDIA", "sample", (9, 2 * V), (1, 3), "cuda", "none")

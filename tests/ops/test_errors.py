@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import proxytune_kernels as ptk
-from proxytune_kernels import kernels
-from proxytune_kernels._library import SAMPLE_OUTPUTS
-from proxytune_kernels.backends import backends
+from proxytune_kernels.ops.backends import IMPLEMENTATIONS, backends
+from proxytune_kernels.ops.table import SAMPLE_OUTPUTS
 from tests.ops.conftest import WIDEST, Backend, move, sized
 
 X = torch.zeros(2, 8)
@@ -334,7 +333,7 @@ def test_message(name, op, args, kwargs, error, text):
 
 def operator(backend: Backend, name: str) -> Any:
     """What a direct caller of torch.ops calls, with tensors of the CPU."""
-    direct = kernels.IMPLEMENTATIONS if backend.interpreted else vars(torch.ops.proxytune)
+    direct = IMPLEMENTATIONS if backend.interpreted else vars(torch.ops.proxytune)
     call = direct[name]
 
     def run(*args: Any, **kwargs: Any) -> Any:

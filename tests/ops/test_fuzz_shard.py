@@ -18,7 +18,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels import rng
-from proxytune_kernels.sharded.rows import Finished, first_keys
+from proxytune_kernels.ops.sharded.rows import Finished, first_keys
 from tests.ops import test_fuzz as fuzz
 from tests.ops.conftest import KERNELS, Backend
 from tests.ops.test_shard import good, operator, same_draws

@@ -65,8 +65,8 @@ def _extrema_kernel(x, y, larger, smaller, highest, N: tl.constexpr):
 
 
 def launch(kernel, *arguments, **constants) -> None:
-    from proxytune_kernels.kernels import operators  # noqa: F401  (corrects the interpreter)
     from proxytune_kernels.kernels._common import OPTIONS
+    from proxytune_kernels.ops import triton_backend  # noqa: F401  (corrects the interpreter)
 
     kernel[(1,)](*arguments, **constants, **OPTIONS)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from proxytune_kernels._library import empty_sample
+from proxytune_kernels.ops.table import empty_sample
 from tests.ops import oracle
 from tests.ops.conftest import NEEDS_TRITON, Backend, move
 
@@ -36,11 +36,9 @@ ALONE, NARROWED_ALONE = Way("alone", False), Way("alone", True)
 
 def sample(base: Tensor, **values: Any) -> tuple[ptk.SampleOutput, list[Way]]:
     """``sample`` of base alone, and the ways of its rows."""
-    from proxytune_kernels.kernels import (
-        _row,
-        operators,  # noqa: F401  (corrects the interpreter)
-    )
+    from proxytune_kernels.kernels import _row
     from proxytune_kernels.kernels.sample import inputs, launch_sample
+    from proxytune_kernels.ops import triton_backend  # noqa: F401  (corrects the interpreter)
 
     base = move(base, TRITON.device)
     params = ptk.RowParams.make(len(base), device=base.device, **values)

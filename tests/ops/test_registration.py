@@ -9,7 +9,7 @@ import torch
 
 import proxytune_kernels as ptk
 from proxytune_kernels import reference
-from proxytune_kernels._library import CUDA_OPERATORS, OPERATORS
+from proxytune_kernels.ops.table import CUDA_OPERATORS, OPERATORS
 from tests.ops import oracle
 from tests.ops.conftest import NEEDS_CUDA, WIDEST, move
 

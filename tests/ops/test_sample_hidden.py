@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from proxytune_kernels import _cpu_heads
+from proxytune_kernels.ops import cpu_heads
 from tests.ops import oracle
 from tests.ops.conftest import (
     BACKENDS,
@@ -318,13 +318,13 @@ def test_x_on_the_cpu_is_the_same_bits_everywhere(dtype):
     whole = []
     for backend in CPUS:
         backend.use()
-        whole.append(_cpu_heads.combined((heads[0], heads[1], heads[2]), alpha, None, 500))
+        whole.append(cpu_heads.combined((heads[0], heads[1], heads[2]), alpha, None, 500))
     for other in whole[1:]:
         oracle.assert_same(whole[0], other)
     torch.set_num_threads(3)
     for rows, width in ((slice(0, 1), 500), (slice(3, 9), 499), (slice(12, 13), 97)):
         part = [h._replace(hidden=h.hidden[rows]) for h in heads]
-        x = _cpu_heads.combined((part[0], part[1], part[2]), alpha[rows], None, width)
+        x = cpu_heads.combined((part[0], part[1], part[2]), alpha[rows], None, width)
         oracle.assert_same(x, whole[0][rows, :width])
     CPUS[-1].use()
 

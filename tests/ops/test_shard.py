@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from proxytune_kernels import kernels, reference, rng
-from proxytune_kernels._shard_library import NUM_WORDS, SHARD_OPERATORS
-from proxytune_kernels.sharded.rows import Finished, first_keys
+from proxytune_kernels import reference, rng
+from proxytune_kernels.ops.backends import IMPLEMENTATIONS
+from proxytune_kernels.ops.shard_table import NUM_WORDS, SHARD_OPERATORS
+from proxytune_kernels.ops.sharded.rows import Finished, first_keys
 from tests.ops import oracle
 from tests.ops.conftest import KERNELS, Backend, _use, move, sized
 
@@ -31,9 +32,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 def operator(kernel: Backend, name: str) -> Callable[..., Any]:
     """The operator of a backend; tensors come and go on the CPU."""
-    run = (
-        kernels.IMPLEMENTATIONS[name] if kernel.interpreted else getattr(torch.ops.proxytune, name)
-    )
+    run = IMPLEMENTATIONS[name] if kernel.interpreted else getattr(torch.ops.proxytune, name)
 
     def call(*arguments: Any) -> Any:
         return move(run(*move(arguments, kernel.device)), "cpu")

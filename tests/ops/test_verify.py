@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 import proxytune_kernels as ptk
-from proxytune_kernels._library import SAMPLE_OUTPUTS
+from proxytune_kernels.ops.table import SAMPLE_OUTPUTS
 from tests.ops import oracle
 from tests.ops.conftest import Backend, sized
 

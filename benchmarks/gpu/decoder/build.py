@@ -45,7 +45,7 @@ def int8_linear(layer: Module) -> Module:
     Raises:
         QuantizationError: torchao is not installed.
     """
-    from proxytune_kernels.quantization import quantize
+    from proxytune_kernels.trio.quantization import quantize
 
     return quantize(_Alone(layer), "int8").layer
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from proxytune_kernels.integrations.hf.inputs import Prompts, positions, prompt_columns
-from proxytune_kernels.roles import ROLES
+from proxytune_kernels.trio.roles import ROLES
 
 Maker = Callable[[Any], Cache]
 """A model's configuration -> its empty cache."""

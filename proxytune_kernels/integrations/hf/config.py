@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from proxytune_kernels.roles import ROLES
+from proxytune_kernels.trio.roles import ROLES
 
 SUB_CONFIGS = {role: f"{role}_config" for role in ROLES}
 """Role -> name of its model's configuration within the trio's."""

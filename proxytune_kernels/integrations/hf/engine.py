@@ -15,7 +15,7 @@ from proxytune_kernels.decoder.graphs import power_of_two
 from proxytune_kernels.integrations.hf.modeling import ProxyTunedForCausalLM
 from proxytune_kernels.integrations.hf.requests import Call, Refused, read_call
 from proxytune_kernels.trio import Trio
-from proxytune_kernels.vocabulary import Agreement
+from proxytune_kernels.trio.vocabulary import Agreement
 
 _FEWEST_TOKENS = 256
 

@@ -13,7 +13,7 @@ from proxytune_kernels.integrations.hf.caching import RoleCaches, cache_maker
 from proxytune_kernels.integrations.hf.inputs import OWN_ARGUMENTS, checked_alpha, prompts_of
 from proxytune_kernels.integrations.hf.row_engine import RowEngine
 from proxytune_kernels.integrations.hf.rows import Rows
-from proxytune_kernels.roles import ROLES
+from proxytune_kernels.trio.roles import ROLES
 
 # Its methods are typed for models that have no other parent.
 _Generation: Any = GenerationMixin

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune_kernels.roles import PAIR
+from proxytune_kernels.trio.roles import PAIR
 
 PROMPT_ARGUMENTS = tuple(f"{role}_{name}" for role in PAIR for name in ("input_ids",
                          "attention_mask"))  # fmt: skip

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
-from proxytune_kernels.adapters import adapter_parameters, is_adapter
-from proxytune_kernels.checkpoints import load_tokenizer, resolve
 from proxytune_kernels.integrations.hf.config import ProxyTunedConfig
 from proxytune_kernels.integrations.hf.inputs import refuse
-from proxytune_kernels.loading import load_models, load_options
-from proxytune_kernels.quantization import quantization_of
-from proxytune_kernels.roles import ROLES, check_known
+from proxytune_kernels.trio.adapters import adapter_parameters, is_adapter
+from proxytune_kernels.trio.checkpoints import load_tokenizer, resolve
+from proxytune_kernels.trio.loading import load_models, load_options
+from proxytune_kernels.trio.quantization import quantization_of
+from proxytune_kernels.trio.roles import ROLES, check_known
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 

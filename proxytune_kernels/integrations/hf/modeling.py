@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from proxytune_kernels.adapters import unwrapped
-from proxytune_kernels.describe import model_info
 from proxytune_kernels.integrations.hf.caching import (
     RoleCaches,
     cache_maker,
@@ -33,8 +31,10 @@ from proxytune_kernels.integrations.hf.manifest import SavedByName
 from proxytune_kernels.integrations.hf.row_engine import RowEngine
 from proxytune_kernels.integrations.hf.rows import Rows
 from proxytune_kernels.integrations.hf.sampling import FusedSampling
-from proxytune_kernels.roles import ROLES
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.adapters import unwrapped
+from proxytune_kernels.trio.describe import model_info
+from proxytune_kernels.trio.roles import ROLES
 
 
 class ProxyTunedForCausalLM(  # type: ignore[misc]

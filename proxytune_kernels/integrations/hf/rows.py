@@ -17,7 +17,7 @@ from transformers import Cache
 
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.integrations.hf.inputs import Prompts, unpadded
-from proxytune_kernels.roles import ROLES
+from proxytune_kernels.trio.roles import ROLES
 
 
 class Rows(Cache):

@@ -13,11 +13,11 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-from proxytune_kernels.checkpoints import load_tokenizer
 from proxytune_kernels.integrations.vllm_plugin import admission
 from proxytune_kernels.integrations.vllm_plugin.members import member_configs
 from proxytune_kernels.integrations.vllm_plugin.settings import ProxyTuning
-from proxytune_kernels.vocabulary import RoleVocabulary, VocabularyError, agree
+from proxytune_kernels.trio.checkpoints import load_tokenizer
+from proxytune_kernels.trio.vocabulary import RoleVocabulary, VocabularyError, agree
 
 logger = init_logger(f"vllm.{__name__}")
 

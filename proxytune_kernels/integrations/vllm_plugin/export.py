@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxytune_kernels.checkpoints import LoadError, load_tokenizer
 from proxytune_kernels.integrations.vllm_plugin import ARCHITECTURE
 from proxytune_kernels.integrations.vllm_plugin.directory import check_out, place, replaced
 from proxytune_kernels.integrations.vllm_plugin.sources import (
@@ -28,7 +27,8 @@ from proxytune_kernels.integrations.vllm_plugin.sources import (
     open_sources,
 )
 from proxytune_kernels.params import check_alpha
-from proxytune_kernels.roles import PAIR
+from proxytune_kernels.trio.checkpoints import LoadError, load_tokenizer
+from proxytune_kernels.trio.roles import PAIR
 
 # Copied where they are there: of every role, and of the tokenizer.
 _CONFIG_FILES = ("generation_config.json", "quantize_config.json", "hf_quant_config.json")

@@ -12,7 +12,7 @@ from vllm.config.utils import replace
 from vllm.model_executor.model_loader.utils import initialize_model
 
 from proxytune_kernels.integrations.vllm_plugin.settings import ProxyTuning
-from proxytune_kernels.roles import ROLES
+from proxytune_kernels.trio.roles import ROLES
 
 
 def member_config(model_config: Any, settings: ProxyTuning, role: str, **changes: Any) -> Any:

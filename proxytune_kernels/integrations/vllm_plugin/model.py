@@ -24,7 +24,7 @@ from proxytune_kernels import ops
 from proxytune_kernels.integrations.vllm_plugin import alpha as alphas
 from proxytune_kernels.integrations.vllm_plugin.members import make_member, member_configs
 from proxytune_kernels.integrations.vllm_plugin.settings import ProxyTuning
-from proxytune_kernels.roles import PAIR
+from proxytune_kernels.trio.roles import PAIR
 
 logger = init_logger(f"vllm.{__name__}")
 

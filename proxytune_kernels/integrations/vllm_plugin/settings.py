@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from proxytune_kernels.checkpoints import resolve
 from proxytune_kernels.params import check_alpha
+from proxytune_kernels.trio.checkpoints import resolve
 
 _WHERE = "proxy_tuning in config.json (or in --hf-overrides)"
 # In place of proxy_tuning in a member's own configuration: a trio has no trio among its members.

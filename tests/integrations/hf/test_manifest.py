@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import proxytune_kernels as ptk
-from proxytune_kernels.checkpoints import LoadError
 from proxytune_kernels.integrations.hf import ProxyTunedConfig, ProxyTunedForCausalLM
-from proxytune_kernels.quantization import quantization_of
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.quantization import quantization_of
 from tests.decoder.conftest import byte_tokenizer, tiny_llama
 from tests.integrations.hf.conftest import PLAIN
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
 from proxytune_kernels.integrations.hf.row_engine import RowEngine
 from proxytune_kernels.trio import Trio
-from proxytune_kernels.vocabulary import VocabularyError
+from proxytune_kernels.trio.vocabulary import VocabularyError
 from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama
 from tests.integrations.hf.conftest import ALPHA, PLAIN
 

@@ -1,0 +1,165 @@
+"""Opens the models of a trio: merged or beside their weights, placed, quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from proxytune_kernels.trio import adapters
+from proxytune_kernels.trio.checkpoints import (
+    LoadError,
+    LoadOptions,
+    check_device_map,
+    check_dtype,
+    open_checkpoint,
+    resolve,
+)
+from proxytune_kernels.trio.quantization import QuantizationError, check_quantization, quantize
+from proxytune_kernels.trio.roles import PAIR, ROLES, check_known, per_role
+
+__all__ = ["LoadError", "LoadOptions", "load_models", "load_options"]
+
+# The expert beside the anti's weights is where and what these are.
+_SHARED = ("dtype", "device", "device_map", "quantize")
+
+
+def load_options(
+    role: str,
+    *,
+    dtype: Any,
+    device: Any,
+    device_map: Any,
+    quantize: Mapping[str, str | None],
+    gguf_file: Mapping[str, str],
+    trust_remote_code: bool,
+) -> LoadOptions:
+    """What the arguments of ``load_trio`` say for one role.
+
+    Raises:
+        ValueError: names the argument and the role, what it got and what it wanted.
+    """
+    if quantize.get(role) is not None:
+        check_quantization(f"quantize of {role}", quantize[role])
+    device, device_map = _placement(role, device, device_map)
+    return LoadOptions(
+        dtype=check_dtype(role, per_role("dtype", dtype, role)),
+        device=device,
+        device_map=device_map,
+        quantize=quantize.get(role),
+        gguf_file=gguf_file.get(role),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _placement(role: str, device: Any, device_map: Any) -> tuple[Any, Any]:
+    """A role's device, or its device map: one of them is None."""
+    each = isinstance(device_map, Mapping) and bool(set(device_map) & set(ROLES))
+    if each:
+        check_known("device_map", device_map)
+    spread = device_map.get(role) if each else device_map
+    if spread is None:
+        return "cpu" if device is None else per_role("device", device, role), None
+    if isinstance(device, Mapping):
+        check_known("device", device)
+        own = device.get(role)
+    else:
+        # One device for all roles is for those that the device map does not name.
+        own = None if each else device
+    if own is not None:
+        raise ValueError(
+            f"device of {role} must not be given with a device_map of {role}, got {own!r} and "
+            f"{spread!r}"
+        )
+    return None, check_device_map(role, spread)
+
+
+def load_models(
+    references: Mapping[str, str], options: Mapping[str, LoadOptions], *, merge_adapter: bool
+) -> dict[str, Any]:
+    """The models of a trio in evaluation mode.
+
+    Args:
+        references: role -> a directory or hub name. A directory with a LoRA adapter (PEFT) stands
+            for the model that it names, a path relative to its own or a hub name, with the adapter
+            merged into its weights.
+        options: role -> how its model is opened.
+        merge_adapter: False keeps the expert's adapter apart, over the anti's weights: expert and
+            anti are then two models that hold the same tensors.
+
+    Returns:
+        role -> transformers causal LM, in the order of ``references``.
+
+    Raises:
+        LoadError: names the role, what was asked for and the reason.
+    """
+    if merge_adapter:
+        return {role: _load(role, ref, options[role]) for role, ref in references.items()}
+    expert = references.get("expert")
+    if expert is None or not adapters.is_adapter(expert):
+        raise LoadError(
+            f"merge_adapter=False needs expert to be a directory with a LoRA adapter, "
+            f"got {expert!r}"
+        )
+    for name in _SHARED:
+        ours, theirs = (getattr(options[role], name) for role in PAIR)
+        if ours != theirs:
+            raise LoadError(
+                f"{name} of expert must be that of anti, whose weights it shares with "
+                f"merge_adapter=False, got {ours!r} and {theirs!r}"
+            )
+    loaded = {r: _load(r, ref, options[r]) for r, ref in references.items() if r == "base"}
+    loaded |= _load_pair(Path(expert), references["anti"], options["anti"])
+    return {role: loaded[role] for role in references}
+
+
+def _load(role: str, reference: str, options: LoadOptions) -> Any:
+    return _place(role, _open(role, reference, options), options)
+
+
+def _load_pair(directory: Path, reference: str, options: LoadOptions) -> dict[str, Any]:
+    anti = _open("anti", reference, options)
+    _check_same_checkpoint(directory, anti, reference, options)
+    anti = _place("anti", anti, options)
+    return {"expert": adapters.beside("expert", anti, directory), "anti": anti}
+
+
+def _open(role: str, reference: str, options: LoadOptions) -> Any:
+    if not adapters.is_adapter(reference):
+        return open_checkpoint(role, reference, options)
+    directory = Path(reference)
+    named = resolve(adapters.named_checkpoint(role, directory), directory)
+    model = open_checkpoint(role, named, replace(options, gguf_file=None))
+    return adapters.merged(role, model, directory)
+
+
+def _place(role: str, model: Any, options: LoadOptions) -> Any:
+    if options.quantize is not None:
+        try:
+            quantize(model, options.quantize, device=options.device)
+        except QuantizationError as error:
+            raise LoadError(f"quantize of {role}: {error}") from error
+    elif options.device is not None:
+        model.to(options.device)
+    return model.eval()
+
+
+def _check_same_checkpoint(
+    directory: Path, anti: Any, reference: str, options: LoadOptions
+) -> None:
+    """Check that the expert's adapter was trained on the anti, by its name or by its weights."""
+    named = resolve(adapters.named_checkpoint("expert", directory), directory)
+    if named == reference or (
+        Path(named).exists() and Path(reference).exists() and Path(named).samefile(reference)
+    ):
+        return
+    wanted = f"anti must be the model that expert's adapter names, {named!r}, or have its weights"
+    plain = replace(options, device="cpu", device_map=None, gguf_file=None)
+    try:
+        other = open_checkpoint("expert", named, plain)
+    except LoadError as error:
+        raise LoadError(f"{wanted}, got {reference!r}; to compare them, {error}") from error
+    differing = adapters.first_difference(anti, other)
+    if differing is not None:
+        raise LoadError(f"{wanted}, got {reference!r} with another {differing}")

@@ -1,0 +1,275 @@
+"""The trio: three models, their tokenizers and prompts, and the vocabulary they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proxytune_kernels.trio.adapters import adapter_parameters, tokenizer_directory, unwrapped
+from proxytune_kernels.trio.checkpoints import LoadOptions, load_tokenizer, resolve
+from proxytune_kernels.trio.describe import model_info
+from proxytune_kernels.trio.loading import load_models, load_options
+from proxytune_kernels.trio.prompts import PROMPT_STYLES, tokenize
+from proxytune_kernels.trio.roles import ROLES, check_known, check_roles
+from proxytune_kernels.trio.trio_file import named_models, read_source
+from proxytune_kernels.trio.vocabulary import Agreement, RoleVocabulary, VocabularyError, agree
+
+
+@dataclass(frozen=True)
+class Trio:
+    """Three causal LMs over one vocabulary, ready to decode; or the base alone.
+
+    Made by :func:`load_trio`, or from models in memory by :meth:`from_models`.
+
+    Args:
+        models: role -> transformers causal LM, in the order base, expert, anti.
+        tokenizers: role -> its tokenizer; the base's decodes the output.
+        prompts: role -> ``"plain"`` or ``"chat"`` (see :func:`~trio.prompts.tokenize`).
+        agreement: the shared vocabulary.
+        eos_token_ids: tokens that end a request.
+    """
+
+    models: Mapping[str, Any]
+    tokenizers: Mapping[str, Any]
+    prompts: Mapping[str, str]
+    agreement: Agreement
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_models(
+        cls,
+        base: Any,
+        expert: Any = None,
+        anti: Any = None,
+        tokenizer: Any = None,
+        *,
+        prompts: Mapping[str, str] | None = None,
+    ) -> Trio:
+        """Make a trio of models in memory.
+
+        Args:
+            base, expert, anti: transformers causal LMs; expert and anti both, or neither. The
+                expert may be a PEFT model with a LoRA adapter: taken is the causal LM in it, a copy
+                that shares its tensors, the adapter's weights cast to the dtype of their layers.
+            tokenizer: one for all roles, or a mapping from role to tokenizer.
+            prompts: role -> ``"plain"`` (default) or ``"chat"``.
+
+        A request ends at the end-of-sequence tokens of the base's generation_config and of its
+        tokenizer. An expert tuned with a chat template may end its turn with another token: pass
+        that one in ``stop_token_ids``.
+
+        Raises:
+            ValueError: names the argument, what it got and what it wanted.
+            VocabularyError: the roles disagree on the meaning of an id.
+        """
+        if expert is not None:
+            expert = unwrapped("expert", expert)
+        given = {"base": base, "expert": expert, "anti": anti}
+        models = {role: model for role, model in given.items() if model is not None}
+        check_roles(models)
+        if anti is not None and adapter_parameters(anti):
+            # PEFT puts an adapter into the very model that it is given.
+            raise ValueError(
+                "anti must be the model without the adapter, got one with LoRA layers in it: "
+                "give PEFT another one (a copy), or load the anti anew"
+            )
+        if tokenizer is None:
+            raise ValueError(
+                "tokenizer must be a tokenizer or a mapping from role to one, got None"
+            )
+        tokenizers = {
+            r: tokenizer[r] if isinstance(tokenizer, Mapping) else tokenizer for r in models
+        }
+        widths = {r: m.get_output_embeddings().weight.shape[0] for r, m in models.items()}
+        agreement = agree({r: RoleVocabulary.of(tokenizers[r], widths[r]) for r in models})
+        eos = eos_token_ids(models["base"].generation_config, tokenizers["base"], agreement)
+        return cls(models, tokenizers, _prompt_styles(prompts, tuple(models)), agreement, eos)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles there are: base, expert, anti; or base alone."""
+        return tuple(self.models)
+
+    @property
+    def base(self) -> Any:
+        """The large untuned model."""
+        return self.models["base"]
+
+    @property
+    def expert(self) -> Any:
+        """The small tuned model, or None."""
+        return self.models.get("expert")
+
+    @property
+    def anti(self) -> Any:
+        """The small untuned model, or None."""
+        return self.models.get("anti")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, which decodes the output."""
+        return self.tokenizers["base"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that mean the same to all roles; no other id is ever produced."""
+        return self.agreement.vocab_size
+
+    def tokenize(self, prompt: Any) -> dict[str, list[int]]:
+        """Token ids of a prompt for each role; see :func:`~trio.prompts.tokenize`."""
+        widths = {
+            role: model.get_input_embeddings().weight.shape[0]
+            for role, model in self.models.items()
+        }
+        return tokenize(prompt, self.tokenizers, self.prompts, widths)
+
+    def info(self) -> dict[str, Any]:
+        """What was loaded and agreed, as plain values for printing or JSON."""
+        return {
+            "roles": {role: model_info(model) for role, model in self.models.items()},
+            "vocab_size": self.vocab_size,
+            "vocabulary_notes": list(self.agreement.notes),
+            "eos_token_ids": list(self.eos_token_ids),
+            "prompts": dict(self.prompts),
+        }
+
+
+def load_trio(
+    source: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    expert: str | Path | None = None,
+    anti: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
+    device: str | torch.device | Mapping[str, str | torch.device] | None = None,
+    device_map: Any = None,
+    quantize: str | Mapping[str, str | None] | None = None,
+    merge_adapter: bool | None = None,
+    prompts: Mapping[str, str] | None = None,
+    gguf_file: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> Trio:
+    """Open a trio and agree its vocabulary.
+
+    Args:
+        source: ``"shipped"``, or a directory with a trio.json; or name the roles instead.
+        base, expert, anti: a directory (a checkpoint in safetensors or GGUF, or a LoRA adapter in
+            PEFT format) or a hub name; they replace the source's. Expert and anti may both be left
+            out: the base alone, unsteered.
+        tokenizer: directory or hub name of one for all roles; without it each role's directory has
+            its own, and they are compared.
+        dtype: of the weights, "auto" for the checkpoint's; or one per role.
+        device: or one per role; the CPU if it is not given.
+        device_map: what transformers' ``from_pretrained`` takes to spread a model's layers, by
+            accelerate: ``"auto"``, or a mapping from module names to devices; or one per role. A
+            role has a device or a device map.
+        quantize: ``"int8"`` or ``"int4"``, or role -> one of them or None, as
+            :func:`proxytune_kernels.quantize` does it; replaces what the source says for a role.
+        merge_adapter: False keeps an expert that is a LoRA adapter beside the anti's weights:
+            expert and anti then hold the same tensors, and what is said of dtype, device and
+            quantisation is the same for both. The adapter must have been trained on the anti. None
+            is what the source says, and True if it says nothing.
+        prompts: role -> ``"plain"`` or ``"chat"``; replaces the source's, plain if neither says.
+        gguf_file: role -> name of the GGUF file in its directory, unpacked to ``dtype``.
+        trust_remote_code: run modelling code that comes with a checkpoint.
+
+    Raises:
+        ValueError: names the argument, what it got and what it wanted.
+        LoadError: a model or tokenizer that can't be opened, with the reason.
+        VocabularyError: the roles disagree on the meaning of an id; names the first ones.
+
+    Example:
+        >>> trio = load_trio("shipped")
+        >>> sorted(trio.tokenize("Hello"))
+        ['anti', 'base', 'expert']
+
+    Source: Liu et al. 2024, arXiv 2401.08565; docs/loading.md.
+    """
+    directory, settings = read_source(source)
+    references = named_models(settings, directory, base=base, expert=expert, anti=anti)
+    gguf = {**settings.get("gguf_file", {}), **(gguf_file or {})}
+    check_known("gguf_file", gguf)
+    quantizations = {**_quantizations(settings.get("quantize")), **_quantizations(quantize)}
+    options = {
+        role: load_options(
+            role,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            quantize=quantizations,
+            gguf_file=gguf,
+            trust_remote_code=trust_remote_code,
+        )
+        for role in references
+    }
+    merge = settings.get("merge_adapter", True) if merge_adapter is None else merge_adapter
+    models = load_models(references, options, merge_adapter=merge)
+    if tokenizer is None and "tokenizer" in settings:
+        tokenizer = resolve(settings["tokenizer"], directory)
+    tokenizers = _tokenizers(references, options, tokenizer)
+    styles = {**settings.get("prompts", {}), **(prompts or {})}
+    return Trio.from_models(**models, tokenizer=tokenizers, prompts=styles)
+
+
+def _quantizations(quantize: Any) -> dict[str, str | None]:
+    """Role -> quantisation, for the roles of which ``quantize`` says something."""
+    if quantize is None:
+        return {}
+    if isinstance(quantize, Mapping):
+        check_known("quantize", quantize)
+        return dict(quantize)
+    return dict.fromkeys(ROLES, quantize)
+
+
+def _tokenizers(
+    references: Mapping[str, str], options: Mapping[str, LoadOptions], shared: str | Path | None
+) -> dict[str, Any]:
+    trusted = options["base"].trust_remote_code
+    if shared is not None:
+        one = load_tokenizer("tokenizer", str(shared), gguf_file=None, trust_remote_code=trusted)
+        return dict.fromkeys(references, one)
+    return {
+        role: load_tokenizer(
+            f"tokenizer of {role}",
+            tokenizer_directory(role, reference),
+            gguf_file=options[role].gguf_file,
+            trust_remote_code=trusted,
+        )
+        for role, reference in references.items()
+    }
+
+
+def _prompt_styles(prompts: Mapping[str, str] | None, roles: tuple[str, ...]) -> dict[str, str]:
+    given = prompts or {}
+    check_known("prompts", given)
+    for role, style in given.items():
+        if style not in PROMPT_STYLES:
+            raise ValueError(
+                f"prompts of {role} must be one of {', '.join(PROMPT_STYLES)}, got {style!r}"
+            )
+    return {role: given.get(role, "plain") for role in roles}
+
+
+def eos_token_ids(generation_config: Any, tokenizer: Any, agreement: Agreement) -> tuple[int, ...]:
+    """Tokens that end a request: those of the base's generation_config (or None) and tokenizer.
+
+    Raises:
+        VocabularyError: there are some, and no role can produce any of them.
+    """
+    named = generation_config.eos_token_id if generation_config is not None else None
+    listed = [named] if isinstance(named, int) else list(named or ())
+    if tokenizer.eos_token_id is not None:
+        listed.append(tokenizer.eos_token_id)
+    eos = tuple(dict.fromkeys(listed))
+    cut = [i for i in eos if i >= agreement.vocab_size]
+    if eos and len(cut) == len(eos):
+        raise VocabularyError(
+            f"base must end its text with a token that all roles have, got {cut} past the shared "
+            f"vocabulary of {agreement.vocab_size} ids"
+        )
+    return tuple(i for i in eos if i < agreement.vocab_size)

@@ -1,0 +1,194 @@
+"""Two checkpoints as one model against each of them alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from proxytune_kernels.decoder.pair.batched import stacked_pair
+from proxytune_kernels.decoder.pair.shared import PairError
+from proxytune_kernels.decoder.slim import slim
+
+VOCAB_SIZE = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+GPT2: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
+OPT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48,
+    "num_attention_heads": 4, "word_embed_proj_dim": 32,
+}  # fmt: skip
+# Biases; norms of heads; scaled, tied embeddings and norms by 1 + weight; layer norms.
+ARCHITECTURES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, **BIASES)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**SIZES, head_dim=8, tie_word_embeddings=True)),
+    "phi": (PhiForCausalLM, PhiConfig(**SIZES)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2)),
+    "opt": (OPTForCausalLM, OPTConfig(**OPT)),
+}
+
+
+def make_model(architecture: str, seed: int, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(seed)
+    kind, config = ARCHITECTURES[architecture]
+    model = kind(copy.deepcopy(config))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype).eval()
+
+
+def token_ids(rows: int, queries: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(VOCAB_SIZE, (rows, queries), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, **keywords: Any) -> Tensor:
+    return model(ids, use_cache=False, **keywords).logits
+
+
+def check(pair: Any, expert: Any, anti: Any, ids: Tensor, **keywords: Any) -> None:
+    found = logits(pair, ids, **keywords)
+    # Sums in fp64 in another order; norms round to fp32, each time 2^-24 of values of some tens.
+    for rows, model in ((found[0::2], expert), (found[1::2], anti)):
+        wanted = logits(model, ids, **keywords)
+        wanted = wanted[0::2] if model is expert else wanted[1::2]
+        torch.testing.assert_close(rows, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 5), (6, 1), (6, 4)], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi"])
+def test_rows_are_those_of_each_model(architecture, shape):
+    expert, anti = (make_model(architecture, seed) for seed in (0, 1))
+    pair = stacked_pair(expert, anti)
+    for _ in range(2):
+        check(pair, expert, anti, token_ids(*shape))
+        # The last tokens of several lie apart in memory.
+        check(pair, expert, anti, token_ids(*shape), logits_to_keep=1)
+        slim(pair)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_products_in_bf16_are_exact_to_their_rounding(rows, bias):
+    both = [make_model("llama", seed, torch.bfloat16) for seed in (0, 1)]
+    layers: list[Any] = [model.model.layers[0].mlp.down_proj for model in both]
+    if not bias:
+        for layer in layers:
+            layer.bias = None
+    layer = stacked_pair(*both).model.layers[0].mlp.down_proj
+    torch.manual_seed(2)
+    x = torch.randn(rows, 3, layer.in_features).bfloat16()
+    with torch.inference_mode():
+        found = layer(x).double()
+    for row, model in enumerate([*layers] * (rows // 2)):
+        weight, inputs = model.weight.double(), x[row].double()
+        shift = model.bias.double() if bias else weight.new_zeros(1)
+        y = inputs @ weight.T + shift
+        size = inputs.abs() @ weight.abs().T + shift.abs()
+        # fp32 sums of n + 1 terms in any order, rounded to bf16 once.
+        bound = 2.0**-8 * y.abs() + (layer.in_features + 2) * 2.0**-24 * size
+        assert bool(((found[row] - y).abs() <= bound).all())
+
+
+def test_equal_layers_serve_both_as_they_are():
+    expert = make_model("llama", 0)
+    anti = copy.deepcopy(expert)
+    changed = anti.model.layers[1]
+    for layer in (changed.mlp.up_proj, changed.input_layernorm):
+        nn.init.normal_(layer.weight)
+    nn.init.ones_(changed.self_attn.q_proj.bias)
+    pair = stacked_pair(expert, anti)
+    check(pair, expert, anti, token_ids(4, 3))
+    held = {id(p) for p in pair.parameters()}
+    given = {id(p) for p in expert.parameters()}
+    # Weight and bias of two linear layers, the weight of a norm.
+    assert len(held - given) == 5
+    assert len(given - held) == 5
+
+
+def test_the_given_models_are_left_as_they_were():
+    expert, anti = (make_model("gemma3", seed) for seed in (0, 1))
+    kinds = [type(module) for module in expert.modules()]
+    before = [p.clone() for model in (expert, anti) for p in model.parameters()]
+    pair = stacked_pair(expert, anti)
+    slim(pair)
+    logits(pair, token_ids(2, 3))
+    assert [type(module) for module in expert.modules()] == kinds
+    after = [p for model in (expert, anti) for p in model.parameters()]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert pair.config is not expert.config
+
+
+def test_the_pair_compiles_as_one_graph():
+    expert, anti = (make_model("llama", seed) for seed in (0, 1))
+    pair = stacked_pair(expert, anti)
+    ids = token_ids(4, 1)
+    with torch.inference_mode():
+        compiled = torch.compile(pair, fullgraph=True, backend="aot_eager")
+        found = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(found, logits(pair, ids), rtol=0, atol=1e-5)
+
+
+def refuse(expert: Any, anti: Any, message: str) -> None:
+    with pytest.raises(PairError, match=message):
+        stacked_pair(expert, anti)
+
+
+def test_unknown_layers_are_refused():
+    refuse(make_model("gpt2", 0), make_model("gpt2", 1), r"Conv1D at transformer\.h\.0\.attn\.c_")
+    # An embedding in name, whose ids are counted from a mask.
+    refuse(make_model("opt", 0), make_model("opt", 1), r"PositionalEmbedding at .* another weight")
+    expert, anti = make_model("llama", 0), make_model("llama", 1)
+    own = expert.model.layers[0].mlp.up_proj
+    own.forward = own.forward
+    refuse(expert, anti, r"Linear at model\.layers\.0\.mlp\.up_proj with another bias, weight")
+
+
+def test_torchs_own_norm_is_refused():
+    expert, anti = make_model("llama", 0), make_model("llama", 1)
+    for model in (expert, anti):
+        model.model.norm = nn.RMSNorm(32, dtype=torch.float64)
+    nn.init.zeros_(anti.model.norm.weight)
+    refuse(expert, anti, r"RMSNorm at model\.norm with another weight")
+
+
+def test_models_that_differ_in_more_are_refused():
+    expert, anti = make_model("llama", 0), make_model("llama", 1)
+    refuse(expert, make_model("qwen3", 1), "of one class, got LlamaForCausalLM and Qwen3")
+    refuse(expert, copy.deepcopy(anti).float(), r"of one kind, got .* torch\.float64 .* and weight")
+    other = copy.deepcopy(anti)
+    other.config.rope_parameters["rope_theta"] = 7.0
+    refuse(expert, other, "one configuration, got rope_parameters")
+    anti.model.rotary_emb.inv_freq *= 2
+    refuse(expert, anti, r"LlamaRotaryEmbedding at model\.rotary_emb with another inv_freq")
+    scaled = make_model("gemma3", 1)
+    scaled.model.embed_tokens.embed_scale *= 2
+    refuse(
+        make_model("gemma3", 0), scaled, r"ScaledWordEmbedding at .* another embed_scale, weight"
+    )
+    fewer = make_model("llama", 1)
+    fewer.model.layers[1].mlp.down_proj = nn.Identity()
+    refuse(expert, fewer, r"got .* and none in model\.layers\.1\.mlp\.down_proj")

@@ -1,0 +1,322 @@
+"""Adapters kept beside the anti's weights: what is shared, and that PEFT's numbers come out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import proxytune_kernels as ptk
+from proxytune_kernels.trio import Trio, load_trio
+from proxytune_kernels.trio.adapters import beside
+from proxytune_kernels.trio.loading import LoadError
+
+peft = pytest.importorskip("peft")
+
+# peft 0.21 asks transformers 5.23 for an attribute by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
+PROMPT = "Question: Tom has 3 pens and buys 4 more. How many pens does Tom have now?\nAnswer:"
+IDS = torch.tensor([[5, 6, 7, 200, 1000]])
+
+
+def open_anti(dtype: str = "float32") -> Any:
+    return AutoModelForCausalLM.from_pretrained(SHIPPED / "anti", dtype=dtype).eval()
+
+
+def make_adapter(directory: Path, **settings: Any) -> Path:
+    """An adapter for the shipped anti that does something; its weights are fp32."""
+    torch.manual_seed(3)
+    named = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
+    adapted = peft.get_peft_model(open_anti(), peft.LoraConfig(**named))
+    adapted.save_pretrained(directory)
+    edit(directory, base_model_name_or_path=str(SHIPPED / "anti"))
+    return directory
+
+
+def edit(directory: Path, **settings: Any) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("adapter") / "expert")
+
+
+@pytest.fixture
+def broken(adapter: Path, tmp_path: Path) -> Path:
+    """A copy of the adapter, to be changed."""
+    return Path(shutil.copytree(adapter, tmp_path / "expert"))
+
+
+def load(adapter: Path, **options: Any) -> Any:
+    named: dict[str, Any] = {"dtype": "float32", "merge_adapter": False, **options}
+    return load_trio("shipped", expert=adapter, **named)
+
+
+def own_and_shared(expert: Any, anti: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The expert's tensors that the anti has not, and those it has, by the anti's names."""
+    theirs = dict([*anti.named_parameters(), *anti.named_buffers()])
+    own, shared = {}, {}
+    for name, tensor in (*expert.named_parameters(), *expert.named_buffers()):
+        plain = name.replace(".base_layer", "")
+        if plain in theirs:
+            assert tensor is theirs[plain]
+            shared[plain] = tensor
+        else:
+            own[name] = tensor
+    assert shared.keys() == theirs.keys()
+    return own, shared
+
+
+def storages(*models: Any) -> int:
+    """Bytes of all storages that models hold, each once."""
+    held = (t.untyped_storage() for m in models for t in (*m.parameters(), *m.buffers()))
+    return sum({s.data_ptr(): s.nbytes() for s in held}.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_the_expert_is_pefts_and_its_weights_are_the_antis(adapter: Path, dtype: str) -> None:
+    trio = load(adapter, dtype=dtype)
+    wanted = peft.PeftModel.from_pretrained(open_anti(dtype), adapter).eval()
+    assert torch.equal(trio.expert(IDS).logits, wanted(IDS).logits)
+    assert torch.equal(trio.anti(IDS).logits, open_anti(dtype)(IDS).logits)
+    assert (trio.expert(IDS).logits - trio.anti(IDS).logits).abs().max() > 0.1
+    assert type(trio.expert) is type(trio.anti)
+    own, _ = own_and_shared(trio.expert, trio.anti)
+    # On a CPU, whatever the dtype of the weights that they are added to.
+    assert {tensor.dtype for tensor in own.values()} == {torch.float32}
+    assert all(".lora_" in name for name in own)
+    added = sum(tensor.nbytes for tensor in own.values())
+    assert storages(trio.expert, trio.anti) == storages(trio.anti) + added
+    assert trio.expert.config is not trio.anti.config
+    assert not trio.expert.training
+
+
+def test_the_decoder_gives_the_greedy_tokens(
+    adapter: Path, plain_greedy: Callable[..., list[int]]
+) -> None:
+    trio = load(adapter)
+    params = ptk.SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    [output] = ptk.Decoder(trio).generate([PROMPT], params)
+    assert output.token_ids == plain_greedy(trio, PROMPT, 16)
+    merged = load_trio("shipped", expert=adapter, dtype="float32")
+    assert output.token_ids == plain_greedy(merged, PROMPT, 16)
+
+
+def test_merging_is_the_default_and_a_trio_file_may_say_otherwise(
+    adapter: Path, tmp_path: Path
+) -> None:
+    def kept(trio: Any) -> int:
+        return trio.info()["roles"]["expert"]["adapter_parameters"]
+
+    assert kept(load_trio("shipped", expert=adapter)) == 0
+    weights = load_file(adapter / "adapter_model.safetensors")
+    count = sum(weight.numel() for weight in weights.values())
+    assert kept(load(adapter)) == count > 0
+    named = {"base": str(SHIPPED / "base"), "expert": str(adapter), "anti": str(SHIPPED / "anti")}
+    settings = {"format": 1, **named, "tokenizer": str(SHIPPED), "merge_adapter": False}
+    (tmp_path / "trio.json").write_text(json.dumps(settings))
+    assert kept(load_trio(tmp_path)) == count
+    assert kept(load_trio(tmp_path, merge_adapter=True)) == 0
+
+
+def test_equal_weights_under_another_name_will_do(broken: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(SHIPPED / "anti", other)
+    edit(broken, base_model_name_or_path="../other")
+    trio = load(broken)
+    own_and_shared(trio.expert, trio.anti)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=r"anti must be .*other', or .* another model.layers.1.mlp"):
+        load(broken)
+
+
+def test_an_adapter_for_another_model_is_refused(broken: Path) -> None:
+    edit(broken, base_model_name_or_path=str(SHIPPED / "base"))
+    with pytest.raises(LoadError, match=r"anti must be the model that expert's adapter names"):
+        load(broken)
+    edit(broken, base_model_name_or_path="no/such-model")
+    with pytest.raises(LoadError, match=r"'no/such-model', or have its weights.* to compare them"):
+        load(broken)
+    edit(broken, base_model_name_or_path=None)
+    with pytest.raises(
+        LoadError, match=r"expert must be an adapter that names its model, got .*None"
+    ):
+        load(broken)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # else pytest's would do
+@pytest.mark.parametrize("merge_adapter", [False, True])
+def test_an_adapter_that_lacks_weights_is_refused(broken: Path, merge_adapter: bool) -> None:
+    file = broken / "adapter_model.safetensors"
+    weights = load_file(file)
+    removed = min(weights)
+    save_file({k: v for k, v in weights.items() if k != removed}, file)
+    with pytest.raises(LoadError, match=r"expert must be an adapter for this model"):
+        load(broken, merge_adapter=merge_adapter)
+
+
+def test_an_adapter_with_other_weights_is_refused(broken: Path) -> None:
+    file = broken / "adapter_model.safetensors"
+    weights = load_file(file)
+    key = min(weights)
+    save_file({**weights, key.replace("layers.0", "layers.7"): weights[key].clone()}, file)
+    with pytest.raises(LoadError, match=r"got weights for a layer that is not there, .*layers.7"):
+        load(broken)
+    save_file({**weights, key: torch.zeros(3, 3)}, file)
+    with pytest.raises(
+        LoadError, match=r"expert must be an adapter for this model, got .*size mism"
+    ):
+        load(broken)
+
+
+def test_an_adapter_that_sets_the_models_weights_is_refused(tmp_path: Path) -> None:
+    # PiSSA starts from the largest singular values, and takes them off the weights.
+    directory = make_adapter(tmp_path / "expert", init_lora_weights="pissa")
+    with pytest.raises(LoadError, match=r"leaves the model's own weights as they are, .*merge it"):
+        load(directory)
+
+
+def test_an_adapter_that_is_not_lora_is_refused(tmp_path: Path) -> None:
+    config = peft.LoHaConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(open_anti(), config).save_pretrained(tmp_path)
+    edit(tmp_path, base_model_name_or_path=str(SHIPPED / "anti"))
+    with pytest.raises(LoadError, match=r"must have a LoRA adapter to keep it apart, got LOHA"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expert": SHIPPED / "expert"}, "needs expert to be a directory with a LoRA adapter, got"),
+        ({"dtype": {"base": "auto", "expert": "float32", "anti": "auto"}}, "dtype of expert must"),
+        ({"quantize": {"anti": "int8"}}, "quantize of expert must be that of anti, .* None and 'i"),
+        ({"device_map": {"expert": "auto"}}, "device of expert must be that of anti"),
+    ],
+)
+def test_what_is_said_of_the_expert_must_be_said_of_the_anti(
+    adapter: Path, options: dict[str, Any], message: str
+) -> None:
+    arguments: dict[str, Any] = {"expert": adapter, "merge_adapter": False, **options}
+    with pytest.raises(LoadError, match=message):
+        load_trio("shipped", **arguments)
+
+
+@pytest.mark.parametrize("merge_adapter", [False, True])
+def test_offloaded_weights_take_no_adapter(adapter: Path, merge_adapter: bool) -> None:
+    places = {"model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    offloaded = {**places, "model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    maps = {"expert": offloaded, "anti": offloaded}
+    with pytest.raises(LoadError, match=r"in memory, got model.layers.1.* offloaded by device_map"):
+        load(adapter, device_map=maps, merge_adapter=merge_adapter)
+
+
+@torch.no_grad()
+def test_a_merged_expert_may_have_a_device_map(adapter: Path) -> None:
+    plain = load(adapter, merge_adapter=True)
+    placed = load(adapter, merge_adapter=True, device_map={"": "cpu"})
+    assert torch.equal(placed.expert(IDS).logits, plain.expert(IDS).logits)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@torch.no_grad()
+def test_the_adapter_stands_beside_quantised_weights(quantization: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    # The shipped pair is too narrow for int4: an anti of the base's shape instead.
+    torch.manual_seed(3)
+    named = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    plain = AutoModelForCausalLM.from_pretrained(SHIPPED / "base", dtype="bfloat16")
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(**named))
+    adapted.save_pretrained(tmp_path)
+    edit(tmp_path, base_model_name_or_path=str(SHIPPED / "base"))
+    trio = load(tmp_path, anti=SHIPPED / "base", dtype="bfloat16", quantize=quantization)
+    own, _ = own_and_shared(trio.expert, trio.anti)
+    assert {tensor.dtype for tensor in own.values()} == {torch.float32}
+    assert trio.info()["roles"]["expert"]["quantized"] == quantization
+    wanted = adapted.eval().get_base_model()
+    for layer in wanted.modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            layer.base_layer.weight = trio.anti.get_submodule(path_of(wanted, layer)).weight
+    assert torch.equal(trio.expert(IDS).logits, wanted(IDS).logits)
+
+
+def test_a_quantised_pair_decodes_alike(
+    adapter: Path, plain_greedy: Callable[..., list[int]]
+) -> None:
+    pytest.importorskip("torchao")
+    trio = load(adapter, quantize="int8")
+    params = ptk.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    wanted = plain_greedy(trio, PROMPT, 12)
+    for pair in ("shared", "separate"):
+        [output] = ptk.Decoder(trio, pair=pair).generate([PROMPT], params)
+        assert output.token_ids == wanted
+
+
+def path_of(model: Any, module: Any) -> str:
+    return next(path for path, other in model.named_modules() if other is module)
+
+
+@pytest.fixture
+def peft_expert(adapter: Path) -> Iterator[Any]:
+    yield peft.PeftModel.from_pretrained(open_anti("bfloat16"), adapter)
+
+
+@torch.no_grad()
+def test_a_peft_model_is_taken_as_the_model_in_it(peft_expert: Any, adapter: Path) -> None:
+    shipped = load_trio("shipped")
+    before = {name: tensor for name, tensor in peft_expert.named_parameters()}
+    trio = Trio.from_models(shipped.base, peft_expert, shipped.anti, shipped.tokenizer)
+    assert type(trio.expert) is type(shipped.anti)
+    assert torch.equal(trio.expert(IDS).logits, load(adapter, dtype="auto").expert(IDS).logits)
+    inner = dict(peft_expert.get_base_model().named_parameters())
+    for name, tensor in trio.expert.named_parameters():
+        assert tensor.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16)
+        # PEFT made the adapter fp32, as it stays.
+        assert tensor is inner[name]
+    # The caller's model stays as it is.
+    assert all(tensor is before[name] for name, tensor in peft_expert.named_parameters())
+    assert {t.dtype for name, t in before.items() if ".lora_" in name} == {torch.float32}
+
+
+def test_a_peft_model_without_a_lora_adapter_is_refused() -> None:
+    shipped = load_trio("shipped")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    expert = peft.get_peft_model(open_anti("bfloat16"), config)
+    with pytest.raises(ValueError, match="expert must have a LoRA adapter .* got PROMPT_TUNING"):
+        Trio.from_models(shipped.base, expert, shipped.anti, shipped.tokenizer)
+
+
+def test_an_anti_with_the_adapter_in_it_is_refused(peft_expert: Any) -> None:
+    shipped = load_trio("shipped")
+    inner = peft_expert.get_base_model()
+    with pytest.raises(ValueError, match="anti must be the model without the adapter, got one"):
+        Trio.from_models(shipped.base, peft_expert, inner, shipped.tokenizer)
+
+
+def test_an_adapter_with_biases_for_the_model_is_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, attention_bias=True,
+    )  # fmt: skip
+    adapted = peft.get_peft_model(
+        LlamaForCausalLM(config), peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    )
+    adapted.save_pretrained(tmp_path)
+    model = LlamaForCausalLM(config)
+    with pytest.raises(LoadError, match=r"leaves the model's own weights as they are"):
+        beside("expert", model, tmp_path)
