@@ -46,6 +46,21 @@ test: install ## Run the tests (TESTS=tests/ops for some of them)
 	@echo "Running the tests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)
 
+.PHONY: check
+check: lint ## The fast gate for each change: lint, types, the tests that are not marked slow
+	@echo "Running the tests that are not marked slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(TESTS)
+
+.PHONY: wheel
+wheel: install ## Build dist/*.whl, install it into an empty environment, run the demo there
+	@rm -rf build/lib* build/bdist* build/wheel-env dist # a module that has moved must not be packed
+	$(call logged,Building the wheel,wheel,$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .)
+	$(PYTHON) -m venv build/wheel-env
+	$(call logged,Installing torch into an empty environment,wheel-torch,build/wheel-env/bin/python scripts/install_torch.py)
+	$(call logged,Installing the wheel there,wheel-env,build/wheel-env/bin/pip install -c constraints.txt "$$(echo dist/*.whl)[hf]")
+	ls -sh dist
+	cd build/wheel-env && bin/proxytune demo
+
 # The rest of them says nothing more here: the fuzzing tests run the cluster kernels' source too.
 CLUSTER_ASAN := tests/cluster/test_team.py tests/cluster/test_model.py::test_rows_at_every_offset_from_16_bytes
 
@@ -89,7 +104,7 @@ static: install ## Compile the GPU kernels, no GPU needed, and compare with the 
 .PHONY: interpret
 interpret: install ## Run the Triton kernels' tests in Triton's interpreter, which needs no GPU
 	@echo "Running the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops tests/ops/sharded
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops
 
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy
