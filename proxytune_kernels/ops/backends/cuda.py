@@ -9,13 +9,37 @@ from typing import Any
 
 import torch
 
+from proxytune_kernels.ops.backends.backend import Backend, Implementation, registered
+from proxytune_kernels.ops.table import OPERATORS, define
+
 _OLDEST = (9, 0)
 _MODULE = "proxytune_kernels._cuda"
+_NAMES = ("sample", "verify")
+
+LIBRARY = define("proxytune_cuda", [OPERATORS[name] for name in _NAMES])
+_IMPLEMENTATIONS = registered("proxytune_cuda", _NAMES)
 
 
-def unusable() -> str | None:
-    """Why the kernels can't run here, as a sentence; None where they can."""
-    return missing() or device_unusable(torch.cuda.current_device())
+class Cuda(Backend):
+    """The CUDA C++ extension."""
+
+    name = device_type = "cuda"
+    operators = _NAMES
+
+    def missing(self) -> str | None:
+        return missing()
+
+    def unusable(self) -> str | None:
+        return missing() or device_unusable(torch.cuda.current_device())
+
+    def device_unusable(self, index: int) -> str | None:
+        return device_unusable(index)
+
+    def max_vocab_size(self, index: int, rejection: bool) -> int | None:
+        return max_vocab_size(rejection, index)
+
+    def implementation(self, name: str, device: torch.device) -> Implementation:
+        return _IMPLEMENTATIONS[name]
 
 
 @cache
@@ -66,12 +90,6 @@ def max_vocab_size(rejection: bool, index: int) -> int:
         RuntimeError: it can't run the kernels at all; says why.
     """
     return int(_extension().max_vocab_size(rejection, index))
-
-
-@cache
-def device_name(index: int) -> str:
-    """What the driver calls a CUDA device."""
-    return torch.cuda.get_device_name(index)
 
 
 def _extension() -> Any:
