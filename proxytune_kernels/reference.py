@@ -60,6 +60,8 @@ class VerifyOutput(NamedTuple):
     """int32 [B]: how many of them are draft tokens."""
     logprobs: Tensor
     """fp32 [B, k + 1]: log of the target's probability of each; NaN where the token is -1."""
+    raw_logprobs: Tensor
+    """fp32 [B, k + 1]: its log-softmax at temperature 1, no filter; NaN where the token is -1."""
     status: Tensor
     """int32 [B]: as in :class:`SampleOutput`, over the positions that were used."""
 
@@ -299,6 +301,7 @@ def verify(
     batch, steps, _ = x.shape
     tokens = torch.full((batch, steps), -1, device=x.device)
     logprobs = torch.full((batch, steps), torch.nan, device=x.device)
+    raw_logprobs = logprobs.clone()
     accepted = torch.zeros(batch, dtype=torch.int32, device=x.device)
     status = torch.zeros(batch, dtype=torch.int32, device=x.device)
     active = torch.ones(batch, dtype=torch.bool, device=x.device)
@@ -311,20 +314,23 @@ def verify(
             agrees = (emitted == drafted) & (emitted >= 0)
         else:
             drafter = None if j == steps - 1 or draft_x is None else draft_x[:, j]
-            emitted, agrees = _reject(target, drafter, drafted, at)
+            emitted, agrees = _reject(target, drafter, drafted, at, "bonus" if j else "sample")
         tokens[:, j] = torch.where(active, emitted, tokens[:, j])
         logprobs[:, j] = torch.where(active, _at(target.logprobs(), emitted), logprobs[:, j])
+        raw = _at(target.raw_logprobs(), emitted)
+        raw_logprobs[:, j] = torch.where(active, raw, raw_logprobs[:, j])
         status |= torch.where(active, target.status, 0)
         active &= agrees
         accepted += active.int()
-    return VerifyOutput(tokens, accepted, logprobs, status)
+    return VerifyOutput(tokens, accepted, logprobs, raw_logprobs, status)
 
 
 def _reject(
-    target: Distribution, draft_x: Tensor | None, drafted: Tensor, params: RowParams
+    target: Distribution, draft_x: Tensor | None, drafted: Tensor, params: RowParams,
+    undrafted_stream: str,
 ) -> tuple[Tensor, Tensor]:
     """Rejection at one position: tokens to emit and whether each is the draft, [B], [B]."""
-    bonus = _argmax(scores(target, params, rng.STREAMS["bonus"]))
+    bonus = _argmax(scores(target, params, rng.STREAMS[undrafted_stream]))
     if draft_x is None:
         return bonus, torch.zeros_like(drafted, dtype=torch.bool)
     draft = distribution(draft_x, params)

@@ -268,5 +268,5 @@ def sample_out(out: Any, base: Tensor, num_top: int, op: str = "sample") -> None
 def verify_out(out: Any, base: Tensor) -> None:
     """Check caller-owned outputs of ``verify``."""
     rows, grid = (base.shape[0],), tuple(base.shape[:2])
-    shapes = {"token_ids": grid, "num_accepted": rows, "logprobs": grid, "status": rows}
+    shapes = dict.fromkeys(VerifyOutput._fields, grid) | {"num_accepted": rows, "status": rows}
     _outputs("verify", out, VerifyOutput, shapes, base.device)

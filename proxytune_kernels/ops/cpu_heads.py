@@ -75,9 +75,7 @@ def combined(
 def _sample(given: head_checks.Arguments) -> tuple[Tensor, ...]:
     x = combined(given.heads, given.params.alpha, given.bias, given.vocab_size)
     rest = (*given.params, None, given.allowed_mask, given.vocab_size, given.stream)
-    if given.num_top > 0:
-        return tuple(torch.ops.proxytune.sample_top(x, None, None, *rest, given.num_top))
-    return (*torch.ops.proxytune.sample(x, None, None, *rest), *empty_top(x, 0))
+    return tuple(torch.ops.proxytune.sample(x, None, None, *rest, given.num_top))
 
 
 def sample_hidden(*arguments: Any) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from proxytune_kernels import reference, rng
 from proxytune_kernels.ops import checks
 from proxytune_kernels.ops.backends import IMPLEMENTATIONS, resolve
-from proxytune_kernels.ops.table import CUDA_OPERATORS, OPERATORS
+from proxytune_kernels.ops.table import CUDA_OPERATORS, OPERATORS, empty_top
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 
@@ -104,17 +104,20 @@ def sample(
         row_params = _row_params(base, params, values)
         width = _width(base, expert, anti) if vocab_size is None else vocab_size
         arguments = (base, expert, anti, *row_params, bias, allowed_mask, width,
-                     rng.STREAMS[stream])  # fmt: skip
+                     rng.STREAMS[stream], top_logprobs)  # fmt: skip
         resolved = resolve(backend, base, "sample", width)
-        if resolved != "reference" and top_logprobs:
-            return _sample_top(resolved, base, arguments, top_logprobs, out)
         if resolved != "reference" and out is None:
-            return SampleOutput(*_implementation(resolved, base, "sample")(*arguments))
+            results = _implementation(resolved, base, "sample")(*arguments)
+            if not top_logprobs:
+                return SampleOutput(*results[:5])
+            return SampleOutput(*results[:5], TopLogprobs(*results[5:]))
         if resolved != "reference" and out is not None:
+            top = out.top if top_logprobs else TopLogprobs(*empty_top(base, 0))
             _implementation(resolved, base, "sample_out")(
                 *arguments, out_token_ids=out.token_ids, out_logprobs=out.logprobs,
                 out_raw_logprobs=out.raw_logprobs, out_num_kept=out.num_kept,
-                out_status=out.status,
+                out_status=out.status, out_top_token_ids=top.token_ids,
+                out_top_logprobs=top.logprobs,
             )  # fmt: skip
             return out
     except Exception:
@@ -125,20 +128,6 @@ def sample(
     checks.sample_out(out, base, top_logprobs)
     x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, width)
     return _into(out, reference.sample(x, row_params, stream, top_logprobs))
-
-
-def _sample_top(
-    backend: str, base: Tensor, arguments: tuple[Any, ...], num_top: int, out: Any
-) -> SampleOutput:
-    if out is None:
-        results = _implementation(backend, base, "sample_top")(*arguments, num_top)
-        return SampleOutput(*results[:5])._replace(top=TopLogprobs(*results[5:]))
-    _implementation(backend, base, "sample_top_out")(
-        *arguments, num_top, out_token_ids=out.token_ids, out_logprobs=out.logprobs,
-        out_raw_logprobs=out.raw_logprobs, out_num_kept=out.num_kept, out_status=out.status,
-        out_top_token_ids=out.top.token_ids, out_top_logprobs=out.top.logprobs,
-    )  # fmt: skip
-    return out
 
 
 def combine(
@@ -293,7 +282,7 @@ def verify(
         return VerifyOutput(*_implementation(resolved, base, "verify")(*arguments))
     _implementation(resolved, base, "verify_out")(
         *arguments, out_token_ids=out.token_ids, out_num_accepted=out.num_accepted,
-        out_logprobs=out.logprobs, out_status=out.status,
+        out_logprobs=out.logprobs, out_raw_logprobs=out.raw_logprobs, out_status=out.status,
     )  # fmt: skip
     return out
 

@@ -21,7 +21,7 @@ _PARAMS = (
 )
 _CONSTRAINTS = "Tensor? bias, Tensor? allowed_mask, int vocab_size"
 
-_SAMPLE = f"{_LOGITS}, {_PARAMS}, {_CONSTRAINTS}, int stream"
+_SAMPLE = f"{_LOGITS}, {_PARAMS}, {_CONSTRAINTS}, int noise_stream, int top_logprobs"
 _HEADS = ", ".join(
     f"Tensor{o} {r}_hidden, Tensor{o} {r}_weight, Tensor? {r}_bias, float? {r}_logit_scale, "
     f"float? {r}_soft_cap"
@@ -31,11 +31,10 @@ _HEADS = ", ".join(
 
 SAMPLE_OUTPUTS = ("token_ids", "logprobs", "raw_logprobs", "num_kept", "status")
 TOP_OUTPUTS = ("top_token_ids", "top_logprobs")
-VERIFY_OUTPUTS = ("token_ids", "num_accepted", "logprobs", "status")
+VERIFY_OUTPUTS = ("token_ids", "num_accepted", "logprobs", "raw_logprobs", "status")
 
 _ARGUMENTS = {
     "sample": _SAMPLE,
-    "sample_top": f"{_SAMPLE}, int num_top",
     # num_top may be 0: top outputs are then [B, 0]
     "sample_hidden": f"{_HEADS}, {_PARAMS}, {_CONSTRAINTS}, int stream, int num_top",
     "combine": f"{_LOGITS}, Tensor alpha, {_CONSTRAINTS}",
@@ -45,15 +44,14 @@ _ARGUMENTS = {
     f"{_CONSTRAINTS}, int verify_mode",
 }
 _OUTPUTS = {
-    "sample": SAMPLE_OUTPUTS,
-    "sample_top": (*SAMPLE_OUTPUTS, *TOP_OUTPUTS),
+    "sample": (*SAMPLE_OUTPUTS, *TOP_OUTPUTS),
     "sample_hidden": (*SAMPLE_OUTPUTS, *TOP_OUTPUTS),
     "combine": ("x",),
     "score": ("logprobs",),
     "verify": VERIFY_OUTPUTS,
 }
 
-_CLUSTER = ("sample", "sample_top", "verify")
+_CLUSTER = ("sample", "verify")
 
 
 def _with_twins(names: Iterable[str]) -> tuple[str, ...]:
@@ -109,6 +107,7 @@ def empty_verify(base: Tensor) -> tuple[Tensor, ...]:
         base.new_empty(base.shape[:2], dtype=torch.int64),
         base.new_empty(rows, dtype=torch.int32),
         base.new_empty(base.shape[:2], dtype=torch.float32),
+        base.new_empty(base.shape[:2], dtype=torch.float32),
         base.new_empty(rows, dtype=torch.int32),
     )
 
@@ -120,12 +119,7 @@ def _one_device(base: Tensor, *arguments: object) -> None:
             raise ValueError(f"proxytune: tensors on {base.device} and {argument.device}")
 
 
-def _fake_sample(base: Tensor, *arguments: object) -> tuple[Tensor, ...]:
-    _one_device(base, *arguments)
-    return empty_sample(base)
-
-
-def _fake_sample_top(base: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_sample(base: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _one_device(base, *arguments)
     *_, num_top = arguments
     return (*empty_sample(base), *empty_top(base, num_top))
@@ -153,8 +147,7 @@ def _fake_out(base: Tensor, *arguments: object, **outputs: Tensor) -> None:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "sample": _fake_sample,
-    "sample_top": _fake_sample_top,
-    "sample_hidden": _fake_sample_top,
+    "sample_hidden": _fake_sample,
     "combine": _fake_combine,
     "score": _fake_score,
     "verify": _fake_verify,

@@ -81,42 +81,24 @@ def _sample(
         launch_top(logits, strides, row_params, tiles, state, drawn, top, vocab_size)
 
 
-def _check_num_top(num_top: int) -> None:
-    if not 1 <= num_top <= checks.MAX_TOP_LOGPROBS:
-        wanted = f"[1, {checks.MAX_TOP_LOGPROBS}]"
-        raise ValueError(f"sample: num_top must be in {wanted}, got {num_top}")
-
-
 @_on_device
 def sample(base: Tensor, expert: Any, anti: Any, *rest: Any) -> tuple[Tensor, ...]:
     """``proxytune::sample``."""
-    out = empty_sample(base)
-    _sample(base, expert, anti, rest, _results(out), 0)
-    return out
+    num_top = rest[-1]
+    checks.top_logprobs(num_top)
+    out, top = empty_sample(base), empty_top(base, num_top)
+    _sample(base, expert, anti, rest[:-1], _results(out, top if num_top else None), num_top)
+    return (*out, *top)
 
 
 @_on_device
 def sample_out(base: Tensor, expert: Any, anti: Any, *rest: Any, **out: Tensor) -> None:
     """``proxytune::sample_out``."""
-    _sample(base, expert, anti, rest, _results(_named(out, SAMPLE_OUTPUTS)), 0)
-
-
-@_on_device
-def sample_top(base: Tensor, expert: Any, anti: Any, *rest: Any) -> tuple[Tensor, ...]:
-    """``proxytune::sample_top``."""
     num_top = rest[-1]
-    _check_num_top(num_top)
-    out, top = empty_sample(base), empty_top(base, num_top)
-    _sample(base, expert, anti, rest[:-1], _results(out, top), num_top)
-    return (*out, *top)
-
-
-@_on_device
-def sample_top_out(base: Tensor, expert: Any, anti: Any, *rest: Any, **out: Tensor) -> None:
-    """``proxytune::sample_top_out``."""
-    _check_num_top(rest[-1])
-    results = _results(_named(out, SAMPLE_OUTPUTS), _named(out, TOP_OUTPUTS))
-    _sample(base, expert, anti, rest[:-1], results, rest[-1])
+    checks.top_logprobs(num_top)
+    top = _named(out, TOP_OUTPUTS) if num_top else None
+    results = _results(_named(out, SAMPLE_OUTPUTS), top)
+    _sample(base, expert, anti, rest[:-1], results, num_top)
 
 
 def _sample_hidden(given: head_checks.Arguments, out: SampleOutput) -> None:

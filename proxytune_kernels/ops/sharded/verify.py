@@ -100,7 +100,7 @@ def _at_positions(requests: RowParams, positions: int) -> RowParams:
 
 
 def _emitted(
-    tokens: Tensor, logprobs: Tensor, status: Tensor, num_accepted: Tensor
+    tokens: Tensor, logprobs: Tensor, raw_logprobs: Tensor, status: Tensor, num_accepted: Tensor
 ) -> VerifyOutput:
     """Results [B, k + 1] up to the token after the accepted ones."""
     steps = torch.arange(tokens.shape[1], device=tokens.device)
@@ -110,6 +110,7 @@ def _emitted(
         tokens.masked_fill(~used, -1),
         num_accepted.int(),
         logprobs.masked_fill(~used, torch.nan),
+        raw_logprobs.masked_fill(~used, torch.nan),
         torch.stack(bits).sum(0).int(),
     )
 
@@ -121,12 +122,13 @@ def _coupled(
     shape = (drafts.shape[0], drafts.shape[1] + 1)
     rows = _at_positions(requests, shape[1])
     drawn, _ = draw_rows(shard, x, rows, rng.STREAMS["sample"], candidates)
-    tokens, logprobs, status = (
-        t.view(shape) for t in (drawn.token_ids, drawn.logprobs, drawn.status)
+    tokens, logprobs, raw_logprobs, status = (
+        t.view(shape)
+        for t in (drawn.token_ids, drawn.logprobs, drawn.raw_logprobs, drawn.status)
     )
     agrees = (tokens[:, :-1] == drafts) & (drafts >= 0)
     num_accepted = agrees.int().cumprod(-1).sum(-1)
-    return _emitted(tokens, logprobs, status, num_accepted)
+    return _emitted(tokens, logprobs, raw_logprobs, status, num_accepted)
 
 
 def _rejection(
@@ -167,7 +169,10 @@ def _rejection(
     accepted = at < num_accepted[:, None]
     tokens = torch.where(accepted, wanted, tokens)
     logprobs = torch.where(accepted, target.wanted_logprobs.view(shape), logprobs)
-    return _emitted(tokens, logprobs, target.status.view(shape), num_accepted)
+    plain = RowParams.make(tokens.numel(), device=x.device)
+    raw, _ = draw_rows(shard, x, plain, rng.STREAMS["sample"], candidates, tokens.flatten())
+    raw_logprobs = raw.wanted_logprobs.view(shape)
+    return _emitted(tokens, logprobs, raw_logprobs, target.status.view(shape), num_accepted)
 
 
 def _residual(
