@@ -78,12 +78,12 @@ struct Cpu {
   }
 };
 
-void combine_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor alpha, PTK_CONSTRAINTS,
+void combine_out(PTK_LOGITS, Tensor alpha, PTK_CONSTRAINTS,
                  Tensor x) {
   const int64_t rows = base.size(0);
   STD_TORCH_CHECK(base.dim() == 2, "proxytune: base has the wrong shape");
   proxytune_combine_args args{};
-  args.inputs = inputs_of(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES);
+  args.inputs = inputs_of(base, expert, anti, alpha, bias, allowed_mask, vocab_size);
   args.x = values_of<float>(x, ScalarType::Float, rows * vocab_size, "out");
   args.x_row_stride = vocab_size;
   std::atomic<int> code{PROXYTUNE_OK};
@@ -94,13 +94,13 @@ void combine_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor alpha
   check_code(code);
 }
 
-Tensor combine(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor alpha, PTK_CONSTRAINTS) {
+Tensor combine(PTK_LOGITS, Tensor alpha, PTK_CONSTRAINTS) {
   Tensor x = empty(base, ScalarType::Float, base.size(0), vocab_size);
-  combine_out(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES, x);
+  combine_out(base, expert, anti, alpha, bias, allowed_mask, vocab_size, x);
   return x;
 }
 
-void score_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor token_ids, Tensor alpha,
+void score_out(PTK_LOGITS, Tensor token_ids, Tensor alpha,
                int64_t vocab_size, Tensor logprobs) {
   STD_TORCH_CHECK(base.dim() == 3, "proxytune: base has the wrong shape");
   const int64_t rows = base.size(0), positions = base.size(1);
@@ -120,7 +120,7 @@ void score_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor token_i
   });
 }
 
-Tensor score(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor token_ids, Tensor alpha,
+Tensor score(PTK_LOGITS, Tensor token_ids, Tensor alpha,
              int64_t vocab_size) {
   STD_TORCH_CHECK(base.dim() == 3, "proxytune: base has the wrong shape");
   Tensor logprobs = empty(base, ScalarType::Float, base.size(0), base.size(1));

@@ -19,8 +19,8 @@ inline bool good_inputs(const proxytune_inputs& in) {
 }
 
 inline bool good_sample(const proxytune_sample_args* args) {
-  return args && good_inputs(args->inputs) && args->token_ids && args->stream >= 0 &&
-         args->stream <= int32_t(kStreamBonus) && args->num_top >= 0 && args->num_top <= kMaxTop;
+  return args && good_inputs(args->inputs) && args->token_ids && args->noise_stream >= 0 &&
+         args->noise_stream <= int32_t(kStreamBonus) && args->num_top >= 0 && args->num_top <= kMaxTop;
 }
 
 inline bool good_verify(const proxytune_verify_args* args) {

@@ -105,11 +105,14 @@ void verify_row(const proxytune_verify_args& a, const Kernels& kernels, int64_t 
         RowInput draft{};
         draft.vocab_size = in.vocab_size;
         if (j < k) draft.base = matrix_at(a.draft_logits, row, j);
-        step = kernels.reject(in, j < k ? &draft : nullptr, params, draft_id, b);
+        // A row without drafts draws what sample would.
+        const uint32_t stream = j == 0 ? kStreamSample : kStreamBonus;
+        step = kernels.reject(in, j < k ? &draft : nullptr, params, draft_id, stream, b);
       }
     }
     a.token_ids[row * (k + 1) + j] = step.token_id;
     put(a.logprobs, row * (k + 1) + j, step.logprob);
+    put(a.raw_logprobs, row * (k + 1) + j, step.raw_logprob);
     status |= step.status;
     active = active && step.accepted;
     accepted += active;
@@ -141,7 +144,7 @@ int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64
   for (int64_t row = begin; row < end; ++row) {
     const SampleResult r =
         kernels->sample(input_at(args->inputs, row, 0), params_at(args->params, args->inputs, row),
-                        uint32_t(args->stream), top_at(*args, row), w.buffers);
+                        uint32_t(args->noise_stream), top_at(*args, row), w.buffers);
     args->token_ids[row] = r.token_id;
     put(args->logprobs, row, r.logprob);
     put(args->raw_logprobs, row, r.raw_logprob);

@@ -123,15 +123,15 @@ inline bool accepts(const Target& target, const RowParams& p, const Target& draf
 
 // One position of rejection: the token to emit, its logprob, and whether it is the draft.
 inline VerifyStep reject_step(const RowInput& in, const RowInput* draft_in, const RawParams& raw,
-                              int64_t draft_id, Buffers& b) {
+                              int64_t draft_id, uint32_t undrafted_stream, Buffers& b) {
   RowParams p;
-  const Target target = make_target(in, raw, false, p, b, 0);
+  const Target target = make_target(in, raw, true, p, b, 0);
   VerifyStep step;
   step.status = target.row.status;
   if (!target.drawable) return step;
   RowParams q = p;  // stands where the draft has nothing to draw from
   if (!draft_in || draft_id < 0) {
-    step.token_id = draw(target, p, make_noise_key(raw.seed, raw.position, kStreamBonus));
+    step.token_id = draw(target, p, make_noise_key(raw.seed, raw.position, undrafted_stream));
   } else {
     const Target draft = make_target(*draft_in, raw, false, q, b, 1);
     step.accepted = draft_id < in.vocab_size && accepts(target, p, draft, q, raw, draft_id);
@@ -139,12 +139,14 @@ inline VerifyStep reject_step(const RowInput& in, const RowInput* draft_in, cons
     step.token_id = step.accepted ? draft_id : draw_residual(target, p, draft, q, key);
   }
   step.logprob = kept_logprob(target, p, step.token_id);
+  step.raw_logprob = raw_logprob(target.row, target.row.x[step.token_id], log_mass(target.raw_mass));
   return step;
 }
 
 inline VerifyStep coupled_step(const RowInput& in, const RawParams& raw, int64_t draft_id, Buffers& b) {
   const SampleResult drawn = sample_row(in, raw, kStreamSample, {}, b);
-  return {drawn.token_id, drawn.logprob, drawn.status, drawn.token_id >= 0 && drawn.token_id == draft_id};
+  return {drawn.token_id, drawn.logprob, drawn.raw_logprob, drawn.status,
+          drawn.token_id >= 0 && drawn.token_id == draft_id};
 }
 
 }  // namespace PTK_ISA

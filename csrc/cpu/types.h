@@ -89,7 +89,7 @@ struct TopTokens {
 
 struct VerifyStep {
   int64_t token_id = -1;
-  float logprob = NAN;
+  float logprob = NAN, raw_logprob = NAN;
   int32_t status = 0;
   bool accepted = false;
 };
@@ -115,7 +115,7 @@ struct Kernels {
   float (*score)(const RowInput&, int64_t token_id, Buffers&);
   VerifyStep (*coupled)(const RowInput&, const RawParams&, int64_t draft_id, Buffers&);
   VerifyStep (*reject)(const RowInput&, const RowInput* draft, const RawParams&, int64_t draft_id,
-                       Buffers&);
+                       uint32_t undrafted_stream, Buffers&);
   void (*head_logits)(const HeadInput&, int64_t begin, int64_t end, float* out);
 };
 

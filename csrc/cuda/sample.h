@@ -135,7 +135,7 @@ PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxyt
     make_target(cluster, source_at(args.inputs, s.raw.alpha, row, 0), kRowOffset, s.target);
     status = s.target.row.status;
     if (s.target.drawable) {
-      const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, uint32_t(args.stream));
+      const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, uint32_t(args.noise_stream));
       token_id = draw(cluster, s.target, s.params, key);
     }
     if constexpr (kTop) write_top(cluster, args, row);

@@ -14,7 +14,7 @@ constexpr int32_t kStepAccepted = 1 << 8;
 // One position's result.
 struct Step {
   int64_t token_id = -1;
-  float logprob = NAN;
+  float logprob = NAN, raw_logprob = NAN;
   int32_t status = 0;
   bool accepted = false;
 };
@@ -99,8 +99,10 @@ PTK_KERNEL void verify_position(Cluster<Team>& cluster, const proxytune_verify_a
   }
   step.status = s.target.row.status;
   if (!s.target.drawable) return;
+  // By rejection, too, a row without drafts draws what sample would.
+  const bool bonus = rejection && s.place.position > 0;
   emit(cluster, drafted, args.inputs.vocab_size,
-       rejection ? uint32_t(kStreamBonus) : uint32_t(kStreamSample), step);
+       bonus ? uint32_t(kStreamBonus) : uint32_t(kStreamSample), step);
   if (!rejection) step.accepted = step.token_id == s.place.draft_id;
 }
 
@@ -115,6 +117,7 @@ PTK_KERNEL void join(const Team& team, const proxytune_verify_args& args, int64_
     if (!active) {
       args.token_ids[at] = -1;
       if (args.logprobs) args.logprobs[at] = NAN;
+      if (args.raw_logprobs) args.raw_logprobs[at] = NAN;
       continue;
     }
     const int32_t step = team.load_fresh(steps + at);
@@ -147,10 +150,13 @@ PTK_KERNEL void verify_cluster(const Team& team, std::byte* memory, const proxyt
     const int64_t positions = args.num_drafts + 1, request = s.place.row;
     const int64_t at = request * positions + s.place.position;
     if (step.token_id >= 0) {
-      step.logprob = s.target.logprob(s.params, x_of(team, s, s.target.row, step.token_id));
+      const float x = x_of(team, s, s.target.row, step.token_id);
+      step.logprob = s.target.logprob(s.params, x);
+      step.raw_logprob = s.target.raw_logprob(x);
     }
     args.token_ids[at] = step.token_id;
     if (args.logprobs) args.logprobs[at] = step.logprob;
+    if (args.raw_logprobs) args.raw_logprobs[at] = step.raw_logprob;
     steps[at] = step.status | (step.accepted ? kStepAccepted : 0);
     if (team.arrive(arrived + request) == int32_t(positions) - 1) {
       join(team, args, request, steps);

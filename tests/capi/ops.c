@@ -167,7 +167,7 @@ static void sample(const test_case* c, void* workspace, const proxytune_parallel
   memset(&a, 0, sizeof a);
   a.inputs = c->inputs;
   a.params = c->params;
-  a.stream = PROXYTUNE_STREAM_SAMPLE;
+  a.noise_stream = PROXYTUNE_STREAM_SAMPLE;
   a.token_ids = must(malloc(n * sizeof *a.token_ids));
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
   for (int64_t r = 0; r < c->rows; ++r) printf("ids %" PRId64 "\n", a.token_ids[r]);
@@ -193,7 +193,7 @@ static void sample(const test_case* c, void* workspace, const proxytune_parallel
 
   memset(&a.params, 0, sizeof a.params);
   a.inputs.alpha = NULL;
-  a.stream = PROXYTUNE_STREAM_DRAFT;
+  a.noise_stream = PROXYTUNE_STREAM_DRAFT;
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
   print_sample("defaults", &a, c->rows);
   free(a.token_ids);
@@ -298,7 +298,7 @@ static void errors(void) {
   refused("wide-vocabulary", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
   a = good, a.inputs.base.dtype = 3;
   refused("dtype", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.stream = 5;
+  a = good, a.noise_stream = 5;
   refused("stream", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
   a = good, a.num_top = -1;
   refused("negative-top", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));

@@ -59,7 +59,7 @@ class SampleArgs(Structure):
     """proxytune_sample_args of csrc/include/proxytune.h, as the structures above are its parts."""
 
     _fields_ = (
-        ("inputs", Inputs), ("params", Params), ("stream", c_int32), ("token_ids", c_void_p),
+        ("inputs", Inputs), ("params", Params), ("noise_stream", c_int32), ("token_ids", c_void_p),
         ("logprobs", c_void_p), ("raw_logprobs", c_void_p), ("num_kept", c_void_p),
         ("status", c_void_p), ("num_top", c_int32), ("top_token_ids", c_void_p),
         ("top_logprobs", c_void_p),
@@ -73,7 +73,7 @@ class VerifyArgs(Structure):
         ("inputs", Inputs), ("params", Params), ("num_drafts", c_int64), ("mode", c_int32),
         ("draft_token_ids", c_void_p), ("draft_token_ids_row_stride", c_int64),
         ("draft_logits", Logits), ("token_ids", c_void_p), ("num_accepted", c_void_p),
-        ("logprobs", c_void_p), ("status", c_void_p),
+        ("logprobs", c_void_p), ("raw_logprobs", c_void_p), ("status", c_void_p),
     )  # fmt: skip
 
 

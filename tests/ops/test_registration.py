@@ -22,7 +22,7 @@ on_device = pytest.mark.parametrize(
 
 OPS = torch.ops.proxytune
 B, T, V = 3, 4, 70
-NAMES = ("sample", "sample_top", "combine", "score", "verify")
+NAMES = ("sample", "combine", "score", "verify")
 
 
 def arguments(name: str, optional: bool, device: str) -> tuple[Any, ...]:
@@ -37,15 +37,13 @@ def _arguments(name: str, optional: bool) -> tuple[Any, ...]:
         return torch.randn(*shape, generator=g)
 
     params = ptk.RowParams(**oracle.random_params(g, B, V))
-    flat = name in ("sample", "sample_top", "combine")
+    flat = name in ("sample", "combine")
     shape = (B, V) if flat else (B, T, V)
     base = randn(*shape)
     pair = (randn(*shape).half(), randn(*shape).half()) if optional else (None, None)
     bias = randn(*shape) if optional else None
     mask = torch.full((*shape[:-1], -(-V // 32)), -1, dtype=torch.int32) if optional else None
     if name == "sample":
-        return (base, *pair, *params, bias, mask, V, 0)
-    if name == "sample_top":
         return (base, *pair, *params, bias, mask, V, 0, 5)
     if name == "combine":
         return (base, *pair, params.alpha, bias, mask, V)
@@ -106,7 +104,7 @@ def test_meta_shapes(name, device):
 
 
 CUDA_OPS = torch.ops.proxytune_cuda
-CUDA_NAMES = ("sample", "sample_top", "verify")
+CUDA_NAMES = ("sample", "verify")
 
 
 @pytest.mark.parametrize("name", CUDA_OPERATORS)

@@ -308,7 +308,7 @@ def test_missing_drafts_are_drawn_as_the_bonus(backend):
     out = backend.verify(
         base, None, None, drafts, params, mode="rejection", draft_logits=base[:, :2] * 0
     )
-    bonus = backend.sample(base[:, 0], params=params, stream="bonus")
+    bonus = backend.sample(base[:, 0], params=params, stream="sample")
     assert out.token_ids[:, 0].tolist() == bonus.token_ids.tolist()
     assert not out.num_accepted.any() and out.token_ids[:, 1:].eq(-1).all()
 
