@@ -24,17 +24,18 @@ from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 from proxytune_kernels.rng import STREAMS
 
 if interpreted():
-    from proxytune_kernels.kernels import _interpreter
+    from proxytune_kernels.kernels import interpreter
 
-    _interpreter.correct()
+    interpreter.correct()
 
-from proxytune_kernels.kernels._row import Outputs
 from proxytune_kernels.kernels.combine import launch_combine
-from proxytune_kernels.kernels.sample import inputs, launch_sample
+from proxytune_kernels.kernels.common import inputs
+from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
 from proxytune_kernels.kernels.score import launch_score
 from proxytune_kernels.kernels.top_logprobs import Top, launch_top
 from proxytune_kernels.kernels.verify import Verified, launch_coupled, launch_rejection
+from proxytune_kernels.kernels.workspace import Outputs
 
 _NUM_PARAMS = len(RowParams._fields)
 
