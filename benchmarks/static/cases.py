@@ -15,7 +15,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from benchmarks.static.figures import Mark, Route
-from proxytune_kernels.kernels._common import TILE
+from proxytune_kernels.kernels.common import TILE
 from proxytune_kernels.ops import triton_backend
 from proxytune_kernels.ops.sharded import triton_backend as shard_backend
 from proxytune_kernels.rng import STREAMS

@@ -1,9 +1,4 @@
-"""Combined logits for engines with a sampler of their own.
-
-    x = fma(alpha, expert - anti, base)
-
-Per token 3 logits in (6 bytes in bf16), 4 bytes out; one launch.
-"""
+"""combine."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxytune_kernels.kernels._common import OPTIONS, Logits, Strides, combined
+from proxytune_kernels.kernels.common import OPTIONS, Logits, Strides, combined
 
 _BLOCK = 1024
 _WARPS = 4

@@ -1,13 +1,4 @@
-"""The three heads as one grouped product, from final hidden states to x and its summaries.
-
-    x = fma(alpha, expert - anti, base),    role = hidden @ weight.T [+ bias], scaled and capped
-
-A program owns one tile of 128 tokens for up to 128 rows: it goes through the expert's hidden
-dimension, the anti-expert's and the base's, in fp32 accumulators, and combines them in registers.
-Per token the three weight rows in (2 (H_base + H_expert + H_anti) bytes in bf16, shared by all rows
-of a program), per token and row 4 bytes of x out and 18 / 128 bytes of the summaries that scan
-would write. Three [B, V] matrices of logits are never written, and scan's read is not needed.
-"""
+"""sample_hidden."""
 
 from __future__ import annotations
 
@@ -19,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from proxytune_kernels.heads import Head
-from proxytune_kernels.kernels._common import (
+from proxytune_kernels.kernels.common import (
     ALL,
     FLT_MIN,
     INF,
@@ -30,11 +21,13 @@ from proxytune_kernels.kernels._common import (
     TILE,
     Logits,
     Strides,
+    inputs,
+    noise_key,
 )
-from proxytune_kernels.kernels._noise import noise_bound, tile_words
-from proxytune_kernels.kernels._row import Outputs, State, Tiles, is_unfiltered, noise_key
-from proxytune_kernels.kernels.sample import inputs, launch_selection, tiles_of
-from proxytune_kernels.kernels.scan import tile_sums
+from proxytune_kernels.kernels.noise import noise_bound, tile_words
+from proxytune_kernels.kernels.sample import launch_selection, tile_sums
+from proxytune_kernels.kernels.selection import is_unfiltered
+from proxytune_kernels.kernels.workspace import Outputs, State, Tiles, tiles_of
 from proxytune_kernels.params import RowParams
 
 

@@ -1,7 +1,4 @@
-"""Raw logprobs of given tokens: scan, and a program a row that sums its summaries up.
-
-Reads each logit once; nothing of the size of [B, T, V] is written.
-"""
+"""score."""
 
 from __future__ import annotations
 
@@ -11,16 +8,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxytune_kernels.kernels._blocks import LANES, block_x
-from proxytune_kernels.kernels._common import INF, OPTIONS, Logits, Strides, exponent
-from proxytune_kernels.kernels._row import Tiles, difference_at, log_mass, row_mass
-from proxytune_kernels.kernels.sample import at_once, tiles_of
-from proxytune_kernels.kernels.scan import (
-    SCAN_REGISTERS,
-    SCAN_WARPS,
-    TILES_PER_PROGRAM,
-    _scan_kernel,
+from proxytune_kernels.kernels.common import (
+    INF,
+    LANES,
+    OPTIONS,
+    Logits,
+    Strides,
+    block_x,
+    difference_at,
+    exponent,
+    log_mass,
+    row_mass,
 )
+from proxytune_kernels.kernels.sample import SCAN_REGISTERS, SCAN_WARPS, scan_kernel
+from proxytune_kernels.kernels.workspace import TILES_PER_PROGRAM, Tiles, at_once, tiles_of
 
 _WARPS = 4
 PER = tl.constexpr(8)  # tokens a lane: 16 bytes of bf16
@@ -74,7 +75,7 @@ def launch_score(
     tiles = Tiles(summaries.maximum, None, summaries.raw, None, None)
     width = summaries.maximum.shape[1]
     blocks = width // TILES_PER_PROGRAM
-    _scan_kernel[(rows, blocks)](
+    scan_kernel[(rows, blocks)](
         logits, strides, Alpha(alpha), tiles, vocab_size, positions, blocks, 0,
         DRAW=False, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS,
         **OPTIONS,

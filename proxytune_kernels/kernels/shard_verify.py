@@ -1,8 +1,4 @@
-"""Verification by rejection where the vocabulary is spread over ranks (docs/sharded.md).
-
-accept: a program a request walks the drafts, from logprobs that all ranks have. residual: each rank
-draws from max(0, target - draft) of its part, at the step where a request's drafts end.
-"""
+"""shard_verify."""
 
 from __future__ import annotations
 
@@ -13,19 +9,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxytune_kernels.kernels._blocks import LANES
-from proxytune_kernels.kernels._common import (
+from proxytune_kernels.kernels.common import (
     FLT_MIN,
     INF,
+    LANES,
+    LOWEST,
     MASS_ONE,
+    NO_CUT,
     OPTIONS,
     STATUS_EMPTY,
     exponent,
     exponential,
+    finite_max,
+    is_valid,
     key_id,
+    noise_key,
     order_key,
+    splits_of,
+    temperature_of,
 )
-from proxytune_kernels.kernels._noise import (
+from proxytune_kernels.kernels.noise import (
     best_of,
     gumbel,
     log_positive,
@@ -34,17 +37,9 @@ from proxytune_kernels.kernels._noise import (
     token_words,
     uniform,
 )
-from proxytune_kernels.kernels._row import (
-    LOWEST,
-    finite_max,
-    is_valid,
-    noise_key,
-    temperature_of,
-)
-from proxytune_kernels.kernels._shard import (
+from proxytune_kernels.kernels.shard_sample import (
     BEST,
     COUNT,
-    NO_CUT,
     RESIDUAL_BIT,
     RESIDUAL_WORDS,
     Part,
@@ -56,7 +51,6 @@ from proxytune_kernels.kernels._shard import (
     shard_x,
     x_here,
 )
-from proxytune_kernels.kernels.sample import splits_of
 from proxytune_kernels.params import RowParams
 from proxytune_kernels.rng import STREAMS
 

@@ -1,7 +1,4 @@
-"""The likeliest tokens of each row and their raw logprobs; a launch after sample's, only if asked.
-
-The maxima of tiles bound the n-th token from below, as they do for top_k; few tiles are read again.
-"""
+"""top_logprobs."""
 
 from __future__ import annotations
 
@@ -10,38 +7,46 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from proxytune_kernels.kernels._alone import PER, above
-from proxytune_kernels.kernels._blocks import LANES, block_ids, block_x
-from proxytune_kernels.kernels._bounds import cutoff_bound
-from proxytune_kernels.kernels._common import (
+from proxytune_kernels.kernels.common import (
     ALL,
     INF,
+    LANES,
     OPTIONS,
     ORDER_HF,
     STATUS_EMPTY,
     Logits,
     Strides,
+    block_ids,
+    block_x,
     exponent,
+    finite_max,
     key_id,
     key_value,
+    log_mass,
     order_key,
 )
-from proxytune_kernels.kernels._list import append, narrowed, rank_listed, trial_keys
-from proxytune_kernels.kernels._row import (
+from proxytune_kernels.kernels.selection import (
+    SEARCH_PER,
+    SHORT,
+    above,
+    append,
+    cutoff_bound,
+    list_tokens,
+    narrowed,
+    rank_listed,
+    trial_keys,
+)
+from proxytune_kernels.kernels.workspace import (
     KEYS_WIDTH,
     LIST,
     MASSES_WIDTH,
     MAX,
     RAW,
-    SHORT,
     Outputs,
     State,
     Tiles,
-    finite_max,
-    log_mass,
+    at_once,
 )
-from proxytune_kernels.kernels.sample import at_once
-from proxytune_kernels.kernels.select import list_tokens
 from proxytune_kernels.params import RowParams
 
 _WARPS = 8
@@ -65,9 +70,9 @@ def _list_many(logits, strides, row_params, b, t, row_max, keys, n, vocab_size):
         count, _ = above(logits, strides, row_params, b, t, row_max, -INF, trials, vocab_size)
         lower, upper, _ = narrowed(trials, (count >= n) | (trials == lower), lower, upper)
     listed = tl.full([], 0, tl.int32)
-    for block in range(0, tl.cdiv(vocab_size, LANES * PER)):
-        x = block_x(logits, strides, alpha, b, t, block, row_max, vocab_size, PER)
-        ids = block_ids(block, PER)
+    for block in range(0, tl.cdiv(vocab_size, LANES * SEARCH_PER)):
+        x = block_x(logits, strides, alpha, b, t, block, row_max, vocab_size, SEARCH_PER)
+        ids = block_ids(block, SEARCH_PER)
         listed = append(keys, listed, x, ids, (x > -INF) & (order_key(x, ids) >= lower), SHORT)
     tl.debug_barrier()
     return listed

@@ -1,10 +1,4 @@
-"""Verification of drafted tokens: every position of every request is one of sample's rows.
-
-coupled: `sample` draws at each position, and one program a request compares. rejection: the
-drafter's rows are selected too; one program a request accepts or stops, and where it stops the
-residual is drawn spread over the vocabulary, from logits read again, nothing written but the draw.
-docs/contracts.md, Speculative verification.
-"""
+"""verify."""
 
 from __future__ import annotations
 
@@ -15,20 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxytune_kernels.kernels._blocks import LANES, block_ids, block_x
-from proxytune_kernels.kernels._common import (
+from proxytune_kernels.kernels.common import (
     FLT_MIN,
     INF,
+    LANES,
+    LOWEST,
     MASS_ONE,
     OPTIONS,
     STATUS_EMPTY,
     Logits,
     Strides,
+    block_ids,
+    block_x,
     exponent,
     exponential,
+    finite_max,
+    inputs,
+    log_mass,
+    noise_key,
     order_key,
+    splits_of,
+    temperature_of,
+    x_at,
 )
-from proxytune_kernels.kernels._noise import (
+from proxytune_kernels.kernels.noise import (
     best_of,
     gumbel,
     log_positive,
@@ -38,20 +42,8 @@ from proxytune_kernels.kernels._noise import (
     uniform,
     winner,
 )
-from proxytune_kernels.kernels._row import (
-    CUT,
-    KEPT,
-    LOWEST,
-    MASSES_WIDTH,
-    MAX,
-    Outputs,
-    finite_max,
-    log_mass,
-    noise_key,
-    temperature_of,
-    x_at,
-)
-from proxytune_kernels.kernels.sample import inputs, launch_sample, splits_of
+from proxytune_kernels.kernels.sample import launch_sample
+from proxytune_kernels.kernels.workspace import CUT, KEPT, MASSES_WIDTH, MAX, Outputs
 from proxytune_kernels.params import RowParams
 from proxytune_kernels.rng import STREAMS
 

@@ -14,17 +14,18 @@ from proxytune_kernels.ops.backends.backend import Implementation, from_writer
 from proxytune_kernels.params import RowParams
 
 if interpreted():
-    from proxytune_kernels.kernels import _interpreter
+    from proxytune_kernels.kernels import interpreter
 
-    _interpreter.correct()
+    interpreter.correct()
 
-from proxytune_kernels.kernels._row import Outputs
 from proxytune_kernels.kernels.combine import launch_combine
-from proxytune_kernels.kernels.sample import inputs, launch_sample
+from proxytune_kernels.kernels.common import inputs
+from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
 from proxytune_kernels.kernels.score import launch_score
 from proxytune_kernels.kernels.top_logprobs import Top, launch_top
 from proxytune_kernels.kernels.verify import Verified, launch_coupled, launch_rejection
+from proxytune_kernels.kernels.workspace import Outputs
 from proxytune_kernels.ops.backends.triton_shards import SHARD_IMPLEMENTATIONS
 
 Out = tuple[Tensor, ...]

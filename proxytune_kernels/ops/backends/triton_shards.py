@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune_kernels.kernels._shard import Part
-from proxytune_kernels.kernels.shard import (
+from proxytune_kernels.kernels.shard_sample import (
+    FinishedOut,
+    Part,
+    launch_shard_draw,
+    launch_shard_finish,
     launch_shard_histogram,
     launch_shard_keys,
     launch_shard_scan,
 )
-from proxytune_kernels.kernels.shard_draw import launch_shard_draw
-from proxytune_kernels.kernels.shard_finish import FinishedOut, launch_shard_finish
 from proxytune_kernels.kernels.shard_verify import (
     KeptRows,
     launch_shard_accept,

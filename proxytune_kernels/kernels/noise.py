@@ -1,9 +1,11 @@
-"""Keyed noise: Philox4x32-10 and the Gumbel variate of the contract (docs/contracts.md)."""
+"""noise."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from proxytune_kernels.kernels.common import INF, LANES, LN2, TILE, block_ids, cleaned, combined
 
 HIGHEST_U = tl.constexpr(1.0 - 2.0**-24)
 WORD_ULP = tl.constexpr(2.0**-32)
@@ -127,3 +129,38 @@ def score_of(packed):
     """The score of a packed score; NaN where none was packed."""
     ordered = (packed >> 32).to(tl.int32)
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def race_tile(
+    logits, strides, alpha, b, t, tile, row_max, inv_t, greedy, seed, position, stream, vocab_size
+):
+    """Packed score of the best token of one whole tile; greedy rows go by x alone."""
+    ids = tile * TILE + tl.arange(0, TILE)
+    x = combined(logits, strides, alpha, b, t, ids, ids < vocab_size)
+    x = cleaned(x, row_max)
+    score = x - row_max
+    if greedy == 0:
+        first = tl.full([1], 0, tl.int32) + tile * TILE
+        words = tl.reshape(tile_words(first, seed, position, stream, 1), [TILE])
+        score = score * inv_t + gumbel(uniform(words, ids, seed, position, stream))
+    return best_of(tl.where(x > -INF, score, -INF), ids)
+
+
+@triton.jit
+def race_block(best, d, taken, block, inv_t, seed, position, stream, PER: tl.constexpr):
+    """The better of ``best`` (a packed score) and the block's taken tokens.
+
+    Scores are evaluated only where a cheap upper bound of them passes the best so far.
+    """
+    first = block * (LANES * PER) + tl.arange(0, PER) * 128
+    words = tl.reshape(tile_words(first, seed, position, stream, PER), [LANES, PER])
+    scaled = d * inv_t
+    noise = LN2 * noise_bound(words)
+    bound = scaled + noise + (2e-4 + 2e-5 * tl.abs(scaled) + 1e-5 * tl.abs(noise))
+    highest = tl.max(tl.max(tl.where(taken, bound, -INF), 1), 0)
+    if (highest > -INF) & ((highest < score_of(best)) == 0):  # true for NaN: nothing yet
+        ids = block_ids(block, PER)
+        score = scaled + gumbel(uniform(words, ids, seed, position, stream))
+        best = tl.maximum(best, best_of(tl.where(taken, score, -INF), ids))
+    return best

@@ -1,15 +1,14 @@
-"""What the kernels share: how rows lie in memory, combination, masses, order and keyed noise.
-
-The arithmetic is docs/contracts.md's, operation by operation: kernels are compiled without
-contraction (``OPTIONS``), and a fused multiply-add is written as one.
-"""
+"""common."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 TILE = tl.constexpr(128)  # tokens a summary
 OPTIONS = {"enable_fp_fusion": False}
@@ -18,7 +17,6 @@ OPTIONS = {"enable_fp_fusion": False}
 What changes with the batch is marked do_not_specialize: a new batch size must not compile anything
 in the middle of serving. So is vocab_size where no wide access depends on it.
 """
-
 STATUS_NAN = tl.constexpr(1)
 STATUS_POSITIVE_INF = tl.constexpr(2)
 STATUS_EMPTY = tl.constexpr(4)
@@ -26,7 +24,6 @@ STATUS_BAD_PARAMS = tl.constexpr(8)
 ORDER_VLLM = tl.constexpr(0)
 ORDER_HF = tl.constexpr(1)
 ORDER_JOINT = tl.constexpr(2)
-
 INF = tl.constexpr(float("inf"))
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 FLT_MIN = tl.constexpr(1.1754943508222875e-38)  # below it a temperature is greedy
@@ -184,3 +181,122 @@ def key_value(key):
 def key_id(key):
     """Token id of an order key, int32."""
     return LAST_ID - (key & LAST_ID).to(tl.int32)
+
+
+LOWEST = tl.constexpr(-0x8000000000000000)
+NO_CUT = tl.constexpr(0x00800000 << 19)  # the lowest key that a token may have that is not masked
+LANES = tl.constexpr(128)
+
+
+@triton.jit
+def block_ids(block, PER: tl.constexpr):
+    """Token ids of a block, int32 [128, PER]."""
+    lane = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]
+    return block * (LANES * PER) + lane
+
+
+@triton.jit
+def block_x(logits, strides, alpha, b, t, block, row_max, vocab_size, PER: tl.constexpr):
+    """Cleaned x of a block, fp32 [128, PER]; -inf past the vocabulary."""
+    ids = block_ids(block, PER)
+    if (block + 1) * (LANES * PER) <= vocab_size:
+        inside = tl.full([LANES, PER], True, tl.int1)
+        x = combined(logits, strides, alpha, b, t, ids, inside)
+    else:
+        x = combined(logits, strides, alpha, b, t, ids, ids < vocab_size)
+    return cleaned(x, row_max)
+
+
+@triton.jit
+def is_valid(row_params, b, t):
+    """Whether request b's parameters are in range at position t."""
+    alpha, temperature = tl.load(row_params.alpha + b), tl.load(row_params.temperature + b)
+    top_k, top_p = tl.load(row_params.top_k + b), tl.load(row_params.top_p + b)
+    min_p, order = tl.load(row_params.min_p + b), tl.load(row_params.filter_order + b)
+    # Comparisons are false for NaN.
+    valid = (alpha >= -FLT_MAX) & (alpha <= FLT_MAX) & (temperature >= 0)
+    valid = valid & (temperature <= FLT_MAX) & (top_k >= -1) & (top_p > 0) & (top_p <= 1)
+    valid = valid & (min_p >= 0) & (min_p <= 1) & (order >= 0) & (order <= 2)
+    return valid & (tl.load(row_params.position + b) + t >= 0)
+
+
+@triton.jit
+def noise_key(row_params, b, t):
+    """Seed and position, int64, of request b at position t."""
+    return tl.load(row_params.seed + b), tl.load(row_params.position + b) + t
+
+
+@triton.jit
+def temperature_of(row_params, b):
+    """(greedy, 1 / T); 1 where greedy."""
+    temperature = tl.load(row_params.temperature + b)
+    greedy = temperature < FLT_MIN
+    return greedy, tl.div_rn(1.0, tl.where(greedy, 1.0, temperature))
+
+
+@triton.jit
+def log_mass(mass):
+    """log(mass / 2^44), fp64."""
+    return tl.log(mass.to(tl.float64) / MASS_ONE)
+
+
+@triton.jit
+def finite_max(row_max):
+    """The maximum after `cleaned`: +inf tokens have become 0."""
+    return tl.where(row_max == INF, 0.0, row_max)
+
+
+@triton.jit
+def x_at(logits, strides, alpha, b, t, token, row_max):
+    """Cleaned x of one token of the row, int32."""
+    return cleaned(combined(logits, strides, alpha, b, t, token, token >= 0), row_max)
+
+
+@triton.jit
+def difference_at(logits, strides, alpha, b, t, token, row_max):
+    """x - max of one token of the row."""
+    return x_at(logits, strides, alpha, b, t, token, row_max) - finite_max(row_max)
+
+
+@triton.jit
+def row_mass(sums, d, hi, lo, floor):
+    """2^44 times the row's mass from its tiles' (relative to their maxima), int64.
+
+    d is the tiles' maxima less the row's. Within 4.2e-6 of the exact mass, relatively
+    (docs/gpu.md), and the same in any order: integers are added.
+    """
+    weight = exponential(d, hi, lo, floor).to(tl.float64)
+    return tl.sum((sums.to(tl.float64) * weight * MASS_ONE).to(tl.int64), 0)
+
+
+_BLOCK = 1024  # tokens a program of narrow and finish reads at once
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 2 where the interpreter stands in for one."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits_of(rows: int, vocab_size: int, device: torch.device) -> int:
+    """Programs a row for narrow and finish: two waves over the device, no more than blocks.
+
+    Results do not depend on it: programs exchange integer sums and maxima.
+    """
+    return max(1, min(triton.cdiv(2 * processors(device), rows), triton.cdiv(vocab_size, _BLOCK)))
+
+
+def inputs(
+    base: Tensor, expert: Tensor | None, anti: Tensor | None,
+    bias: Tensor | None = None, allowed_mask: Tensor | None = None,
+) -> tuple[Logits, Strides]:  # fmt: skip
+    """Tensors [B, V] or [B, T, V] as kernel arguments."""
+    steps: list[int] = []
+    for tensor in (base, expert, anti, bias, allowed_mask):
+        if tensor is None:
+            steps += [0, 0]
+        else:
+            steps += [tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0]
+    return Logits(base, expert, anti, bias, allowed_mask), Strides(*steps)
