@@ -1,5 +1,5 @@
 // Registers the operators of vocabularies spread over ranks. Schemas live in
-// proxytune_kernels/ops/shard_table.py; the checks here keep direct callers of torch.ops in bounds.
+// proxytune_kernels/ops/table.py; the checks here keep direct callers of torch.ops in bounds.
 #include <algorithm>
 #include <vector>
 
@@ -172,7 +172,8 @@ Tensor shard_histogram(Tensor keys, Tensor summaries, Tensor temperature, Tensor
   return out;
 }
 
-using Finished = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Finished = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                            Tensor, Tensor>;
 
 Finished shard_finish(Tensor summaries, Tensor words, MaybeTensor candidates, PTK_PARAMS,
                       MaybeTensor kept, int64_t stream) {
@@ -190,7 +191,7 @@ Finished shard_finish(Tensor summaries, Tensor words, MaybeTensor candidates, PT
     const int64_t all = g.world * g.rows * g.num_candidates;
     g.candidates = longs(*candidates, all, "candidates");
   }
-  const int64_t* given = kept ? longs(*kept, g.rows * 3, "kept") : nullptr;
+  const int64_t* given = kept ? longs(*kept, g.rows * 4, "kept") : nullptr;
   const Params params(g.rows, PTK_PARAM_VALUES);
   check_stream(stream);
   const ShardKernels& k = kernels();
@@ -199,12 +200,13 @@ Finished shard_finish(Tensor summaries, Tensor words, MaybeTensor candidates, PT
                raw_logprobs = column(ScalarType::Float), num_kept = column(ScalarType::Int),
                status = column(ScalarType::Int), cut = column(ScalarType::Long),
                kept_mass = column(ScalarType::Long), wanted = column(ScalarType::Float),
+               wanted_raw = column(ScalarType::Float), raw_mass = column(ScalarType::Long),
                undecided = column(ScalarType::Int);
   over_rows(g.rows, [&](int64_t row) {
-    Cut known{};
+    KnownRow known{};
     if (given) {
-      const int64_t* v = given + row * 3;
-      known = {v[0], uint64_t(v[1]), uint64_t(v[2])};
+      const int64_t* v = given + row * 4;
+      known = {{v[0], uint64_t(v[1]), uint64_t(v[2])}, uint64_t(v[3])};
     }
     const ShardResult r =
         finish_row(k, g, row, params.row(row), uint32_t(stream), given ? &known : nullptr);
@@ -216,9 +218,12 @@ Finished shard_finish(Tensor summaries, Tensor words, MaybeTensor candidates, PT
     out_of<int64_t>(cut)[row] = r.kept.key;
     out_of<int64_t>(kept_mass)[row] = int64_t(r.kept.mass);
     out_of<float>(wanted)[row] = r.wanted_logprob;
+    out_of<float>(wanted_raw)[row] = r.wanted_raw_logprob;
+    out_of<int64_t>(raw_mass)[row] = int64_t(r.raw_mass);
     out_of<int32_t>(undecided)[row] = r.undecided;
   });
-  return {token_ids, logprobs, raw_logprobs, num_kept, status, cut, kept_mass, wanted, undecided};
+  return {token_ids, logprobs, raw_logprobs, num_kept, status, cut, kept_mass, wanted,
+          wanted_raw, raw_mass, undecided};
 }
 
 // u < target / draft, in fp64 logs; what the draft's distribution does not hold is accepted whenever

@@ -193,7 +193,7 @@ class Prefix(NamedTuple):
 
 
 class Order(Protocol):
-    """Rows' tokens in their order, x descending, then id ascending, as far as filters ask for it."""
+    """Rows' tokens, x descending, then id ascending, as far as the filters ask for them."""
 
     whole: Prefix
     """All tokens that are not masked."""

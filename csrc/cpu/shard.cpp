@@ -120,7 +120,7 @@ RowHead head_of(const int64_t* summaries, int64_t world, int64_t rows, int64_t r
 }
 
 ShardResult finish_row(const ShardKernels& kernels, const Gathered& g, int64_t row,
-                       const RawParams& raw, uint32_t stream, const Cut* given) {
+                       const RawParams& raw, uint32_t stream, const KnownRow* given) {
   ShardResult out;
   if (!valid(raw)) {
     out.status = kStatusBadParams;
@@ -134,7 +134,7 @@ ShardResult finish_row(const ShardKernels& kernels, const Gathered& g, int64_t r
   int64_t token = total.best;
   float x = total.x;
   if (given) {
-    out.kept = *given;
+    out.kept = given->kept;
   } else if (p.greedy) {
     out.kept = {total.best, 1, uint64_t(kMassOne)};
   } else {
@@ -164,10 +164,15 @@ ShardResult finish_row(const ShardKernels& kernels, const Gathered& g, int64_t r
   out.token_id = key_id(token);
   out.num_kept = int32_t(out.kept.count);
   out.logprob = logprob(x);
-  if (g.num_words > kResidualWords) {
-    out.raw_logprob = float(double(x - head.max) - log_mass(total.raw_mass));
+  out.raw_mass = given ? given->raw_mass : total.raw_mass;
+  const auto raw_logprob = [&](float value) {
+    return float(double(value - head.max) - log_mass(out.raw_mass));
+  };
+  out.raw_logprob = raw_logprob(x);
+  if (total.wanted >= out.kept.key) {
+    out.wanted_logprob = logprob(key_value(total.wanted));
+    out.wanted_raw_logprob = raw_logprob(key_value(total.wanted));
   }
-  if (total.wanted >= out.kept.key) out.wanted_logprob = logprob(key_value(total.wanted));
   return out;
 }
 

@@ -60,12 +60,19 @@ struct Cut {
   uint64_t count, mass;
 };
 
+// A row's kept set where it is known, and the row's mass at temperature 1.
+struct KnownRow {
+  Cut kept;
+  uint64_t raw_mass;
+};
+
 struct ShardResult {
   int64_t token_id = -1;
   float logprob = NAN, raw_logprob = NAN;
   int32_t num_kept = 0, status = 0;
   Cut kept{};
-  float wanted_logprob = NAN;  // of the token asked for, where it is kept
+  float wanted_logprob = NAN, wanted_raw_logprob = NAN;  // of the token asked for, where it is kept
+  uint64_t raw_mass = 0;                                 // of the row, at temperature 1
   bool undecided = false;      // the candidates do not reach to the cut
 };
 
@@ -115,6 +122,6 @@ RowHead head_of(const int64_t* summaries, int64_t world, int64_t rows, int64_t r
 
 // The results of one row; `given` is its kept set where that is known, else null.
 ShardResult finish_row(const ShardKernels&, const Gathered&, int64_t row, const RawParams&,
-                       uint32_t stream, const Cut* given);
+                       uint32_t stream, const KnownRow* given);
 
 }  // namespace ptk

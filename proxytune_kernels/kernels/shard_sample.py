@@ -367,7 +367,7 @@ _WARPS = 4
 
 
 class FinishedOut(NamedTuple):
-    """Results, [B]; _shard_library.FINISHED."""
+    """Results, [B]: those of ``shard_finish`` in the table of operators."""
 
     token_ids: Any
     logprobs: Any
@@ -377,6 +377,8 @@ class FinishedOut(NamedTuple):
     cut: Any
     kept_mass: Any
     wanted_logprobs: Any
+    wanted_raw_logprobs: Any
+    raw_mass: Any
     undecided: Any
 
 
@@ -424,6 +426,8 @@ def _write_nothing(out, row, status, undecided):
     tl.store(out.cut + row, tl.full([], 0, tl.int64))
     tl.store(out.kept_mass + row, tl.full([], 0, tl.int64))
     tl.store(out.wanted_logprobs + row, nan)
+    tl.store(out.wanted_raw_logprobs + row, nan)
+    tl.store(out.raw_mass + row, tl.full([], 0, tl.int64))
     tl.store(out.undecided + row, undecided)
 
 
@@ -453,8 +457,8 @@ def _shard_finish_kernel(
         known = tl.full([], True, tl.int1)
         cut, kept, held = best, tl.full([], 1, tl.int64), tl.full([], 1 << 44, tl.int64)
         if given is not None:
-            cut = tl.load(given + row * 3)
-            kept, held = tl.load(given + row * 3 + 1), tl.load(given + row * 3 + 2)
+            cut, kept = tl.load(given + row * 4), tl.load(given + row * 4 + 1)
+            held, raw = tl.load(given + row * 4 + 2), tl.load(given + row * 4 + 3)
         else:
             if greedy == 0:
                 top_k, top_p, shift, order = filters_of(row_params, row, tokens.to(tl.int32))
@@ -485,16 +489,20 @@ def _shard_finish_kernel(
             log_kept = log_mass(held)
             tl.store(out.token_ids + row, key_id(best).to(tl.int64))
             tl.store(out.logprobs + row, _logprob(x, top, inv_t, greedy, log_kept))
-            raw_logprob = float("nan")
-            if WIDTH >= WORDS:
-                raw_logprob = ((x - top).to(tl.float64) - log_mass(raw)).to(tl.float32)
+            log_raw = log_mass(raw)
+            raw_logprob = ((x - top).to(tl.float64) - log_raw).to(tl.float32)
             tl.store(out.raw_logprobs + row, raw_logprob)
             tl.store(out.num_kept + row, kept.to(tl.int32))
             tl.store(out.status + row, status)
             tl.store(out.cut + row, cut)
             tl.store(out.kept_mass + row, held)
-            asked = _logprob(key_value(wanted), top, inv_t, greedy, log_kept)
-            tl.store(out.wanted_logprobs + row, tl.where(wanted >= cut, asked, float("nan")))
+            asked_x = key_value(wanted)
+            asked = _logprob(asked_x, top, inv_t, greedy, log_kept)
+            asked_raw = ((asked_x - top).to(tl.float64) - log_raw).to(tl.float32)
+            nan = float("nan")
+            tl.store(out.wanted_logprobs + row, tl.where(wanted >= cut, asked, nan))
+            tl.store(out.wanted_raw_logprobs + row, tl.where(wanted >= cut, asked_raw, nan))
+            tl.store(out.raw_mass + row, raw)
             tl.store(out.undecided + row, 0)
         else:
             _write_nothing(
@@ -517,7 +525,7 @@ def launch_shard_finish(
     summaries: Tensor, words: Tensor, candidates: Tensor | None, row_params: RowParams,
     given: Tensor | None, stream: int, out: FinishedOut,
 ) -> None:  # fmt: skip
-    """Writes the results of B rows: words [W, B, 2 to 6], candidates [W, B, C], given [B, 3]."""
+    """Writes the results of B rows: words [W, B, 2 to 6], candidates [W, B, C], given [B, 4]."""
     world, rows, width = words.shape
     if rows == 0:
         return

@@ -208,9 +208,7 @@ def combine(
     constraints("combine", base, bias, allowed_mask, width)
 
 
-def score(
-    base: Any, expert: Any, anti: Any, token_ids: Any, alphas: Any, vocab_size: Any
-) -> None:
+def score(base: Any, expert: Any, anti: Any, token_ids: Any, alphas: Any, vocab_size: Any) -> None:
     """Check the arguments of ``score``."""
     logits("score", base, expert, anti, 3, vocab_size)
     alpha("score", alphas, base)
@@ -274,7 +272,9 @@ def _head(op: str, role: str, head: Any) -> Head:
     for name, shape in (("hidden", "[B, H]"), ("weight", "[V, H]")):
         value = _tensor(op, f"{role}.{name}", getattr(head, name))
         if value.dim() == 2 and value.shape[1] < 1:
-            raise ValueError(f"{op}: {role}.{name} must have shape {shape}, got {list(value.shape)}")
+            raise ValueError(
+                f"{op}: {role}.{name} must have shape {shape}, got {list(value.shape)}"
+            )
         _floats(op, f"{role}.{name}", value, shape)
     hidden, weight = head.hidden, head.weight
     if weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
@@ -328,12 +328,7 @@ def _is_a(op: str, name: str, value: Any, kind: type) -> None:
         raise TypeError(f"{op}: {name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
-def _is_a(op: str, name: str, value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{op}: {name} must be a {kind.__name__}, got {type(value).__name__}")
-
-
-def out(op: str, given: Any, like: Tensor, **sizes: int) -> None:
+def out(op: str, given: Any, like: Tensor, **sizes: Any) -> None:
     """Check caller-owned outputs of a call of a public function, if any.
 
     Nested ones count only where they are written, and have a column.
@@ -347,18 +342,18 @@ def out(op: str, given: Any, like: Tensor, **sizes: int) -> None:
     if given is None:
         return
     operator = OPERATORS[op]
-    arguments = {operator.argument_names[0]: like, **sizes}
     if isinstance(operator.returns, type):
         _is_a(op, "out", given, operator.returns)
+    arguments = {operator.argument_names[0]: like, **sizes}
     for output, shape in zip(operator.outputs, operator.shapes(arguments), strict=True):
+        holder, _, field = output.field.rpartition(".")
         value, name = given, "out"
-        *holders, field = output.field.split(".") if output.kind is not Tensor else [None]
-        if holders and shape[-1] == 0:
+        if holder and shape[-1] == 0:
             continue
-        for holder in holders:
-            value, name = getattr(value, holder), f"{name}.{holder}"
+        if holder:
+            value, name = getattr(value, holder), f"out.{holder}"
             _is_a(op, name, value, output.kind)
-        if field is not None:
+        if isinstance(operator.returns, type):
             value, name = getattr(value, field), f"{name}.{field}"
         exactly(op, name, value, output.dtype, shape, like.device, contiguous=True)
 

@@ -52,18 +52,19 @@ def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None) -> int:
     return width
 
 
-def _sampled(results: Sequence[Tensor], top_logprobs: int) -> SampleOutput:
+def _sampled(results: Any, top_logprobs: int) -> SampleOutput:
     *drawn, token_ids, logprobs = results
-    return SampleOutput(*drawn, TopLogprobs(token_ids, logprobs) if top_logprobs else None)
+    top = TopLogprobs(token_ids, logprobs) if top_logprobs else None
+    return SampleOutput._make((*drawn, top))
 
 
 def _into(op: str, out: SampleOutput, top_logprobs: int) -> dict[str, Tensor]:
     """``out`` as keywords of the sampling operators' twins; without top_logprobs no top of it."""
-    *drawn, top = out
-    if not top_logprobs:
+    drawn, top = out[:-1], out.top
+    if top is None or not top_logprobs:
         none = (out.token_ids.shape[0], 0)
         top = TopLogprobs(out.token_ids.new_empty(none), out.logprobs.new_empty(none))
-    return dict(zip(OPERATORS[op].out_names, (*drawn, *top), strict=True))
+    return dict(zip(OPERATORS[op].out_names, (*drawn, top.token_ids, top.logprobs), strict=True))
 
 
 def sample(

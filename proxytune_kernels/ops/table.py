@@ -53,7 +53,7 @@ class Output(NamedTuple):
 
 
 def outputs_of(kind: type, prefix: str = "") -> tuple[Output, ...]:
-    """The tensors of a NamedTuple, each field ``Annotated[Tensor, dtype, *shape]``, nested ones too."""
+    """The tensors of a NamedTuple of ``Annotated[Tensor, dtype, *shape]``, and of those within."""
     found: list[Output] = []
     for field, hint in get_type_hints(kind, include_extras=True).items():
         if get_origin(hint) is Annotated:
@@ -199,9 +199,9 @@ OPERATORS = {
             VerifyOutput,
             _position_sizes,
         ),
-        # The operators on shards of the vocabulary (docs/sharded.md), which ops/sharded calls between
-        # its collectives; a row's numbers travel as int64 words. All tensors are contiguous. W
-        # ranks, B rows, n tokens of this rank's shard.
+        # The operators on shards of the vocabulary (docs/sharded.md), which ops/sharded calls
+        # between its collectives; a row's numbers travel as int64 words. All tensors are
+        # contiguous. W ranks, B rows, n tokens of this rank's shard.
         # x fp32 [B, n] -> one word: highest x, whether a NaN was there, tokens not masked
         Operator(
             "shard_scan",

@@ -66,7 +66,7 @@ def _extrema_kernel(x, y, larger, smaller, highest, N: tl.constexpr):
 
 def launch(kernel, *arguments, **constants) -> None:
     from proxytune_kernels.kernels.common import OPTIONS
-    from proxytune_kernels.ops import triton_backend  # noqa: F401  (corrects the interpreter)
+    from proxytune_kernels.ops.backends import triton_operators  # noqa: F401  (corrects the interpreter)
 
     kernel[(1,)](*arguments, **constants, **OPTIONS)
 

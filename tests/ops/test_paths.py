@@ -38,7 +38,7 @@ def sample(base: Tensor, **values: Any) -> tuple[ptk.SampleOutput, list[Way]]:
     """``sample`` of base alone, and the ways of its rows."""
     from proxytune_kernels.kernels import _row
     from proxytune_kernels.kernels.sample import inputs, launch_sample
-    from proxytune_kernels.ops import triton_backend  # noqa: F401  (corrects the interpreter)
+    from proxytune_kernels.ops.backends import triton_operators  # noqa: F401  (corrects the interpreter)
 
     base = move(base, TRITON.device)
     params = ptk.RowParams.make(len(base), device=base.device, **values)

@@ -67,7 +67,7 @@ class Backend:
 
 
 def registered(namespace: str, names: Sequence[str]) -> dict[str, Implementation]:
-    """What ``torch.ops`` has for operators and their twins, by name: looking one up takes 0.1 us."""
+    """What ``torch.ops`` has for operators and their twins, by name; a look-up takes 0.1 us."""
     ops = getattr(torch.ops, namespace)
     twins = [f"{name}_out" for name in names if OPERATORS[name].has_twin]
     return {name: getattr(ops, name) for name in (*names, *twins)}

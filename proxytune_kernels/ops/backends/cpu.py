@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from proxytune_kernels.heads import Head
 from proxytune_kernels.ops.backends.backend import (
@@ -45,9 +46,11 @@ class Cpu(Backend):
 
     name = device_type = "cpu"
 
+    @override
     def missing(self) -> str | None:
         return _MISSING
 
+    @override
     def implementation(self, name: str, device: torch.device) -> Implementation:
         return _IMPLEMENTATIONS[name]
 

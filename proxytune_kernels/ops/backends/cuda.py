@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from proxytune_kernels.ops.backends.backend import Backend, Implementation, registered
 from proxytune_kernels.ops.table import OPERATORS, define
@@ -26,18 +27,23 @@ class Cuda(Backend):
     name = device_type = "cuda"
     operators = _NAMES
 
+    @override
     def missing(self) -> str | None:
         return missing()
 
+    @override
     def unusable(self) -> str | None:
         return missing() or device_unusable(torch.cuda.current_device())
 
+    @override
     def device_unusable(self, index: int) -> str | None:
         return device_unusable(index)
 
+    @override
     def max_vocab_size(self, index: int, rejection: bool) -> int | None:
         return max_vocab_size(rejection, index)
 
+    @override
     def implementation(self, name: str, device: torch.device) -> Implementation:
         return _IMPLEMENTATIONS[name]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from proxytune_kernels import reference
 from proxytune_kernels.heads import Head
@@ -21,6 +22,7 @@ class Reference(Backend):
 
     name = "reference"
 
+    @override
     def implementation(self, name: str, device: torch.device) -> Implementation:
         return _IMPLEMENTATIONS[name]
 
@@ -88,12 +90,12 @@ def _verify(
 
 _IMPLEMENTATIONS = {
     name: run
-    for op, compute in {
-        "sample": _sample,
-        "sample_hidden": _sample_hidden,
-        "combine": _combine,
-        "score": _score,
-        "verify": _verify,
-    }.items()
-    for name, run in from_function(op, compute).items()
+    for implementations in (
+        from_function("sample", _sample),
+        from_function("sample_hidden", _sample_hidden),
+        from_function("combine", _combine),
+        from_function("score", _score),
+        from_function("verify", _verify),
+    )
+    for name, run in implementations.items()
 }

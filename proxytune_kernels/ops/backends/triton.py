@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from proxytune_kernels import kernels
 from proxytune_kernels.ops.backends.backend import Backend, Implementation, registered
@@ -20,15 +21,19 @@ class Triton(Backend):
     name = "triton"
     device_type = "cuda"
 
+    @override
     def missing(self) -> str | None:
         return kernels.unusable()
 
+    @override
     def device_unusable(self, index: int) -> str | None:
         return None if kernels.interpreted() else kernels.device_unusable(index)
 
+    @override
     def runs_on(self, device: torch.device) -> bool:
         return super().runs_on(device) or kernels.interpreted()
 
+    @override
     def implementation(self, name: str, device: torch.device) -> Implementation:
         # torch.ops has the CPU's own for tensors that the interpreter is asked to take.
         return (_REGISTERED if device.type == "cuda" else _DIRECT)[name]

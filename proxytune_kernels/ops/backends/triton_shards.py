@@ -114,7 +114,7 @@ def shard_finish(
         shape = (world, rows, candidates.shape[2])
         _tensor(op, "candidates", candidates, _LONG, *shape, like=words)
     if kept is not None:
-        _tensor(op, "kept", kept, _LONG, rows, 3, like=words)
+        _tensor(op, "kept", kept, _LONG, rows, 4, like=words)
     noise_stream(op, stream, STREAMS.values())
     out = OPERATORS[op].empty(summaries, words, candidates, *rest)
     launch_shard_finish(summaries, words, candidates, params, kept, stream, FinishedOut(*out))

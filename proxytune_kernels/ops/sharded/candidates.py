@@ -144,7 +144,7 @@ def draw_rows(
 class _Other(NamedTuple):
     """Rows that may be drawn with noise stream "sample" in place of the call's own."""
 
-    index: Tensor
+    at: Tensor
     """int64 [R]: which rows."""
     is_drawn: Tensor
     """bool [R]: whether they are."""
@@ -169,13 +169,13 @@ class _Call(NamedTuple):
         if self.other is None:
             return few
         is_drawn = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
-        is_drawn[self.other.index] = self.other.is_drawn
+        is_drawn[self.other.at] = self.other.is_drawn
         return few._replace(other=_Other(torch.arange(len(index)), is_drawn[index]))
 
     def _others(self) -> _Call:
         assert self.other is not None
         alone = self._replace(noise_stream="sample", other=None)
-        return alone.rows_at(self.other.index)
+        return alone.rows_at(self.other.at)
 
     def draw(self, summaries: Tensor, cut: Tensor | None) -> Tensor:
         start, number = self.shard.vocab_start, STREAMS[self.noise_stream]
@@ -195,10 +195,12 @@ class _Call(NamedTuple):
         out = Finished(*run(summaries, words, lists, *self.rows, kept, number))
         if self.other is not None:
             index, is_drawn = self.other
-            own = [None if t is None else t[:, index].contiguous() for t in (words, lists)]
-            own_kept = None if kept is None else kept[index]
-            at = summaries[:, index].contiguous()
-            others = self._others().finish(at, own[0], own[1], own_kept)
+            others = self._others().finish(
+                summaries[:, index].contiguous(),
+                words[:, index].contiguous(),
+                None if lists is None else lists[:, index].contiguous(),
+                None if kept is None else kept[index],
+            )
             for column, values in zip(out, others, strict=True):
                 column[index] = torch.where(is_drawn, values, column[index])
         return out

@@ -307,7 +307,9 @@ def _rejection(
         "raw_logprobs": (residual.raw_logprobs, grid.wanted_raw_logprobs),
     }
     emitted = {
-        name: torch.where(accepted, own, torch.where(recovered, drawn[:, None], getattr(grid, name)))
+        name: torch.where(
+            accepted, own, torch.where(recovered, drawn[:, None], getattr(grid, name))
+        )
         for name, (drawn, own) in columns.items()
     }
     return _emitted(grid._replace(**emitted), num_accepted)

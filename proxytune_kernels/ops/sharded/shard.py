@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from proxytune_kernels.ops.backends import BY_NAME, Implementation, resolve
+from proxytune_kernels.ops.backends import BY_NAME, resolve
+from proxytune_kernels.ops.backends.backend import Implementation
 from proxytune_kernels.ops.checks import MAX_VOCAB_SIZE
 
 # Renamed in torch 2.12; the old name warns.
