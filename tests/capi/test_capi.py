@@ -72,11 +72,11 @@ class Case:
         first = self.sample(self.params).token_ids
         self.draft_token_ids = torch.stack([first, torch.full_like(first, -1)], 1)
 
-    def sample(self, params, stream="sample"):
+    def sample(self, params, noise_stream="sample"):
         base, expert, anti = self.roles(0)
         constraints = self.constraints(0)
         return ptk.sample(
-            base, expert, anti, params, vocab_size=self.vocab_size, stream=stream,
+            base, expert, anti, params, vocab_size=self.vocab_size, noise_stream=stream,
             top_logprobs=NUM_TOP, **constraints,
         )  # fmt: skip
 

@@ -265,7 +265,11 @@ def test_verify(mode, blocks):
     steps = [params._replace(position=params.position + j) for j in range(k)]
     stream = "sample" if mode == "coupled" else "draft"
     drafts = torch.stack(
-        [ptk.sample(near[:, j], params=p, stream=stream).token_ids for j, p in enumerate(steps)], 1
+        [
+            ptk.sample(near[:, j], params=p, noise_stream=stream).token_ids
+            for j, p in enumerate(steps)
+        ],
+        1,
     )
     drafts[0, 1], drafts[1, 0], drafts[2, 2] = -1, vocab_size, 10**12
     extra = {} if mode == "coupled" else {"draft_logits": near.to(torch.float16)}

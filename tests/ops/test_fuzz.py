@@ -402,7 +402,7 @@ def plain_decoding(case: Case, kernel: Backend, j: int, stream: str) -> ptk.Samp
         allowed_mask=None if case.allowed_mask is None else case.allowed_mask[:, j],
     )
     params = case.params._replace(position=case.params.position + j)
-    out = kernel.sample(**at.inputs(), params=params, stream=stream, **at.constraints)
+    out = kernel.sample(**at.inputs(), params=params, noise_stream=stream, **at.constraints)
     assert isinstance(out, ptk.SampleOutput)
     return out
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from proxytune_kernels.ops.table import empty_sample
 from tests.ops import oracle
 from tests.ops.conftest import NEEDS_TRITON, Backend, move
 
@@ -36,21 +35,26 @@ ALONE, NARROWED_ALONE = Way("alone", False), Way("alone", True)
 
 def sample(base: Tensor, **values: Any) -> tuple[ptk.SampleOutput, list[Way]]:
     """``sample`` of base alone, and the ways of its rows."""
-    from proxytune_kernels.kernels import _row
-    from proxytune_kernels.kernels.sample import inputs, launch_sample
+    from proxytune_kernels.kernels import workspace
+    from proxytune_kernels.kernels.common import inputs
+    from proxytune_kernels.kernels.sample import launch_sample
     from proxytune_kernels.ops.backends import triton_operators  # noqa: F401  (corrects the interpreter)
 
     base = move(base, TRITON.device)
     params = ptk.RowParams.make(len(base), device=base.device, **values)
-    out = _row.Outputs(*empty_sample(base))
+    out = workspace.Outputs(*ptk.sample(base, backend="reference")[:-1])
     logits, strides = inputs(base, None, None)
     _, state = launch_sample(logits, strides, params, out, base.shape[1], 1, 0)
-    names = {_row.DONE.value: "done", _row.FLAT.value: "flat", _row.ALONE.value: "alone"}
+    names = {
+        workspace.DONE.value: "done",
+        workspace.FLAT.value: "flat",
+        workspace.ALONE.value: "alone",
+    }
     ways = []
     for counters in state.counters.tolist():
-        mode = names[counters[_row.MODE.value]]
+        mode = names[counters[workspace.MODE.value]]
         # Of rows that select finishes it writes no other counter.
-        ways.append(Way(mode, mode != "done" and counters[_row.NARROWED.value] > 0))
+        ways.append(Way(mode, mode != "done" and counters[workspace.NARROWED.value] > 0))
     return ptk.SampleOutput(*(t.cpu() for t in out)), ways
 
 

@@ -28,12 +28,12 @@ def test_golden_draws(backend):
     assert sum(d["vocab_size"] == wide for d in few) == 3
     for entry in sized(backend, draws, few):
         roles = golden.logits(entry["case"], entry["vocab_size"], entry["shift"])
-        out = backend.sample(*roles, golden.params_of(entry), stream=entry["stream"])
+        out = backend.sample(*roles, golden.params_of(entry), noise_stream=entry["stream"])
         assert int(out.token_ids) == entry["token_id"], entry
         assert int(out.num_kept) == entry["num_kept"], entry
 
 
-def _check_gap(backend, token, other, seed, position, stream="sample"):
+def _check_gap(backend, token, other, seed, position, noise_stream="sample"):
     """g(token) - g(other) is the contract's: the most that the other's logit may be above.
 
     Races of two, in which the other has a little less and a little more; fp32 scores and logs are
@@ -45,7 +45,7 @@ def _check_gap(backend, token, other, seed, position, stream="sample"):
     steps = one - rival + torch.tensor([-20, -1, -bound, bound, 1, 20], dtype=torch.float64)
     rows = torch.full((6, max(token, other) + 1), -INF)
     rows[:, token], rows[:, other] = 0.0, steps.float()
-    out = backend.sample(rows, seed=seed, position=position, stream=stream)
+    out = backend.sample(rows, seed=seed, position=position, noise_stream=stream)
     assert out.token_ids.tolist() == [token] * 3 + [other] * 3
 
 

@@ -184,7 +184,8 @@ def resolve(
         _warn_reference(device.type, reasons[0] if reasons else "no kernel is built for it")
         return "reference"
     if backend not in BY_NAME:
-        raise ValueError(f"{op}: backend must be one of {sorted(BY_NAME)} or None, got {backend!r}")
+        names = sorted(known.name for known in ALL)
+        raise ValueError(f"{op}: backend must be one of {names} or None, got {backend!r}")
     reason = _unusable(backend, device, op, vocab_size, rejection)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} can't run: {reason}")
