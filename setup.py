@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SOURCES = [
     "csrc/binding_cpu.cpp",
-    "csrc/binding_cpu_shard.cpp",
+    "csrc/binding_shard.cpp",
     "csrc/cpu/capi.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/shard.cpp",

@@ -10,6 +10,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -22,6 +24,23 @@ namespace ptk::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+
+// The arguments that schemas have in common, as parameters and as values.
+#define PTK_LOGITS const Tensor &base, const MaybeTensor &expert, const MaybeTensor &anti
+#define PTK_PARAMS                                                                          \
+  const Tensor &alpha, const Tensor &temperature, const Tensor &top_k, const Tensor &top_p, \
+      const Tensor &min_p, const Tensor &filter_order, const Tensor &seed, const Tensor &position
+#define PTK_PARAM_VALUES alpha, temperature, top_k, top_p, min_p, filter_order, seed, position
+#define PTK_CONSTRAINTS const MaybeTensor &bias, const MaybeTensor &allowed_mask, int64_t vocab_size
+#define PTK_CONSTRAINT_VALUES bias, allowed_mask, vocab_size
+#define PTK_SAMPLE PTK_LOGITS, PTK_PARAMS, PTK_CONSTRAINTS, int64_t noise_stream, int64_t top_logprobs
+#define PTK_SAMPLE_VALUES \
+  base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_VALUES, noise_stream, top_logprobs
+#define PTK_VERIFY                                                                              \
+  PTK_LOGITS, const Tensor &draft_token_ids, const MaybeTensor &draft_logits, PTK_PARAMS,       \
+      PTK_CONSTRAINTS, int64_t verify_mode
+#define PTK_VERIFY_VALUES(drafts) \
+  base, expert, anti, drafts, draft_logits, PTK_PARAM_VALUES, PTK_CONSTRAINT_VALUES, verify_mode
 
 inline int32_t dtype_code(const Tensor& t, const char* name) {
   const ScalarType type = t.scalar_type();
@@ -45,32 +64,33 @@ inline proxytune_logits logits_of(const Tensor& t, int64_t rows, int64_t positio
 }
 
 template <typename T>
-T* values_of(const Tensor& t, ScalarType type, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.numel() == count && t.is_contiguous(), "proxytune: ",
-                  name, " has the wrong dtype or shape, or is not contiguous");
+constexpr ScalarType kTypeOf = std::is_same_v<T, float>     ? ScalarType::Float
+                               : std::is_same_v<T, int64_t> ? ScalarType::Long
+                                                            : ScalarType::Int;
+
+template <typename T>
+T* values_of(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == kTypeOf<T> && t.numel() == count && t.is_contiguous(),
+                  "proxytune: ", name, " has the wrong dtype or shape, or is not contiguous");
   return static_cast<T*>(t.data_ptr());
 }
 
-// Pointers of a call's constraints: Matrix-like tensors with a stride per row and position.
+// The address of a bias or mask, null where there is none, with its stride for each row and position.
 template <typename T>
-void constraint_of(const MaybeTensor& t, ScalarType type, int64_t rows, int64_t positions,
-                   int64_t width, const char* name, const T** data, int64_t* row_stride,
-                   int64_t* position_stride) {
-  if (!t) return;
+const T* constraint_of(const MaybeTensor& t, int64_t rows, int64_t positions, int64_t width,
+                       const char* name, int64_t& row_stride, int64_t& position_stride) {
+  if (!t) return nullptr;
   const int64_t last = t->dim() - 1;
-  STD_TORCH_CHECK(t->scalar_type() == type && (last == 1 || last == 2) && t->size(0) == rows &&
+  STD_TORCH_CHECK(t->scalar_type() == kTypeOf<T> && (last == 1 || last == 2) && t->size(0) == rows &&
                       (last == 1 ? positions == 1 : t->size(1) == positions) &&
                       t->size(last) == width && (t->stride(last) == 1 || width <= 1),
                   "proxytune: ", name, " has the wrong dtype or shape");
-  *data = static_cast<const T*>(t->data_ptr());
-  *row_stride = t->stride(0);
-  *position_stride = last == 2 ? t->stride(1) : 0;
+  row_stride = t->stride(0);
+  position_stride = last == 2 ? t->stride(1) : 0;
+  return static_cast<const T*>(t->data_ptr());
 }
 
-inline proxytune_inputs inputs_of(const Tensor& base, const MaybeTensor& expert,
-                                  const MaybeTensor& anti, const Tensor& alpha,
-                                  const MaybeTensor& bias, const MaybeTensor& allowed,
-                                  int64_t vocab_size) {
+inline proxytune_inputs inputs_of(PTK_LOGITS, const Tensor& alpha, PTK_CONSTRAINTS) {
   STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocabSize,
                   "proxytune: vocab_size must be in [1, 2^19], got ", vocab_size);
   const int64_t rows = base.size(0), positions = base.dim() == 3 ? base.size(1) : 1;
@@ -83,33 +103,61 @@ inline proxytune_inputs inputs_of(const Tensor& base, const MaybeTensor& expert,
     in.expert = logits_of(*expert, rows, positions, vocab_size, "expert");
     in.anti = logits_of(*anti, rows, positions, vocab_size, "anti");
   }
-  in.alpha = values_of<float>(alpha, ScalarType::Float, rows, "alpha");
-  constraint_of(bias, ScalarType::Float, rows, positions, vocab_size, "bias", &in.bias,
-                &in.bias_row_stride, &in.bias_position_stride);
-  const int32_t* words = nullptr;
-  constraint_of(allowed, ScalarType::Int, rows, positions, (vocab_size + 31) / 32, "allowed_mask",
-                &words, &in.allowed_row_stride, &in.allowed_position_stride);
-  in.allowed = reinterpret_cast<const uint32_t*>(words);
+  in.alpha = values_of<float>(alpha, rows, "alpha");
+  in.bias = constraint_of<float>(bias, rows, positions, vocab_size, "bias", in.bias_row_stride,
+                                 in.bias_position_stride);
+  in.allowed = reinterpret_cast<const uint32_t*>(
+      constraint_of<int32_t>(allowed_mask, rows, positions, (vocab_size + 31) / 32, "allowed_mask",
+                             in.allowed_row_stride, in.allowed_position_stride));
   return in;
 }
 
-struct ParamTensors {
-  const Tensor &temperature, &top_k, &top_p, &min_p, &filter_order, &seed, &position;
-};
-
-inline proxytune_params params_of(const ParamTensors& p, int64_t rows) {
-  return {values_of<float>(p.temperature, ScalarType::Float, rows, "temperature"),
-          values_of<int32_t>(p.top_k, ScalarType::Int, rows, "top_k"),
-          values_of<float>(p.top_p, ScalarType::Float, rows, "top_p"),
-          values_of<float>(p.min_p, ScalarType::Float, rows, "min_p"),
-          values_of<int32_t>(p.filter_order, ScalarType::Int, rows, "filter_order"),
-          values_of<int64_t>(p.seed, ScalarType::Long, rows, "seed"),
-          values_of<int64_t>(p.position, ScalarType::Long, rows, "position")};
+inline proxytune_params params_of(int64_t rows, PTK_PARAMS) {
+  return {values_of<float>(temperature, rows, "temperature"), values_of<int32_t>(top_k, rows, "top_k"),
+          values_of<float>(top_p, rows, "top_p"),             values_of<float>(min_p, rows, "min_p"),
+          values_of<int32_t>(filter_order, rows, "filter_order"),
+          values_of<int64_t>(seed, rows, "seed"),             values_of<int64_t>(position, rows, "position")};
 }
+
+inline proxytune_sample_args sample_args(PTK_SAMPLE) {
+  STD_TORCH_CHECK(base.dim() == 2, "proxytune: base has the wrong shape");
+  STD_TORCH_CHECK(top_logprobs >= 0 && top_logprobs <= PROXYTUNE_MAX_TOP,
+                  "proxytune: top_logprobs must be in [0, 128], got ", top_logprobs);
+  proxytune_sample_args args{};
+  args.inputs = inputs_of(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES);
+  args.params = params_of(base.size(0), PTK_PARAM_VALUES);
+  args.noise_stream = int32_t(noise_stream);
+  args.num_top = int32_t(top_logprobs);
+  return args;
+}
+
+inline proxytune_verify_args verify_args(PTK_VERIFY) {
+  STD_TORCH_CHECK(base.dim() == 3, "proxytune: base has the wrong shape");
+  const int64_t rows = base.size(0), positions = base.size(1);
+  STD_TORCH_CHECK(positions >= 1 && draft_token_ids.dim() == 2 && draft_token_ids.size(0) == rows &&
+                      draft_token_ids.size(1) == positions - 1,
+                  "proxytune: draft_token_ids has the wrong dtype or shape");
+  proxytune_verify_args args{};
+  args.inputs = inputs_of(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES);
+  args.params = params_of(rows, PTK_PARAM_VALUES);
+  args.num_drafts = positions - 1;
+  args.mode = int32_t(verify_mode);
+  args.draft_token_ids = values_of<int64_t>(draft_token_ids, rows * (positions - 1), "draft_token_ids");
+  args.draft_token_ids_row_stride = positions - 1;
+  if (draft_logits) {
+    args.draft_logits = logits_of(*draft_logits, rows, positions - 1, vocab_size, "draft_logits");
+  }
+  return args;
+}
+
+struct DeleteTensor {
+  void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+};
+using NewTensor = std::unique_ptr<AtenTensorOpaque, DeleteTensor>;
 
 // A new tensor on the device of `like`, [rows] or [rows, columns]. Straight from the shim: going
 // through the dispatcher costs as much again as the rest of a small call.
-inline Tensor empty(const Tensor& like, ScalarType type, int64_t rows, int64_t columns = -1) {
+inline NewTensor empty(const Tensor& like, ScalarType type, int64_t rows, int64_t columns = -1) {
   int32_t dtype = aoti_torch_dtype_float32();
   if (type == ScalarType::Long) dtype = aoti_torch_dtype_int64();
   if (type == ScalarType::Int) dtype = aoti_torch_dtype_int32();
@@ -120,32 +168,34 @@ inline Tensor empty(const Tensor& like, ScalarType type, int64_t rows, int64_t c
   const auto code = aoti_torch_empty_strided(columns < 0 ? 1 : 2, sizes, strides, dtype,
                                              device_type, like.get_device_index(), &handle);
   STD_TORCH_CHECK(code == 0, "proxytune: out of memory");
-  return Tensor(handle);
+  return NewTensor(handle);
+}
+
+inline Tensor new_tensor(const Tensor& like, ScalarType type, int64_t rows, int64_t columns = -1) {
+  return Tensor(empty(like, type, rows, columns).release());
 }
 
 // A result of an operator, and the field of the C API's arguments that says where it goes: one value for
-// each row, or one for each row and column.
+// each row, or for each row and column.
 template <typename Args, typename T>
 struct Result {
   const char* name;
   T* Args::* field;
   bool has_columns = false;
 
-  static constexpr ScalarType kType = std::is_same_v<T, float>     ? ScalarType::Float
-                                      : std::is_same_v<T, int64_t> ? ScalarType::Long
-                                                                   : ScalarType::Int;
-
-  Tensor allocate(Args& args, const Tensor& like, int64_t rows, int64_t columns) const {
-    Tensor made = empty(like, kType, rows, has_columns ? columns : -1);
-    args.*field = static_cast<T*>(made.data_ptr());
+  NewTensor allocate(Args& args, const Tensor& like, int64_t rows, int64_t columns) const {
+    NewTensor made = empty(like, kTypeOf<T>, rows, has_columns ? columns : -1);
+    void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(made.get(), &data));
+    args.*field = static_cast<T*>(data);
     return made;
   }
   void attach(Args& args, const Tensor& given, int64_t rows, int64_t columns) const {
-    args.*field = values_of<T>(given, kType, has_columns ? rows * columns : rows, name);
+    args.*field = values_of<T>(given, has_columns ? rows * columns : rows, name);
   }
 };
 
-// The results in the order of the schemas (proxytune_kernels/ops/table.py).
+// The results of each operator, in the order of its schema.
 inline constexpr std::tuple kSampleResults{
     Result{"token_ids", &proxytune_sample_args::token_ids},
     Result{"logprobs", &proxytune_sample_args::logprobs},
@@ -163,81 +213,41 @@ inline constexpr std::tuple kVerifyResults{
     Result{"status", &proxytune_verify_args::status},
 };
 
-// New tensors for all results.
+template <size_t kCount>
+using NewTensors = std::array<NewTensor, kCount>;
+
 template <typename... Results, typename Args>
-auto allocate(const std::tuple<Results...>& results, Args& args, const Tensor& like, int64_t rows,
-              int64_t columns) {
+NewTensors<sizeof...(Results)> allocate(const std::tuple<Results...>& results, Args& args,
+                                        const Tensor& like, int64_t rows, int64_t columns) {
   return std::apply(
-      [&](const Results&... each) { return std::tuple{each.allocate(args, like, rows, columns)...}; },
+      [&](const Results&... each) {
+        return NewTensors<sizeof...(Results)>{each.allocate(args, like, rows, columns)...};
+      },
       results);
 }
 
-// The caller's tensors for all results.
 template <typename... Results, typename Args, typename... Tensors>
 void attach(const std::tuple<Results...>& results, Args& args, int64_t rows, int64_t columns,
             const Tensors&... given) {
   std::apply([&](const Results&... each) { (each.attach(args, given, rows, columns), ...); }, results);
 }
 
-inline proxytune_sample_args sample_args(const Tensor& base, const MaybeTensor& expert,
-                                         const MaybeTensor& anti, const Tensor& alpha,
-                                         const ParamTensors& params, const MaybeTensor& bias,
-                                         const MaybeTensor& allowed, int64_t vocab_size,
-                                         int64_t noise_stream, int64_t top_logprobs) {
-  STD_TORCH_CHECK(base.dim() == 2, "proxytune: base has the wrong shape");
-  STD_TORCH_CHECK(top_logprobs >= 0 && top_logprobs <= PROXYTUNE_MAX_TOP,
-                  "proxytune: top_logprobs must be in [0, 128], got ", top_logprobs);
-  proxytune_sample_args args{};
-  args.inputs = inputs_of(base, expert, anti, alpha, bias, allowed, vocab_size);
-  args.params = params_of(params, base.size(0));
-  args.noise_stream = int32_t(noise_stream);
-  args.num_top = int32_t(top_logprobs);
-  return args;
-}
-
-inline proxytune_verify_args verify_args(const Tensor& base, const MaybeTensor& expert,
-                                         const MaybeTensor& anti, const Tensor& draft_token_ids,
-                                         const MaybeTensor& draft_logits, const Tensor& alpha,
-                                         const ParamTensors& params, const MaybeTensor& bias,
-                                         const MaybeTensor& allowed, int64_t vocab_size, int64_t mode) {
-  STD_TORCH_CHECK(base.dim() == 3, "proxytune: base has the wrong shape");
-  const int64_t rows = base.size(0), positions = base.size(1);
-  STD_TORCH_CHECK(positions >= 1 && draft_token_ids.scalar_type() == ScalarType::Long &&
-                      draft_token_ids.dim() == 2 && draft_token_ids.size(0) == rows &&
-                      draft_token_ids.size(1) == positions - 1,
-                  "proxytune: draft_token_ids has the wrong dtype or shape");
-  proxytune_verify_args args{};
-  args.inputs = inputs_of(base, expert, anti, alpha, bias, allowed, vocab_size);
-  args.params = params_of(params, rows);
-  args.num_drafts = positions - 1;
-  args.mode = int32_t(mode);
-  args.draft_token_ids = static_cast<const int64_t*>(draft_token_ids.data_ptr());
-  args.draft_token_ids_row_stride = draft_token_ids.stride(0);
-  if (draft_logits) {
-    args.draft_logits = logits_of(*draft_logits, rows, positions - 1, vocab_size, "draft_logits");
-  }
-  return args;
-}
-
-// What the schemas' arguments are here; a function takes them by reference, as boxing keeps them.
-#define PTK_PARAMS                                                                          \
-  const Tensor &alpha, const Tensor &temperature, const Tensor &top_k, const Tensor &top_p, \
-      const Tensor &min_p, const Tensor &filter_order, const Tensor &seed, const Tensor &position
-#define PTK_PARAM_VALUES alpha, temperature, top_k, top_p, min_p, filter_order, seed, position
-#define PTK_PARAM_TENSORS \
-  alpha, { temperature, top_k, top_p, min_p, filter_order, seed, position }
-#define PTK_LOGITS const Tensor &base, const MaybeTensor &expert, const MaybeTensor &anti
-#define PTK_CONSTRAINTS const MaybeTensor &bias, const MaybeTensor &allowed_mask, int64_t vocab_size
-#define PTK_SAMPLE PTK_LOGITS, PTK_PARAMS, PTK_CONSTRAINTS, int64_t noise_stream, int64_t top_logprobs
-#define PTK_VERIFY                                                                                  \
-  PTK_LOGITS, const Tensor &draft_token_ids, const MaybeTensor &draft_logits, PTK_PARAMS, PTK_CONSTRAINTS, \
-      int64_t verify_mode
-
+// A function that returns new tensors, as torch calls it. They are handed over as they are: TORCH_BOX would
+// make two more handles for each.
 template <auto kFunction>
-constexpr auto boxed =
-    &torch::stable::detail::boxer<std::remove_pointer_t<decltype(kFunction)>, kFunction>::boxed_fn;
+struct Boxed;
+template <size_t kCount, typename... Args, NewTensors<kCount> (*kFunction)(Args...)>
+struct Boxed<kFunction> {
+  static void call(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+    STD_TORCH_CHECK(num_args == sizeof...(Args) && num_outputs == kCount,
+                    "proxytune: the schema is another version's");
+    const auto args = torch::stable::detail::unbox_to_tuple<std::remove_cvref_t<Args>...>(stack);
+    NewTensors<kCount> results = std::apply(kFunction, args);
+    for (size_t i = 0; i < kCount; ++i) stack[i] = torch::stable::detail::from(results[i].release());
+  }
+};
 
-// The operators `sample` and `verify` over a backend, which has
+// The operators over a backend, which has
 //   static void check_devices(const Tensor& base, const Others&... others);
 //   static void sample(const proxytune_sample_args& args, const Tensor& base);
 //   static void verify(const proxytune_verify_args& args, const Tensor& base);
@@ -253,16 +263,15 @@ class Operators {
   template <typename... SampleResults, typename... VerifyResults>
   static void implement(torch::stable::detail::StableLibrary& m, const std::tuple<SampleResults...>&,
                         const std::tuple<VerifyResults...>&) {
-    m.impl("sample", boxed<&sample>);
-    m.impl("sample_out", boxed<&sample_out<SampleResults...>>);
-    m.impl("verify", boxed<&verify>);
-    m.impl("verify_out", boxed<&verify_out<VerifyResults...>>);
+    m.impl("sample", &Boxed<&sample>::call);
+    m.impl("sample_out", TORCH_BOX((&sample_out<SampleResults...>)));
+    m.impl("verify", &Boxed<&verify>::call);
+    m.impl("verify_out", TORCH_BOX((&verify_out<VerifyResults...>)));
   }
 
   static auto sample(PTK_SAMPLE) {
     Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, bias, allowed_mask);
-    auto args = sample_args(base, expert, anti, PTK_PARAM_TENSORS, bias, allowed_mask, vocab_size,
-                            noise_stream, top_logprobs);
+    proxytune_sample_args args = sample_args(PTK_SAMPLE_VALUES);
     auto results = allocate(kSampleResults, args, base, base.size(0), top_logprobs);
     Backend::sample(args, base);
     return results;
@@ -274,18 +283,17 @@ class Operators {
   template <typename... Results>
   static void sample_out(PTK_SAMPLE, const ResultTensor<Results>&... results) {
     Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, bias, allowed_mask, results...);
-    auto args = sample_args(base, expert, anti, PTK_PARAM_TENSORS, bias, allowed_mask, vocab_size,
-                            noise_stream, top_logprobs);
+    proxytune_sample_args args = sample_args(PTK_SAMPLE_VALUES);
     attach(kSampleResults, args, base.size(0), top_logprobs, results...);
     Backend::sample(args, base);
   }
 
+  // The drafts are copied where they are not contiguous.
   static auto verify(PTK_VERIFY) {
     Backend::check_devices(base, expert, anti, draft_token_ids, draft_logits, PTK_PARAM_VALUES, bias,
                            allowed_mask);
     const Tensor drafts = torch::stable::contiguous(draft_token_ids);
-    auto args = verify_args(base, expert, anti, drafts, draft_logits, PTK_PARAM_TENSORS, bias,
-                            allowed_mask, vocab_size, verify_mode);
+    proxytune_verify_args args = verify_args(PTK_VERIFY_VALUES(drafts));
     auto results = allocate(kVerifyResults, args, base, base.size(0), base.size(1));
     Backend::verify(args, base);
     return results;
@@ -296,8 +304,7 @@ class Operators {
     Backend::check_devices(base, expert, anti, draft_token_ids, draft_logits, PTK_PARAM_VALUES, bias,
                            allowed_mask, results...);
     const Tensor drafts = torch::stable::contiguous(draft_token_ids);
-    auto args = verify_args(base, expert, anti, drafts, draft_logits, PTK_PARAM_TENSORS, bias,
-                            allowed_mask, vocab_size, verify_mode);
+    proxytune_verify_args args = verify_args(PTK_VERIFY_VALUES(drafts));
     attach(kVerifyResults, args, base.size(0), base.size(1), results...);
     Backend::verify(args, base);
   }

@@ -23,7 +23,6 @@ from proxytune_kernels.ops.backends import (
     backends,
     choose,
     cuda,
-    device_name,
     resolve,
 )
 from tests.test_imports import WITHOUT
@@ -61,7 +60,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """
     caches = (kernels.unusable, kernels.device_unusable, cuda.missing,
               cuda.device_unusable, cuda.max_vocab_size,
-              device_name, _warn_reference)  # fmt: skip
+              cuda.device_name, _warn_reference)  # fmt: skip
 
     def max_vocab_size(rejection: bool, device: int) -> int:
         return V // 2 if rejection else V

@@ -33,7 +33,7 @@ def test_golden_draws(backend):
         assert int(out.num_kept) == entry["num_kept"], entry
 
 
-def _check_gap(backend, token, other, seed, position, noise_stream="sample"):
+def _check_gap(backend, token, other, seed, position, stream="sample"):
     """g(token) - g(other) is the contract's: the most that the other's logit may be above.
 
     Races of two, in which the other has a little less and a little more; fp32 scores and logs are

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from proxytune_kernels.ops.backends.backend import Backend, Implementation
 from proxytune_kernels.ops.backends.cpu import Cpu
-from proxytune_kernels.ops.backends.cuda import Cuda
+from proxytune_kernels.ops.backends.cuda import Cuda, device_name
 from proxytune_kernels.ops.backends.reference import Reference
 from proxytune_kernels.ops.backends.triton import Triton
 
@@ -106,12 +106,6 @@ def _refusal(backend: str, op: str, device: torch.device) -> str | None:
 @_traced_as_constant
 def _max_vocab_size(backend: str, device: torch.device, rejection: bool) -> int | None:
     return BY_NAME[backend].max_vocab_size(device.index or 0, rejection)
-
-
-@cache
-def device_name(index: int) -> str:
-    """What the driver calls a CUDA device."""
-    return torch.cuda.get_device_name(index)
 
 
 @_traced_as_constant

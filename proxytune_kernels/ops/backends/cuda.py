@@ -98,5 +98,11 @@ def max_vocab_size(rejection: bool, index: int) -> int:
     return int(_extension().max_vocab_size(rejection, index))
 
 
+@cache
+def device_name(index: int) -> str:
+    """What the driver calls a CUDA device."""
+    return torch.cuda.get_device_name(index)
+
+
 def _extension() -> Any:
     return import_module(_MODULE)
