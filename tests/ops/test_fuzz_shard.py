@@ -111,7 +111,7 @@ def test_words_that_no_rank_would_send(name, data, choice):
     edges = longs(generator, rows, 5)
     run("shard_histogram", longs(generator, rows, 40), summaries, params.temperature, edges)
     width = data.draw(st.sampled_from((2, 5, 6)))
-    kept = longs(generator, rows, 3) if width == 2 else None
+    kept = longs(generator, rows, 4) if width == 2 else None
     words, lists = longs(generator, world, rows, width), longs(generator, world, rows, length)
     out = Finished(*run("shard_finish", summaries, words, lists, *params, kept, 1))
     assert ((out.token_ids >= -1) & (out.token_ids < 2**19)).all()

@@ -192,7 +192,7 @@ def test_given_kept_sets_are_drawn_from(kernel):
     x, params = combined(oracle.random_rows(8, batch, 300, order="vllm"))
     whole, _ = drawn(kernel, x, params, (), 300)
     live = whole.token_ids >= 0
-    kept = torch.stack((whole.cut, whole.num_kept.long(), whole.kept_mass), -1)
+    kept = torch.stack((whole.cut, whole.num_kept.long(), whole.kept_mass, whole.raw_mass), -1)
     parts = parts_of(x, CUTS[2])
     summaries = torch.stack([kernel.operator("shard_scan")(part) for _, part in parts])
     words = torch.stack(
@@ -221,6 +221,8 @@ def test_wanted_tokens(kernel):
     again, _ = drawn(kernel, x, params, CUTS[2], size, wanted=drawn_ids)
     live = found.token_ids >= 0
     assert torch.equal(again.wanted_logprobs[live], found.logprobs[live])
+    assert torch.equal(again.wanted_raw_logprobs[live], found.raw_logprobs[live])
+    assert torch.equal(found.wanted_raw_logprobs.isnan(), ~kept)
     # The likeliest tokens' too: docs/contracts.md, Logprobs.
     logprobs = d.logprobs().gather(-1, wanted.clamp(0, size - 1)[:, None])[:, 0]
     scaled = d.scaled.gather(-1, wanted.clamp(0, size - 1)[:, None])[:, 0]
@@ -265,7 +267,8 @@ def _rejected(kernel: Backend, batch: int, size: int, cuts: Sequence[float], see
                  draft.cut, draft.kept_mass, steps, *params, start)
         for (start, part), (_, draft_part) in zip(parts_of(x, cuts), parts_of(y, cuts), strict=True)
     ])  # fmt: skip
-    kept = torch.stack((target.cut, target.num_kept.long(), target.kept_mass), -1)[::2]
+    known = (target.cut, target.num_kept.long(), target.kept_mass, target.raw_mass)
+    kept = torch.stack(known, -1)[::2]
     finish = kernel.operator("shard_finish")
     stream = rng.STREAMS["residual"]
     at = summaries[:, ::2].contiguous()
@@ -285,10 +288,11 @@ def test_rejection(kernel, cuts):
     rejected = steps == 0
     assert rejected.any() and (accepted[rejected] == 0).all()
     assert torch.equal(residual.token_ids[rejected], whole.token_ids[rejected, 0])
-    one, other = residual.logprobs[rejected], whole.logprobs[rejected, 0]
-    torch.testing.assert_close(one, other, rtol=2.0**-23, atol=kernel.tile_error)
-    if kernel.tile_error == 0:
-        assert torch.equal(one, other)
+    for name in ("logprobs", "raw_logprobs"):
+        one, other = getattr(residual, name)[rejected], getattr(whole, name)[rejected, 0]
+        torch.testing.assert_close(one, other, rtol=2.0**-23, atol=kernel.tile_error)
+        if kernel.tile_error == 0:
+            assert torch.equal(one, other)
     assert (residual.token_ids[~rejected] == -1).all()
 
 
@@ -308,7 +312,7 @@ def good(kernel: Backend, op: str) -> list[Any]:
         "shard_keys": [x, summaries, 0],
         "shard_draw": [x, summaries, *params, vector, vector, 0, 0],
         "shard_histogram": [lists[0], summaries, params[1], lists[1]],
-        "shard_finish": [summaries, words, lists, *params, torch.ones(rows, 3).long(), 0],
+        "shard_finish": [summaries, words, lists, *params, torch.ones(rows, 4).long(), 0],
         "shard_accept": [torch.zeros(rows, 2), torch.zeros(rows, 2).int(), torch.zeros(rows, 1),
                          torch.zeros(rows, 1).long(), *params[6:]],
         "shard_residual": [torch.zeros(2 * rows, size), torch.cat([summaries, summaries], 1), two,
