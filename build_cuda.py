@@ -1,4 +1,4 @@
-"""Runs nvcc for setup.py, benchmarks/static and the tests: which one, with what flags, for what GPUs.
+"""Runs nvcc for setup.py, benchmarks/static and the tests: which one, for what, with what flags.
 
 `python build_cuda.py` says what a build would do.
 
