@@ -251,7 +251,9 @@ static void verify(const test_case* c, int32_t mode, void* workspace,
   if (mode == PROXYTUNE_VERIFY_REJECTION) a.draft_logits = c->draft_logits;
   a.token_ids = must(malloc(n * sizeof *a.token_ids));
   a.num_accepted = must(malloc(rows * sizeof *a.num_accepted));
+  check(proxytune_cpu_verify(&a, 0, c->rows, workspace, parallel)); /* with nowhere to put the rest */
   a.logprobs = must(malloc(n * sizeof *a.logprobs));
+  a.raw_logprobs = must(malloc(n * sizeof *a.raw_logprobs));
   a.status = must(malloc(rows * sizeof *a.status));
   check(proxytune_cpu_verify(&a, 0, c->rows, workspace, parallel));
   for (int64_t r = 0; r < c->rows; ++r) {
@@ -259,13 +261,15 @@ static void verify(const test_case* c, int32_t mode, void* workspace,
            a.num_accepted[r], a.status[r]);
     for (int64_t j = 0; j < c->positions; ++j) {
       const int64_t i = r * c->positions + j;
-      printf(" %" PRId64 " %08" PRIx32, a.token_ids[i], bits_of(a.logprobs[i]));
+      printf(" %" PRId64 " %08" PRIx32 " %08" PRIx32, a.token_ids[i], bits_of(a.logprobs[i]),
+             bits_of(a.raw_logprobs[i]));
     }
     printf("\n");
   }
   free(a.token_ids);
   free(a.num_accepted);
   free(a.logprobs);
+  free(a.raw_logprobs);
   free(a.status);
 }
 
