@@ -33,8 +33,8 @@ from proxytune_kernels.kernels.common import inputs
 from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
 from proxytune_kernels.kernels.score import launch_score
-from proxytune_kernels.kernels.top_logprobs import Top, launch_top
-from proxytune_kernels.kernels.verify import Verified, launch_coupled, launch_rejection
+from proxytune_kernels.kernels.top_logprobs import TopOutputs, launch_top_logprobs
+from proxytune_kernels.kernels.verify import VerifyOutputs, launch_coupled, launch_rejection
 from proxytune_kernels.kernels.workspace import Outputs
 
 _NUM_PARAMS = len(RowParams._fields)
@@ -74,12 +74,12 @@ def _sample(
     if stream not in STREAMS.values():
         raise ValueError(f"sample: stream must be one of {[*STREAMS.values()]}, got {stream!r}")
     checks.sample_out(out, base, num_top)
-    logits, strides = inputs(base, expert, anti, bias, allowed_mask)
+    logits = inputs(base, expert, anti, bias, allowed_mask)
     drawn = Outputs(*out[:5])
-    tiles, state = launch_sample(logits, strides, row_params, drawn, vocab_size, 1, stream)
+    tiles, workspace = launch_sample(logits, row_params, drawn, vocab_size, 1, stream)
     if out.top is not None:
-        top = Top(*out.top)
-        launch_top(logits, strides, row_params, tiles, state, drawn, top, vocab_size)
+        top = TopOutputs(*out.top)
+        launch_top_logprobs(logits, row_params, tiles, workspace, drawn, top, vocab_size)
 
 
 def _check_num_top(num_top: int) -> None:
@@ -122,13 +122,13 @@ def sample_top_out(base: Tensor, expert: Any, anti: Any, *rest: Any, **out: Tens
 
 def _sample_hidden(given: head_checks.Arguments, out: SampleOutput) -> None:
     drawn = Outputs(*out[:5])
-    logits, strides, tiles, state = launch_sample_hidden(
+    logits, tiles, workspace = launch_sample_hidden(
         given.heads, (given.bias, given.allowed_mask), given.params, drawn, given.vocab_size,
         given.stream,
     )  # fmt: skip
     if given.num_top > 0 and out.top is not None:
-        top = Top(*out.top)
-        launch_top(logits, strides, given.params, tiles, state, drawn, top, given.vocab_size)
+        top = TopOutputs(*out.top)
+        launch_top_logprobs(logits, given.params, tiles, workspace, drawn, top, given.vocab_size)
 
 
 @_on_device
@@ -157,8 +157,8 @@ def combine_out(
     checks.alpha("combine", alpha, base)
     checks.constraints("combine", base, bias, allowed_mask, vocab_size)
     checks.matrix_out("combine", out_x, (base.shape[0], vocab_size), base.device)
-    logits, strides = inputs(base, expert, anti, bias, allowed_mask)
-    launch_combine(logits, strides, alpha.contiguous(), out_x, vocab_size)
+    logits = inputs(base, expert, anti, bias, allowed_mask)
+    launch_combine(logits, alpha.contiguous(), out_x, vocab_size)
 
 
 def combine(base: Tensor, *rest: Any) -> Tensor:
@@ -179,9 +179,9 @@ def score_out(
     shape = (base.shape[0], base.shape[1])
     checks.ids("score", "token_ids", token_ids, shape, base.device)
     checks.matrix_out("score", out_logprobs, shape, base.device)
-    logits, strides = inputs(base, expert, anti)
+    logits = inputs(base, expert, anti)
     ids = token_ids.contiguous()
-    launch_score(logits, strides, ids, alpha.contiguous(), out_logprobs, vocab_size)
+    launch_score(logits, ids, alpha.contiguous(), out_logprobs, vocab_size)
 
 
 def score(base: Tensor, *rest: Any) -> Tensor:
@@ -210,12 +210,12 @@ def verify_out(
     checks.draft_logits(draft_logits, mode, drafts, vocab_size, base.device)
     results = VerifyOutput(*_named(out, VERIFY_OUTPUTS))
     checks.verify_out(results, base)
-    logits, strides = inputs(base, expert, anti, bias, allowed_mask)
-    ids, verified = draft_token_ids.contiguous(), Verified(*results)
+    logits = inputs(base, expert, anti, bias, allowed_mask)
+    ids, verified = draft_token_ids.contiguous(), VerifyOutputs(*results)
     if mode == "coupled":
-        launch_coupled(logits, strides, ids, row_params, verified, vocab_size)
+        launch_coupled(logits, ids, row_params, verified, vocab_size)
     else:
-        launch_rejection(logits, strides, ids, draft_logits, row_params, verified, vocab_size)
+        launch_rejection(logits, ids, draft_logits, row_params, verified, vocab_size)
 
 
 def verify(base: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels.kernels.shard_sample import (
-    FinishedOut,
+    Finished,
     Part,
     launch_shard_draw,
     launch_shard_finish,
@@ -16,14 +16,10 @@ from proxytune_kernels.kernels.shard_sample import (
     launch_shard_keys,
     launch_shard_scan,
 )
-from proxytune_kernels.kernels.shard_verify import (
-    KeptRows,
-    launch_shard_accept,
-    launch_shard_residual,
-)
+from proxytune_kernels.kernels.shard_verify import launch_shard_accept, launch_shard_residual
+from proxytune_kernels.kernels.verify import Kept
 from proxytune_kernels.ops.checks import MAX_VOCAB_SIZE
 from proxytune_kernels.ops.shard_table import (
-    FINISHED,
     NUM_RESIDUAL_WORDS,
     NUM_WORDS,
     empty_finished,
@@ -143,8 +139,7 @@ def shard_finish(
         _tensor(op, "kept", kept, _LONG, rows, 3, like=words)
     _check_stream(op, stream)
     out = empty_finished(words)
-    named: dict[str, Any] = dict(zip(FINISHED, out, strict=True))
-    launch_shard_finish(summaries, words, candidates, params, kept, stream, FinishedOut(**named))
+    launch_shard_finish(summaries, words, candidates, params, kept, stream, Finished(*out))
     return out
 
 
@@ -195,6 +190,6 @@ def shard_residual(
     ):  # fmt: skip
         _tensor(op, name, value, _LONG, number, like=x)
     out = x.new_zeros((rows, NUM_RESIDUAL_WORDS), dtype=_LONG)
-    kept, draft_kept = KeptRows(cut, kept_mass), KeptRows(draft_cut, draft_kept_mass)
+    kept, draft_kept = Kept(cut, kept_mass), Kept(draft_cut, draft_kept_mass)
     launch_shard_residual(part, kept, draft_part, draft_kept, params, steps, out)
     return out
