@@ -20,6 +20,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from proxytune_kernels.kernels.common import (
     INF,
@@ -121,7 +122,9 @@ from proxytune_kernels.kernels.workspace import (
     write_nothing,
 )
 from proxytune_kernels.params import RowParams
+from proxytune_kernels.rng import STREAMS
 
+STREAM_SAMPLE = tl.constexpr(STREAMS["sample"])
 PER = tl.constexpr(8)  # tokens a lane of pivots and draw: 16 bytes of bf16
 HALF = tl.constexpr(4)  # pivots counted at once: all eight would take over 200 registers
 
@@ -144,7 +147,7 @@ def tile_sums(p):
 
 @triton.jit(do_not_specialize=["vocab_size", "blocks", "stream"])
 def _scan_kernel(
-    logits, row_params, tiles, vocab_size, positions, blocks, stream,
+    logits, row_params, tiles, vocab_size, positions, blocks, stream, draft_ids,
     DRAW: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Grid [rows, blocks]; DRAW is off for score, which needs maxima and masses alone."""
@@ -183,9 +186,19 @@ def _scan_kernel(
                 scaled = shifted * tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))
                 tl.store(tiles.scaled + at, tile_sums(tl.exp2(scaled)))
             if is_unfiltered(0, top_k, top_p, min_p):
+                stream = stream_of(draft_ids, b, positions, stream)
                 noise = noise_key(row_params, b, t, stream)
                 words = tile_words(tile * TILE, noise, TILES)
                 tl.store(tiles.score_bound + at, tl.max(scaled + noise_bound(words), 1) * LN2)
+
+
+@triton.jit
+def stream_of(draft_ids, b, positions, stream):
+    """The noise stream of request b: ``stream``, but sample's where draft_ids begin with a -1."""
+    if draft_ids is not None:
+        first = tl.load(draft_ids + b * (positions - 1))
+        stream = tl.where(first >= 0, stream, STREAM_SAMPLE)
+    return stream
 
 
 @triton.jit
@@ -304,12 +317,13 @@ def _select_filtered(
 
 @triton.jit(do_not_specialize=["stream"])
 def _select_kernel(
-    logits, row_params, tiles, workspace, out, vocab_size, positions, num_tiles, stream,
+    logits, row_params, tiles, workspace, out, vocab_size, positions, num_tiles, stream, draft_ids,
     NT: tl.constexpr,
 ):  # fmt: skip
     """Grid [rows]; NT is num_tiles (whole programs of scan) rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     b, t = row // positions, row % positions
+    stream = stream_of(draft_ids, b, positions, stream)
     valid = is_valid(row_params, b, t)
     tile = tl.arange(0, NT)
     inside, at = tile < num_tiles, row * num_tiles + tile
@@ -496,12 +510,15 @@ def _settle(logits, row_params, b, t, workspace, out, row, stream, vocab_size):
 
 
 @triton.jit(do_not_specialize=["vocab_size", "splits", "stream"])
-def _draw_kernel(logits, row_params, workspace, out, vocab_size, positions, splits, stream):
+def _draw_kernel(
+    logits, row_params, workspace, out, vocab_size, positions, splits, stream, draft_ids
+):
     """Grid [rows * splits]: tokens above the bracket are scored at once, those inside it listed."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     counters = workspace.counters + row * COUNTERS_WIDTH
     mode = tl.load(counters + MODE)
     b, t = row // positions, row % positions
+    stream = stream_of(draft_ids, b, positions, stream)
     if (mode == SEARCHED) & (split == 0):
         _draw_searching(logits, row_params, b, t, workspace, out, row, stream, vocab_size)
     if mode == FLAT:
@@ -530,20 +547,20 @@ def _draw_kernel(logits, row_params, workspace, out, vocab_size, positions, spli
 
 def launch_scan(
     logits: Logits, params: Any, tiles: Tiles, vocab_size: int, positions: int,
-    noise_stream: int, draw: bool = True,
+    noise_stream: int, draft_ids: Tensor | None = None, draw: bool = True,
 ) -> None:  # fmt: skip
     """Writes the rows' summaries; without ``draw`` maxima and raw sums, and only alpha is read."""
     rows, width = tiles.maximum.shape
     blocks = width // TILES_PER_PROGRAM
     _scan_kernel[(rows, blocks)](
-        logits, params, tiles, vocab_size, positions, blocks, noise_stream, DRAW=draw,
-        TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, **OPTIONS,
+        logits, params, tiles, vocab_size, positions, blocks, noise_stream, draft_ids,
+        DRAW=draw, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, **OPTIONS,
     )  # fmt: skip
 
 
 def launch_selection(
     logits: Logits, params: RowParams, tiles: Tiles, out: Outputs, vocab_size: int, positions: int,
-    noise_stream: int,
+    noise_stream: int, draft_ids: Tensor | None = None,
 ) -> Workspace:  # fmt: skip
     """What comes after the tiles' summaries, whoever wrote them; arguments as in launch_sample."""
     device, rows = logits.base.device, out.token_ids.numel()
@@ -552,15 +569,16 @@ def launch_selection(
         return workspace
     held = at_once(width)
     _select_kernel[(rows,)](
-        logits, params, tiles, workspace, out, vocab_size, positions, width, noise_stream, NT=held,
-        num_warps=SELECT_WARPS if held <= 2048 else 16, maxnreg=SELECT_REGISTERS, **OPTIONS,
+        logits, params, tiles, workspace, out, vocab_size, positions, width, noise_stream,
+        draft_ids, NT=held, num_warps=SELECT_WARPS if held <= 2048 else 16,
+        maxnreg=SELECT_REGISTERS, **OPTIONS,
     )  # fmt: skip
     splits = splits_of(rows, vocab_size, device)
     _pivots_kernel[(rows * splits,)](
         logits, params, workspace, vocab_size, positions, splits, num_warps=SPREAD_WARPS, **OPTIONS
     )
     _draw_kernel[(rows * splits,)](
-        logits, params, workspace, out, vocab_size, positions, splits, noise_stream,
+        logits, params, workspace, out, vocab_size, positions, splits, noise_stream, draft_ids,
         num_warps=SPREAD_WARPS, **OPTIONS,
     )  # fmt: skip
     return workspace
@@ -568,7 +586,7 @@ def launch_selection(
 
 def launch_sample(
     logits: Logits, params: RowParams, out: Outputs, vocab_size: int, positions: int,
-    noise_stream: int,
+    noise_stream: int, draft_ids: Tensor | None = None,
 ) -> tuple[Tiles, Workspace]:  # fmt: skip
     """Draws one token for each of ``positions`` positions of each request.
 
@@ -579,6 +597,8 @@ def launch_sample(
         vocab_size: agreed width.
         positions: T.
         noise_stream: its number (rng.STREAMS).
+        draft_ids: int64 [B, T - 1], contiguous: a request whose first is -1 draws with the noise
+            stream "sample" in place of ``noise_stream``.
 
     Returns:
         The rows' summaries and workspace: their maxima and kept sets, for verify and top_logprobs.
@@ -586,5 +606,7 @@ def launch_sample(
     rows = out.token_ids.numel()
     tiles = tiles_of(rows, vocab_size, logits.base.device)
     if rows > 0:
-        launch_scan(logits, params, tiles, vocab_size, positions, noise_stream)
-    return tiles, launch_selection(logits, params, tiles, out, vocab_size, positions, noise_stream)
+        launch_scan(logits, params, tiles, vocab_size, positions, noise_stream, draft_ids)
+    return tiles, launch_selection(
+        logits, params, tiles, out, vocab_size, positions, noise_stream, draft_ids
+    )

@@ -20,12 +20,11 @@ from proxytune_kernels.kernels.common import (
     Logits,
     block_x,
     exponent,
-    log_mass,
     row_mass,
     shifted_at,
 )
 from proxytune_kernels.kernels.sample import launch_scan
-from proxytune_kernels.kernels.workspace import Tiles, at_once, tiles_of
+from proxytune_kernels.kernels.workspace import Tiles, at_once, raw_logprob_of, tiles_of
 
 PER = tl.constexpr(8)  # tokens a lane: 16 bytes of bf16
 _WARPS = 4
@@ -63,7 +62,7 @@ def _score_kernel(
             sums = tl.load(tiles.raw + at, mask=inside, other=0.0)
             mass = row_mass(sums, top - row_max, exponent(tl.full([], 1.0, tl.float32)))
         shifted = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
-        result = (shifted.to(tl.float64) - log_mass(mass)).to(tl.float32)
+        result = raw_logprob_of(shifted, mass)
     tl.store(out + row, result)
 
 

@@ -61,7 +61,7 @@ from proxytune_kernels.kernels.selection import (
     select_sorted,
     sorted_prefix,
 )
-from proxytune_kernels.kernels.workspace import logprob_of
+from proxytune_kernels.kernels.workspace import logprob_of, raw_logprob_of
 from proxytune_kernels.params import RowParams
 
 PER = tl.constexpr(4)  # fp32: 16 bytes a lane
@@ -386,6 +386,8 @@ class Finished(NamedTuple):
     cutoff: Any  # int64: order key of the last kept token
     kept_mass: Any  # int64
     wanted_logprobs: Any  # fp32: of the token asked for; NaN where it is not kept
+    wanted_raw_logprobs: Any  # fp32
+    raw_mass: Any  # int64: of the row at temperature 1
     undecided: Any  # int32: whether the candidates do not reach to the cutoff
 
 
@@ -444,6 +446,8 @@ def _write_nothing(out, row, status, undecided):
     tl.store(out.cutoff + row, tl.full([], 0, tl.int64))
     tl.store(out.kept_mass + row, tl.full([], 0, tl.int64))
     tl.store(out.wanted_logprobs + row, nan)
+    tl.store(out.wanted_raw_logprobs + row, nan)
+    tl.store(out.raw_mass + row, tl.full([], 0, tl.int64))
     tl.store(out.undecided + row, undecided)
 
 
@@ -478,9 +482,11 @@ def _shard_finish_kernel(
         best, x = totals.best, totals.x
         known = tl.full([], True, tl.int1)
         cutoff, kept, held = best, tl.full([], 1, tl.int64), tl.full([], 1 << 44, tl.int64)
+        raw_mass = totals.raw_mass
         if given is not None:
-            cutoff = tl.load(given + row * 3)
-            kept, held = tl.load(given + row * 3 + 1), tl.load(given + row * 3 + 2)
+            at = given + row * 4
+            cutoff, kept = tl.load(at), tl.load(at + 1)
+            held, raw_mass = tl.load(at + 2), tl.load(at + 3)
         else:
             if greedy == 0:
                 filters = filters_of(row_params, row, tokens.to(tl.int32))
@@ -508,17 +514,18 @@ def _shard_finish_kernel(
             log_kept = log_mass(held)
             tl.store(out.token_ids + row, key_id(best).to(tl.int64))
             tl.store(out.logprobs + row, logprob_of(x - top, inv_t, greedy, log_kept))
-            raw_logprob = float("nan")
-            if WIDTH >= WORDS:
-                raw_logprob = ((x - top).to(tl.float64) - log_mass(totals.raw_mass)).to(tl.float32)
-            tl.store(out.raw_logprobs + row, raw_logprob)
+            tl.store(out.raw_logprobs + row, raw_logprob_of(x - top, raw_mass))
             tl.store(out.num_kept + row, kept.to(tl.int32))
             tl.store(out.status + row, status)
             tl.store(out.cutoff + row, cutoff)
             tl.store(out.kept_mass + row, held)
-            asked = logprob_of(key_value(totals.wanted) - top, inv_t, greedy, log_kept)
-            asked = tl.where(totals.wanted >= cutoff, asked, float("nan"))
-            tl.store(out.wanted_logprobs + row, asked)
+            asked, is_kept = key_value(totals.wanted) - top, totals.wanted >= cutoff
+            nan = float("nan")
+            logprob = tl.where(is_kept, logprob_of(asked, inv_t, greedy, log_kept), nan)
+            tl.store(out.wanted_logprobs + row, logprob)
+            raw_logprob = tl.where(is_kept, raw_logprob_of(asked, raw_mass), nan)
+            tl.store(out.wanted_raw_logprobs + row, raw_logprob)
+            tl.store(out.raw_mass + row, raw_mass)
             tl.store(out.undecided + row, 0)
         else:
             _write_nothing(
@@ -537,7 +544,8 @@ def launch_shard_finish(
         words: int64 [W, B, 5 or 6]; 2 where the kept sets are given.
         candidates: int64 [W, B, C], or None.
         params: one value per row.
-        given: cutoff, number and mass of each kept set, int64 [B, 3], where they are known.
+        given: cutoff, number and mass of each kept set, and the row's mass at temperature 1, int64
+            [B, 4], where they are known.
         noise_stream: its number (rng.STREAMS).
         out: tensors of B rows.
     """

@@ -4,7 +4,8 @@ coupled    `sample` draws at each position; a program a request compares the dra
 rejection  the drafter's rows are selected too; a program a request accepts a draft where
                log u < log target - log draft
            and stops at the first that it does not accept; there the residual is drawn, spread over
-           the vocabulary: the argmax of log max(0, target - draft) + g.
+           the vocabulary: the argmax of log max(0, target - draft) + g. A request without drafts
+           draws with sample's noise; the token behind accepted drafts has noise of its own.
 
 Each logit is read as often as sample reads it, and once more where a residual is drawn. Nothing of
 the size of a row is written. docs/contracts.md, Speculative verification.
@@ -58,10 +59,12 @@ from proxytune_kernels.kernels.workspace import (
     MASSES_WIDTH,
     MAX,
     NUMBERS_WIDTH,
+    RAW,
     Outputs,
     Workspace,
     logprob_of,
     outputs_of,
+    raw_logprob_of,
 )
 from proxytune_kernels.params import RowParams
 from proxytune_kernels.rng import STREAMS
@@ -78,6 +81,7 @@ class VerifyOutputs(NamedTuple):
     token_ids: Any  # int64 [B, T]
     num_accepted: Any  # int32 [B]
     logprobs: Any  # fp32 [B, T]
+    raw_logprobs: Any  # fp32 [B, T]
     status: Any  # int32 [B]
 
 
@@ -113,10 +117,11 @@ def _coupled_kernel(drawn, draft_ids, draft_stride, out, positions):
         row = b * positions + j
         token = tl.load(drawn.token_ids + row)
         drafted = tl.load(draft_ids + b * draft_stride + j, mask=j < positions - 1, other=-1)
-        logprob = tl.load(drawn.logprobs + row)
+        logprob, raw = tl.load(drawn.logprobs + row), tl.load(drawn.raw_logprobs + row)
         status = tl.where(active, status | tl.load(drawn.status + row), status)
         tl.store(out.token_ids + row, tl.where(active, token, -1))
         tl.store(out.logprobs + row, tl.where(active, logprob, float("nan")))
+        tl.store(out.raw_logprobs + row, tl.where(active, raw, float("nan")))
         active = active & (token == drafted) & (token >= 0)
         accepted += active.to(tl.int32)
     tl.store(out.num_accepted + b, accepted)
@@ -151,32 +156,33 @@ def residual_block(best, plain, kept, rest, shifted, ids, block, inv_t, noise, P
 
 
 @triton.jit
-def _kept_logprob(rows, alpha, b, t, row, token, inv_t, greedy, inside):
-    """(kept, logprob) of one token of a row; nothing is kept where not ``inside``."""
+def _logprobs_at(rows, alpha, b, t, row, token, inv_t, greedy, inside):
+    """(kept, logprob, raw logprob) of one token of a row; nothing is kept where not ``inside``."""
     row_max = tl.load(rows.workspace.numbers + row * NUMBERS_WIDTH + MAX)
     at = rows.workspace.masses + row * MASSES_WIDTH
     token = tl.where(inside, token, 0).to(tl.int32)
     x = x_at(rows.logits, alpha, b, t, token, row_max)
     kept = inside & (x > -INF) & (order_key(x, token) >= tl.load(at + CUTOFF))
     shifted = x - finite_max(row_max)
-    return kept, logprob_of(shifted, inv_t, greedy, log_mass(tl.load(at + KEPT)))
+    logprob = logprob_of(shifted, inv_t, greedy, log_mass(tl.load(at + KEPT)))
+    return kept, logprob, raw_logprob_of(shifted, tl.load(at + RAW))
 
 
 @triton.jit
 def _accepts(target, draft, row, draft_row, row_params, b, t, drafted, vocab_size):
-    """(accepted, the draft's logprob under the target)."""
+    """(accepted, the draft's logprob and raw logprob under the target)."""
     greedy, inv_t = temperature_of(row_params, b)
     alpha = tl.load(row_params.alpha + b)
     inside = (drafted >= 0) & (drafted < vocab_size)
-    kept, logprob = _kept_logprob(target, alpha, b, t, row, drafted, inv_t, greedy, inside)
+    kept, logprob, raw = _logprobs_at(target, alpha, b, t, row, drafted, inv_t, greedy, inside)
     drawable = tl.load(draft.drawn.status + draft_row) < STATUS_EMPTY
-    in_draft, draft_logprob = _kept_logprob(
+    in_draft, draft_logprob, _ = _logprobs_at(
         draft, alpha, b, t, draft_row, drafted, inv_t, greedy, inside & drawable
     )
     noise = noise_key(row_params, b, t, STREAM_ACCEPT)
     likelier = is_likelier(tl.where(inside, drafted, 0), logprob, draft_logprob, noise)
     # What the draft's distribution does not hold is accepted whenever the target's does.
-    return kept & ((in_draft == 0) | likelier), logprob
+    return kept & ((in_draft == 0) | likelier), logprob, raw
 
 
 @triton.jit(do_not_specialize=["vocab_size", "draft_stride"])
@@ -192,13 +198,14 @@ def _rejection_kernel(
         t = row - b * positions  # j as int64
         token = tl.load(target.drawn.token_ids + row)
         logprob = tl.load(target.drawn.logprobs + row)
+        raw = tl.load(target.drawn.raw_logprobs + row)
         row_status = tl.load(target.drawn.status + row)
         status = tl.where(active, status | row_status, status)
         goes_on = active & False
         if DRAFTS:
             drafted = tl.load(draft_ids + b * draft_stride + j, mask=j < positions - 1, other=-1)
             if active & (drafted >= 0) & (row_status < STATUS_EMPTY):
-                goes_on, logprob = _accepts(
+                goes_on, logprob, raw = _accepts(
                     target, draft, row, b * (positions - 1) + j, row_params, b, t, drafted,
                     vocab_size,
                 )  # fmt: skip
@@ -206,6 +213,7 @@ def _rejection_kernel(
                 stopped = tl.where(goes_on, stopped, j)
         tl.store(out.token_ids + row, tl.where(active, token, -1))
         tl.store(out.logprobs + row, tl.where(active, logprob, float("nan")))
+        tl.store(out.raw_logprobs + row, tl.where(active, raw, float("nan")))
         active = goes_on
         accepted += tl.where(active, 1, 0)
     tl.store(out.num_accepted + b, accepted)
@@ -255,9 +263,12 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
             best = tl.load(residual.best + b * 2, cache_modifier=".cg")
             plain = tl.load(residual.best + b * 2 + 1, cache_modifier=".cg")
             token = winner(tl.where(score_of(best) > -INF, best, plain))
-            _, logprob = _kept_logprob(target, alpha, b, j, row, token, inv_t, greedy, token >= 0)
+            _, logprob, raw = _logprobs_at(
+                target, alpha, b, j, row, token, inv_t, greedy, token >= 0
+            )
             tl.store(out.token_ids + row, token)
             tl.store(out.logprobs + row, logprob)
+            tl.store(out.raw_logprobs + row, raw)
 
 
 def launch_coupled(
@@ -278,17 +289,23 @@ def launch_rejection(
     logits: Logits, draft_ids: Tensor, draft_logits: Tensor | None, params: RowParams,
     out: VerifyOutputs, vocab_size: int,
 ) -> None:  # fmt: skip
-    """Writes drafts [B, k] as far as they are accepted, then a residual or a bonus token."""
+    """Writes drafts [B, k] as far as they are accepted, then a residual or a bonus token.
+
+    Requests without drafts (k = 0, or their first is -1) get what `sample` draws.
+    """
     (batch_size, positions), device = out.token_ids.shape, out.token_ids.device
     if batch_size == 0:
         return
 
-    def rows(given: Logits, steps: int, noise_stream: str) -> Rows:
-        drawn = outputs_of(batch_size * steps, device)
-        _, workspace = launch_sample(given, params, drawn, vocab_size, steps, STREAMS[noise_stream])
+    def rows(given: Logits, steps: int, noise_stream: str, ids: Tensor | None = None) -> Rows:
+        drawn, stream = outputs_of(batch_size * steps, device), STREAMS[noise_stream]
+        _, workspace = launch_sample(given, params, drawn, vocab_size, steps, stream, ids)
         return Rows(given, drawn, workspace)
 
-    target = draft = rows(logits, positions, "bonus")
+    if positions > 1:
+        target = draft = rows(logits, positions, "bonus", draft_ids)
+    else:
+        target = draft = rows(logits, positions, "sample")
     residual = Residual(
         torch.empty(batch_size, dtype=torch.int32, device=device),
         torch.empty((batch_size, 2), dtype=torch.int64, device=device),

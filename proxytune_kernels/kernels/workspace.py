@@ -100,12 +100,18 @@ def logprob_of(shifted, inv_t, greedy, log_kept):
 
 
 @triton.jit
+def raw_logprob_of(shifted, raw_mass):
+    """Log of a token's probability at temperature 1 without filters, fp32."""
+    return (shifted.to(tl.float64) - log_mass(raw_mass)).to(tl.float32)
+
+
+@triton.jit
 def write_drawn(out, row, token, shifted, inv_t, greedy, count, kept_mass, raw_mass):
     """Results of a row that drew ``token``, whose x - max is ``shifted``; all but the status."""
     logprob = logprob_of(shifted, inv_t, greedy, log_mass(kept_mass))
     tl.store(out.token_ids + row, token)
     tl.store(out.logprobs + row, logprob)
-    tl.store(out.raw_logprobs + row, (shifted.to(tl.float64) - log_mass(raw_mass)).to(tl.float32))
+    tl.store(out.raw_logprobs + row, raw_logprob_of(shifted, raw_mass))
     tl.store(out.num_kept + row, count.to(tl.int32))
 
 
