@@ -211,7 +211,9 @@ def verify_out(
     results = VerifyOutput(*_named(out, VERIFY_OUTPUTS))
     checks.verify_out(results, base)
     logits = inputs(base, expert, anti, bias, allowed_mask)
-    ids, verified = draft_token_ids.contiguous(), VerifyOutputs(*results)
+    ids = draft_token_ids.contiguous()
+    raw_logprobs = torch.empty_like(results.logprobs)  # the table has it not yet
+    verified = VerifyOutputs(*results[:3], raw_logprobs, results.status)
     if mode == "coupled":
         launch_coupled(logits, ids, row_params, verified, vocab_size)
     else:

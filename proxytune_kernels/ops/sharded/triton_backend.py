@@ -139,7 +139,11 @@ def shard_finish(
         _tensor(op, "kept", kept, _LONG, rows, 3, like=words)
     _check_stream(op, stream)
     out = empty_finished(words)
-    launch_shard_finish(summaries, words, candidates, params, kept, stream, Finished(*out))
+    # The table has neither of these yet.
+    raw_logprobs, raw_mass = torch.empty_like(out[1]), torch.empty_like(out[6])
+    known = None if kept is None else torch.nn.functional.pad(kept, (0, 1))
+    finished = Finished(*out[:8], raw_logprobs, raw_mass, out[8])
+    launch_shard_finish(summaries, words, candidates, params, known, stream, finished)
     return out
 
 
