@@ -188,7 +188,7 @@ def _scan_case(name: str, shape: Shape, aligned: bool = True) -> Case:
 _HIDDEN = ("sample_hidden",)
 
 CASES = (
-    Case("sample", _sample, ("scan", "select", "narrow", "finish"), routes=SCAN_ROUTES),
+    Case("sample", _sample, ("scan", "select", "pivots", "draw"), routes=SCAN_ROUTES),
     _scan_case("sample V=32000", Shape(32_000)),
     _scan_case("sample V=151936", Shape(151_936)),
     _scan_case("sample V=50257", Shape(50_257), aligned=False),
@@ -196,7 +196,7 @@ CASES = (
     _scan_case("sample fp32", Shape(dtype=torch.float32)),
     _scan_case("sample base alone", Shape(steered=False)),
     _scan_case("sample bias+mask", Shape(constrained=True)),
-    Case("top_logprobs", _top, ("top",)),
+    Case("top_logprobs", _top, ("top_logprobs",)),
     Case("hidden B=16", _hidden(16), _HIDDEN, Shape(32_000)),
     Case("hidden B=32", _hidden(32), _HIDDEN, Shape(32_000)),
     Case("hidden B=64", _hidden(64), _HIDDEN, Shape(32_000)),
@@ -215,8 +215,8 @@ CASES = (
         Shape(positions=POSITIONS),
         {"scan": (Route("all", _scan_tokens),)},
     ),
-    Case("coupled", _coupled, ("scan", "accept"), Shape(positions=POSITIONS), SCAN_ROUTES),
-    Case("rejection", _rejection, ("reject", "residual"), Shape(positions=POSITIONS)),
+    Case("coupled", _coupled, ("scan", "coupled"), Shape(positions=POSITIONS), SCAN_ROUTES),
+    Case("rejection", _rejection, ("rejection", "residual"), Shape(positions=POSITIONS)),
     Case(
         "shards",
         _shards,

@@ -1,4 +1,18 @@
-"""shard_sample."""
+"""Sampling from a rank's part of the vocabulary (docs/sharded.md).
+
+A row's part is fp32 [n], of tokens vocab_start to vocab_start + n - 1, as `combine` leaves it.
+Blocks of [128, PER] tokens are cut at multiples in the whole vocabulary, wherever the part starts:
+noise is keyed by its ids.
+
+scan       reads 4 bytes a token, writes one word a row: maximum, number of tokens, NaN;
+keys       writes 8 bytes a token: order keys, for rows with top_k or top_p;
+histogram  reads them, for rows whose cutoff lies past the candidates;
+draw       reads 4 bytes a token: counts, masses and the draw, relative to the whole row's maximum;
+finish     one program a row, the same on every rank: the kept set, the token and the results, from
+           all ranks' words and sorted candidates.
+
+Numbers of a row's programs are added up, so how many there are does not show.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +24,18 @@ import triton.language as tl
 from torch import Tensor
 
 from proxytune_kernels.kernels.common import (
-    ALL,
     ID_BITS,
     INF,
     LANES,
     LOWEST,
-    NO_CUT,
+    NO_CUTOFF,
     NO_TARGET,
     OPTIONS,
     STATUS_BAD_PARAMS,
     STATUS_EMPTY,
     STATUS_NAN,
     STATUS_POSITIVE_INF,
+    TOP_K_OFF,
     TOP_P_OFF,
     block_ids,
     cleaned,
@@ -34,28 +48,34 @@ from proxytune_kernels.kernels.common import (
     key_value,
     log_mass,
     mass,
-    noise_key,
     order_key,
     splits_of,
     temperature_of,
 )
-from proxytune_kernels.kernels.noise import race_block, score_of, winner
+from proxytune_kernels.kernels.noise import gumbel_max_block, noise_key, score_of, winner
 from proxytune_kernels.kernels.selection import (
     SORTED_CHUNK,
+    Amount,
     filters_of,
-    race_listed,
+    gumbel_max_candidates,
     select_sorted,
     sorted_prefix,
 )
+from proxytune_kernels.kernels.workspace import logprob_of, raw_logprob_of
 from proxytune_kernels.params import RowParams
 
-COUNT_BITS = tl.constexpr(20)  # of a summary: tokens; above them one bit for NaN, and the maximum
+PER = tl.constexpr(4)  # fp32: 16 bytes a lane
+_WARPS = 4
+_KEYS = 1024  # keys a program of the histogram takes at once
+
+# A summary: 20 bits of tokens, one bit for NaN, and above them the order bits of the maximum
+COUNT_BITS = tl.constexpr(20)
 COUNT_MASK = tl.constexpr((1 << 20) - 1)
 MAX_SHIFT = tl.constexpr(21)
 MASKED = tl.constexpr(0x007FFFFF)  # order bits of -inf
 INFINITE = tl.constexpr(0xFF800000)  # of +inf
-RESIDUAL_BIT = tl.constexpr(1 << 51)  # a residual goes before what is only the target's
-# Words of a rank's draw
+
+# Words of a rank's draw; a residual has the first two
 BEST = tl.constexpr(0)  # key of the best score among the kept tokens, 0 for none
 COUNT = tl.constexpr(1)  # number of the kept tokens << 32 | bits of the best one's x
 KEPT_MASS = tl.constexpr(2)
@@ -63,7 +83,11 @@ MASS = tl.constexpr(3)
 RAW_MASS = tl.constexpr(4)
 WANTED = tl.constexpr(5)  # key of the token asked for, 0 where it is elsewhere or masked
 WORDS = tl.constexpr(5)
-RESIDUAL_WORDS = tl.constexpr(2)
+RESIDUAL_BIT = tl.constexpr(1 << 51)  # a residual goes before what is only the target's
+
+# What the programs of a row add up before it is written
+ARRIVED = tl.constexpr(5)  # of draw, behind the words
+SUMS = tl.constexpr(6)
 
 
 class Part(NamedTuple):
@@ -154,13 +178,9 @@ def word_x(word):
     return word.to(tl.uint32).to(tl.float32, bitcast=True)
 
 
-PER = tl.constexpr(4)  # fp32: 16 bytes a lane
-_KEYS = 1024  # keys a program of the histogram takes at once
-
-
 @triton.jit(do_not_specialize=["splits"])
-def _shard_scan_kernel(part, state, out, splits):
-    """Grid [B * splits]; state int64 [B, 5], zeroed. The last program of a row writes its word."""
+def _shard_scan_kernel(part, sums, out, splits):
+    """Grid [B * splits]; sums int64 [B, 5], zeroed. The last program of a row writes its word."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     top, nan = tl.full([], MASKED, tl.int64), tl.full([], 0, tl.int64)
     live, infinite = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
@@ -174,7 +194,7 @@ def _shard_scan_kernel(part, state, out, splits):
         live += tl.sum((x > -INF).to(tl.int64), 0)
         infinite += tl.sum((x == INF).to(tl.int64), 0)
         top = tl.maximum(top, order_key(tl.max(x, 0), tl.full([], 0, tl.int32)) >> 19)
-    at = state + row * 5
+    at = sums + row * 5
     tl.atomic_max(at, top)
     tl.atomic_add(at + 1, nan)
     tl.atomic_add(at + 2, live)
@@ -209,7 +229,7 @@ def _shard_histogram_kernel(
     """Grid [B * blocks]; out int64 [B, 2 EDGES], zeroed: numbers, then masses."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     row_max, _, _ = head_of(summaries, row, rows, world)
-    hi, lo, floor = exponent(tl.load(temperature + row))
+    e = exponent(tl.load(temperature + row))
     i = block * KEYS + tl.arange(0, KEYS)
     key = tl.load(keys + row * size + i, mask=i < size, other=0)
     # The first edge that is not above the key, by halving: edges descend.
@@ -224,32 +244,27 @@ def _shard_histogram_kernel(
     taken = (key > 0) & (low < EDGES)
     # No key of the row lies above its maximum.
     x = tl.minimum(key_value(key), finite_max(row_max))
-    q = mass(x, finite_max(row_max), hi, lo, floor)
+    q = mass(x, finite_max(row_max), e)
     at = out + row * 2 * EDGES
     tl.atomic_add(at + low, tl.full([KEYS], 1, tl.int64), mask=taken)
     tl.atomic_add(at + EDGES + low, q, mask=taken)
-
-
-def _blocks(part: Part) -> int:
-    """Blocks that a part touches."""
-    width = LANES.value * PER.value
-    return triton.cdiv(part.start + part.size, width) - part.start // width
 
 
 def launch_shard_scan(part: Part, out: Tensor) -> None:
     """Writes one word a row, int64 [B]; the part's summaries are not read."""
     if len(out) == 0:
         return
-    state = torch.zeros((len(out), 5), dtype=torch.int64, device=out.device)
+    sums = torch.zeros((len(out), 5), dtype=torch.int64, device=out.device)
     splits = splits_of(len(out), max(part.size, 1), out.device)
-    _shard_scan_kernel[(len(out) * splits,)](part, state, out, splits, num_warps=_WARPS, **OPTIONS)
+    _shard_scan_kernel[(len(out) * splits,)](part, sums, out, splits, num_warps=_WARPS, **OPTIONS)
 
 
 def launch_shard_keys(part: Part, out: Tensor) -> None:
     """Writes order keys, int64 [B, n]."""
     if out.numel() == 0:
         return
-    blocks = _blocks(part)
+    width = LANES.value * PER.value
+    blocks = triton.cdiv(part.start + part.size, width) - part.start // width
     _shard_keys_kernel[(len(out) * blocks,)](part, out, blocks, num_warps=_WARPS, **OPTIONS)
 
 
@@ -267,30 +282,26 @@ def launch_shard_histogram(
     )  # fmt: skip
 
 
-ARRIVED = tl.constexpr(5)
-STATE = tl.constexpr(6)
-
-
 @triton.jit
-def masses_of(d, hi, lo, floor):
+def masses_of(shifted, e):
     """Masses of a block by lane, int64 [128]."""
-    high, low = digits(exponential(d, hi, lo, floor))
+    high, low = digits(exponential(shifted, e))
     return (tl.sum(high, 1).to(tl.int64) << 22) + tl.sum(low, 1).to(tl.int64)
 
 
 @triton.jit
-def _write_words(part, state, out, wanted, row, row_max, greedy, WIDTH: tl.constexpr):
+def _write_words(part, sums, out, wanted, row, row_max, greedy, WIDTH: tl.constexpr):
     """The row's words from what its programs added up."""
-    packed = tl.load(state + BEST, cache_modifier=".cg")
+    packed = tl.load(sums + BEST, cache_modifier=".cg")
     best = tl.where(greedy, tl.where(packed == LOWEST, 0, packed), score_key(packed))
     token = tl.where(best == 0, -1, key_id(best))
     x = x_here(part, row, token.to(tl.int64), row_max)
     at = out + row * WIDTH
     tl.store(at + BEST, best)
-    tl.store(at + COUNT, count_word(tl.load(state + COUNT, cache_modifier=".cg"), x))
-    tl.store(at + KEPT_MASS, tl.load(state + KEPT_MASS, cache_modifier=".cg"))
-    tl.store(at + MASS, tl.load(state + MASS, cache_modifier=".cg"))
-    tl.store(at + RAW_MASS, tl.load(state + RAW_MASS, cache_modifier=".cg"))
+    tl.store(at + COUNT, count_word(tl.load(sums + COUNT, cache_modifier=".cg"), x))
+    tl.store(at + KEPT_MASS, tl.load(sums + KEPT_MASS, cache_modifier=".cg"))
+    tl.store(at + MASS, tl.load(sums + MASS, cache_modifier=".cg"))
+    tl.store(at + RAW_MASS, tl.load(sums + RAW_MASS, cache_modifier=".cg"))
     if wanted is not None:
         token = tl.load(wanted + row)
         x = x_here(part, row, token, row_max)
@@ -299,22 +310,23 @@ def _write_words(part, state, out, wanted, row, row_max, greedy, WIDTH: tl.const
 
 @triton.jit(do_not_specialize=["splits", "stream"])
 def _shard_draw_kernel(
-    part, row_params, cut, wanted, state, out, splits, stream, WIDTH: tl.constexpr
+    part, row_params, cutoff, wanted, sums, out, splits, stream, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Grid [B * splits]; state int64 [B, 6], zeroed but for the best; out [B, WIDTH], zeroed."""
+    """Grid [B * splits]; sums int64 [B, 6], zeroed but for the best; out [B, WIDTH], zeroed."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     row_max, tokens, _ = head_of(part.summaries, row, part.rows, part.world)
     if is_valid(row_params, row, tl.full([], 0, tl.int64)) & (tokens > 0):
         greedy, inv_t = temperature_of(row_params, row)
-        seed, position = noise_key(row_params, row, tl.full([], 0, tl.int64))
-        hi, lo, floor = exponent(tl.load(row_params.temperature + row))
-        raw_hi, raw_lo, raw_floor = exponent(tl.full([], 1.0, tl.float32))
-        top_k, top_p, shift, _ = filters_of(row_params, row, tokens.to(tl.int32))
-        least = tl.full([], NO_CUT, tl.int64)
-        race = (top_k == ALL) & (top_p >= TOP_P_OFF)
-        if cut is not None:
-            least = tl.maximum(tl.load(cut + row), NO_CUT)
-            race = tl.full([], True, tl.int1)
+        noise = noise_key(row_params, row, tl.full([], 0, tl.int64), stream)
+        e = exponent(tl.load(row_params.temperature + row))
+        raw_e = exponent(tl.full([], 1.0, tl.float32))
+        filters = filters_of(row_params, row, tokens.to(tl.int32))
+        least = tl.full([], NO_CUTOFF, tl.int64)
+        # Rows with top_k or top_p draw from the candidates, unless the cutoff is given.
+        draws = (filters.top_k == TOP_K_OFF) & (filters.top_p >= TOP_P_OFF)
+        if cutoff is not None:
+            least = tl.maximum(tl.load(cutoff + row), NO_CUTOFF)
+            draws = tl.full([], True, tl.int1)
         top = finite_max(row_max)
         best = tl.full([], LOWEST, tl.int64)
         count = tl.full([], 0, tl.int64)
@@ -322,20 +334,20 @@ def _shard_draw_kernel(
         raw = tl.zeros([LANES], tl.int64)
         for block in range(first_block(part, PER) + split, last_block(part, PER), splits):
             ids, x = shard_x(part, row, block, row_max, PER)
-            d = x - top
-            mass += masses_of(d, hi, lo, floor)
-            raw += masses_of(d, raw_hi, raw_lo, raw_floor)
+            shifted = x - top
+            mass += masses_of(shifted, e)
+            raw += masses_of(shifted, raw_e)
             key = tl.where(x > -INF, order_key(x, ids), 0)
             if greedy:
                 highest = tl.max(tl.ravel(key), 0)
                 best = tl.maximum(best, tl.where(highest > 0, highest, LOWEST))
             else:
-                kept = (key >= least) & (d >= shift)
+                kept = (key >= least) & (shifted >= filters.min_p_shift)
                 count += tl.sum(tl.ravel(kept.to(tl.int64)), 0)
-                kept_mass += masses_of(tl.where(kept, d, -INF), hi, lo, floor)
-                if race:
-                    best = race_block(best, d, kept, block, inv_t, seed, position, stream, PER)
-        at = state + row * STATE
+                kept_mass += masses_of(tl.where(kept, shifted, -INF), e)
+                if draws:
+                    best = gumbel_max_block(best, shifted, kept, block, inv_t, noise, PER)
+        at = sums + row * SUMS
         tl.atomic_max(at + BEST, best)
         tl.atomic_add(at + COUNT, count)
         tl.atomic_add(at + KEPT_MASS, tl.sum(kept_mass, 0))
@@ -347,44 +359,52 @@ def _shard_draw_kernel(
 
 
 def launch_shard_draw(
-    part: Part, row_params: RowParams, cut: Tensor | None, wanted: Tensor | None, stream: int,
-    out: Tensor,
+    part: Part, params: RowParams, cutoff: Tensor | None, wanted: Tensor | None,
+    noise_stream: int, out: Tensor,
 ) -> None:  # fmt: skip
     """Writes words, int64 [B, 5 or 6], zeroed before: rows with nothing to draw keep that."""
     rows = len(out)
     if rows == 0:
         return
-    state = torch.zeros((rows, STATE.value), dtype=torch.int64, device=out.device)
-    state[:, BEST.value] = LOWEST.value
+    sums = torch.zeros((rows, SUMS.value), dtype=torch.int64, device=out.device)
+    sums[:, BEST.value] = LOWEST.value
     splits = splits_of(rows, max(part.size, 1), out.device)
     _shard_draw_kernel[(rows * splits,)](
-        part, row_params, cut, wanted, state, out, splits, stream,
+        part, params, cutoff, wanted, sums, out, splits, noise_stream,
         WIDTH=WORDS.value + (wanted is not None), num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip
 
 
-_WARPS = 4
+class Finished(NamedTuple):
+    """Results, [B]."""
+
+    token_ids: Any  # int64
+    logprobs: Any  # fp32
+    raw_logprobs: Any  # fp32
+    num_kept: Any  # int32
+    status: Any  # int32
+    cutoff: Any  # int64: order key of the last kept token
+    kept_mass: Any  # int64
+    wanted_logprobs: Any  # fp32: of the token asked for; NaN where it is not kept
+    wanted_raw_logprobs: Any  # fp32
+    raw_mass: Any  # int64: of the row at temperature 1
+    undecided: Any  # int32: whether the candidates do not reach to the cutoff
 
 
-class FinishedOut(NamedTuple):
-    """Results, [B]: those of ``shard_finish`` in the table of operators."""
+class Totals(NamedTuple):
+    """A row's words over all ranks."""
 
-    token_ids: Any
-    logprobs: Any
-    raw_logprobs: Any
-    num_kept: Any
-    status: Any
-    cut: Any
-    kept_mass: Any
-    wanted_logprobs: Any
-    wanted_raw_logprobs: Any
+    best: Any
+    x: Any  # of the best token
+    likely: Amount  # what min_p leaves; what is kept, where the cutoff was given
+    mass: Any
     raw_mass: Any
-    undecided: Any
+    wanted: Any
 
 
 @triton.jit
 def _totals(words, row, rows, world, WIDTH: tl.constexpr):
-    """(best, its x, count, kept mass, mass, raw mass, wanted) over the ranks."""
+    """The row's words over the ranks."""
     best, wanted = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     x = tl.full([], -INF, tl.float32)
     count, kept_mass = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
@@ -401,7 +421,7 @@ def _totals(words, row, rows, world, WIDTH: tl.constexpr):
             raw += tl.load(at + RAW_MASS)
         if WIDTH > WORDS:
             wanted = tl.maximum(wanted, tl.load(at + WANTED))
-    return best & ~RESIDUAL_BIT, x, count, kept_mass, total, raw, wanted
+    return Totals(best & ~RESIDUAL_BIT, x, Amount(count, kept_mass), total, raw, wanted)
 
 
 @triton.jit
@@ -423,7 +443,7 @@ def _write_nothing(out, row, status, undecided):
     tl.store(out.raw_logprobs + row, nan)
     tl.store(out.num_kept + row, 0)
     tl.store(out.status + row, status)
-    tl.store(out.cut + row, tl.full([], 0, tl.int64))
+    tl.store(out.cutoff + row, tl.full([], 0, tl.int64))
     tl.store(out.kept_mass + row, tl.full([], 0, tl.int64))
     tl.store(out.wanted_logprobs + row, nan)
     tl.store(out.wanted_raw_logprobs + row, nan)
@@ -432,9 +452,14 @@ def _write_nothing(out, row, status, undecided):
 
 
 @triton.jit
-def _logprob(x, row_max, inv_t, greedy, log_kept):
-    scaled = (x - row_max).to(tl.float64) * inv_t.to(tl.float64)
-    return tl.where(greedy, 0.0, (scaled - log_kept).to(tl.float32))
+def _listed_x(keys, n, token):
+    """x of a listed token."""
+    found = tl.full([], 0, tl.int64)
+    for start in range(0, n, SORTED_CHUNK):
+        i = start + tl.arange(0, SORTED_CHUNK)
+        key = tl.load(keys + i, mask=i < n, other=0)
+        found = tl.maximum(found, tl.max(tl.where((key > 0) & (key_id(key) == token), key, 0), 0))
+    return key_value(found)
 
 
 @triton.jit(do_not_specialize=["rows", "world", "length", "stream"])
@@ -451,36 +476,36 @@ def _shard_finish_kernel(
         _write_nothing(out, row, tl.where(valid, status, STATUS_BAD_PARAMS), 0)
     else:
         greedy, inv_t = temperature_of(row_params, row)
-        hi, lo, floor_d = exponent(tl.load(row_params.temperature + row))
+        e = exponent(tl.load(row_params.temperature + row))
         top = finite_max(row_max)
-        best, x, likely, likely_mass, total, raw, wanted = _totals(words, row, rows, world, WIDTH)
+        totals = _totals(words, row, rows, world, WIDTH)
+        best, x = totals.best, totals.x
         known = tl.full([], True, tl.int1)
-        cut, kept, held = best, tl.full([], 1, tl.int64), tl.full([], 1 << 44, tl.int64)
+        cutoff, kept, held = best, tl.full([], 1, tl.int64), tl.full([], 1 << 44, tl.int64)
+        raw_mass = totals.raw_mass
         if given is not None:
-            cut, kept = tl.load(given + row * 4), tl.load(given + row * 4 + 1)
-            held, raw = tl.load(given + row * 4 + 2), tl.load(given + row * 4 + 3)
+            at = given + row * 4
+            cutoff, kept = tl.load(at), tl.load(at + 1)
+            held, raw_mass = tl.load(at + 2), tl.load(at + 3)
         else:
             if greedy == 0:
-                top_k, top_p, shift, order = filters_of(row_params, row, tokens.to(tl.int32))
+                filters = filters_of(row_params, row, tokens.to(tl.int32))
                 n, floor = length * 0, tl.full([], 1, tl.int64)
                 keys = ordered + row * world * length
                 if length > 0:
                     n = world * length
                     floor = _floor(candidates, summaries, row, rows, world, length)
-                known, cut, kept, held = select_sorted(
-                    keys, n, floor, top, hi, lo, floor_d, tokens, total, likely, likely_mass,
-                    top_k, top_p, shift, order,
-                )  # fmt: skip
-                if (top_k != ALL) | (top_p < TOP_P_OFF):
+                row_amount = Amount(tokens, totals.mass)
+                found = select_sorted(keys, n, floor, top, e, row_amount, totals.likely, filters)
+                known, cutoff, kept, held = found.known, found.cutoff, found.length, found.mass
+                if (filters.top_k != TOP_K_OFF) | (filters.top_p < TOP_P_OFF):
                     # Drawn from the candidates: as many as are kept must be certain.
-                    enough, _, _, _ = sorted_prefix(
-                        keys, n, floor, top, hi, lo, floor_d, kept, tl.full([], NO_TARGET, tl.int64)
-                    )
-                    known = known & enough
+                    no_target = tl.full([], NO_TARGET, tl.int64)
+                    known = known & sorted_prefix(keys, n, floor, top, e, kept, no_target).known
                     if known:
-                        seed, position = noise_key(row_params, row, start)
-                        packed = race_listed(
-                            keys, n, tl.maximum(cut, floor), top, inv_t, seed, position, stream
+                        noise = noise_key(row_params, row, start, stream)
+                        packed = gumbel_max_candidates(
+                            keys, n, tl.maximum(cutoff, floor), top, inv_t, noise
                         )
                         token = winner(packed)
                         best = order_key(tl.full([], 0.0, tl.float32), token)
@@ -488,21 +513,19 @@ def _shard_finish_kernel(
         if known & (best > 0):
             log_kept = log_mass(held)
             tl.store(out.token_ids + row, key_id(best).to(tl.int64))
-            tl.store(out.logprobs + row, _logprob(x, top, inv_t, greedy, log_kept))
-            log_raw = log_mass(raw)
-            raw_logprob = ((x - top).to(tl.float64) - log_raw).to(tl.float32)
-            tl.store(out.raw_logprobs + row, raw_logprob)
+            tl.store(out.logprobs + row, logprob_of(x - top, inv_t, greedy, log_kept))
+            tl.store(out.raw_logprobs + row, raw_logprob_of(x - top, raw_mass))
             tl.store(out.num_kept + row, kept.to(tl.int32))
             tl.store(out.status + row, status)
-            tl.store(out.cut + row, cut)
+            tl.store(out.cutoff + row, cutoff)
             tl.store(out.kept_mass + row, held)
-            asked_x = key_value(wanted)
-            asked = _logprob(asked_x, top, inv_t, greedy, log_kept)
-            asked_raw = ((asked_x - top).to(tl.float64) - log_raw).to(tl.float32)
+            asked, is_kept = key_value(totals.wanted) - top, totals.wanted >= cutoff
             nan = float("nan")
-            tl.store(out.wanted_logprobs + row, tl.where(wanted >= cut, asked, nan))
-            tl.store(out.wanted_raw_logprobs + row, tl.where(wanted >= cut, asked_raw, nan))
-            tl.store(out.raw_mass + row, raw)
+            logprob = tl.where(is_kept, logprob_of(asked, inv_t, greedy, log_kept), nan)
+            tl.store(out.wanted_logprobs + row, logprob)
+            raw_logprob = tl.where(is_kept, raw_logprob_of(asked, raw_mass), nan)
+            tl.store(out.wanted_raw_logprobs + row, raw_logprob)
+            tl.store(out.raw_mass + row, raw_mass)
             tl.store(out.undecided + row, 0)
         else:
             _write_nothing(
@@ -510,36 +533,31 @@ def _shard_finish_kernel(
             )
 
 
-@triton.jit
-def _listed_x(keys, n, token):
-    """x of a listed token."""
-    found = tl.full([], 0, tl.int64)
-    for start in range(0, n, SORTED_CHUNK):
-        i = start + tl.arange(0, SORTED_CHUNK)
-        key = tl.load(keys + i, mask=i < n, other=0)
-        found = tl.maximum(found, tl.max(tl.where((key > 0) & (key_id(key) == token), key, 0), 0))
-    return key_value(found)
-
-
 def launch_shard_finish(
-    summaries: Tensor, words: Tensor, candidates: Tensor | None, row_params: RowParams,
-    given: Tensor | None, stream: int, out: FinishedOut,
+    summaries: Tensor, words: Tensor, candidates: Tensor | None, params: RowParams,
+    given: Tensor | None, noise_stream: int, out: Finished,
 ) -> None:  # fmt: skip
-    """Writes the results of B rows: words [W, B, 2 to 6], candidates [W, B, C], given [B, 4]."""
+    """Writes the results of B rows.
+
+    Args:
+        summaries: int64 [W, B].
+        words: int64 [W, B, 5 or 6]; 2 where the kept sets are given.
+        candidates: int64 [W, B, C], or None.
+        params: one value per row.
+        given: cutoff, number and mass of each kept set, and the row's mass at temperature 1, int64
+            [B, 4], where they are known.
+        noise_stream: its number (rng.STREAMS).
+        out: tensors of B rows.
+    """
     world, rows, width = words.shape
     if rows == 0:
         return
-    if candidates is None or candidates.shape[2] == 0:
-        length, sent, ordered = 0, words, words  # neither is read
-    else:
-        length, sent, ordered = candidates.shape[2], candidates, _sorted(candidates)
+    length, sent, ordered = 0, words, words  # neither is read
+    if candidates is not None and candidates.shape[2] > 0:
+        length, sent = candidates.shape[2], candidates
+        flat = candidates.permute(1, 0, 2).flatten(1)
+        ordered = flat.sort(dim=-1, descending=True).values.contiguous()
     _shard_finish_kernel[(rows,)](
-        summaries, words, sent, ordered, row_params, given, out, rows,
-        world, length, stream, WIDTH=width, num_warps=_WARPS, **OPTIONS,
+        summaries, words, sent, ordered, params, given, out, rows, world, length, noise_stream,
+        WIDTH=width, num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip
-
-
-def _sorted(candidates: Tensor) -> Tensor:
-    """All ranks' candidates of each row, [B, W C], descending."""
-    rows = candidates.permute(1, 0, 2).flatten(1)
-    return rows.sort(dim=-1, descending=True).values.contiguous()

@@ -23,8 +23,8 @@ from proxytune_kernels.kernels.common import inputs
 from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
 from proxytune_kernels.kernels.score import launch_score
-from proxytune_kernels.kernels.top_logprobs import Top, launch_top
-from proxytune_kernels.kernels.verify import Verified, launch_coupled, launch_rejection
+from proxytune_kernels.kernels.top_logprobs import TopOutputs, launch_top_logprobs
+from proxytune_kernels.kernels.verify import VerifyOutputs, launch_coupled, launch_rejection
 from proxytune_kernels.kernels.workspace import Outputs
 from proxytune_kernels.ops.backends.triton_shards import SHARD_IMPLEMENTATIONS
 
@@ -37,11 +37,11 @@ def _sample(
 ) -> None:  # fmt: skip
     *results, top_token_ids, top = out
     drawn = Outputs(*results)
-    logits, strides = inputs(base, expert, anti, bias, allowed_mask)
-    tiles, state = launch_sample(logits, strides, params, drawn, vocab_size, 1, noise_stream)
+    logits = inputs(base, expert, anti, bias, allowed_mask)
+    tiles, workspace = launch_sample(logits, params, drawn, vocab_size, 1, noise_stream)
     if top_logprobs:
-        likeliest = Top(top_token_ids, top)
-        launch_top(logits, strides, params, tiles, state, drawn, likeliest, vocab_size)
+        likeliest = TopOutputs(top_token_ids, top)
+        launch_top_logprobs(logits, params, tiles, workspace, drawn, likeliest, vocab_size)
 
 
 def _sample_hidden(
@@ -50,41 +50,40 @@ def _sample_hidden(
 ) -> None:  # fmt: skip
     *results, top_token_ids, top = out
     drawn = Outputs(*results)
-    logits, strides, tiles, state = launch_sample_hidden(
+    logits, tiles, workspace = launch_sample_hidden(
         (base, expert, anti), (bias, allowed_mask), params, drawn, vocab_size, noise_stream
     )
     if top_logprobs:
-        likeliest = Top(top_token_ids, top)
-        launch_top(logits, strides, params, tiles, state, drawn, likeliest, vocab_size)
+        likeliest = TopOutputs(top_token_ids, top)
+        launch_top_logprobs(logits, params, tiles, workspace, drawn, likeliest, vocab_size)
 
 
 def _combine(
     base: Tensor, expert: Any, anti: Any, alpha: Tensor, bias: Any, allowed_mask: Any,
     vocab_size: int, out: Out,
 ) -> None:  # fmt: skip
-    logits, strides = inputs(base, expert, anti, bias, allowed_mask)
-    launch_combine(logits, strides, alpha.contiguous(), out[0], vocab_size)
+    logits = inputs(base, expert, anti, bias, allowed_mask)
+    launch_combine(logits, alpha.contiguous(), out[0], vocab_size)
 
 
 def _score(
     base: Tensor, expert: Any, anti: Any, token_ids: Tensor, alpha: Tensor, vocab_size: int,
     out: Out,
 ) -> None:  # fmt: skip
-    logits, strides = inputs(base, expert, anti)
-    ids = token_ids.contiguous()
-    launch_score(logits, strides, ids, alpha.contiguous(), out[0], vocab_size)
+    logits = inputs(base, expert, anti)
+    launch_score(logits, token_ids.contiguous(), alpha.contiguous(), out[0], vocab_size)
 
 
 def _verify(
     base: Tensor, expert: Any, anti: Any, draft_token_ids: Tensor, draft_logits: Any,
     params: RowParams, bias: Any, allowed_mask: Any, vocab_size: int, mode: str, out: Out,
 ) -> None:  # fmt: skip
-    logits, strides = inputs(base, expert, anti, bias, allowed_mask)
-    ids, verified = draft_token_ids.contiguous(), Verified(*out)
+    logits = inputs(base, expert, anti, bias, allowed_mask)
+    ids, verified = draft_token_ids.contiguous(), VerifyOutputs(*out)
     if mode == "coupled":
-        launch_coupled(logits, strides, ids, params, verified, vocab_size)
+        launch_coupled(logits, ids, params, verified, vocab_size)
     else:
-        launch_rejection(logits, strides, ids, draft_logits, params, verified, vocab_size)
+        launch_rejection(logits, ids, draft_logits, params, verified, vocab_size)
 
 
 def _on_device(run: Implementation) -> Implementation:

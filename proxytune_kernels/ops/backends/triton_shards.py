@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels.kernels.shard_sample import (
-    FinishedOut,
+    Finished,
     Part,
     launch_shard_draw,
     launch_shard_finish,
@@ -17,11 +17,8 @@ from proxytune_kernels.kernels.shard_sample import (
     launch_shard_keys,
     launch_shard_scan,
 )
-from proxytune_kernels.kernels.shard_verify import (
-    KeptRows,
-    launch_shard_accept,
-    launch_shard_residual,
-)
+from proxytune_kernels.kernels.shard_verify import launch_shard_accept, launch_shard_residual
+from proxytune_kernels.kernels.verify import Kept
 from proxytune_kernels.ops.checks import MAX_VOCAB_SIZE, exactly, noise_stream
 from proxytune_kernels.ops.table import NUM_PARAMS, NUM_RESIDUAL_WORDS, NUM_WORDS, OPERATORS
 from proxytune_kernels.params import ROW_FIELDS, RowParams
@@ -117,7 +114,7 @@ def shard_finish(
         _tensor(op, "kept", kept, _LONG, rows, 4, like=words)
     noise_stream(op, stream, STREAMS.values())
     out = OPERATORS[op].empty(summaries, words, candidates, *rest)
-    launch_shard_finish(summaries, words, candidates, params, kept, stream, FinishedOut(*out))
+    launch_shard_finish(summaries, words, candidates, params, kept, stream, Finished(*out))
     return out
 
 
@@ -166,7 +163,7 @@ def shard_residual(
     ):  # fmt: skip
         _tensor(op, name, value, _LONG, number, like=x)
     out = x.new_zeros((rows, NUM_RESIDUAL_WORDS), dtype=_LONG)
-    kept, draft_kept = KeptRows(cut, kept_mass), KeptRows(draft_cut, draft_kept_mass)
+    kept, draft_kept = Kept(cut, kept_mass), Kept(draft_cut, draft_kept_mass)
     launch_shard_residual(part, kept, draft_part, draft_kept, params, steps, out)
     return out
 
