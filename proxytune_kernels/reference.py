@@ -284,10 +284,10 @@ def distribution(x: Tensor, params: RowParams) -> Distribution:
     return Distribution(shifted, scaled, kept, mass * kept, order, status.int())
 
 
-def scores(d: Distribution, params: RowParams, noise_stream: str) -> Tensor:
+def scores(d: Distribution, params: RowParams, noise_stream: int) -> Tensor:
     """What the draw is the argmax of: ``(x - max) / T + g`` on the kept set, fp64 [B, V]."""
     ids = torch.arange(d.kept.shape[-1], device=d.kept.device)
-    noise = rng.gumbel(params.seed, params.position, ids, rng.STREAMS[noise_stream])
+    noise = rng.gumbel(params.seed, params.position, ids, noise_stream)
     return (d.scaled + noise).masked_fill(~d.kept, -torch.inf)
 
 
@@ -322,7 +322,7 @@ def sample(
     With ``top_logprobs`` above 0, ``top`` holds that many of the likeliest tokens.
     """
     d = distribution(x, params)
-    token_ids = _argmax(scores(d, params, noise_stream))
+    token_ids = _argmax(scores(d, params, rng.STREAMS[noise_stream]))
     return SampleOutput(
         token_ids,
         _at(d.logprobs(), token_ids),
@@ -374,7 +374,7 @@ def verify(
         target = distribution(x[:, j], at)
         drafted = draft_token_ids[:, j] if j < steps - 1 else tokens.new_full((batch,), -1)
         if mode == "coupled":
-            emitted = _argmax(scores(target, at, "sample"))
+            emitted = _argmax(scores(target, at, rng.STREAMS["sample"]))
             agrees = (emitted == drafted) & (emitted >= 0)
         else:
             drafter = None if j == steps - 1 or draft_x is None else draft_x[:, j]
@@ -396,7 +396,7 @@ def _reject(
 
     ``noise_stream`` is what rows without a draft here are drawn with.
     """
-    free = _argmax(scores(target, params, noise_stream))
+    free = _argmax(scores(target, params, rng.STREAMS[noise_stream]))
     if draft_x is None:
         return free, torch.zeros_like(drafted, dtype=torch.bool)
     draft = distribution(draft_x, params)

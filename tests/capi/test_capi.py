@@ -73,7 +73,7 @@ class Case:
         self.draft_token_ids = torch.stack([first, torch.full_like(first, -1)], 1)
         self.draft_token_ids[1:2] = -1  # a row without drafts
 
-    def sample(self, params, noise_stream="sample"):
+    def sample(self, params, stream="sample"):
         base, expert, anti = self.roles(0)
         constraints = self.constraints(0)
         return ptk.sample(

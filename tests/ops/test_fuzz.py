@@ -136,8 +136,8 @@ def row_params(draw: st.DrawFn, rows: int) -> tuple[ptk.RowParams, Tensor]:
             name = draw(st.sampled_from(sorted(BAD)))
             columns[name][row] = draw(st.sampled_from(BAD[name]))
             bad[row] = True
-    dtypes = ptk.params.DTYPES
-    tensors = {n: torch.tensor(v, dtype=dtypes[n]) for n, v in columns.items()}
+    fields = ptk.params.ROW_FIELDS
+    tensors = {n: torch.tensor(v, dtype=fields[n].dtype) for n, v in columns.items()}
     return ptk.RowParams(**tensors), bad
 
 
