@@ -1,10 +1,10 @@
-"""nvcc, driven for setup.py, benchmarks/static and the tests: which one, for what, with what flags.
+"""Runs nvcc for setup.py, benchmarks/static and the tests: which one, for what, with what flags.
 
 `python build_cuda.py` says what a build would do.
 
-torch's own helper refuses a CPU build of torch and one made with another CUDA. Neither matters
-here: nvcc compiles kernels and the C API, which include nothing of torch, and the CUDA runtime is
-linked in. Only the binding includes torch's stable headers, and the host compiler compiles it.
+torch's own helper refuses CPU builds of torch, and builds with another CUDA. Neither matters here:
+nvcc compiles the kernels and the C API, which include nothing of torch, and links the CUDA runtime
+in. Only the binding includes torch's stable headers, and the host's compiler compiles it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = "csrc/cuda/launch.cu"
-FLAGS = (
-    *("-std=c++20", "-O3"),
-    # No contraction, on the device and beside it: a fused multiply-add is written as one.
-    *("--fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden,-fPIC,-Wall"),
-)
+# No contraction, on the host or on the device: a fused multiply-add is written as one, so that all
+# instruction sets agree.
+HOST_FLAGS = ("-ffp-contract=off", "-fvisibility=hidden", "-Wall")
+FLAGS = ("-std=c++20", "-O3", "--fmad=false", f"-Xcompiler={','.join(HOST_FLAGS)},-fPIC")
 ARCHITECTURES = "9.0;10.0;12.0"
 """Compute capabilities that are compiled for unless TORCH_CUDA_ARCH_LIST names others.
 
@@ -52,9 +51,9 @@ class Nvcc:
         """Compile the kernels, with CXX beside nvcc where it is set; returns what nvcc says.
 
         Args:
-            target: what to write.
-            generate: for what, of :func:`generate`.
-            flags: what to make: ``-c``, ``-cubin`` or ``-shared``, and more of nvcc's options.
+            target: the file to write.
+            generate: the options of :func:`generate`.
+            flags: what to make: ``-c``, ``-cubin`` or ``-shared``, and other options of nvcc.
 
         Raises:
             subprocess.CalledProcessError: nvcc refuses; what it says is in ``stderr``.

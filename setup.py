@@ -2,7 +2,7 @@
 
 PROXYTUNE_SKIP_EXT=1 builds without them: pure Python, with the slow reference backend and Triton.
 PROXYTUNE_SKIP_CUDA_BUILD=1 leaves out the CUDA C++ kernels, which are built where nvcc is found.
-TORCH_CUDA_ARCH_LIST, as in torch: the devices that they are built for (see build_cuda.py).
+TORCH_CUDA_ARCH_LIST, as in torch: the devices that they are built for (build_cuda.py).
 PROXYTUNE_SANITIZE=1 builds the CPU's with AddressSanitizer and UBSan (see `make asan`).
 Everything else about the package is in pyproject.toml.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 SOURCES = [
     "csrc/binding_cpu.cpp",
-    "csrc/binding_cpu_shard.cpp",
+    "csrc/binding_shard.cpp",
     "csrc/cpu/capi.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/shard.cpp",
@@ -35,8 +36,6 @@ SOURCES = [
     "csrc/cpu/isa_avx512.cpp",
 ]
 CUDA_SOURCES = ["csrc/binding_cuda.cpp"]  # and build_cuda.SOURCE, which nvcc compiles
-# No contraction: a fused multiply-add is written as one, so that all instruction sets agree.
-FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 # Python's own flags have -fwrapv, which would hide signed overflow.
 SANITIZE = [
     "-fsanitize=address,undefined,float-cast-overflow",
@@ -46,48 +45,59 @@ SANITIZE = [
     "-O1",
     "-g",
 ]
-MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 
-def cpu_extension() -> Extension:
-    """Arguments of the CPU kernels' module."""
+def extension(
+    name: str, sources: list[str], compile_args: Sequence[str] = (), macros: Sequence[str] = (),
+    depends: Sequence[str] = (), **more: list[str],
+) -> Extension:  # fmt: skip
+    """One of the package's modules, for the stable ABI of torch 2.10 and Python's limited API."""
     from torch.utils.cpp_extension import CppExtension
 
-    sanitize = SANITIZE if os.environ.get("PROXYTUNE_SANITIZE") == "1" else []
     return CppExtension(
-        "proxytune_kernels._cpu",
-        SOURCES,
-        include_dirs=["csrc"],
-        define_macros=MACROS,
-        extra_compile_args=FLAGS + sanitize,
-        extra_link_args=[f for f in sanitize if f.startswith("-fsanitize")],
-        depends=HEADERS,
+        f"proxytune_kernels.{name}",
+        sources,
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+            *((m, None) for m in macros),
+        ],
+        extra_compile_args=["-std=c++20", "-O3", *build_cuda.HOST_FLAGS, *compile_args],
+        depends=[*HEADERS, *depends],
         py_limited_api=True,
+        **more,
+    )
+
+
+def cpu_extension() -> Extension:
+    """The CPU kernels' module."""
+    sanitize = SANITIZE if os.environ.get("PROXYTUNE_SANITIZE") == "1" else []
+    return extension(
+        "_cpu",
+        SOURCES,
+        compile_args=sanitize,
+        include_dirs=["csrc"],
+        extra_link_args=[f for f in sanitize if f.startswith("-fsanitize")],
     )
 
 
 def cuda_extension(nvcc: build_cuda.Nvcc) -> Extension:
     """The CUDA kernels' module: the binding alone, to which :class:`BuildExt` adds the kernels.
 
-    CPU builds of torch have no stream to launch on: the module links, and does not load, with them.
+    CPU builds of torch have no stream to launch on: the module links with them, and does not load.
     """
-    from torch.utils.cpp_extension import CppExtension
-
-    return CppExtension(
-        "proxytune_kernels._cuda",
+    return extension(
+        "_cuda",
         CUDA_SOURCES,
+        macros=["USE_CUDA"],  # torch's headers declare the stream then
+        depends=[build_cuda.SOURCE, "build_cuda.py"],
         include_dirs=["csrc", *nvcc.include_dirs],
-        define_macros=[*MACROS, ("USE_CUDA", None)],  # torch's headers declare the stream then
-        extra_compile_args=FLAGS,
         extra_link_args=[
             *(f"-L{folder}" for folder in nvcc.library_dirs),
             *("-Wl,--exclude-libs,ALL", "-lcudart_static", "-ldl", "-lpthread", "-lrt"),
             # Nothing of libtorch is used but through it: some linkers would leave it out.
             *("-Wl,--no-as-needed", "-ltorch"),
         ],
-        depends=[*HEADERS, build_cuda.SOURCE, "build_cuda.py"],
-        py_limited_api=True,
     )
 
 

@@ -17,7 +17,7 @@ from benchmarks.peers import ALPHA
 from benchmarks.prompts import make_prompts
 from benchmarks.providers import TEMPERATURE, TOP_P
 from proxytune_kernels import Trio, reference
-from proxytune_kernels.ops import cpu_heads
+from proxytune_kernels.ops.backends import cpu
 
 Heads = tuple[ptk.Head, ptk.Head, ptk.Head]
 
@@ -205,4 +205,4 @@ def accuracy(heads: Heads, vocab_size: int, rows: int) -> dict[str, Any]:
 def fused_x(heads: Heads, vocab_size: int) -> Tensor:
     """x as ``sample_hidden`` combines it on the CPU, fp32 [B, V]."""
     alpha = torch.full((len(heads[0].hidden),), ALPHA)
-    return cpu_heads.combined(heads, alpha, None, vocab_size)
+    return cpu.combined(heads, alpha, None, vocab_size)

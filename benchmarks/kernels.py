@@ -43,6 +43,7 @@ from benchmarks.report import (
     significant,
     write_json_lines,
 )
+from proxytune_kernels.ops.table import OPERATORS
 
 _US = 1e6
 _MIB = 2**20
@@ -100,8 +101,9 @@ def time_overhead(repeats: int) -> dict[str, Any]:
         "sample, out given": lambda: ptk.sample(*logits, params, out=out),
     }
     if ptk.backends()["cpu"] is None:
-        arguments = (*logits, *params, None, None, 1, 0)
-        outputs = {f"out_{n}": t for n, t in out._asdict().items() if n != "top"}
+        arguments = (*logits, *params, None, None, 1, 0, 0)
+        results = torch.ops.proxytune.sample(*arguments)
+        outputs = dict(zip(OPERATORS["sample"].out_names, results, strict=True))
         calls["bare operator"] = lambda: torch.ops.proxytune.sample_out(*arguments, **outputs)
     seconds = collect(interleaved(calls, repeats))
     return {

@@ -78,13 +78,13 @@ struct Cpu {
   }
 };
 
-void combine_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor alpha, PTK_CONSTRAINTS,
+void combine_out(PTK_LOGITS, Tensor alpha, PTK_CONSTRAINTS,
                  Tensor x) {
   const int64_t rows = base.size(0);
   STD_TORCH_CHECK(base.dim() == 2, "proxytune: base has the wrong shape");
   proxytune_combine_args args{};
   args.inputs = inputs_of(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES);
-  args.x = values_of<float>(x, ScalarType::Float, rows * vocab_size, "out");
+  args.x = values_of<float>(x, rows * vocab_size, "out");
   args.x_row_stride = vocab_size;
   std::atomic<int> code{PROXYTUNE_OK};
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
@@ -94,13 +94,13 @@ void combine_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor alpha
   check_code(code);
 }
 
-Tensor combine(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor alpha, PTK_CONSTRAINTS) {
-  Tensor x = empty(base, ScalarType::Float, base.size(0), vocab_size);
+Tensor combine(PTK_LOGITS, Tensor alpha, PTK_CONSTRAINTS) {
+  Tensor x = new_tensor(base, ScalarType::Float, base.size(0), vocab_size);
   combine_out(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES, x);
   return x;
 }
 
-void score_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor token_ids, Tensor alpha,
+void score_out(PTK_LOGITS, Tensor token_ids, Tensor alpha,
                int64_t vocab_size, Tensor logprobs) {
   STD_TORCH_CHECK(base.dim() == 3, "proxytune: base has the wrong shape");
   const int64_t rows = base.size(0), positions = base.size(1);
@@ -113,17 +113,17 @@ void score_out(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor token_i
   const Tensor ids = torch::stable::contiguous(token_ids);
   args.token_ids = static_cast<const int64_t*>(ids.data_ptr());
   args.token_ids_row_stride = positions;
-  args.logprobs = values_of<float>(logprobs, ScalarType::Float, rows * positions, "out");
+  args.logprobs = values_of<float>(logprobs, rows * positions, "out");
   over_rows(rows * positions, vocab_size, false, [&](int64_t begin, int64_t end, void* workspace,
                                            const proxytune_parallel* parallel) {
     return proxytune_cpu_score(&args, begin, end, workspace, parallel);
   });
 }
 
-Tensor score(Tensor base, MaybeTensor expert, MaybeTensor anti, Tensor token_ids, Tensor alpha,
+Tensor score(PTK_LOGITS, Tensor token_ids, Tensor alpha,
              int64_t vocab_size) {
   STD_TORCH_CHECK(base.dim() == 3, "proxytune: base has the wrong shape");
-  Tensor logprobs = empty(base, ScalarType::Float, base.size(0), base.size(1));
+  Tensor logprobs = new_tensor(base, ScalarType::Float, base.size(0), base.size(1));
   score_out(base, expert, anti, token_ids, alpha, vocab_size, logprobs);
   return logprobs;
 }
@@ -140,12 +140,12 @@ void head_logits_out(Tensor hidden, Tensor weight, int64_t begin, int64_t end, T
   STD_TORCH_CHECK(0 <= begin && begin < end && end <= weight.size(0),
                   "proxytune: tokens must be in [0, ", weight.size(0), "], got ", begin, " to ", end);
   proxytune_head_logits_args args{};
-  args.hidden = values_of<float>(hidden, ScalarType::Float, rows * size, "hidden");
+  args.hidden = values_of<float>(hidden, rows * size, "hidden");
   args.hidden_row_stride = size;
   args.rows = rows;
   args.size = size;
   args.weight = {weight.data_ptr(), weight.stride(0), 0, dtype_code(weight, "weight")};
-  float* const out = values_of<float>(logits, ScalarType::Float, rows * tokens, "logits");
+  float* const out = values_of<float>(logits, rows * tokens, "logits");
   args.logits_row_stride = tokens;
   if (rows == 0) return;
   std::atomic<int> code{PROXYTUNE_OK};

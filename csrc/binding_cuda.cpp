@@ -57,7 +57,7 @@ struct Cuda {
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cudaStream_t stream = current_stream(device);
     const size_t bytes = proxytune_cuda_workspace_size(rows, args.num_drafts);
-    const Tensor workspace = empty(base, ScalarType::Int, int64_t(bytes / sizeof(int32_t)));
+    const Tensor workspace = new_tensor(base, ScalarType::Int, int64_t(bytes / sizeof(int32_t)));
     const auto error = cudaMemsetAsync(workspace.data_ptr(), 0, rows * sizeof(int32_t), stream);
     check_code(error == cudaSuccess ? PROXYTUNE_OK : PROXYTUNE_ERROR_CUDA + int(error));
     check_code(proxytune_cuda_verify(&args, rows, workspace.data_ptr(), stream));

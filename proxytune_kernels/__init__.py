@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from proxytune_kernels.heads import Head
-from proxytune_kernels.ops import combine, sample, score, sharded, verify
-from proxytune_kernels.ops.backends import backends
-from proxytune_kernels.ops.hidden import sample_hidden
+from proxytune_kernels.ops import (
+    backends,
+    combine,
+    sample,
+    sample_hidden,
+    score,
+    sharded,
+    verify,
+)
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 

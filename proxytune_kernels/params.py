@@ -6,7 +6,7 @@ Names and ranges are vLLM's, plus ``alpha`` and ``filter_order``.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -19,13 +19,20 @@ FILTER_ORDERS = ("vllm", "hf", "joint")
 
 _SEED_LIMIT = 2**64
 
-
 # The kernels hold numbers in fp32: what would overflow there is not finite.
 _FP32_MAX = 3.4028234663852886e38
 
 
-def _number(name: str, value: Any, wanted: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(float(value)) <= _FP32_MAX:
+def _number(
+    name: str, value: Any, wanted: str, inside: Callable[[float], bool] = lambda _: True
+) -> float:
+    """Check that a value is a number, finite in fp32 and in its range; returns it."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not abs(float(value)) <= _FP32_MAX
+        or not inside(float(value))
+    ):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return float(value)
 
@@ -36,6 +43,63 @@ def _integer(name: str, value: Any, low: int, wanted: str, high: int = 2**31) ->
     if int(value) >= high:
         raise ValueError(f"{name} must be {wanted} and below {high}, got {value!r}")
     return int(value)
+
+
+def check_alpha(alpha: Any) -> float:
+    """Check the strength of the steering, finite in fp32; returns it."""
+    return _number("alpha", alpha, "a finite number")
+
+
+def signed_seed(seed: int) -> int:
+    """The int64 that holds a 64-bit seed's bit pattern (tensors have no uint64 arithmetic)."""
+    seed %= _SEED_LIMIT
+    return seed - _SEED_LIMIT if seed >= _SEED_LIMIT // 2 else seed
+
+
+def _seed(value: Any) -> int:
+    wanted = "an integer in [-2^63, 2^64)"
+    if isinstance(value, Integral) and int(value) >= _SEED_LIMIT:
+        raise ValueError(f"seed must be {wanted}, got {value!r}")
+    return signed_seed(_integer("seed", value, -(2**63), wanted, high=_SEED_LIMIT))
+
+
+def _filter_order(value: Any) -> int:
+    if value not in FILTER_ORDERS:
+        raise ValueError(f"filter_order must be one of {FILTER_ORDERS}, got {value!r}")
+    return FILTER_ORDERS.index(value)
+
+
+class RowField(NamedTuple):
+    """What one field of :class:`RowParams` holds."""
+
+    dtype: torch.dtype
+    number: Callable[[Any], float]
+    """What the tensor holds for a value of one row; ValueError where it is out of range."""
+
+
+_GREEDY = "0 (greedy) or a positive finite number"
+_OFF = "a positive integer, or 0 or -1 for off"
+ROW_FIELDS = {
+    "alpha": RowField(torch.float32, check_alpha),
+    "temperature": RowField(
+        torch.float32, lambda t: _number("temperature", t, _GREEDY, lambda t: t >= 0)
+    ),
+    "top_k": RowField(torch.int32, lambda k: _integer("top_k", k, -1, _OFF)),
+    "top_p": RowField(
+        torch.float32, lambda p: _number("top_p", p, "in (0, 1]", lambda p: 0 < p <= 1)
+    ),
+    "min_p": RowField(
+        torch.float32, lambda p: _number("min_p", p, "in [0, 1]", lambda p: 0 <= p <= 1)
+    ),
+    "filter_order": RowField(torch.int32, _filter_order),
+    "seed": RowField(torch.int64, _seed),
+    "position": RowField(
+        torch.int64,
+        lambda i: _integer("position", i, 0, "an integer of at least 0", high=2**63),
+    ),
+}
+"""The fields of :class:`RowParams`, in the order in which every operator takes them. Their defaults
+are those of :class:`SamplingParams`, and 0 for seed and position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +142,10 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        check_alpha(self.alpha)
-        check_filters(self.temperature, self.top_k, self.top_p, self.min_p, self.filter_order)
-        if self.seed is not None:
-            check_seed(self.seed)
+        for name, field in ROW_FIELDS.items():
+            value = getattr(self, name, None)
+            if value is not None or name not in ("seed", "position"):
+                field.number(value)
         _integer("max_tokens", self.max_tokens, 1, "an integer of at least 1")
         _integer("min_tokens", self.min_tokens, 0, "an integer of at least 0")
         if self.min_tokens > self.max_tokens:
@@ -111,26 +175,6 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def check_filters(temperature: Any, top_k: Any, top_p: Any, min_p: Any, filter_order: Any) -> None:
-    """Check one row's filter parameters against their ranges; ValueError names the field."""
-    if _number("temperature", temperature, "0 (greedy) or a positive finite number") < 0:
-        raise ValueError(
-            f"temperature must be 0 (greedy) or a positive finite number, got {temperature!r}"
-        )
-    _integer("top_k", top_k, -1, "a positive integer, or 0 or -1 for off")
-    if not 0 < _number("top_p", top_p, "in (0, 1]") <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
-    if not 0 <= _number("min_p", min_p, "in [0, 1]") <= 1:
-        raise ValueError(f"min_p must be in [0, 1], got {min_p!r}")
-    if filter_order not in FILTER_ORDERS:
-        raise ValueError(f"filter_order must be one of {FILTER_ORDERS}, got {filter_order!r}")
-
-
-def check_alpha(alpha: Any) -> float:
-    """Check the strength of the steering, finite in fp32; returns it."""
-    return _number("alpha", alpha, "a finite number")
-
-
 def mask_without(token_ids: Iterable[int], vocab_size: int) -> Tensor:
     """Packed mask, int32 [ceil(vocab_size / 32)], of all tokens but these (docs/contracts.md).
 
@@ -142,43 +186,6 @@ def mask_without(token_ids: Iterable[int], vocab_size: int) -> Tensor:
             words[i >> 5] &= ~(1 << (i & 31))
     # As int32 bit patterns: a word with bit 31 cleared is positive.
     return torch.tensor(words, dtype=torch.int64).to(torch.int32)
-
-
-def check_seed(seed: Any) -> int:
-    """Check a seed, [-2^63, 2^64); returns it."""
-    wanted = "an integer in [-2^63, 2^64)"
-    if isinstance(seed, Integral) and int(seed) >= _SEED_LIMIT:
-        raise ValueError(f"seed must be {wanted}, got {seed!r}")
-    return _integer("seed", seed, -(2**63), wanted, high=_SEED_LIMIT)
-
-
-def signed_seed(seed: int) -> int:
-    """The int64 that holds a 64-bit seed's bit pattern (tensors have no uint64 arithmetic)."""
-    seed %= _SEED_LIMIT
-    return seed - _SEED_LIMIT if seed >= _SEED_LIMIT // 2 else seed
-
-
-DTYPES = {
-    "alpha": torch.float32,
-    "temperature": torch.float32,
-    "top_k": torch.int32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "filter_order": torch.int32,
-    "seed": torch.int64,
-    "position": torch.int64,
-}
-"""Dtype of each field of :class:`RowParams`."""
-_DEFAULTS: dict[str, Any] = {
-    "alpha": 1.0,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "filter_order": "vllm",
-    "seed": 0,
-    "position": 0,
-}
 
 
 class RowParams(NamedTuple):
@@ -213,9 +220,20 @@ class RowParams(NamedTuple):
 
     @classmethod
     def make(
-        cls, batch_size: int, *, device: torch.device | str = "cpu", **values: Any
+        cls,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        alpha: float | Tensor = SamplingParams.alpha,
+        temperature: float | Tensor = SamplingParams.temperature,
+        top_k: int | Tensor = SamplingParams.top_k,
+        top_p: float | Tensor = SamplingParams.top_p,
+        min_p: float | Tensor = SamplingParams.min_p,
+        filter_order: str | Tensor = SamplingParams.filter_order,
+        seed: int | Tensor = 0,
+        position: int | Tensor = 0,
     ) -> RowParams:
-        """Build from scalars or tensors of shape [batch_size]; what is not named has its default.
+        """Build from scalars or tensors of shape [batch_size].
 
         Scalars are checked against their range. A tensor is converted to the field's dtype and
         device; its values are checked by the kernels (a status bit), not here.
@@ -225,17 +243,16 @@ class RowParams(NamedTuple):
             [1, 2]
 
         Raises:
-            TypeError: an unknown keyword.
             ValueError: a scalar out of range, or a tensor of another shape or kind of number.
         """
-        unknown = sorted(set(values) - set(_DEFAULTS))
-        if unknown:
-            raise TypeError(
-                f"unknown sampling parameter {unknown[0]!r}; known are {', '.join(_DEFAULTS)}"
-            )
-        merged = {**_DEFAULTS, **values}
-        _check_scalars(merged)
-        return cls(**{n: _column(n, merged[n], batch_size, device) for n in _DEFAULTS})
+        values = (alpha, temperature, top_k, top_p, min_p, filter_order, seed, position)
+        # All scalars before any tensor: what is out of range is named first.
+        numbers = [
+            value if isinstance(value, Tensor) else field.number(value)
+            for field, value in zip(ROW_FIELDS.values(), values, strict=True)
+        ]
+        columns = zip(ROW_FIELDS, numbers, strict=True)
+        return cls(*(_column(name, value, batch_size, device) for name, value in columns))
 
     @classmethod
     def from_sampling_params(
@@ -256,45 +273,35 @@ class RowParams(NamedTuple):
             raise ValueError(
                 f"positions must have one value per request ({len(params)}), got {len(positions)}"
             )
-        columns: dict[str, list[Any]] = {n: [getattr(p, n, None) for p in params] for n in DTYPES}
-        if None in columns["seed"]:
+        if any(p.seed is None for p in params):
             raise ValueError("seed must be set in each SamplingParams, got None: use with_seed()")
-        columns["seed"] = [signed_seed(seed) for seed in columns["seed"]]
-        columns["filter_order"] = [FILTER_ORDERS.index(o) for o in columns["filter_order"]]
-        columns["position"] = list(positions)
-        return cls(
-            **{n: torch.tensor(columns[n], dtype=d, device=device) for n, d in DTYPES.items()}
-        )
+        columns = []
+        for name, field in ROW_FIELDS.items():
+            if name == "position":
+                numbers: list[float] = list(positions)
+            else:
+                numbers = [field.number(getattr(p, name)) for p in params]
+            columns.append(torch.tensor(numbers, dtype=field.dtype, device=device))
+        return cls(*columns)
 
     def rows(self, index: slice | Tensor) -> RowParams:
         """The parameters of some of the rows, by slice (views) or by index tensor (copies)."""
         return RowParams(*(column[index] for column in self))
 
 
-def _check_scalars(values: dict[str, Any]) -> None:
-    scalars = {n: _DEFAULTS[n] if isinstance(v, Tensor) else v for n, v in values.items()}
-    _number("alpha", scalars["alpha"], "a finite number")
-    filters = ("temperature", "top_k", "top_p", "min_p", "filter_order")
-    check_filters(**{n: scalars[n] for n in filters})
-    check_seed(scalars["seed"])
-    _integer("position", scalars["position"], 0, "an integer of at least 0", high=2**63)
-
-
-def _column(name: str, value: Any, batch_size: int, device: torch.device | str) -> Tensor:
-    dtype = DTYPES[name]
-    if isinstance(value, Tensor):
-        if value.shape != (batch_size,):
-            raise ValueError(
-                f"{name} must have shape [{batch_size}], one value per row, got {list(value.shape)}"
-            )
-        if value.is_complex() or (value.is_floating_point() and not dtype.is_floating_point):
-            raise ValueError(f"{name} must be convertible to {dtype}, got {value.dtype}")
-        return value.to(device=device, dtype=dtype).contiguous()
-    if name == "seed":
-        value = signed_seed(value)
-    elif name == "filter_order":
-        value = FILTER_ORDERS.index(value)
-    return torch.full((batch_size,), value, dtype=dtype, device=device)
+def _column(
+    name: str, value: float | Tensor, batch_size: int, device: torch.device | str
+) -> Tensor:
+    dtype = ROW_FIELDS[name].dtype
+    if not isinstance(value, Tensor):
+        return torch.full((batch_size,), value, dtype=dtype, device=device)
+    if value.shape != (batch_size,):
+        raise ValueError(
+            f"{name} must have shape [{batch_size}], one value per row, got {list(value.shape)}"
+        )
+    if value.is_complex() or (value.is_floating_point() and not dtype.is_floating_point):
+        raise ValueError(f"{name} must be convertible to {dtype}, got {value.dtype}")
+    return value.to(device=device, dtype=dtype).contiguous()
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))

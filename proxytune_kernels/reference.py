@@ -7,7 +7,7 @@ inputs are fp64); all that follows is fp64 and int64.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,27 +25,31 @@ STATUS_NAN, STATUS_POSITIVE_INF, STATUS_EMPTY, STATUS_BAD_PARAMS = 1, 2, 4, 8
 _SMALLEST_NORMAL = 2.0**-126
 
 
+# The fields of what an operator returns, with their dtypes and shapes: ops/table.py derives its
+# schemas, fakes and checks from these.
+
+
 class TopLogprobs(NamedTuple):
     """The n likeliest tokens of each row: x descending, then id ascending, whatever the filters."""
 
-    token_ids: Tensor
+    token_ids: Annotated[Tensor, torch.int64, "B", "n"]
     """int64 [B, n]: -1 where fewer tokens are left."""
-    logprobs: Tensor
+    logprobs: Annotated[Tensor, torch.float32, "B", "n"]
     """fp32 [B, n]: their raw logprobs; NaN where the token is -1."""
 
 
 class SampleOutput(NamedTuple):
     """What ``sample`` returns, one value per row."""
 
-    token_ids: Tensor
+    token_ids: Annotated[Tensor, torch.int64, "B"]
     """int64 [B]: the token drawn; -1 where nothing was left or a parameter was out of range."""
-    logprobs: Tensor
+    logprobs: Annotated[Tensor, torch.float32, "B"]
     """fp32 [B]: log of the probability it was drawn with; NaN where the token is -1."""
-    raw_logprobs: Tensor
+    raw_logprobs: Annotated[Tensor, torch.float32, "B"]
     """fp32 [B]: its log-softmax at temperature 1, no filter; NaN where the token is -1."""
-    num_kept: Tensor
+    num_kept: Annotated[Tensor, torch.int32, "B"]
     """int32 [B]: size of the kept set."""
-    status: Tensor
+    status: Annotated[Tensor, torch.int32, "B"]
     """int32 [B]: 0, or the sum of 1 (NaN masked), 2 (+inf), 4 (nothing left), 8 (bad parameter)."""
     top: TopLogprobs | None = None
     """The likeliest tokens, where they were asked for."""
@@ -54,13 +58,16 @@ class SampleOutput(NamedTuple):
 class VerifyOutput(NamedTuple):
     """What ``verify`` returns."""
 
-    token_ids: Tensor
+    token_ids: Annotated[Tensor, torch.int64, "B", "k + 1"]
     """int64 [B, k + 1]: the tokens to emit, -1 past the last."""
-    num_accepted: Tensor
+    num_accepted: Annotated[Tensor, torch.int32, "B"]
     """int32 [B]: how many of them are draft tokens."""
-    logprobs: Tensor
+    logprobs: Annotated[Tensor, torch.float32, "B", "k + 1"]
     """fp32 [B, k + 1]: log of the target's probability of each; NaN where the token is -1."""
-    status: Tensor
+    raw_logprobs: Annotated[Tensor, torch.float32, "B", "k + 1"]
+    """fp32 [B, k + 1]: log-softmax of the target at temperature 1, no filter, at each; NaN where
+    the token is -1."""
+    status: Annotated[Tensor, torch.int32, "B"]
     """int32 [B]: as in :class:`SampleOutput`, over the positions that were used."""
 
 
@@ -166,23 +173,79 @@ def mass_target(top_p: Tensor, mass: Tensor) -> Tensor:
     return (high + low_high + ((low & 0xFFFFFFFF) != 0)).clamp(min=1)
 
 
-def _prefix_length(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Length of the shortest prefix whose cumulative mass reaches the target: int64 [B]."""
-    return (cumulative < target[:, None]).sum(-1) + 1
+class Prefix(NamedTuple):
+    """A prefix of each row's order, int64 [B] each."""
+
+    length: Tensor
+    """Its number of tokens."""
+    mass: Tensor
+    """Their mass."""
+    cut: Tensor
+    """Where it ends: the rank of its end here, an order key where several ranks hold the row."""
+
+    def where(self, condition: Tensor, other: Prefix) -> Prefix:
+        """This prefix where the condition holds, else the other."""
+        return Prefix(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))
+
+    def shorter(self, other: Prefix) -> Prefix:
+        """The shorter of two prefixes; this one where they are equal."""
+        return self.where(self.length <= other.length, other)
 
 
-def _kept_count(mass: Tensor, scaled: Tensor, count: Tensor, params: RowParams) -> Tensor:
-    """Size of the kept set, from masses and scaled logits in descending order: int64 [B]."""
-    cumulative = mass.cumsum(-1)
-    k = torch.where(params.top_k > 0, params.top_k.long(), count).minimum(count)
-    log_min_p = params.min_p.double().log()[:, None]
-    m = torch.where(params.min_p > 0, (scaled >= log_min_p).sum(-1), count).clamp(min=1)
-    vllm, joint = params.filter_order == 0, params.filter_order == 2
-    whole = torch.where(vllm, k.minimum(m), torch.where(joint, count, k))
-    share = cumulative.gather(-1, (whole - 1).clamp(min=0)[:, None])[:, 0]
-    p = _prefix_length(cumulative, mass_target(params.top_p, share))
-    p = torch.where(params.top_p < 1, p, count)
-    return k.minimum(m).minimum(p)
+class Order(Protocol):
+    """Rows' tokens, x descending, then id ascending, as far as the filters ask for them."""
+
+    whole: Prefix
+    """All tokens that are not masked."""
+    likely: Prefix
+    """The tokens that min_p keeps."""
+
+    def first(self, count: Tensor) -> Prefix:
+        """The first tokens of each row, int64 [B]."""
+
+    def reaching(self, mass: Tensor) -> Prefix:
+        """The shortest prefix of at least this mass, int64 [B]."""
+
+
+def kept_prefix(order: Order, params: RowParams) -> Prefix:
+    """The kept set, a prefix: docs/contracts.md, Selection. The policy of the filters, whole."""
+    whole, likely = order.whole, order.likely
+    k = torch.where(params.top_k > 0, params.top_k.long(), whole.length)
+    by_k = order.first(k.minimum(whole.length))
+    kept = by_k.shorter(likely)
+    nucleus = params.top_p < 1
+    if bool(nucleus.any()):
+        # What top_p's mass is a share of, by FILTER_ORDERS.
+        vllm, joint = params.filter_order == 0, params.filter_order == 2
+        share = kept.where(vllm, whole.where(joint, by_k))
+        target = torch.where(nucleus, mass_target(params.top_p, share.mass), whole.mass)
+        kept = kept.shorter(order.reaching(target).where(nucleus, whole))
+    return kept
+
+
+class _Sorted:
+    """:class:`Order` of rows whose tokens are sorted.
+
+    Args:
+        mass: int64 [B, V], by rank.
+        scaled: fp64 [B, V], by rank: (x - max) / T.
+        count: int64 [B]: tokens that are not masked.
+        min_p: [B].
+    """
+
+    def __init__(self, mass: Tensor, scaled: Tensor, count: Tensor, min_p: Tensor) -> None:
+        self._cumulative = mass.cumsum(-1)
+        self.whole = self.first(count)
+        likely = (scaled >= min_p.double().log()[:, None]).sum(-1).clamp(min=1)
+        self.likely = self.first(torch.where(min_p > 0, likely, count))
+
+    def first(self, count: Tensor) -> Prefix:
+        last = (count - 1).clamp(0, self._cumulative.shape[-1] - 1)
+        mass = self._cumulative.gather(-1, last[:, None])[:, 0]
+        return Prefix(count, mass, count)
+
+    def reaching(self, mass: Tensor) -> Prefix:
+        return self.first((self._cumulative < mass[:, None]).sum(-1) + 1)
 
 
 def distribution(x: Tensor, params: RowParams) -> Distribution:
@@ -208,7 +271,8 @@ def distribution(x: Tensor, params: RowParams) -> Distribution:
     mass = (MASS_ONE * scaled.exp()).round().long()
 
     order = x.sort(dim=-1, descending=True, stable=True).indices
-    size = _kept_count(mass.gather(-1, order), scaled.gather(-1, order), count, params)
+    ranked = _Sorted(mass.gather(-1, order), scaled.gather(-1, order), count, params.min_p)
+    size = kept_prefix(ranked, params).length
     size = torch.where(greedy, count.clamp(max=1), size.minimum(count))
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order)
@@ -220,10 +284,10 @@ def distribution(x: Tensor, params: RowParams) -> Distribution:
     return Distribution(shifted, scaled, kept, mass * kept, order, status.int())
 
 
-def scores(d: Distribution, params: RowParams, stream: int) -> Tensor:
+def scores(d: Distribution, params: RowParams, noise_stream: int) -> Tensor:
     """What the draw is the argmax of: ``(x - max) / T + g`` on the kept set, fp64 [B, V]."""
     ids = torch.arange(d.kept.shape[-1], device=d.kept.device)
-    noise = rng.gumbel(params.seed, params.position, ids, stream)
+    noise = rng.gumbel(params.seed, params.position, ids, noise_stream)
     return (d.scaled + noise).masked_fill(~d.kept, -torch.inf)
 
 
@@ -239,31 +303,33 @@ def _at(values: Tensor, token_ids: Tensor) -> Tensor:
     return value.masked_fill(token_ids < 0, torch.nan).float()
 
 
-def _top_logprobs(d: Distribution, num_top: int) -> TopLogprobs:
-    token_ids = d.order[:, :num_top]
+def _likeliest(d: Distribution, number: int) -> TopLogprobs:
+    token_ids = d.order[:, :number]
     logprobs = d.raw_logprobs().gather(-1, token_ids).float()
     masked = d.shifted.gather(-1, token_ids) == -torch.inf
-    missing = (0, num_top - token_ids.shape[-1])
+    missing = (0, number - token_ids.shape[-1])
     return TopLogprobs(
         pad(token_ids.masked_fill(masked, -1), missing, value=-1),
         pad(logprobs.masked_fill(masked, torch.nan), missing, value=torch.nan),
     )
 
 
-def sample(x: Tensor, params: RowParams, stream: str = "sample", num_top: int = 0) -> SampleOutput:
+def sample(
+    x: Tensor, params: RowParams, noise_stream: str = "sample", top_logprobs: int = 0
+) -> SampleOutput:
     """Draw one token per row from combined logits x, fp32 or fp64 [B, V].
 
-    With ``num_top`` above 0, ``top`` holds that many of the likeliest tokens.
+    With ``top_logprobs`` above 0, ``top`` holds that many of the likeliest tokens.
     """
     d = distribution(x, params)
-    token_ids = _argmax(scores(d, params, rng.STREAMS[stream]))
+    token_ids = _argmax(scores(d, params, rng.STREAMS[noise_stream]))
     return SampleOutput(
         token_ids,
         _at(d.logprobs(), token_ids),
         _at(d.raw_logprobs(), token_ids),
         d.kept.sum(-1).int(),
         d.status,
-        _top_logprobs(d, num_top) if num_top else None,
+        _likeliest(d, top_logprobs) if top_logprobs else None,
     )
 
 
@@ -299,6 +365,7 @@ def verify(
     batch, steps, _ = x.shape
     tokens = torch.full((batch, steps), -1, device=x.device)
     logprobs = torch.full((batch, steps), torch.nan, device=x.device)
+    raw_logprobs = logprobs.clone()
     accepted = torch.zeros(batch, dtype=torch.int32, device=x.device)
     status = torch.zeros(batch, dtype=torch.int32, device=x.device)
     active = torch.ones(batch, dtype=torch.bool, device=x.device)
@@ -311,22 +378,27 @@ def verify(
             agrees = (emitted == drafted) & (emitted >= 0)
         else:
             drafter = None if j == steps - 1 or draft_x is None else draft_x[:, j]
-            emitted, agrees = _reject(target, drafter, drafted, at)
+            emitted, agrees = _reject(target, drafter, drafted, at, "bonus" if j else "sample")
         tokens[:, j] = torch.where(active, emitted, tokens[:, j])
-        logprobs[:, j] = torch.where(active, _at(target.logprobs(), emitted), logprobs[:, j])
+        for out, values in ((logprobs, target.logprobs()), (raw_logprobs, target.raw_logprobs())):
+            out[:, j] = torch.where(active, _at(values, emitted), out[:, j])
         status |= torch.where(active, target.status, 0)
         active &= agrees
         accepted += active.int()
-    return VerifyOutput(tokens, accepted, logprobs, status)
+    return VerifyOutput(tokens, accepted, logprobs, raw_logprobs, status)
 
 
 def _reject(
-    target: Distribution, draft_x: Tensor | None, drafted: Tensor, params: RowParams
-) -> tuple[Tensor, Tensor]:
-    """Rejection at one position: tokens to emit and whether each is the draft, [B], [B]."""
-    bonus = _argmax(scores(target, params, rng.STREAMS["bonus"]))
+    target: Distribution, draft_x: Tensor | None, drafted: Tensor, params: RowParams,
+    noise_stream: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rejection at one position: tokens to emit and whether each is the draft, [B], [B].
+
+    ``noise_stream`` is what rows without a draft here are drawn with.
+    """
+    free = _argmax(scores(target, params, rng.STREAMS[noise_stream]))
     if draft_x is None:
-        return bonus, torch.zeros_like(drafted, dtype=torch.bool)
+        return free, torch.zeros_like(drafted, dtype=torch.bool)
     draft = distribution(draft_x, params)
     p, q = target.logprobs().exp(), draft.logprobs().exp()
     q = torch.where(draft.kept, q, 0.0)
@@ -342,5 +414,5 @@ def _reject(
     ids = torch.arange(p.shape[-1], device=p.device)
     noise = rng.gumbel(params.seed, params.position, ids, rng.STREAMS["residual"])
     recovered = _argmax((left.log() + noise).masked_fill(~target.kept, -torch.inf))
-    emitted = torch.where(agrees, drafted, torch.where(drafted < 0, bonus, recovered))
+    emitted = torch.where(agrees, drafted, torch.where(drafted < 0, free, recovered))
     return emitted, agrees

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 STREAMS = {"sample": 0, "draft": 1, "accept": 2, "residual": 3, "bonus": 4}
-"""Stream numbers: uses of the noise that must not share a word."""
+"""Noise streams by number: uses of the noise that must not share a word."""
 
 MAX_RETRIES = 2
 """A word of 0 is drawn again at most so often: u stays above 2^-97, an fp32 normal."""
@@ -48,7 +48,9 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
     return c0, c1, c2, c3
 
 
-def words(seed: Tensor, position: Tensor, token_ids: Tensor, stream: int, retry: int = 0) -> Tensor:
+def words(
+    seed: Tensor, position: Tensor, token_ids: Tensor, noise_stream: int, retry: int = 0
+) -> Tensor:
     """The 32-bit word of each token: int64 [B, N] from seed, position [B], ids [N] or [B, N]."""
     seed, position = seed[:, None], position[:, None]
     shape = torch.broadcast_shapes(seed.shape, token_ids.shape)
@@ -56,32 +58,32 @@ def words(seed: Tensor, position: Tensor, token_ids: Tensor, stream: int, retry:
         token_ids >> 2,
         position & _LOW,
         (position >> 32) & _LOW,
-        torch.full_like(position, stream | retry << 8),
+        torch.full_like(position, noise_stream | retry << 8),
     )
     out = philox(counter, (seed & _LOW, (seed >> 32) & _LOW))
     stacked = torch.stack([word.broadcast_to(shape) for word in out], -1)
     return stacked.gather(-1, (token_ids & 3).broadcast_to(shape)[..., None])[..., 0]
 
 
-def uniform(seed: Tensor, position: Tensor, token_ids: Tensor, stream: int) -> Tensor:
+def uniform(seed: Tensor, position: Tensor, token_ids: Tensor, noise_stream: int) -> Tensor:
     """The keyed uniform of each token: fp32 [B, N], in [2^-97, 1 - 2^-24].
 
     ``u = (word + 0.5) * 2^-32`` rounded to fp32 as ``fma(float(word), 2^-32, 2^-33)``; a word of 0
     is drawn again at ``retry + 1``, 2^32 finer, at most :data:`MAX_RETRIES` times.
     """
-    word = words(seed, position, token_ids, stream)
+    word = words(seed, position, token_ids, noise_stream)
     scale = torch.full(word.shape, 2.0**-32, dtype=torch.float64, device=word.device)
     for retry in range(1, MAX_RETRIES + 1):
         again = word == 0
         if not again.any():
             break
-        word = torch.where(again, words(seed, position, token_ids, stream, retry), word)
+        word = torch.where(again, words(seed, position, token_ids, noise_stream, retry), word)
         scale = torch.where(again, scale * 2.0**-32, scale)
     # word.float() rounds as the kernels' conversion does; the product and sum are exact in fp64.
     u = ((word.float().double() + 0.5) * scale).float()
     return u.clamp(max=1 - 2.0**-24)
 
 
-def gumbel(seed: Tensor, position: Tensor, token_ids: Tensor, stream: int) -> Tensor:
+def gumbel(seed: Tensor, position: Tensor, token_ids: Tensor, noise_stream: int) -> Tensor:
     """The keyed Gumbel noise ``-log(-log1p(-u))`` of each token: fp64 [B, N]."""
-    return -torch.log(-torch.log1p(-uniform(seed, position, token_ids, stream).double()))
+    return -torch.log(-torch.log1p(-uniform(seed, position, token_ids, noise_stream).double()))

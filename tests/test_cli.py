@@ -16,7 +16,7 @@ import proxytune_kernels as ptk
 from proxytune_kernels.cli import app, output
 from proxytune_kernels.cli.requests import CliRequest
 from proxytune_kernels.decoder import StreamEvent
-from proxytune_kernels.ops import choices
+from proxytune_kernels.ops.backends import Choice
 
 PROMPTS = ["Question: Tom has 3 pens and buys 4 more.", "1 + 1 ="]
 SHIPPED = ["generate", "--trio", "shipped", "--dtype", "float32"]
@@ -247,7 +247,7 @@ def test_info_says_what_the_default_on_cuda_comes_from(monkeypatch):
     monkeypatch.setattr("proxytune_kernels.cli.info.CHOICES", ())
     assert "default on CUDA" in (plain := invoke("info").stdout)
     assert "triton: no device was measured" in plain
-    line = choices.Choice("NVIDIA H100", "sample", (1, 9), (1, 9), "cuda", "gpu-h100.jsonl")
+    line = Choice("NVIDIA H100", "sample", (1, 9), (1, 9), "cuda", "gpu-h100.jsonl")
     monkeypatch.setattr("proxytune_kernels.cli.info.CHOICES", (line, line))
     assert "as measured on NVIDIA H100; triton on others" in invoke("info").stdout
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT.name
 # its place.
 LAYERS = (
     {"params", "rng", "heads"},
-    {"reference", "extensions", "kernels", "_cpu", "_cuda"},
+    {"reference", "kernels", "_cpu", "_cuda"},
     {"ops"},
     {"trio"},
     {"", "decoder"},

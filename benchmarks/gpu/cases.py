@@ -171,7 +171,7 @@ def _token_ids(case: Case, logits: Logits, backend: str) -> Tensor:
         ptk.sample(
             expert[:, j],
             params=params._replace(position=params.position + j),
-            stream=stream,
+            noise_stream=stream,
             backend=backend,
         ).token_ids
         for j in range(case.positions - 1)

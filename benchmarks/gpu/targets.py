@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.cases import CUDA, EAGER, FLASHINFER, MAIN_VOCAB_SIZE, OURS, SAMPLE, VERIFY
 from benchmarks.gpu.timing import COLD, SINGLE
-from proxytune_kernels.ops.choices import choose
+from proxytune_kernels.ops.backends import choose
 
 Record = Mapping[str, Any]
 
@@ -118,7 +118,7 @@ def _flat(records: Sequence[Record]) -> Verdict:
 
 
 def _choices(records: Sequence[Record], device_name: str) -> Verdict:
-    """Whether the table of defaults (ops/choices.py) is right where it has cuda."""
+    """Whether the table of defaults (ops/backends) is right where it has cuda."""
     ratios = {}
     for r in records:
         if r.get("provider") != CUDA or r["mode"] != COLD or r["time_over_ours"] is None:

@@ -35,7 +35,7 @@ _SPREAD = Budget(registers=168)
 
 _OTHERS = Budget(registers=255)
 """As many as there are: for kernels of one block a row, where a batch seldom fills the device, and
-for finish, whose code holds routes for awkward rows that few blocks take."""
+for draw, whose code holds routes for awkward rows that few blocks take."""
 
 _HEADS = Budget(registers=255, shared=99 * 1024)
 """Two accumulators of 64 rows by 128 tokens, and four stages of both operands: what the smallest of
@@ -44,15 +44,15 @@ these devices (cc 12.0) gives a block when asked."""
 BUDGETS = {
     "scan": _SCAN,
     "combine": _STREAMS,
-    "narrow": _SPREAD,
+    "pivots": _SPREAD,
     "residual": _SPREAD,
-    "finish": _OTHERS,
+    "draw": _OTHERS,
     "select": _OTHERS,
     "sample_hidden": _HEADS,
-    "top": _OTHERS,
+    "top_logprobs": _OTHERS,
     "score": _OTHERS,
-    "accept": _OTHERS,
-    "reject": _OTHERS,
+    "coupled": _OTHERS,
+    "rejection": _OTHERS,
     "shard_scan": _STREAMS,
     "shard_keys": _STREAMS,
     "shard_draw": _SPREAD,

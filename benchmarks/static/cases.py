@@ -15,9 +15,8 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from benchmarks.static.figures import Mark, Route
-from proxytune_kernels.kernels._common import TILE
-from proxytune_kernels.ops import triton_backend
-from proxytune_kernels.ops.sharded import triton_backend as shard_backend
+from proxytune_kernels.kernels.common import TILE
+from proxytune_kernels.ops.backends.triton_operators import IMPLEMENTATIONS
 from proxytune_kernels.rng import STREAMS
 
 BATCH = 2
@@ -66,27 +65,29 @@ class Shape:
 
 def _sample(shape: Shape) -> None:
     arguments = (*ptk.RowParams.make(BATCH), *shape.constraints, shape.vocab_size)
-    triton_backend.sample(*shape.roles, *arguments, STREAMS["sample"])
+    IMPLEMENTATIONS["sample"](*shape.roles, *arguments, STREAMS["sample"], 0)
 
 
 def _top(shape: Shape) -> None:
     arguments = (*ptk.RowParams.make(BATCH), *shape.constraints, shape.vocab_size)
-    triton_backend.sample_top(*shape.roles, *arguments, STREAMS["sample"], NUM_TOP)
+    IMPLEMENTATIONS["sample"](*shape.roles, *arguments, STREAMS["sample"], NUM_TOP)
 
 
 def _combine(shape: Shape) -> None:
-    triton_backend.combine(*shape.roles, torch.empty(BATCH), *shape.constraints, shape.vocab_size)
+    IMPLEMENTATIONS["combine"](
+        *shape.roles, torch.empty(BATCH), *shape.constraints, shape.vocab_size
+    )
 
 
 def _score(shape: Shape) -> None:
     token_ids = torch.empty((BATCH, POSITIONS), dtype=torch.int64)
-    triton_backend.score(*shape.roles, token_ids, torch.empty(BATCH), shape.vocab_size)
+    IMPLEMENTATIONS["score"](*shape.roles, token_ids, torch.empty(BATCH), shape.vocab_size)
 
 
 def _verify(shape: Shape, draft_logits: Tensor | None, mode: int) -> None:
     draft_ids = torch.empty((BATCH, POSITIONS - 1), dtype=torch.int64)
     arguments = (*ptk.RowParams.make(BATCH), *shape.constraints, shape.vocab_size, mode)
-    triton_backend.verify(*shape.roles, draft_ids, draft_logits, *arguments)
+    IMPLEMENTATIONS["verify"](*shape.roles, draft_ids, draft_logits, *arguments)
 
 
 def _coupled(shape: Shape) -> None:
@@ -115,7 +116,7 @@ def _hidden(batch_size: int, soft_cap: float | None = None) -> Callable[[Shape],
             None if t is None else t[:1].expand(batch_size, -1) for t in shape.constraints
         )
         arguments = (*ptk.RowParams.make(batch_size), bias, mask, shape.vocab_size)
-        triton_backend.sample_hidden(*fields, *arguments, STREAMS["sample"], 0)
+        IMPLEMENTATIONS["sample_hidden"](*fields, *arguments, STREAMS["sample"], 0)
 
     return launch
 
@@ -124,13 +125,13 @@ def _shards(shape: Shape) -> None:
     """What a rank runs for rows with filters, the search among flat rows included."""
     params, start, stream = ptk.RowParams.make(BATCH), shape.vocab_size, STREAMS["sample"]
     x = torch.empty((BATCH, shape.vocab_size), dtype=torch.float32)
-    summaries = shard_backend.shard_scan(x).repeat(RANKS, 1)
-    keys = shard_backend.shard_keys(x, summaries, start)
-    words = shard_backend.shard_draw(x, summaries, *params, None, None, start, stream)
+    summaries = IMPLEMENTATIONS["shard_scan"](x).repeat(RANKS, 1)
+    keys = IMPLEMENTATIONS["shard_keys"](x, summaries, start)
+    words = IMPLEMENTATIONS["shard_draw"](x, summaries, *params, None, None, start, stream)
     told, lists = torch.stack([words] * RANKS), keys[:, :128].repeat(RANKS, 1, 1)
-    shard_backend.shard_finish(summaries, told, lists, *params, None, stream)
+    IMPLEMENTATIONS["shard_finish"](summaries, told, lists, *params, None, stream)
     edges = torch.empty((BATCH, 1024), dtype=torch.int64)
-    shard_backend.shard_histogram(keys, summaries, params.temperature, edges)
+    IMPLEMENTATIONS["shard_histogram"](keys, summaries, params.temperature, edges)
 
 
 def _shard_rejection(shape: Shape) -> None:
@@ -142,10 +143,10 @@ def _shard_rejection(shape: Shape) -> None:
         sides += [x, cut.repeat(RANKS, 1), cut, cut]
     logprobs = torch.empty((BATCH, POSITIONS))
     ids = torch.empty((BATCH, drafts), dtype=torch.int64)
-    _, steps = shard_backend.shard_accept(
+    _, steps = IMPLEMENTATIONS["shard_accept"](
         logprobs, logprobs.int(), logprobs[:, 1:].contiguous(), ids, params.seed, params.position
     )
-    shard_backend.shard_residual(*sides, steps, *params, shape.vocab_size)
+    IMPLEMENTATIONS["shard_residual"](*sides, steps, *params, shape.vocab_size)
 
 
 def _scan_tokens(arguments: Mapping[str, Any]) -> int:
@@ -188,7 +189,7 @@ def _scan_case(name: str, shape: Shape, aligned: bool = True) -> Case:
 _HIDDEN = ("sample_hidden",)
 
 CASES = (
-    Case("sample", _sample, ("scan", "select", "narrow", "finish"), routes=SCAN_ROUTES),
+    Case("sample", _sample, ("scan", "select", "pivots", "draw"), routes=SCAN_ROUTES),
     _scan_case("sample V=32000", Shape(32_000)),
     _scan_case("sample V=151936", Shape(151_936)),
     _scan_case("sample V=50257", Shape(50_257), aligned=False),
@@ -196,7 +197,7 @@ CASES = (
     _scan_case("sample fp32", Shape(dtype=torch.float32)),
     _scan_case("sample base alone", Shape(steered=False)),
     _scan_case("sample bias+mask", Shape(constrained=True)),
-    Case("top_logprobs", _top, ("top",)),
+    Case("top_logprobs", _top, ("top_logprobs",)),
     Case("hidden B=16", _hidden(16), _HIDDEN, Shape(32_000)),
     Case("hidden B=32", _hidden(32), _HIDDEN, Shape(32_000)),
     Case("hidden B=64", _hidden(64), _HIDDEN, Shape(32_000)),
@@ -215,8 +216,8 @@ CASES = (
         Shape(positions=POSITIONS),
         {"scan": (Route("all", _scan_tokens),)},
     ),
-    Case("coupled", _coupled, ("scan", "accept"), Shape(positions=POSITIONS), SCAN_ROUTES),
-    Case("rejection", _rejection, ("reject", "residual"), Shape(positions=POSITIONS)),
+    Case("coupled", _coupled, ("scan", "coupled"), Shape(positions=POSITIONS), SCAN_ROUTES),
+    Case("rejection", _rejection, ("rejection", "residual"), Shape(positions=POSITIONS)),
     Case(
         "shards",
         _shards,

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 import proxytune_kernels
 from benchmarks.static import sass
 from benchmarks.static.occupancy import WARP
-from proxytune_kernels.kernels import sample
+from proxytune_kernels.kernels import common
 
 PROCESSORS = 132  # of an H100; what launchers ask the device for
 _PACKAGE = Path(proxytune_kernels.__file__).parent
@@ -72,7 +72,7 @@ def _launches(then: Callable[..., None]) -> Iterator[None]:
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         then(kernel, *args, grid=grid, **kwargs)
 
-    processors = mock.patch.object(sample, "_processors", lambda device: PROCESSORS)
+    processors = mock.patch.object(common, "processors", lambda device: PROCESSORS)
     with mock.patch.object(JITFunction, "run", run), processors:
         yield
 

@@ -1,44 +1,61 @@
-// Where a call's row lies, and its parameters (include/proxytune.h).
+// Where a call's rows lie (include/proxytune.h).
 #pragma once
 
 #include "../include/proxytune.h"
-#include "params.h"
+#include "dtypes.h"
 
 namespace ptk {
 
-// Null where the role is absent.
+// What one row is combined from.
+struct Source {
+  const void *base, *expert, *anti;  // expert and anti are null for the base alone
+  int32_t base_dtype, expert_dtype, anti_dtype;
+  float alpha;
+  const float* bias;        // null, or [vocab_size]
+  const uint32_t* allowed;  // null, or [ceil(vocab_size / 32)]
+  int64_t vocab_size;
+};
+
+// Null where there is no such role.
 PTK_HOST_DEVICE const void* logits_at(const proxytune_logits& l, int64_t row, int64_t position) {
   if (!l.data) return nullptr;
   const int64_t bytes = l.dtype == PROXYTUNE_F32 ? 4 : 2;
   return static_cast<const char*>(l.data) + (row * l.row_stride + position * l.position_stride) * bytes;
 }
 
-PTK_HOST_DEVICE const float* bias_at(const proxytune_inputs& in, int64_t row, int64_t position) {
-  if (!in.bias) return nullptr;
-  return in.bias + row * in.bias_row_stride + position * in.bias_position_stride;
+PTK_HOST_DEVICE Source source_at(const proxytune_inputs& in, float alpha, int64_t row, int64_t position) {
+  Source source{};
+  source.base = logits_at(in.base, row, position);
+  source.base_dtype = in.base.dtype;
+  // alpha = 0 gives base exactly, whatever the other two hold: they are not read.
+  if (alpha != 0.0f) {
+    source.expert = logits_at(in.expert, row, position);
+    source.anti = logits_at(in.anti, row, position);
+    source.expert_dtype = in.expert.dtype;
+    source.anti_dtype = in.anti.dtype;
+  }
+  source.alpha = alpha;
+  if (in.bias) source.bias = in.bias + row * in.bias_row_stride + position * in.bias_position_stride;
+  if (in.allowed) {
+    source.allowed = in.allowed + row * in.allowed_row_stride + position * in.allowed_position_stride;
+  }
+  source.vocab_size = in.vocab_size;
+  return source;
 }
 
-PTK_HOST_DEVICE const uint32_t* allowed_at(const proxytune_inputs& in, int64_t row, int64_t position) {
-  if (!in.allowed) return nullptr;
-  return in.allowed + row * in.allowed_row_stride + position * in.allowed_position_stride;
+// The drafter's row of a position: its logits as they are.
+PTK_HOST_DEVICE Source draft_source_at(const proxytune_verify_args& args, int64_t row, int64_t position) {
+  Source source{};
+  source.base = logits_at(args.draft_logits, row, position);
+  source.base_dtype = args.draft_logits.dtype;
+  source.vocab_size = args.inputs.vocab_size;
+  return source;
 }
 
-template <typename T>
-PTK_HOST_DEVICE T value_at(const T* values, int64_t row, T fallback) {
-  return values ? values[row] : fallback;
-}
-
-PTK_HOST_DEVICE RawParams params_at(const proxytune_params& p, const proxytune_inputs& in, int64_t row) {
-  return {value_at(in.alpha, row, 1.0f),      value_at(p.temperature, row, 1.0f),
-          value_at(p.top_k, row, int32_t(0)), value_at(p.top_p, row, 1.0f),
-          value_at(p.min_p, row, 0.0f),       value_at(p.filter_order, row, int32_t(0)),
-          value_at(p.seed, row, int64_t(0)),  value_at(p.position, row, int64_t(0))};
-}
-
-// The parameters at a drafted position: past 2^63 - 1 it is negative, so out of range.
-PTK_HOST_DEVICE RawParams params_at_draft(RawParams p, int64_t draft) {
-  p.position = int64_t(uint64_t(p.position) + uint64_t(draft));
-  return p;
+// -1 where the row has no draft at the position.
+PTK_HOST_DEVICE int64_t draft_at(const proxytune_verify_args& args, int64_t row, int64_t position) {
+  if (position >= args.num_drafts) return -1;
+  return args.draft_token_ids[row * args.draft_token_ids_row_stride + position];
 }
 
 }  // namespace ptk

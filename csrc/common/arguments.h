@@ -1,4 +1,4 @@
-// What both halves of the C API think of their arguments, and return values as sentences.
+// Which arguments the C API takes, on the CPU and on GPUs, and its return values in words.
 #pragma once
 
 #include "../include/proxytune.h"
@@ -8,32 +8,45 @@ namespace ptk {
 
 static_assert(PROXYTUNE_MAX_TOP == kMaxTop);
 
-inline bool good_logits(const proxytune_logits& l) {
+inline bool valid_logits(const proxytune_logits& l) {
   return !l.data || (l.dtype >= PROXYTUNE_F32 && l.dtype <= PROXYTUNE_BF16);
 }
 
-inline bool good_inputs(const proxytune_inputs& in) {
+inline bool valid_inputs(const proxytune_inputs& in) {
   return in.vocab_size >= 1 && in.vocab_size <= kMaxVocabSize && in.base.data &&
-         !in.expert.data == !in.anti.data && good_logits(in.base) && good_logits(in.expert) &&
-         good_logits(in.anti);
+         !in.expert.data == !in.anti.data && valid_logits(in.base) && valid_logits(in.expert) &&
+         valid_logits(in.anti);
 }
 
-inline bool good_sample(const proxytune_sample_args* args) {
-  return args && good_inputs(args->inputs) && args->token_ids && args->stream >= 0 &&
-         args->stream <= int32_t(kStreamBonus) && args->num_top >= 0 && args->num_top <= kMaxTop;
+inline bool valid_sample(const proxytune_sample_args* args) {
+  return args && valid_inputs(args->inputs) && args->token_ids && args->noise_stream >= 0 &&
+         args->noise_stream <= int32_t(kStreamBonus) && args->num_top >= 0 && args->num_top <= kMaxTop;
 }
 
-inline bool good_verify(const proxytune_verify_args* args) {
-  if (!args || !good_inputs(args->inputs) || !args->token_ids || !args->num_accepted ||
+inline bool valid_verify(const proxytune_verify_args* args) {
+  if (!args || !valid_inputs(args->inputs) || !args->token_ids || !args->num_accepted ||
       args->num_drafts < 0 || (args->num_drafts > 0 && !args->draft_token_ids)) {
     return false;
   }
   if (args->mode == PROXYTUNE_VERIFY_COUPLED) return true;
   if (args->mode != PROXYTUNE_VERIFY_REJECTION) return false;
-  return args->num_drafts == 0 || (args->draft_logits.data && good_logits(args->draft_logits));
+  return args->num_drafts == 0 || (args->draft_logits.data && valid_logits(args->draft_logits));
 }
 
-inline const char* sentence(int code) {
+inline bool valid_score(const proxytune_score_args* args) {
+  return args && valid_inputs(args->inputs) && args->token_ids && args->logprobs && args->positions >= 1;
+}
+
+inline bool valid_combine(const proxytune_combine_args* args) {
+  return args && valid_inputs(args->inputs) && args->x;
+}
+
+inline bool valid_head_logits(const proxytune_head_logits_args* args) {
+  return args && args->hidden && args->weight.data && valid_logits(args->weight) && args->logits &&
+         args->rows >= 0 && args->size >= 1;
+}
+
+inline const char* error_text(int code) {
   switch (code) {
     case PROXYTUNE_OK: return "no error";
     case PROXYTUNE_ERROR_ARGUMENT:

@@ -1,4 +1,4 @@
-// Ranges of x, for counts and masses of tokens that are too many to sort.
+// Bins of x: counts and masses by bin, where the tokens are too many to sort.
 #pragma once
 
 #include "order.h"
@@ -8,15 +8,15 @@ namespace ptk {
 constexpr int kBinBits = 10;
 constexpr uint32_t kBins = 1u << kBinBits;
 
-// How the range [low, high] of keys is cut into bins, highest first; monotone in x. The first cut is
-// linear in x, which spreads even noise evenly; later ones are of the key's bits, which always end.
+// The range [low, high] of keys in bins, the highest first. The first binning of a row is linear in x,
+// which spreads noise evenly; later ones go by the bits of the key, so that they come to an end.
 struct Binning {
   uint32_t low, high;
   bool linear;
   float scale;  // linear: bins per unit of x
   int shift;    // else: bits of the key that a bin spans
 
-  // Not past the last bin; kBins for what is outside the range.
+  // The bin of x, kBins where x is outside the range.
   PTK_HOST_DEVICE uint32_t bin(float x) const {
     const uint32_t key = key_of(x);
     if (key < low || key > high) return kBins;
@@ -25,8 +25,8 @@ struct Binning {
     return steps < float(kBins - 1) ? uint32_t(steps) : kBins - 1;
   }
 
-  // The keys of one bin: lowest with bin <= b, highest with bin >= b.
-  PTK_HOST_DEVICE void narrow(uint32_t b) {
+  // Makes the range that of bin b: from the lowest key with bin <= b to the highest with bin >= b.
+  PTK_HOST_DEVICE void zoom_into(uint32_t b) {
     uint32_t from = low, to = high;
     for (uint32_t below = high; from < below;) {
       const uint32_t middle = from + (below - from) / 2;
@@ -47,10 +47,10 @@ PTK_HOST_DEVICE Binning key_binning(uint32_t low, uint32_t high) {
   return {low, high, false, 0.0f, shift};
 }
 
-// `span`: how far below the highest x the bins reach; what is lower goes into the last one.
+// The bins reach `span` below the highest x; what is lower goes into the last one.
 PTK_HOST_DEVICE Binning linear_binning(uint32_t low, uint32_t high, float span) {
   const float scale = float(kBins) / span;
-  // A span of 0, or past fp32: there is no such scale.
+  // There is no such scale for a span of 0, or one past fp32.
   if (!(scale > 0.0f && scale < FLT_MAX)) return key_binning(low, high);
   return {low, high, true, scale, 0};
 }

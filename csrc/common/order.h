@@ -9,7 +9,11 @@ namespace ptk {
 
 constexpr float kLowest = -FLT_MAX;  // masked tokens are below it
 
-PTK_HOST_DEVICE uint32_t key_of(float x) { return order_key(bits_of_float(x)); }
+// An integer that orders as the number does, for all but NaN.
+PTK_HOST_DEVICE uint32_t key_of(float x) {
+  const uint32_t bits = bits_of_float(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
 PTK_HOST_DEVICE float value_of(uint32_t key) {
   return float_of_bits(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
 }

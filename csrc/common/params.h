@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../include/proxytune.h"
 #include "philox.h"
 
 namespace ptk {
@@ -31,6 +32,25 @@ struct RawParams {
   int32_t filter_order;
   int64_t seed, position;
 };
+
+template <typename T>
+PTK_HOST_DEVICE T value_at(const T* values, int64_t row, T fallback) {
+  return values ? values[row] : fallback;
+}
+
+// `alpha` comes with the inputs.
+PTK_HOST_DEVICE RawParams params_at(const float* alpha, const proxytune_params& p, int64_t row) {
+  return {value_at(alpha, row, 1.0f),         value_at(p.temperature, row, 1.0f),
+          value_at(p.top_k, row, int32_t(0)), value_at(p.top_p, row, 1.0f),
+          value_at(p.min_p, row, 0.0f),       value_at(p.filter_order, row, int32_t(0)),
+          value_at(p.seed, row, int64_t(0)),  value_at(p.position, row, int64_t(0))};
+}
+
+// The parameters at a drafted position. Past 2^63 - 1 the position becomes negative, which is out of range.
+PTK_HOST_DEVICE RawParams params_at_draft(RawParams p, int64_t draft) {
+  p.position = int64_t(uint64_t(p.position) + uint64_t(draft));
+  return p;
+}
 
 // exp2 argument per unit of logit: log2(e) / T as a sum, so that the argument is rounded once.
 struct Exponent {
@@ -88,11 +108,6 @@ PTK_HOST_DEVICE uint64_t mass_target(uint64_t top_p, uint64_t mass) {
   const uint64_t high = top_p * (mass >> 32);
   const uint64_t target = high + (low >> 32) + ((low & 0xFFFFFFFFu) != 0);
   return target > 0 ? target : 1;
-}
-
-// Order-preserving integer of a finite float (or -inf): a > b as floats, key(a) > key(b).
-PTK_HOST_DEVICE uint32_t order_key(uint32_t bits) {
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 }  // namespace ptk

@@ -1,7 +1,9 @@
-// Keyed noise: Philox4x32-10 with the contract's counter layout (docs/contracts.md, Randomness).
+// Keyed noise: Philox4x32-10 with the contract's counter layout, and the uniform numbers made of it
+// (docs/contracts.md, Randomness).
 // Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -66,6 +68,29 @@ PTK_HOST_DEVICE uint32_t philox_word(const NoiseKey& key, uint32_t token_id, int
   uint32_t w[4];
   philox_words(key, token_id >> 2, retry, w);
   return token_id & 2 ? (token_id & 1 ? w[3] : w[2]) : (token_id & 1 ? w[1] : w[0]);
+}
+
+// The uniform number of one token. A word of 0 is drawn again, finer.
+PTK_HOST_DEVICE float uniform_of(const NoiseKey& key, uint32_t token_id) {
+  float scale = 0x1p-32f;
+  for (int retry = 0;; ++retry, scale *= 0x1p-32f) {
+    const uint32_t word = philox_word(key, token_id, retry);
+    if (word != 0 || retry == kMaxRetries) {
+      const float u = std::fma(float(word), scale, 0.5f * scale);
+      return u < 1.0f - 0x1p-24f ? u : 1.0f - 0x1p-24f;
+    }
+  }
+}
+
+// The largest word that can win: for any larger one, a score of at most `top` plus its noise stays below
+// `best`. Noise g > r needs u < exp(-r); the next power of 2 above exp(-r) leaves room for every rounding.
+PTK_HOST_DEVICE uint32_t winning_word(float top, float best) {
+  const float r = best - top;  // inf or NaN while there is no score yet
+  const float slack = 1e-3f + 1e-5f * std::fabs(top) + 1e-5f * std::fabs(best);
+  const float power = std::ceil((slack - r) * 1.4426951f) + 32.0f;
+  if (!(power < 32.0f)) return UINT32_MAX;
+  // Words of 0 are drawn again, finer: they may always win.
+  return power <= 0.0f ? 0u : (1u << int(power));
 }
 
 }  // namespace ptk

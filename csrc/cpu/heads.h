@@ -55,14 +55,14 @@ inline void add_products(const float* const hidden[kRows], const T* const weight
 
 // Elements [begin, end) of a block's products, on top of the sums so far.
 template <int kRows, int kTokens, typename T>
-void head_block(const HeadInput& in, int64_t row, int64_t token, int64_t begin, int64_t end,
+void head_block(const proxytune_head_logits_args& in, int64_t row, int64_t token, int64_t begin, int64_t end,
                 float* sums, float* out) {
   const float* hidden[kRows];
   const T* weight[kTokens];
   F sum[kRows][kTokens][kParts];
-  for (int r = 0; r < kRows; ++r) hidden[r] = in.hidden + (row + r) * in.hidden_stride;
+  for (int r = 0; r < kRows; ++r) hidden[r] = in.hidden + (row + r) * in.hidden_row_stride;
   for (int t = 0; t < kTokens; ++t) {
-    weight[t] = static_cast<const T*>(in.weight) + (token + t) * in.weight_stride;
+    weight[t] = static_cast<const T*>(in.weight.data) + (token + t) * in.weight.row_stride;
   }
   const auto each_sum = [&](auto use) {
     for (int r = 0; r < kRows; ++r) {
@@ -72,7 +72,7 @@ void head_block(const HeadInput& in, int64_t row, int64_t token, int64_t begin, 
     }
   };
   each_sum([&](F& part, int at) { part = begin == 0 ? set(0.0f) : load(sums + at); });
-  const uintptr_t ahead = kTokens * in.weight_stride * sizeof(T);
+  const uintptr_t ahead = kTokens * in.weight.row_stride * sizeof(T);
   const int64_t whole = std::min(end, in.size / kLanes * kLanes);
   for (int64_t k = begin; k < whole; k += kLanes) add_products<kRows, kTokens, T>(hidden, weight, k, sum, ahead);
   if (end < in.size) return each_sum([&](F& part, int at) { store(sums + at, part); });
@@ -90,12 +90,12 @@ void head_block(const HeadInput& in, int64_t row, int64_t token, int64_t begin, 
     add_products<kRows, kTokens, T>(hidden, weight, 0, sum, 0);
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int t = 0; t < kTokens; ++t) out[r * in.out_stride + t] = lane_sum(sum[r][t]);
+    for (int t = 0; t < kTokens; ++t) out[r * in.logits_row_stride + t] = lane_sum(sum[r][t]);
   }
 }
 
 template <int kRows, typename T>
-void head_tokens(const HeadInput& in, int64_t row, int64_t begin, int64_t end, HeadSums& sums,
+void head_tokens(const proxytune_head_logits_args& in, int64_t row, int64_t begin, int64_t end, HeadSums& sums,
                  float* out) {
   constexpr int kTokens = tokens_beside(kRows);
   for (int64_t k = 0; k < in.size; k += kDepth) {
@@ -113,29 +113,29 @@ void head_tokens(const HeadInput& in, int64_t row, int64_t begin, int64_t end, H
 
 // All rows from row on, kRows at a time, then by halves of that.
 template <int kRows, typename T>
-void head_rows(const HeadInput& in, int64_t row, int64_t begin, int64_t end, HeadSums& sums,
+void head_rows(const proxytune_head_logits_args& in, int64_t row, int64_t begin, int64_t end, HeadSums& sums,
                float* out) {
   for (; row + kRows <= in.rows; row += kRows) {
-    head_tokens<kRows, T>(in, row, begin, end, sums, out + row * in.out_stride);
+    head_tokens<kRows, T>(in, row, begin, end, sums, out + row * in.logits_row_stride);
   }
   if constexpr (kRows > 1) head_rows<kRows / 2, T>(in, row, begin, end, sums, out);
 }
 
 template <typename T>
-void head_panels(const HeadInput& in, int64_t begin, int64_t end, float* out) {
+void head_panels(const proxytune_head_logits_args& in, int64_t begin, int64_t end) {
   HeadSums sums;
   for (int64_t first = begin; first < end; first += kPanel) {
     const int64_t last = std::min(first + kPanel, end);
-    head_rows<kMostRows, T>(in, 0, first, last, sums, out + first - begin);
+    head_rows<kMostRows, T>(in, 0, first, last, sums, in.logits + first - begin);
   }
 }
 
-// Logits of tokens [begin, end) for all rows: out[row * out_stride + token - begin].
-inline void head_logits(const HeadInput& in, int64_t begin, int64_t end, float* out) {
-  switch (in.dtype) {
-    case kDtypeBf16: return head_panels<Bf16>(in, begin, end, out);
-    case kDtypeF16: return head_panels<F16>(in, begin, end, out);
-    default: return head_panels<float>(in, begin, end, out);
+// Logits of tokens [begin, end) for all rows.
+inline void head_logits(const proxytune_head_logits_args& in, int64_t begin, int64_t end) {
+  switch (in.weight.dtype) {
+    case kDtypeBf16: return head_panels<Bf16>(in, begin, end);
+    case kDtypeF16: return head_panels<F16>(in, begin, end);
+    default: return head_panels<float>(in, begin, end);
   }
 }
 

@@ -1,6 +1,5 @@
 // The kernels for processors with AVX2, FMA and F16C.
-#include "shard_types.h"
-#include "types.h"
+#include "shard.h"
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -21,17 +20,7 @@
 
 #define PTK_ISA avx2
 #include "vec_avx2.h"
-#include "../common/arithmetic.h"
-#include "heads.h"
-#include "row.h"
-#include "mass.h"
-#include "bounds.h"
-#include "histogram.h"
-#include "select.h"
-#include "noise.h"
-#include "top.h"
-#include "sample.h"
-#include "shard.h"
+#include "isa.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -40,8 +29,6 @@
 #endif
 
 namespace ptk {
-const Kernels kAvx2Kernels = {"avx2", &avx2::kShardKernels,          avx2::combine_row,  avx2::sample_row,
-                              avx2::score_row, avx2::coupled_step, avx2::reject_step,
-                              avx2::head_logits};
+const Kernels kAvx2Kernels = avx2::kernels("avx2");
 }  // namespace ptk
 #endif  // __x86_64__

@@ -1,6 +1,5 @@
 // The kernels for processors with AVX512 (F, BW, DQ, VL).
-#include "shard_types.h"
-#include "types.h"
+#include "shard.h"
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -21,17 +20,7 @@
 
 #define PTK_ISA avx512
 #include "vec_avx512.h"
-#include "../common/arithmetic.h"
-#include "heads.h"
-#include "row.h"
-#include "mass.h"
-#include "bounds.h"
-#include "histogram.h"
-#include "select.h"
-#include "noise.h"
-#include "top.h"
-#include "sample.h"
-#include "shard.h"
+#include "isa.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -40,8 +29,6 @@
 #endif
 
 namespace ptk {
-const Kernels kAvx512Kernels = {"avx512", &avx512::kShardKernels,          avx512::combine_row,  avx512::sample_row,
-                              avx512::score_row, avx512::coupled_step, avx512::reject_step,
-                              avx512::head_logits};
+const Kernels kAvx512Kernels = avx512::kernels("avx512");
 }  // namespace ptk
 #endif  // __x86_64__

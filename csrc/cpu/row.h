@@ -11,7 +11,7 @@ struct Row {
   float* tile_max;  // [tiles], -inf where the tile is masked
   int64_t vocab_size;
   int tiles;
-  const Parallel* parallel;
+  const proxytune_parallel* parallel;
   float max = -INFINITY;  // -inf: nothing left
   uint32_t count = 0;     // tokens that are not masked
   int32_t status = 0;
@@ -79,7 +79,7 @@ void combine_tile(const T* base, const T* expert, const T* anti, float alpha, co
   loop(base, expert, anti, alpha, bias, allowed, sink);
 }
 
-// The last tile's tokens copied behind each other, so that nothing past the row is read.
+// A copy of the last tile's tokens, so that nothing past the row is read.
 struct TailTile {
   alignas(64) float base[kTile], expert[kTile], anti[kTile], bias[kTile];
   uint32_t allowed[kTile / 32];
@@ -92,21 +92,21 @@ void widen(const void* logits, int64_t start, float* out) {
 }
 
 // kTile logits of any dtype as fp32; `n` of them exist, the rest become `pad`.
-inline void widen_tile(const Matrix& m, int64_t start, int n, float pad, float* out) {
-  if (n == kTile && m.dtype == kDtypeBf16) return widen<Bf16>(m.row, start, out);
-  if (n == kTile && m.dtype == kDtypeF16) return widen<F16>(m.row, start, out);
-  for (int i = 0; i < kTile; ++i) out[i] = i < n ? logit_at(m.row, m.dtype, start + i) : pad;
+inline void widen_tile(const void* logits, int32_t dtype, int64_t start, int n, float pad, float* out) {
+  if (n == kTile && dtype == kDtypeBf16) return widen<Bf16>(logits, start, out);
+  if (n == kTile && dtype == kDtypeF16) return widen<F16>(logits, start, out);
+  for (int i = 0; i < kTile; ++i) out[i] = i < n ? logit_at(logits, dtype, start + i) : pad;
 }
 
-// A tile that is the row's last, partial one, or whose roles differ in dtype: through fp32 copies.
+// The row's last, partial tile, and a tile whose roles differ in dtype: by way of fp32 copies.
 template <typename Sink>
-void combine_copied(const RowInput& in, int64_t start, Sink& sink) {
+void combine_copied(const Source& in, int64_t start, Sink& sink) {
   TailTile copy;
   const int n = int(std::min<int64_t>(kTile, in.vocab_size - start));
-  widen_tile(in.base, start, n, -INFINITY, copy.base);
-  if (in.expert.row) {
-    widen_tile(in.expert, start, n, 0.0f, copy.expert);
-    widen_tile(in.anti, start, n, 0.0f, copy.anti);
+  widen_tile(in.base, in.base_dtype, start, n, -INFINITY, copy.base);
+  if (in.expert) {
+    widen_tile(in.expert, in.expert_dtype, start, n, 0.0f, copy.expert);
+    widen_tile(in.anti, in.anti_dtype, start, n, 0.0f, copy.anti);
   }
   if (in.bias) {
     for (int i = 0; i < kTile; ++i) copy.bias[i] = i < n ? in.bias[start + i] : 0.0f;
@@ -115,25 +115,25 @@ void combine_copied(const RowInput& in, int64_t start, Sink& sink) {
     const int words = (n + 31) / 32;
     for (int i = 0; i < kTile / 32; ++i) copy.allowed[i] = i < words ? in.allowed[start / 32 + i] : 0;
   }
-  combine_tile<float>(copy.base, in.expert.row ? copy.expert : nullptr, copy.anti, in.alpha,
+  combine_tile<float>(copy.base, in.expert ? copy.expert : nullptr, copy.anti, in.alpha,
                       in.bias ? copy.bias : nullptr, in.allowed ? copy.allowed : nullptr, sink);
 }
 
 template <typename T, typename Sink>
-void combine_whole(const RowInput& in, int64_t start, Sink& sink) {
-  const auto at = [start](const Matrix& m) {
-    return m.row ? static_cast<const T*>(m.row) + start : nullptr;
+void combine_whole(const Source& in, int64_t start, Sink& sink) {
+  const auto at = [start](const void* logits) {
+    return logits ? static_cast<const T*>(logits) + start : nullptr;
   };
   combine_tile<T>(at(in.base), at(in.expert), at(in.anti), in.alpha, in.bias ? in.bias + start : nullptr,
                   in.allowed ? in.allowed + start / 32 : nullptr, sink);
 }
 
 template <typename Sink>
-void combine_at(const RowInput& in, int64_t start, Sink&& sink) {
+void combine_at(const Source& in, int64_t start, Sink&& sink) {
   const bool one_dtype =
-      !in.expert.row || (in.expert.dtype == in.base.dtype && in.anti.dtype == in.base.dtype);
+      !in.expert || (in.expert_dtype == in.base_dtype && in.anti_dtype == in.base_dtype);
   if (!one_dtype || in.vocab_size - start < kTile) return combine_copied(in, start, sink);
-  switch (in.base.dtype) {
+  switch (in.base_dtype) {
     case kDtypeBf16: return combine_whole<Bf16>(in, start, sink);
     case kDtypeF16: return combine_whole<F16>(in, start, sink);
     default: return combine_whole<float>(in, start, sink);
@@ -158,10 +158,10 @@ inline void keep_positive_inf(Row& row) {
   }
 }
 
-// Calls body(chunk, first tile, last tile + 1) for each chunk of the tiles; returns their number.
-// What chunks give must not depend on where they are cut: maxima and integer sums.
+// Calls body(chunk, first tile, last tile + 1) for each chunk of the tiles; returns the number of chunks.
+// Only maxima and integer sums may come of it: they do not depend on where a chunk ends.
 template <typename Body>
-int over_tiles(const Parallel* parallel, int tiles, Body body) {
+int over_tiles(const proxytune_parallel* parallel, int tiles, Body body) {
   const int chunks = parallel ? std::min({parallel->chunks, kMaxChunks, tiles}) : 1;
   if (chunks <= 1) {
     body(0, 0, tiles);
@@ -179,7 +179,7 @@ int over_tiles(const Parallel* parallel, int tiles, Body body) {
   return chunks;
 }
 
-inline Row prepare_row(const RowInput& in, const RowBuffer& buffer, const Parallel* parallel) {
+inline Row prepare_row(const Source& in, const RowBuffer& buffer, const proxytune_parallel* parallel) {
   float *x = buffer.x, *tile_max = buffer.tile_max;
   Row row{x, tile_max, in.vocab_size, int(tiles_of(in.vocab_size)), parallel};
   uint32_t counts[kMaxChunks], nans[kMaxChunks];
@@ -207,8 +207,10 @@ inline Row prepare_row(const RowInput& in, const RowBuffer& buffer, const Parall
   return row;
 }
 
-// The public combine: values as they are, straight to the caller's fp32 row.
-inline void combine_row(const RowInput& in, float* out) {
+// The operator `combine`: values as they are, straight to the caller's fp32 row.
+inline void combine_row(const proxytune_combine_args& args, int64_t row) {
+  const Source in = source_at(args.inputs, value_at(args.inputs.alpha, row, 1.0f), row, 0);
+  float* const out = args.x + row * args.x_row_stride;
   int64_t start = 0;
   for (; start + kTile <= in.vocab_size; start += kTile) combine_at(in, start, PlainSink{out + start});
   if (start == in.vocab_size) return;

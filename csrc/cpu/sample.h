@@ -1,16 +1,10 @@
-// The operators on one row: sample, score, and verify in both modes.
+// The operators sample and score on one row, and what verify shares with them.
 #pragma once
 
 namespace ptk {
 namespace PTK_ISA {
 
-// A row and its kept set, ready to draw from.
-struct Target {
-  Row row;
-  Prefix kept{};
-  uint64_t raw_mass = 0;  // of the whole row at temperature 1, where wanted
-  bool drawable = false;
-};
+using Target = ptk::Target<Row>;
 
 // The first of the likeliest tokens.
 inline Prefix likeliest(const Row& row) {
@@ -19,15 +13,16 @@ inline Prefix likeliest(const Row& row) {
   return {row.max, id, 1, uint64_t(kMassOne)};
 }
 
-inline Target make_target(const RowInput& in, const RawParams& raw, bool want_raw, RowParams& p,
+// Reads a row and selects its kept set; where the parameters are valid, p is made of them.
+inline Target make_target(const Source& source, const RawParams& raw, bool want_raw, RowParams& p,
                           Buffers& b, int buffer) {
-  Target target;
+  Target target{};
   if (!valid(raw)) {
     target.row.status = kStatusBadParams;
     return target;
   }
   p = make_row_params(raw);
-  target.row = prepare_row(in, b.rows[buffer], b.parallel);
+  target.row = prepare_row(source, b.rows[buffer], b.parallel);
   target.drawable = target.row.count > 0;
   if (!target.drawable) return target;
   const bool want_scaled = !p.greedy && needs_total_mass(p, target.row.count);
@@ -39,112 +34,68 @@ inline Target make_target(const RowInput& in, const RawParams& raw, bool want_ra
   return target;
 }
 
-inline bool is_kept(const Target& target, int64_t id) {
-  return target.kept.has(target.row.x[id], uint32_t(id));
-}
-
-// Draws from the kept set.
 inline uint32_t draw(const Target& target, const RowParams& p, const NoiseKey& key) {
-  return p.greedy ? target.kept.id : race(target.row, target.kept, p, key);
+  return p.greedy ? target.kept.id : gumbel_max(target.row, target.kept, p, key);
 }
 
-// Log of the probability that the kept set gives a kept token.
-inline float kept_logprob(const Target& target, const RowParams& p, int64_t id) {
-  if (p.greedy) return 0.0f;
-  const double scaled = double(target.row.x[id] - target.row.max) * double(p.inv_temperature);
-  return float(scaled - log_mass(target.kept.mass));
-}
-
-inline SampleResult sample_row(const RowInput& in, const RawParams& raw, uint32_t stream,
-                               const TopTokens& top, Buffers& b) {
-  RowParams p;
-  const Target target = make_target(in, raw, true, p, b, 0);
-  SampleResult out;
-  out.status = target.row.status;
-  if (!target.drawable) {
-    for (int i = 0; i < top.count; ++i) top.put(i, -1, NAN);
-    return out;
-  }
-  const NoiseKey key = make_noise_key(raw.seed, raw.position, stream);
-  const uint32_t id = draw(target, p, key);
-  out.token_id = id;
-  out.num_kept = int32_t(target.kept.count);
-  out.logprob = kept_logprob(target, p, id);
-  const double log_raw_mass = log_mass(target.raw_mass);
-  out.raw_logprob = raw_logprob(target.row, target.row.x[id], log_raw_mass);
-  if (top.count > 0) write_top(target.row, log_raw_mass, top, *b.scratch);
-  return out;
-}
-
-inline float score_row(const RowInput& in, int64_t token_id, Buffers& b) {
-  const Row row = prepare_row(in, b.rows[0], b.parallel);
-  if (token_id < 0 || token_id >= in.vocab_size || row.count == 0) return NAN;
-  const RowMass mass = row_mass(row, make_exponent(1.0), false, true);
-  return raw_logprob(row, row.x[token_id], log_mass(mass.raw));
-}
-
-// Draws from max(0, target - draft), or from the target where rounding leaves nothing of it.
-inline int64_t draw_residual(const Target& target, const RowParams& p, const Target& draft,
-                             const RowParams& q, const NoiseKey& key) {
-  const F share_p = set(float(kMassOne / double(target.kept.mass)));
-  const float draft_max = draft.drawable ? draft.row.max : target.row.max;
-  const F share_q = set(draft.drawable ? float(kMassOne / double(draft.kept.mass)) : 0.0f);
-  Best best;
-  for (int t = 0; t < target.row.tiles; ++t) {
-    if (!(target.row.tile_max[t] >= target.kept.x)) continue;
-    const float *x = target.row.tile(t), *y = draft.drawable ? draft.row.tile(t) : x;
-    const uint32_t first = uint32_t(t) * kTile;
-    alignas(64) float left[kTile];
+// Collects the tokens of a prefix of at most kMaxTop tokens, in order of id; returns how many they are.
+inline int collect_prefix(const Row& row, const Prefix& prefix, Scratch& s) {
+  static_assert(kMaxTop + kWidth <= kCandidates, "compress writes whole vectors");
+  int n = 0;
+  for (int t = 0; t < row.tiles && n < int(prefix.count); ++t) {
+    if (!(row.tile_max[t] >= prefix.x)) continue;
+    const float* x = row.tile(t);
     for (int i = 0; i < kTile; i += kWidth) {
-      const F xs = load(x + i), ys = load(y + i);
-      const F mass = mul(exponential(sub(xs, set(target.row.max)), p.exponent), share_p);
-      const F drafted = mul(exponential(sub(ys, set(draft_max)), q.exponent), share_q);
-      const uint32_t in_draft = draft.drawable ? kept_mask(ys, first + uint32_t(i), draft.kept) : 0;
-      const F rest = sub(mass, select(in_draft, drafted, set(0.0f)));
-      store(left + i, select(kept_mask(xs, first + uint32_t(i), target.kept), rest, set(0.0f)));
+      const F v = load(x + i);
+      const uint32_t id = uint32_t(t) * kTile + uint32_t(i);
+      const uint32_t inside = kept_mask(v, id, prefix);
+      if (inside) n += compress(v, add_u(set_u(id), iota()), inside, s.x + n, s.ids + n);
     }
-    race_tile(
-        key, first, 0.0f, [&](int i) { return log_positive(max(load(left + i), set(FLT_MIN))); },
-        [&](int i) { return ge(load(left + i), set(FLT_MIN)); }, best);
   }
-  if (best.id != UINT32_MAX) return best.id;
-  return draw(target, p, key);
+  return n;
 }
 
-// Whether the target accepts a token of the draft: u < target / draft, in fp64 logs.
-inline bool accepts(const Target& target, const RowParams& p, const Target& draft, const RowParams& q,
-                    const RawParams& raw, int64_t id) {
-  if (!is_kept(target, id)) return false;
-  if (!draft.drawable || !is_kept(draft, id)) return true;  // the draft gives it probability 0
-  const NoiseKey key = make_noise_key(raw.seed, raw.position, kStreamAccept);
-  const double log_u = std::log(double(uniform_of(key, uint32_t(id))));
-  return log_u < double(kept_logprob(target, p, id)) - double(kept_logprob(draft, q, id));
-}
-
-// One position of rejection: the token to emit, its logprob, and whether it is the draft.
-inline VerifyStep reject_step(const RowInput& in, const RowInput* draft_in, const RawParams& raw,
-                              int64_t draft_id, Buffers& b) {
-  RowParams p;
-  const Target target = make_target(in, raw, false, p, b, 0);
-  VerifyStep step;
-  step.status = target.row.status;
-  if (!target.drawable) return step;
-  RowParams q = p;  // stands where the draft has nothing to draw from
-  if (!draft_in || draft_id < 0) {
-    step.token_id = draw(target, p, make_noise_key(raw.seed, raw.position, kStreamBonus));
-  } else {
-    const Target draft = make_target(*draft_in, raw, false, q, b, 1);
-    step.accepted = draft_id < in.vocab_size && accepts(target, p, draft, q, raw, draft_id);
-    const NoiseKey key = make_noise_key(raw.seed, raw.position, kStreamResidual);
-    step.token_id = step.accepted ? draft_id : draw_residual(target, p, draft, q, key);
+// Writes the row's likeliest tokens in order, with their raw logprobs, whatever the filters keep.
+inline void write_top(const proxytune_sample_args& args, int64_t row, const Target& target, Scratch& s) {
+  int n = 0;
+  if (target.drawable) {
+    const Need need{uint32_t(args.num_top), UINT64_MAX};
+    n = collect_prefix(target.row, find_prefix(target.row, kLowest, need, make_exponent(1.0), s), s);
+    sort_collected(n, s);
   }
-  step.logprob = kept_logprob(target, p, step.token_id);
-  return step;
+  for (int i = 0; i < args.num_top; ++i) {
+    if (i < n) {
+      write_top_token(args, row, i, sorted_id(s, i), target.raw_logprob(sorted_x(s, i)));
+    } else {
+      write_top_token(args, row, i, -1, NAN);
+    }
+  }
 }
 
-inline VerifyStep coupled_step(const RowInput& in, const RawParams& raw, int64_t draft_id, Buffers& b) {
-  const SampleResult drawn = sample_row(in, raw, kStreamSample, {}, b);
-  return {drawn.token_id, drawn.logprob, drawn.status, drawn.token_id >= 0 && drawn.token_id == draft_id};
+inline void sample_row(const proxytune_sample_args& args, int64_t row, Buffers& b) {
+  const RawParams raw = params_at(args.inputs.alpha, args.params, row);
+  RowParams p{};
+  const Target target = make_target(source_at(args.inputs, raw.alpha, row, 0), raw, true, p, b, 0);
+  int64_t token_id = -1;
+  float x = 0.0f;
+  if (target.drawable) {
+    token_id = draw(target, p, make_noise_key(raw.seed, raw.position, uint32_t(args.noise_stream)));
+    x = target.row.x[token_id];
+  }
+  write_draw(args, row, target, p, token_id, x, target.row.status);
+  write_raw_logprob(args, row, target, token_id, x);
+  if (args.num_top > 0) write_top(args, row, target, *b.scratch);
+}
+
+inline void score_row(const proxytune_score_args& args, int64_t row, int64_t position, Buffers& b) {
+  const float alpha = value_at(args.inputs.alpha, row, 1.0f);
+  const Row read = prepare_row(source_at(args.inputs, alpha, row, position), b.rows[0], b.parallel);
+  const int64_t token_id = args.token_ids[row * args.token_ids_row_stride + position];
+  float& logprob = args.logprobs[row * args.positions + position];
+  logprob = NAN;
+  if (token_id < 0 || token_id >= args.inputs.vocab_size || read.count == 0) return;
+  const RowMass mass = row_mass(read, make_exponent(1.0), false, true);
+  logprob = whole_logprob(read.x[token_id] - read.max, mass.raw);
 }
 
 }  // namespace PTK_ISA

@@ -1,5 +1,6 @@
-// Selection: the kept set is a prefix of the order by (x descending, id ascending).
-// Tile maxima bound the cutoff from below; only tokens above the bound are looked at.
+// Selection: finds the prefixes of the order (x descending, then id ascending) that filters keep. Tile
+// maxima bound x from below; only tokens above the bound are looked at. They are sorted, or counted by bins
+// of x where they are too many.
 #pragma once
 
 namespace ptk {
@@ -23,7 +24,7 @@ inline Prefix whole(const Row& row, float low, Exponent e) {
   return all;
 }
 
-// Collects the tokens with key in [low, high], in order of id; -1 where they are too many.
+// Collects the tokens whose key is in [low, high], in order of id; returns -1 where there are too many.
 inline int collect(const Row& row, uint32_t low, uint32_t high, Scratch& s) {
   const F from = set(value_of(low)), to = set(value_of(high));
   int n = 0;
@@ -50,7 +51,7 @@ inline void sort_collected(int n, Scratch& s) {
 inline float sorted_x(const Scratch& s, int i) { return packed_value(s.order[i]); }
 inline uint32_t sorted_id(const Scratch& s, int i) { return packed_id(s.order[i]); }
 
-// Walks n collected tokens in order, after `taken`; true where they meet the need.
+// Adds n collected tokens to `taken`, in order, until the need is met; returns whether it is.
 inline bool walk(const Row& row, int n, const Need& need, Exponent e, Scratch& s, Prefix& taken) {
   sort_collected(n, s);
   alignas(64) float x[kTile];
@@ -67,7 +68,7 @@ inline bool walk(const Row& row, int n, const Need& need, Exponent e, Scratch& s
   return false;
 }
 
-// The first tokens, in order of id, with just this key, after `taken`: as many as the need wants.
+// Adds the tokens with just this key to `taken`, in order of id, until the need is met.
 inline void take_ties(const Row& row, uint32_t key, const Need& need, Exponent e, Prefix& taken) {
   const float value = value_of(key);
   alignas(64) float x[kWidth];
@@ -78,6 +79,90 @@ inline void take_ties(const Row& row, uint32_t key, const Need& need, Exponent e
     if (row.x[id] != value) continue;
     taken = {value, uint32_t(id), taken.count + 1, taken.mass + q[0]};
     if (need.met(taken.count, taken.mass)) return;
+  }
+}
+
+// A value of x that the shortest prefix meeting `need` does not go below. The tiles' maxima are tokens, too:
+// above any value, they alone count at least so many tokens and at least so much mass.
+inline float tile_bound(const Row& row, float low, const Need& need, Exponent e, Scratch& s) {
+  uint32_t counts[kBoundBins] = {};
+  uint64_t mass[kBoundBins] = {};
+  alignas(64) uint64_t q[kTile];
+  const float scale = 8.0f * e.hi;  // bins of an eighth of a factor 2 in mass
+  for (int t0 = 0; t0 < row.tiles; t0 += kTile) {
+    const int n = std::min(kTile, row.tiles - t0);
+    masses(row.tile_max + t0, (n + kWidth - 1) / kWidth * kWidth, row.max, e, q);
+    for (int i = 0; i < n; ++i) {
+      if (!(row.tile_max[t0 + i] >= low)) continue;
+      const float steps = (row.max - row.tile_max[t0 + i]) * scale;
+      const int bin = steps < float(kBoundBins - 1) ? int(steps) : kBoundBins - 1;
+      s.bins[t0 + i] = uint8_t(bin);
+      ++counts[bin];
+      mass[bin] += q[i];
+    }
+  }
+  uint32_t count = 0;
+  uint64_t sum = 0;
+  for (int b = 0; b < kBoundBins; ++b) {
+    if (!need.met(count += counts[b], sum += mass[b])) continue;
+    float bound = row.max;
+    for (int t = 0; t < row.tiles; ++t) {
+      const float m = row.tile_max[t];
+      if (m >= low && s.bins[t] <= b && m < bound) bound = m;
+    }
+    return bound;
+  }
+  return low;
+}
+
+// The bins of a tile's tokens.
+inline void tile_bins(const Binning& binning, const float* x, uint32_t* out) {
+  if (!binning.linear) {
+    for (int i = 0; i < kTile; ++i) out[i] = binning.bin(x[i]);
+    return;
+  }
+  const F top = set(value_of(binning.high)), bottom = set(value_of(binning.low));
+  for (int i = 0; i < kTile; i += kWidth) {
+    const F v = load(x + i);
+    const U index = to_int_down(min(mul(sub(top, v), set(binning.scale)), set(float(kBins - 1))));
+    store_u(out + i, select_u(ge(v, bottom) & ge(top, v), index, set_u(kBins)));
+  }
+}
+
+// Guesses from the likeliest tile where the tokens lie: over its spread, but no further down than any mass.
+inline Binning first_binning(const Row& row, uint32_t low, uint32_t high, Exponent e) {
+  const float* x = row.tile(row.likeliest_tile());
+  float least = row.max;
+  for (int i = 0; i < kTile; ++i) {
+    if (x[i] > -INFINITY) least = std::min(least, x[i]);
+  }
+  const float span = std::min({row.max - least, value_of(high) - value_of(low), 46.0f / e.hi});
+  return linear_binning(low, high, span);
+}
+
+// Counts and masses by bin. Neighbouring tokens add to different tables: in flat rows they fall into one
+// bin, and each addition would wait for the one before.
+inline void histogram(const Row& row, const Binning& binning, Exponent e, Scratch& s) {
+  std::memset(s.counts, 0, sizeof(s.counts));
+  std::memset(s.mass, 0, sizeof(s.mass));
+  alignas(64) uint64_t q[kTile];
+  alignas(64) uint32_t bins[kTile];
+  for (int t = 0; t < row.tiles; ++t) {
+    if (!(row.tile_max[t] >= value_of(binning.low))) continue;
+    masses(row.tile(t), kTile, row.max, e, q);
+    tile_bins(binning, row.tile(t), bins);
+    for (int i = 0; i < kTile; i += kTables) {
+      for (int j = 0; j < kTables; ++j) {
+        ++s.counts[j][bins[i + j]];
+        s.mass[j][bins[i + j]] += q[i + j];
+      }
+    }
+  }
+  for (int j = 1; j < kTables; ++j) {
+    for (uint32_t b = 0; b < kBins; ++b) {
+      s.counts[0][b] += s.counts[j][b];
+      s.mass[0][b] += s.mass[j][b];
+    }
   }
 }
 
@@ -103,12 +188,12 @@ inline Prefix find_prefix(const Row& row, float low, const Need& need, Exponent 
       taken.mass += s.mass[0][b];
     }
     if (b == kBins) return {low, UINT32_MAX, taken.count, taken.mass};
-    binning.narrow(b);
+    binning.zoom_into(b);
     binning = key_binning(binning.low, binning.high);
   }
 }
 
-// One row's prefixes, for ptk::select_kept.
+// The prefixes of one row, for ptk::select_kept.
 struct Search {
   const Row& row;
   Exponent e;

@@ -1,21 +1,12 @@
-// What the ranks' numbers on a row decide: the same on every rank (docs/sharded.md).
-#include "shard_types.h"
+// Decides on a row by what the ranks have sent of it: the same on every rank (docs/sharded.md).
+#include "shard.h"
 
 #include <vector>
 
 namespace ptk {
 namespace {
 
-// A prefix of the order, as far as the candidates tell: where it is not known, the tokens in it are at
-// least so many.
-struct Found {
-  Cut cut;
-  bool known;
-};
-
-const Found& shorter(const Found& a, const Found& b) { return b.cut.count < a.cut.count ? b : a; }
-
-// The row's likeliest tokens as far as they are certain, in order, with the mass up to each.
+// The row's likeliest tokens in order, as far as they are certain, with the mass up to each.
 struct Certain {
   std::vector<int64_t> keys;
   std::vector<uint64_t> mass;
@@ -39,21 +30,13 @@ struct Certain {
   static int64_t summary_count(int64_t summary) {
     return summary & ((int64_t(1) << kSummaryCountBits) - 1);
   }
-
-  // The shortest prefix of so many tokens or so much mass.
-  Found find(uint64_t count, uint64_t needed) const {
-    for (size_t i = 0; i < keys.size(); ++i) {
-      if (i + 1 >= count || mass[i] >= needed) return {{keys[i], i + 1, mass[i]}, true};
-    }
-    return {{0, keys.size() + 1, 0}, false};
-  }
 };
 
-// What all ranks' words add up to.
+// The sum of all ranks' words.
 struct Total {
   int64_t best = 0, wanted = 0;
   float x = -INFINITY;
-  Cut kept{};
+  uint64_t kept_count = 0, kept_mass = 0;
   uint64_t mass = 0, raw_mass = 0;
 
   Total(const Gathered& g, int64_t row) {
@@ -63,9 +46,9 @@ struct Total {
         best = w[kWordBest];
         x = std::bit_cast<float>(uint32_t(w[kWordCount]));
       }
-      kept.count += uint64_t(w[kWordCount]) >> 32;
+      kept_count += uint64_t(w[kWordCount]) >> 32;
       if (g.num_words <= kResidualWords) continue;
-      kept.mass += uint64_t(w[kWordKeptMass]);
+      kept_mass += uint64_t(w[kWordKeptMass]);
       mass += uint64_t(w[kWordMass]);
       raw_mass += uint64_t(w[kWordRawMass]);
       if (g.num_words > kWords) wanted = std::max(wanted, w[kWordWanted]);
@@ -74,26 +57,38 @@ struct Total {
   }
 };
 
-// The tokens that min_p keeps.
-int64_t min_p_cut(float max, float shift) {
-  return shift > -INFINITY ? token_key(min_p_cutoff(max, shift), kLastId) : kNoCut;
-}
+// Prefixes of the row, for ptk::select_kept, as far as its certain tokens tell them.
+struct CertainSearch {
+  const Certain& list;
+  const Prefix above_cutoff, all;  // what min_p keeps, and all tokens: the ranks have counted both
+  // Where a prefix is not known: how many tokens of the list are in it for certain.
+  size_t at_least = SIZE_MAX;
 
-// docs/contracts.md, Selection: `likely` is what min_p keeps.
-Found select(const Certain& list, const RowHead& head, const RowParams& p, const Total& total,
-             const Cut& likely) {
-  const bool top_k = p.top_k < head.count, top_p = p.top_p < kTopPOff;
-  const Found all{{kNoCut, head.count, total.mass}, true}, by_min_p{likely, true};
-  Found by_k = top_k ? list.find(p.top_k, UINT64_MAX) : all;
-  if (top_k) by_k.cut.count = p.top_k;
-  Found whole = all;  // what top_p's mass is a share of
-  if (p.filter_order == kOrderVllm) whole = shorter(by_min_p, by_k);
-  if (p.filter_order == kOrderHf) whole = by_k;
-  Found by_p = all;
-  if (top_p && whole.known) by_p = list.find(UINT64_MAX, mass_target(p.top_p, whole.cut.mass));
-  if (top_p && !whole.known) by_p = {{0, 1, 0}, false};
-  return shorter(shorter(by_min_p, by_k), by_p);
-}
+  bool known() const { return at_least == SIZE_MAX; }
+
+  Prefix whole(float low) {
+    const Prefix& found = low > kLowest ? above_cutoff : all;
+    if (found.count <= at_least) at_least = SIZE_MAX;  // it ends before the other one does
+    return found;
+  }
+
+  Prefix find(float low, Need need) {
+    const Prefix unknown{-INFINITY, 0, 0, 0};
+    if (!known()) {
+      at_least = 1;
+      return unknown;
+    }
+    for (size_t i = 0; i < list.keys.size() && key_value(list.keys[i]) >= low; ++i) {
+      const int64_t key = list.keys[i];
+      const auto count = uint32_t(i + 1);
+      if (need.met(count, list.mass[i])) return {key_value(key), key_id(key), count, list.mass[i]};
+    }
+    const Prefix rest = whole(low);
+    if (rest.count <= need.count && rest.mass < need.mass) return rest;
+    at_least = list.keys.size();
+    return unknown;
+  }
+};
 
 }  // namespace
 
@@ -110,7 +105,7 @@ RowHead head_of(const int64_t* summaries, int64_t world, int64_t rows, int64_t r
   head.infinite = head.max == INFINITY;
   for (int64_t rank = 0; rank < world; ++rank) {
     const int64_t summary = summaries[rank * rows + row];
-    // Where a +inf was there, only tokens that are it count.
+    // Where there is a +inf, only such tokens count.
     const bool counts = !head.infinite || summary >> (kSummaryCountBits + 1) == top;
     head.count += counts ? uint32_t(Certain::summary_count(summary)) : 0;
   }
@@ -120,7 +115,7 @@ RowHead head_of(const int64_t* summaries, int64_t world, int64_t rows, int64_t r
 }
 
 ShardResult finish_row(const ShardKernels& kernels, const Gathered& g, int64_t row,
-                       const RawParams& raw, uint32_t stream, const Cut* given) {
+                       const RawParams& raw, uint32_t noise_stream, const KnownRow* given) {
   ShardResult out;
   if (!valid(raw)) {
     out.status = kStatusBadParams;
@@ -134,40 +129,40 @@ ShardResult finish_row(const ShardKernels& kernels, const Gathered& g, int64_t r
   int64_t token = total.best;
   float x = total.x;
   if (given) {
-    out.kept = *given;
+    out.kept = given->kept;
   } else if (p.greedy) {
     out.kept = {total.best, 1, uint64_t(kMassOne)};
   } else {
-    Cut likely = total.kept;
-    likely.key = min_p_cut(head.max, p.min_p_shift);
     const Certain list(kernels, g, row, head, p.exponent);
-    const Found kept = select(list, head, p, total, likely);
+    const float cutoff = p.min_p_shift > -INFINITY ? min_p_cutoff(head.max, p.min_p_shift) : kLowest;
+    CertainSearch search{list, {cutoff, UINT32_MAX, uint32_t(total.kept_count), total.kept_mass},
+                         {kLowest, UINT32_MAX, head.count, total.mass}};
+    const Prefix kept = select_kept(search, p, head.max, head.count, total.mass);
     const bool listed = is_listed(p, head);
-    if (!kept.known || (listed && kept.cut.count > list.keys.size())) {
+    if (!search.known() || (listed && kept.count > list.keys.size())) {
       out.status = kStatusBadParams;
       out.undecided = true;
       return out;
     }
-    out.kept = kept.cut;
-    // Where min_p alone decides, the ranks have drawn from just these.
+    out.kept = {token_key(kept.x, std::min(kept.id, kLastId)), kept.count, kept.mass};
+    // Where min_p alone decides, the ranks have drawn from just these tokens.
     if (listed) {
-      const NoiseKey noise = make_noise_key(raw.seed, raw.position, stream);
-      token = kernels.race_keys(list.keys.data(), int64_t(kept.cut.count), head.max, p, noise);
+      const NoiseKey noise = make_noise_key(raw.seed, raw.position, noise_stream);
+      token = kernels.gumbel_max_keys(list.keys.data(), kept.count, head.max, p, noise);
       x = key_value(token);
     }
   }
   if (token == 0) return out;  // nothing was exchanged for this row
-  const auto logprob = [&](float value) {
-    if (p.greedy) return 0.0f;
-    return float(double(value - head.max) * double(p.inv_temperature) - log_mass(out.kept.mass));
-  };
   out.token_id = key_id(token);
   out.num_kept = int32_t(out.kept.count);
-  out.logprob = logprob(x);
-  if (g.num_words > kResidualWords) {
-    out.raw_logprob = float(double(x - head.max) - log_mass(total.raw_mass));
+  out.logprob = kept_logprob(x - head.max, p, out.kept.mass);
+  out.raw_mass = given ? given->raw_mass : total.raw_mass;
+  out.raw_logprob = whole_logprob(x - head.max, out.raw_mass);
+  if (total.wanted >= out.kept.key) {
+    const float shifted = key_value(total.wanted) - head.max;
+    out.wanted_logprob = kept_logprob(shifted, p, out.kept.mass);
+    out.wanted_raw_logprob = whole_logprob(shifted, out.raw_mass);
   }
-  if (total.wanted >= out.kept.key) out.wanted_logprob = logprob(key_value(total.wanted));
   return out;
 }
 

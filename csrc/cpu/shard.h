@@ -1,224 +1,127 @@
-// One rank's part of a row whose vocabulary is spread over several (docs/sharded.md). Tiles are cut at
-// multiples of kTile in the whole vocabulary, wherever the part starts: noise is keyed by its ids.
+// Rows whose vocabulary is spread over several ranks: a rank's part, and what the ranks tell each other
+// about a row (docs/sharded.md).
 #pragma once
 
+#include "types.h"
+
 namespace ptk {
-namespace PTK_ISA {
 
-// Calls body(x, first id) for each tile that the part touches, x aligned, -inf outside the part.
-template <typename Body>
-void over_shard(const ShardRow& row, Body body) {
-  if (row.size == 0) return;
-  alignas(64) float tile[kTile];
-  const int64_t end = row.start + row.size;
-  for (int64_t first = row.start / kTile * kTile; first < end; first += kTile) {
-    const int64_t from = std::max(first, row.start), to = std::min(first + kTile, end);
-    if (to - from < kTile) std::fill(tile, tile + kTile, -INFINITY);
-    std::memcpy(tile + (from - first), row.x + (from - row.start), size_t(to - from) * sizeof(float));
-    body(tile, uint32_t(first));
-  }
+constexpr int kIdBits = 19;
+constexpr uint32_t kLastId = uint32_t(kMaxVocabSize) - 1;
+
+// 51 bits in the contract's order of tokens, the first one highest: by x, then by id. Scores, too, have such
+// keys. Keys of different tokens differ, and none is 0.
+inline int64_t token_key(float x, uint32_t id) {
+  // -0 + 0 = +0: equal logits must have equal bits for the order by id.
+  return int64_t(key_of(x + 0.0f)) << kIdBits | (kLastId - id);
 }
+inline float key_value(int64_t key) { return value_of(uint32_t(key >> kIdBits)); }
+inline uint32_t key_id(int64_t key) { return kLastId - (uint32_t(key) & kLastId); }
 
-// Masks NaN; where the row has a +inf, leaves its tokens as 0 and masks the others. Returns the
-// tile's maximum.
-inline float clean_tile(float* tile, bool infinite) {
-  const F masked = set(-INFINITY);
-  F top = masked;
-  for (int i = 0; i < kTile; i += kWidth) {
-    F x = load(tile + i);
-    x = infinite ? select(eq(x, set(INFINITY)), set(0.0f), masked) : select(gt(x, masked), x, masked);
-    store(tile + i, x);
-    top = max(top, x);
+// The lowest key of a token that is not masked: -FLT_MAX, the last id.
+constexpr int64_t kLowestKey = int64_t(0x00800000) << kIdBits;
+
+// A token drawn from the residual goes before all that are drawn from the target.
+constexpr int64_t kResidualBit = int64_t(1) << 51;
+
+// Part of one row: fp32 as `combine` leaves it, of tokens start to start + size - 1.
+struct ShardRow {
+  const float* x;
+  int64_t size, start;
+};
+
+// A rank's summary of its part: key_of(max) << 21 | whether a NaN was there << 20 | tokens that are
+// not masked; where the maximum is +inf, tokens that are.
+constexpr int kSummaryCountBits = 20;
+
+// What all ranks' summaries say of the row.
+struct RowHead {
+  float max = -INFINITY;   // finite, or -inf where nothing is left
+  bool infinite = false;   // a +inf was there: its tokens are 0, all others masked
+  uint32_t count = 0;      // tokens left
+  int32_t status = 0;
+};
+
+// The words of a rank's draw. The last one is there where a token was asked for.
+enum Word : int {
+  kWordBest,      // key of the best score among the kept tokens, 0 for none
+  kWordCount,     // number of the kept tokens << 32 | bits of the best one's x
+  kWordKeptMass,  // mass of the kept tokens
+  kWordMass,      // mass of all
+  kWordRawMass,   // mass of all at temperature 1
+  kWordWanted,    // key of the token asked for, 0 where it is elsewhere or masked
+};
+constexpr int kWords = 5;
+constexpr int kResidualWords = 2;
+
+// A kept set: the tokens whose key is at least this.
+struct KeptKeys {
+  int64_t key;
+  uint64_t count, mass;
+};
+
+// A row of which the kept set and the mass at temperature 1 are known.
+struct KnownRow {
+  KeptKeys kept;
+  uint64_t raw_mass;
+};
+
+struct ShardResult {
+  int64_t token_id = -1;
+  float logprob = NAN, raw_logprob = NAN;
+  int32_t num_kept = 0, status = 0;
+  KeptKeys kept{};
+  float wanted_logprob = NAN, wanted_raw_logprob = NAN;  // of the token asked for, where it is kept
+  uint64_t raw_mass = 0;                                 // of the row at temperature 1
+  bool undecided = false;      // the candidates end before the kept set does
+};
+
+// What the ranks have sent of some rows.
+struct Gathered {
+  int64_t world, rows;
+  const int64_t* summaries;   // [world, rows]
+  const int64_t* words;       // [world, rows, num_words]
+  int64_t num_words;
+  const int64_t* candidates;  // [world, rows, num_candidates], descending, 0 past the last; or null
+  int64_t num_candidates;
+
+  int64_t summary(int64_t rank, int64_t row) const { return summaries[rank * rows + row]; }
+  const int64_t* word(int64_t rank, int64_t row) const {
+    return words + (rank * rows + row) * num_words;
   }
-  return reduce_max(top);
-}
-
-inline int64_t scan_shard(const ShardRow& row) {
-  uint32_t live = 0, infinite = 0, nan = 0;
-  float top = -INFINITY;
-  over_shard(row, [&](float* tile, uint32_t) {
-    for (int i = 0; i < kTile; i += kWidth) {
-      const F x = load(tile + i);
-      live += uint32_t(std::popcount(gt(x, set(-INFINITY))));
-      infinite += uint32_t(std::popcount(eq(x, set(INFINITY))));
-      nan |= is_nan(x);
-    }
-    top = std::max(top, clean_tile(tile, false));
-  });
-  const int64_t key = key_of(top + 0.0f);
-  const uint32_t count = infinite ? infinite : live;
-  return key << (kSummaryCountBits + 1) | int64_t(nan != 0) << kSummaryCountBits | count;
-}
-
-// Adds the mass of a tile's tokens.
-inline uint64_t masked_mass(const float* x, const uint32_t* masks, float max, Exponent e) {
-  Mass sum;
-  for (int i = 0; i < kTile; i += kWidth) {
-    const F inside = select(masks[i / kWidth], load(x + i), set(-INFINITY));
-    sum.add(exponential(sub(inside, set(max)), e));
-  }
-  return sum.total();
-}
-
-inline Prefix prefix_of(int64_t cut) { return {key_value(cut), key_id(cut), 0, 0}; }
-
-// Score and token of the best so far, and its x.
-struct ShardBest {
-  Best best;
-  float x = -INFINITY;
-  int64_t key(int64_t bit = 0) const {
-    return best.id == UINT32_MAX ? 0 : token_key(best.score, best.id) | bit;
-  }
-  // The race of one tile among the tokens of `kept`, scores at most `top`.
-  template <typename Scores, typename Kept>
-  void race(const float* tile, uint32_t first, float top, const NoiseKey& key, Scores scores, Kept kept) {
-    const uint32_t before = best.id;
-    race_tile(key, first, top, scores, kept, best);
-    if (best.id != before) x = tile[best.id - first];
-  }
-  // The tile's first maximum.
-  void take_highest(const float* tile, uint32_t first, float tile_max) {
-    if (!(tile_max > best.score)) return;
-    uint32_t i = 0;
-    while (tile[i] != tile_max) ++i;
-    best.offer(tile_max, first + i);
-    x = tile_max;
+  const int64_t* candidate(int64_t rank, int64_t row) const {
+    return candidates + (rank * rows + row) * num_candidates;
   }
 };
 
-inline void race_kept(ShardBest& winner, const float* tile, uint32_t first, float tile_max,
-                      const Prefix& kept, float max, const RowParams& p, const NoiseKey& key) {
-  if (!(tile_max >= kept.x)) return;
-  winner.race(
-      tile, first, (tile_max - max) * p.inv_temperature, key,
-      [&](int i) { return mul(sub(load(tile + i), set(max)), set(p.inv_temperature)); },
-      [&](int i) { return kept_mask(load(tile + i), first + uint32_t(i), kept); });
+// Target or draft of one position of rejection, on this rank.
+struct ShardSide {
+  ShardRow row;
+  RowHead head;
+  int64_t lowest_kept;  // key
+  uint64_t kept_mass;   // of all ranks
+};
+
+// Whether the token is drawn from the listed candidates, where the kept set is not known before.
+inline bool is_listed(const RowParams& p, const RowHead& head) {
+  return !p.greedy && (p.top_k < head.count || p.top_p < kTopPOff);
 }
 
-inline int64_t packed_count(uint32_t count, float x) {
-  return int64_t(uint64_t(count) << 32 | std::bit_cast<uint32_t>(x));
-}
+// What depends on the instruction set.
+struct ShardKernels {
+  int64_t (*scan)(const ShardRow&);
+  void (*draw)(const ShardRow&, const RowHead&, const RowParams&, const NoiseKey&, int64_t lowest_kept,
+               bool drawn, int64_t* words);
+  void (*residual)(const ShardSide& target, const ShardSide& draft, const RowParams&,
+                   const NoiseKey&, int64_t* words);
+  void (*key_masses)(const int64_t* keys, int64_t n, float max, Exponent, uint64_t* out);
+  int64_t (*gumbel_max_keys)(const int64_t* keys, int64_t n, float max, const RowParams&, const NoiseKey&);
+};
 
-// Counts, masses and draw of the tokens whose key is at least `cut` and that min_p keeps; greedy rows
-// go by x alone. Writes kWords words; without `race` there is no draw.
-inline void draw_shard(const ShardRow& row, const RowHead& head, const RowParams& p,
-                       const NoiseKey& key, int64_t cut, bool race, int64_t* words) {
-  const Exponent one = make_exponent(1.0);
-  const bool same = p.exponent.hi == one.hi && p.exponent.lo == one.lo;
-  const Prefix kept = prefix_of(cut);
-  const bool all = cut == kNoCut && !(p.min_p_shift > -INFINITY);
-  uint32_t count = 0;
-  uint64_t kept_mass = 0, mass = 0, raw = 0;
-  ShardBest winner;
-  over_shard(row, [&](float* tile, uint32_t first) {
-    const float tile_max = clean_tile(tile, head.infinite);
-    if (!massless(tile_max, head.max, p.exponent)) mass += tile_mass(tile, head.max, p.exponent);
-    if (!same && !massless(tile_max, head.max, one)) raw += tile_mass(tile, head.max, one);
-    if (p.greedy) return winner.take_highest(tile, first, tile_max);
-    if (!(tile_max >= kept.x)) return;
-    uint32_t masks[kTile / kWidth];
-    for (int i = 0; i < kTile; i += kWidth) {
-      const F x = load(tile + i);
-      const uint32_t likely = ge(sub(x, set(head.max)), set(p.min_p_shift));
-      masks[i / kWidth] = kept_mask(x, first + uint32_t(i), kept) & likely;
-      count += uint32_t(std::popcount(masks[i / kWidth]));
-    }
-    if (!all) kept_mass += masked_mass(tile, masks, head.max, p.exponent);
-    if (!race) return;
-    winner.race(
-        tile, first, (tile_max - head.max) * p.inv_temperature, key,
-        [&](int i) { return mul(sub(load(tile + i), set(head.max)), set(p.inv_temperature)); },
-        [&](int i) { return masks[i / kWidth]; });
-  });
-  words[kWordBest] = winner.key();
-  words[kWordCount] = packed_count(count, winner.x);
-  words[kWordKeptMass] = int64_t(all ? mass : kept_mass);
-  words[kWordMass] = int64_t(mass);
-  words[kWordRawMass] = int64_t(same ? mass : raw);
-}
+RowHead head_of(const int64_t* summaries, int64_t world, int64_t rows, int64_t row);
 
-// Draws from max(0, target - draft); where this part has nothing of it, from the target: another
-// rank's residual goes first. Writes kResidualWords words.
-inline void residual_shard(const ShardSide& target, const ShardSide& draft, const RowParams& p,
-                           const NoiseKey& key, int64_t* words) {
-  const bool drawable = draft.head.count > 0;
-  const F share_p = set(float(kMassOne / double(target.mass)));
-  const F share_q = set(drawable ? float(kMassOne / double(draft.mass)) : 0.0f);
-  const Prefix kept = prefix_of(target.cut), drafted = prefix_of(drawable ? draft.cut : kNoCut);
-  const float draft_max = drawable ? draft.head.max : target.head.max;
-  ShardBest residual, plain;
-  alignas(64) float draft_tile[kTile];
-  over_shard(target.row, [&](float* tile, uint32_t first) {
-    const float tile_max = clean_tile(tile, target.head.infinite);
-    if (!(tile_max >= kept.x)) return;
-    if (drawable) {
-      const int64_t from = std::max<int64_t>(first, draft.row.start);
-      const int64_t to = std::min<int64_t>(first + kTile, draft.row.start + draft.row.size);
-      std::fill(draft_tile, draft_tile + kTile, -INFINITY);
-      std::memcpy(draft_tile + (from - first), draft.row.x + (from - draft.row.start),
-                  size_t(to - from) * sizeof(float));
-      clean_tile(draft_tile, draft.head.infinite);
-    }
-    const float* other = drawable ? draft_tile : tile;
-    alignas(64) float left[kTile];
-    for (int i = 0; i < kTile; i += kWidth) {
-      const F xs = load(tile + i), ys = load(other + i);
-      const uint32_t id = first + uint32_t(i);
-      const F mass = mul(exponential(sub(xs, set(target.head.max)), p.exponent), share_p);
-      const F lost = mul(exponential(sub(ys, set(draft_max)), p.exponent), share_q);
-      const uint32_t in_draft = drawable ? kept_mask(ys, id, drafted) : 0;
-      const F rest = sub(mass, select(in_draft, lost, set(0.0f)));
-      store(left + i, select(kept_mask(xs, id, kept), rest, set(0.0f)));
-    }
-    residual.race(
-        tile, first, 0.0f, key,
-        [&](int i) { return log_positive(max(load(left + i), set(FLT_MIN))); },
-        [&](int i) { return ge(load(left + i), set(FLT_MIN)); });
-    if (residual.best.id != UINT32_MAX) return;
-    if (p.greedy) return plain.take_highest(tile, first, tile_max);
-    race_kept(plain, tile, first, tile_max, kept, target.head.max, p, key);
-  });
-  const bool found = residual.best.id != UINT32_MAX;
-  words[kWordBest] = found ? residual.key(kResidualBit) : plain.key();
-  words[kWordCount] = packed_count(0, found ? residual.x : plain.x);
-}
+// The results of one row; `given` is what is known of it, or null.
+ShardResult finish_row(const ShardKernels&, const Gathered&, int64_t row, const RawParams&,
+                       uint32_t noise_stream, const KnownRow* given);
 
-inline void key_masses(const int64_t* keys, int64_t n, float max, Exponent e, uint64_t* out) {
-  alignas(64) float x[kTile];
-  alignas(64) uint64_t q[kTile];
-  for (int64_t start = 0; start < n; start += kTile) {
-    const int m = int(std::min<int64_t>(kTile, n - start));
-    // No key of the row lies above its maximum; one that did would have a mass past 64 bits.
-    for (int i = 0; i < kTile; ++i) x[i] = i < m ? std::min(key_value(keys[start + i]), max) : -INFINITY;
-    masses(x, kTile, max, e, q);
-    std::copy(q, q + m, out + start);
-  }
-}
-
-// Key of the best score among listed tokens, the score exchanged for the token's own x.
-inline int64_t race_keys(const int64_t* keys, int64_t n, float max, const RowParams& p,
-                         const NoiseKey& noise) {
-  Best best;
-  int64_t winner = 0;
-  alignas(64) float x[kWidth], u[kWidth], score[kWidth];
-  for (int64_t start = 0; start < n; start += kWidth) {
-    const int m = int(std::min<int64_t>(kWidth, n - start));
-    for (int i = 0; i < kWidth; ++i) {
-      const int64_t key = keys[start + std::min(i, m - 1)];
-      x[i] = key_value(key);
-      u[i] = uniform_of(noise, key_id(key));
-    }
-    const F scaled = mul(sub(load(x), set(max)), set(p.inv_temperature));
-    store(score, add(scaled, gumbel(load(u))));
-    for (int i = 0; i < m; ++i) {
-      best.offer(score[i], key_id(keys[start + i]));
-      if (best.id == key_id(keys[start + i])) winner = keys[start + i];
-    }
-  }
-  return winner;
-}
-
-constexpr ShardKernels kShardKernels = {scan_shard, draw_shard, residual_shard, key_masses, race_keys};
-
-}  // namespace PTK_ISA
 }  // namespace ptk

@@ -1,5 +1,5 @@
-// The draw from a kept set: score + noise of its tokens only, and the logarithms only where the noise
-// can win.
+// The draw from a kept set: the argmax of score + noise over its tokens. Logarithms are taken only where the
+// noise can win.
 #pragma once
 
 #include "search.h"
@@ -19,7 +19,7 @@ PTK_HOST_DEVICE T pick(const T (&v)[4], int i) {
   return i & 2 ? (i & 1 ? v[3] : v[2]) : (i & 1 ? v[1] : v[0]);
 }
 
-// The cluster's best of each warp's packed scores.
+// The best packed score of the cluster.
 template <class Team>
 PTK_KERNEL uint64_t best_of_cluster(Cluster<Team>& cluster, uint64_t best) {
   uint64_t all[] = {warp_max(cluster.team, best)};
@@ -27,10 +27,10 @@ PTK_KERNEL uint64_t best_of_cluster(Cluster<Team>& cluster, uint64_t best) {
   return all[0];
 }
 
-// Races the tokens of this block's tiles that `kept(x, id)` is true of, by `score(x, id)`; `top(t)`
-// bounds a tile's scores, and is -inf where none of it is kept. Gives this lane's best.
+// The best of score(x, id) + noise over the tokens of this block's tiles of which kept(x, id) is true: this
+// lane's, packed. top(t) bounds the scores of a tile, and is -inf where none of its tokens is kept.
 template <class Team, class Kept, class Score, class Top>
-PTK_KERNEL uint64_t race_tiles(const Team& team, Shared& s, const Row row, const NoiseKey& key,
+PTK_KERNEL uint64_t gumbel_max_tiles(const Team& team, Shared& s, const Row row, const NoiseKey& key,
                                Kept kept, Score score, Top top) {
   const Tiles tiles(s, row);
   if (team.thread() == 0) s.best = 0;
@@ -39,7 +39,7 @@ PTK_KERNEL uint64_t race_tiles(const Team& team, Shared& s, const Row row, const
   for (int t = team.warp(); t < row.count; t += Team::kWarps) {
     const float most = top(t);
     if (!(most > -INFINITY)) continue;
-    // Other warps' winners spare this one most of its logarithms; what it reads of them may be old.
+    // The best score of other warps spares this one most of its logarithms; it may read an old one.
     uint32_t record = team.lane() == 0 ? team.max_shared(&s.best, 0) : 0;
     record = team.shuffle(record, 0);
     const uint32_t limit = record ? winning_word(most, value_of(record)) : UINT32_MAX;
@@ -65,7 +65,7 @@ PTK_KERNEL uint64_t race_tiles(const Team& team, Shared& s, const Row row, const
   return best;
 }
 
-// The draw of a row from its kept set; the list is the one that its search left.
+// Draws from the kept set of a row: by the list where the row's search left one that holds it.
 template <class Team>
 PTK_KERNEL uint32_t draw(Cluster<Team>& cluster, const Target& target, const RowParams& p,
                          const NoiseKey& key) {
@@ -86,7 +86,7 @@ PTK_KERNEL uint32_t draw(Cluster<Team>& cluster, const Target& target, const Row
     }
   } else {
     const Tiles tiles(cluster.s, row);
-    best = race_tiles(
+    best = gumbel_max_tiles(
         team, cluster.s, row, key, [&](float x, uint32_t id) { return kept.has(x, id); }, score,
         [&](int t) { return tiles.max[t] >= kept.x ? score(tiles.max[t], 0) : -INFINITY; });
   }
@@ -98,7 +98,7 @@ template <class Team>
 PTK_KERNEL Prefix likeliest(Cluster<Team>& cluster, const Row& row) {
   const Team& team = cluster.team;
   const Tiles tiles(cluster.s, row);
-  uint64_t first = 0;  // upside down
+  uint64_t first = 0;  // its complement
   for (int t = team.warp(); t < row.count; t += Team::kWarps) {
     if (tiles.max[t] != row.max) continue;
     const Four x = four_of(team, tiles, t);

@@ -7,7 +7,6 @@
 #undef PTK_ISA
 
 #include "../common/order.h"
-#include "../common/race.h"
 
 namespace ptk {
 namespace cuda {

@@ -188,7 +188,7 @@ int proxytune_cuda_supported(int device, int rejection, int64_t* max_vocab_size)
 }
 
 int proxytune_cuda_sample(const proxytune_sample_args* args, int64_t rows, void* stream) {
-  if (!good_sample(args) || rows < 0 || rows > kMaxClusters) return PROXYTUNE_ERROR_ARGUMENT;
+  if (!valid_sample(args) || rows < 0 || rows > kMaxClusters) return PROXYTUNE_ERROR_ARGUMENT;
   const bool top = args->num_top > 0;
   return launch(top ? top_kernel : plain_kernel, top ? &Limits::top : &Limits::plain, false, rows,
                 stream, *args);
@@ -202,7 +202,7 @@ size_t proxytune_cuda_workspace_size(int64_t rows, int64_t num_drafts) {
 
 int proxytune_cuda_verify(const proxytune_verify_args* args, int64_t rows, void* workspace,
                           void* stream) {
-  if (!good_verify(args) || !workspace || rows < 0) return PROXYTUNE_ERROR_ARGUMENT;
+  if (!valid_verify(args) || !workspace || rows < 0) return PROXYTUNE_ERROR_ARGUMENT;
   if (rows > 0 && !proxytune_cuda_workspace_size(rows, args->num_drafts)) {
     return PROXYTUNE_ERROR_ARGUMENT;
   }
@@ -216,7 +216,7 @@ int proxytune_cuda_verify(const proxytune_verify_args* args, int64_t rows, void*
 }
 
 const char* proxytune_cuda_error(int code) {
-  if (code < PROXYTUNE_ERROR_CUDA) return sentence(code);
+  if (code < PROXYTUNE_ERROR_CUDA) return error_text(code);
   return cudaGetErrorString(cudaError_t(code - PROXYTUNE_ERROR_CUDA));
 }
 

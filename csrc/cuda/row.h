@@ -10,7 +10,7 @@ namespace cuda {
 
 constexpr int kAhead = 2;  // vectors of each role that a thread waits for at once
 
-// What this thread saw of its tokens.
+// What this thread has seen among its tokens.
 struct Seen {
   uint32_t live = 0, nan = 0;
 };
@@ -116,7 +116,7 @@ PTK_KERNEL void combine_vectors(const Team& team, const Source& in, int64_t begi
   bool ordinary = !(in.bias || in.allowed);
   uint32_t tokens = 0;
   for (int i = team.thread() * kSize; i < count; i += kAhead * kStep) {
-    Loaded loaded[kAhead];  // on their way together
+    Loaded loaded[kAhead];  // all loads are issued before the first is used
     for (int k = 0; k < kAhead; ++k) {
       const int offset = (i + k * kStep) * element_size(kDtype);
       if (i + k * kStep >= count) break;
@@ -169,8 +169,8 @@ PTK_KERNEL void combine_range(const Team& team, const Source& in, int64_t begin,
   }
 }
 
-// Combines tokens [begin, end): a head up to the first address of 16 bytes, vectors, a tail. Rows that
-// differ in dtype or alignment have no vectors.
+// Combines tokens [begin, end): one by one up to the first address that is a multiple of 16 bytes, then by
+// vectors, the rest one by one. Roles that differ in dtype or alignment have no vectors.
 template <class Team>
 PTK_KERNEL void combine_share(const Team& team, const Source& in, int64_t begin, int64_t end, float* out,
                               Seen& seen) {
@@ -211,7 +211,7 @@ PTK_KERNEL void summarise(const Team& team, const Tiles& tiles, int count) {
     const float from = top > -INFINITY ? top : 0.0f;
     float sum = 0.0f;
     for (int j = 0; j < 4; ++j) sum += team.exp2_approx((x.v[j] - from) * kLog2E);
-    // +inf makes NaN here: such a row's sums are written again.
+    // +inf makes NaN here; the sums of such a row are made anew later.
     const uint32_t total = team.sum(sum >= 0.0f ? uint32_t(sum * 0x1p24f + 0.5f) : 0);
     if (team.lane() == 0) {
       tiles.max[t] = top;
@@ -267,7 +267,7 @@ PTK_KERNEL Row prepare_row(Cluster<Team>& cluster, const Source& in, size_t plac
   team.sync();
   summarise(team, tiles, row.count);
   team.sync();
-  uint32_t top = 0, bottom = 0;  // order keys; the bottom's upside down
+  uint32_t top = 0, bottom = 0;  // order keys; of the bottom the complement
   for (int t = team.thread(); t < row.count; t += Team::kThreads) {
     const uint32_t key = key_of(tiles.max[t]);
     top = key > top ? key : top;
@@ -290,7 +290,7 @@ PTK_KERNEL Row prepare_row(Cluster<Team>& cluster, const Source& in, size_t plac
   return row;
 }
 
-// Masses of the row: exact at its temperature, where wanted; at temperature 1 from the tiles' sums.
+// Masses of the row: exact at its temperature, where that is wanted; at temperature 1 by the tiles' sums.
 struct RowMass {
   uint64_t scaled, raw;
 };

@@ -5,29 +5,10 @@
 // Bytes a row: 3 logits a token in, 28 out. docs/cuda.md follows the phases.
 #pragma once
 
-#include "../common/addressing.h"
 #include "draw.h"
 
 namespace ptk {
 namespace cuda {
-
-PTK_HOST_DEVICE Source source_at(const proxytune_inputs& in, float alpha, int64_t row, int64_t position) {
-  Source source{};
-  source.base = logits_at(in.base, row, position);
-  source.base_dtype = in.base.dtype;
-  // alpha = 0 gives base exactly, whatever the other two hold: they are not read.
-  if (alpha != 0.0f) {
-    source.expert = logits_at(in.expert, row, position);
-    source.anti = logits_at(in.anti, row, position);
-    source.expert_dtype = in.expert.dtype;
-    source.anti_dtype = in.anti.dtype;
-  }
-  source.alpha = alpha;
-  source.bias = bias_at(in, row, position);
-  source.allowed = allowed_at(in, row, position);
-  source.vocab_size = in.vocab_size;
-  return source;
-}
 
 // x of a token, wherever it lies in the cluster.
 template <class Team>
@@ -75,10 +56,9 @@ PTK_KERNEL void write_top(Cluster<Team>& cluster, const proxytune_sample_args& a
   }
   if (team.block() != 0) return;
   for (int i = team.thread(); i < args.num_top; i += Team::kThreads) {
-    const int64_t at = row * args.num_top + i;
     const uint64_t token = i < n ? cluster.s.tokens.list.sorted[i] : 0;
-    if (args.top_token_ids) args.top_token_ids[at] = i < n ? int64_t(packed_id(token)) : -1;
-    if (args.top_logprobs) args.top_logprobs[at] = i < n ? target.raw_logprob(packed_value(token)) : NAN;
+    write_top_token(args, row, i, i < n ? int64_t(packed_id(token)) : -1,
+                    i < n ? target.raw_logprob(packed_value(token)) : NAN);
   }
 }
 
@@ -86,28 +66,18 @@ template <class Team>
 PTK_KERNEL void write_no_top(const Team& team, const proxytune_sample_args& args, int64_t row) {
   if (team.block() != 0) return;
   for (int i = team.thread(); i < args.num_top; i += Team::kThreads) {
-    const int64_t at = row * args.num_top + i;
-    if (args.top_token_ids) args.top_token_ids[at] = -1;
-    if (args.top_logprobs) args.top_logprobs[at] = NAN;
+    write_top_token(args, row, i, -1, NAN);
   }
 }
 
-// What a row gives. Two threads of the first block write it: each has one logarithm to take.
+// Two threads of the first block write what a row gives: each takes one logarithm.
 template <class Team>
 PTK_KERNEL void write_drawn(const Team& team, const proxytune_sample_args& args, int64_t row,
                             Shared& s, int64_t token_id, int32_t status) {
   if (team.block() != 0) return;
-  const bool drawn = token_id >= 0;
-  const float x = drawn ? x_of(team, s, s.target.row, token_id) : 0.0f;
-  if (team.thread() == 0) {
-    args.token_ids[row] = token_id;
-    if (args.num_kept) args.num_kept[row] = drawn ? int32_t(s.target.kept.count) : 0;
-    if (args.status) args.status[row] = status;
-    if (args.logprobs) args.logprobs[row] = drawn ? s.target.logprob(s.params, x) : NAN;
-  }
-  if (team.thread() == Team::kThreads - 32 && args.raw_logprobs) {
-    args.raw_logprobs[row] = drawn ? s.target.raw_logprob(x) : NAN;
-  }
+  const float x = token_id >= 0 ? x_of(team, s, s.target.row, token_id) : 0.0f;
+  if (team.thread() == 0) write_draw(args, row, s.target, s.params, token_id, x, status);
+  if (team.thread() == Team::kThreads - 32) write_raw_logprob(args, row, s.target, token_id, x);
 }
 
 // The row's parameters, into shared memory; false where one is out of range.
@@ -123,7 +93,7 @@ PTK_KERNEL bool set_params(Cluster<Team>& cluster, const RawParams& raw) {
 }
 
 // The work of one cluster: draws the token of one row. `memory` is this block's, shared_bytes of it.
-// kTop: whether the likeliest tokens may be asked for, half as much code again.
+// kTop: whether the likeliest tokens may be asked for, which takes half as much code again.
 template <bool kTop = true, class Team>
 PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxytune_sample_args& args,
                                int64_t row) {
@@ -131,11 +101,11 @@ PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxyt
   Shared& s = cluster.s;
   int64_t token_id = -1;
   int32_t status = kStatusBadParams;
-  if (set_params(cluster, params_at(args.params, args.inputs, row))) {
+  if (set_params(cluster, params_at(args.inputs.alpha, args.params, row))) {
     make_target(cluster, source_at(args.inputs, s.raw.alpha, row, 0), kRowOffset, s.target);
     status = s.target.row.status;
     if (s.target.drawable) {
-      const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, uint32_t(args.stream));
+      const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, uint32_t(args.noise_stream));
       token_id = draw(cluster, s.target, s.params, key);
     }
     if constexpr (kTop) write_top(cluster, args, row);

@@ -1,6 +1,6 @@
-// The kept set of a row that lies in a cluster's shared memory (docs/cuda.md, Selection): tile maxima
-// bound the cutoff from below, tokens above the bound are listed and sorted, or counted by ranges of x
-// where they are too many.
+// The kept set of a row that lies in a cluster's shared memory (docs/cuda.md, Selection). Tile maxima bound
+// x from below; tokens above the bound are listed and sorted, or counted by bins of x where they are too
+// many.
 #pragma once
 
 #include "row.h"
@@ -9,7 +9,7 @@
 namespace ptk {
 namespace cuda {
 
-// Trial cut number `level` below the row's maximum: kLevels of them span down to `lowest`.
+// Trial cutoff number `level`: kLevels of them lie evenly from below the row's maximum down to `lowest`.
 PTK_HOST_DEVICE float level_at(float max, float lowest, int level) {
   return max - (max - lowest) * (float(level + 1) * (1.0f / kLevels));
 }
@@ -19,7 +19,7 @@ PTK_HOST_DEVICE uint32_t mass_digit(uint64_t mass, int digit) {
   return uint32_t(mass >> (15 * digit)) & 0x7FFFu;
 }
 
-// Prefixes of one row, for ptk::select_kept. All threads of the cluster call, and get the same.
+// The prefixes of one row, for ptk::select_kept. All threads of the cluster call, and get the same result.
 template <class Team>
 class Search {
  public:
@@ -37,22 +37,22 @@ class Search {
 
   // The shortest prefix of the tokens with x >= low that meets the need; all of them where none does.
   PTK_KERNEL Prefix find(float low, Need need) {
-    bool listed = s_.listed > 0;  // what is met within the list is met there first
+    bool listed = s_.listed > 0;  // a prefix that ends within the list is found there
     uint32_t bottom = 0, top = key_of(row_.max), n = uint32_t(s_.listed);
     Running taken{0, 0};
-    for (int cuts = 0;;) {
+    for (int zooms = 0;;) {
       if (!listed) {
-        if (cuts == 0) bottom = key_of(tile_bound(low, need));
+        if (zooms == 0) bottom = key_of(tile_bound(low, need));
         n = collect(bottom, top, UINT32_MAX);
       }
       if (n > uint32_t(kList)) {
         if (bottom == top) return take_ties(bottom, need, taken);
         Binning binning = key_binning(bottom, top);
-        if (cuts++ == 0) binning = linear_binning(bottom, top, row_.max - sampled_low());
+        if (zooms++ == 0) binning = linear_binning(bottom, top, row_.max - sampled_low());
         const Found found = histogram(binning, taken, need);
         taken = found.before;
         if (found.index < 0) return {low, UINT32_MAX, taken.count, taken.mass};
-        binning.narrow(uint32_t(found.index));
+        binning.zoom_into(uint32_t(found.index));
         bottom = binning.low;
         top = binning.high;
         continue;
@@ -107,29 +107,29 @@ class Search {
     });
   }
 
-  // A value that the last token of the shortest prefix meeting the need is not below: of kLevels trial
-  // cuts the first above which the tiles must hold enough. A tile whose maximum is above a cut has at
-  // least that token there, and all of its mass but 127 tokens' below the cut.
+  // A value of x that the shortest prefix meeting the need does not go below: the highest of kLevels trial
+  // cutoffs above which the tiles must hold enough. A tile whose maximum is above a cutoff has at least that
+  // token there, and all of its mass but what 127 tokens below the cutoff can have.
   PTK_KERNEL float tile_bound(float low, Need need) {
     const bool by_mass = need.mass != UINT64_MAX;
     // Masses below the last are 0; counts may have to go down to the lowest tile.
     const float massless = row_.max + kNoMass / e_.hi;
     const float lowest = need.count == UINT32_MAX && massless > row_.least ? massless : row_.least;
     const int lane = team_.lane(), blocks = team_.blocks();
-    const float cut = level_at(row_.max, lowest, lane);
-    const float below = 127.0f * 1.0001f * exponential(cut - row_.max, e_);
+    const float cutoff = level_at(row_.max, lowest, lane);
+    const float below = 127.0f * 1.0001f * exponential(cutoff - row_.max, e_);
     float mass = 0.0f;
     uint32_t count = 0;
     for (int t = team_.warp(); t < row_.count; t += Team::kWarps) {
       const float top = tiles_.max[t];
-      if (!(top >= cut)) continue;
+      if (!(top >= cutoff)) continue;
       ++count;
       if (!by_mass) continue;
       const float own = exponential(top - row_.max, e_);
       const float most = tile_mass_ ? tiles_.mass[t] - below : 0.0f;
       mass += own > most ? own : most;
     }
-    team_.sync();  // the list, whose place they take, was read
+    team_.sync();  // all have read the list, whose place is written to
     s_.tokens.levels.mass[team_.warp()][lane] = mass;
     s_.tokens.levels.count[team_.warp()][lane] = count;
     team_.sync();
@@ -152,12 +152,12 @@ class Search {
     }
     // fp32 sums over at most 4,096 tiles, each tile's off by 2e-5 of itself: within 1e-3 of the need.
     const bool enough = count >= need.count || (by_mass && mass >= share_of(need.mass) * 1.001f);
-    const uint32_t met = team_.ballot(enough && cut >= low);
+    const uint32_t met = team_.ballot(enough && cutoff >= low);
     if (!met) return low;
-    return team_.shuffle(cut, lowest_bit(met));
+    return team_.shuffle(cutoff, lowest_bit(met));
   }
 
-  // The lowest of a sample of tokens: how far down a flat row goes.
+  // The lowest x of a sample of tokens: about how far down a flat row goes.
   PTK_KERNEL float sampled_low() {
     uint32_t bottom = ~key_of(row_.max);
     if (team_.warp() < row_.count) {
@@ -171,8 +171,8 @@ class Search {
     return value_of(~uint32_t(all[0]));
   }
 
-  // Appends to each block's list its tokens with keys in [bottom, top], of the bottom's only ids up to
-  // last_id; returns how many the cluster has. Lists are cut off at kList.
+  // Appends to each block's list its tokens with keys in [bottom, top], of those with the bottom's key only ids
+  // up to last_id; returns how many the cluster has. A list takes no more than kList.
   PTK_KERNEL uint32_t collect(uint32_t bottom, uint32_t top, uint32_t last_id) {
     const Prefix inside{value_of(bottom), last_id, 0, 0};
     const float high = value_of(top);
@@ -198,8 +198,8 @@ class Search {
     return uint32_t(found[0]);
   }
 
-  // Brings the blocks' lists together, n tokens, sorted. The lists are written again only after the
-  // next exchange, which every block reaches with its copy.
+  // Copies all blocks' lists, n tokens, into this block's, and sorts it. The blocks write to their lists again
+  // only after the next exchange, which each of them reaches when it has its copy.
   PTK_KERNEL void gather(int n, bool prefix) {
     if (prefix && team_.thread() == 0) s_.listed = n;
     int offset = 0;
@@ -215,7 +215,7 @@ class Search {
     sort_by_network(team_, s_.tokens.list.sorted, n);
   }
 
-  // Counts and masses of the bins, over the cluster; the first bin with which the need is met.
+  // Counts and masses by bin, over the cluster; returns the first bin with which the need is met.
   PTK_KERNEL Found histogram(const Binning& binning, Running taken, Need need) {
     auto& bins = s_.tokens.bins;
     for (int i = team_.thread(); i < int(kBins); i += Team::kThreads) {
@@ -259,8 +259,8 @@ class Search {
     });
   }
 
-  // The first tokens, in order of id, with just this key, after `taken`: as many as the need wants. They
-  // are enough: the histogram before met the need in them.
+  // Adds the tokens with just this key to `taken`, in order of id, until the need is met. There are enough of
+  // them: by the histogram before, the need is met among them.
   PTK_KERNEL Prefix take_ties(uint32_t key, Need need, Running taken) {
     const float value = value_of(key);
     const uint64_t mass = mass_of(value - row_.max, e_);
@@ -286,7 +286,7 @@ class Search {
     return {value, uint32_t(last[0]) - 1, taken.count + uint32_t(wanted), taken.mass + wanted * mass};
   }
 
-  // This lane's tokens of a tile with just this value.
+  // How many of this lane's tokens of a tile have just this value.
   PTK_KERNEL uint32_t ties_of(int t, float value) const {
     const Four x = four_of(team_, tiles_, t);
     uint32_t count = 0;
@@ -294,7 +294,7 @@ class Search {
     return count;
   }
 
-  // Id + 1 of this block's token number `wanted`, from 1, with just this value; one warp calls.
+  // Of this block's tokens with just this value, the id + 1 of number `wanted`, counted from 1. One warp calls.
   PTK_KERNEL uint32_t tie_at(float value, uint32_t wanted) const {
     uint32_t result = 0;
     for (int t = 0; t < row_.count && result == 0; ++t) {

@@ -3,7 +3,9 @@
 
 #include <cstddef>
 
+#include "../common/addressing.h"
 #include "../common/binning.h"
+#include "../common/target.h"
 #include "lane.h"
 
 namespace ptk {
@@ -18,7 +20,7 @@ constexpr int kMaxBlocks = 16;    // of a cluster
 constexpr int kMaxWarps = kThreads / 32;  // of a block
 constexpr int kExchange = 4;      // words exchanged at once
 constexpr int kList = 1024;       // tokens sorted at once, of the whole cluster
-constexpr int kLevels = 32;       // trial cuts, one a lane
+constexpr int kLevels = 32;       // trial cutoffs, one a lane
 
 // A running count and mass.
 struct Running {
@@ -26,7 +28,7 @@ struct Running {
   uint64_t mass;
 };
 
-// Tokens in question, in a list or by ranges of x, or what says which they are: one at a time.
+// The tokens that selection looks at: in a list, by bins, or the trial cutoffs that bound them. One of these at a time.
 union Tokens {
   struct {
     uint64_t own[kList];     // this block's, in no order; read by the others
@@ -43,16 +45,6 @@ union Tokens {
   } bins;
 };
 
-// What one row is combined from.
-struct Source {
-  const void *base, *expert, *anti;  // expert is null for the base alone
-  int32_t base_dtype, expert_dtype, anti_dtype;
-  float alpha;
-  const float* bias;        // null, or [vocab_size]
-  const uint32_t* allowed;  // null, or [ceil(vocab_size / 32)]
-  int64_t vocab_size;
-};
-
 // A block's share of a row.
 struct Row {
   uint32_t place;  // of its tiles in the block's shared memory, in bytes
@@ -67,21 +59,7 @@ struct Row {
   PTK_HOST_DEVICE uint32_t id_of(int t) const { return first_id + uint32_t(t) * kTile; }
 };
 
-// A row and its kept set, ready to draw from.
-struct Target {
-  Row row;
-  Prefix kept;
-  uint64_t raw_mass;
-  bool drawable;
-
-  PTK_HOST_DEVICE float logprob(const RowParams& p, float x) const {
-    if (p.greedy) return 0.0f;
-    return float(double(x - row.max) * double(p.inv_temperature) - log_mass(kept.mass));
-  }
-  PTK_HOST_DEVICE float raw_logprob(float x) const {
-    return float(double(x - row.max) - log_mass(raw_mass));
-  }
-};
+using Target = ptk::Target<Row>;
 
 // What a cluster of verification works on: -1 where there is no draft.
 struct Place {
@@ -91,13 +69,13 @@ struct Place {
 struct Shared {
   uint64_t slots[2][kMaxBlocks][kExchange];  // what each block said, by turns
   uint64_t partial[kMaxWarps][kExchange];
-  // what each block found above each level
+  // what each block found above each trial cutoff
   float block_level_mass[kMaxBlocks][kLevels];
   uint32_t block_level_count[kMaxBlocks][kLevels];
   Tokens tokens;
   uint32_t own_count;
   int listed;  // of tokens.list.sorted, where it is a prefix of the order, else 0
-  uint32_t best;  // order key of the best score of this block's race so far
+  uint32_t best;  // order key of the best score that this block has found so far
   int found;
   Running before, through;  // of what was found
   // What is read, the row's parameters, and the rows with their kept sets; the drafter's is there by

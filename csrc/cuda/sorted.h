@@ -1,4 +1,4 @@
-// What a block does to the cluster's tokens in question once it has them all: sort, scan.
+// What a block does with a list of tokens: it sorts them, and finds where a need is met.
 #pragma once
 
 #include "shared.h"
@@ -46,14 +46,15 @@ PTK_KERNEL void sort_by_network(const Team& team, uint64_t* tokens, int n) {
 
 // The first of n items, in order, with which a need is met.
 struct Found {
-  int index;  // -1: met by none
-  Running before, through;  // counts and masses without and with it; without: of all, where none meets
+  int index;  // -1: the need is not met
+  // Counts and masses without it and with it; `before` is of all items where the need is not met.
+  Running before, through;
 };
 
-// Adds up item(i), a Running, for i in [0, n), after `taken`. One warp does, all threads get the result.
+// Adds up item(i), a Running, for i in [0, n), to `taken`. One warp does, and all threads get the result.
 template <class Team, class Item>
 PTK_KERNEL Found first_met(const Team& team, Shared& s, int n, Running taken, Need need, Item item) {
-  team.sync();  // the last result was read; what items read was written
+  team.sync();  // all have read the last result, and written what items read
   if (team.warp() == 0) {
     int index = -1;
     Running through = taken;

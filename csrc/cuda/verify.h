@@ -14,14 +14,14 @@ constexpr int32_t kStepAccepted = 1 << 8;
 // One position's result.
 struct Step {
   int64_t token_id = -1;
-  float logprob = NAN;
+  float logprob = NAN, raw_logprob = NAN;
   int32_t status = 0;
   bool accepted = false;
 };
 
 // Draws from max(0, target - draft); 0 where rounding leaves nothing of it.
 template <class Team>
-PTK_KERNEL uint64_t race_residual(Cluster<Team>& cluster, const NoiseKey& key) {
+PTK_KERNEL uint64_t draw_residual(Cluster<Team>& cluster, const NoiseKey& key) {
   const Target &target = cluster.s.target, &draft = cluster.s.draft;
   const Exponent e = cluster.s.params.exponent;
   const Row &row = target.row, &theirs = draft.row;
@@ -34,7 +34,7 @@ PTK_KERNEL uint64_t race_residual(Cluster<Team>& cluster, const NoiseKey& key) {
     const float y = their_tiles.x[id - theirs.first_id];
     return draft.kept.has(y, id) ? mass - exponential(y - theirs.max, e) * their_share : mass;
   };
-  const uint64_t best = race_tiles(
+  const uint64_t best = gumbel_max_tiles(
       cluster.team, cluster.s, row, key,
       [&](float x, uint32_t id) { return target.kept.has(x, id) && rest(x, id) >= FLT_MIN; },
       [&](float x, uint32_t id) { return log_positive(rest(x, id)); },
@@ -56,14 +56,6 @@ PTK_KERNEL bool accepts(const Team& team, Shared& s, int64_t id) {
   return log_u < double(target.logprob(s.params, x)) - double(draft.logprob(s.params, y));
 }
 
-PTK_HOST_DEVICE Source draft_source_at(const proxytune_verify_args& args, int64_t row, int64_t position) {
-  Source source{};
-  source.base = logits_at(args.draft_logits, row, position);
-  source.base_dtype = args.draft_logits.dtype;
-  source.vocab_size = args.inputs.vocab_size;
-  return source;
-}
-
 // The token of one position, given its kept set; where `drafted`, by rejection.
 template <class Team>
 PTK_KERNEL void emit(Cluster<Team>& cluster, bool drafted, int64_t vocab_size, uint32_t stream, Step& step) {
@@ -76,7 +68,7 @@ PTK_KERNEL void emit(Cluster<Team>& cluster, bool drafted, int64_t vocab_size, u
   }
   const NoiseKey key =
       make_noise_key(s.raw.seed, s.raw.position, drafted ? uint32_t(kStreamResidual) : stream);
-  const uint64_t won = drafted ? race_residual(cluster, key) : 0;
+  const uint64_t won = drafted ? draw_residual(cluster, key) : 0;
   step.token_id = won ? packed_id(won) : draw(cluster, s.target, s.params, key);
 }
 
@@ -99,8 +91,7 @@ PTK_KERNEL void verify_position(Cluster<Team>& cluster, const proxytune_verify_a
   }
   step.status = s.target.row.status;
   if (!s.target.drawable) return;
-  emit(cluster, drafted, args.inputs.vocab_size,
-       rejection ? uint32_t(kStreamBonus) : uint32_t(kStreamSample), step);
+  emit(cluster, drafted, args.inputs.vocab_size, undrafted_stream(args.mode, s.place.position), step);
   if (!rejection) step.accepted = step.token_id == s.place.draft_id;
 }
 
@@ -113,8 +104,7 @@ PTK_KERNEL void join(const Team& team, const proxytune_verify_args& args, int64_
   for (int64_t j = 0; j < positions; ++j) {
     const int64_t at = row * positions + j;
     if (!active) {
-      args.token_ids[at] = -1;
-      if (args.logprobs) args.logprobs[at] = NAN;
+      write_emitted(args, at, -1, NAN, NAN);
       continue;
     }
     const int32_t step = team.load_fresh(steps + at);
@@ -134,11 +124,10 @@ PTK_KERNEL void verify_cluster(const Team& team, std::byte* memory, const proxyt
   Cluster<Team> cluster(team, *reinterpret_cast<Shared*>(memory));
   Shared& s = cluster.s;
   if (team.thread() == 0) {
-    const int64_t at = row * args.draft_token_ids_row_stride + position;
-    s.place = {row, position, position < args.num_drafts ? args.draft_token_ids[at] : -1};
+    s.place = {row, position, draft_at(args, row, position)};
   }
   Step step;
-  if (set_params(cluster, params_at_draft(params_at(args.params, args.inputs, row), position))) {
+  if (set_params(cluster, params_at_draft(params_at(args.inputs.alpha, args.params, row), position))) {
     verify_position(cluster, args, step);
   } else {
     step.status = kStatusBadParams;
@@ -147,10 +136,11 @@ PTK_KERNEL void verify_cluster(const Team& team, std::byte* memory, const proxyt
     const int64_t positions = args.num_drafts + 1, request = s.place.row;
     const int64_t at = request * positions + s.place.position;
     if (step.token_id >= 0) {
-      step.logprob = s.target.logprob(s.params, x_of(team, s, s.target.row, step.token_id));
+      const float x = x_of(team, s, s.target.row, step.token_id);
+      step.logprob = s.target.logprob(s.params, x);
+      step.raw_logprob = s.target.raw_logprob(x);
     }
-    args.token_ids[at] = step.token_id;
-    if (args.logprobs) args.logprobs[at] = step.logprob;
+    write_emitted(args, at, step.token_id, step.logprob, step.raw_logprob);
     steps[at] = step.status | (step.accepted ? kStepAccepted : 0);
     if (team.arrive(arrived + request) == int32_t(positions) - 1) {
       join(team, args, request, steps);

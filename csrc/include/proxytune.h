@@ -84,7 +84,7 @@ typedef struct {
 typedef struct {
   proxytune_inputs inputs;
   proxytune_params params;
-  int32_t stream;
+  int32_t noise_stream; /* PROXYTUNE_STREAM_SAMPLE or _DRAFT */
   int64_t* token_ids;  /* [rows], required; the others may be NULL */
   float* logprobs;
   float* raw_logprobs;
@@ -132,6 +132,7 @@ typedef struct {
   int64_t* token_ids;               /* [rows, num_drafts + 1], contiguous; -1 past the last */
   int32_t* num_accepted;            /* [rows] */
   float* logprobs;                  /* [rows, num_drafts + 1], or NULL */
+  float* raw_logprobs;              /* [rows, num_drafts + 1], or NULL */
   int32_t* status;                  /* [rows], or NULL */
 } proxytune_verify_args;
 

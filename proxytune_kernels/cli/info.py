@@ -13,8 +13,7 @@ import typer
 
 import proxytune_kernels
 from proxytune_kernels.cli import models
-from proxytune_kernels.ops.backends import backends
-from proxytune_kernels.ops.choices import CHOICES, UNMEASURED
+from proxytune_kernels.ops.backends import CHOICES, UNMEASURED, backends
 from proxytune_kernels.trio import Trio
 
 _PACKAGES = ("torch", "transformers", "peft", "torchao", "triton")

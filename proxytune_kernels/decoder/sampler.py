@@ -119,7 +119,7 @@ class SlotSampler:
             params=params,
             allowed_mask=self._allowed(slice(0, slots), params.position) if masked else None,
             vocab_size=self.vocab_size,
-            stream=stream,
+            noise_stream=stream,
             backend=self.backend,
         )
         # A drafter without a token to draw must not end the round: any draft can be refused.

@@ -11,35 +11,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxytune_kernels.kernels._common import OPTIONS, Logits, Strides, combined
+from proxytune_kernels.kernels.common import OPTIONS, Logits, combined
 
 _BLOCK = 1024
 _WARPS = 4
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _combine_kernel(logits, strides, alpha, out, vocab_size, blocks, BLOCK: tl.constexpr):
+def _combine_kernel(logits, alpha, out, vocab_size, blocks, BLOCK: tl.constexpr):
     """Grid [rows * blocks]."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     ids = block * BLOCK + tl.arange(0, BLOCK)
     steering, first = tl.load(alpha + row), tl.full([], 0, tl.int64)
     if (block + 1) * BLOCK <= vocab_size:  # no mask: accesses stay wide whatever the vocabulary
         inside = tl.full([BLOCK], True, tl.int1)
-        x = combined(logits, strides, steering, row, first, ids, inside)
+        x = combined(logits, steering, row, first, ids, inside)
         tl.store(out + row * vocab_size + ids, x + 0.0)  # -0 becomes +0
     else:
-        x = combined(logits, strides, steering, row, first, ids, ids < vocab_size)
+        x = combined(logits, steering, row, first, ids, ids < vocab_size)
         tl.store(out + row * vocab_size + ids, x + 0.0, mask=ids < vocab_size)
 
 
-def launch_combine(
-    logits: Logits, strides: Strides, alpha: Tensor, out: Tensor, vocab_size: int
-) -> None:
+def launch_combine(logits: Logits, alpha: Tensor, out: Tensor, vocab_size: int) -> None:
     """Writes x, fp32 [B, vocab_size] contiguous; alpha fp32 [B]."""
     blocks = triton.cdiv(vocab_size, _BLOCK)
     if len(out) == 0:
         return
     _combine_kernel[(len(out) * blocks,)](
-        logits, strides, alpha, out, vocab_size, blocks,
+        logits, alpha, out, vocab_size, blocks,
         BLOCK=_BLOCK, num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

@@ -19,23 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from proxytune_kernels.heads import Head
-from proxytune_kernels.kernels._common import (
-    ALL,
-    FLT_MIN,
-    INF,
-    LN2,
-    LOG2E,
-    OPTIONS,
-    ORDER_JOINT,
-    TILE,
-    Logits,
-    Strides,
-)
-from proxytune_kernels.kernels._noise import noise_bound, tile_words
-from proxytune_kernels.kernels._row import Outputs, State, Tiles, is_unfiltered, noise_key
-from proxytune_kernels.kernels.sample import inputs, launch_selection, tiles_of
-from proxytune_kernels.kernels.scan import tile_sums
+from proxytune_kernels.kernels.common import INF, LN2, LOG2E, OPTIONS, TILE, Logits, inputs
+from proxytune_kernels.kernels.noise import NoiseKey, noise_bound, noise_key, tile_words
+from proxytune_kernels.kernels.sample import launch_selection, tile_sums
+from proxytune_kernels.kernels.selection import is_unfiltered, may_need_mass, top_k_of
+from proxytune_kernels.kernels.workspace import Outputs, Tiles, Workspace, tiles_of
 from proxytune_kernels.params import RowParams
+
+SUMMED = tl.constexpr(16)  # rows whose summaries a program writes at once
 
 
 class Block(NamedTuple):
@@ -80,9 +71,6 @@ class Constraints(NamedTuple):
     allowed: Any  # None, or int32 [B, ceil(V / 32)]
     bias_stride: int
     allowed_stride: int
-
-
-SUMMED = tl.constexpr(16)  # rows whose summaries a program writes at once
 
 
 @triton.jit
@@ -148,27 +136,27 @@ def _summarise(
     top = tl.max(x, 1)
     tl.store(tiles.maximum + at, top, mask=present)
     # Whole tiles of -inf (or +inf) have no difference to their maximum.
-    d = x - tl.where(tl.abs(top) == INF, 0.0, top)[:, None]
-    tl.store(tiles.raw + at, tile_sums(tl.exp2(d * LOG2E)), mask=present)
+    shifted = x - tl.where(tl.abs(top) == INF, 0.0, top)[:, None]
+    tl.store(tiles.raw + at, tile_sums(tl.exp2(shifted * LOG2E)), mask=present)
     count = tl.sum((x > -INF).to(tl.int32), 1) + (tl.max((given != given).to(tl.int32), 1) << 8)
     tl.store(tiles.count + at, count.to(tl.int16), mask=present)
     temperature = tl.load(row_params.temperature + rows)
     top_k, top_p = tl.load(row_params.top_k + rows), tl.load(row_params.top_p + rows)
     min_p, order = tl.load(row_params.min_p + rows), tl.load(row_params.filter_order + rows)
-    top_k = tl.where((top_k > 0) & (top_k < vocab_size), top_k, ALL)
-    whole = present & (temperature >= FLT_MIN) & ((top_k == ALL) | (order == ORDER_JOINT))
+    top_k = top_k_of(top_k, vocab_size)
+    whole = present & may_need_mass(temperature, top_k, order)
     unfiltered = whole & is_unfiltered(0, top_k, top_p, min_p)
     at_temperature = whole & (temperature != 1.0)
     log2e = tl.full(temperature.shape, LOG2E, tl.float32)
-    scaled = d * tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))[:, None]
+    scaled = shifted * tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))[:, None]
     if tl.max(at_temperature.to(tl.int32), 0) != 0:
         tl.store(tiles.scaled + at, tile_sums(tl.exp2(scaled)), mask=at_temperature)
     if tl.max(unfiltered.to(tl.int32), 0) != 0:
-        seed, position = noise_key(row_params, rows, 0)
-        token = tl.zeros_like(rows) + tile * TILE
-        words = tile_words(token, seed[:, None], position[:, None], stream, SUMMED)
-        race = tl.max(scaled + noise_bound(words), 1) * LN2
-        tl.store(tiles.race + at, race, mask=unfiltered)
+        noise = noise_key(row_params, rows, 0, stream)
+        noise = NoiseKey(noise.seed[:, None], noise.position[:, None], stream)
+        words = tile_words(tl.zeros_like(rows) + tile * TILE, noise, SUMMED)
+        bound = tl.max(scaled + noise_bound(words), 1) * LN2
+        tl.store(tiles.score_bound + at, bound, mask=unfiltered)
 
 
 @triton.jit(do_not_specialize=["batch_size", "vocab_size", "blocks", "stream"])
@@ -229,8 +217,8 @@ def _role(head: Head | None) -> Role:
 
 def launch_sample_hidden(
     heads: tuple[Head, Head | None, Head | None], constraints: tuple[Tensor | None, Tensor | None],
-    params: RowParams, out: Outputs, vocab_size: int, stream: int,
-) -> tuple[Logits, Strides, Tiles, State]:  # fmt: skip
+    params: RowParams, out: Outputs, vocab_size: int, noise_stream: int,
+) -> tuple[Logits, Tiles, Workspace]:  # fmt: skip
     """Draws one token a row from the roles' hidden states and lm_head weights.
 
     Args:
@@ -239,10 +227,10 @@ def launch_sample_hidden(
         params: one value per row.
         out: tensors of B rows.
         vocab_size: agreed width; weight rows past it are not read.
-        stream: number of the noise stream (rng.STREAMS).
+        noise_stream: its number (rng.STREAMS).
 
     Returns:
-        The combined logits x, fp32, as `base` alone; their summaries and the rows' state.
+        The combined logits x, fp32, as `base` alone; their summaries and the rows' workspace.
     """
     device, batch_size = heads[0].hidden.device, len(out.token_ids)
     tiles = tiles_of(batch_size, vocab_size, device)
@@ -250,7 +238,7 @@ def launch_sample_hidden(
     # Whole tiles: rows start at multiples of 16 bytes, for the launches that read them again.
     shape = (batch_size, triton.cdiv(vocab_size, 128) * 128)
     x = torch.empty(shape, dtype=torch.float32, device=device)
-    logits, strides = inputs(x, None, None)
+    logits = inputs(x, None, None)
     if batch_size > 0:
         roles = [_role(head) for head in heads]
         bias, allowed = constraints
@@ -260,8 +248,8 @@ def launch_sample_hidden(
         blocks = triton.cdiv(batch_size, tile.block_b)
         _sample_hidden_kernel[(width * blocks,)](
             *roles, Constraints(bias, allowed, *steps), params, x, x.stride(0), tiles, batch_size,
-            vocab_size, width, blocks, stream, BLOCK_B=tile.block_b, BLOCK_K=tile.block_k,
+            vocab_size, width, blocks, noise_stream, BLOCK_B=tile.block_b, BLOCK_K=tile.block_k,
             EVEN=even, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
-    state = launch_selection(logits, strides, params, tiles, out, vocab_size, 1, stream)
-    return logits, strides, tiles, state
+    workspace = launch_selection(logits, params, tiles, out, vocab_size, 1, noise_stream)
+    return logits, tiles, workspace

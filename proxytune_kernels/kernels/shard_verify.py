@@ -1,52 +1,34 @@
 """Verification by rejection where the vocabulary is spread over ranks (docs/sharded.md).
 
-accept: a program a request walks the drafts, from logprobs that all ranks have. residual: each rank
-draws from max(0, target - draft) of its part, at the step where a request's drafts end.
+accept    a program a request walks the drafts, from logprobs that all ranks have;
+residual  each rank draws the argmax of log max(0, target - draft) + g over its part, at the step
+          where a request's drafts end: 4 bytes a token of both rows.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxytune_kernels.kernels._blocks import LANES
-from proxytune_kernels.kernels._common import (
-    FLT_MIN,
+from proxytune_kernels.kernels.common import (
     INF,
-    MASS_ONE,
+    LOWEST,
     OPTIONS,
     STATUS_EMPTY,
     exponent,
-    exponential,
-    key_id,
-    order_key,
-)
-from proxytune_kernels.kernels._noise import (
-    best_of,
-    gumbel,
-    log_positive,
-    score_of,
-    tile_words,
-    token_words,
-    uniform,
-)
-from proxytune_kernels.kernels._row import (
-    LOWEST,
     finite_max,
     is_valid,
-    noise_key,
+    key_id,
+    splits_of,
     temperature_of,
 )
-from proxytune_kernels.kernels._shard import (
+from proxytune_kernels.kernels.noise import NoiseKey, noise_key, score_of
+from proxytune_kernels.kernels.shard_sample import (
     BEST,
     COUNT,
-    NO_CUT,
     RESIDUAL_BIT,
-    RESIDUAL_WORDS,
     Part,
     count_word,
     first_block,
@@ -56,21 +38,19 @@ from proxytune_kernels.kernels._shard import (
     shard_x,
     x_here,
 )
-from proxytune_kernels.kernels.sample import splits_of
+from proxytune_kernels.kernels.verify import (
+    STREAM_ACCEPT,
+    STREAM_RESIDUAL,
+    Kept,
+    is_likelier,
+    residual_block,
+    share_of,
+)
 from proxytune_kernels.params import RowParams
-from proxytune_kernels.rng import STREAMS
 
-STREAM_ACCEPT = tl.constexpr(STREAMS["accept"])
-STREAM_RESIDUAL = tl.constexpr(STREAMS["residual"])
 PER = tl.constexpr(4)  # fp32: 16 bytes a lane
+RESIDUAL_WORDS = tl.constexpr(2)
 _WARPS = 4
-
-
-class KeptRows(NamedTuple):
-    """Kept sets of some rows, int64 [B]."""
-
-    cut: Any
-    mass: Any
 
 
 @triton.jit
@@ -87,11 +67,8 @@ def _shard_accept_kernel(
         drafted = tl.load(draft_ids + b * drafts + j)
         target, draft = tl.load(target_logprobs + row), tl.load(draft_logprobs + b * drafts + j)
         active = active & (drafted >= 0) & (tl.load(target_status + row) < STATUS_EMPTY)
-        ids = tl.zeros([1], tl.int32) + tl.where(active, drafted, 0).to(tl.int32)
-        seed, position = tl.load(seeds + b), tl.load(positions + b) + j
-        words = token_words(ids, seed, position, STREAM_ACCEPT)
-        u = tl.max(uniform(words, ids, seed, position, STREAM_ACCEPT), 0)
-        likelier = tl.log(u.to(tl.float64)) < target.to(tl.float64) - draft.to(tl.float64)
+        noise = NoiseKey(tl.load(seeds + b), tl.load(positions + b) + j, STREAM_ACCEPT)
+        likelier = is_likelier(tl.where(active, drafted, 0), target, draft, noise)
         # NaN: not kept. What the draft's distribution does not hold is accepted whenever the
         # target's does.
         accepts = (target == target) & ((draft != draft) | likelier)
@@ -102,28 +79,21 @@ def _shard_accept_kernel(
     tl.store(steps + b, stopped)
 
 
-@triton.jit
-def _share(kept, row, x, ids, row_max, hi, lo, floor):
-    """(kept, probability) of a block's tokens, fp32; 0 outside the kept set."""
-    share = (MASS_ONE / tl.load(kept.mass + row).to(tl.float64)).to(tl.float32)
-    cut = tl.maximum(tl.load(kept.cut + row), NO_CUT)
-    inside = (x > -INF) & (order_key(x, ids) >= cut)
-    p = exponential(x - finite_max(row_max), hi, lo, floor) * share
-    return inside, tl.where(inside, p, 0.0)
-
-
 @triton.jit(do_not_specialize=["drafts", "splits"])
 def _shard_residual_kernel(
-    part, kept, draft_part, draft_kept, row_params, steps, state, out, drafts, splits
+    part, kept, draft_part, draft_kept, row_params, steps, sums, out, drafts, splits
 ):
-    """Grid [B * splits]; state int64 [B, 3]: packed scores of both races, arrivals; out zeroed."""
+    """Grid [B * splits]; sums int64 [B, 3]: packed scores of residual and target, arrivals.
+
+    out is zeroed.
+    """
     b, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     j = tl.load(steps + b)
     valid = is_valid(row_params, b, j)
     if (j >= 0) & (j < drafts) & valid:
         _, inv_t = temperature_of(row_params, b)
-        seed, position = noise_key(row_params, b, j)
-        hi, lo, floor = exponent(tl.load(row_params.temperature + b))
+        noise = noise_key(row_params, b, j, STREAM_RESIDUAL)
+        e = exponent(tl.load(row_params.temperature + b))
         row, draft_row = b * (drafts + 1) + j, b * drafts + j
         row_max, _, _ = head_of(part.summaries, row, part.rows, part.world)
         draft_max, draft_tokens, _ = head_of(
@@ -132,25 +102,17 @@ def _shard_residual_kernel(
         best, plain = tl.full([], LOWEST, tl.int64), tl.full([], LOWEST, tl.int64)
         for block in range(first_block(part, PER) + split, last_block(part, PER), splits):
             ids, x = shard_x(part, row, block, row_max, PER)
-            inside, rest = _share(kept, row, x, ids, row_max, hi, lo, floor)
+            inside, rest = share_of(kept, row, x, ids, row_max, e)
             if tl.max(tl.ravel(inside.to(tl.int32)), 0) != 0:
                 if draft_tokens > 0:
                     _ids, y = shard_x(draft_part, draft_row, block, draft_max, PER)
-                    _in_draft, drafted = _share(
-                        draft_kept, draft_row, y, ids, draft_max, hi, lo, floor
-                    )
+                    _in_draft, drafted = share_of(draft_kept, draft_row, y, ids, draft_max, e)
                     rest -= drafted
-                first = block * (LANES * PER) + tl.arange(0, PER) * 128
-                words = tl.reshape(
-                    tile_words(first, seed, position, STREAM_RESIDUAL, PER), [LANES, PER]
+                shifted = x - finite_max(row_max)
+                best, plain = residual_block(
+                    best, plain, inside, rest, shifted, ids, block, inv_t, noise, PER
                 )
-                g = gumbel(uniform(words, ids, seed, position, STREAM_RESIDUAL))
-                score = log_positive(tl.maximum(rest, FLT_MIN)) + g
-                taken = inside & (rest >= FLT_MIN)
-                best = tl.maximum(best, best_of(tl.where(taken, score, -INF), ids))
-                score = (x - finite_max(row_max)) * inv_t + g
-                plain = tl.maximum(plain, best_of(tl.where(inside, score, -INF), ids))
-        at = state + b * 3
+        at = sums + b * 3
         tl.atomic_max(at, best)
         tl.atomic_max(at + 1, plain)
         tl.debug_barrier()  # this program's scores before its arrival
@@ -180,17 +142,17 @@ def launch_shard_accept(
 
 
 def launch_shard_residual(
-    part: Part, kept: KeptRows, draft_part: Part, draft_kept: KeptRows, row_params: RowParams,
-    steps: Tensor, out: Tensor,
+    part: Part, kept: Kept, draft_part: Part, draft_kept: Kept, params: RowParams, steps: Tensor,
+    out: Tensor,
 ) -> None:  # fmt: skip
     """Writes words, int64 [B, 2], zeroed before: requests without a step keep that."""
     rows = len(out)
     if rows == 0 or len(draft_part.x) == 0:
         return
-    state = torch.zeros((rows, 3), dtype=torch.int64, device=out.device)
-    state[:, :2] = LOWEST.value
+    sums = torch.zeros((rows, 3), dtype=torch.int64, device=out.device)
+    sums[:, :2] = LOWEST.value
     splits = splits_of(rows, max(part.size, 1), out.device)
     _shard_residual_kernel[(rows * splits,)](
-        part, kept, draft_part, draft_kept, row_params, steps, state, out,
-        len(draft_part.x) // rows, splits, num_warps=_WARPS, **OPTIONS,
+        part, kept, draft_part, draft_kept, params, steps, sums, out, len(draft_part.x) // rows,
+        splits, num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

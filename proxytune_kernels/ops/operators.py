@@ -1,36 +1,50 @@
-"""The public operators: check the arguments, resolve the backend, call it."""
+"""The public operators: each resolves its backend, and calls it.
+
+Checking every argument takes longer than a small call, and what a backend runs checks them too. So
+the public functions call first, and find the words for the error when they are refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxytune_kernels import reference, rng
+from proxytune_kernels.heads import Head
 from proxytune_kernels.ops import checks
-from proxytune_kernels.ops.backends import IMPLEMENTATIONS, resolve
-from proxytune_kernels.ops.table import CUDA_OPERATORS, OPERATORS
+from proxytune_kernels.ops.backends import implementation, resolve
+from proxytune_kernels.ops.checks import VERIFY_MODES
+from proxytune_kernels.ops.table import OPERATORS
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
+from proxytune_kernels.rng import STREAMS
 
-VERIFY_MODES = ("coupled", "rejection")
-
-# By name, found once: torch.ops takes 0.1 us to look one up.
-_OPERATORS = {name: getattr(torch.ops.proxytune, name) for name in OPERATORS}
-_CUDA_OPERATORS = {name: getattr(torch.ops.proxytune_cuda, name) for name in CUDA_OPERATORS}
+Params = RowParams | SamplingParams | Sequence[SamplingParams] | None
+"""What stands for the rows' parameters."""
 
 
-def _implementation(backend: str, base: Tensor, name: str) -> Callable[..., Any]:
-    """What runs operator ``name`` for a backend, not the reference, on the device of ``base``."""
-    if backend == "triton" and base.device.type != "cuda":  # Triton's interpreter
-        return IMPLEMENTATIONS[name]
-    return (_CUDA_OPERATORS if backend == "cuda" else _OPERATORS)[name]
+_SAMPLE_OUT = OPERATORS["sample"].out_names
+_NONE = (None,) * len(RowParams._fields)
 
 
-# Checking every argument takes longer than a small call, and the C++ operators refuse what would
-# be read out of bounds. So `sample` calls first, and finds the words for the error when refused.
+def rows_of(op: str, base: Tensor, params: Any, *singles: Any) -> RowParams:
+    """The rows' parameters: as given, or made of single ones, of which None has its default."""
+    if isinstance(params, RowParams) and singles == _NONE:
+        return params
+    values = zip(RowParams._fields, singles, strict=True)
+    given = {name: value for name, value in values if value is not None}
+    if params is None:
+        return RowParams.make(base.shape[0], device=base.device, **given)
+    if given:
+        raise TypeError(
+            f"{op}: give params or single parameters, not both; got params and {sorted(given)}"
+        )
+    checks.row_params(op, params, base.shape[0], base.device)
+    requests = [params] * base.shape[0] if isinstance(params, SamplingParams) else params
+    return RowParams.from_sampling_params(requests, device=base.device)
 
 
 def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None) -> int:
@@ -40,31 +54,51 @@ def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None) -> int:
     return width
 
 
-def _row_params(base: Tensor, params: Any, values: dict[str, Any]) -> RowParams:
-    if params is None:
-        return RowParams.make(base.shape[0], device=base.device, **values)
-    if values:
-        raise TypeError("params and single parameters")  # _check finds the words
-    if isinstance(params, RowParams):
-        return params
-    requests = [params] * base.shape[0] if isinstance(params, SamplingParams) else params
-    return RowParams.from_sampling_params(requests, device=base.device)
+def _sampled(results: Any, top_logprobs: int) -> SampleOutput:
+    *drawn, token_ids, logprobs = results
+    top = TopLogprobs(token_ids, logprobs) if top_logprobs else None
+    return SampleOutput._make((*drawn, top))
+
+
+@cache
+def _no_top(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Outputs without a column. Making them takes a fifth of a small call's time."""
+    return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device)
+
+
+def _into(out: SampleOutput, top_logprobs: int) -> dict[str, Tensor]:
+    """``out`` as keywords of the sampling operators' twins; without top_logprobs no top of it."""
+    if top_logprobs:
+        top = out.top.token_ids, out.top.logprobs  # type: ignore[union-attr]  # refused if None
+    elif torch.compiler.is_compiling():  # a graph makes its own tensors
+        none = (out.token_ids.shape[0], 0)
+        top = out.token_ids.new_empty(none), out.logprobs.new_empty(none)
+    else:
+        top = _no_top(out.token_ids.device)
+    return dict(zip(_SAMPLE_OUT, (*out[:-1], *top), strict=True))
 
 
 def sample(
     base: Tensor,
     expert: Tensor | None = None,
     anti: Tensor | None = None,
-    params: RowParams | SamplingParams | Sequence[SamplingParams] | None = None,
+    params: Params = None,
     *,
+    alpha: float | Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    filter_order: str | Tensor | None = None,
+    seed: int | Tensor | None = None,
+    position: int | Tensor | None = None,
     bias: Tensor | None = None,
     allowed_mask: Tensor | None = None,
     vocab_size: int | None = None,
-    stream: str = "sample",
+    noise_stream: str = "sample",
     top_logprobs: int = 0,
     backend: str | None = None,
     out: SampleOutput | None = None,
-    **values: Any,
 ) -> SampleOutput:
     """Combine, filter and draw one token per row, reading each logit once.
 
@@ -72,17 +106,19 @@ def sample(
         base, expert, anti: logits [B, V_role], bf16, fp16 or fp32, last dimension contiguous, any
             row stride, ``V_role >= vocab_size``. Without expert and anti: base alone.
         params: one value per row; :class:`RowParams` costs nothing to pass again.
+        alpha, temperature, top_k, top_p, min_p, filter_order, seed, position: in place of
+            ``params``, each a scalar or a tensor [B]; see :class:`SamplingParams` for their ranges
+            and defaults. Seed and position are 0 unless told.
         bias: fp32 [B, vocab_size], added to the combined logits.
         allowed_mask: int32 [B, ceil(vocab_size / 32)]; token i is allowed where bit ``i & 31`` of
             word ``i >> 5`` is set.
         vocab_size: agreed width; what lies past it is never read. The narrowest role's unless told.
-        stream: which noise the draw uses: "sample", or "draft" for a drafter in rejection mode.
+        noise_stream: which noise the draw uses: "sample", or "draft" for a drafter in rejection
+            mode.
         top_logprobs: how many of the likeliest tokens to report in ``top``, whatever the filters
             keep, at most 128; 0 is off.
         backend: None for the fastest usable one; by name it runs or raises.
         out: tensors to write into, returned; ``top`` is written where top_logprobs is not 0.
-        values: in place of ``params``: alpha, temperature, top_k, top_p, min_p, filter_order, seed
-            and position, each a scalar or a tensor [B].
 
     Returns:
         :class:`SampleOutput`. Rows with nothing left or a parameter out of range have token -1 and
@@ -99,46 +135,106 @@ def sample(
 
     Source: docs/contracts.md; Liu et al. 2024, arXiv 2401.08565.
     """
-    checks.top_logprobs(top_logprobs)
     try:
-        row_params = _row_params(base, params, values)
+        rows = rows_of(
+            "sample", base, params,
+            alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
+        )  # fmt: skip
         width = _width(base, expert, anti) if vocab_size is None else vocab_size
-        arguments = (base, expert, anti, *row_params, bias, allowed_mask, width,
-                     rng.STREAMS[stream])  # fmt: skip
+        arguments = (
+            base, expert, anti, *rows, bias, allowed_mask, width, STREAMS[noise_stream],
+            top_logprobs,
+        )  # fmt: skip
         resolved = resolve(backend, base, "sample", width)
-        if resolved != "reference" and top_logprobs:
-            return _sample_top(resolved, base, arguments, top_logprobs, out)
-        if resolved != "reference" and out is None:
-            return SampleOutput(*_implementation(resolved, base, "sample")(*arguments))
-        if resolved != "reference" and out is not None:
-            _implementation(resolved, base, "sample_out")(
-                *arguments, out_token_ids=out.token_ids, out_logprobs=out.logprobs,
-                out_raw_logprobs=out.raw_logprobs, out_num_kept=out.num_kept,
-                out_status=out.status,
-            )  # fmt: skip
-            return out
+        if out is None:
+            return _sampled(implementation(resolved, "sample", base)(*arguments), top_logprobs)
+        written = _into(out, top_logprobs)
+        implementation(resolved, "sample_out", base)(*arguments, **written)
+        return out
     except Exception:
-        checks.sample(base, expert, anti, params, values, bias, allowed_mask, vocab_size, stream)
-        checks.sample_out(out, base, top_logprobs)
+        checks.sample(
+            base, expert, anti, params, bias, allowed_mask, vocab_size, noise_stream, top_logprobs
+        )
+        checks.out("sample", out, base, top_logprobs=top_logprobs)
         raise
-    checks.sample(base, expert, anti, row_params, {}, bias, allowed_mask, vocab_size, stream)
-    checks.sample_out(out, base, top_logprobs)
-    x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, width)
-    return _into(out, reference.sample(x, row_params, stream, top_logprobs))
 
 
-def _sample_top(
-    backend: str, base: Tensor, arguments: tuple[Any, ...], num_top: int, out: Any
+@torch.no_grad()
+def sample_hidden(
+    base: Head,
+    expert: Head | None = None,
+    anti: Head | None = None,
+    params: Params = None,
+    *,
+    alpha: float | Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    filter_order: str | Tensor | None = None,
+    seed: int | Tensor | None = None,
+    position: int | Tensor | None = None,
+    bias: Tensor | None = None,
+    allowed_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    noise_stream: str = "sample",
+    top_logprobs: int = 0,
+    backend: str | None = None,
+    out: SampleOutput | None = None,
 ) -> SampleOutput:
-    if out is None:
-        results = _implementation(backend, base, "sample_top")(*arguments, num_top)
-        return SampleOutput(*results[:5])._replace(top=TopLogprobs(*results[5:]))
-    _implementation(backend, base, "sample_top_out")(
-        *arguments, num_top, out_token_ids=out.token_ids, out_logprobs=out.logprobs,
-        out_raw_logprobs=out.raw_logprobs, out_num_kept=out.num_kept, out_status=out.status,
-        out_top_token_ids=out.top.token_ids, out_top_logprobs=out.top.logprobs,
-    )  # fmt: skip
-    return out
+    """Draw one token per row from hidden states and lm_head weights: heads and ``sample`` in one.
+
+    The heads' products are accumulated and combined in fp32; the roles' logits are never written.
+    docs/heads.md says where this is faster than three heads and ``sample``, and where it is not.
+
+    Args:
+        base, expert, anti: :class:`proxytune_kernels.Head` of each role; ``hidden`` [B, H_role] and
+            ``weight`` [V_role, H_role] are of one dtype, any row stride, last dimension
+            contiguous. Without expert and anti: base alone.
+        vocab_size: agreed width; weights past it are never read. The narrowest role's unless told.
+        params and all others: as in :func:`proxytune_kernels.sample`.
+
+    Returns:
+        As :func:`proxytune_kernels.sample` of the combined logits x; x itself is right to the
+        bound of docs/heads.md, and may differ from another backend's within it.
+
+    Raises:
+        As :func:`proxytune_kernels.sample`.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 64), torch.randn(1000, 64)
+        >>> sample_hidden(Head(hidden, weight), top_p=0.9, seed=7).token_ids.shape
+        torch.Size([2])
+
+    Source: docs/heads.md; docs/contracts.md.
+    """
+    op = "sample_hidden"
+    try:
+        hidden = base.hidden
+        rows = rows_of(
+            op, hidden, params,
+            alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
+        )  # fmt: skip
+        width = vocab_size
+        if width is None:
+            width = min(len(head.weight) for head in (base, expert, anti) if head is not None)
+        absent = (None,) * len(base)
+        arguments = (
+            *base, *(expert or absent), *(anti or absent), *rows, bias, allowed_mask, width,
+            STREAMS[noise_stream], top_logprobs,
+        )  # fmt: skip
+        resolved = resolve(backend, hidden, op, width)
+        if out is None:
+            return _sampled(implementation(resolved, op, hidden)(*arguments), top_logprobs)
+        written = _into(out, top_logprobs)
+        implementation(resolved, f"{op}_out", hidden)(*arguments, **written)
+        return out
+    except Exception:
+        checks.sample_hidden(
+            base, expert, anti, params, bias, allowed_mask, vocab_size, noise_stream, top_logprobs
+        )
+        checks.out(op, out, base.hidden, top_logprobs=top_logprobs)
+        raise
 
 
 def combine(
@@ -163,20 +259,20 @@ def combine(
         >>> combine(torch.ones(1, 4), torch.ones(1, 4), torch.zeros(1, 4), 0.5).tolist()
         [[1.5, 1.5, 1.5, 1.5]]
     """
-    vocab_size = checks.logits("combine", base, expert, anti, 2, vocab_size)
-    alphas = checks.alpha("combine", alpha, base)
-    checks.constraints("combine", base, bias, allowed_mask, vocab_size)
-    if out is not None:
-        checks.matrix_out("combine", out, (base.shape[0], vocab_size), base.device)
-    resolved = resolve(backend, base, "combine", vocab_size)
-    if resolved == "reference":
-        x = _reference_x(base, expert, anti, alphas, bias, allowed_mask, vocab_size)
-        return x if out is None else out.copy_(x)
-    arguments = (base, expert, anti, alphas, bias, allowed_mask, vocab_size)
-    if out is None:
-        return _implementation(resolved, base, "combine")(*arguments)
-    _implementation(resolved, base, "combine_out")(*arguments, out_x=out)
-    return out
+    width = vocab_size
+    try:
+        width = _width(base, expert, anti) if vocab_size is None else vocab_size
+        alphas = checks.alpha("combine", alpha, base)
+        arguments = (base, expert, anti, alphas, bias, allowed_mask, width)
+        resolved = resolve(backend, base, "combine", width)
+        if out is None:
+            return implementation(resolved, "combine", base)(*arguments)
+        implementation(resolved, "combine_out", base)(*arguments, out_x=out)
+        return out
+    except Exception:
+        checks.combine(base, expert, anti, alpha, bias, allowed_mask, vocab_size)
+        checks.out("combine", out, base, vocab_size=width)
+        raise
 
 
 def score(
@@ -208,21 +304,19 @@ def score(
         >>> score(torch.zeros(1, 2, 4), None, None, torch.tensor([[0, 3]])).exp().tolist()
         [[0.25, 0.25]]
     """
-    vocab_size = checks.logits("score", base, expert, anti, 3, vocab_size)
-    alphas = checks.alpha("score", alpha, base)
-    checks.ids("score", "token_ids", token_ids, tuple(base.shape[:2]), base.device)
-    if out is not None:
-        checks.matrix_out("score", out, tuple(base.shape[:2]), base.device)
-    resolved = resolve(backend, base, "score", vocab_size)
-    if resolved == "reference":
-        x = _reference_x(base, expert, anti, alphas, None, None, vocab_size)
-        result = reference.score(x, token_ids)
-        return result if out is None else out.copy_(result)
-    arguments = (base, expert, anti, token_ids, alphas, vocab_size)
-    if out is None:
-        return _implementation(resolved, base, "score")(*arguments)
-    _implementation(resolved, base, "score_out")(*arguments, out_logprobs=out)
-    return out
+    try:
+        width = _width(base, expert, anti) if vocab_size is None else vocab_size
+        alphas = checks.alpha("score", alpha, base)
+        arguments = (base, expert, anti, token_ids, alphas, width)
+        resolved = resolve(backend, base, "score", width)
+        if out is None:
+            return implementation(resolved, "score", base)(*arguments)
+        implementation(resolved, "score_out", base)(*arguments, out_logprobs=out)
+        return out
+    except Exception:
+        checks.score(base, expert, anti, token_ids, alpha, vocab_size)
+        checks.out("score", out, base)
+        raise
 
 
 def verify(
@@ -230,8 +324,16 @@ def verify(
     expert: Tensor | None,
     anti: Tensor | None,
     draft_token_ids: Tensor,
-    params: RowParams | SamplingParams | Sequence[SamplingParams] | None = None,
+    params: Params = None,
     *,
+    alpha: float | Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    filter_order: str | Tensor | None = None,
+    seed: int | Tensor | None = None,
+    position: int | Tensor | None = None,
     mode: str = "coupled",
     draft_logits: Tensor | None = None,
     bias: Tensor | None = None,
@@ -239,16 +341,17 @@ def verify(
     vocab_size: int | None = None,
     backend: str | None = None,
     out: VerifyOutput | None = None,
-    **values: Any,
 ) -> VerifyOutput:
     """Check k drafted tokens per row against the target, exactly; emit what decoding would.
 
     Args:
         base, expert, anti: logits [B, k + 1, V_role], position j after j drafted tokens.
         draft_token_ids: int64 [B, k]; -1 from where a row has no more drafts.
-        params: as in :func:`sample`; ``position`` is that of the first drafted token.
-        mode: "coupled": the drafter drew with the target's own noise (stream "sample"), the tokens
-            are plain decoding's. "rejection": the drafter drew with stream "draft".
+        params, alpha and the other single ones: as in :func:`sample`; ``position`` is that of the
+            first drafted token.
+        mode: "coupled": the drafter drew with the target's own noise (noise stream "sample"), the
+            tokens are plain decoding's. "rejection": the drafter drew with noise stream "draft".
+            A row without any draft gets what :func:`sample` draws, in both.
         draft_logits: [B, k, V_draft], what the drafter drew from; rejection only.
         bias, allowed_mask: as in :func:`sample`, with a dimension k + 1 after the first; they
             apply to the target alone.
@@ -269,56 +372,29 @@ def verify(
     Source: docs/contracts.md, Speculative verification; Leviathan et al. 2023, arXiv 2211.17192;
     Daliri, Musco and Suresh 2024, arXiv 2408.07978.
     """
-    vocab_size = checks.logits("verify", base, expert, anti, 3, vocab_size)
-    drafts = (base.shape[0], base.shape[1] - 1)
-    checks.ids("verify", "draft_token_ids", draft_token_ids, drafts, base.device)
-    checks.params("verify", params, values)
-    row_params = _row_params(base, params, values)
-    checks.row_params("verify", row_params, base)
-    checks.constraints("verify", base, bias, allowed_mask, vocab_size)
-    if mode not in VERIFY_MODES:
-        raise ValueError(f"verify: mode must be one of {list(VERIFY_MODES)}, got {mode!r}")
-    checks.draft_logits(draft_logits, mode, drafts, vocab_size, base.device)
-    if out is not None:
-        checks.verify_out(out, base)
-    resolved = resolve(backend, base, "verify", vocab_size, mode == "rejection")
-    if resolved == "reference":
-        x = _reference_x(base, expert, anti, row_params.alpha, bias, allowed_mask, vocab_size)
-        draft_x = None if draft_logits is None else draft_logits[..., :vocab_size].float()
-        result = reference.verify(x, draft_token_ids, row_params, mode, draft_x)
-        return _into(out, result)
-    arguments = (base, expert, anti, draft_token_ids, draft_logits, *row_params, bias,
-                 allowed_mask, vocab_size, VERIFY_MODES.index(mode))  # fmt: skip
-    if out is None:
-        return VerifyOutput(*_implementation(resolved, base, "verify")(*arguments))
-    _implementation(resolved, base, "verify_out")(
-        *arguments, out_token_ids=out.token_ids, out_num_accepted=out.num_accepted,
-        out_logprobs=out.logprobs, out_status=out.status,
-    )  # fmt: skip
-    return out
-
-
-def _reference_x(
-    base: Tensor, expert: Tensor | None, anti: Tensor | None, alpha: Tensor,
-    bias: Tensor | None, allowed_mask: Tensor | None, vocab_size: int,
-) -> Tensor:  # fmt: skip
-    """Combined logits of [B, V] or [B, T, V] inputs, in the shape of base."""
-    shape = (*base.shape[:-1], vocab_size)
-    rows = [None if t is None else t[..., :vocab_size].reshape(-1, vocab_size)
-            for t in (base, expert, anti, bias)]  # fmt: skip
-    mask = None if allowed_mask is None else allowed_mask.reshape(-1, allowed_mask.shape[-1])
-    if base.dim() == 3:
-        alpha = alpha.repeat_interleave(base.shape[1])
-    assert rows[0] is not None
-    return reference.combine(rows[0], rows[1], rows[2], alpha, rows[3], mask).reshape(shape)
-
-
-def _into(out: Any, result: Any) -> Any:
-    if out is None:
-        return result
-    for target, value in zip(out, result, strict=True):
-        if isinstance(value, Tensor):
-            target.copy_(value)
-        elif value is not None:
-            _into(target, value)
-    return out
+    try:
+        rows = rows_of(
+            "verify", base, params,
+            alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
+        )  # fmt: skip
+        width = _width(base, expert, anti) if vocab_size is None else vocab_size
+        rejection = mode == "rejection"
+        if rejection is (draft_logits is None):
+            raise ValueError("draft_logits")  # checks.verify finds the words
+        arguments = (
+            base, expert, anti, draft_token_ids, draft_logits, *rows, bias, allowed_mask, width,
+            VERIFY_MODES.index(mode),
+        )  # fmt: skip
+        resolved = resolve(backend, base, "verify", width, rejection)
+        if out is None:
+            return VerifyOutput(*implementation(resolved, "verify", base)(*arguments))
+        written = dict(zip(OPERATORS["verify"].out_names, out, strict=True))
+        implementation(resolved, "verify_out", base)(*arguments, **written)
+        return out
+    except Exception:
+        checks.verify(
+            base, expert, anti, draft_token_ids, draft_logits, params, bias, allowed_mask,
+            vocab_size, mode,
+        )  # fmt: skip
+        checks.out("verify", out, base)
+        raise

@@ -1,5 +1,6 @@
 """The parts of ``python -m benchmarks.gpu`` that need no GPU: plan, timing, verdicts, options."""
 
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -37,8 +38,7 @@ from benchmarks.gpu.targets import verdicts
 from benchmarks.gpu.timing import COLD, SINGLE, WARM, Timed
 from benchmarks.logits import KINDS
 from benchmarks.op_cases import FILTERS, VOCAB_SIZES
-from proxytune_kernels.ops import choices
-from proxytune_kernels.ops.choices import Choice
+from proxytune_kernels.ops.backends import Choice, choose
 from tests.benchmarks.gpu_device import CpuDevice
 
 PLAIN = (OURS, CUDA, EAGER, TRANSFORMERS, FLASHINFER)
@@ -312,7 +312,7 @@ class TestTargets:
             Choice(DEVICE, "sample", (128_256, 128_256), (1, 64), "cuda", "none"),
             Choice(DEVICE, "verify", (1, 2**19), (40, 40), "cuda", "none"),
         )
-        monkeypatch.setattr(choices, "CHOICES", lines)
+        monkeypatch.setattr(sys.modules[choose.__module__], "CHOICES", lines)
         missed = verdict([slow, verified], part)
         assert missed.met is False
         assert missed.measured.startswith("at worst 1.01x, sample peaked top_p V=128,256 B=64")

@@ -6,6 +6,8 @@ PROXYTUNE_SANITIZE=1 builds everything here with AddressSanitizer, LeakSanitizer
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -31,11 +33,15 @@ LIBRARY = [
 ]
 
 
-def run(command: list[str | Path], **environment: str) -> str:
+def run(command: list[str | Path], given: str | None = None, **environment: str) -> str:
     """Output of a command that must succeed; a sanitizer of this process isn't handed on."""
     env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
     done = subprocess.run(
-        [str(c) for c in command], env=env | environment, capture_output=True, text=True
+        [str(c) for c in command],
+        env=env | environment,
+        input=given,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -48,6 +54,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     run([*LIBRARY, *(SANITIZERS if SANITIZE else []), *sources, "-o", path])
     return path
+
+
+def declared() -> set[str]:
+    """The functions of the header."""
+    return set(re.findall(r"\b(proxytune_\w+)\(", (INCLUDE / "proxytune.h").read_text()))
+
+
+def exported(library: Path) -> set[str]:
+    """What a library exports, but for the standard library's and a sanitizer's symbols."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    symbols = run(["nm", "--dynamic", "--defined-only", library]).split()[2::3]
+    theirs = ("_ZNSt", "_ZSt", "_ZTS", "_ZTI", "__odr_asan")
+    return {symbol for symbol in symbols if not symbol.startswith(theirs)}
 
 
 def link(library: Path, source: Path, name: str, compiler: list[str] = C11) -> Path:

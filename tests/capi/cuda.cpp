@@ -55,7 +55,7 @@ int main() {
   sample("base", [](auto& a) { a.inputs.base.data = nullptr; });
   sample("pair", [](auto& a) { a.inputs.expert.data = somewhere; });
   sample("dtype", [](auto& a) { a.inputs.base.dtype = 3; });
-  sample("stream", [](auto& a) { a.stream = 5; });
+  sample("stream", [](auto& a) { a.noise_stream = 5; });
   sample("num-top", [](auto& a) { a.num_top = 129; });
   sample("token-ids", [](auto& a) { a.token_ids = nullptr; });
   sample("negative-rows", [](auto&) {}, -1);

@@ -167,7 +167,7 @@ static void sample(const test_case* c, void* workspace, const proxytune_parallel
   memset(&a, 0, sizeof a);
   a.inputs = c->inputs;
   a.params = c->params;
-  a.stream = PROXYTUNE_STREAM_SAMPLE;
+  a.noise_stream = PROXYTUNE_STREAM_SAMPLE;
   a.token_ids = must(malloc(n * sizeof *a.token_ids));
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
   for (int64_t r = 0; r < c->rows; ++r) printf("ids %" PRId64 "\n", a.token_ids[r]);
@@ -193,7 +193,7 @@ static void sample(const test_case* c, void* workspace, const proxytune_parallel
 
   memset(&a.params, 0, sizeof a.params);
   a.inputs.alpha = NULL;
-  a.stream = PROXYTUNE_STREAM_DRAFT;
+  a.noise_stream = PROXYTUNE_STREAM_DRAFT;
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
   print_sample("defaults", &a, c->rows);
   free(a.token_ids);
@@ -251,7 +251,9 @@ static void verify(const test_case* c, int32_t mode, void* workspace,
   if (mode == PROXYTUNE_VERIFY_REJECTION) a.draft_logits = c->draft_logits;
   a.token_ids = must(malloc(n * sizeof *a.token_ids));
   a.num_accepted = must(malloc(rows * sizeof *a.num_accepted));
+  check(proxytune_cpu_verify(&a, 0, c->rows, workspace, parallel)); /* with nowhere to put the rest */
   a.logprobs = must(malloc(n * sizeof *a.logprobs));
+  a.raw_logprobs = must(malloc(n * sizeof *a.raw_logprobs));
   a.status = must(malloc(rows * sizeof *a.status));
   check(proxytune_cpu_verify(&a, 0, c->rows, workspace, parallel));
   for (int64_t r = 0; r < c->rows; ++r) {
@@ -259,13 +261,15 @@ static void verify(const test_case* c, int32_t mode, void* workspace,
            a.num_accepted[r], a.status[r]);
     for (int64_t j = 0; j < c->positions; ++j) {
       const int64_t i = r * c->positions + j;
-      printf(" %" PRId64 " %08" PRIx32, a.token_ids[i], bits_of(a.logprobs[i]));
+      printf(" %" PRId64 " %08" PRIx32 " %08" PRIx32, a.token_ids[i], bits_of(a.logprobs[i]),
+             bits_of(a.raw_logprobs[i]));
     }
     printf("\n");
   }
   free(a.token_ids);
   free(a.num_accepted);
   free(a.logprobs);
+  free(a.raw_logprobs);
   free(a.status);
 }
 
@@ -298,7 +302,7 @@ static void errors(void) {
   refused("wide-vocabulary", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
   a = good, a.inputs.base.dtype = 3;
   refused("dtype", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.stream = 5;
+  a = good, a.noise_stream = 5;
   refused("stream", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
   a = good, a.num_top = -1;
   refused("negative-top", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));

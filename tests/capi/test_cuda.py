@@ -18,11 +18,9 @@ import torch
 
 import build_cuda
 import proxytune_kernels as ptk
+from tests.capi.conftest import CPP, ROOT, declared, exported, run
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-STRICT = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
-CPP = ["g++", "-std=c++20", *STRICT, f"-I{ROOT / 'csrc' / 'include'}"]
 INVALID, DEVICE, SHAPE, CUDA = 1, 4, 5, 1000
 TILE_BYTES = 128 * 4 + 48  # of x, in fp32; summaries and alignment take a few more
 
@@ -34,16 +32,6 @@ except build_cuda.Unavailable as error:
 
 needs_nvcc = pytest.mark.skipif(LEFT_OUT != "", reason=f"CUDA C++ is left out: {LEFT_OUT}")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-
-def run(*command: str | Path, given: str | None = None) -> str:
-    """Output of a command that must succeed; a sanitizer of this process isn't handed on."""
-    env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
-    done = subprocess.run(
-        [str(c) for c in command], input=given, capture_output=True, text=True, env=env
-    )
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
-    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -72,14 +60,14 @@ def _device() -> list[str]:
 
 def link(library: Path, source: Path, folder: Path, *flags: str) -> Path:
     program = folder / source.stem
-    run(*CPP, *flags, source, library, f"-Wl,-rpath,{library.parent}", "-o", program)
+    run([*CPP, *flags, source, library, f"-Wl,-rpath,{library.parent}", "-o", program])
     return program
 
 
 @pytest.fixture(scope="session")
 def said(library: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What cuda.cpp prints."""
-    return run(link(library, HERE / "cuda.cpp", tmp_path_factory.mktemp("capi"))).splitlines()
+    return run([link(library, HERE / "cuda.cpp", tmp_path_factory.mktemp("capi"))]).splitlines()
 
 
 @needs_nvcc
@@ -114,12 +102,8 @@ def test_without_a_device_the_calls_say_so(said):
 
 @needs_nvcc
 def test_only_the_api_is_exported(library):
-    if shutil.which("nm") is None:
-        pytest.skip("needs nm")
-    header = (ROOT / "csrc" / "include" / "proxytune.h").read_text()
-    declared = set(re.findall(r"\b(proxytune_cuda_\w+)\(", header))
-    symbols = run("nm", "--dynamic", "--defined-only", library).split()[2::3]
-    assert {s for s in symbols if not s.startswith("_Z")} == declared
+    symbols = {symbol for symbol in exported(library) if not symbol.startswith("_Z")}
+    assert symbols == {name for name in declared() if "_cuda_" in name}
 
 
 @needs_nvcc
@@ -144,7 +128,7 @@ def test_the_documented_example(library, tmp_path):
 @pytest.fixture(scope="session")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("capi") / "blocks"
-    run(*CPP, ROOT / "benchmarks" / "static" / "blocks.cpp", "-o", program)
+    run([*CPP, ROOT / "benchmarks" / "static" / "blocks.cpp", "-o", program])
     return program
 
 
@@ -158,7 +142,7 @@ def choose(
 ) -> tuple[int, int, int]:  # fmt: skip
     """Blocks of a cluster, bytes of a block, and the widest row that fits."""
     values = (vocab_size, clusters, int(rejection), *device, largest)
-    chosen, _, used, widest = run(program, given=" ".join(map(str, values))).split()
+    chosen, _, used, widest = run([program], given=" ".join(map(str, values))).split()
     return int(chosen), int(used), int(widest)
 
 

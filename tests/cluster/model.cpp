@@ -92,7 +92,7 @@ const char* with_team(int threads, Run run) {
 // clusters and threads run.
 PTK_EXPORT const char* cluster_sample(const proxytune_sample_args* args, int64_t rows, int blocks,
                                       int threads, uint64_t seed) {
-  if (!ptk::good_sample(args)) return ptk::sentence(PROXYTUNE_ERROR_ARGUMENT);
+  if (!ptk::valid_sample(args)) return ptk::error_text(PROXYTUNE_ERROR_ARGUMENT);
   return ptk::with_team(threads, [&]<class Team>() {
     return ptk::sample<Team>(*args, rows, blocks, seed);
   });
@@ -100,7 +100,7 @@ PTK_EXPORT const char* cluster_sample(const proxytune_sample_args* args, int64_t
 
 PTK_EXPORT const char* cluster_verify(const proxytune_verify_args* args, int64_t rows, int blocks,
                                       int threads, uint64_t seed) {
-  if (!ptk::good_verify(args)) return ptk::sentence(PROXYTUNE_ERROR_ARGUMENT);
+  if (!ptk::valid_verify(args)) return ptk::error_text(PROXYTUNE_ERROR_ARGUMENT);
   return ptk::with_team(threads, [&]<class Team>() {
     return ptk::verify<Team>(*args, rows, blocks, seed);
   });

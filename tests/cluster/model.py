@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from proxytune_kernels import rng
-from proxytune_kernels.ops import checks, operators
-from proxytune_kernels.ops.table import empty_sample, empty_top, empty_verify
+from proxytune_kernels.ops import VERIFY_MODES
+from proxytune_kernels.ops.backends import BY_NAME
+from proxytune_kernels.ops.backends.backend import Backend, Implementation, from_writer
 from tests.cluster import build
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -59,7 +59,7 @@ class SampleArgs(Structure):
     """proxytune_sample_args of csrc/include/proxytune.h, as the structures above are its parts."""
 
     _fields_ = (
-        ("inputs", Inputs), ("params", Params), ("stream", c_int32), ("token_ids", c_void_p),
+        ("inputs", Inputs), ("params", Params), ("noise_stream", c_int32), ("token_ids", c_void_p),
         ("logprobs", c_void_p), ("raw_logprobs", c_void_p), ("num_kept", c_void_p),
         ("status", c_void_p), ("num_top", c_int32), ("top_token_ids", c_void_p),
         ("top_logprobs", c_void_p),
@@ -73,7 +73,7 @@ class VerifyArgs(Structure):
         ("inputs", Inputs), ("params", Params), ("num_drafts", c_int64), ("mode", c_int32),
         ("draft_token_ids", c_void_p), ("draft_token_ids_row_stride", c_int64),
         ("draft_logits", Logits), ("token_ids", c_void_p), ("num_accepted", c_void_p),
-        ("logprobs", c_void_p), ("status", c_void_p),
+        ("logprobs", c_void_p), ("raw_logprobs", c_void_p), ("status", c_void_p),
     )  # fmt: skip
 
 
@@ -113,8 +113,8 @@ def _library(races: bool) -> ctypes.CDLL:
     return library
 
 
-class Model:
-    """The kernels on clusters of so many blocks.
+class Model(Backend):
+    """The kernels on clusters of so many blocks, as a backend.
 
     Args:
         blocks: of a cluster, 1 to 16.
@@ -123,8 +123,21 @@ class Model:
         races: whether each access to shared memory is checked, too.
     """
 
+    device_type = "cpu"
+    operators = ("sample", "verify")
+
     def __init__(self, blocks: int, threads: int = 64, seed: int = 0, races: bool = False) -> None:
         self.blocks, self.threads, self.seed, self.races = blocks, threads, seed, races
+        self.name = f"cluster of {blocks} x {threads}, {seed}, {races}"
+        self._implementations = {
+            **from_writer("sample", self._sample), **from_writer("verify", self._verify)
+        }  # fmt: skip
+        BY_NAME[self.name] = self  # for callers who ask for it by name
+        self.sample: Any = functools.partial(ptk.sample, backend=self.name)
+        self.verify: Any = functools.partial(ptk.verify, backend=self.name)
+
+    def implementation(self, name: str, device: torch.device) -> Implementation:
+        return self._implementations[name]
 
     def _call(self, name: str, args: Structure, rows: int) -> None:
         if rows == 0:  # tensors of none have no address
@@ -134,57 +147,25 @@ class Model:
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")
 
-    def sample(
-        self, base: Any, expert: Any = None, anti: Any = None, params: Any = None, *,
-        bias: Any = None, allowed_mask: Any = None, vocab_size: Any = None, stream: Any = "sample",
-        top_logprobs: Any = 0, out: Any = None, **values: Any,
-    ) -> ptk.SampleOutput:  # fmt: skip
-        """As ptk.sample."""
-        checks.top_logprobs(top_logprobs)
-        checks.sample(base, expert, anti, params, values, bias, allowed_mask, vocab_size, stream)
-        checks.sample_out(out, base, top_logprobs)
-        params = operators._row_params(base, params, values)
-        checks.row_params("sample", params, base)
-        width = checks.logits("sample", base, expert, anti, 2, vocab_size)
-        if out is None:
-            out = ptk.SampleOutput._make((*empty_sample(base), None))
-            if top_logprobs:
-                out = out._replace(top=ptk.TopLogprobs._make(empty_top(base, top_logprobs)))
-        inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, width)
+    def _sample(
+        self, base: Any, expert: Any, anti: Any, params: ptk.RowParams, bias: Any,
+        allowed_mask: Any, vocab_size: int, noise_stream: int, top_logprobs: int, out: Any,
+    ) -> None:  # fmt: skip
+        inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, vocab_size)
+        *drawn, top_token_ids, top = map(_address, out)
         args = SampleArgs(
-            inputs, row_params, rng.STREAMS[stream], *map(_address, out[:5]), top_logprobs,
-            *map(_address, out.top if top_logprobs else (None, None)),
-        )  # fmt: skip
+            inputs, row_params, noise_stream, *drawn, top_logprobs, top_token_ids, top
+        )
         self._call("cluster_sample", args, base.shape[0])
-        return out
 
-    def verify(
-        self, base: Any, expert: Any, anti: Any, draft_token_ids: Any, params: Any = None, *,
-        mode: Any = "coupled", draft_logits: Any = None, bias: Any = None,
-        allowed_mask: Any = None, vocab_size: Any = None, out: Any = None, **values: Any,
-    ) -> ptk.VerifyOutput:  # fmt: skip
-        """As ptk.verify."""
-        width = checks.logits("verify", base, expert, anti, 3, vocab_size)
-        rows, positions = base.shape[:2]
-        checks.ids("verify", "draft_token_ids", draft_token_ids, (rows, positions - 1), base.device)
-        checks.params("verify", params, values)
-        params = operators._row_params(base, params, values)
-        checks.row_params("verify", params, base)
-        checks.constraints("verify", base, bias, allowed_mask, width)
-        if mode not in operators.VERIFY_MODES:
-            raise ValueError(
-                f"verify: mode must be one of {list(operators.VERIFY_MODES)}, got {mode!r}"
-            )
-        checks.draft_logits(draft_logits, mode, (rows, positions - 1), width, base.device)
-        if out is not None:
-            checks.verify_out(out, base)
-        else:
-            out = ptk.VerifyOutput(*empty_verify(base))
+    def _verify(
+        self, base: Any, expert: Any, anti: Any, draft_token_ids: Any, draft_logits: Any,
+        params: ptk.RowParams, bias: Any, allowed_mask: Any, vocab_size: int, mode: str, out: Any,
+    ) -> None:  # fmt: skip
         drafts = draft_token_ids.contiguous()
-        inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, width)
+        inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, vocab_size)
         args = VerifyArgs(
-            inputs, row_params, positions - 1, operators.VERIFY_MODES.index(mode), _address(drafts),
+            inputs, row_params, drafts.shape[1], VERIFY_MODES.index(mode), _address(drafts),
             drafts.stride(0), _logits(draft_logits), *map(_address, out),
         )  # fmt: skip
-        self._call("cluster_verify", args, rows)
-        return out
+        self._call("cluster_verify", args, base.shape[0])

@@ -46,9 +46,8 @@ def sample(model: Model, case: Case) -> ptk.SampleOutput:
     return model.sample(base, expert, anti, case.params, **case.keywords)
 
 
-def check(found: ptk.SampleOutput, case: Case) -> None:
+def check_same(found: Any, wanted: Any) -> None:
     """Everything is the CPU's bit for bit, but raw logprobs, whose mass is of approximate sums."""
-    wanted = CPU.sample(*case.roles, params=case.params, **case.keywords)
     named = [oracle.tensors(out) for out in (found, wanted)]
     assert named[0].keys() == named[1].keys()
     for name, one in named[0].items():
@@ -59,6 +58,10 @@ def check(found: ptk.SampleOutput, case: Case) -> None:
         # Both round the result, by 2^-24 of it.
         near = (one - other).double().abs() <= RAW_ERROR + 2.0**-23 * other.double().abs()
         assert (near | (one == other) | (one.isnan() & other.isnan())).all(), name
+
+
+def check(found: ptk.SampleOutput, case: Case) -> None:
+    check_same(found, CPU.sample(*case.roles, params=case.params, **case.keywords))
 
 
 FILTERS: tuple[dict[str, Any], ...] = (
@@ -144,9 +147,9 @@ def test_the_widest_row():
 
 
 @pytest.mark.parametrize("blocks", (1, 4))
-def test_what_tiles_say_of_the_cut_is_a_bound(blocks):
-    """Trial cuts lie at multiples of -0.5 here. Just below one are 127 tokens of each tile, whose
-    mass must not count as above it; and tiles' maxima are counted one by one."""
+def test_what_tiles_say_is_a_bound(blocks):
+    """Trial cutoffs lie at multiples of -0.5 here. Just below one of them are 127 tokens of each
+    tile, whose mass must not count as above it; and tiles' maxima are counted one by one."""
     mass = torch.full((64, 128), -4.0 - 2.0**-16)
     mass[:, 0] = 0.0
     mass[-1] = -16.0
@@ -199,7 +202,7 @@ def test_no_races_in_wider_rows(blocks):
         params = ptk.RowParams.make(len(base), **values)
         case = Case((base, None, None), params, {"top_logprobs": 20})
         check(sample(Model(blocks, races=True), case), case)
-    # Fewer tiles than likeliest tokens: nothing bounds the cut, and their list follows a histogram.
+    # Fewer tiles than likeliest tokens: nothing bounds x, and their list follows a histogram.
     few = Case((base[2:3, :2176], None, None), ptk.RowParams.make(1), {"top_logprobs": 20})
     check(sample(Model(blocks, races=True), few), few)
 
@@ -265,14 +268,17 @@ def test_verify(mode, blocks):
     steps = [params._replace(position=params.position + j) for j in range(k)]
     stream = "sample" if mode == "coupled" else "draft"
     drafts = torch.stack(
-        [ptk.sample(near[:, j], params=p, stream=stream).token_ids for j, p in enumerate(steps)], 1
+        [
+            ptk.sample(near[:, j], params=p, noise_stream=stream).token_ids
+            for j, p in enumerate(steps)
+        ],
+        1,
     )
-    drafts[0, 1], drafts[1, 0], drafts[2, 2] = -1, vocab_size, 10**12
+    drafts[0, 1], drafts[1, 0], drafts[2, 2], drafts[3] = -1, vocab_size, 10**12, -1
     extra = {} if mode == "coupled" else {"draft_logits": near.to(torch.float16)}
     wanted = CPU.verify(*roles, drafts, params, mode=mode, **extra)
     assert 0 < wanted.num_accepted.sum() < batch * k
     for threads, seed, races in ((64, 1, False), (256, 2, False), (32, 3, True)):
         model: Any = Model(blocks, threads, seed, races)
         found = model.verify(*roles, drafts, params, mode=mode, **extra)
-        for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        check_same(found, wanted)

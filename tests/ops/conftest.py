@@ -18,7 +18,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels import kernels
-from proxytune_kernels.ops.table import CUDA_OPERATORS
+from proxytune_kernels.ops.backends import BY_NAME
 from tests.cluster import build
 from tests.cluster.model import Model
 
@@ -63,7 +63,7 @@ def _copy_whole(source: Any, target: Any) -> None:
 class Backend:
     """One way to run the operators: tensors come and go on the CPU.
 
-    ``cuda`` has ``sample`` and ``verify``; tests that need another too get the CPU's.
+    Where it lacks an operator, tests that need it too get the CPU's.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Backend:
 
     @property
     def device(self) -> str:
-        return "cuda" if self.name in ("triton", "cuda") and not self.interpreted else "cpu"
+        return "cpu" if self.interpreted else BY_NAME[self.name].device_type or "cpu"
 
     @property
     def tile_error(self) -> float:
@@ -93,7 +93,7 @@ class Backend:
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op not in ("sample", "sample_hidden", "combine", "score", "verify"):
             raise AttributeError(op)
-        if self.name == "cuda" and op not in CUDA_OPERATORS:
+        if op not in BY_NAME[self.name].operators:
             return getattr(Backend("cpu"), op)
         return functools.partial(self._run, getattr(ptk, op))
 
@@ -107,6 +107,16 @@ class Backend:
         if written is not out:
             _copy_whole(written, out)
         return out
+
+    def operator(self, name: str) -> Callable[..., Any]:
+        """An operator as direct callers of torch.ops get it; tensors come and go on the CPU."""
+        run = BY_NAME[self.name].implementation(name, torch.device(self.device))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            moved = {n: move(v, self.device) for n, v in kwargs.items()}
+            return move(run(*move(args, self.device), **moved), "cpu")
+
+        return call
 
     def use(self) -> None:
         if self.isa is not None:

@@ -113,7 +113,7 @@ def test_verify(mode):
     stream = "sample" if mode == "coupled" else "draft"
     drawn = [
         REFERENCE.sample(
-            near[:, j], params=params._replace(position=params.position + j), stream=stream
+            near[:, j], params=params._replace(position=params.position + j), noise_stream=stream
         )
         for j in range(k)
     ]

@@ -15,13 +15,20 @@ import pytest
 import torch
 
 from benchmarks.report import RESULTS
-from proxytune_kernels import extensions, kernels
-from proxytune_kernels.ops import choices
-from proxytune_kernels.ops.backends import _warn_reference, backends, resolve
-from proxytune_kernels.ops.choices import CHOICES, Choice, choose
+from proxytune_kernels import kernels
+from proxytune_kernels.ops.backends import (
+    CHOICES,
+    Choice,
+    _warn_reference,
+    backends,
+    choose,
+    cuda,
+    resolve,
+)
 from tests.test_imports import WITHOUT
 
 NAMES = ["cpu", "triton", "cuda", "reference"]
+PACKAGE = sys.modules[resolve.__module__]  # the name in ops is that of a function
 V = 32_000
 WITHOUT_CUDA = "no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, very slowly)"
 WITHOUT_TRITON = "Triton is not installed: run `pip install 'proxytune_kernels[triton]'` (Linux)"
@@ -51,9 +58,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     It has Triton and, unless told, a CUDA C++ extension that takes rows of up to V tokens, in
     verify's rejection mode half as many.
     """
-    caches = (kernels.unusable, kernels.device_unusable, extensions.missing,
-              extensions.device_unusable, extensions.max_vocab_size,
-              extensions.device_name, _warn_reference)  # fmt: skip
+    caches = (kernels.unusable, kernels.device_unusable, cuda.missing,
+              cuda.device_unusable, cuda.max_vocab_size,
+              cuda.device_name, _warn_reference)  # fmt: skip
 
     def max_vocab_size(rejection: bool, device: int) -> int:
         return V // 2 if rejection else V
@@ -64,9 +71,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     ) -> None:  # fmt: skip
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(kernels, "find_spec", lambda name: object() if triton else None)
-        monkeypatch.setattr(extensions, "find_spec", lambda name: object() if built else None)
+        monkeypatch.setattr(cuda, "find_spec", lambda name: object() if built else None)
         monkeypatch.setattr(
-            extensions, "_extension", lambda: SimpleNamespace(max_vocab_size=max_vocab_size)
+            cuda, "_extension", lambda: SimpleNamespace(max_vocab_size=max_vocab_size)
         )
         monkeypatch.setattr(torch.version, "cuda", None if hip else cuda_version)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"NVIDIA H{i}00")
@@ -175,7 +182,7 @@ def test_a_compiled_function_takes_the_backend_for_a_constant(machine, monkeypat
     told = SimpleNamespace(cuda=SimpleNamespace(**vars(torch.cuda)), version=torch.version)
     monkeypatch.undo()  # the compiler asks torch too, and must hear the truth
     monkeypatch.setattr(kernels, "torch", told)
-    monkeypatch.setattr(extensions, "torch", told)
+    monkeypatch.setattr(cuda, "torch", told)
     monkeypatch.setattr(kernels, "find_spec", lambda name: object())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     base = logits("cuda:0")
@@ -260,7 +267,7 @@ def test_an_extension_that_does_not_load(machine, monkeypatch):
         raise ImportError("undefined symbol: aoti_torch")
 
     machine((9, 0))
-    monkeypatch.setattr(extensions, "_extension", broken)
+    monkeypatch.setattr(cuda, "_extension", broken)
     reason = "the CUDA C++ extension does not load: undefined symbol: aoti_torch"
     assert backends()["cuda"] == reason
     check_refused("cuda", "cuda:0", reason)
@@ -273,7 +280,7 @@ def test_a_device_that_nothing_was_compiled_for(machine, monkeypatch):
         raise RuntimeError("nothing was compiled for it")
 
     extension = SimpleNamespace(max_vocab_size=max_vocab_size)
-    monkeypatch.setattr(extensions, "_extension", lambda: extension)
+    monkeypatch.setattr(cuda, "_extension", lambda: extension)
     assert backends()["cuda"] == "CUDA device 0: nothing was compiled for it"
 
 
@@ -297,7 +304,7 @@ def test_rows_that_do_not_fit(machine, monkeypatch):
     with pytest.raises(RuntimeError, match=wanted):
         resolve("cuda", base, "verify", V, True)
     line = Choice("NVIDIA", "verify", (1, 2 * V), (1, 99), "cuda", "none")
-    monkeypatch.setattr(choices, "CHOICES", (line,))
+    monkeypatch.setattr(PACKAGE, "CHOICES", (line,))
     assert resolve(None, base, "verify", V, False) == "cuda"
     assert resolve(None, base, "verify", V, True) == "triton"
 
@@ -316,7 +323,7 @@ def test_the_table_decides_by_device_operator_width_and_rows(machine, monkeypatc
         Choice("NVIDIA H", "verify", (V, V), (6, 6), "cuda", "none"),
     )
     machine((9, 0), (9, 0))  # NVIDIA H000 and NVIDIA H100
-    monkeypatch.setattr(choices, "CHOICES", lines)
+    monkeypatch.setattr(PACKAGE, "CHOICES", lines)
     assert take(None, "cuda:0", "sample", 1) == take(None, "cuda:0", "sample", 64) == "cuda"
     assert take(None, "cuda:0", "sample", 65) == "triton"
     assert [take(None, "cuda:1", "sample", n) for n in (1, 2, 8, 9)] == [
@@ -331,7 +338,7 @@ def test_the_table_decides_by_device_operator_width_and_rows(machine, monkeypatc
 
 def test_a_choice_that_is_not_usable_gives_way(machine, monkeypatch):
     line = Choice("NVIDIA", "sample", (1, V), (1, 99), "cuda", "none")
-    monkeypatch.setattr(choices, "CHOICES", (line,))
+    monkeypatch.setattr(PACKAGE, "CHOICES", (line,))
     machine((9, 0), built=False)
     assert take(None, "cuda:0") == "triton"
     machine((9, 0))
@@ -349,16 +356,16 @@ def test_every_choice_was_measured():
 def test_a_compiled_function_looks_its_shapes_up(machine, monkeypatch):
     """Widths and numbers of rows may be symbols: the table then becomes guards."""
     machine((9, 0))
-    fake, extension = SimpleNamespace(**vars(torch.cuda)), extensions._extension()
+    fake, extension = SimpleNamespace(**vars(torch.cuda)), cuda._extension()
     monkeypatch.undo()  # the compiler asks torch too, and must hear the truth
     told = SimpleNamespace(cuda=fake, version=SimpleNamespace(cuda="13.0"))
-    monkeypatch.setattr(extensions, "torch", told)
-    monkeypatch.setattr(extensions, "find_spec", lambda name: object())
-    monkeypatch.setattr(extensions, "_extension", lambda: extension)
+    monkeypatch.setattr(cuda, "torch", told)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object())
+    monkeypatch.setattr(cuda, "_extension", lambda: extension)
     monkeypatch.setattr(kernels, "unusable", lambda: None)
     monkeypatch.setattr(kernels, "device_unusable", lambda index: None)
     line = Choice("NVIDIA", "sample", (9, 2 * V), (1, 3), "cuda", "none")
-    monkeypatch.setattr(choices, "CHOICES", (line,))
+    monkeypatch.setattr(PACKAGE, "CHOICES", (line,))
     base = logits("cuda:0")
 
     def step(x):

@@ -134,7 +134,7 @@ def test_draws_are_independent(fast, apart):
         "position high": dict(position=position + 2**32, seed=5),
         "seed": dict(position=position, seed=6),
         "seed high": dict(position=position, seed=5 + 2**32),
-        "stream": dict(position=position, seed=5, stream="draft"),
+        "stream": dict(position=position, seed=5, noise_stream="draft"),
         "row shift": dict(position=position, seed=5),
     }[apart]
     if apart == "row shift":  # the same logits at ids 8 on: other counters

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import proxytune_kernels as ptk
-from proxytune_kernels.ops.backends import IMPLEMENTATIONS, backends
-from proxytune_kernels.ops.table import SAMPLE_OUTPUTS
+from proxytune_kernels.ops.backends import backends
+from proxytune_kernels.ops.table import OPERATORS
 from tests.ops.conftest import WIDEST, Backend, move, sized
 
 X = torch.zeros(2, 8)
@@ -57,7 +57,7 @@ BIAS_AND_MASK = {
     "mask shape": (dict(allowed_mask=MASK[:1]), ValueError, "allowed_mask must be torch.int32 of shape [2, 1]"),
 }  # fmt: skip
 PARAMS = {
-    "unknown": (dict(temprature=1.0), TypeError, "unknown sampling parameter 'temprature'; known are alpha, temperature"),
+    "unknown": (dict(temprature=1.0), TypeError, "sample() got an unexpected keyword argument 'temprature'"),
     "temperature": (dict(temperature=-0.5), ValueError, "temperature must be 0 (greedy) or a positive finite number, got -0.5"),
     "top_k": (dict(top_k=1.5), ValueError, "top_k must be a positive integer, or 0 or -1 for off, got 1.5"),
     "top_p": (dict(top_p=0.0), ValueError, "top_p must be in (0, 1], got 0.0"),
@@ -114,11 +114,11 @@ def _cases():
     )
     yield (
         "sample",
-        "stream",
+        "noise stream",
         (X,),
-        dict(stream="noise"),
+        dict(noise_stream="noise"),
         ValueError,
-        "sample: stream must be one of ['sample', 'draft'",
+        "sample: noise_stream must be one of ['sample', 'draft'",
     )
     yield (
         "sample",
@@ -331,41 +331,29 @@ def test_message(name, op, args, kwargs, error, text):
         getattr(ptk, op)(*args, **{"backend": name} | kwargs)
 
 
-def operator(backend: Backend, name: str) -> Any:
-    """What a direct caller of torch.ops calls, with tensors of the CPU."""
-    direct = IMPLEMENTATIONS if backend.interpreted else vars(torch.ops.proxytune)
-    call = direct[name]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        moved = {n: move(v, backend.device) for n, v in kwargs.items()}
-        return call(*(move(a, backend.device) for a in args), **moved)
-
-    return run
-
-
 @pytest.mark.parametrize("args", [(X[:, ::2],), (X.double(),), (X, X[:1], X), (X, X, None)])
 def test_the_operators_themselves_stay_in_bounds(widest, args):
     """Direct callers of torch.ops meet a check too, if a plainer one."""
     base, expert, anti = (*args, None, None)[:3]
     with pytest.raises((RuntimeError, ValueError), match="proxytune: |sample: "):
-        operator(widest, "sample")(base, expert, anti, *ROWS, None, None, 4, 0)
+        widest.operator("sample")(base, expert, anti, *ROWS, None, None, 4, 0, 0)
 
 
-@pytest.mark.parametrize("num_top", (-1, 0, 129, 2**32 + 1, 2**62))
-def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(widest, num_top):
-    arguments = (X, None, None, *ROWS, None, None, 8, 0, num_top)
-    errors = RuntimeError, ValueError
-    with pytest.raises(errors, match="(proxytune|sample): num_top"):
-        operator(widest, "sample_top")(*arguments)
-    out = {f"out_{name}": getattr(OUT, name) for name in SAMPLE_OUTPUTS}
-    wide = {"out_top_token_ids": TOP.token_ids, "out_top_logprobs": TOP.logprobs}
-    if 0 <= num_top < 2**32:  # outputs that would fit
-        wide = {n: t.new_zeros(2, num_top) for n, t in wide.items()}
-    with pytest.raises(errors, match="(proxytune|sample): num_top"):
-        operator(widest, "sample_top_out")(*arguments, **out, **wide)
-    top = {"out_top_token_ids": TOP.token_ids, "out_top_logprobs": TOP.logprobs}
-    with pytest.raises(errors, match="top_?.token_ids"):
-        operator(widest, "sample_top_out")(*arguments[:-1], 4, **out, **top)
+@pytest.mark.parametrize("number", (-1, 129, 2**32 + 1, 2**62))
+def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(widest, number):
+    arguments = (X, None, None, *ROWS, None, None, 8, 0)
+    refused = pytest.raises((RuntimeError, ValueError), match="(proxytune|sample): top_logprobs")
+    with refused:
+        widest.operator("sample")(*arguments, number)
+    names = OPERATORS["sample"].out_names
+    out: dict[str, Any] = dict(zip(names, (*OUT[:-1], *TOP), strict=True))
+    wide = dict(out)
+    if 0 <= number < 2**32:  # outputs that would fit
+        wide |= {n: t.new_zeros(2, number) for n, t in out.items() if n.startswith("out_top")}
+    with refused:
+        widest.operator("sample_out")(*arguments, number, **wide)
+    with pytest.raises((RuntimeError, ValueError), match="top_?.token_ids"):
+        widest.operator("sample_out")(*arguments, 4, **out)
 
 
 def test_the_widest_vocabulary(widest):

@@ -136,8 +136,8 @@ def row_params(draw: st.DrawFn, rows: int) -> tuple[ptk.RowParams, Tensor]:
             name = draw(st.sampled_from(sorted(BAD)))
             columns[name][row] = draw(st.sampled_from(BAD[name]))
             bad[row] = True
-    dtypes = ptk.params.DTYPES
-    tensors = {n: torch.tensor(v, dtype=dtypes[n]) for n, v in columns.items()}
+    fields = ptk.params.ROW_FIELDS
+    tensors = {n: torch.tensor(v, dtype=fields[n].dtype) for n, v in columns.items()}
     return ptk.RowParams(**tensors), bad
 
 
@@ -402,7 +402,7 @@ def plain_decoding(case: Case, kernel: Backend, j: int, stream: str) -> ptk.Samp
         allowed_mask=None if case.allowed_mask is None else case.allowed_mask[:, j],
     )
     params = case.params._replace(position=case.params.position + j)
-    out = kernel.sample(**at.inputs(), params=params, stream=stream, **at.constraints)
+    out = kernel.sample(**at.inputs(), params=params, noise_stream=stream, **at.constraints)
     assert isinstance(out, ptk.SampleOutput)
     return out
 

@@ -1,6 +1,6 @@
 """Triton's language does what kernels rely on: on a device, and corrected in its interpreter.
 
-``proxytune_kernels/kernels/_interpreter.py`` has the corrections; the same tests hold a device to
+``proxytune_kernels/kernels/interpreter.py`` has the corrections; the same tests hold a device to
 them, so that the interpreter may stand in for it.
 """
 
@@ -65,8 +65,8 @@ def _extrema_kernel(x, y, larger, smaller, highest, N: tl.constexpr):
 
 
 def launch(kernel, *arguments, **constants) -> None:
-    from proxytune_kernels.kernels._common import OPTIONS
-    from proxytune_kernels.ops import triton_backend  # noqa: F401  (corrects the interpreter)
+    from proxytune_kernels.kernels.common import OPTIONS
+    from proxytune_kernels.ops.backends import triton_operators  # noqa: F401  (corrects the interpreter)
 
     kernel[(1,)](*arguments, **constants, **OPTIONS)
 
@@ -183,11 +183,11 @@ def test_kernels_warn_of_nothing_and_leave_numpy_as_it_was():
 def test_correcting_again_changes_nothing():
     from triton.runtime import interpreter
 
-    from proxytune_kernels.kernels import _interpreter
+    from proxytune_kernels.kernels.interpreter import correct
 
-    _interpreter.correct()
+    correct()
     before = interpreter.GridExecutor.__call__, tl.constexpr.__sub__, interpreter._convert_float
-    _interpreter.correct()
+    correct()
     after = interpreter.GridExecutor.__call__, tl.constexpr.__sub__, interpreter._convert_float
     assert before == after
     assert ptk.backends()["triton"] is None

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from proxytune_kernels.ops.table import empty_sample
 from tests.ops import oracle
 from tests.ops.conftest import NEEDS_TRITON, Backend, move
 
@@ -27,30 +26,30 @@ class Way(NamedTuple):
     """How far a row went."""
 
     mode: str  # what its last launch was
-    narrowed: bool  # whether narrow read it
+    counted: bool  # whether pivots read it
 
 
 DONE, FLAT = Way("done", False), Way("flat", True)
-ALONE, NARROWED_ALONE = Way("alone", False), Way("alone", True)
+SEARCHED, COUNTED_AND_SEARCHED = Way("searched", False), Way("searched", True)
 
 
 def sample(base: Tensor, **values: Any) -> tuple[ptk.SampleOutput, list[Way]]:
     """``sample`` of base alone, and the ways of its rows."""
-    from proxytune_kernels.kernels import _row
-    from proxytune_kernels.kernels.sample import inputs, launch_sample
-    from proxytune_kernels.ops import triton_backend  # noqa: F401  (corrects the interpreter)
+    from proxytune_kernels.kernels import common, workspace
+    from proxytune_kernels.kernels.sample import launch_sample
+    from proxytune_kernels.ops.backends import triton_operators  # noqa: F401  (corrects the interpreter)
 
     base = move(base, TRITON.device)
     params = ptk.RowParams.make(len(base), device=base.device, **values)
-    out = _row.Outputs(*empty_sample(base))
-    logits, strides = inputs(base, None, None)
-    _, state = launch_sample(logits, strides, params, out, base.shape[1], 1, 0)
-    names = {_row.DONE.value: "done", _row.FLAT.value: "flat", _row.ALONE.value: "alone"}
+    out = workspace.Outputs(*ptk.sample(base, backend="reference")[:-1])
+    logits = common.inputs(base, None, None)
+    _, left = launch_sample(logits, params, out, base.shape[1], 1, 0)
+    modes = {getattr(workspace, name.upper()).value: name for name in ("done", "flat", "searched")}
     ways = []
-    for counters in state.counters.tolist():
-        mode = names[counters[_row.MODE.value]]
+    for counters in left.counters.tolist():
+        mode = modes[counters[workspace.MODE.value]]
         # Of rows that select finishes it writes no other counter.
-        ways.append(Way(mode, mode != "done" and counters[_row.NARROWED.value] > 0))
+        ways.append(Way(mode, mode != "done" and counters[workspace.PIVOTS_DONE.value] > 0))
     return ptk.SampleOutput(*(t.cpu() for t in out)), ways
 
 
@@ -95,18 +94,18 @@ CASES: dict[str, tuple[Tensor, dict[str, Any], Way]] = {
     "top_k, many tokens": (noise(2100, 1.0), dict(top_k=800, temperature=0.7), FLAT),
     "more tiles than a list of tiles": (spikes(66), dict(top_k=80), FLAT),
     "a cut within the tiles' error": (torch.zeros(1, 4), dict(top_p=0.5), FLAT),
-    "thousands of ties": (torch.zeros(1, 8300), dict(top_p=0.5), NARROWED_ALONE),
-    "min_p, many tokens": (noise(700, 0.1), dict(min_p=0.5), ALONE),
+    "thousands of ties": (torch.zeros(1, 8300), dict(top_p=0.5), COUNTED_AND_SEARCHED),
+    "min_p, many tokens": (noise(700, 0.1), dict(min_p=0.5), SEARCHED),
     "two filters, many tokens": (
-        noise(700, 0.1), dict(top_k=600, top_p=0.9, filter_order="hf"), ALONE,
+        noise(700, 0.1), dict(top_k=600, top_p=0.9, filter_order="hf"), SEARCHED,
     ),
-    "two filters in order vllm": (noise(700, 0.1), dict(min_p=0.6, top_p=0.9), ALONE),
+    "two filters in order vllm": (noise(700, 0.1), dict(min_p=0.6, top_p=0.9), SEARCHED),
     "three filters in order joint": (
-        noise(700, 0.1), dict(top_k=650, min_p=0.6, top_p=0.9, filter_order="joint"), ALONE,
+        noise(700, 0.1), dict(top_k=650, min_p=0.6, top_p=0.9, filter_order="joint"), SEARCHED,
     ),
-    "+inf": (plus_inf(300), dict(top_p=0.9), ALONE),
-    "+inf, no filter": (plus_inf(300), dict(), ALONE),
-    "+inf, greedy": (plus_inf(300), dict(temperature=0.0), ALONE),
+    "+inf": (plus_inf(300), dict(top_p=0.9), SEARCHED),
+    "+inf, no filter": (plus_inf(300), dict(), SEARCHED),
+    "+inf, greedy": (plus_inf(300), dict(temperature=0.0), SEARCHED),
 }  # fmt: skip
 
 
@@ -127,14 +126,14 @@ def test_a_row_goes_its_way_to_the_references_token(case):
 @pytest.mark.parametrize(
     ("base", "values"),
     [
-        (noise(4200, 1.0), dict(top_p=0.9)),  # narrow and finish
+        (noise(4200, 1.0), dict(top_p=0.9)),  # pivots and draw
         (noise(4200, 1.0).mul(4).round().div(4), dict(top_k=1500)),  # ties at the cut
-        (noise(700, 0.1), dict(min_p=0.5)),  # one program alone
+        (noise(700, 0.1), dict(min_p=0.5)),  # a search by one program
     ],
 )
 def test_the_number_of_programs_a_row_does_not_show(base, values):
     """Fewer rows are spread over more programs; and neighbours that go other ways."""
-    from proxytune_kernels.kernels.sample import splits_of
+    from proxytune_kernels.kernels.common import splits_of
 
     device = move(base, TRITON.device).device
     assert splits_of(1, 4200, device) > splits_of(10_000, 4200, device) == 1

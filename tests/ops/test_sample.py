@@ -28,7 +28,7 @@ def test_golden_draws(backend):
     assert sum(d["vocab_size"] == wide for d in few) == 3
     for entry in sized(backend, draws, few):
         roles = golden.logits(entry["case"], entry["vocab_size"], entry["shift"])
-        out = backend.sample(*roles, golden.params_of(entry), stream=entry["stream"])
+        out = backend.sample(*roles, golden.params_of(entry), noise_stream=entry["stream"])
         assert int(out.token_ids) == entry["token_id"], entry
         assert int(out.num_kept) == entry["num_kept"], entry
 
@@ -45,7 +45,7 @@ def _check_gap(backend, token, other, seed, position, stream="sample"):
     steps = one - rival + torch.tensor([-20, -1, -bound, bound, 1, 20], dtype=torch.float64)
     rows = torch.full((6, max(token, other) + 1), -INF)
     rows[:, token], rows[:, other] = 0.0, steps.float()
-    out = backend.sample(rows, seed=seed, position=position, stream=stream)
+    out = backend.sample(rows, seed=seed, position=position, noise_stream=stream)
     assert out.token_ids.tolist() == [token] * 3 + [other] * 3
 
 

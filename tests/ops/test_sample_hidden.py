@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from proxytune_kernels.ops import cpu_heads
+from proxytune_kernels.ops.backends import cpu
 from tests.ops import oracle
 from tests.ops.conftest import (
     BACKENDS,
@@ -148,9 +148,9 @@ def test_stream_and_padding(backend):
         head.weight[width - 8 :] = torch.nan
     narrow = [h._replace(weight=h.weight[:380]) for h in heads]
     params = params_of(6, 9, 380)
-    got = backend.sample_hidden(*heads, params, vocab_size=380, stream="draft")
+    got = backend.sample_hidden(*heads, params, vocab_size=380, noise_stream="draft")
     logits = [exact_logits(h).float() for h in narrow]
-    oracle.assert_same(got, backend.sample(*logits, params, stream="draft"))
+    oracle.assert_same(got, backend.sample(*logits, params, noise_stream="draft"))
 
 
 @backends
@@ -318,13 +318,13 @@ def test_x_on_the_cpu_is_the_same_bits_everywhere(dtype):
     whole = []
     for backend in CPUS:
         backend.use()
-        whole.append(cpu_heads.combined((heads[0], heads[1], heads[2]), alpha, None, 500))
+        whole.append(cpu.combined((heads[0], heads[1], heads[2]), alpha, None, 500))
     for other in whole[1:]:
         oracle.assert_same(whole[0], other)
     torch.set_num_threads(3)
     for rows, width in ((slice(0, 1), 500), (slice(3, 9), 499), (slice(12, 13), 97)):
         part = [h._replace(hidden=h.hidden[rows]) for h in heads]
-        x = cpu_heads.combined((part[0], part[1], part[2]), alpha[rows], None, width)
+        x = cpu.combined((part[0], part[1], part[2]), alpha[rows], None, width)
         oracle.assert_same(x, whole[0][rows, :width])
     CPUS[-1].use()
 
@@ -437,7 +437,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "top_logprobs must be in [0, 128], got 129",
     ),
-    "stream": ({"stream": "main"}, ValueError, "stream must be one of ['sample', 'draft'"),
+    "noise stream": (
+        {"noise_stream": "main"},
+        ValueError,
+        "noise_stream must be one of ['sample', 'draft'",
+    ),
     "params": (
         {"params": [ptk.SamplingParams(seed=1)]},
         ValueError,
@@ -487,7 +491,7 @@ on_device = pytest.mark.parametrize(
 OPS = torch.ops.proxytune
 
 
-def arguments(optional: bool, num_top: int, device: str) -> tuple[Any, ...]:
+def arguments(optional: bool, number: int, device: str) -> tuple[Any, ...]:
     """Of the operator, flat; ``optional``: with all of those that may be absent."""
     heads = integer_heads(30, 3, 70)
     absent = ptk.Head(NOTHING, NOTHING)
@@ -496,15 +500,15 @@ def arguments(optional: bool, num_top: int, device: str) -> tuple[Any, ...]:
     if optional:
         anti = anti._replace(bias=torch.arange(70.0), logit_scale=0.5, soft_cap=9.0)
         bias, mask = torch.arange(210.0).view(3, 70), torch.full((3, 3), -1, dtype=torch.int32)
-    flat = (*base, *expert, *anti, *params_of(30, 3, 70), bias, mask, 70, 0, num_top)
+    flat = (*base, *expert, *anti, *params_of(30, 3, 70), bias, mask, 70, 0, number)
     return move(flat, device)
 
 
 @on_device
-@pytest.mark.parametrize("num_top", (0, 5))
+@pytest.mark.parametrize("number", (0, 5))
 @pytest.mark.parametrize("optional", (False, True))
-def test_opcheck_and_out_twin(optional, num_top, device):
-    given = arguments(optional, num_top, device)
+def test_opcheck_and_out_twin(optional, number, device):
+    given = arguments(optional, number, device)
     torch.library.opcheck(OPS.sample_hidden.default, given)
     results = OPS.sample_hidden(*given)
     schema = OPS.sample_hidden_out.default._schema
@@ -530,7 +534,7 @@ def test_compile_fullgraph(compiler, device):
         base, expert, anti = heads[0]._replace(hidden=hidden * 1), heads[1], heads[2]
         drawn: Any = ptk.sample_hidden(base, expert, anti, params, top_logprobs=2)
         again = ptk.sample_hidden(base, expert, anti, temperature=3.0, seed=9, out=out)
-        return (drawn.token_ids + 1, *drawn[1:5], *drawn.top, again.logprobs + 1)
+        return (drawn.token_ids + 1, *drawn[1:-1], *drawn.top, again.logprobs + 1)
 
     out = ptk.sample_hidden(*heads, temperature=3.0, seed=9)
     wanted = step(heads[0].hidden, oracle.each(torch.clone, out))

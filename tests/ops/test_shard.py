@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +14,8 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels import reference, rng
-from proxytune_kernels.ops.backends import IMPLEMENTATIONS
-from proxytune_kernels.ops.shard_table import NUM_WORDS, SHARD_OPERATORS
-from proxytune_kernels.ops.sharded.rows import Finished, first_keys
+from proxytune_kernels.ops.sharded.candidates import first_keys
+from proxytune_kernels.ops.table import NUM_WORDS, OPERATORS, Finished
 from tests.ops import oracle
 from tests.ops.conftest import KERNELS, Backend, _use, move, sized
 
@@ -28,16 +27,6 @@ CUTS: tuple[tuple[float, ...], ...] = ((), (0.4,), (0.001, 0.31, 0.31, 0.77))
 def kernel(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The backends that have these operators, on every instruction set."""
     yield from _use(request.param)
-
-
-def operator(kernel: Backend, name: str) -> Callable[..., Any]:
-    """The operator of a backend; tensors come and go on the CPU."""
-    run = IMPLEMENTATIONS[name] if kernel.interpreted else getattr(torch.ops.proxytune, name)
-
-    def call(*arguments: Any) -> Any:
-        return move(run(*move(arguments, kernel.device)), "cpu")
-
-    return call
 
 
 def parts_of(x: Tensor, cuts: Sequence[float]) -> list[tuple[int, Tensor]]:
@@ -54,14 +43,14 @@ def drawn(
     """What ranks with these parts get from each other's numbers; and their summaries."""
     parts = parts_of(x, cuts)
     number = rng.STREAMS[stream]
-    summaries = torch.stack([operator(kernel, "shard_scan")(part) for _, part in parts])
+    summaries = torch.stack([kernel.operator("shard_scan")(part) for _, part in parts])
     words, lists = [], []
     for start, part in parts:
-        draw = operator(kernel, "shard_draw")
+        draw = kernel.operator("shard_draw")
         words.append(draw(part, summaries, *params, None, wanted, start, number))
-        keys = operator(kernel, "shard_keys")(part, summaries, start)
+        keys = kernel.operator("shard_keys")(part, summaries, start)
         lists.append(first_keys(keys, length))
-    finish = operator(kernel, "shard_finish")
+    finish = kernel.operator("shard_finish")
     out = finish(summaries, torch.stack(words), torch.stack(lists), *params, None, number)
     return Finished(*out), summaries
 
@@ -113,7 +102,7 @@ def test_too_few_candidates_are_noticed(kernel, order):
         # A list reaches to kept sets of its own length, where it has what top_p is a share of.
         assert ((wanted.num_kept > length) | (params.top_k > length))[open_rows].all()
         closed = Finished(*(column[~open_rows] for column in found))
-        same_draws(closed, ptk.SampleOutput(*(t[~open_rows] for t in wanted[:5])), kernel)
+        same_draws(closed, ptk.SampleOutput(*(t[~open_rows] for t in wanted[:-1])), kernel)
 
 
 def test_summaries(kernel):
@@ -121,7 +110,7 @@ def test_summaries(kernel):
         [[1.0, -2.0, 0.5], [math.nan, -1.0, -math.inf], [-math.inf] * 3, [math.inf, 0, math.inf],
          [-0.0, 0.0, -0.0], [math.nan] * 3]
     )  # fmt: skip
-    word = operator(kernel, "shard_scan")(x)
+    word = kernel.operator("shard_scan")(x)
     assert (word & 0xFFFFF).tolist() == [3, 1, 0, 2, 3, 0]
     assert ((word >> 20) & 1).tolist() == [0, 1, 0, 0, 0, 1]
     top = word >> 21
@@ -134,8 +123,8 @@ def test_keys_are_the_order_of_tokens(kernel):
     x[0, 7], x[1, 3] = math.nan, -math.inf
     x[2, 100:103] = math.inf
     for start, part in parts_of(x, CUTS[2]):
-        summaries = operator(kernel, "shard_scan")(part)[None]
-        keys = operator(kernel, "shard_keys")(part, summaries, start)
+        summaries = kernel.operator("shard_scan")(part)[None]
+        keys = kernel.operator("shard_keys")(part, summaries, start)
         for row, own in zip(part, keys, strict=True):
             infinite = row == math.inf
             live = infinite if infinite.any() else row > -math.inf  # false for NaN
@@ -153,10 +142,10 @@ def test_masses(kernel):
     x = torch.randn(4, 500, generator=g) * 5
     temperature = torch.tensor([0.5, 1.0, 2.0, 1e-40])
     params = ptk.RowParams.make(4, temperature=temperature, min_p=0.01)
-    summaries = operator(kernel, "shard_scan")(x)[None]
-    keys = operator(kernel, "shard_keys")(x, summaries, 11)
+    summaries = kernel.operator("shard_scan")(x)[None]
+    keys = kernel.operator("shard_keys")(x, summaries, 11)
     cut = keys.sort(descending=True).values[:, 200].contiguous()
-    words = operator(kernel, "shard_draw")(x, summaries, *params, cut, None, 11, 0)
+    words = kernel.operator("shard_draw")(x, summaries, *params, cut, None, 11, 0)
     shifted = x.double() - x.amax(-1, keepdim=True)
     scaled = shifted / torch.where(temperature < 1e-38, 1.0, temperature)[:, None]
     kept = (keys >= cut[:, None]) & (scaled >= math.log(0.01))
@@ -177,13 +166,13 @@ def test_histogram(kernel):
     x = torch.randn(3, 700, generator=g) * 3
     x[1] = x[1].round()
     temperature = torch.tensor([1.0, 0.3, 0.0])
-    summaries = operator(kernel, "shard_scan")(x)[None]
-    keys = operator(kernel, "shard_keys")(x, summaries, 1000)
+    summaries = kernel.operator("shard_scan")(x)[None]
+    keys = kernel.operator("shard_keys")(x, summaries, 1000)
     ordered = keys.sort(descending=True).values
     # At tokens, between tokens, twice the same, past both ends.
     edges = torch.stack((ordered[:, 0] + 5, ordered[:, 0], ordered[:, 9], ordered[:, 9],
                          ordered[:, 10] + 1, ordered[:, 600], ordered[:, -1] - 4), -1)  # fmt: skip
-    run = operator(kernel, "shard_histogram")
+    run = kernel.operator("shard_histogram")
     found = run(keys, summaries, temperature, edges.contiguous()).view(3, 2, -1).cumsum(-1)
     for row in range(3):
         above = keys[row] >= edges[row][:, None]
@@ -193,7 +182,7 @@ def test_histogram(kernel):
     params = params._replace(temperature=torch.tensor([1.0, 0.3, 1.0]))
     for i in range(edges.shape[1]):
         cut = edges[:, i].contiguous()
-        words = operator(kernel, "shard_draw")(x, summaries, *params, cut, None, 1000, 0)
+        words = kernel.operator("shard_draw")(x, summaries, *params, cut, None, 1000, 0)
         assert torch.equal(found[:, 1, i], words[:, 2])
 
 
@@ -203,14 +192,14 @@ def test_given_kept_sets_are_drawn_from(kernel):
     x, params = combined(oracle.random_rows(8, batch, 300, order="vllm"))
     whole, _ = drawn(kernel, x, params, (), 300)
     live = whole.token_ids >= 0
-    kept = torch.stack((whole.cut, whole.num_kept.long(), whole.kept_mass), -1)
+    kept = torch.stack((whole.cut, whole.num_kept.long(), whole.kept_mass, whole.raw_mass), -1)
     parts = parts_of(x, CUTS[2])
-    summaries = torch.stack([operator(kernel, "shard_scan")(part) for _, part in parts])
+    summaries = torch.stack([kernel.operator("shard_scan")(part) for _, part in parts])
     words = torch.stack(
-        [operator(kernel, "shard_draw")(part, summaries, *params, whole.cut, None, start, 0)
+        [kernel.operator("shard_draw")(part, summaries, *params, whole.cut, None, start, 0)
          for start, part in parts]
     )  # fmt: skip
-    finish = operator(kernel, "shard_finish")
+    finish = kernel.operator("shard_finish")
     found = Finished(*finish(summaries, words, None, *params, kept, 0))
     assert live.any()
     for one, other in zip(found, whole, strict=True):
@@ -232,6 +221,8 @@ def test_wanted_tokens(kernel):
     again, _ = drawn(kernel, x, params, CUTS[2], size, wanted=drawn_ids)
     live = found.token_ids >= 0
     assert torch.equal(again.wanted_logprobs[live], found.logprobs[live])
+    assert torch.equal(again.wanted_raw_logprobs[live], found.raw_logprobs[live])
+    assert torch.equal(found.wanted_raw_logprobs.isnan(), ~kept)
     # The likeliest tokens' too: docs/contracts.md, Logprobs.
     logprobs = d.logprobs().gather(-1, wanted.clamp(0, size - 1)[:, None])[:, 0]
     scaled = d.scaled.gather(-1, wanted.clamp(0, size - 1)[:, None])[:, 0]
@@ -245,8 +236,8 @@ def test_wanted_tokens(kernel):
 def test_a_word_has_no_room_for_the_wanted_token_unless_it_is_asked_for(kernel):
     x = torch.zeros(2, 5)
     params = ptk.RowParams.make(2)
-    summaries = operator(kernel, "shard_scan")(x)[None]
-    draw = operator(kernel, "shard_draw")
+    summaries = kernel.operator("shard_scan")(x)[None]
+    draw = kernel.operator("shard_draw")
     assert draw(x, summaries, *params, None, None, 0, 0).shape == (2, NUM_WORDS)
     wanted = torch.tensor([3, 99])
     words = draw(x, summaries, *params, None, wanted, 0, 0)
@@ -266,18 +257,19 @@ def _rejected(kernel: Backend, batch: int, size: int, cuts: Sequence[float], see
     wanted = torch.stack((drafts, torch.full_like(drafts, -1)), -1).flatten()
     target, summaries = drawn(kernel, x, rows, cuts, size, "bonus", wanted)
     draft, draft_summaries = drawn(kernel, y, params, cuts, size, "draft", drafts)
-    accepted, steps = operator(kernel, "shard_accept")(
+    accepted, steps = kernel.operator("shard_accept")(
         target.wanted_logprobs.view(batch, 2), target.status.view(batch, 2),
         draft.wanted_logprobs[:, None], drafts[:, None], params.seed, params.position,
     )  # fmt: skip
-    residual = operator(kernel, "shard_residual")
+    residual = kernel.operator("shard_residual")
     words = torch.stack([
         residual(part, summaries, target.cut, target.kept_mass, draft_part, draft_summaries,
                  draft.cut, draft.kept_mass, steps, *params, start)
         for (start, part), (_, draft_part) in zip(parts_of(x, cuts), parts_of(y, cuts), strict=True)
     ])  # fmt: skip
-    kept = torch.stack((target.cut, target.num_kept.long(), target.kept_mass), -1)[::2]
-    finish = operator(kernel, "shard_finish")
+    known = (target.cut, target.num_kept.long(), target.kept_mass, target.raw_mass)
+    kept = torch.stack(known, -1)[::2]
+    finish = kernel.operator("shard_finish")
     stream = rng.STREAMS["residual"]
     at = summaries[:, ::2].contiguous()
     drawn_again = Finished(*finish(at, words, None, *params, kept.contiguous(), stream))
@@ -296,10 +288,11 @@ def test_rejection(kernel, cuts):
     rejected = steps == 0
     assert rejected.any() and (accepted[rejected] == 0).all()
     assert torch.equal(residual.token_ids[rejected], whole.token_ids[rejected, 0])
-    one, other = residual.logprobs[rejected], whole.logprobs[rejected, 0]
-    torch.testing.assert_close(one, other, rtol=2.0**-23, atol=kernel.tile_error)
-    if kernel.tile_error == 0:
-        assert torch.equal(one, other)
+    for name in ("logprobs", "raw_logprobs"):
+        one, other = getattr(residual, name)[rejected], getattr(whole, name)[rejected, 0]
+        torch.testing.assert_close(one, other, rtol=2.0**-23, atol=kernel.tile_error)
+        if kernel.tile_error == 0:
+            assert torch.equal(one, other)
     assert (residual.token_ids[~rejected] == -1).all()
 
 
@@ -308,9 +301,9 @@ def good(kernel: Backend, op: str) -> list[Any]:
     rows, size, world = 2, 3, 2
     params = list(ptk.RowParams.make(rows))
     x = torch.zeros(rows, size)
-    summaries = torch.stack([operator(kernel, "shard_scan")(x)] * world)
+    summaries = torch.stack([kernel.operator("shard_scan")(x)] * world)
     first = torch.zeros(rows, dtype=torch.int64)
-    drawn_words = operator(kernel, "shard_draw")(x, summaries, *params, None, first, 0, 0)
+    drawn_words = kernel.operator("shard_draw")(x, summaries, *params, None, first, 0, 0)
     words, lists = torch.stack([drawn_words] * world), torch.zeros(world, rows, 4).long()
     vector = torch.ones(rows, dtype=torch.int64)
     two = torch.ones(2 * rows, dtype=torch.int64)
@@ -319,7 +312,7 @@ def good(kernel: Backend, op: str) -> list[Any]:
         "shard_keys": [x, summaries, 0],
         "shard_draw": [x, summaries, *params, vector, vector, 0, 0],
         "shard_histogram": [lists[0], summaries, params[1], lists[1]],
-        "shard_finish": [summaries, words, lists, *params, torch.ones(rows, 3).long(), 0],
+        "shard_finish": [summaries, words, lists, *params, torch.ones(rows, 4).long(), 0],
         "shard_accept": [torch.zeros(rows, 2), torch.zeros(rows, 2).int(), torch.zeros(rows, 1),
                          torch.zeros(rows, 1).long(), *params[6:]],
         "shard_residual": [torch.zeros(2 * rows, size), torch.cat([summaries, summaries], 1), two,
@@ -328,7 +321,7 @@ def good(kernel: Backend, op: str) -> list[Any]:
     return calls[op]
 
 
-@pytest.mark.parametrize("op", SHARD_OPERATORS)
+@pytest.mark.parametrize("op", [name for name in OPERATORS if name.startswith("shard_")])
 def test_opcheck(widest, op):
     """Schemas, fakes and traced calls; the dispatcher knows no interpreter."""
     if widest.interpreted:

@@ -10,7 +10,6 @@ import torch
 from scipy import stats
 
 import proxytune_kernels as ptk
-from proxytune_kernels.ops.table import SAMPLE_OUTPUTS
 from tests.ops import oracle
 from tests.ops.conftest import Backend, sized
 
@@ -26,7 +25,7 @@ def block(seed, batch, k, vocab_size, dtype=torch.float32):
 
 
 def plain(backend, roles, params, **kwargs):
-    """What decoding without drafts draws at each position: [B, k + 1]."""
+    """What decoding without drafts draws at each position: a SampleOutput of [B, k + 1]."""
     outs = [
         backend.sample(
             *(r[:, j] for r in roles),
@@ -35,7 +34,8 @@ def plain(backend, roles, params, **kwargs):
         )
         for j in range(roles[0].shape[1])
     ]
-    return [torch.stack([getattr(out, name) for out in outs], 1) for name in SAMPLE_OUTPUTS]
+    columns = zip(*(out[:-1] for out in outs), strict=True)
+    return ptk.SampleOutput._make([*(torch.stack(column, 1) for column in columns), None])
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
@@ -44,7 +44,8 @@ def test_coupled_is_plain_decoding(backend, k, vocab_size, dtype):
     """Token for token, logprob for logprob, whatever the drafts: right, wrong, missing, absurd."""
     batch = sized(backend, 60, 4)
     roles, params = block(70 + k, batch, k, vocab_size, dtype)
-    tokens, logprobs, _, _, status = plain(backend, roles, params)
+    wanted = plain(backend, roles, params)
+    tokens, status = wanted.token_ids, wanted.status
     g = torch.Generator().manual_seed(71)
     drafts = tokens[:, :k].clone()
     wrong = torch.rand(batch, k, generator=g) < 0.2
@@ -58,8 +59,12 @@ def test_coupled_is_plain_decoding(backend, k, vocab_size, dtype):
         assert int(out.num_accepted[row]) == accepted
         emitted = [*tokens[row, : accepted + 1].tolist(), *[-1] * (k - accepted)]
         assert out.token_ids[row].tolist() == emitted
-        wanted = torch.cat([logprobs[row, : accepted + 1], torch.full((k - accepted,), torch.nan)])
-        torch.testing.assert_close(out.logprobs[row], wanted, rtol=0, atol=0, equal_nan=True)
+        used = torch.arange(k + 1) <= accepted
+        for name in ("logprobs", "raw_logprobs"):
+            expected = getattr(wanted, name)[row].masked_fill(~used, torch.nan)
+            torch.testing.assert_close(
+                getattr(out, name)[row], expected, rtol=0, atol=0, equal_nan=True
+            )
         assert int(out.status[row]) == np.bitwise_or.reduce(status[row, : accepted + 1].numpy())
 
 
@@ -80,7 +85,8 @@ def test_is_the_references(kernel, mode, k):
     draft_logits = roles[0][:, :k] + 0.5 * torch.randn(batch, k, 50, generator=g)
     steps = [params._replace(position=params.position + j) for j in range(k)]
     drawn = [
-        kernel.sample(draft_logits[:, j], params=p, stream="draft") for j, p in enumerate(steps)
+        kernel.sample(draft_logits[:, j], params=p, noise_stream="draft")
+        for j, p in enumerate(steps)
     ]
     drafts = torch.stack([d.token_ids for d in drawn], 1)
     drafts[::9] = torch.randint(-1, 52, drafts[::9].shape, generator=g)
@@ -91,7 +97,9 @@ def test_is_the_references(kernel, mode, k):
     assert out.num_accepted.tolist() == wanted.num_accepted.tolist()
     assert out.status.tolist() == wanted.status.tolist()
     # each is right to test_kept's bound, which at these depths (under 130 nats) is 2^-22 * 264
-    torch.testing.assert_close(out.logprobs, wanted.logprobs, rtol=0, atol=7e-5, equal_nan=True)
+    for name in ("logprobs", "raw_logprobs"):
+        one, other = getattr(out, name), getattr(wanted, name)
+        torch.testing.assert_close(one, other, rtol=0, atol=7e-5, equal_nan=True)
     assert 0 < out.num_accepted.sum() < batch * k
 
 
@@ -153,7 +161,7 @@ def decode_three(backend, target, draft, draws, seed, filters):
     last, drafts = start, []
     for j in range(K):
         out = backend.sample(
-            draft[j][last], position=position + j, seed=seed, stream="draft", **filters
+            draft[j][last], position=position + j, seed=seed, noise_stream="draft", **filters
         )
         last = out.token_ids
         drafts.append(last)
@@ -211,7 +219,9 @@ def test_the_bonus_after_a_full_acceptance_has_the_targets_law(fast):
     row = torch.randn(V, generator=torch.Generator().manual_seed(90))
     position = torch.arange(draws) * 4
     batch = row.expand(draws, -1)
-    drawn = [fast.sample(batch, position=position + j, seed=1, stream="draft") for j in range(K)]
+    drawn = [
+        fast.sample(batch, position=position + j, seed=1, noise_stream="draft") for j in range(K)
+    ]
     drafts = torch.stack([d.token_ids for d in drawn], 1)
     logits = row.expand(draws, K + 1, -1)
     out = fast.verify(
@@ -238,11 +248,13 @@ def test_acceptance_does_not_reuse_the_draft_noise(fast):
     q = torch.tensor([0.0, 0.0])
     p = torch.tensor([0.0, -1.0])  # token 1 is accepted with probability 2 * 0.269
     position = torch.arange(draws)
-    tokens = fast.sample(q.expand(draws, -1), position=position, seed=2, stream="draft").token_ids
+    tokens = fast.sample(
+        q.expand(draws, -1), position=position, seed=2, noise_stream="draft"
+    ).token_ids
     ones = position[tokens == 1]
     # Whether token 1 would have won by two nats more.
     clear = fast.sample(
-        torch.tensor([2.0, 0.0]).expand(len(ones), -1), position=ones, seed=2, stream="draft"
+        torch.tensor([2.0, 0.0]).expand(len(ones), -1), position=ones, seed=2, noise_stream="draft"
     ).token_ids
     out = fast.verify(
         p.expand(len(ones), 2, -1), None, None, torch.ones(len(ones), 1, dtype=torch.int64),
@@ -300,17 +312,43 @@ def test_drafts_outside_a_kept_set(backend):
     assert out.num_accepted.eq(1).all()
 
 
-def test_missing_drafts_are_drawn_as_the_bonus(backend):
+def test_rejection_of_rows_without_drafts_is_plain_decoding(backend):
+    """Where k is 0, or the first draft is -1: to the bit, whatever follows it."""
+    batch = sized(backend, 40, 6)
+    roles, params = block(93, batch, 2, 25)
+    drafts = torch.full((batch, 2), -1)
+    drafts[::2, 1] = 3
+    for k in (0, 2):
+        out = backend.verify(
+            *(r[:, : k + 1] for r in roles), drafts[:, :k], params, mode="rejection",
+            draft_logits=roles[0][:, :k] * 0,
+        )  # fmt: skip
+        wanted = backend.sample(*(r[:, 0] for r in roles), params=params)
+        for name in ("token_ids", "logprobs", "raw_logprobs"):
+            one, other = getattr(out, name)[:, 0], getattr(wanted, name)
+            assert torch.equal(oracle.bits(one), oracle.bits(other)), name
+        assert torch.equal(out.status, wanted.status)
+        assert not out.num_accepted.any() and out.token_ids[:, 1:].eq(-1).all()
+
+
+def test_a_draft_that_is_missing_further_on_is_drawn_as_the_bonus(backend):
     """A row with fewer drafts ends with a token of the target, not of the residual."""
     batch = sized(backend, 40, 6)
-    (base, _, _), params = block(93, batch, 2, 25)
-    drafts = torch.full((batch, 2), -1)
-    out = backend.verify(
-        base, None, None, drafts, params, mode="rejection", draft_logits=base[:, :2] * 0
+    (base, _, _), params = block(95, batch, 2, 25)
+    params = params._replace(top_k=torch.full_like(params.top_k, 5))
+    sure = base[:, 0].argmax(-1)
+    drafts = torch.stack([sure, torch.full_like(sure, -1)], 1)
+    # A drafter that gives its draft next to nothing: accepted, always.
+    unlikely = torch.zeros_like(base[:, :2]).scatter_(2, drafts[:, :1, None].expand(-1, 2, 1), -60)
+    out = backend.verify(base, None, None, drafts, params, mode="rejection", draft_logits=unlikely)
+    live = out.num_accepted == 1
+    assert live.sum() > batch // 2
+    later = params._replace(position=params.position + 1)
+    bonus = backend.sample(base[:, 1], params=later, noise_stream="bonus")
+    assert torch.equal(out.token_ids[live, 1], bonus.token_ids[live])
+    assert torch.equal(
+        oracle.bits(out.raw_logprobs[live, 1]), oracle.bits(bonus.raw_logprobs[live])
     )
-    bonus = backend.sample(base[:, 0], params=params, stream="bonus")
-    assert out.token_ids[:, 0].tolist() == bonus.token_ids.tolist()
-    assert not out.num_accepted.any() and out.token_ids[:, 1:].eq(-1).all()
 
 
 def test_a_residual_of_nothing_is_the_target(backend):
@@ -321,11 +359,13 @@ def test_a_residual_of_nothing_is_the_target(backend):
     out = backend.verify(
         base, None, None, drafts, params, mode="rejection", draft_logits=base[:, :1]
     )
-    wanted = backend.sample(base[:, 0], params=params, stream="residual")
+    wanted = backend.sample(base[:, 0], params=params, noise_stream="residual")
     assert out.token_ids[:, 0].tolist() == wanted.token_ids.tolist()
     assert len(set(wanted.token_ids.tolist())) > batch // 4
     assert torch.equal(out.status, wanted.status) and not out.num_accepted.any()
-    assert torch.equal(oracle.bits(out.logprobs[:, 0]), oracle.bits(wanted.logprobs))
+    for name in ("logprobs", "raw_logprobs"):
+        one, other = getattr(out, name)[:, 0], getattr(wanted, name)
+        assert torch.equal(oracle.bits(one), oracle.bits(other)), name
 
 
 @pytest.mark.parametrize("mode", ("coupled", "rejection"))
@@ -339,4 +379,5 @@ def test_bad_parameters_and_empty_rows(backend, mode):
     )
     assert out.status.tolist() == [0, 4, 8]
     assert out.token_ids[1:].tolist() == [[-1, -1]] * 2 and out.logprobs[1:].isnan().all()
+    assert torch.equal(out.raw_logprobs.isnan(), out.token_ids < 0)
     assert out.num_accepted[1:].tolist() == [0, 0] and out.token_ids[0, 0] >= 0

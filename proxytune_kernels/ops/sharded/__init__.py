@@ -7,8 +7,7 @@ from the whole row, for tens of bytes a row instead of the logits. docs/sharded.
 
 from __future__ import annotations
 
-from proxytune_kernels.ops.sharded.sample import sample
+from proxytune_kernels.ops.sharded.operators import sample, verify
 from proxytune_kernels.ops.sharded.shard import Shard
-from proxytune_kernels.ops.sharded.verify import verify
 
 __all__ = ["Shard", "sample", "verify"]

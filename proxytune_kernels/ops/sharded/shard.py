@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from proxytune_kernels.ops.backends import IMPLEMENTATIONS, backends, resolve
+from proxytune_kernels.ops.backends import BY_NAME, resolve
+from proxytune_kernels.ops.backends.backend import Implementation
 from proxytune_kernels.ops.checks import MAX_VOCAB_SIZE
 
 # Renamed in torch 2.12; the old name warns.
@@ -74,7 +74,7 @@ class Shard:
             raise RuntimeError(
                 "Shard.agree: torch.distributed is not initialised: call init_process_group first"
             )
-        names, refused = sorted(backends()), None
+        names, refused = sorted(BY_NAME), None
         try:
             _check_part(vocab_start, size)
             like = torch.empty((1, size), device=device)
@@ -116,12 +116,9 @@ class Shard:
             dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group)
         return tensor
 
-    def operator(self, name: str, device: torch.device) -> Callable[..., Any]:
+    def operator(self, name: str, device: torch.device) -> Implementation:
         """The backend's ``shard_*`` operator for tensors on a device."""
-        if self.backend == "triton" and device.type != "cuda":  # Triton's interpreter
-            return IMPLEMENTATIONS[name]
-        implementation: Callable[..., Any] = getattr(torch.ops.proxytune, name)
-        return implementation
+        return BY_NAME[self.backend].implementation(name, device)
 
 
 def _tell(

@@ -243,7 +243,7 @@ def _rows() -> Iterator[tuple[str, Case]]:
     for seed, size in ((1, 70), (2, 700)):
         yield f"constrained-{size}", partial(constrained, seed, size)
     yield "no-rows", partial(random_rows, 1, 0, 50)
-    yield "draft-stream", lambda: drawn(random_rows(3, 20, 300), stream="draft")
+    yield "draft-stream", lambda: drawn(random_rows(3, 20, 300), noise_stream="draft")
     yield "short-list", lambda: short_list(random_rows(21, 60, 500), 2)
     yield "promised-top-k", promised
 

@@ -1,10 +1,10 @@
 // Registers the operators of vocabularies spread over ranks. Schemas live in
-// proxytune_kernels/ops/shard_table.py; the checks here keep direct callers of torch.ops in bounds.
+// proxytune_kernels/ops/table.py; the checks here keep direct callers of torch.ops in bounds.
 #include <algorithm>
 #include <vector>
 
 #include "binding.h"
-#include "cpu/shard_types.h"
+#include "cpu/shard.h"
 
 namespace {
 
@@ -18,13 +18,13 @@ const ShardKernels& kernels() {
 }
 
 const float* floats(const Tensor& t, int64_t count, const char* name) {
-  return values_of<float>(t, ScalarType::Float, count, name);
+  return values_of<float>(t, count, name);
 }
 const int32_t* ints(const Tensor& t, int64_t count, const char* name) {
-  return values_of<int32_t>(t, ScalarType::Int, count, name);
+  return values_of<int32_t>(t, count, name);
 }
 const int64_t* longs(const Tensor& t, int64_t count, const char* name) {
-  return values_of<int64_t>(t, ScalarType::Long, count, name);
+  return values_of<int64_t>(t, count, name);
 }
 template <typename T>
 T* out_of(const Tensor& t) {
@@ -67,27 +67,15 @@ struct Summaries {
   RowHead head(int64_t row) const { return head_of(data, world, rows, row); }
 };
 
-struct Params {
-  const float* alpha;
-  proxytune_params rest;
-  Params(int64_t rows, PTK_PARAMS)
-      : alpha(floats(alpha, rows, "alpha")),
-        rest(params_of({temperature, top_k, top_p, min_p, filter_order, seed, position}, rows)) {}
-  RawParams row(int64_t i) const {
-    return {alpha[i],      rest.temperature[i],  rest.top_k[i], rest.top_p[i],
-            rest.min_p[i], rest.filter_order[i], rest.seed[i],  rest.position[i]};
-  }
-};
-
-void check_stream(int64_t stream) {
-  STD_TORCH_CHECK(stream >= 0 && stream <= int64_t(kStreamBonus),
-                  "proxytune: stream is out of range");
+void check_stream(int64_t noise_stream) {
+  STD_TORCH_CHECK(noise_stream >= 0 && noise_stream <= int64_t(kStreamBonus),
+                  "proxytune: noise_stream is out of range");
 }
 
 Tensor shard_scan(Tensor x) {
   const Part part(x, 0, "x");
   const ShardKernels& k = kernels();
-  const Tensor out = empty(x, ScalarType::Long, part.rows);
+  const Tensor out = new_tensor(x, ScalarType::Long, part.rows);
   auto* summaries = out_of<int64_t>(out);
   over_rows(part.rows, [&](int64_t row) { summaries[row] = k.scan(part.row(row)); });
   return out;
@@ -96,7 +84,7 @@ Tensor shard_scan(Tensor x) {
 Tensor shard_keys(Tensor x, Tensor summaries, int64_t vocab_start) {
   const Part part(x, vocab_start, "x");
   const Summaries heads(summaries, part.rows, "summaries");
-  const Tensor out = empty(x, ScalarType::Long, part.rows, part.size);
+  const Tensor out = new_tensor(x, ScalarType::Long, part.rows, part.size);
   auto* keys = out_of<int64_t>(out);
   over_rows(part.rows, [&](int64_t row) {
     const bool infinite = heads.head(row).infinite;
@@ -110,27 +98,28 @@ Tensor shard_keys(Tensor x, Tensor summaries, int64_t vocab_start) {
   return out;
 }
 
-Tensor shard_draw(Tensor x, Tensor summaries, PTK_PARAMS, MaybeTensor cut, MaybeTensor wanted,
-                  int64_t vocab_start, int64_t stream) {
+Tensor shard_draw(Tensor x, Tensor summaries, PTK_PARAMS, MaybeTensor lowest_kept, MaybeTensor wanted,
+                  int64_t vocab_start, int64_t noise_stream) {
   const Part part(x, vocab_start, "x");
   const Summaries heads(summaries, part.rows, "summaries");
-  const Params params(part.rows, PTK_PARAM_VALUES);
-  check_stream(stream);
-  const int64_t* cuts = cut ? longs(*cut, part.rows, "cut") : nullptr;
+  const float* alphas = floats(alpha, part.rows, "alpha");
+  const proxytune_params params = params_of(part.rows, PTK_PARAM_VALUES);
+  check_stream(noise_stream);
+  const int64_t* given = lowest_kept ? longs(*lowest_kept, part.rows, "lowest_kept") : nullptr;
   const int64_t* ids = wanted ? longs(*wanted, part.rows, "wanted") : nullptr;
   const ShardKernels& k = kernels();
   const int64_t width = kWords + (ids != nullptr);
-  const Tensor out = empty(x, ScalarType::Long, part.rows, width);
+  const Tensor out = new_tensor(x, ScalarType::Long, part.rows, width);
   over_rows(part.rows, [&](int64_t row) {
     int64_t* words = out_of<int64_t>(out) + row * width;
     std::fill(words, words + width, 0);
-    const RawParams raw = params.row(row);
+    const RawParams raw = params_at(alphas, params, row);
     const RowHead head = heads.head(row);
     if (!valid(raw) || head.count == 0) return;
     const RowParams p = make_row_params(raw);
-    const NoiseKey noise = make_noise_key(raw.seed, raw.position, uint32_t(stream));
-    const int64_t from = cuts ? std::max(cuts[row], kNoCut) : kNoCut;
-    k.draw(part.row(row), head, p, noise, from, cuts || !is_listed(p, head), words);
+    const NoiseKey noise = make_noise_key(raw.seed, raw.position, uint32_t(noise_stream));
+    const int64_t lowest = given ? std::max(given[row], kLowestKey) : kLowestKey;
+    k.draw(part.row(row), head, p, noise, lowest, given || !is_listed(p, head), words);
     if (!ids) return;
     const int64_t i = ids[row] < 0 ? -1 : ids[row] - part.start;
     if (i < 0 || i >= part.size) return;
@@ -150,7 +139,7 @@ Tensor shard_histogram(Tensor keys, Tensor summaries, Tensor temperature, Tensor
   const float* temperatures = floats(temperature, rows, "temperature");
   const Summaries heads(summaries, rows, "summaries");
   const ShardKernels& k = kernels();
-  const Tensor out = empty(keys, ScalarType::Long, rows, 2 * bins);
+  const Tensor out = new_tensor(keys, ScalarType::Long, rows, 2 * bins);
   over_rows(rows, [&](int64_t row) {
     int64_t* counts = out_of<int64_t>(out) + row * 2 * bins;
     int64_t* masses = counts + bins;
@@ -172,10 +161,11 @@ Tensor shard_histogram(Tensor keys, Tensor summaries, Tensor temperature, Tensor
   return out;
 }
 
-using Finished = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Finished = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                            Tensor, Tensor>;
 
 Finished shard_finish(Tensor summaries, Tensor words, MaybeTensor candidates, PTK_PARAMS,
-                      MaybeTensor kept, int64_t stream) {
+                      MaybeTensor kept, int64_t noise_stream) {
   check_dim(words, 3, "words");
   Gathered g{};
   g.world = words.size(0), g.rows = words.size(1), g.num_words = words.size(2);
@@ -190,24 +180,26 @@ Finished shard_finish(Tensor summaries, Tensor words, MaybeTensor candidates, PT
     const int64_t all = g.world * g.rows * g.num_candidates;
     g.candidates = longs(*candidates, all, "candidates");
   }
-  const int64_t* given = kept ? longs(*kept, g.rows * 3, "kept") : nullptr;
-  const Params params(g.rows, PTK_PARAM_VALUES);
-  check_stream(stream);
+  const int64_t* given = kept ? longs(*kept, g.rows * 4, "kept") : nullptr;
+  const float* alphas = floats(alpha, g.rows, "alpha");
+  const proxytune_params params = params_of(g.rows, PTK_PARAM_VALUES);
+  check_stream(noise_stream);
   const ShardKernels& k = kernels();
-  const auto column = [&](ScalarType type) { return empty(words, type, g.rows); };
+  const auto column = [&](ScalarType type) { return new_tensor(words, type, g.rows); };
   const Tensor token_ids = column(ScalarType::Long), logprobs = column(ScalarType::Float),
                raw_logprobs = column(ScalarType::Float), num_kept = column(ScalarType::Int),
                status = column(ScalarType::Int), cut = column(ScalarType::Long),
                kept_mass = column(ScalarType::Long), wanted = column(ScalarType::Float),
+               wanted_raw = column(ScalarType::Float), raw_mass = column(ScalarType::Long),
                undecided = column(ScalarType::Int);
   over_rows(g.rows, [&](int64_t row) {
-    Cut known{};
+    KnownRow known{};
     if (given) {
-      const int64_t* v = given + row * 3;
-      known = {v[0], uint64_t(v[1]), uint64_t(v[2])};
+      const int64_t* v = given + row * 4;
+      known = {{v[0], uint64_t(v[1]), uint64_t(v[2])}, uint64_t(v[3])};
     }
     const ShardResult r =
-        finish_row(k, g, row, params.row(row), uint32_t(stream), given ? &known : nullptr);
+        finish_row(k, g, row, params_at(alphas, params, row), uint32_t(noise_stream), given ? &known : nullptr);
     out_of<int64_t>(token_ids)[row] = r.token_id;
     out_of<float>(logprobs)[row] = r.logprob;
     out_of<float>(raw_logprobs)[row] = r.raw_logprob;
@@ -216,9 +208,12 @@ Finished shard_finish(Tensor summaries, Tensor words, MaybeTensor candidates, PT
     out_of<int64_t>(cut)[row] = r.kept.key;
     out_of<int64_t>(kept_mass)[row] = int64_t(r.kept.mass);
     out_of<float>(wanted)[row] = r.wanted_logprob;
+    out_of<float>(wanted_raw)[row] = r.wanted_raw_logprob;
+    out_of<int64_t>(raw_mass)[row] = int64_t(r.raw_mass);
     out_of<int32_t>(undecided)[row] = r.undecided;
   });
-  return {token_ids, logprobs, raw_logprobs, num_kept, status, cut, kept_mass, wanted, undecided};
+  return {token_ids, logprobs, raw_logprobs, num_kept, status, cut, kept_mass,
+          wanted, wanted_raw, raw_mass, undecided};
 }
 
 // u < target / draft, in fp64 logs; what the draft's distribution does not hold is accepted whenever
@@ -240,8 +235,8 @@ std::tuple<Tensor, Tensor> shard_accept(Tensor target_logprobs, Tensor target_st
   const float* draft = floats(draft_logprobs, rows * drafts, "draft_logprobs");
   const int64_t* seeds = longs(seed, rows, "seed");
   const int64_t* positions = longs(position, rows, "position");
-  const Tensor num_accepted = empty(seed, ScalarType::Int, rows);
-  const Tensor residual = empty(seed, ScalarType::Long, rows);
+  const Tensor num_accepted = new_tensor(seed, ScalarType::Int, rows);
+  const Tensor residual = new_tensor(seed, ScalarType::Long, rows);
   over_rows(rows, [&](int64_t row) {
     int64_t j = 0, stopped = -1;
     for (; j < drafts; ++j) {
@@ -262,15 +257,15 @@ std::tuple<Tensor, Tensor> shard_accept(Tensor target_logprobs, Tensor target_st
 struct Side {
   Part part;
   Summaries heads;
-  const int64_t *cut, *mass;
-  Side(const Tensor& x, const Tensor& summaries, const Tensor& cuts, const Tensor& masses,
+  const int64_t *lowest_kept, *kept_mass;
+  Side(const Tensor& x, const Tensor& summaries, const Tensor& keys, const Tensor& masses,
        int64_t vocab_start)
       : part(x, vocab_start, "x"),
         heads(summaries, part.rows, "summaries"),
-        cut(longs(cuts, part.rows, "cut")),
-        mass(longs(masses, part.rows, "kept_mass")) {}
+        lowest_kept(longs(keys, part.rows, "cut")),
+        kept_mass(longs(masses, part.rows, "kept_mass")) {}
   ShardSide row(int64_t i) const {
-    return {part.row(i), heads.head(i), std::max(cut[i], kNoCut), uint64_t(mass[i])};
+    return {part.row(i), heads.head(i), std::max(lowest_kept[i], kLowestKey), uint64_t(kept_mass[i])};
   }
 };
 
@@ -285,15 +280,15 @@ Tensor shard_residual(Tensor x, Tensor summaries, Tensor cut, Tensor kept_mass, 
                       draft.part.size == target.part.size,
                   "proxytune: x, draft_x and steps must be of [B, k + 1], [B, k] and [B]");
   const int64_t* step = longs(steps, rows, "steps");
-  const Params params(rows, PTK_PARAM_VALUES);
+  const float* alphas = floats(alpha, rows, "alpha");
+  const proxytune_params params = params_of(rows, PTK_PARAM_VALUES);
   const ShardKernels& k = kernels();
-  const Tensor out = empty(x, ScalarType::Long, rows, kResidualWords);
+  const Tensor out = new_tensor(x, ScalarType::Long, rows, kResidualWords);
   over_rows(rows, [&](int64_t row) {
     int64_t* words = out_of<int64_t>(out) + row * kResidualWords;
     std::fill(words, words + kResidualWords, 0);
     if (step[row] < 0 || step[row] >= drafts) return;
-    RawParams raw = params.row(row);
-    raw.position = int64_t(uint64_t(raw.position) + uint64_t(step[row]));
+    const RawParams raw = params_at_draft(params_at(alphas, params, row), step[row]);
     const ShardSide from = target.row(row * (drafts + 1) + step[row]);
     if (!valid(raw) || from.head.count == 0) return;
     const NoiseKey noise = make_noise_key(raw.seed, raw.position, kStreamResidual);

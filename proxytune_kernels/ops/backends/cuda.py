@@ -8,14 +8,44 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from typing_extensions import override
+
+from proxytune_kernels.ops.backends.backend import Backend, Implementation, registered
+from proxytune_kernels.ops.table import OPERATORS, define
 
 _OLDEST = (9, 0)
 _MODULE = "proxytune_kernels._cuda"
+_NAMES = ("sample", "verify")
+
+LIBRARY = define("proxytune_cuda", [OPERATORS[name] for name in _NAMES])
+_IMPLEMENTATIONS = registered("proxytune_cuda", _NAMES)
 
 
-def unusable() -> str | None:
-    """Why the kernels can't run here, as a sentence; None where they can."""
-    return missing() or device_unusable(torch.cuda.current_device())
+class Cuda(Backend):
+    """The CUDA C++ extension."""
+
+    name = device_type = "cuda"
+    operators = _NAMES
+
+    @override
+    def missing(self) -> str | None:
+        return missing()
+
+    @override
+    def unusable(self) -> str | None:
+        return missing() or device_unusable(torch.cuda.current_device())
+
+    @override
+    def device_unusable(self, index: int) -> str | None:
+        return device_unusable(index)
+
+    @override
+    def max_vocab_size(self, index: int, rejection: bool) -> int | None:
+        return max_vocab_size(rejection, index)
+
+    @override
+    def implementation(self, name: str, device: torch.device) -> Implementation:
+        return _IMPLEMENTATIONS[name]
 
 
 @cache

@@ -1,21 +1,46 @@
-"""Keyed noise: Philox4x32-10 and the Gumbel variate of the contract (docs/contracts.md)."""
+"""Keyed noise: Philox4x32-10, the contract's Gumbel variate, and the Gumbel-max of tokens.
+
+    g = -log(-log1p(-u)),    token = argmax(fl(fl((x - max) * fl(1 / T)) + g))
+
+A draw is the maximum of packed scores, so the order of blocks and programs does not matter. Nothing
+is read but x: noise is a function of the key and the token (docs/contracts.md, Randomness).
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+from proxytune_kernels.kernels.common import INF, LANES, LN2, TILE, block_ids, cleaned, combined
 
 HIGHEST_U = tl.constexpr(1.0 - 2.0**-24)
 WORD_ULP = tl.constexpr(2.0**-32)
 
 
+class NoiseKey(NamedTuple):
+    """What a row's noise depends on, but for the token."""
+
+    seed: Any  # int64
+    position: Any  # int64
+    stream: Any  # one of rng.STREAMS
+
+
 @triton.jit
-def philox(c0, seed, position, last):
-    """Four words, uint32, of counters c0 (uint32) for key ``seed`` and position, both int64."""
+def noise_key(row_params, b, t, stream):
+    """The key of request b at position t."""
+    return NoiseKey(tl.load(row_params.seed + b), tl.load(row_params.position + b) + t, stream)
+
+
+@triton.jit
+def philox(c0, noise, retry):
+    """Four words, uint32, of each counter c0, uint32."""
+    seed, position = noise.seed, noise.position
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c1 = tl.zeros_like(c0) + position.to(tl.uint32)
     c2 = tl.zeros_like(c0) + (position >> 32).to(tl.uint32)
-    c3 = (tl.zeros_like(c0) + last).to(tl.uint32)  # last may be a constant
+    c3 = (tl.zeros_like(c0) + (noise.stream + (retry << 8))).to(tl.uint32)
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -29,30 +54,30 @@ def philox(c0, seed, position, last):
 
 
 @triton.jit
-def tile_words(first, seed, position, stream, TILES: tl.constexpr):
+def tile_words(first, noise, TILES: tl.constexpr):
     """Words of tokens ``first[i] + 0..127``, first int32 [TILES]: uint32 [TILES, 128]."""
     counters = (first[:, None] >> 2) + tl.arange(0, 32)[None, :]
-    w0, w1, w2, w3 = philox(counters.to(tl.uint32), seed, position, stream)
+    w0, w1, w2, w3 = philox(counters.to(tl.uint32), noise, 0)
     return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [TILES, 128])
 
 
 @triton.jit
-def token_words(ids, seed, position, last):
+def token_words(ids, noise, retry):
     """The word of each token, ids int32."""
-    w0, w1, w2, w3 = philox((ids >> 2).to(tl.uint32), seed, position, last)
+    w0, w1, w2, w3 = philox((ids >> 2).to(tl.uint32), noise, retry)
     even, odd = tl.where(ids & 2 != 0, w2, w0), tl.where(ids & 2 != 0, w3, w1)
     return tl.where(ids & 1 != 0, odd, even)
 
 
 @triton.jit
-def uniform(words, ids, seed, position, stream):
+def uniform(words, ids, noise):
     """u of the tokens' first words, in [2^-97, 1 - 2^-24]; a word of 0 is drawn again, finer."""
     u = tl.fma(words.to(tl.float32), WORD_ULP, 0.5 * WORD_ULP)
     zero = words == 0
     retry = tl.full([], 1, tl.int32)
     scale = tl.full([], WORD_ULP * WORD_ULP, tl.float32)
     while (retry <= 2) & (tl.max(tl.ravel(zero.to(tl.int32)), 0) != 0):  # once in 2^32 tokens
-        again = token_words(ids, seed, position, stream + (retry << 8))
+        again = token_words(ids, noise, retry)
         u = tl.where(zero, tl.fma(again.to(tl.float32), scale, 0.5 * scale), u)
         zero = zero & (again == 0)
         scale *= WORD_ULP
@@ -127,3 +152,42 @@ def score_of(packed):
     """The score of a packed score; NaN where none was packed."""
     ordered = (packed >> 32).to(tl.int32)
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gumbel_max_tile(logits, alpha, b, t, tile, row_max, inv_t, greedy, noise, vocab_size):
+    """Packed score of the best token of one whole tile; greedy rows go by x alone."""
+    ids = tile * TILE + tl.arange(0, TILE)
+    x = combined(logits, alpha, b, t, ids, ids < vocab_size)
+    x = cleaned(x, row_max)
+    score = x - row_max
+    if greedy == 0:
+        first = tl.full([1], 0, tl.int32) + tile * TILE
+        words = tl.reshape(tile_words(first, noise, 1), [TILE])
+        score = score * inv_t + gumbel(uniform(words, ids, noise))
+    return best_of(tl.where(x > -INF, score, -INF), ids)
+
+
+@triton.jit
+def block_words(block, noise, PER: tl.constexpr):
+    """Words of a block's tokens, uint32 [128, PER]."""
+    first = block * (LANES * PER) + tl.arange(0, PER) * 128
+    return tl.reshape(tile_words(first, noise, PER), [LANES, PER])
+
+
+@triton.jit
+def gumbel_max_block(best, shifted, taken, block, inv_t, noise, PER: tl.constexpr):
+    """The better of ``best`` (a packed score) and the block's taken tokens.
+
+    Scores are evaluated only where a cheap upper bound of them passes the best so far.
+    """
+    words = block_words(block, noise, PER)
+    scaled = shifted * inv_t
+    most = LN2 * noise_bound(words)
+    bound = scaled + most + (2e-4 + 2e-5 * tl.abs(scaled) + 1e-5 * tl.abs(most))
+    highest = tl.max(tl.max(tl.where(taken, bound, -INF), 1), 0)
+    if (highest > -INF) & ((highest < score_of(best)) == 0):  # true for NaN: nothing yet
+        ids = block_ids(block, PER)
+        score = scaled + gumbel(uniform(words, ids, noise))
+        best = tl.maximum(best, best_of(tl.where(taken, score, -INF), ids))
+    return best

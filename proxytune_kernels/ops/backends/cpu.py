@@ -1,19 +1,59 @@
-"""``proxytune::sample_hidden`` on the CPU: heads and combination, chunk by chunk.
+"""The C++ extension, ``torch.ops.proxytune`` on CPU tensors.
 
-The weights are read once, in place. Of [B, V] there is one fp32 matrix, x; the three roles' logits
-are held for a chunk.
+``sample_hidden`` is heads and combination, chunk by chunk, then ``sample``: the weights are read
+once, in place. Of [B, V] there is one fp32 matrix, x; the three roles' logits are held for a chunk.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from proxytune_kernels.heads import Head
-from proxytune_kernels.ops import head_checks
-from proxytune_kernels.ops.table import LIBRARY, empty_top
+from proxytune_kernels.ops.backends.backend import (
+    Backend,
+    Implementation,
+    from_writer,
+    registered,
+)
+from proxytune_kernels.ops.table import LIBRARY, OPERATORS
+
+
+def _load() -> str | None:
+    try:
+        import_module("proxytune_kernels._cpu")  # registers the kernels
+    except ModuleNotFoundError:
+        return (
+            "the C++ extension is not built: install a C++20 compiler, then run "
+            "`pip install --no-build-isolation .` without PROXYTUNE_SKIP_EXT"
+        )
+    except ImportError as error:
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+# At import, so that exported and compiled graphs find torch.ops.proxytune's kernels.
+_MISSING = _load()
+_IMPLEMENTATIONS = registered("proxytune", list(OPERATORS))
+
+
+class Cpu(Backend):
+    """The C++ extension."""
+
+    name = device_type = "cpu"
+
+    @override
+    def missing(self) -> str | None:
+        return _MISSING
+
+    @override
+    def implementation(self, name: str, device: torch.device) -> Implementation:
+        return _IMPLEMENTATIONS[name]
+
 
 _CHUNK = 2**17  # logits of a role at once: 512 KiB
 _FEWEST, _MOST = 1024, 8192  # tokens of a chunk
@@ -72,26 +112,15 @@ def combined(
     return x
 
 
-def _sample(given: head_checks.Arguments) -> tuple[Tensor, ...]:
-    x = combined(given.heads, given.params.alpha, given.bias, given.vocab_size)
-    rest = (*given.params, None, given.allowed_mask, given.vocab_size, given.stream)
-    if given.num_top > 0:
-        return tuple(torch.ops.proxytune.sample_top(x, None, None, *rest, given.num_top))
-    return (*torch.ops.proxytune.sample(x, None, None, *rest), *empty_top(x, 0))
+def _sample_hidden(
+    base: Head, expert: Head | None, anti: Head | None, params: Any, bias: Any, allowed_mask: Any,
+    vocab_size: int, noise_stream: int, top_logprobs: int, out: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    x = combined((base, expert, anti), params.alpha, bias, vocab_size)
+    given = (x, None, None, *params, None, allowed_mask, vocab_size, noise_stream, top_logprobs)
+    outputs = dict(zip(OPERATORS["sample"].out_names, out, strict=True))
+    torch.ops.proxytune.sample_out(*given, **outputs)
 
 
-def sample_hidden(*arguments: Any) -> tuple[Tensor, ...]:
-    """``proxytune::sample_hidden``."""
-    return _sample(head_checks.sample_hidden(*arguments))
-
-
-def sample_hidden_out(*arguments: Any, **out: Tensor) -> None:
-    """``proxytune::sample_hidden_out``."""
-    given = head_checks.sample_hidden(*arguments)
-    head_checks.outputs(given, out)
-    for written, value in zip(out.values(), _sample(given), strict=True):
-        written.copy_(value)
-
-
-LIBRARY.impl("sample_hidden", sample_hidden, "CPU")
-LIBRARY.impl("sample_hidden_out", sample_hidden_out, "CPU")
+for _name, _implementation in from_writer("sample_hidden", _sample_hidden).items():
+    LIBRARY.impl(_name, _implementation, "CPU")

@@ -1,4 +1,4 @@
-// Keyed Gumbel noise and the race: the argmax of score + noise over the kept tokens.
+// The draw by keyed Gumbel noise: the argmax of score + noise over the kept tokens.
 #pragma once
 
 namespace ptk {
@@ -32,7 +32,7 @@ inline void tile_words(const NoiseKey& key, uint32_t first, uint32_t* out) {
   }
 }
 
-// The winner so far: highest score, lowest id on ties.
+// The best token so far: highest score, lowest id on ties.
 struct Best {
   float score = -INFINITY;
   uint32_t id = UINT32_MAX;
@@ -66,13 +66,13 @@ inline void offer(const NoiseKey& key, F score, U word, U id, uint32_t mask, Bes
   }
 }
 
-constexpr uint32_t kRaceTogether = 8192;  // kept tokens
-constexpr int kSparse = 24;  // below so many kept tokens a tile's words are not all made
+constexpr uint32_t kParallelDraw = 8192;  // fewer kept tokens are not worth waking other threads for
+constexpr int kSparse = 24;  // for fewer kept tokens of a tile, only their words are made
 
-// Offers the tokens of one tile. `scores(i)` gives kWidth scores from token i of the tile, at most
-// `top`; `kept(i)` the mask of those in the race.
+// Offers the tokens of one tile: kept(i) is the mask of kWidth tokens from token i of the tile, scores(i)
+// has their scores, which are at most `top`.
 template <typename Scores, typename Kept>
-void race_tile(const NoiseKey& key, uint32_t first, float top, Scores scores, Kept kept, Best& best) {
+void gumbel_max_tile(const NoiseKey& key, uint32_t first, float top, Scores scores, Kept kept, Best& best) {
   uint32_t masks[kTile / kWidth];
   int count = 0;
   for (int i = 0; i < kTile; i += kWidth) count += std::popcount(masks[i / kWidth] = kept(i));
@@ -97,7 +97,7 @@ void race_tile(const NoiseKey& key, uint32_t first, float top, Scores scores, Ke
   }
 }
 
-// The kept tokens of kWidth from x, whose first id is `id`.
+// Which of kWidth tokens, the first of which has this id, are kept.
 inline uint32_t kept_mask(F x, uint32_t id, const Prefix& kept) {
   const uint32_t above = gt(x, set(kept.x)), tied = eq(x, set(kept.x));
   if (!tied) return above;
@@ -105,23 +105,22 @@ inline uint32_t kept_mask(F x, uint32_t id, const Prefix& kept) {
 }
 
 // The draw: argmax of (x - max) / T + g over the kept set, lowest id on ties.
-inline uint32_t race(const Row& row, const Prefix& kept, const RowParams& p, const NoiseKey& key) {
+inline uint32_t gumbel_max(const Row& row, const Prefix& kept, const RowParams& p, const NoiseKey& key) {
   const F inverse = set(p.inv_temperature), top = set(row.max);
   const auto run = [&](int t, Best& best) {
     const float* x = row.tile(t);
     const uint32_t first = uint32_t(t) * kTile;
-    race_tile(
+    gumbel_max_tile(
         key, first, (row.tile_max[t] - row.max) * p.inv_temperature,
         [&](int i) { return mul(sub(load(x + i), top), inverse); },
         [&](int i) { return kept_mask(load(x + i), first + uint32_t(i), kept); }, best);
   };
-  // The likeliest tile first: its winner spares the others most of their logarithms.
+  // The likeliest tile goes first: its best score spares the others most of their logarithms.
   const int likeliest = row.likeliest_tile();
   Best start;
   run(likeliest, start);
   Best winners[kMaxChunks];
-  // A small kept set is not worth waking other threads for.
-  const Parallel* parallel = kept.count < kRaceTogether ? nullptr : row.parallel;
+  const proxytune_parallel* parallel = kept.count < kParallelDraw ? nullptr : row.parallel;
   const int chunks = over_tiles(parallel, row.tiles, [&](int chunk, int begin, int end) {
     Best best = start;
     for (int t = begin; t < end; ++t) {

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxytune_kernels.kernels._shard import Part
-from proxytune_kernels.kernels.shard import (
+from proxytune_kernels.kernels.shard_sample import (
+    Finished,
+    Part,
+    launch_shard_draw,
+    launch_shard_finish,
     launch_shard_histogram,
     launch_shard_keys,
     launch_shard_scan,
 )
-from proxytune_kernels.kernels.shard_draw import launch_shard_draw
-from proxytune_kernels.kernels.shard_finish import FinishedOut, launch_shard_finish
-from proxytune_kernels.kernels.shard_verify import (
-    KeptRows,
-    launch_shard_accept,
-    launch_shard_residual,
-)
-from proxytune_kernels.ops.checks import MAX_VOCAB_SIZE
-from proxytune_kernels.ops.shard_table import (
-    FINISHED,
-    NUM_RESIDUAL_WORDS,
-    NUM_WORDS,
-    empty_finished,
-)
-from proxytune_kernels.ops.triton_backend import _on_device
-from proxytune_kernels.params import DTYPES, RowParams
+from proxytune_kernels.kernels.shard_verify import launch_shard_accept, launch_shard_residual
+from proxytune_kernels.kernels.verify import Kept
+from proxytune_kernels.ops.checks import MAX_VOCAB_SIZE, exactly, noise_stream
+from proxytune_kernels.ops.table import NUM_PARAMS, NUM_RESIDUAL_WORDS, NUM_WORDS, OPERATORS
+from proxytune_kernels.params import ROW_FIELDS, RowParams
 from proxytune_kernels.rng import STREAMS
 
-_NUM_PARAMS = len(RowParams._fields)
 _LONG, _REAL, _WHOLE = torch.int64, torch.float32, torch.int32
 
 
-def _tensor(op: str, name: str, value: Any, dtype: torch.dtype, *shape: int, like: Tensor) -> Any:
-    """A contiguous tensor of this dtype and shape on the device of ``like``."""
-    if (
-        not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape
-        or not value.is_contiguous() or value.device != like.device
-    ):  # fmt: skip
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(
-            f"{op}: {name} must be contiguous {dtype} of shape {list(shape)} on {like.device}, "
-            f"got {got}"
-        )
-    return value
+def _tensor(op: str, name: str, value: Any, dtype: torch.dtype, *shape: int, like: Tensor) -> None:
+    exactly(op, name, value, dtype, shape, like.device, contiguous=True)
 
 
 def _part(op: str, x: Tensor, summaries: Tensor, vocab_start: int, name: str = "x") -> Part:
@@ -62,17 +44,11 @@ def _part(op: str, x: Tensor, summaries: Tensor, vocab_start: int, name: str = "
 
 def _params(op: str, values: tuple[Any, ...], rows: int, like: Tensor) -> RowParams:
     params = RowParams(*values)
-    for name, dtype in DTYPES.items():
-        _tensor(op, name, getattr(params, name), dtype, rows, like=like)
+    for (name, field), value in zip(ROW_FIELDS.items(), params, strict=True):
+        _tensor(op, name, value, field.dtype, rows, like=like)
     return params
 
 
-def _check_stream(op: str, stream: int) -> None:
-    if stream not in STREAMS.values():
-        raise ValueError(f"{op}: stream must be one of {[*STREAMS.values()]}, got {stream!r}")
-
-
-@_on_device
 def shard_scan(x: Tensor) -> Tensor:
     """``proxytune::shard_scan``."""
     out = x.new_empty(x.shape[0], dtype=_LONG)
@@ -80,7 +56,6 @@ def shard_scan(x: Tensor) -> Tensor:
     return out
 
 
-@_on_device
 def shard_keys(x: Tensor, summaries: Tensor, vocab_start: int) -> Tensor:
     """``proxytune::shard_keys``."""
     out = x.new_empty(x.shape, dtype=_LONG)
@@ -88,23 +63,21 @@ def shard_keys(x: Tensor, summaries: Tensor, vocab_start: int) -> Tensor:
     return out
 
 
-@_on_device
 def shard_draw(x: Tensor, summaries: Tensor, *rest: Any) -> Tensor:
     """``proxytune::shard_draw``."""
     op, rows = "shard_draw", x.shape[0]
-    params = _params(op, rest[:_NUM_PARAMS], rows, x)
-    cut, wanted, vocab_start, stream = rest[_NUM_PARAMS:]
+    params = _params(op, rest[:NUM_PARAMS], rows, x)
+    cut, wanted, vocab_start, stream = rest[NUM_PARAMS:]
     part = _part(op, x, summaries, vocab_start)
     for name, value in (("cut", cut), ("wanted", wanted)):
         if value is not None:
             _tensor(op, name, value, _LONG, rows, like=x)
-    _check_stream(op, stream)
+    noise_stream(op, stream, STREAMS.values())
     out = x.new_zeros((rows, NUM_WORDS + (wanted is not None)), dtype=_LONG)
     launch_shard_draw(part, params, cut, wanted, stream, out)
     return out
 
 
-@_on_device
 def shard_histogram(keys: Tensor, summaries: Tensor, temperature: Tensor, edges: Tensor) -> Tensor:
     """``proxytune::shard_histogram``."""
     op = "shard_histogram"
@@ -120,7 +93,6 @@ def shard_histogram(keys: Tensor, summaries: Tensor, temperature: Tensor, edges:
     return out
 
 
-@_on_device
 def shard_finish(
     summaries: Tensor, words: Tensor, candidates: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -129,8 +101,8 @@ def shard_finish(
     if words.dim() != 3 or (candidates is not None and candidates.dim() != 3):
         raise ValueError(f"{op}: words and candidates must be [W, B, n]")
     world, rows, width = words.shape
-    params = _params(op, rest[:_NUM_PARAMS], rows, words)
-    kept, stream = rest[_NUM_PARAMS:]
+    params = _params(op, rest[:NUM_PARAMS], rows, words)
+    kept, stream = rest[NUM_PARAMS:]
     if width not in (NUM_WORDS, NUM_WORDS + 1) and (kept is None or width != NUM_RESIDUAL_WORDS):
         raise ValueError(f"{op}: words must have 5 or 6 words a row, 2 with kept, got {width}")
     _tensor(op, "words", words, _LONG, world, rows, width, like=words)
@@ -139,15 +111,13 @@ def shard_finish(
         shape = (world, rows, candidates.shape[2])
         _tensor(op, "candidates", candidates, _LONG, *shape, like=words)
     if kept is not None:
-        _tensor(op, "kept", kept, _LONG, rows, 3, like=words)
-    _check_stream(op, stream)
-    out = empty_finished(words)
-    named: dict[str, Any] = dict(zip(FINISHED, out, strict=True))
-    launch_shard_finish(summaries, words, candidates, params, kept, stream, FinishedOut(**named))
+        _tensor(op, "kept", kept, _LONG, rows, 4, like=words)
+    noise_stream(op, stream, STREAMS.values())
+    out = OPERATORS[op].empty(summaries, words, candidates, *rest)
+    launch_shard_finish(summaries, words, candidates, params, kept, stream, Finished(*out))
     return out
 
 
-@_on_device
 def shard_accept(
     target_logprobs: Tensor, target_status: Tensor, draft_logprobs: Tensor,
     draft_token_ids: Tensor, seed: Tensor, position: Tensor,
@@ -171,14 +141,13 @@ def shard_accept(
     return num_accepted, steps
 
 
-@_on_device
 def shard_residual(
     x: Tensor, summaries: Tensor, cut: Tensor, kept_mass: Tensor, draft_x: Tensor,
     draft_summaries: Tensor, draft_cut: Tensor, draft_kept_mass: Tensor, steps: Tensor, *rest: Any,
 ) -> Tensor:  # fmt: skip
     """``proxytune::shard_residual``."""
-    op, rows, vocab_start = "shard_residual", steps.numel(), rest[_NUM_PARAMS]
-    params = _params(op, rest[:_NUM_PARAMS], rows, x)
+    op, rows, vocab_start = "shard_residual", steps.numel(), rest[NUM_PARAMS]
+    params = _params(op, rest[:NUM_PARAMS], rows, x)
     part = _part(op, x, summaries, vocab_start)
     draft_part = _part(op, draft_x, draft_summaries, vocab_start, "draft_x")
     drafts = draft_part.rows // rows if rows else 0
@@ -194,6 +163,16 @@ def shard_residual(
     ):  # fmt: skip
         _tensor(op, name, value, _LONG, number, like=x)
     out = x.new_zeros((rows, NUM_RESIDUAL_WORDS), dtype=_LONG)
-    kept, draft_kept = KeptRows(cut, kept_mass), KeptRows(draft_cut, draft_kept_mass)
+    kept, draft_kept = Kept(cut, kept_mass), Kept(draft_cut, draft_kept_mass)
     launch_shard_residual(part, kept, draft_part, draft_kept, params, steps, out)
     return out
+
+
+SHARD_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    run.__name__: run
+    for run in (
+        shard_scan, shard_keys, shard_draw, shard_histogram, shard_finish, shard_accept,
+        shard_residual,
+    )
+}  # fmt: skip
+"""By name."""

@@ -1,4 +1,4 @@
-"""What the kernels share: how rows lie in memory, combination, masses, order and keyed noise.
+"""What all kernels share: their inputs, the contract's arithmetic, order keys and blocks of a row.
 
 The arithmetic is docs/contracts.md's, operation by operation: kernels are compiled without
 contraction (``OPTIONS``), and a fused multiply-add is written as one.
@@ -6,18 +6,22 @@ contraction (``OPTIONS``), and a fused multiply-add is written as one.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-TILE = tl.constexpr(128)  # tokens a summary
 OPTIONS = {"enable_fp_fusion": False}
 """Compile options of every kernel.
 
 What changes with the batch is marked do_not_specialize: a new batch size must not compile anything
 in the middle of serving. So is vocab_size where no wide access depends on it.
 """
+TILE = tl.constexpr(128)  # tokens a summary
+LANES = tl.constexpr(128)  # threads a block of tokens is spread over
 
 STATUS_NAN = tl.constexpr(1)
 STATUS_POSITIVE_INF = tl.constexpr(2)
@@ -37,20 +41,13 @@ ROUNDER_BITS = tl.constexpr(0x4B400000)
 DIGIT = tl.constexpr(4194304.0)  # 2^22: masses are sums of two digits of 22 bits
 MASS_ONE = tl.constexpr(17592186044416.0)  # 2^44, the mass of the likeliest token
 NO_TARGET = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # no mass reaches it
-ALL = tl.constexpr(0x7FFFFFFF)  # top_k where it is off
+TOP_K_OFF = tl.constexpr(0x7FFFFFFF)
 TOP_P_OFF = tl.constexpr(1 << 32)
+LOWEST = tl.constexpr(-0x8000000000000000)
 ID_BITS = tl.constexpr(19)  # vocab_size is at most 2^19
 LAST_ID = tl.constexpr((1 << 19) - 1)
-
-
-class Logits(NamedTuple):
-    """The tensors that make x: logits [B, T, V] of each role, and the two optional constraints."""
-
-    base: Any
-    expert: Any  # None with anti: base alone
-    anti: Any
-    bias: Any  # None, or fp32 [B, T, V]
-    allowed: Any  # None, or int32 [B, T, ceil(V / 32)]
+NO_CUTOFF = tl.constexpr(0x00800000 << 19)  # the lowest order key of a token that is not masked
+_BLOCK = 1024  # tokens that a program reads at once where a row is spread over several
 
 
 class Strides(NamedTuple):
@@ -68,13 +65,47 @@ class Strides(NamedTuple):
     allowed_t: int
 
 
+class Logits(NamedTuple):
+    """What makes x: logits [B, T, V] of each role, and the two optional constraints."""
+
+    base: Any
+    expert: Any  # None with anti: base alone
+    anti: Any
+    bias: Any  # None, or fp32 [B, T, V]
+    allowed: Any  # None, or int32 [B, T, ceil(V / 32)]
+    strides: Strides
+
+
+class Exponent(NamedTuple):
+    """log2(e) / T as the sum hi + lo; floor is the difference whose exponent is -100. All fp32."""
+
+    hi: Any
+    lo: Any
+    floor: Any
+
+
+def inputs(
+    base: Tensor, expert: Tensor | None, anti: Tensor | None,
+    bias: Tensor | None = None, allowed_mask: Tensor | None = None,
+) -> Logits:  # fmt: skip
+    """Tensors [B, V] or [B, T, V] as kernel arguments."""
+    steps: list[int] = []
+    for tensor in (base, expert, anti, bias, allowed_mask):
+        if tensor is None:
+            steps += [0, 0]
+        else:
+            steps += [tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0]
+    return Logits(base, expert, anti, bias, allowed_mask, Strides(*steps))
+
+
 @triton.jit
-def combined(logits, strides, alpha, b, t, ids, inside):
+def combined(logits, alpha, b, t, ids, inside):
     """x of tokens ``ids``, fp32, -inf where not ``inside``; NaN, +inf and -0 as they come.
 
     docs/contracts.md, Combination. alpha = 0 reads base alone. b and t are int64: rows may lie
     further apart than 2^31 elements.
     """
+    strides = logits.strides
     at = logits.base + (b * strides.base_b + t * strides.base_t)
     base = tl.load(at + ids, mask=inside, other=-INF).to(tl.float32)
     x = base
@@ -110,19 +141,20 @@ def cleaned(x, row_max):
 
 @triton.jit
 def exponent(temperature):
-    """log2(e) / T as hi + lo, and the difference whose exponent is -100: (hi, lo, floor), fp32."""
+    """The exponent of a temperature; greedy rows have that of T = 1."""
     t = tl.where(temperature < FLT_MIN, 1.0, temperature).to(tl.float64)
     value = 1.4426950408889634 / tl.minimum(t, 1.329227995784916e36)  # 2^120, for the floor's sake
     hi = value.to(tl.float32)
-    return hi, (value - hi.to(tl.float64)).to(tl.float32), (-100.0 / value).to(tl.float32)
+    lo = (value - hi.to(tl.float64)).to(tl.float32)
+    return Exponent(hi, lo, (-100.0 / value).to(tl.float32))
 
 
 @triton.jit
-def exponential(d, hi, lo, floor):
-    """exp2(d * (hi + lo)) for d <= 0, exactly 1 at 0; Cephes exp2f, the contract's mass."""
-    clamped = tl.maximum(d, floor)  # -inf becomes finite, where the mass is 0
-    n = tl.fma(clamped, hi, ROUNDER)
-    f = tl.fma(clamped, lo, tl.fma(clamped, hi, ROUNDER - n))
+def exponential(shifted, e):
+    """exp2(shifted * (hi + lo)) for shifted <= 0, exactly 1 at 0: Cephes exp2f, as the contract."""
+    clamped = tl.maximum(shifted, e.floor)  # -inf becomes finite, where the mass is 0
+    n = tl.fma(clamped, e.hi, ROUNDER)
+    f = tl.fma(clamped, e.lo, tl.fma(clamped, e.hi, ROUNDER - n))
     p = tl.fma(f, 1.535336188319500e-4, 1.339887440266574e-3)
     p = tl.fma(p, f, 9.618437357674640e-3)
     p = tl.fma(p, f, 5.550332471162809e-2)
@@ -144,9 +176,9 @@ def digits(p):
 
 
 @triton.jit
-def mass(x, row_max, hi, lo, floor):
+def mass(x, row_max, e):
     """round(2^44 exp((x - max) / T)), int64; 0 for masked tokens."""
-    high, low = digits(exponential(x - row_max, hi, lo, floor))
+    high, low = digits(exponential(x - row_max, e))
     return (high.to(tl.int64) << 22) + low.to(tl.int64)
 
 
@@ -184,3 +216,94 @@ def key_value(key):
 def key_id(key):
     """Token id of an order key, int32."""
     return LAST_ID - (key & LAST_ID).to(tl.int32)
+
+
+@triton.jit
+def block_ids(block, PER: tl.constexpr):
+    """Token ids of a block, int32 [128, PER]."""
+    lane = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]
+    return block * (LANES * PER) + lane
+
+
+@triton.jit
+def block_x(logits, alpha, b, t, block, row_max, vocab_size, PER: tl.constexpr):
+    """Cleaned x of a block, fp32 [128, PER]; -inf past the vocabulary."""
+    ids = block_ids(block, PER)
+    if (block + 1) * (LANES * PER) <= vocab_size:
+        inside = tl.full([LANES, PER], True, tl.int1)
+        x = combined(logits, alpha, b, t, ids, inside)
+    else:
+        x = combined(logits, alpha, b, t, ids, ids < vocab_size)
+    return cleaned(x, row_max)
+
+
+@triton.jit
+def is_valid(row_params, b, t):
+    """Whether request b's parameters are in range at position t."""
+    alpha, temperature = tl.load(row_params.alpha + b), tl.load(row_params.temperature + b)
+    top_k, top_p = tl.load(row_params.top_k + b), tl.load(row_params.top_p + b)
+    min_p, order = tl.load(row_params.min_p + b), tl.load(row_params.filter_order + b)
+    # Comparisons are false for NaN.
+    valid = (alpha >= -FLT_MAX) & (alpha <= FLT_MAX) & (temperature >= 0)
+    valid = valid & (temperature <= FLT_MAX) & (top_k >= -1) & (top_p > 0) & (top_p <= 1)
+    valid = valid & (min_p >= 0) & (min_p <= 1) & (order >= 0) & (order <= 2)
+    return valid & (tl.load(row_params.position + b) + t >= 0)
+
+
+@triton.jit
+def temperature_of(row_params, b):
+    """(greedy, 1 / T); 1 where greedy."""
+    temperature = tl.load(row_params.temperature + b)
+    greedy = temperature < FLT_MIN
+    return greedy, tl.div_rn(1.0, tl.where(greedy, 1.0, temperature))
+
+
+@triton.jit
+def log_mass(mass):
+    """log(mass / 2^44), fp64."""
+    return tl.log(mass.to(tl.float64) / MASS_ONE)
+
+
+@triton.jit
+def finite_max(row_max):
+    """The maximum of what `cleaned` returns: +inf has become 0."""
+    return tl.where(row_max == INF, 0.0, row_max)
+
+
+@triton.jit
+def x_at(logits, alpha, b, t, token, row_max):
+    """Cleaned x of one token of the row, int32."""
+    return cleaned(combined(logits, alpha, b, t, token, token >= 0), row_max)
+
+
+@triton.jit
+def shifted_at(logits, alpha, b, t, token, row_max):
+    """x - max of one token of the row."""
+    return x_at(logits, alpha, b, t, token, row_max) - finite_max(row_max)
+
+
+@triton.jit
+def row_mass(sums, shifted, e):
+    """2^44 times the row's mass from its tiles' (relative to their maxima), int64.
+
+    ``shifted`` is the tiles' maxima less the row's. Within 4.2e-6 of the exact mass, relatively
+    (docs/gpu.md), and the same in any order: integers are added.
+    """
+    weight = exponential(shifted, e).to(tl.float64)
+    return tl.sum((sums.to(tl.float64) * weight * MASS_ONE).to(tl.int64), 0)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 2 where the interpreter stands in for one."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits_of(rows: int, vocab_size: int, device: torch.device) -> int:
+    """Programs that a row is spread over: two waves over the device, no more than blocks.
+
+    Results do not depend on it: programs exchange integer sums and maxima.
+    """
+    return max(1, min(triton.cdiv(2 * processors(device), rows), triton.cdiv(vocab_size, _BLOCK)))

@@ -1,0 +1,114 @@
+"""The operators on Triton: what writes the results of checked arguments, by launching kernels."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxytune_kernels.heads import Head
+from proxytune_kernels.kernels import interpreted
+from proxytune_kernels.ops.backends.backend import Implementation, from_writer
+from proxytune_kernels.params import RowParams
+
+if interpreted():
+    from proxytune_kernels.kernels import interpreter
+
+    interpreter.correct()
+
+from proxytune_kernels.kernels.combine import launch_combine
+from proxytune_kernels.kernels.common import inputs
+from proxytune_kernels.kernels.sample import launch_sample
+from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
+from proxytune_kernels.kernels.score import launch_score
+from proxytune_kernels.kernels.top_logprobs import TopOutputs, launch_top_logprobs
+from proxytune_kernels.kernels.verify import VerifyOutputs, launch_coupled, launch_rejection
+from proxytune_kernels.kernels.workspace import Outputs
+from proxytune_kernels.ops.backends.triton_shards import SHARD_IMPLEMENTATIONS
+
+Out = tuple[Tensor, ...]
+
+
+def _sample(
+    base: Tensor, expert: Any, anti: Any, params: RowParams, bias: Any, allowed_mask: Any,
+    vocab_size: int, noise_stream: int, top_logprobs: int, out: Out,
+) -> None:  # fmt: skip
+    *results, top_token_ids, top = out
+    drawn = Outputs(*results)
+    logits = inputs(base, expert, anti, bias, allowed_mask)
+    tiles, workspace = launch_sample(logits, params, drawn, vocab_size, 1, noise_stream)
+    if top_logprobs:
+        likeliest = TopOutputs(top_token_ids, top)
+        launch_top_logprobs(logits, params, tiles, workspace, drawn, likeliest, vocab_size)
+
+
+def _sample_hidden(
+    base: Head, expert: Head | None, anti: Head | None, params: RowParams, bias: Any,
+    allowed_mask: Any, vocab_size: int, noise_stream: int, top_logprobs: int, out: Out,
+) -> None:  # fmt: skip
+    *results, top_token_ids, top = out
+    drawn = Outputs(*results)
+    logits, tiles, workspace = launch_sample_hidden(
+        (base, expert, anti), (bias, allowed_mask), params, drawn, vocab_size, noise_stream
+    )
+    if top_logprobs:
+        likeliest = TopOutputs(top_token_ids, top)
+        launch_top_logprobs(logits, params, tiles, workspace, drawn, likeliest, vocab_size)
+
+
+def _combine(
+    base: Tensor, expert: Any, anti: Any, alpha: Tensor, bias: Any, allowed_mask: Any,
+    vocab_size: int, out: Out,
+) -> None:  # fmt: skip
+    logits = inputs(base, expert, anti, bias, allowed_mask)
+    launch_combine(logits, alpha.contiguous(), out[0], vocab_size)
+
+
+def _score(
+    base: Tensor, expert: Any, anti: Any, token_ids: Tensor, alpha: Tensor, vocab_size: int,
+    out: Out,
+) -> None:  # fmt: skip
+    logits = inputs(base, expert, anti)
+    launch_score(logits, token_ids.contiguous(), alpha.contiguous(), out[0], vocab_size)
+
+
+def _verify(
+    base: Tensor, expert: Any, anti: Any, draft_token_ids: Tensor, draft_logits: Any,
+    params: RowParams, bias: Any, allowed_mask: Any, vocab_size: int, mode: str, out: Out,
+) -> None:  # fmt: skip
+    logits = inputs(base, expert, anti, bias, allowed_mask)
+    ids, verified = draft_token_ids.contiguous(), VerifyOutputs(*out)
+    if mode == "coupled":
+        launch_coupled(logits, ids, params, verified, vocab_size)
+    else:
+        launch_rejection(logits, ids, draft_logits, params, verified, vocab_size)
+
+
+def _on_device(run: Implementation) -> Implementation:
+    """Launches go to the current device: make it the tensors'."""
+
+    @wraps(run)
+    def guarded(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.device.type != "cuda":
+            return run(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return run(first, *args, **kwargs)
+
+    return guarded
+
+
+IMPLEMENTATIONS = {
+    name: _on_device(run)
+    for implementations in (
+        from_writer("sample", _sample),
+        from_writer("sample_hidden", _sample_hidden),
+        from_writer("combine", _combine),
+        from_writer("score", _score),
+        from_writer("verify", _verify),
+        SHARD_IMPLEMENTATIONS,
+    )
+    for name, run in implementations.items()
+}
+"""Every operator, and the twins, by name."""
