@@ -18,7 +18,7 @@ from torch import Tensor
 from proxytune_kernels.decoder.request import Request, StreamEvent
 from proxytune_kernels.decoder.sampler import StepResult
 from proxytune_kernels.decoder.scheduler import Scheduler
-from proxytune_kernels.decoder.speculative import DraftController
+from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 
 

@@ -13,8 +13,8 @@ from torch.nn import Module
 from proxytune_kernels.decoder import packing
 from proxytune_kernels.decoder.attention import flash_missing, register_attention
 from proxytune_kernels.decoder.cache import SlotCache
-from proxytune_kernels.decoder.member import Member, check_model, sharing_copy
-from proxytune_kernels.decoder.pair.pairing import pair_models
+from proxytune_kernels.decoder.model import Member, check_model, sharing_copy
+from proxytune_kernels.decoder.pair import pair_models
 from proxytune_kernels.trio.roles import PAIR
 
 Roles = tuple[str, ...]
@@ -31,7 +31,7 @@ class Runner:
             changed: the runner works on copies of their modules that share every weight.
         max_batch_size: number of slots.
         max_seq_len: tokens a slot can hold, for each role.
-        pair: how expert and anti run, one of :data:`~decoder.pair.pairing.PAIR_MODES`;
+        pair: how expert and anti run, one of :data:`~decoder.pair.PAIR_MODES`;
             None chooses.
         compile: run forwards of one token a slot through torch.compile.
         pack_weights: hold the weights of linear layers once more, packed for the CPU.

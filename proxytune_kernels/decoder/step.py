@@ -17,7 +17,7 @@ from proxytune_kernels.decoder.graphs import StepGraphs
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler, StepResult
-from proxytune_kernels.decoder.speculative import Speculation
+from proxytune_kernels.decoder.speculation import Speculation
 
 
 class Stepper:

@@ -18,7 +18,7 @@ from torch import Tensor
 from proxytune_kernels.decoder import runner as runner_module
 from proxytune_kernels.decoder.attention import flash_missing, register_attention
 from proxytune_kernels.decoder.cache import SlotCache
-from proxytune_kernels.decoder.member import Member, sharing_copy
+from proxytune_kernels.decoder.model import Member, sharing_copy
 from proxytune_kernels.decoder.runner import Runner
 from tests.decoder.test_runner import ARCHITECTURES, make, prefill, random_ids, step
 
