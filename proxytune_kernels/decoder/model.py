@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
+from torch.nn.functional import linear, rms_norm
 
 from proxytune_kernels.decoder.attention import ATTENTION_NAME
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache
-from proxytune_kernels.decoder.compiled import CompiledStep
-from proxytune_kernels.decoder.slim import slim
 from proxytune_kernels.trio import sharing
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+Forward = Callable[[Tensor, CacheStep], Tensor]
 
 
 def check_model(role: str, model: Module) -> None:
@@ -41,7 +43,7 @@ def check_model(role: str, model: Module) -> None:
         )
 
 
-def sharing_copy(model: Module) -> Any:
+def with_slot_attention(model: Module) -> Any:
     """A copy of a model's modules and configuration that shares every weight, with our attention.
 
     The attention implementation is read from the configuration that a model's layers share. Set on
@@ -52,15 +54,15 @@ def sharing_copy(model: Module) -> Any:
     return twin
 
 
-class Member:
+class SlotModel:
     """A model, and the rows of a slot cache that are its own: every ``stride``-th from ``first``.
 
     Args:
-        model: from :func:`sharing_copy`; it is changed.
-        cache: its keys and values; other members may have other rows of it.
-        first, stride: slot s of this member is row first + s * stride.
+        model: from :func:`with_slot_attention`; it is changed.
+        cache: its keys and values; another model may have other rows of it.
+        first, stride: slot s of this model is row first + s * stride.
         rows_per_slot: 2 for expert and anti as one batch (see
-            :func:`~proxytune_kernels.decoder.pair.shared.adapted_pair`), whose rows alternate.
+            :func:`~proxytune_kernels.decoder.pair.shared.shared_pair`), whose rows alternate.
         compile: run forwards of one token a row through torch.compile.
     """
 
@@ -75,7 +77,7 @@ class Member:
         compile: bool = False,
     ) -> None:
         if not compile:
-            slim(model)
+            call_directly(model)
         self.model = model
         self.cache = cache
         self._first, self._stride, self._rows_per_slot = first, stride, rows_per_slot
@@ -84,7 +86,7 @@ class Member:
         self._token_ids = torch.zeros((cache.rows, 1), dtype=torch.int64, device=cache.device)
         self._compiled = CompiledStep(self._last, _windows(model.config)) if compile else None
 
-    def over(self, cache: SlotCache) -> Member:
+    def over(self, cache: SlotCache) -> SlotModel:
         """The same model over rows of another cache, laid out alike."""
         other = copy.copy(self)
         other.cache = cache
@@ -199,3 +201,140 @@ def _windows(config: Any) -> list[int | None]:
     window = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None) or ["sliding_attention"]
     return list({window if kind == "sliding_attention" else None: None for kind in types})
+
+
+class CompiledStep:
+    """A role's decoding forward, compiled once for one row and once for several.
+
+    Args:
+        forward: token ids [B, 1] and the step -> logits [B, V]; its modules must not change.
+        windows: the attention windows of the model's layers; None among them for full attention.
+    """
+
+    def __init__(self, forward: Forward, windows: Sequence[int | None]) -> None:
+        def step_forward(token_ids: Tensor, step: CacheStep) -> Tensor:
+            return forward(token_ids, step)
+
+        # torch.compile files its graphs under the code object. Roles share the code above, and a
+        # role must not even look at another's graphs: its modules are not guarded (see below).
+        step_forward.__code__ = step_forward.__code__.replace()
+        self._windows = windows
+        # Checking thousands of module attributes takes as long as a small model's forward, and the
+        # modules are the runner's own, which nobody changes.
+        guard_filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        self._compiled: Forward = torch.compile(
+            step_forward, dynamic=False, options={"guard_filter_fn": guard_filter}
+        )
+
+    def __call__(self, token_ids: Tensor, step: CacheStep) -> Tensor:
+        """Logits [B, V] of one more token in each of the first B slots."""
+        # "Maybe": of two slots, several rows are always two.
+        torch._dynamo.maybe_mark_dynamic(step.span, 0)
+        if token_ids.shape[0] > 1:
+            # Rows that are equally long just now take the ragged rows' graph.
+            step.ragged = True
+            assert step.write_index is not None
+            for tensor in (token_ids, step.position_ids, step.positions, step.write_index):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            # The masks are built here, for all layers, rather than in each layer.
+            for window in self._windows:
+                torch._dynamo.maybe_mark_dynamic(step.mask(window), (0, 3))
+        return self._compiled(token_ids, step)
+
+    def warm_up_lengths(
+        self, max_batch_size: int, max_seq_len: int, several: bool = False
+    ) -> list[tuple[int, ...]]:
+        """Lengths of the rows, batch by batch, that meet every graph once.
+
+        ``several``: a slot has several rows, so that there is no batch of one.
+        """
+        # Unlike the number of rows: dimensions that are equal by chance are compiled as equal.
+        short = min(5, max_seq_len - 1)
+        if several:
+            return [(short,)]
+        # One row has another graph where it has outgrown a window.
+        past = [w + 1 for w in self._windows if w is not None and w + 1 < max_seq_len]
+        batch = [(short, short - 1)] if max_batch_size > 1 else []
+        return [*((length,) for length in (short, *past)), *batch]
+
+
+class _DirectLinear(Linear):
+    def __call__(self, input: Tensor) -> Tensor:
+        parameters = self._parameters
+        return linear(input, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+
+
+class _DirectNorm:
+    """Llama's RMSNorm in one call; in fp32 to the bit what its six calls give."""
+
+    _parameters: dict[str, Tensor]
+    variance_epsilon: float
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
+        if weight.dtype == hidden_states.dtype == torch.float32:
+            return rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+        return self.forward(hidden_states)  # type: ignore[attr-defined]
+
+
+def _is_llama_norm(kind: type[Module]) -> bool:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    # transformers copies this class from model to model: the same code under other names.
+    code, llama = kind.forward.__code__, LlamaRMSNorm.forward.__code__
+    return (code.co_code, code.co_names, code.co_consts) == (
+        llama.co_code,
+        llama.co_names,
+        llama.co_consts,
+    )
+
+
+def _direct_class(kind: type[Module]) -> type[Module]:
+    if kind is Linear:
+        return _DirectLinear
+    if kind.__name__.endswith("RMSNorm") and _is_llama_norm(kind):
+        return type(kind.__name__, (_DirectNorm, kind), {"__module__": kind.__module__})
+    body = {"__call__": kind.forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), body)
+
+
+def _direct_config(config: Any) -> None:
+    # Every read of a configuration looks in a map of aliases and in overrides per layer.
+    kind = type(config)
+    if not config.attribute_map and "_heterogeneity_spec" not in vars(config):
+        body = {"__getattribute__": object.__getattribute__, "__module__": kind.__module__}
+        config.__class__ = type(kind.__name__, (kind,), body)
+
+
+def call_directly(model: Any) -> None:
+    """Let the modules of a model that is nobody else's be called without ``nn.Module.__call__``.
+
+    At batch 1 a small model's step is mostly Python: each module call goes through the hook
+    machinery, and each parameter through ``__getattr__``. The decoder's copy has no hooks to serve,
+    so its modules are called straight. The numbers do not change: the same functions run on the
+    same tensors.
+
+    The model must be in eval mode, and stay with the modules and parameters that it has; those of
+    a module that accelerate offloads may come and go. A module with hooks, with a ``forward`` of
+    its own (as accelerate puts there), or whose class defines another ``__call__``, is called as
+    before.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    # The latter only adds what training needs.
+    calls = (Module.__call__, GradientCheckpointingLayer.__call__)
+    classes: dict[Any, type[Module]] = {}
+    for module in list(model.modules()):
+        kind = type(module)
+        plain = kind.__call__ in calls and "forward" not in vars(module)
+        if plain and not any(getattr(module, name) for name in _HOOKS):
+            if kind not in classes:
+                classes[kind] = _direct_class(kind)
+            module.__class__ = classes[kind]
+        # Found at once, where nn.Module has them found by __getattr__ after a failed look here.
+        # Not the buffers: some models register new ones as they run (rope scaling).
+        vars(module).update(module._modules)
+        # Nor the parameters that accelerate's hook brings in for a call and takes away again.
+        if "_hf_hook" not in vars(module):
+            vars(module).update(module._parameters)
+    _direct_config(model.config)

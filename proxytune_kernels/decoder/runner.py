@@ -13,7 +13,7 @@ from torch.nn import Module
 from proxytune_kernels.decoder import packing
 from proxytune_kernels.decoder.attention import flash_missing, register_attention
 from proxytune_kernels.decoder.cache import SlotCache
-from proxytune_kernels.decoder.model import Member, check_model, sharing_copy
+from proxytune_kernels.decoder.model import SlotModel, check_model, with_slot_attention
 from proxytune_kernels.decoder.pair import pair_models
 from proxytune_kernels.trio.roles import PAIR
 
@@ -69,8 +69,8 @@ class Runner:
         # Stacked weights are neither compiled for nor packed unless asked for.
         may_batch = not compile and not pack_weights
         self.pair, trees = pair_models(models, pair, may_batch=may_batch)
-        trees["base",] = sharing_copy(models["base"])
-        self.members: dict[Roles, Member] = {}
+        trees["base",] = with_slot_attention(models["base"])
+        self.models: dict[Roles, SlotModel] = {}
         self._rows: dict[str, tuple[SlotCache, int, int]] = {}
         caches: dict[Roles, SlotCache] = {}
         # By the weight they are of: roles that share weights share these.
@@ -88,7 +88,7 @@ class Runner:
             first, stride = (PAIR.index(roles[0]), 2) if joint and len(roles) == 1 else (0, 1)
             if pack_weights:
                 self.packed_bytes += packing.pack_weights(trees[roles], self._packed)
-            self.members[roles] = Member(
+            self.models[roles] = SlotModel(
                 trees[roles],
                 caches[key],
                 first=first,
@@ -118,7 +118,7 @@ class Runner:
         other = copy.copy(self)
         other._caches = list(caches.values())
         other._rows = {r: (caches[id(c)], first, n) for r, (c, first, n) in self._rows.items()}
-        other.members = {r: m.over(caches[id(m.cache)]) for r, m in self.members.items()}
+        other.models = {r: m.over(caches[id(m.cache)]) for r, m in self.models.items()}
         other.active = {r: a.new_zeros(max_batch_size) for r, a in self.active.items()}
         return other
 
@@ -137,7 +137,7 @@ class Runner:
 
     def parts(self, roles: Roles) -> list[Roles]:
         """How these roles run: joint forwards and single ones, the base first."""
-        if PAIR in self.members and set(PAIR) <= set(roles):
+        if PAIR in self.models and set(PAIR) <= set(roles):
             return [*((r,) for r in roles if r not in PAIR), PAIR]
         return [(role,) for role in roles]
 
@@ -147,13 +147,13 @@ class Runner:
     ) -> dict[str, Tensor]:
         """Run q tokens int64 [B, q] in each of the first B slots; per role logits [B, q, V].
 
-        The lengths stay (see :meth:`advance`); arguments as in :meth:`Member.forward`.
+        The lengths stay (see :meth:`advance`); arguments as in :meth:`SlotModel.forward`.
         """
         parts = self.parts(roles)
 
         def run(part: Roles) -> Tensor:
-            member = self.members[part]
-            return member.forward(token_ids.to(member.cache.device), offset, length)
+            model = self.models[part]
+            return model.forward(token_ids.to(model.cache.device), offset, length)
 
         return self._by_role(parts, self._side_by_side(run, parts))
 
@@ -170,7 +170,7 @@ class Runner:
         parts = self._parts_of(prompts)
 
         def run(part: Roles) -> Tensor:
-            return self.members[part].prefill(slots, prompts[part[0]])
+            return self.models[part].prefill(slots, prompts[part[0]])
 
         return self._by_role(parts, self._side_by_side(run, parts))
 
@@ -180,7 +180,7 @@ class Runner:
         parts = self._parts_of(prompts)
 
         def run(part: Roles) -> Tensor:
-            return self.members[part].extend(slot, prompts[part[0]])
+            return self.models[part].extend(slot, prompts[part[0]])
 
         return self._by_role(parts, self._side_by_side(run, parts))
 
@@ -275,8 +275,8 @@ class Runner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile all there is to compile; the slots must be empty, and are again."""
-        for member in self.members.values():
-            member.warm_up()
+        for model in self.models.values():
+            model.warm_up()
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from proxytune_kernels.decoder.drafting import History
 from proxytune_kernels.decoder.graphs import StepGraphs
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler, StepResult
-from proxytune_kernels.decoder.speculation import Speculation
+from proxytune_kernels.decoder.speculation import History, Speculation
 
 
 class Stepper:

@@ -200,7 +200,7 @@ def test_an_interrupted_step_leaves_nothing_in_flight_that_counts(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(decoder._runner.members[role,], "forward", interrupt)
+            patch.setattr(decoder._runner.models[role,], "forward", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 list(stream)
         empty(decoder)

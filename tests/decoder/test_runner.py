@@ -188,7 +188,7 @@ def test_nan_of_a_request_does_not_reach_the_next() -> None:
     prefill(runner, [1], [random_ids(10, 1)])
     # Drafts that were rolled back leave something behind the end, too.
     step(runner, [[1, 2, 3, 4]] * 2, kept=1)
-    cache = runner.members["base",].cache
+    cache = runner.models["base",].cache
     with torch.inference_mode():
         for layer in (*cache.keys, *cache.values):
             assert layer[1, 13].any()
@@ -203,7 +203,7 @@ def test_nan_of_a_request_does_not_reach_the_next() -> None:
 def test_the_callers_model_is_left_as_it_was() -> None:
     model = make("llama")
     before = plain(model, [3, 4, 5])
-    member = Runner({"base": model}, 2, 64).members["base",]
+    member = Runner({"base": model}, 2, 64).models["base",]
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(plain(model, [3, 4, 5]), before)
     shared = {id(p) for p in model.parameters()}
@@ -225,7 +225,7 @@ def test_models_that_hide_their_attention_are_refused() -> None:
 
 def test_unknown_attention_terms_are_refused() -> None:
     model = make("llama")
-    member = Runner({"base": model}, 2, 64).members["base",]
+    member = Runner({"base": model}, 2, 64).models["base",]
     fresh = member.cache.fresh_step([0], 2)
     with pytest.raises(NotImplementedError, match="got s_aux from LlamaAttention"):
         member.model(

@@ -197,7 +197,7 @@ def test_an_interrupted_step_leaves_the_decoder_usable(
     decoder = make_decoder(trio, 2, pair="separate")
     stream = decoder.stream(["hello", "a"], params(ignore_eos=True))
     next(stream)
-    anti = decoder._runner.members["anti",]
+    anti = decoder._runner.models["anti",]
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

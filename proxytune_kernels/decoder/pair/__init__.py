@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from proxytune_kernels.decoder.model import sharing_copy
-from proxytune_kernels.decoder.pair.batched import stacked_pair
-from proxytune_kernels.decoder.pair.shared import PairError, adapted_pair, is_adapted
+from proxytune_kernels.decoder.model import with_slot_attention
+from proxytune_kernels.decoder.pair.batched import batched_pair
+from proxytune_kernels.decoder.pair.shared import PairError, has_lora, shared_pair
 from proxytune_kernels.trio.roles import PAIR
 
 PAIR_MODES = ("shared", "batched", "separate")
@@ -46,29 +46,28 @@ def pair_models(
         if mode is not None:
             raise ValueError(f"pair must be None where the base runs alone, got {mode!r}")
         return None, {}
-    expert, anti = models["expert"], models["anti"]
-    adapted = is_adapted(expert)
-    apart: Trees = {("expert",): sharing_copy(expert), ("anti",): sharing_copy(anti)}
+    expert, anti = (with_slot_attention(models[role]) for role in PAIR)
+    apart: Trees = {("expert",): expert, ("anti",): anti}
+    lora = has_lora(expert)
     if mode == "batched":
-        return mode, {PAIR: stacked_pair(sharing_copy(expert), sharing_copy(anti)), **apart}
-    if mode is None and not adapted:
+        return mode, {PAIR: batched_pair(expert, anti), **apart}
+    if mode is None and not lora:
         if may_batch and _is_small(expert) and _is_small(anti):
-            # Models of two shapes, or with layers that can't be stacked, are no pair.
+            # Models of two shapes, or with layers that can't be batched, are no pair.
             with suppress(PairError):
-                both = stacked_pair(sharing_copy(expert), sharing_copy(anti))
-                return "batched", {PAIR: both, **apart}
+                return "batched", {PAIR: batched_pair(expert, anti), **apart}
         mode = "separate"
     mode = mode or "shared"
-    if mode == "separate" and not adapted:
+    if mode == "separate" and not lora:
         return mode, apart
-    if not adapted:
+    if not lora:
         raise ValueError(
             "pair='shared' takes an expert that is the anti with a LoRA adapter, not merged "
             f"(load_trio(merge_adapter=False)), got {type(expert).__name__} without one"
         )
-    both, alone = adapted_pair(sharing_copy(expert), sharing_copy(anti))
-    trees: Trees = {**apart, ("expert",): alone}
-    return mode, trees if mode == "separate" else {PAIR: both, **trees}
+    both, alone = shared_pair(expert, anti)
+    apart["expert",] = alone
+    return mode, apart if mode == "separate" else {PAIR: both, **apart}
 
 
 def _is_small(model: Any) -> bool:

@@ -23,7 +23,7 @@ from torch.nn.functional import layer_norm
 from proxytune_kernels.decoder.pair.shared import PairError, check_same_architecture, same_values
 
 
-class StackedLinear(Linear):
+class BatchedLinear(Linear):
     """The same linear layer of both models: weight [2, in, out], bias [2, 1, out] or None."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class StackedLinear(Linear):
         return result
 
 
-class StackedEmbedding(Embedding):
+class BatchedEmbedding(Embedding):
     """The same embedding of both models: weight [2 V, H], the anti-expert's behind the expert's."""
 
     offset: Tensor
@@ -52,7 +52,7 @@ class StackedEmbedding(Embedding):
         return super().forward(pairs.flatten(0, 1))
 
 
-class StackedNorm(Module):
+class BatchedNorm(Module):
     """The same RMS norm of both models: weight [2, 1, H]. Stands before its class."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class StackedNorm(Module):
         return result.view(input.shape)
 
 
-class StackedLayerNorm(LayerNorm):
+class BatchedLayerNorm(LayerNorm):
     """The same layer norm of both models: weight and bias [2, 1, H]."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class StackedLayerNorm(LayerNorm):
         return (pairs if self.bias is None else pairs + self.bias).view(input.shape)
 
 
-def stacked_pair(expert: Any, anti: Any) -> Any:
+def batched_pair(expert: Any, anti: Any) -> Any:
     """Expert and anti as one model of rows [2B, q], the expert's and the anti-expert's in turns.
 
     Args:
@@ -143,16 +143,16 @@ def _stack(module: Any, both: dict[str, Tensor]) -> None:
     # What is one vector in a model is added to, or scales, all of a row's tokens.
     both = {name: t[:, None] if t.dim() == 2 else t for name, t in both.items()}
     if kind is Linear:
-        module.__class__ = StackedLinear
+        module.__class__ = BatchedLinear
         both["weight"] = both["weight"].transpose(1, 2).contiguous()
     elif isinstance(module, Embedding):
-        module.__class__ = type(f"Stacked{kind.__name__}", (StackedEmbedding, kind), {})
+        module.__class__ = type(f"Batched{kind.__name__}", (BatchedEmbedding, kind), {})
         both["weight"] = both["weight"].flatten(0, 1)
         offset = torch.tensor([[0], [module.num_embeddings]], device=both["weight"].device)
         module.register_buffer("offset", offset, persistent=False)
     elif kind is LayerNorm:
-        module.__class__ = StackedLayerNorm
+        module.__class__ = BatchedLayerNorm
     else:
-        module.__class__ = type(f"Stacked{kind.__name__}", (StackedNorm, kind), {})
+        module.__class__ = type(f"Batched{kind.__name__}", (BatchedNorm, kind), {})
     for name, tensor in both.items():
         setattr(module, name, Parameter(tensor, requires_grad=False))

@@ -104,7 +104,7 @@ def test_small_checkpoints_of_one_shape_run_as_one_batch(trio: Trio, make_decode
 def test_weights_are_held_once(adapted: Trio, make_decoder: Make) -> None:
     decoder = make_decoder(adapted, 2)
     pointers = {p.data_ptr() for p in adapted.anti.parameters()}
-    small = [m for roles, m in decoder._runner.members.items() if roles != ("base",)]
+    small = [m for roles, m in decoder._runner.models.items() if roles != ("base",)]
     assert len(small) == 3
     for member in small:
         large = [p for p in member.model.parameters() if p.numel() >= 1024]

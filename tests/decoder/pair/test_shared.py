@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import proxytune_kernels as ptk
-from proxytune_kernels.decoder.pair.shared import PairError, adapted_pair, is_adapted
-from proxytune_kernels.decoder.slim import slim
+from proxytune_kernels.decoder.model import call_directly
+from proxytune_kernels.decoder.pair.shared import PairError, has_lora, shared_pair
 
 peft = pytest.importorskip("peft")
 # PEFT asks a model for a property that transformers renamed.
@@ -76,15 +76,15 @@ def mixed(model: Any, ids: Tensor) -> Tensor:
 
 
 def check(model: Any, anti: Any, ids: Tensor) -> None:
-    pair, expert = adapted_pair(model.get_base_model(), anti)
-    for way in ("called as modules", "slim"):
+    pair, expert = shared_pair(model.get_base_model(), anti)
+    for way in ("called as modules", "called directly"):
         found = logits(pair, ids)
         assert torch.equal(found, mixed(model, ids)), way
         assert torch.equal(found[1::2], logits(anti, ids)[1::2])
         assert torch.equal(logits(expert, ids[0::2]), logits(model, ids[0::2]))
         assert not torch.equal(found[0::2], logits(anti, ids)[0::2])
-        slim(pair)
-        slim(expert)
+        call_directly(pair)
+        call_directly(expert)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 7), (6, 1), (6, 5)], ids=str)
@@ -132,7 +132,7 @@ def test_updates_at_the_end_of_fp16():
     nn.init.constant_(layer.lora_A["default"].weight, 10.0)
     nn.init.constant_(layer.lora_B["default"].weight, 2.0**-24)
     ids = token_ids(2, 3)
-    pair, _ = adapted_pair(model.get_base_model(), anti)
+    pair, _ = shared_pair(model.get_base_model(), anti)
     found = logits(pair, ids)
     assert torch.equal(found, mixed(model, ids))
     assert found[0].count_nonzero()
@@ -145,7 +145,7 @@ def test_an_inactive_adapter_and_layers_without_the_active_one():
     ids = token_ids(2, 3)
     check(model, anti, ids)
     model.set_adapter("other")
-    pair, expert = adapted_pair(model.get_base_model(), anti)
+    pair, expert = shared_pair(model.get_base_model(), anti)
     names = ["other", "__base__"]
     assert torch.equal(logits(pair, ids), logits(model, ids, adapter_names=names))
     assert torch.equal(logits(expert, ids), logits(model, ids))
@@ -154,7 +154,7 @@ def test_an_inactive_adapter_and_layers_without_the_active_one():
 def test_the_pair_compiles_as_one_graph():
     anti = make_anti()
     model = adapt(anti)
-    pair, _ = adapted_pair(model.get_base_model(), anti)
+    pair, _ = shared_pair(model.get_base_model(), anti)
     ids = token_ids(4, 1)
     with torch.inference_mode():
         compiled = torch.compile(pair, fullgraph=True, backend="aot_eager")
@@ -166,7 +166,7 @@ def test_weights_are_held_once():
     anti = make_anti()
     model = adapt(anti, lora_alpha=4)
     expert_model = model.get_base_model()
-    pair, expert = adapted_pair(expert_model, anti)
+    pair, expert = shared_pair(expert_model, anti)
     adapter = {p.data_ptr() for n, p in model.named_parameters() if "lora_" in n}
     held = {p.data_ptr() for p in anti.parameters()} | adapter
     for twin in (pair, expert):
@@ -177,7 +177,7 @@ def test_weights_are_held_once():
 
 def test_a_scaled_factor_is_held_once():
     anti = make_anti()
-    pair, expert = adapted_pair(adapt(anti, lora_alpha=8).get_base_model(), anti)
+    pair, expert = shared_pair(adapt(anti, lora_alpha=8).get_base_model(), anti)
     assert {p.data_ptr() for p in pair.parameters()} == {p.data_ptr() for p in expert.parameters()}
 
 
@@ -186,8 +186,8 @@ def test_the_given_models_are_left_as_they_were():
     model = adapt(anti).train()
     kinds = [type(module) for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pair, _ = adapted_pair(model.get_base_model(), anti)
-    slim(pair)
+    pair, _ = shared_pair(model.get_base_model(), anti)
+    call_directly(pair)
     logits(pair, token_ids(2, 3))
     assert [type(module) for module in model.modules()] == kinds
     assert model.training and not pair.training
@@ -212,15 +212,15 @@ def test_quantised_weights_are_shared():
 
 def test_adapted_models_are_known():
     anti = make_anti()
-    assert not is_adapted(anti)
-    assert is_adapted(adapt(anti).get_base_model())
+    assert not has_lora(anti)
+    assert has_lora(adapt(anti).get_base_model())
 
 
 def refuse(expert: Any, anti: Any, message: str) -> None:
     if isinstance(expert, peft.PeftModel):
         expert = expert.get_base_model()
     with pytest.raises(PairError, match=message):
-        adapted_pair(expert, anti)
+        shared_pair(expert, anti)
 
 
 def test_other_weights_are_refused_by_name():

@@ -1,4 +1,4 @@
-"""Slim modules compute what the modules they replace do, to the bit."""
+"""Modules that are called directly compute what the modules they replace do, to the bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from proxytune_kernels.decoder.slim import slim
+from proxytune_kernels.decoder.model import call_directly
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
@@ -34,7 +34,7 @@ def model(request):
 def test_logits_are_the_same_to_the_bit(model, dtype):
     model = model.to(dtype)
     twin = copy.deepcopy(model)
-    slim(twin)
+    call_directly(twin)
     token_ids = torch.randint(0, 97, (3, 9))
     assert torch.equal(twin(token_ids).logits, model(token_ids).logits)
 
@@ -42,7 +42,7 @@ def test_logits_are_the_same_to_the_bit(model, dtype):
 def test_the_original_is_not_changed(model):
     kinds = [type(module) for module in model.modules()]
     twin = copy.deepcopy(model)
-    slim(twin)
+    call_directly(twin)
     assert [type(module) for module in model.modules()] == kinds
     assert type(twin.model.layers[0].mlp.up_proj) is not torch.nn.Linear
 
@@ -58,6 +58,6 @@ def test_hooks_and_own_forwards_still_run(model):
         return forward(x)
 
     own.forward = wrapped
-    slim(model)
+    call_directly(model)
     model(torch.tensor([[1, 2]]))
     assert calls == ["hook", "forward"]

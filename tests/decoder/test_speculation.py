@@ -155,7 +155,7 @@ def test_unsteered_requests_rest_the_pair(
             raise AssertionError("the pair runs")
 
         for role in ("expert", "anti"):
-            monkeypatch.setattr(decoder._runner.members[role,], "forward", never)
+            monkeypatch.setattr(decoder._runner.models[role,], "forward", never)
         [output] = decoder.generate([[9, 8, 9, 8, 9, 8]], params)
         assert len(output.token_ids) == 40
         stats = output.speculation
