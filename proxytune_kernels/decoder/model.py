@@ -13,7 +13,7 @@ from torch.nn import Linear, Module
 from torch.nn.functional import linear, rms_norm
 
 from proxytune_kernels.decoder.attention import ATTENTION_NAME
-from proxytune_kernels.decoder.cache import CacheStep, SlotCache
+from proxytune_kernels.decoder.cache import CacheStep, SlotCache, cache_keyword
 from proxytune_kernels.trio import sharing
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -83,6 +83,7 @@ class SlotModel:
         self._first, self._stride, self._rows_per_slot = first, stride, rows_per_slot
         accepted = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
+        self._cache_keyword = cache_keyword(model.forward)
         self._token_ids = torch.zeros((cache.rows, 1), dtype=torch.int64, device=cache.device)
         self._compiled = CompiledStep(self._last, _windows(model.config)) if compile else None
 
@@ -179,11 +180,12 @@ class SlotModel:
 
     def _run(self, token_ids: Tensor, step: CacheStep, keep: int | Tensor) -> Tensor:
         """Logits [B, n, V] of the tokens to keep: the last ``keep``, 0 for all, or by index."""
-        keywords = {"logits_to_keep": keep} if self._keeps_logits else {}
+        keywords: dict[str, Any] = {self._cache_keyword: step}
+        if self._keeps_logits:
+            keywords["logits_to_keep"] = keep
         output = self.model(
             input_ids=token_ids,
             position_ids=step.position_ids,
-            past_key_values=step,
             use_cache=True,
             cache_step=step,
             **keywords,
