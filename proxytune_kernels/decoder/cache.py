@@ -151,39 +151,6 @@ class SlotCache:
             layer[row, :end] = 0
         self.set_length(row, 0)
 
-    def resized(self, rows: int, max_seq_len: int) -> SlotCache:
-        """An empty cache of another size."""
-        return SlotCache(
-            rows,
-            max_seq_len,
-            self.device,
-            slack=self.capacity - self.max_seq_len,
-            exact=self.exact,
-            flash=self.flash,
-        )
-
-    def take(self, other: SlotCache, rows: Sequence[int]) -> None:
-        """Let row i hold what row ``rows[i]`` of ``other`` holds, which may be this cache.
-
-        There are as many ``rows`` as this cache has, long enough for what they hold.
-        """
-        self.lengths = [other.lengths[row] for row in rows]
-        longest = max(self.lengths)
-        places: dict[torch.device, Tensor] = {}
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for index, source in enumerate(theirs):
-                if len(mine) <= index:
-                    mine.append(source.new_zeros(self.rows, self.capacity, *source.shape[2:]))
-                if source.device not in places:
-                    places[source.device] = torch.tensor(rows, device=source.device)
-                mine[index][:, :longest] = source[:, :longest][places[source.device]]
-        self.device_lengths = other.device_lengths[torch.tensor(rows, device=self.device)]
-
-    def shift(self, count: int) -> None:
-        """Move every row's length by ``count``, on the host and on the device."""
-        self.lengths = [length + count for length in self.lengths]
-        self.device_lengths += count
-
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, [rows, capacity, kv_heads, D]; made at the first call."""
         while len(self.keys) <= index:

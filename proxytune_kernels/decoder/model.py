@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,13 +85,6 @@ class SlotModel:
         self._cache_keyword = cache_keyword(model.forward)
         self._token_ids = torch.zeros((cache.rows, 1), dtype=torch.int64, device=cache.device)
         self._compiled = CompiledStep(self._last, _windows(model.config)) if compile else None
-
-    def over(self, cache: SlotCache) -> SlotModel:
-        """The same model over rows of another cache, laid out alike."""
-        other = copy.copy(self)
-        other.cache = cache
-        other._token_ids = self._token_ids.new_zeros((cache.rows, 1))
-        return other
 
     def rows(self, slots: int) -> range:
         """The rows of the first ``slots`` slots."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,20 +106,6 @@ class Runner:
         }
         devices = {cache.device for cache in self._caches}
         self._side = torch.cuda.Stream(self.device) if _one_cuda_device(devices) else None
-
-    def resized(self, max_batch_size: int, max_seq_len: int) -> Runner:
-        """A runner of the same modules over empty caches of its own, of another size."""
-        slots = len(self.active["base"])
-        caches = {
-            id(cache): cache.resized(cache.rows // slots * max_batch_size, max_seq_len)
-            for cache in self._caches
-        }
-        other = copy.copy(self)
-        other._caches = list(caches.values())
-        other._rows = {r: (caches[id(c)], first, n) for r, (c, first, n) in self._rows.items()}
-        other.models = {r: m.over(caches[id(m.cache)]) for r, m in self.models.items()}
-        other.active = {r: a.new_zeros(max_batch_size) for r, a in self.active.items()}
-        return other
 
     def _cache(
         self, role: str, model: Any, rows: int, max_seq_len: int, slack: int, exact: bool
@@ -250,27 +235,6 @@ class Runner:
             max(cache.lengths[first : first + slots * stride : stride])
             for cache, first, stride in self._rows.values()
         )
-
-    @torch.inference_mode()
-    def shift(self, roles: Sequence[str], count: int) -> None:
-        """Move the lengths of all slots by ``count`` in these roles, host and device at once.
-
-        Expert and anti move together.
-        """
-        for cache in {id(self._rows[role][0]): self._rows[role][0] for role in roles}.values():
-            cache.shift(count)
-
-    @torch.inference_mode()
-    def take(self, other: Runner, slots: Sequence[int]) -> None:
-        """Let slot i hold what slot ``slots[i]`` of ``other`` holds, which may be this runner.
-
-        There are as many ``slots`` as this runner has; ``other`` is of the same modules.
-        """
-        for mine, theirs in zip(self._caches, other._caches, strict=True):
-            each = range(mine.rows // len(slots))
-            mine.take(theirs, [slot * len(each) + i for slot in slots for i in each])
-        for role, active in other.active.items():
-            self.active[role] = active[torch.tensor(slots, device=active.device)]
 
     @torch.inference_mode()
     def warm_up(self) -> None:
