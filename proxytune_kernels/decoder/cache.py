@@ -59,12 +59,14 @@ class SlotCache:
         self.flash = flash
         self.lengths = [0] * rows
         self.device_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        # 1 for rows whose request runs: only their lengths move.
+        self.active = torch.zeros_like(self.device_lengths)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._starts = torch.arange(rows, device=device) * self.capacity
         self._span = torch.arange(self.capacity, device=device)
         # A model with a table of positions has none for drafts past the end.
-        self._position_ids = self._span.clamp(max=max_seq_len - 1)
+        self._position_ids = self._span.clamp(max=max_seq_len - 1) if slack else self._span
 
     def fresh_step(self, rows: Sequence[int], width: int) -> CacheStep:
         """The forward that fills empty ``rows`` with up to ``width`` tokens each.
@@ -102,11 +104,14 @@ class SlotCache:
         if length is None:
             length = longest + width
             if equal and not indexed:
-                span = slice(longest, length)
+                positions = self._span[longest:length].expand(len(rows), -1)
+                ids = positions
+                if self._position_ids is not self._span:
+                    ids = self._position_ids[longest:length].expand(len(rows), -1)
                 return CacheStep(
                     self,
-                    self._position_ids[span].expand(len(rows), -1),
-                    self._span[span].expand(len(rows), -1),
+                    ids,
+                    positions,
                     None,
                     self._span[:length],
                     first_row=rows.start,
@@ -115,7 +120,7 @@ class SlotCache:
         place = slice(rows.start, rows.stop, rows.step)
         positions = self.device_lengths[place][:, None] + self._span[offset : offset + width]
         write_index = (self._starts[place][:, None] + positions).flatten()
-        ids = positions if self.capacity == self.max_seq_len else self._position_ids[positions]
+        ids = positions if self._position_ids is self._span else self._position_ids[positions]
         return CacheStep(
             self,
             ids,
@@ -126,6 +131,16 @@ class SlotCache:
             row_stride=rows.step,
             ragged=not equal,
         )
+
+    def advance(self, rows: int, counts: Tensor | None) -> None:
+        """Move the first rows' lengths on, if they are active, on the device.
+
+        Args:
+            rows: how many.
+            counts: int64 [rows], by how many tokens each; None is by one.
+        """
+        moved = self.active[:rows]
+        self.device_lengths[:rows].add_(moved if counts is None else moved * counts)
 
     def set_length(self, row: int, length: int) -> None:
         """Set a row's length, on the host and on the device."""
@@ -213,10 +228,13 @@ class CacheStep:
         """
         keys, values = self.cache.layer(layer_idx, key, value)
         length = self.span.shape[0]
-        end = self.first_row + key.shape[0] * self.row_stride
-        rows = slice(self.first_row, end, self.row_stride)
-        seen_keys = keys[rows, :length].transpose(1, 2)
-        seen_values = values[rows, :length].transpose(1, 2)
+        seen_keys, seen_values = keys, values
+        if key.shape[0] < self.cache.rows:
+            end = self.first_row + key.shape[0] * self.row_stride
+            rows = slice(self.first_row, end, self.row_stride)
+            seen_keys, seen_values = keys[rows], values[rows]
+        seen_keys = seen_keys.narrow(1, 0, length).transpose(1, 2)
+        seen_values = seen_values.narrow(1, 0, length).transpose(1, 2)
         if self.write_index is not None:
             # A model may be spread over devices.
             index = self.write_index.to(key.device)
@@ -225,9 +243,9 @@ class CacheStep:
                 cached.flatten(0, 1).index_copy_(0, index, tokens)
         else:
             # Rows of one length write at one place: half the calls of the general way.
-            first = self.get_seq_length()
-            seen_keys[:, :, first:].copy_(key)
-            seen_values[:, :, first:].copy_(value)
+            new = key.shape[2]
+            seen_keys.narrow(2, length - new, new).copy_(key)
+            seen_values.narrow(2, length - new, new).copy_(value)
         return (key, value) if self.fresh else (seen_keys, seen_values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

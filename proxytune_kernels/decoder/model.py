@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
-from torch.nn.functional import linear, rms_norm
+from torch.nn import Linear, Module, ModuleList
+from torch.nn.functional import embedding, linear, rms_norm
 
 from proxytune_kernels.decoder.attention import ATTENTION_NAME
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache, cache_keyword
@@ -76,7 +76,7 @@ class SlotModel:
         compile: bool = False,
     ) -> None:
         if not compile:
-            call_directly(model)
+            call_directly(model, cache.max_seq_len)
         self.model = model
         self.cache = cache
         self._first, self._stride, self._rows_per_slot = first, stride, rows_per_slot
@@ -258,38 +258,68 @@ class _DirectLinear(Linear):
         return linear(input, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
 
 
-class _DirectNorm:
-    """Llama's RMSNorm in one call; in fp32 to the bit what its six calls give."""
+class FusedNorm:
+    """Llama's RMSNorm in one call or two, on a CPU to the bit. It stands before Llama's class."""
 
     _parameters: dict[str, Tensor]
     variance_epsilon: float
 
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        weight = self._parameters["weight"]
-        if weight.dtype == hidden_states.dtype == torch.float32:
-            return rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
-        return self.forward(hidden_states)  # type: ignore[attr-defined]
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Result [..., H] for hidden states [..., H]."""
+        weight, width = self._parameters["weight"], hidden_states.shape[-1:]
+        if hidden_states.dtype == weight.dtype == torch.float32 and weight.shape == width:
+            return rms_norm(hidden_states, width, weight, self.variance_epsilon)
+        if hidden_states.dtype == torch.float64:  # which Llama's takes in fp32
+            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+        return weight * rms_norm(hidden_states, width, None, self.variance_epsilon)
 
 
-def _is_llama_norm(kind: type[Module]) -> bool:
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+class _RotaryTable:
+    """Llama's rotary embedding, looked up: it computes each position's cosine and sine once."""
 
-    # transformers copies this class from model to model: the same code under other names.
-    code, llama = kind.forward.__code__, LlamaRMSNorm.forward.__code__
-    return (code.co_code, code.co_names, code.co_consts) == (
-        llama.co_code,
-        llama.co_names,
-        llama.co_consts,
+    rope_type: str
+    num_positions: int
+    _tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if "dynamic" in self.rope_type or self.rope_type == "longrope":
+            # A longer text gives all its positions other frequencies.
+            return self.forward(x, position_ids)  # type: ignore[attr-defined, no-any-return]
+        if self._tables is None or self._tables[0].dtype != x.dtype:
+            positions = torch.arange(self.num_positions, device=x.device)
+            cos, sin = self.forward(x, positions[None])  # type: ignore[attr-defined]
+            self._tables = cos[0], sin[0]
+        cos, sin = self._tables
+        return embedding(position_ids, cos), embedding(position_ids, sin)
+
+
+def is_llama(kind: type[Module], name: str) -> bool:
+    """Whether a class computes what Llama's class ``Llama<name>`` does.
+
+    transformers copies these classes from model to model: the same code under other names.
+    """
+    from transformers.models.llama import modeling_llama
+
+    llama = getattr(modeling_llama, f"Llama{name}")
+    code, wanted = (inspect.unwrap(c.forward).__code__ for c in (kind, llama))
+    return kind.__name__.endswith(name) and (
+        (code.co_code, code.co_names, code.co_consts)
+        == (wanted.co_code, wanted.co_names, wanted.co_consts)
     )
 
 
-def _direct_class(kind: type[Module]) -> type[Module]:
+def _direct_class(kind: Any) -> type[Module]:
     if kind is Linear:
         return _DirectLinear
-    if kind.__name__.endswith("RMSNorm") and _is_llama_norm(kind):
-        return type(kind.__name__, (_DirectNorm, kind), {"__module__": kind.__module__})
-    body = {"__call__": kind.forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), body)
+    forward, bases = kind.forward, (kind,)
+    if is_llama(kind, "RMSNorm"):
+        forward, bases = FusedNorm.forward, (FusedNorm, kind)
+    elif is_llama(kind, "RotaryEmbedding"):
+        forward, bases = _RotaryTable.__call__, (_RotaryTable, kind)
+    elif forward.__code__.co_name == "forward_with_checkpointing":
+        forward = forward.__wrapped__  # which only adds what training needs
+    body = {"__call__": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, bases, body)
 
 
 def _direct_config(config: Any) -> None:
@@ -300,7 +330,7 @@ def _direct_config(config: Any) -> None:
         config.__class__ = type(kind.__name__, (kind,), body)
 
 
-def call_directly(model: Any) -> None:
+def call_directly(model: Any, num_positions: int) -> None:
     """Let the modules of a model that is nobody else's be called without ``nn.Module.__call__``.
 
     At batch 1 a small model's step is mostly Python: each module call goes through the hook
@@ -308,10 +338,17 @@ def call_directly(model: Any) -> None:
     so its modules are called straight. The numbers do not change: the same functions run on the
     same tensors.
 
+    A list of layers is a tuple to the modules that run them: transformers takes a slice of it in
+    each forward.
+
     The model must be in eval mode, and stay with the modules and parameters that it has; those of
     a module that accelerate offloads may come and go. A module with hooks, with a ``forward`` of
     its own (as accelerate puts there), or whose class defines another ``__call__``, is called as
     before.
+
+    Args:
+        model: is changed.
+        num_positions: no token is at this position, or at one behind it.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -325,9 +362,12 @@ def call_directly(model: Any) -> None:
             if kind not in classes:
                 classes[kind] = _direct_class(kind)
             module.__class__ = classes[kind]
+            if isinstance(module, _RotaryTable):
+                module.num_positions = num_positions
         # Found at once, where nn.Module has them found by __getattr__ after a failed look here.
         # Not the buffers: some models register new ones as they run (rope scaling).
-        vars(module).update(module._modules)
+        for name, child in module._modules.items():
+            vars(module)[name] = tuple(child) if type(child) is ModuleList else child
         # Nor the parameters that accelerate's hook brings in for a call and takes away again.
         if "_hf_hook" not in vars(module):
             vars(module).update(module._parameters)

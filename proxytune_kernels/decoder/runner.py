@@ -101,9 +101,9 @@ class Runner:
         self._caches = list(caches.values())
         # 1 for the slots whose request runs in a role: only their lengths move.
         self.active = {
-            role: torch.zeros(max_batch_size, dtype=torch.int64, device=cache.device)
-            for role, (cache, _, _) in self._rows.items()
+            role: cache.active[first::stride] for role, (cache, first, stride) in self._rows.items()
         }
+        self._parts: dict[Roles, list[Roles]] = {}
         devices = {cache.device for cache in self._caches}
         self._side = torch.cuda.Stream(self.device) if _one_cuda_device(devices) else None
 
@@ -122,9 +122,11 @@ class Runner:
 
     def parts(self, roles: Roles) -> list[Roles]:
         """How these roles run: joint forwards and single ones, the base first."""
-        if PAIR in self.models and set(PAIR) <= set(roles):
-            return [*((r,) for r in roles if r not in PAIR), PAIR]
-        return [(role,) for role in roles]
+        if roles not in self._parts:
+            joint = PAIR in self.models and set(PAIR) <= set(roles)
+            alone = [(role,) for role in roles if not joint or role not in PAIR]
+            self._parts[roles] = [*alone, PAIR] if joint else alone
+        return self._parts[roles]
 
     @torch.inference_mode()
     def forward(
@@ -213,15 +215,17 @@ class Runner:
         for role in roles:
             self.active[role][slot] = 1
 
-    @torch.inference_mode()
-    def advance(self, slots: int, counts: Tensor) -> None:
-        """Move the first slots' lengths on by ``counts``, int64 [B], on the device.
+    def advance(self, slots: int, counts: Tensor | None) -> None:
+        """Move the first slots' lengths on by ``counts``, int64 [B], on the device; None is by 1.
 
         Slots that run in a role alone move; the host learns of it by :meth:`advance_host`.
         """
-        for role, (cache, first, stride) in self._rows.items():
-            moved = self.active[role][:slots] * counts.to(cache.device, non_blocking=True)
-            cache.device_lengths[first : first + slots * stride : stride] += moved
+        for cache in self._caches:
+            per_slot = cache.rows // len(self.active["base"])
+            moved = counts
+            if counts is not None:
+                moved = counts.to(cache.device, non_blocking=True).repeat_interleave(per_slot)
+            cache.advance(slots * per_slot, moved)
 
     def advance_host(self, slot: int, roles: Sequence[str], count: int) -> None:
         """Tell the host that a slot is longer by ``count`` in these roles."""

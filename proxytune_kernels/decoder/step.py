@@ -124,7 +124,7 @@ class Stepper:
     ) -> StepResult:
         logits = self.runner.forward(roles, self.sampler.token_ids[:rows], length=length)
         last = {role: x[:, 0] for role, x in logits.items()}
-        result = self.sampler.draw(slice(0, rows), last, masked)
+        result = self.sampler.draw(rows, last, masked)
         self._advance(rows, result)
         return result
 
@@ -177,9 +177,7 @@ class Stepper:
         self, rows: int, logits: dict[str, Tensor], result: StepResult, masked: bool
     ) -> StepResult:
         """Rows without drafts get what a plain step would draw, whatever shares their batch."""
-        plain = self.sampler.draw(
-            slice(0, rows), {role: x[:, 0] for role, x in logits.items()}, masked
-        )
+        plain = self.sampler.draw(rows, {role: x[:, 0] for role, x in logits.items()}, masked)
         assert result.num_drafted is not None
         alone = (result.num_drafted == 0)[:, None]
 
@@ -203,4 +201,5 @@ class Stepper:
         counts = self.sampler.advance(rows, result, active)
         self.runner.advance(rows, counts)
         if self._history is not None:
-            self._history.append(result.token_ids.clamp(min=0), counts * active)
+            moved = active if counts is None else counts * active
+            self._history.append(result.token_ids.clamp(min=0), moved)

@@ -79,7 +79,7 @@ def test_all_layers_of_a_model_are_packed(directly, monkeypatch):
     layers = [m for m in model.modules() if type(m) is nn.Linear]
     assert pack_weights(model) == sum(layer.weight.numel() * 2 for layer in layers)
     if directly:
-        call_directly(model)
+        call_directly(model, 64)
     of_packed = {id(layer.packed): layer for layer in layers}
     packed_op: Any = packing._linear
     called = []

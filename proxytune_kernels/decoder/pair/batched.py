@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from torch.nn.functional import layer_norm
 
+from proxytune_kernels.decoder.model import FusedNorm, is_llama
 from proxytune_kernels.decoder.pair.shared import PairError, check_same_architecture, same_values
 
 
@@ -153,6 +154,7 @@ def _stack(module: Any, both: dict[str, Tensor]) -> None:
     elif kind is LayerNorm:
         module.__class__ = BatchedLayerNorm
     else:
-        module.__class__ = type(f"Batched{kind.__name__}", (BatchedNorm, kind), {})
+        norm = (FusedNorm, kind) if is_llama(kind, "RMSNorm") else (kind,)
+        module.__class__ = type(f"Batched{kind.__name__}", (BatchedNorm, *norm), {})
     for name, tensor in both.items():
         setattr(module, name, Parameter(tensor, requires_grad=False))

@@ -87,7 +87,7 @@ def test_rows_are_those_of_each_model(architecture, shape):
         check(pair, expert, anti, token_ids(*shape))
         # The last tokens of several lie apart in memory.
         check(pair, expert, anti, token_ids(*shape), logits_to_keep=1)
-        call_directly(pair)
+        call_directly(pair, 64)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -134,7 +134,7 @@ def test_the_given_models_are_left_as_they_were():
     kinds = [type(module) for module in expert.modules()]
     before = [p.clone() for model in (expert, anti) for p in model.parameters()]
     pair = batched_pair(expert, anti)
-    call_directly(pair)
+    call_directly(pair, 64)
     logits(pair, token_ids(2, 3))
     assert [type(module) for module in expert.modules()] == kinds
     after = [p for model in (expert, anti) for p in model.parameters()]

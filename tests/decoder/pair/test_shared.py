@@ -83,8 +83,8 @@ def check(model: Any, anti: Any, ids: Tensor) -> None:
         assert torch.equal(found[1::2], logits(anti, ids)[1::2])
         assert torch.equal(logits(expert, ids[0::2]), logits(model, ids[0::2]))
         assert not torch.equal(found[0::2], logits(anti, ids)[0::2])
-        call_directly(pair)
-        call_directly(expert)
+        call_directly(pair, 64)
+        call_directly(expert, 64)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 7), (6, 1), (6, 5)], ids=str)
@@ -187,7 +187,7 @@ def test_the_given_models_are_left_as_they_were():
     kinds = [type(module) for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pair, _ = shared_pair(model.get_base_model(), anti)
-    call_directly(pair)
+    call_directly(pair, 64)
     logits(pair, token_ids(2, 3))
     assert [type(module) for module in model.modules()] == kinds
     assert model.training and not pair.training
