@@ -1,4 +1,4 @@
-"""Batched proxy-tuned decoding: engine, loop, step, cache, runner, a module each."""
+"""Batched proxy-tuned decoding: the decoder, its loop, step, models and caches, a module each."""
 
 from proxytune_kernels.decoder.decoder import Decoder
 from proxytune_kernels.decoder.loop import DecodeError

@@ -1,7 +1,7 @@
 """Static KV cache: a fixed place per row, and what one forward reads and writes of it.
 
-A token's index in its row is its position, so a row's keys need no padding, its length is its next
-position, and rolling back is a smaller length: what lies past a row's length is never attended to.
+A token's index in its row is its position. So keys need no padding, and a row's length is its next
+position. To roll back is to make the length smaller: no query attends to what lies past it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def cache_keyword(function: Callable[..., Any]) -> str:
 class SlotCache:
     """Keys and values of ``rows`` rows of ``max_seq_len`` tokens, for each layer.
 
-    A row is a slot of one role. A layer's memory is [rows, capacity, kv_heads, D] for keys and the
-    same for values; it is taken when the layer first writes, with the shape, dtype and device that
-    it writes. The lengths are kept twice: on the device, for forwards, and on the host, to know
-    without asking the device how far the keys reach.
+    A row is a slot of one role. A layer has memory [rows, capacity, kv_heads, D] for its keys and
+    as much for its values, made when it first writes, with the dtype and device of what it writes.
+    The lengths are kept twice: on the device, for forwards, and on the host, which so knows how far
+    the keys reach without asking the device.
 
     Args:
         rows: number of rows.
@@ -243,9 +243,9 @@ class CacheStep:
                 cached.flatten(0, 1).index_copy_(0, index, tokens)
         else:
             # Rows of one length write at one place: half the calls of the general way.
-            new = key.shape[2]
-            seen_keys.narrow(2, length - new, new).copy_(key)
-            seen_values.narrow(2, length - new, new).copy_(value)
+            width = key.shape[2]
+            seen_keys.narrow(2, length - width, width).copy_(key)
+            seen_values.narrow(2, length - width, width).copy_(value)
         return (key, value) if self.fresh else (seen_keys, seen_values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

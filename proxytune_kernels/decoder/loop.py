@@ -200,15 +200,15 @@ class DecodingLoop:
             self._runner.release(slot)
 
     def step(self) -> Iterator[Progress]:
-        """Run a chunk of a prompt and one step; what came of them.
+        """Run a chunk of a prompt, if one waits, and a step; give what came of them.
 
-        Whoever has an end or an error is out of its slot when it is given out.
+        A request that ended or failed has left its slot when its last event is given.
         """
         for request in self._scheduler.admit():
             request.started = time.monotonic()
         for source, target in self._scheduler.compact():
             self._stepper.move(source, target)
-        # After a chunk comes a step: whoever runs waits for one chunk at most.
+        # After a chunk comes a step: running requests wait for one chunk at most.
         self._started = not self._started and self._prefill()
         if self._started:
             # Their first tokens are handed out before the next step is taken.
@@ -277,7 +277,7 @@ class DecodingLoop:
         result = self._stepper.run(slots, roles, drafts, masked)
         for slot, request in rows:
             request.launched += 1
-            # At most; what was refused is taken back when the host learns of it.
+            # The most it can be; what was refused is subtracted when the host learns of it.
             self._runner.advance_host(slot, request.roles, drafts + 1)
         self._pending.append(_Pending(rows, result, drafts, launched))
         return True

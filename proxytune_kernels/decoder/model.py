@@ -18,7 +18,7 @@ from proxytune_kernels.trio import sharing
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-Forward = Callable[[Tensor, CacheStep], Tensor]
+StepForward = Callable[[Tensor, CacheStep], Tensor]
 
 
 def check_model(role: str, model: Module) -> None:
@@ -53,6 +53,44 @@ def with_slot_attention(model: Module) -> Any:
     return twin
 
 
+class Forward:
+    """A causal LM's forward: it gives logits, and takes all under the names that the model takes.
+
+    Args:
+        model: a causal LM of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache = cache_keyword(model.forward)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def __call__(
+        self, token_ids: Tensor, *, keep: int | Tensor = 0, cache: Any = None, **inputs: Any
+    ) -> Tensor:
+        """Run tokens int64 [B, q].
+
+        Args:
+            token_ids: the tokens.
+            keep: of which of them to give the logits: the last ``keep``, all (0), or by index.
+            cache: of transformers, or a :class:`CacheStep`; None runs without one.
+            inputs: what else the model takes.
+
+        Returns:
+            Logits [B, n, V], fp32 or narrower.
+        """
+        if cache is not None:
+            inputs[self._cache] = cache
+        if self._keeps:
+            inputs["logits_to_keep"] = keep
+        output = self._model(input_ids=token_ids, use_cache=cache is not None, **inputs)
+        logits: Tensor = output.logits
+        if not self._keeps and not (isinstance(keep, int) and keep == 0):
+            logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+        # The operators take fp32 and narrower.
+        return logits.float() if logits.dtype == torch.float64 else logits
+
+
 class SlotModel:
     """A model, and the rows of a slot cache that are its own: every ``stride``-th from ``first``.
 
@@ -80,9 +118,7 @@ class SlotModel:
         self.model = model
         self.cache = cache
         self._first, self._stride, self._rows_per_slot = first, stride, rows_per_slot
-        accepted = inspect.signature(model.forward).parameters
-        self._keeps_logits = "logits_to_keep" in accepted
-        self._cache_keyword = cache_keyword(model.forward)
+        self._logits = Forward(model)
         self._token_ids = torch.zeros((cache.rows, 1), dtype=torch.int64, device=cache.device)
         self._compiled = CompiledStep(self._last, _windows(model.config)) if compile else None
 
@@ -171,22 +207,9 @@ class SlotModel:
         return self._run(token_ids, step, 1)[:, 0]
 
     def _run(self, token_ids: Tensor, step: CacheStep, keep: int | Tensor) -> Tensor:
-        """Logits [B, n, V] of the tokens to keep: the last ``keep``, 0 for all, or by index."""
-        keywords: dict[str, Any] = {self._cache_keyword: step}
-        if self._keeps_logits:
-            keywords["logits_to_keep"] = keep
-        output = self.model(
-            input_ids=token_ids,
-            position_ids=step.position_ids,
-            use_cache=True,
-            cache_step=step,
-            **keywords,
+        return self._logits(
+            token_ids, keep=keep, cache=step, position_ids=step.position_ids, cache_step=step
         )
-        logits: Tensor = output.logits
-        if not self._keeps_logits and not (isinstance(keep, int) and keep == 0):
-            logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-        # The ops take fp32 and narrower.
-        return logits.float() if logits.dtype == torch.float64 else logits
 
 
 def _windows(config: Any) -> list[int | None]:
@@ -205,7 +228,7 @@ class CompiledStep:
         windows: the attention windows of the model's layers; None among them for full attention.
     """
 
-    def __init__(self, forward: Forward, windows: Sequence[int | None]) -> None:
+    def __init__(self, forward: StepForward, windows: Sequence[int | None]) -> None:
         def step_forward(token_ids: Tensor, step: CacheStep) -> Tensor:
             return forward(token_ids, step)
 
@@ -216,7 +239,7 @@ class CompiledStep:
         # Checking thousands of module attributes takes as long as a small model's forward, and the
         # modules are the runner's own, which nobody changes.
         guard_filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        self._compiled: Forward = torch.compile(
+        self._compiled: StepForward = torch.compile(
             step_forward, dynamic=False, options={"guard_filter_fn": guard_filter}
         )
 
@@ -270,7 +293,7 @@ class FusedNorm:
         if hidden_states.dtype == weight.dtype == torch.float32 and weight.shape == width:
             return rms_norm(hidden_states, width, weight, self.variance_epsilon)
         if hidden_states.dtype == torch.float64:  # which Llama's takes in fp32
-            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states)  # type: ignore[misc]
         return weight * rms_norm(hidden_states, width, None, self.variance_epsilon)
 
 
@@ -284,7 +307,7 @@ class _RotaryTable:
     def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         if "dynamic" in self.rope_type or self.rope_type == "longrope":
             # A longer text gives all its positions other frequencies.
-            return self.forward(x, position_ids)  # type: ignore[attr-defined, no-any-return]
+            return self.forward(x, position_ids)  # type: ignore[attr-defined]
         if self._tables is None or self._tables[0].dtype != x.dtype:
             positions = torch.arange(self.num_positions, device=x.device)
             cos, sin = self.forward(x, positions[None])  # type: ignore[attr-defined]
@@ -300,18 +323,22 @@ def is_llama(kind: type[Module], name: str) -> bool:
     """
     from transformers.models.llama import modeling_llama
 
+    if not kind.__name__.endswith(name):
+        return False
     llama = getattr(modeling_llama, f"Llama{name}")
     code, wanted = (inspect.unwrap(c.forward).__code__ for c in (kind, llama))
-    return kind.__name__.endswith(name) and (
-        (code.co_code, code.co_names, code.co_consts)
-        == (wanted.co_code, wanted.co_names, wanted.co_consts)
+    return (code.co_code, code.co_names, code.co_consts) == (
+        wanted.co_code,
+        wanted.co_names,
+        wanted.co_consts,
     )
 
 
 def _direct_class(kind: Any) -> type[Module]:
     if kind is Linear:
         return _DirectLinear
-    forward, bases = kind.forward, (kind,)
+    forward: Any = kind.forward
+    bases: tuple[type, ...] = (kind,)
     if is_llama(kind, "RMSNorm"):
         forward, bases = FusedNorm.forward, (FusedNorm, kind)
     elif is_llama(kind, "RotaryEmbedding"):

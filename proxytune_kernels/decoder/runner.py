@@ -22,8 +22,8 @@ Roles = tuple[str, ...]
 class Runner:
     """All roles' models over their caches; a slot has its own length in each role.
 
-    A role's rows for slots without a request of that role run along where they lie between others:
-    what they write is behind their length, and nobody reads it.
+    A step runs the rows of all slots up to the last one in use, also those whose request does not
+    run in a role. What these rows write lies behind their length, where nobody reads it.
 
     Args:
         models: role -> causal LM, in the order base, expert, anti; or base alone. They are not
@@ -124,8 +124,8 @@ class Runner:
         """How these roles run: joint forwards and single ones, the base first."""
         if roles not in self._parts:
             joint = PAIR in self.models and set(PAIR) <= set(roles)
-            alone = [(role,) for role in roles if not joint or role not in PAIR]
-            self._parts[roles] = [*alone, PAIR] if joint else alone
+            parts: list[Roles] = [(r,) for r in roles if not joint or r not in PAIR]
+            self._parts[roles] = [*parts, PAIR] if joint else parts
         return self._parts[roles]
 
     @torch.inference_mode()

@@ -99,7 +99,7 @@ class SpeculationStats:
 
 
 class Acceptance:
-    """The probability that a draft is kept where all before it were, as seen lately.
+    """The probability that a draft is kept if all drafts before it were, as lately seen.
 
     Args:
         prior: an estimate to begin with.
@@ -115,7 +115,7 @@ class Acceptance:
         return self._accepted / self._tried
 
     def observe(self, drafted: int, accepted: int) -> None:
-        """Count a round: what comes behind the first refusal was never tried."""
+        """Count a round. Drafts behind the first that was refused were never tried."""
         tried = min(accepted + 1, drafted)
         keep = 1 - tried / _MEMORY if tried < _MEMORY else 0.0
         if self._tried > _MEMORY:
@@ -150,8 +150,8 @@ class StepTimes:
     def estimates(self, rows: int, most: int) -> list[float] | None:
         """Seconds of steps with 0 to ``most`` drafts; None before both kinds have been timed.
 
-        Where there are measurements their median, between and beyond them a line. Numbers of rows
-        for which one kind is missing take the shape of the nearest that has both.
+        The median where there are measurements, and a straight line between and beyond them. A
+        number of rows that lacks one kind takes the ratios of the nearest number that has both.
         """
         both = [r for r, times in self._seen.items() if 0 in times and len(times) > 1]
         if not both:
@@ -174,7 +174,7 @@ def _line(known: dict[int, float], most: int) -> list[float]:
             continue
         low, high = sorted(sorted(known, key=lambda d: abs(d - place))[:2])
         slope = (known[high] - known[low]) / (high - low)
-        # Noise may turn the line; more drafts never take less.
+        # Measured times are noisy and the line may fall; more drafts never take less time.
         values.append(known[low] + max(slope, 0.0) * (place - low))
     return values
 
@@ -200,7 +200,7 @@ class DraftController:
     def new_request(self) -> Acceptance:
         """An estimate for a new request, from what the others accepted.
 
-        Its text may be of another kind, so drafts are asked for again soon.
+        Its text may be of another kind, so a round is tried again soon.
         """
         self._rest = min(self._rest, _SHORTEST_REST)
         self._next_rest = _SHORTEST_REST
@@ -226,7 +226,7 @@ class DraftController:
             return min(_FIRST_DRAFTS, limit) if self._untimed % 2 == 0 else 0
         if self._probing:
             self._probing = False
-            # What rounds took before may have been a bad moment.
+            # The rounds before may have been timed at a bad moment.
             self._times.forget_rounds()
             return min(_PROBE_DRAFTS, limit)
         promise = [

@@ -42,7 +42,7 @@ class Stepper:
         self.graphs = graphs
         self.roles = tuple(runner.active)
         slots, capacity = sampler.token_ids.shape[0], runner.capacity
-        # Output tokens up to which a slot's drafts are of use: 0 for one that can't have any.
+        # Up to how many output tokens a slot may draft: 0 for one that can't have drafts.
         self._draft_until = torch.zeros(slots, dtype=torch.int64, device=runner.device)
         looks_up = speculation is not None and speculation.drafter == "prompt_lookup"
         self._history = History(slots, capacity, runner.device) if looks_up else None
@@ -75,7 +75,7 @@ class Stepper:
         return result
 
     def at_hand(self, slots: int, drafts: int) -> int:
-        """How many of so many drafts there are to verify, where asking costs no waiting."""
+        """How many of these drafts the text has, where the host can ask without waiting."""
         if not drafts or self._history is None or self.graphs is not None:
             return drafts
         if self.runner.device.type != "cpu":

@@ -103,7 +103,7 @@ def batched_pair(expert: Any, anti: Any) -> Any:
         if differing:
             _check(path, module, differing)
             both = {n: torch.stack([t, theirs[n]]) for n, t in ours.items()}
-            _stack(module, {n: both[n] for n in both if n in module._parameters})
+            _batch(module, {n: both[n] for n in both if n in module._parameters})
     return pair
 
 
@@ -119,7 +119,7 @@ def _kinds(tensors: dict[str, Tensor]) -> str:
 
 
 def _check(path: str, module: Any, differing: set[str]) -> None:
-    """Refuse a layer that :func:`_stack` can't let serve both models."""
+    """Refuse a layer that :func:`_batch` can't let serve both models."""
     kind = type(module)
     known = kind in (Linear, LayerNorm) or isinstance(module, Embedding) or _is_norm(kind)
     # One with more arguments computes more than its name says.
@@ -138,7 +138,7 @@ def _is_norm(kind: type[Module]) -> bool:
     return kind.__name__.endswith("RMSNorm") and kind is not RMSNorm
 
 
-def _stack(module: Any, both: dict[str, Tensor]) -> None:
+def _batch(module: Any, both: dict[str, Tensor]) -> None:
     """Let a layer serve the rows of both models, with weights [2, ...]."""
     kind = type(module)
     # What is one vector in a model is added to, or scales, all of a row's tokens.

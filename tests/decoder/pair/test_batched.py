@@ -26,15 +26,9 @@ from transformers import (
 from proxytune_kernels.decoder.model import call_directly
 from proxytune_kernels.decoder.pair.batched import batched_pair
 from proxytune_kernels.decoder.pair.shared import PairError
+from tests.decoder.pair.models import GPT2, SIZES, VOCAB_SIZE, logits, token_ids
 
-VOCAB_SIZE = 97
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
-GPT2: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
 OPT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48,
     "num_attention_heads": 4, "word_embed_proj_dim": 32,
@@ -57,16 +51,6 @@ def make_model(architecture: str, seed: int, dtype: torch.dtype = torch.float64)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.to(dtype).eval()
-
-
-def token_ids(rows: int, queries: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(VOCAB_SIZE, (rows, queries), generator=generator)
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **keywords: Any) -> Tensor:
-    return model(ids, use_cache=False, **keywords).logits
 
 
 def check(pair: Any, expert: Any, anti: Any, ids: Tensor, **keywords: Any) -> None:

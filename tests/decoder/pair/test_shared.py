@@ -22,21 +22,17 @@ from transformers import (
 import proxytune_kernels as ptk
 from proxytune_kernels.decoder.model import call_directly
 from proxytune_kernels.decoder.pair.shared import PairError, has_lora, shared_pair
+from tests.decoder.pair.models import GPT2, SIZES, logits, token_ids
 
 peft = pytest.importorskip("peft")
 # PEFT asks a model for a property that transformers renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-VOCAB_SIZE = 97
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
-}  # fmt: skip
-GPT2: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LARGER: dict[str, Any] = {**SIZES, "head_dim": 8, "initializer_range": 0.3}
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "llama-biases": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True)),
-    "gemma2-tied": (Gemma2ForCausalLM, Gemma2Config(**SIZES)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "llama-biases": (LlamaForCausalLM, LlamaConfig(**LARGER, attention_bias=True)),
+    "gemma2-tied": (Gemma2ForCausalLM, Gemma2Config(**LARGER)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**LARGER)),
     "gpt2-conv1d": (GPT2LMHeadModel, GPT2Config(**GPT2, initializer_range=0.3)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -58,16 +54,6 @@ def adapt(anti: Any, dtype: torch.dtype | None = None, **settings: Any) -> Any:
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype or anti.dtype)
     return model
-
-
-def token_ids(rows: int, queries: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(VOCAB_SIZE, (rows, queries), generator=generator)
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **keywords: Any) -> Tensor:
-    return model(ids, use_cache=False, **keywords).logits
 
 
 def mixed(model: Any, ids: Tensor) -> Tensor:
