@@ -32,7 +32,7 @@ from benchmarks.report import (
 )
 from benchmarks.trios import open_trio
 from proxytune_kernels import Speculation, Trio
-from proxytune_kernels.decoder.speculative import DRAFTERS
+from proxytune_kernels.decoder.speculation import DRAFTERS
 from proxytune_kernels.ops import VERIFY_MODES
 
 _PROMPT_LENGTH = 32  # of text, which has no length of its own

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.providers import Prompts, combined
 from proxytune_kernels import Decoder, SamplingParams, Speculation, Trio
-from proxytune_kernels.decoder.drafting import History
+from proxytune_kernels.decoder.speculation import History
 
 _CPU = torch.device("cpu")
 

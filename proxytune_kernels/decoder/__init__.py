@@ -1,6 +1,6 @@
-"""Batched proxy-tuned decoding: engine, loop, step, cache, runner, a module each."""
+"""Batched proxy-tuned decoding: the decoder, its loop, step, models and caches, a module each."""
 
-from proxytune_kernels.decoder.engine import Decoder
+from proxytune_kernels.decoder.decoder import Decoder
 from proxytune_kernels.decoder.loop import DecodeError
 from proxytune_kernels.decoder.request import (
     FINISH_REASONS,
@@ -8,7 +8,7 @@ from proxytune_kernels.decoder.request import (
     RequestOutput,
     StreamEvent,
 )
-from proxytune_kernels.decoder.speculative import Speculation, SpeculationStats
+from proxytune_kernels.decoder.speculation import Speculation, SpeculationStats
 
 __all__ = [
     "FINISH_REASONS",

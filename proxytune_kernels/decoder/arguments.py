@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from proxytune_kernels.decoder.speculative import Speculation
+from proxytune_kernels.decoder.speculation import Speculation
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 

@@ -96,6 +96,10 @@ def slot_attention(
         return attended.transpose(1, 2).contiguous(), None
     rows, heads, queries, width = query.shape
     groups = heads // key.shape[1]
+    if groups == queries == 1 and not masked and not cache_step.fresh:
+        # SDPA as it is: no mask, no heads to group.
+        attended = scaled_dot_product_attention(query, key, value, scale=scaling)
+        return attended.transpose(1, 2), None
     if queries * groups <= _MAX_GROUPED_QUERIES and not cache_step.fresh:
         mask = None
         if masked:

@@ -1,24 +1,36 @@
 """Static KV cache: a fixed place per row, and what one forward reads and writes of it.
 
-A token's index in its row is its position, so a row's keys need no padding, its length is its next
-position, and rolling back is a smaller length: what lies past a row's length is never attended to.
+A token's index in its row is its position. So keys need no padding, and a row's length is its next
+position. To roll back is to make the length smaller: no query attends to what lies past it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def cache_keyword(function: Callable[..., Any]) -> str:
+    """The name under which a forward, or another function of a model, takes its cache.
+
+    transformers calls it ``cache`` from 5.24 on, and warns of ``past_key_values``, its name before,
+    until that goes in 5.40. A model's output has its cache under the same name.
+    """
+    names = inspect.signature(function).parameters
+    return "cache" if "cache" in names and "past_key_values" not in names else "past_key_values"
+
+
 class SlotCache:
     """Keys and values of ``rows`` rows of ``max_seq_len`` tokens, for each layer.
 
-    A row is a slot of one role. A layer's memory is [rows, capacity, kv_heads, D] for keys and the
-    same for values; it is taken when the layer first writes, with the shape, dtype and device that
-    it writes. The lengths are kept twice: on the device, for forwards, and on the host, to know
-    without asking the device how far the keys reach.
+    A row is a slot of one role. A layer has memory [rows, capacity, kv_heads, D] for its keys and
+    as much for its values, made when it first writes, with the dtype and device of what it writes.
+    The lengths are kept twice: on the device, for forwards, and on the host, which so knows how far
+    the keys reach without asking the device.
 
     Args:
         rows: number of rows.
@@ -47,12 +59,14 @@ class SlotCache:
         self.flash = flash
         self.lengths = [0] * rows
         self.device_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        # 1 for rows whose request runs: only their lengths move.
+        self.active = torch.zeros_like(self.device_lengths)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._starts = torch.arange(rows, device=device) * self.capacity
         self._span = torch.arange(self.capacity, device=device)
         # A model with a table of positions has none for drafts past the end.
-        self._position_ids = self._span.clamp(max=max_seq_len - 1)
+        self._position_ids = self._span.clamp(max=max_seq_len - 1) if slack else self._span
 
     def fresh_step(self, rows: Sequence[int], width: int) -> CacheStep:
         """The forward that fills empty ``rows`` with up to ``width`` tokens each.
@@ -90,11 +104,14 @@ class SlotCache:
         if length is None:
             length = longest + width
             if equal and not indexed:
-                span = slice(longest, length)
+                positions = self._span[longest:length].expand(len(rows), -1)
+                ids = positions
+                if self._position_ids is not self._span:
+                    ids = self._position_ids[longest:length].expand(len(rows), -1)
                 return CacheStep(
                     self,
-                    self._position_ids[span].expand(len(rows), -1),
-                    self._span[span].expand(len(rows), -1),
+                    ids,
+                    positions,
                     None,
                     self._span[:length],
                     first_row=rows.start,
@@ -103,7 +120,7 @@ class SlotCache:
         place = slice(rows.start, rows.stop, rows.step)
         positions = self.device_lengths[place][:, None] + self._span[offset : offset + width]
         write_index = (self._starts[place][:, None] + positions).flatten()
-        ids = positions if self.capacity == self.max_seq_len else self._position_ids[positions]
+        ids = positions if self._position_ids is self._span else self._position_ids[positions]
         return CacheStep(
             self,
             ids,
@@ -114,6 +131,16 @@ class SlotCache:
             row_stride=rows.step,
             ragged=not equal,
         )
+
+    def advance(self, rows: int, counts: Tensor | None) -> None:
+        """Move the first rows' lengths on, if they are active, on the device.
+
+        Args:
+            rows: how many.
+            counts: int64 [rows], by how many tokens each; None is by one.
+        """
+        moved = self.active[:rows]
+        self.device_lengths[:rows].add_(moved if counts is None else moved * counts)
 
     def set_length(self, row: int, length: int) -> None:
         """Set a row's length, on the host and on the device."""
@@ -139,39 +166,6 @@ class SlotCache:
             layer[row, :end] = 0
         self.set_length(row, 0)
 
-    def resized(self, rows: int, max_seq_len: int) -> SlotCache:
-        """An empty cache of another size."""
-        return SlotCache(
-            rows,
-            max_seq_len,
-            self.device,
-            slack=self.capacity - self.max_seq_len,
-            exact=self.exact,
-            flash=self.flash,
-        )
-
-    def take(self, other: SlotCache, rows: Sequence[int]) -> None:
-        """Let row i hold what row ``rows[i]`` of ``other`` holds, which may be this cache.
-
-        There are as many ``rows`` as this cache has, long enough for what they hold.
-        """
-        self.lengths = [other.lengths[row] for row in rows]
-        longest = max(self.lengths)
-        places: dict[torch.device, Tensor] = {}
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for index, source in enumerate(theirs):
-                if len(mine) <= index:
-                    mine.append(source.new_zeros(self.rows, self.capacity, *source.shape[2:]))
-                if source.device not in places:
-                    places[source.device] = torch.tensor(rows, device=source.device)
-                mine[index][:, :longest] = source[:, :longest][places[source.device]]
-        self.device_lengths = other.device_lengths[torch.tensor(rows, device=self.device)]
-
-    def shift(self, count: int) -> None:
-        """Move every row's length by ``count``, on the host and on the device."""
-        self.lengths = [length + count for length in self.lengths]
-        self.device_lengths += count
-
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, [rows, capacity, kv_heads, D]; made at the first call."""
         while len(self.keys) <= index:
@@ -186,7 +180,7 @@ class SlotCache:
 
 
 class CacheStep:
-    """One forward's view of a :class:`SlotCache`: transformers' ``past_key_values``.
+    """One forward's view of a :class:`SlotCache`, in the place of a cache of transformers.
 
     Args:
         cache: the keys and values.
@@ -234,10 +228,13 @@ class CacheStep:
         """
         keys, values = self.cache.layer(layer_idx, key, value)
         length = self.span.shape[0]
-        end = self.first_row + key.shape[0] * self.row_stride
-        rows = slice(self.first_row, end, self.row_stride)
-        seen_keys = keys[rows, :length].transpose(1, 2)
-        seen_values = values[rows, :length].transpose(1, 2)
+        seen_keys, seen_values = keys, values
+        if key.shape[0] < self.cache.rows:
+            end = self.first_row + key.shape[0] * self.row_stride
+            rows = slice(self.first_row, end, self.row_stride)
+            seen_keys, seen_values = keys[rows], values[rows]
+        seen_keys = seen_keys.narrow(1, 0, length).transpose(1, 2)
+        seen_values = seen_values.narrow(1, 0, length).transpose(1, 2)
         if self.write_index is not None:
             # A model may be spread over devices.
             index = self.write_index.to(key.device)
@@ -246,9 +243,9 @@ class CacheStep:
                 cached.flatten(0, 1).index_copy_(0, index, tokens)
         else:
             # Rows of one length write at one place: half the calls of the general way.
-            first = self.get_seq_length()
-            seen_keys[:, :, first:].copy_(key)
-            seen_values[:, :, first:].copy_(value)
+            width = key.shape[2]
+            seen_keys.narrow(2, length - width, width).copy_(key)
+            seen_values.narrow(2, length - width, width).copy_(value)
         return (key, value) if self.fresh else (seen_keys, seen_values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from proxytune_kernels.decoder.request import Request, StreamEvent
 from proxytune_kernels.decoder.sampler import StepResult
-from proxytune_kernels.decoder.scheduler import Scheduler
-from proxytune_kernels.decoder.speculative import DraftController
+from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 
 
@@ -46,6 +45,75 @@ class Statistics:
     """Tokens from steps and rounds."""
     drafted: int = 0
     accepted: int = 0
+
+
+class Scheduler:
+    """Which request has which slot: first come, first served, over a fixed number of slots.
+
+    Slots in use are always the first ones, so a step has no gaps.
+
+    Args:
+        max_batch_size: number of slots.
+    """
+
+    def __init__(self, max_batch_size: int) -> None:
+        self.max_batch_size = max_batch_size
+        self.waiting: deque[Request] = deque()
+        self._slots: list[Request | None] = []
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests with a slot, by slot; complete after :meth:`compact`."""
+        return [request for request in self._slots if request is not None]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self.waiting) or any(self._slots)
+
+    def add(self, request: Request) -> None:
+        """Put a request at the end of the queue."""
+        self.waiting.append(request)
+
+    def admit(self) -> list[Request]:
+        """Give free slots, lowest first, to waiting requests; returns those."""
+        admitted = []
+        for slot in range(self.max_batch_size):
+            if not self.waiting:
+                break
+            if slot == len(self._slots):
+                self._slots.append(None)
+            if self._slots[slot] is None:
+                request = self.waiting.popleft()
+                request.slot = slot
+                self._slots[slot] = request
+                admitted.append(request)
+        return admitted
+
+    def remove(self, request: Request) -> int | None:
+        """Take a request out; returns the slot it had, None if it was waiting."""
+        slot, request.slot = request.slot, None
+        if slot is None:
+            self.waiting.remove(request)
+        else:
+            self._slots[slot] = None
+        return slot
+
+    def compact(self) -> list[tuple[int, int]]:
+        """Move the last requests into free slots below them; returns the moves, (from, to)."""
+        moves = []
+        free = [slot for slot, request in enumerate(self._slots) if request is None]
+        for target in free:
+            while self._slots and self._slots[-1] is None:
+                self._slots.pop()
+            if target >= len(self._slots):
+                break
+            request = self._slots.pop()
+            assert request is not None
+            moves.append((len(self._slots), target))
+            request.slot = target
+            self._slots[target] = request
+        return moves
 
 
 class _Pending:
@@ -132,15 +200,15 @@ class DecodingLoop:
             self._runner.release(slot)
 
     def step(self) -> Iterator[Progress]:
-        """Run a chunk of a prompt and one step; what came of them.
+        """Run a chunk of a prompt, if one waits, and a step; give what came of them.
 
-        Whoever has an end or an error is out of its slot when it is given out.
+        A request that ended or failed has left its slot when its last event is given.
         """
         for request in self._scheduler.admit():
             request.started = time.monotonic()
         for source, target in self._scheduler.compact():
             self._stepper.move(source, target)
-        # After a chunk comes a step: whoever runs waits for one chunk at most.
+        # After a chunk comes a step: running requests wait for one chunk at most.
         self._started = not self._started and self._prefill()
         if self._started:
             # Their first tokens are handed out before the next step is taken.
@@ -209,7 +277,7 @@ class DecodingLoop:
         result = self._stepper.run(slots, roles, drafts, masked)
         for slot, request in rows:
             request.launched += 1
-            # At most; what was refused is taken back when the host learns of it.
+            # The most it can be; what was refused is subtracted when the host learns of it.
             self._runner.advance_host(slot, request.roles, drafts + 1)
         self._pending.append(_Pending(rows, result, drafts, launched))
         return True

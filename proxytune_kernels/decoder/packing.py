@@ -47,7 +47,7 @@ def pack_weights(model: Module, packed: dict[int, Tensor] | None = None) -> int:
     plain tensor (quantised ones) stays as it is. A packed model cannot be copied with deepcopy.
 
     Args:
-        model: is changed. Pack before :func:`~proxytune_kernels.decoder.slim.slim`.
+        model: is changed. Pack before :func:`~proxytune_kernels.decoder.model.call_directly`.
         packed: packed weights by the id of their parameter. One dictionary for several models that
             share weights, which must outlive it, makes one copy for all; it is added to.
 

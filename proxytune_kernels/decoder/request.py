@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from proxytune_kernels.decoder.speculative import Acceptance, SpeculationStats
+from proxytune_kernels.decoder.speculation import Acceptance, SpeculationStats
 from proxytune_kernels.decoder.text import Detokenizer, StopStrings
 from proxytune_kernels.params import SamplingParams, mask_without
 
@@ -123,7 +123,7 @@ class StopRules:
 
 @dataclass(eq=False)
 class Request:
-    """A request in the decoder; made by :class:`~proxytune_kernels.decoder.engine.Decoder`.
+    """A request in the decoder; made by :class:`~proxytune_kernels.decoder.decoder.Decoder`.
 
     Args:
         request_id: unique in its decoder.

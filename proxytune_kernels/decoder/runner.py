@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch.nn import Module
 from proxytune_kernels.decoder import packing
 from proxytune_kernels.decoder.attention import flash_missing, register_attention
 from proxytune_kernels.decoder.cache import SlotCache
-from proxytune_kernels.decoder.member import Member, check_model, sharing_copy
-from proxytune_kernels.decoder.pair.pairing import pair_models
+from proxytune_kernels.decoder.model import SlotModel, check_model, with_slot_attention
+from proxytune_kernels.decoder.pair import pair_models
 from proxytune_kernels.trio.roles import PAIR
 
 Roles = tuple[str, ...]
@@ -23,15 +22,15 @@ Roles = tuple[str, ...]
 class Runner:
     """All roles' models over their caches; a slot has its own length in each role.
 
-    A role's rows for slots without a request of that role run along where they lie between others:
-    what they write is behind their length, and nobody reads it.
+    A step runs the rows of all slots up to the last one in use, also those whose request does not
+    run in a role. What these rows write lies behind their length, where nobody reads it.
 
     Args:
         models: role -> causal LM, in the order base, expert, anti; or base alone. They are not
             changed: the runner works on copies of their modules that share every weight.
         max_batch_size: number of slots.
         max_seq_len: tokens a slot can hold, for each role.
-        pair: how expert and anti run, one of :data:`~decoder.pair.pairing.PAIR_MODES`;
+        pair: how expert and anti run, one of :data:`~decoder.pair.PAIR_MODES`;
             None chooses.
         compile: run forwards of one token a slot through torch.compile.
         pack_weights: hold the weights of linear layers once more, packed for the CPU.
@@ -69,8 +68,8 @@ class Runner:
         # Stacked weights are neither compiled for nor packed unless asked for.
         may_batch = not compile and not pack_weights
         self.pair, trees = pair_models(models, pair, may_batch=may_batch)
-        trees["base",] = sharing_copy(models["base"])
-        self.members: dict[Roles, Member] = {}
+        trees["base",] = with_slot_attention(models["base"])
+        self.models: dict[Roles, SlotModel] = {}
         self._rows: dict[str, tuple[SlotCache, int, int]] = {}
         caches: dict[Roles, SlotCache] = {}
         # By the weight they are of: roles that share weights share these.
@@ -88,7 +87,7 @@ class Runner:
             first, stride = (PAIR.index(roles[0]), 2) if joint and len(roles) == 1 else (0, 1)
             if pack_weights:
                 self.packed_bytes += packing.pack_weights(trees[roles], self._packed)
-            self.members[roles] = Member(
+            self.models[roles] = SlotModel(
                 trees[roles],
                 caches[key],
                 first=first,
@@ -102,25 +101,11 @@ class Runner:
         self._caches = list(caches.values())
         # 1 for the slots whose request runs in a role: only their lengths move.
         self.active = {
-            role: torch.zeros(max_batch_size, dtype=torch.int64, device=cache.device)
-            for role, (cache, _, _) in self._rows.items()
+            role: cache.active[first::stride] for role, (cache, first, stride) in self._rows.items()
         }
+        self._parts: dict[Roles, list[Roles]] = {}
         devices = {cache.device for cache in self._caches}
         self._side = torch.cuda.Stream(self.device) if _one_cuda_device(devices) else None
-
-    def resized(self, max_batch_size: int, max_seq_len: int) -> Runner:
-        """A runner of the same modules over empty caches of its own, of another size."""
-        slots = len(self.active["base"])
-        caches = {
-            id(cache): cache.resized(cache.rows // slots * max_batch_size, max_seq_len)
-            for cache in self._caches
-        }
-        other = copy.copy(self)
-        other._caches = list(caches.values())
-        other._rows = {r: (caches[id(c)], first, n) for r, (c, first, n) in self._rows.items()}
-        other.members = {r: m.over(caches[id(m.cache)]) for r, m in self.members.items()}
-        other.active = {r: a.new_zeros(max_batch_size) for r, a in self.active.items()}
-        return other
 
     def _cache(
         self, role: str, model: Any, rows: int, max_seq_len: int, slack: int, exact: bool
@@ -137,9 +122,11 @@ class Runner:
 
     def parts(self, roles: Roles) -> list[Roles]:
         """How these roles run: joint forwards and single ones, the base first."""
-        if PAIR in self.members and set(PAIR) <= set(roles):
-            return [*((r,) for r in roles if r not in PAIR), PAIR]
-        return [(role,) for role in roles]
+        if roles not in self._parts:
+            joint = PAIR in self.models and set(PAIR) <= set(roles)
+            parts: list[Roles] = [(r,) for r in roles if not joint or r not in PAIR]
+            self._parts[roles] = [*parts, PAIR] if joint else parts
+        return self._parts[roles]
 
     @torch.inference_mode()
     def forward(
@@ -147,13 +134,13 @@ class Runner:
     ) -> dict[str, Tensor]:
         """Run q tokens int64 [B, q] in each of the first B slots; per role logits [B, q, V].
 
-        The lengths stay (see :meth:`advance`); arguments as in :meth:`Member.forward`.
+        The lengths stay (see :meth:`advance`); arguments as in :meth:`SlotModel.forward`.
         """
         parts = self.parts(roles)
 
         def run(part: Roles) -> Tensor:
-            member = self.members[part]
-            return member.forward(token_ids.to(member.cache.device), offset, length)
+            model = self.models[part]
+            return model.forward(token_ids.to(model.cache.device), offset, length)
 
         return self._by_role(parts, self._side_by_side(run, parts))
 
@@ -170,7 +157,7 @@ class Runner:
         parts = self._parts_of(prompts)
 
         def run(part: Roles) -> Tensor:
-            return self.members[part].prefill(slots, prompts[part[0]])
+            return self.models[part].prefill(slots, prompts[part[0]])
 
         return self._by_role(parts, self._side_by_side(run, parts))
 
@@ -180,7 +167,7 @@ class Runner:
         parts = self._parts_of(prompts)
 
         def run(part: Roles) -> Tensor:
-            return self.members[part].extend(slot, prompts[part[0]])
+            return self.models[part].extend(slot, prompts[part[0]])
 
         return self._by_role(parts, self._side_by_side(run, parts))
 
@@ -228,15 +215,17 @@ class Runner:
         for role in roles:
             self.active[role][slot] = 1
 
-    @torch.inference_mode()
-    def advance(self, slots: int, counts: Tensor) -> None:
-        """Move the first slots' lengths on by ``counts``, int64 [B], on the device.
+    def advance(self, slots: int, counts: Tensor | None) -> None:
+        """Move the first slots' lengths on by ``counts``, int64 [B], on the device; None is by 1.
 
         Slots that run in a role alone move; the host learns of it by :meth:`advance_host`.
         """
-        for role, (cache, first, stride) in self._rows.items():
-            moved = self.active[role][:slots] * counts.to(cache.device, non_blocking=True)
-            cache.device_lengths[first : first + slots * stride : stride] += moved
+        for cache in self._caches:
+            per_slot = cache.rows // len(self.active["base"])
+            moved = counts
+            if counts is not None:
+                moved = counts.to(cache.device, non_blocking=True).repeat_interleave(per_slot)
+            cache.advance(slots * per_slot, moved)
 
     def advance_host(self, slot: int, roles: Sequence[str], count: int) -> None:
         """Tell the host that a slot is longer by ``count`` in these roles."""
@@ -252,31 +241,10 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def shift(self, roles: Sequence[str], count: int) -> None:
-        """Move the lengths of all slots by ``count`` in these roles, host and device at once.
-
-        Expert and anti move together.
-        """
-        for cache in {id(self._rows[role][0]): self._rows[role][0] for role in roles}.values():
-            cache.shift(count)
-
-    @torch.inference_mode()
-    def take(self, other: Runner, slots: Sequence[int]) -> None:
-        """Let slot i hold what slot ``slots[i]`` of ``other`` holds, which may be this runner.
-
-        There are as many ``slots`` as this runner has; ``other`` is of the same modules.
-        """
-        for mine, theirs in zip(self._caches, other._caches, strict=True):
-            each = range(mine.rows // len(slots))
-            mine.take(theirs, [slot * len(each) + i for slot in slots for i in each])
-        for role, active in other.active.items():
-            self.active[role] = active[torch.tensor(slots, device=active.device)]
-
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile all there is to compile; the slots must be empty, and are again."""
-        for member in self.members.values():
-            member.warm_up()
+        for model in self.models.values():
+            model.warm_up()
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:

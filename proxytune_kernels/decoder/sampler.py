@@ -54,6 +54,7 @@ class SlotSampler:
         self.vocab_size = vocab_size
         self.backend = resolve(backend, self.token_ids, "sample", vocab_size)
         self.params = RowParams.make(max_batch_size, device=device)
+        self._first: dict[int, RowParams] = {}
         self._min_tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         # All tokens but those that end the request; all, for requests without min_tokens.
         words = -(-vocab_size // 32)
@@ -79,15 +80,21 @@ class SlotSampler:
         """What a step changes."""
         return [self.params.position, self.token_ids]
 
-    def draw(self, slots: slice | Tensor, logits: Mapping[str, Tensor], masked: bool) -> StepResult:
+    def first(self, slots: int) -> RowParams:
+        """The parameters of the first slots, as views."""
+        if slots not in self._first:
+            self._first[slots] = self.params.rows(slice(0, slots))
+        return self._first[slots]
+
+    def draw(self, slots: int | Tensor, logits: Mapping[str, Tensor], masked: bool) -> StepResult:
         """Draw the next token of some slots; :meth:`advance` moves them on.
 
         Args:
-            slots: B slots.
+            slots: the first B, or which B.
             logits: per role [B, V_role], of all roles or of the base alone.
             masked: whether any of them may not stop yet.
         """
-        params = self.params.rows(slots)
+        params = self.first(slots) if isinstance(slots, int) else self.params.rows(slots)
         drawn = ops.sample(
             logits["base"],
             logits.get("expert"),
@@ -112,12 +119,12 @@ class SlotSampler:
             masked: leave out what may not end the text yet, as the target will.
             stream: ``"sample"`` shares the target's noise, ``"draft"`` does not.
         """
-        params = self.params.rows(slice(0, slots))
+        params = self.first(slots)
         params = params._replace(position=params.position + offset)
         drawn = ops.sample(
             logits,
             params=params,
-            allowed_mask=self._allowed(slice(0, slots), params.position) if masked else None,
+            allowed_mask=self._allowed(slots, params.position) if masked else None,
             vocab_size=self.vocab_size,
             noise_stream=stream,
             backend=self.backend,
@@ -143,7 +150,7 @@ class SlotSampler:
             draft_logits: [B, k, V], for rejection.
             masked: whether any of them may not stop yet.
         """
-        params = self.params.rows(slice(0, slots))
+        params = self.first(slots)
         base, expert, anti = (logits.get(role) for role in ("base", "expert", "anti"))
         assert base is not None
         if masked:
@@ -179,17 +186,20 @@ class SlotSampler:
             verified.num_accepted,
         )
 
-    def advance(self, slots: int, result: StepResult, active: Tensor) -> Tensor:
+    def advance(self, slots: int, result: StepResult, active: Tensor) -> Tensor | None:
         """Take the first slots' last tokens, and move on those that are active (1, else 0).
 
         Returns:
-            int64 [B]: how many tokens each emitted.
+            int64 [B]: how many tokens each emitted; None for one each, of a plain step. A row for
+            which none could be drawn counts likewise: its request is about to end.
         """
-        counts = (result.token_ids >= 0).sum(1)
-        last = result.token_ids.gather(1, (counts - 1).clamp(min=0)[:, None])
-        # -1 where no token could be drawn: its request is about to end.
-        self.token_ids[:slots] = last.clamp(min=0)
-        self.params.position[:slots] += counts * active
+        last, counts, moved = result.token_ids, None, active
+        if last.shape[1] > 1:
+            counts = (last >= 0).sum(1)
+            last = last.gather(1, (counts - 1).clamp(min=0)[:, None])
+            moved = counts * active
+        self.token_ids[:slots].copy_(last).clamp_(min=0)
+        self.first(slots).position.add_(moved)
         return counts
 
     def take_first(self, slots: Sequence[int], result: StepResult) -> None:
@@ -198,10 +208,11 @@ class SlotSampler:
         self.token_ids[index] = result.token_ids.clamp(min=0)
         self.params.position[index] += 1
 
-    def _allowed(self, slots: slice | Tensor, positions: Tensor) -> Tensor:
+    def _allowed(self, slots: int | Tensor, positions: Tensor) -> Tensor:
         """Packed masks int32 [B, words]: no stop token before min_tokens are out."""
-        early = positions < self._min_tokens[slots]
-        return torch.where(early[:, None], self._no_stop[slots], -1)
+        place = slice(0, slots) if isinstance(slots, int) else slots
+        early = positions < self._min_tokens[place]
+        return torch.where(early[:, None], self._no_stop[place], -1)
 
     def _blocked(self, slots: int, base: Tensor) -> Tensor:
         """Bool [B, k + 1, vocab_size]: the stop tokens at positions before min_tokens."""

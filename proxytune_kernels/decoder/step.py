@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from proxytune_kernels.decoder.drafting import History
 from proxytune_kernels.decoder.graphs import StepGraphs
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler, StepResult
-from proxytune_kernels.decoder.speculative import Speculation
+from proxytune_kernels.decoder.speculation import History, Speculation
 
 
 class Stepper:
@@ -43,7 +42,7 @@ class Stepper:
         self.graphs = graphs
         self.roles = tuple(runner.active)
         slots, capacity = sampler.token_ids.shape[0], runner.capacity
-        # Output tokens up to which a slot's drafts are of use: 0 for one that can't have any.
+        # Up to how many output tokens a slot may draft: 0 for one that can't have drafts.
         self._draft_until = torch.zeros(slots, dtype=torch.int64, device=runner.device)
         looks_up = speculation is not None and speculation.drafter == "prompt_lookup"
         self._history = History(slots, capacity, runner.device) if looks_up else None
@@ -76,7 +75,7 @@ class Stepper:
         return result
 
     def at_hand(self, slots: int, drafts: int) -> int:
-        """How many of so many drafts there are to verify, where asking costs no waiting."""
+        """How many of these drafts the text has, where the host can ask without waiting."""
         if not drafts or self._history is None or self.graphs is not None:
             return drafts
         if self.runner.device.type != "cpu":
@@ -125,7 +124,7 @@ class Stepper:
     ) -> StepResult:
         logits = self.runner.forward(roles, self.sampler.token_ids[:rows], length=length)
         last = {role: x[:, 0] for role, x in logits.items()}
-        result = self.sampler.draw(slice(0, rows), last, masked)
+        result = self.sampler.draw(rows, last, masked)
         self._advance(rows, result)
         return result
 
@@ -178,9 +177,7 @@ class Stepper:
         self, rows: int, logits: dict[str, Tensor], result: StepResult, masked: bool
     ) -> StepResult:
         """Rows without drafts get what a plain step would draw, whatever shares their batch."""
-        plain = self.sampler.draw(
-            slice(0, rows), {role: x[:, 0] for role, x in logits.items()}, masked
-        )
+        plain = self.sampler.draw(rows, {role: x[:, 0] for role, x in logits.items()}, masked)
         assert result.num_drafted is not None
         alone = (result.num_drafted == 0)[:, None]
 
@@ -204,4 +201,5 @@ class Stepper:
         counts = self.sampler.advance(rows, result, active)
         self.runner.advance(rows, counts)
         if self._history is not None:
-            self._history.append(result.token_ids.clamp(min=0), counts * active)
+            moved = active if counts is None else counts * active
+            self._history.append(result.token_ids.clamp(min=0), moved)

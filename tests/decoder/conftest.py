@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from proxytune_kernels.decoder import Decoder
+from proxytune_kernels.decoder import Decoder, StreamEvent
 from proxytune_kernels.ops.backends import backends
 from proxytune_kernels.trio import Trio
 
@@ -75,9 +77,55 @@ def noisy_copy(model: Any, scale: float, seed: int) -> Any:
     return twin
 
 
+def near_trio() -> Trio:
+    """A trio whose expert drafts what the target often takes."""
+    anti = tiny_llama(6, 16, 1)
+    pair = noisy_copy(anti, 0.03, 3), noisy_copy(anti, 0.03, 4)
+    return Trio.from_models(*pair, anti, byte_tokenizer())
+
+
+@contextmanager
+def nan_token(trio: Trio, token_id: int) -> Iterator[None]:
+    """The base gives NaN after this token: a row that holds it has nothing left to draw."""
+    weight = trio.base.model.embed_tokens.weight
+    kept = weight[token_id].clone()
+    with torch.no_grad():
+        weight[token_id] = torch.nan
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight[token_id] = kept
+
+
+def by_request(events: Iterable[StreamEvent]) -> dict[int, list[StreamEvent]]:
+    by_index = defaultdict(list)
+    for event in events:
+        by_index[event.index].append(event)
+    return by_index
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def near() -> Trio:
+    return near_trio()
+
+
+@pytest.fixture(scope="session")
+def lora_trio(tokenizer: Any) -> Trio:
+    """The expert is the anti with an adapter that moves its logits by about their own size."""
+    peft = pytest.importorskip("peft")
+    anti = tiny_llama(2)
+    torch.manual_seed(3)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False
+    )
+    expert = peft.get_peft_model(copy.deepcopy(anti), config).get_base_model().double().eval()
+    return Trio.from_models(tiny_llama(0, 48, 3), expert, anti, tokenizer)
 
 
 @pytest.fixture(scope="session")

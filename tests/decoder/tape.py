@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from proxytune_kernels.decoder import Decoder, engine, graphs
+from proxytune_kernels.decoder import Decoder, decoder, graphs
 from proxytune_kernels.decoder.graphs import Capture, Replay
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import StepResult
@@ -174,8 +174,8 @@ def make_decoder(
     """
     monkeypatch.setattr(graphs, "_SHORTEST", 8)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run_ahead", lambda device: ahead)
+        patch.setattr(decoder, "run_ahead", lambda device: ahead)
         if taped:
             patch.setattr(Runner, "cannot_capture", lambda self: None)
-            patch.setattr(engine, "CudaCapture", lambda device: Tape())
+            patch.setattr(decoder, "CudaCapture", lambda device: Tape())
         return Decoder(trio, max_batch_size, **{"backend": BACKEND, **options})

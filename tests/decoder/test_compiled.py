@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import MistralConfig, MistralForCausalLM
 
 from proxytune_kernels.decoder import Decoder
-from proxytune_kernels.decoder.compiled import CompiledStep
+from proxytune_kernels.decoder.model import CompiledStep
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 

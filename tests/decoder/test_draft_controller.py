@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune_kernels.decoder import Decoder, Speculation
-from proxytune_kernels.decoder.speculative import Acceptance, DraftController, SpeculationStats
+from proxytune_kernels.decoder.speculation import Acceptance, DraftController, SpeculationStats
 from proxytune_kernels.trio import Trio
 
 Make = Callable[..., Decoder]

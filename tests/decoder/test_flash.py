@@ -18,7 +18,7 @@ from torch import Tensor
 from proxytune_kernels.decoder import runner as runner_module
 from proxytune_kernels.decoder.attention import flash_missing, register_attention
 from proxytune_kernels.decoder.cache import SlotCache
-from proxytune_kernels.decoder.member import Member, sharing_copy
+from proxytune_kernels.decoder.model import SlotModel, with_slot_attention
 from proxytune_kernels.decoder.runner import Runner
 from tests.decoder.test_runner import ARCHITECTURES, make, prefill, random_ids, step
 
@@ -92,7 +92,7 @@ def runners(architecture: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Runner,
     with monkeypatch.context() as patch:
         patch.setattr(runner_module, "flash_missing", lambda device, dtype: None)
         with_flash = Runner({"base": model}, 4, 64, slack=3)
-    assert with_flash.members["base",].cache.flash
+    assert with_flash.models["base",].cache.flash
     return with_sdpa, with_flash
 
 
@@ -145,22 +145,22 @@ def test_a_prompt_in_chunks(
 def test_every_second_row(kernel: _Kernel, architecture: str, length: int | None) -> None:
     """As an expert's rows lie between its anti-expert's; and with the fixed length of a graph."""
     register_attention()
-    model = make(architecture)
-    members = []
-    for flash, stride in ((False, 1), (True, 2)):
+    twins = [with_slot_attention(make(architecture)) for _ in range(2)]
+    models = []
+    for twin, flash, stride in zip(twins, (False, True), (1, 2), strict=True):
         cache = SlotCache(3 * stride, 40, torch.device("cpu"), flash=flash)
-        members.append(Member(sharing_copy(model), cache, first=stride - 1, stride=stride))
+        models.append(SlotModel(twin, cache, first=stride - 1, stride=stride))
     with torch.inference_mode():
         for slot, size in enumerate([5, 12, 8]):
-            for member in members:
-                member.prefill([slot], [random_ids(size, slot)])
+            for model in models:
+                model.prefill([slot], [random_ids(size, slot)])
         # What lies between the rows must not be looked at.
-        other = members[1].cache
+        other = models[1].cache
         for layer in (*other.keys, *other.values):
             layer[0::2] = torch.nan
         for width in (1, 3):
             token_ids = torch.tensor([random_ids(width, slot) for slot in range(3)])
-            sdpa, flash_logits = (m.forward(token_ids, length=length) for m in members)
+            sdpa, flash_logits = (m.forward(token_ids, length=length) for m in models)
             torch.testing.assert_close(flash_logits, sdpa, **TOLERANCE)
     assert kernel.calls
 
@@ -172,7 +172,7 @@ def test_what_lies_behind_a_row_is_not_read(
     for slot, length in enumerate([9, 3]):
         prefill(runner, [slot], [random_ids(length, slot)])
     wanted = runner.forward(("base",), torch.tensor([[7], [8]]))["base"]
-    cache = runner.members["base",].cache
+    cache = runner.models["base",].cache
     with torch.inference_mode():
         for layer in (*cache.keys, *cache.values):
             layer[0, 10:] = layer[1, 4:] = torch.nan

@@ -33,13 +33,6 @@ SPECULATIONS: dict[str, Speculation | None] = {
 }
 
 
-@pytest.fixture(scope="module")
-def near(tokenizer: Any) -> Trio:
-    """A trio whose expert drafts what the target often takes."""
-    anti = tiny_llama(6, 16, 1)
-    return Trio.from_models(noisy_copy(anti, 0.03, 3), noisy_copy(anti, 0.03, 4), anti, tokenizer)
-
-
 def requests(seed: int, count: int) -> tuple[list[Any], list[SamplingParams]]:
     """Ragged prompts, some other for each role and some that repeat; every kind of parameter."""
     rng = random.Random(seed)
@@ -206,19 +199,12 @@ def test_a_full_row_when_a_graph_is_made(
 
 # PEFT asks a model for a property that transformers renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_the_shared_pair(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    peft = pytest.importorskip("peft")
-    anti = tiny_llama(1)
-    torch.manual_seed(5)
-    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    adapted = peft.get_peft_model(copy.deepcopy(anti), config, autocast_adapter_dtype=False)
-    expert = adapted.double().eval().get_base_model()
-    trio = Trio.from_models(tiny_llama(0, 48, 3), expert, anti, tokenizer)
+def test_the_shared_pair(lora_trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, params = requests(2, 5)
     for speculation in (None, SPECULATIONS["coupled"]):
         options: dict[str, Any] = {"pair": "shared", "speculation": speculation}
-        wanted = make_decoder(monkeypatch, trio, 3, **options).generate(prompts, params)
-        decoder = make_decoder(monkeypatch, trio, 3, taped=True, ahead=1, **options)
+        wanted = make_decoder(monkeypatch, lora_trio, 3, **options).generate(prompts, params)
+        decoder = make_decoder(monkeypatch, lora_trio, 3, taped=True, ahead=1, **options)
         check(decoder.generate(prompts, params), wanted)
         assert decoder.info()["pair"] == "shared"
         assert replays(decoder) > 0

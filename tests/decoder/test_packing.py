@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxytune_kernels.decoder import packing
+from proxytune_kernels.decoder.model import call_directly
 from proxytune_kernels.decoder.packing import PackedLinear, PackingError, cannot_pack, pack_weights
-from proxytune_kernels.decoder.slim import slim
 
 _REASON = cannot_pack()
 needs_packing = pytest.mark.skipif(_REASON is not None, reason=_REASON or "")
@@ -73,13 +73,13 @@ def test_inputs_that_lie_apart():
 
 
 @needs_packing
-@pytest.mark.parametrize("slimmed", [False, True])
-def test_all_layers_of_a_model_are_packed(slimmed, monkeypatch):
+@pytest.mark.parametrize("directly", [False, True])
+def test_all_layers_of_a_model_are_packed(directly, monkeypatch):
     model = make_model(attention_bias=True, mlp_bias=True)
     layers = [m for m in model.modules() if type(m) is nn.Linear]
     assert pack_weights(model) == sum(layer.weight.numel() * 2 for layer in layers)
-    if slimmed:
-        slim(model)
+    if directly:
+        call_directly(model, 64)
     of_packed = {id(layer.packed): layer for layer in layers}
     packed_op: Any = packing._linear
     called = []
@@ -133,14 +133,14 @@ def test_layers_that_are_not_plain_stay():
 @needs_packing
 def test_under_an_adapter():
     peft = pytest.importorskip("peft")
-    from proxytune_kernels.decoder.pair.shared import AdaptedPairLayer, adapted_pair
+    from proxytune_kernels.decoder.pair.shared import PairLoRALayer, shared_pair
 
     anti = make_model()
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     expert = peft.inject_adapter_in_model(config, copy.deepcopy(anti))
-    pair, _ = adapted_pair(expert, anti)
+    pair, _ = shared_pair(expert, anti)
     pack_weights(pair)
-    layers: list[Any] = [m for m in pair.modules() if isinstance(m, AdaptedPairLayer)]
+    layers: list[Any] = [m for m in pair.modules() if isinstance(m, PairLoRALayer)]
     assert layers
     x = torch.randn(2, 1, 64).bfloat16()
     with torch.inference_mode():

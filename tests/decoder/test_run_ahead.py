@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from typing import Any
 
 import pytest
-import torch
 
 from proxytune_kernels.decoder import Decoder, StreamEvent
 from proxytune_kernels.decoder.step import Stepper
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import BACKEND
+from tests.decoder.conftest import BACKEND, by_request, nan_token
 from tests.decoder.tape import make_decoder
-from tests.decoder.test_graphs import SPECULATIONS, check, near, requests
-
-__all__ = ["near"]  # a fixture
+from tests.decoder.test_graphs import SPECULATIONS, check, requests
 
 NEEDS_TAPE = pytest.mark.skipif(BACKEND == "reference", reason="the reference can't be captured")
 TAPED = [False, pytest.param(True, marks=NEEDS_TAPE)]
@@ -60,13 +56,6 @@ def test_tokens_equal(
         assert [t for e in by_index[index] for t in e.token_ids] == output.token_ids
         assert "".join(e.text for e in by_index[index]) == output.text
     empty(decoder)
-
-
-def by_request(events: list[StreamEvent]) -> dict[int, list[StreamEvent]]:
-    by_index = defaultdict(list)
-    for event in events:
-        by_index[event.index].append(event)
-    return by_index
 
 
 def test_the_host_is_ahead(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,21 +153,14 @@ def test_a_row_with_nothing_to_draw_fails_alone(
     )
     poison = first.token_ids[at]
     decoder = make_decoder(monkeypatch, near, 2, ahead=1, **options)
-    weight = near.base.model.embed_tokens.weight
-    kept = weight[poison].clone()
     bad, good = (decoder.stream([prompt], params) for prompt in prompts)
-    with torch.no_grad():
-        weight[poison] = torch.nan
-    try:
+    with nan_token(near, poison):
         seen: list[int] = list(next(good).token_ids)
         tokens: list[int] = []
         with pytest.raises(RuntimeError, match=f"no token can be drawn at position {at + 1}:"):
             for event in bad:
                 tokens += event.token_ids
         seen += [t for event in good for t in event.token_ids]
-    finally:
-        with torch.no_grad():
-            weight[poison] = kept
     assert tokens == first.token_ids[: at + 1]
     assert seen == other.token_ids
     empty(decoder)
@@ -200,7 +182,7 @@ def test_an_interrupted_step_leaves_nothing_in_flight_that_counts(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(decoder._runner.members[role,], "forward", interrupt)
+            patch.setattr(decoder._runner.models[role,], "forward", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 list(stream)
         empty(decoder)

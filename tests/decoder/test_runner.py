@@ -22,7 +22,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.deprecation import deprecate_kwarg
 
+from proxytune_kernels.decoder.cache import cache_keyword
 from proxytune_kernels.decoder.runner import Runner
 
 VOCAB_SIZE = 96
@@ -188,7 +190,7 @@ def test_nan_of_a_request_does_not_reach_the_next() -> None:
     prefill(runner, [1], [random_ids(10, 1)])
     # Drafts that were rolled back leave something behind the end, too.
     step(runner, [[1, 2, 3, 4]] * 2, kept=1)
-    cache = runner.members["base",].cache
+    cache = runner.models["base",].cache
     with torch.inference_mode():
         for layer in (*cache.keys, *cache.values):
             assert layer[1, 13].any()
@@ -203,11 +205,11 @@ def test_nan_of_a_request_does_not_reach_the_next() -> None:
 def test_the_callers_model_is_left_as_it_was() -> None:
     model = make("llama")
     before = plain(model, [3, 4, 5])
-    member = Runner({"base": model}, 2, 64).members["base",]
+    twin = Runner({"base": model}, 2, 64).models["base",].model
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(plain(model, [3, 4, 5]), before)
     shared = {id(p) for p in model.parameters()}
-    assert {id(p) for p in member.model.parameters()} == shared
+    assert {id(p) for p in twin.parameters()} == shared
 
 
 def test_layers_that_a_slot_cache_cannot_serve_are_refused() -> None:
@@ -225,13 +227,36 @@ def test_models_that_hide_their_attention_are_refused() -> None:
 
 def test_unknown_attention_terms_are_refused() -> None:
     model = make("llama")
-    member = Runner({"base": model}, 2, 64).members["base",]
-    fresh = member.cache.fresh_step([0], 2)
+    ours = Runner({"base": model}, 2, 64).models["base",]
+    fresh = ours.cache.fresh_step([0], 2)
     with pytest.raises(NotImplementedError, match="got s_aux from LlamaAttention"):
-        member.model(
+        ours.model(
             torch.tensor([[1, 2]]),
             position_ids=fresh.position_ids,
-            past_key_values=fresh,
             cache_step=fresh,
             s_aux=torch.zeros(4),
+            **{cache_keyword(model.forward): fresh},
         )
+
+
+class _Renamed(LlamaForCausalLM):
+    """A model that warns of the old name of its cache, as those of transformers do from 5.24 on."""
+
+    @deprecate_kwarg("past_key_values", version="99.0", new_name="cache")
+    def forward(self, input_ids: Tensor, cache: Any = None, **keywords: Any) -> Any:
+        name = cache_keyword(LlamaForCausalLM.forward)
+        return super().forward(input_ids, **{name: cache}, **keywords)
+
+
+def test_a_cache_goes_by_the_name_that_the_model_takes() -> None:
+    assert cache_keyword(_Renamed.forward) == "cache"
+    assert cache_keyword(lambda past_key_values, cache: None) == "past_key_values"
+    torch.manual_seed(0)
+    model = _Renamed(LlamaConfig(**SIZES)).double().eval()
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        model(torch.tensor([[1]]), past_key_values=None)
+    runner = Runner({"base": model}, 1, 64)
+    row = random_ids(5, 0)
+    # Warnings are errors here.
+    torch.testing.assert_close(prefill(runner, [0], [row])[0], plain(model, row))
+    torch.testing.assert_close(step(runner, [[7]])[0, 0], plain(model, [*row, 7]))

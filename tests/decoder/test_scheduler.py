@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune_kernels.decoder.scheduler import Scheduler
+from proxytune_kernels.decoder.loop import Scheduler
 
 
 class _Job:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from proxytune_kernels.decoder import Decoder, RequestOutput, StreamEvent
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import by_request
 
 Make = Callable[..., Decoder]
 
@@ -113,13 +113,6 @@ def test_stop_string_within_min_tokens_is_let_through(
     assert output.finish_reason == "length"
 
 
-def collect(events: list[StreamEvent]) -> dict[int, list[StreamEvent]]:
-    by_request = defaultdict(list)
-    for event in events:
-        by_request[event.index].append(event)
-    return by_request
-
-
 def test_streaming_gives_what_generate_gives(trio: Trio, make_decoder: Make) -> None:
     prompts = ["hello", "a", "x y", "stop", "zz"]
     settings = [
@@ -127,9 +120,9 @@ def test_streaming_gives_what_generate_gives(trio: Trio, make_decoder: Make) -> 
         for i in range(len(prompts))
     ]
     outputs = make_decoder(trio, 2).generate(prompts, settings)
-    by_request = collect(list(make_decoder(trio, 3).stream(prompts, settings)))
+    streamed = by_request(make_decoder(trio, 3).stream(prompts, settings))
     for output in outputs:
-        events = by_request[output.index]
+        events = streamed[output.index]
         assert "".join(event.text for event in events) == output.text
         assert [i for event in events for i in event.token_ids] == output.token_ids
         assert [p for event in events for p in event.logprobs] == pytest.approx(
@@ -151,17 +144,17 @@ def test_cancel_running_and_waiting(trio: Trio, make_decoder: Make, plain: Reque
         if len(events) == 7:
             decoder.cancel(ids[0])
             decoder.cancel(ids[0] + 3)  # the fourth, which still waits
-    by_request = collect(events)
-    cancelled = by_request[0][-1].output
-    waiting = by_request[3][-1].output
+    streamed = by_request(events)
+    cancelled = streamed[0][-1].output
+    waiting = streamed[3][-1].output
     assert cancelled is not None
     assert waiting is not None
     assert cancelled.finish_reason == waiting.finish_reason == "cancelled"
     assert cancelled.token_ids == plain.token_ids[: len(cancelled.token_ids)]
-    assert cancelled.text == "".join(event.text for event in by_request[0])
+    assert cancelled.text == "".join(event.text for event in streamed[0])
     assert waiting.token_ids == []
     for index, prompt in ((1, "a"), (2, "b")):
-        output = by_request[index][-1].output
+        output = streamed[index][-1].output
         assert output is not None
         [alone] = decoder.generate(prompt, params(ignore_eos=True))
         assert output.token_ids == alone.token_ids
@@ -186,7 +179,7 @@ def test_two_streams_share_the_slots(trio: Trio, make_decoder: Make, plain: Requ
         for stream, seen in zip((first, second), events, strict=True):
             seen.extend(event for event in (next(stream, None),) if event is not None)
     assert [event.index for event in events[0]] == [0] * 20
-    for output in (events[0][-1].output, collect(events[1])[1][-1].output):
+    for output in (events[0][-1].output, by_request(events[1])[1][-1].output):
         assert output is not None
         assert output.token_ids == plain.token_ids
 
@@ -197,7 +190,7 @@ def test_an_interrupted_step_leaves_the_decoder_usable(
     decoder = make_decoder(trio, 2, pair="separate")
     stream = decoder.stream(["hello", "a"], params(ignore_eos=True))
     next(stream)
-    anti = decoder._runner.members["anti",]
+    anti = decoder._runner.models["anti",]
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

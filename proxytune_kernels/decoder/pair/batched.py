@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from torch.nn.functional import layer_norm
 
+from proxytune_kernels.decoder.model import FusedNorm, is_llama
 from proxytune_kernels.decoder.pair.shared import PairError, check_same_architecture, same_values
 
 
-class StackedLinear(Linear):
+class BatchedLinear(Linear):
     """The same linear layer of both models: weight [2, in, out], bias [2, 1, out] or None."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class StackedLinear(Linear):
         return result
 
 
-class StackedEmbedding(Embedding):
+class BatchedEmbedding(Embedding):
     """The same embedding of both models: weight [2 V, H], the anti-expert's behind the expert's."""
 
     offset: Tensor
@@ -52,7 +53,7 @@ class StackedEmbedding(Embedding):
         return super().forward(pairs.flatten(0, 1))
 
 
-class StackedNorm(Module):
+class BatchedNorm(Module):
     """The same RMS norm of both models: weight [2, 1, H]. Stands before its class."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class StackedNorm(Module):
         return result.view(input.shape)
 
 
-class StackedLayerNorm(LayerNorm):
+class BatchedLayerNorm(LayerNorm):
     """The same layer norm of both models: weight and bias [2, 1, H]."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class StackedLayerNorm(LayerNorm):
         return (pairs if self.bias is None else pairs + self.bias).view(input.shape)
 
 
-def stacked_pair(expert: Any, anti: Any) -> Any:
+def batched_pair(expert: Any, anti: Any) -> Any:
     """Expert and anti as one model of rows [2B, q], the expert's and the anti-expert's in turns.
 
     Args:
@@ -102,7 +103,7 @@ def stacked_pair(expert: Any, anti: Any) -> Any:
         if differing:
             _check(path, module, differing)
             both = {n: torch.stack([t, theirs[n]]) for n, t in ours.items()}
-            _stack(module, {n: both[n] for n in both if n in module._parameters})
+            _batch(module, {n: both[n] for n in both if n in module._parameters})
     return pair
 
 
@@ -118,7 +119,7 @@ def _kinds(tensors: dict[str, Tensor]) -> str:
 
 
 def _check(path: str, module: Any, differing: set[str]) -> None:
-    """Refuse a layer that :func:`_stack` can't let serve both models."""
+    """Refuse a layer that :func:`_batch` can't let serve both models."""
     kind = type(module)
     known = kind in (Linear, LayerNorm) or isinstance(module, Embedding) or _is_norm(kind)
     # One with more arguments computes more than its name says.
@@ -137,22 +138,23 @@ def _is_norm(kind: type[Module]) -> bool:
     return kind.__name__.endswith("RMSNorm") and kind is not RMSNorm
 
 
-def _stack(module: Any, both: dict[str, Tensor]) -> None:
+def _batch(module: Any, both: dict[str, Tensor]) -> None:
     """Let a layer serve the rows of both models, with weights [2, ...]."""
     kind = type(module)
     # What is one vector in a model is added to, or scales, all of a row's tokens.
     both = {name: t[:, None] if t.dim() == 2 else t for name, t in both.items()}
     if kind is Linear:
-        module.__class__ = StackedLinear
+        module.__class__ = BatchedLinear
         both["weight"] = both["weight"].transpose(1, 2).contiguous()
     elif isinstance(module, Embedding):
-        module.__class__ = type(f"Stacked{kind.__name__}", (StackedEmbedding, kind), {})
+        module.__class__ = type(f"Batched{kind.__name__}", (BatchedEmbedding, kind), {})
         both["weight"] = both["weight"].flatten(0, 1)
         offset = torch.tensor([[0], [module.num_embeddings]], device=both["weight"].device)
         module.register_buffer("offset", offset, persistent=False)
     elif kind is LayerNorm:
-        module.__class__ = StackedLayerNorm
+        module.__class__ = BatchedLayerNorm
     else:
-        module.__class__ = type(f"Stacked{kind.__name__}", (StackedNorm, kind), {})
+        norm = (FusedNorm, kind) if is_llama(kind, "RMSNorm") else (kind,)
+        module.__class__ = type(f"Batched{kind.__name__}", (BatchedNorm, *norm), {})
     for name, tensor in both.items():
         setattr(module, name, Parameter(tensor, requires_grad=False))

@@ -41,7 +41,7 @@ class PairError(ValueError):
     """An expert and an anti-expert that cannot run as one model."""
 
 
-class AdaptedLayer(Module):
+class LoRALayer(Module):
     """A linear layer with an update of low rank on all rows.
 
     Args:
@@ -81,7 +81,7 @@ class AdaptedLayer(Module):
         return (y + self.update(x)).type_as(y)
 
 
-class AdaptedPairLayer(AdaptedLayer):
+class PairLoRALayer(LoRALayer):
     """A linear layer with an update of low rank on the rows 0, 2, 4, ..."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,14 +91,14 @@ class AdaptedPairLayer(AdaptedLayer):
         return y
 
 
-def is_adapted(model: Module) -> bool:
+def has_lora(model: Module) -> bool:
     """Whether a model holds LoRA layers of PEFT, merged or not."""
     # Whoever made one has imported it; it takes seconds.
     lora = sys.modules.get("peft.tuners.lora")
     return lora is not None and any(isinstance(m, lora.LoraLayer) for m in model.modules())
 
 
-def adapted_pair(expert: Any, anti: Any) -> tuple[Any, Any]:
+def shared_pair(expert: Any, anti: Any) -> tuple[Any, Any]:
     """The pair, and its expert alone, over one set of weights: the anti-expert's and the adapter.
 
     Args:
@@ -123,7 +123,7 @@ def adapted_pair(expert: Any, anti: Any) -> tuple[Any, Any]:
     if plain:
         raise PairError(f"expert must have all weights of anti, got none for {next(iter(plain))}")
     copies = []
-    for kind in (AdaptedPairLayer, AdaptedLayer):
+    for kind in (PairLoRALayer, LoRALayer):
         memo = dict(shared)
         for layer, adapter in adapters.items():
             base = copy.deepcopy(layer.base_layer, memo)
@@ -186,7 +186,7 @@ def _same(name: str, expert: Tensor, anti: Tensor | None) -> Tensor:
 
 
 def _adapters(expert: Module) -> dict[Any, tuple[Any, ...] | None]:
-    """Each LoRA layer with what :class:`AdaptedLayer` takes of it; None where it has no adapter."""
+    """Each LoRA layer with what :class:`LoRALayer` takes of it; None where it has no adapter."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

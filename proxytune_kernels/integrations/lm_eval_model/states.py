@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune_kernels.decoder.member import check_model
+from proxytune_kernels.decoder.model import check_model
 from proxytune_kernels.heads import Head
 from proxytune_kernels.integrations.lm_eval_model.contexts import Tokens, Tree
 

@@ -23,18 +23,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from proxytune_kernels.decoder.pair.batched import stacked_pair
+from proxytune_kernels.decoder.model import call_directly
+from proxytune_kernels.decoder.pair.batched import batched_pair
 from proxytune_kernels.decoder.pair.shared import PairError
-from proxytune_kernels.decoder.slim import slim
+from tests.decoder.pair.models import GPT2, SIZES, VOCAB_SIZE, logits, token_ids
 
-VOCAB_SIZE = 97
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
-GPT2: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
 OPT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48,
     "num_attention_heads": 4, "word_embed_proj_dim": 32,
@@ -59,16 +53,6 @@ def make_model(architecture: str, seed: int, dtype: torch.dtype = torch.float64)
     return model.to(dtype).eval()
 
 
-def token_ids(rows: int, queries: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(VOCAB_SIZE, (rows, queries), generator=generator)
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **keywords: Any) -> Tensor:
-    return model(ids, use_cache=False, **keywords).logits
-
-
 def check(pair: Any, expert: Any, anti: Any, ids: Tensor, **keywords: Any) -> None:
     found = logits(pair, ids, **keywords)
     # Sums in fp64 in another order; norms round to fp32, each time 2^-24 of values of some tens.
@@ -82,12 +66,12 @@ def check(pair: Any, expert: Any, anti: Any, ids: Tensor, **keywords: Any) -> No
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi"])
 def test_rows_are_those_of_each_model(architecture, shape):
     expert, anti = (make_model(architecture, seed) for seed in (0, 1))
-    pair = stacked_pair(expert, anti)
+    pair = batched_pair(expert, anti)
     for _ in range(2):
         check(pair, expert, anti, token_ids(*shape))
         # The last tokens of several lie apart in memory.
         check(pair, expert, anti, token_ids(*shape), logits_to_keep=1)
-        slim(pair)
+        call_directly(pair, 64)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -98,7 +82,7 @@ def test_products_in_bf16_are_exact_to_their_rounding(rows, bias):
     if not bias:
         for layer in layers:
             layer.bias = None
-    layer = stacked_pair(*both).model.layers[0].mlp.down_proj
+    layer = batched_pair(*both).model.layers[0].mlp.down_proj
     torch.manual_seed(2)
     x = torch.randn(rows, 3, layer.in_features).bfloat16()
     with torch.inference_mode():
@@ -120,7 +104,7 @@ def test_equal_layers_serve_both_as_they_are():
     for layer in (changed.mlp.up_proj, changed.input_layernorm):
         nn.init.normal_(layer.weight)
     nn.init.ones_(changed.self_attn.q_proj.bias)
-    pair = stacked_pair(expert, anti)
+    pair = batched_pair(expert, anti)
     check(pair, expert, anti, token_ids(4, 3))
     held = {id(p) for p in pair.parameters()}
     given = {id(p) for p in expert.parameters()}
@@ -133,8 +117,8 @@ def test_the_given_models_are_left_as_they_were():
     expert, anti = (make_model("gemma3", seed) for seed in (0, 1))
     kinds = [type(module) for module in expert.modules()]
     before = [p.clone() for model in (expert, anti) for p in model.parameters()]
-    pair = stacked_pair(expert, anti)
-    slim(pair)
+    pair = batched_pair(expert, anti)
+    call_directly(pair, 64)
     logits(pair, token_ids(2, 3))
     assert [type(module) for module in expert.modules()] == kinds
     after = [p for model in (expert, anti) for p in model.parameters()]
@@ -144,7 +128,7 @@ def test_the_given_models_are_left_as_they_were():
 
 def test_the_pair_compiles_as_one_graph():
     expert, anti = (make_model("llama", seed) for seed in (0, 1))
-    pair = stacked_pair(expert, anti)
+    pair = batched_pair(expert, anti)
     ids = token_ids(4, 1)
     with torch.inference_mode():
         compiled = torch.compile(pair, fullgraph=True, backend="aot_eager")
@@ -154,7 +138,7 @@ def test_the_pair_compiles_as_one_graph():
 
 def refuse(expert: Any, anti: Any, message: str) -> None:
     with pytest.raises(PairError, match=message):
-        stacked_pair(expert, anti)
+        batched_pair(expert, anti)
 
 
 def test_unknown_layers_are_refused():

@@ -20,23 +20,19 @@ from transformers import (
 )
 
 import proxytune_kernels as ptk
-from proxytune_kernels.decoder.pair.shared import PairError, adapted_pair, is_adapted
-from proxytune_kernels.decoder.slim import slim
+from proxytune_kernels.decoder.model import call_directly
+from proxytune_kernels.decoder.pair.shared import PairError, has_lora, shared_pair
+from tests.decoder.pair.models import GPT2, SIZES, logits, token_ids
 
 peft = pytest.importorskip("peft")
 # PEFT asks a model for a property that transformers renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-VOCAB_SIZE = 97
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
-}  # fmt: skip
-GPT2: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LARGER: dict[str, Any] = {**SIZES, "head_dim": 8, "initializer_range": 0.3}
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "llama-biases": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True)),
-    "gemma2-tied": (Gemma2ForCausalLM, Gemma2Config(**SIZES)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "llama-biases": (LlamaForCausalLM, LlamaConfig(**LARGER, attention_bias=True)),
+    "gemma2-tied": (Gemma2ForCausalLM, Gemma2Config(**LARGER)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**LARGER)),
     "gpt2-conv1d": (GPT2LMHeadModel, GPT2Config(**GPT2, initializer_range=0.3)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -60,31 +56,21 @@ def adapt(anti: Any, dtype: torch.dtype | None = None, **settings: Any) -> Any:
     return model
 
 
-def token_ids(rows: int, queries: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(VOCAB_SIZE, (rows, queries), generator=generator)
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **keywords: Any) -> Tensor:
-    return model(ids, use_cache=False, **keywords).logits
-
-
 def mixed(model: Any, ids: Tensor) -> Tensor:
     """PEFT's own way to run both."""
     return logits(model, ids, adapter_names=["default", "__base__"] * (len(ids) // 2))
 
 
 def check(model: Any, anti: Any, ids: Tensor) -> None:
-    pair, expert = adapted_pair(model.get_base_model(), anti)
-    for way in ("called as modules", "slim"):
+    pair, expert = shared_pair(model.get_base_model(), anti)
+    for way in ("called as modules", "called directly"):
         found = logits(pair, ids)
         assert torch.equal(found, mixed(model, ids)), way
         assert torch.equal(found[1::2], logits(anti, ids)[1::2])
         assert torch.equal(logits(expert, ids[0::2]), logits(model, ids[0::2]))
         assert not torch.equal(found[0::2], logits(anti, ids)[0::2])
-        slim(pair)
-        slim(expert)
+        call_directly(pair, 64)
+        call_directly(expert, 64)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 7), (6, 1), (6, 5)], ids=str)
@@ -132,7 +118,7 @@ def test_updates_at_the_end_of_fp16():
     nn.init.constant_(layer.lora_A["default"].weight, 10.0)
     nn.init.constant_(layer.lora_B["default"].weight, 2.0**-24)
     ids = token_ids(2, 3)
-    pair, _ = adapted_pair(model.get_base_model(), anti)
+    pair, _ = shared_pair(model.get_base_model(), anti)
     found = logits(pair, ids)
     assert torch.equal(found, mixed(model, ids))
     assert found[0].count_nonzero()
@@ -145,7 +131,7 @@ def test_an_inactive_adapter_and_layers_without_the_active_one():
     ids = token_ids(2, 3)
     check(model, anti, ids)
     model.set_adapter("other")
-    pair, expert = adapted_pair(model.get_base_model(), anti)
+    pair, expert = shared_pair(model.get_base_model(), anti)
     names = ["other", "__base__"]
     assert torch.equal(logits(pair, ids), logits(model, ids, adapter_names=names))
     assert torch.equal(logits(expert, ids), logits(model, ids))
@@ -154,7 +140,7 @@ def test_an_inactive_adapter_and_layers_without_the_active_one():
 def test_the_pair_compiles_as_one_graph():
     anti = make_anti()
     model = adapt(anti)
-    pair, _ = adapted_pair(model.get_base_model(), anti)
+    pair, _ = shared_pair(model.get_base_model(), anti)
     ids = token_ids(4, 1)
     with torch.inference_mode():
         compiled = torch.compile(pair, fullgraph=True, backend="aot_eager")
@@ -166,7 +152,7 @@ def test_weights_are_held_once():
     anti = make_anti()
     model = adapt(anti, lora_alpha=4)
     expert_model = model.get_base_model()
-    pair, expert = adapted_pair(expert_model, anti)
+    pair, expert = shared_pair(expert_model, anti)
     adapter = {p.data_ptr() for n, p in model.named_parameters() if "lora_" in n}
     held = {p.data_ptr() for p in anti.parameters()} | adapter
     for twin in (pair, expert):
@@ -177,7 +163,7 @@ def test_weights_are_held_once():
 
 def test_a_scaled_factor_is_held_once():
     anti = make_anti()
-    pair, expert = adapted_pair(adapt(anti, lora_alpha=8).get_base_model(), anti)
+    pair, expert = shared_pair(adapt(anti, lora_alpha=8).get_base_model(), anti)
     assert {p.data_ptr() for p in pair.parameters()} == {p.data_ptr() for p in expert.parameters()}
 
 
@@ -186,8 +172,8 @@ def test_the_given_models_are_left_as_they_were():
     model = adapt(anti).train()
     kinds = [type(module) for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pair, _ = adapted_pair(model.get_base_model(), anti)
-    slim(pair)
+    pair, _ = shared_pair(model.get_base_model(), anti)
+    call_directly(pair, 64)
     logits(pair, token_ids(2, 3))
     assert [type(module) for module in model.modules()] == kinds
     assert model.training and not pair.training
@@ -212,15 +198,15 @@ def test_quantised_weights_are_shared():
 
 def test_adapted_models_are_known():
     anti = make_anti()
-    assert not is_adapted(anti)
-    assert is_adapted(adapt(anti).get_base_model())
+    assert not has_lora(anti)
+    assert has_lora(adapt(anti).get_base_model())
 
 
 def refuse(expert: Any, anti: Any, message: str) -> None:
     if isinstance(expert, peft.PeftModel):
         expert = expert.get_base_model()
     with pytest.raises(PairError, match=message):
-        adapted_pair(expert, anti)
+        shared_pair(expert, anti)
 
 
 def test_other_weights_are_refused_by_name():

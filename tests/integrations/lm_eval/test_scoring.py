@@ -19,7 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from proxytune_kernels.decoder.member import check_model
+from proxytune_kernels.decoder.model import check_model
 from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM, scoring, states
 from proxytune_kernels.integrations.lm_eval_model.scoring import Scorer
 from proxytune_kernels.trio import Trio

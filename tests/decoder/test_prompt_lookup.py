@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune_kernels.decoder.drafting import History
+from proxytune_kernels.decoder.speculation import History
 
 CPU = torch.device("cpu")
 CAPACITY = 14

@@ -14,8 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from proxytune_kernels.decoder import Decoder, RequestOutput, Speculation, StreamEvent
 from proxytune_kernels.params import SamplingParams
-from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import BACKEND, byte_tokenizer, noisy_copy, tiny_llama
+from tests.decoder.conftest import BACKEND, near_trio
 from tests.decoder.tape import make_decoder
 
 Prompt = tuple[tuple[int, ...], ...]
@@ -24,12 +23,7 @@ Prompt = tuple[tuple[int, ...], ...]
 MAX_SEQ_LEN = 40
 
 
-@functools.cache
-def tiny_trio() -> Trio:
-    anti = tiny_llama(6, 16, 1)
-    return Trio.from_models(
-        noisy_copy(anti, 0.03, 3), noisy_copy(anti, 0.03, 4), anti, byte_tokenizer()
-    )
+tiny_trio = functools.cache(near_trio)
 
 
 @functools.cache

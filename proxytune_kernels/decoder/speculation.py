@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
+import torch
+from torch import Tensor
+
 from proxytune_kernels.ops import VERIFY_MODES
 
 DRAFTERS = ("expert", "prompt_lookup")
@@ -27,6 +30,8 @@ _SHORTEST_REST, _LONGEST_REST = 16, 128
 """Plain steps between two rounds that ask whether drafts pay by now: each time twice as many."""
 _PROBE_DRAFTS = 2
 _TIMES = 5
+_MAX_NGRAM, _MIN_NGRAM = 3, 2
+"""Tokens that must be equal for a draft from the text: three where there are such, at least two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +99,7 @@ class SpeculationStats:
 
 
 class Acceptance:
-    """The probability that a draft is kept where all before it were, as seen lately.
+    """The probability that a draft is kept if all drafts before it were, as lately seen.
 
     Args:
         prior: an estimate to begin with.
@@ -110,7 +115,7 @@ class Acceptance:
         return self._accepted / self._tried
 
     def observe(self, drafted: int, accepted: int) -> None:
-        """Count a round: what comes behind the first refusal was never tried."""
+        """Count a round. Drafts behind the first that was refused were never tried."""
         tried = min(accepted + 1, drafted)
         keep = 1 - tried / _MEMORY if tried < _MEMORY else 0.0
         if self._tried > _MEMORY:
@@ -145,8 +150,8 @@ class StepTimes:
     def estimates(self, rows: int, most: int) -> list[float] | None:
         """Seconds of steps with 0 to ``most`` drafts; None before both kinds have been timed.
 
-        Where there are measurements their median, between and beyond them a line. Numbers of rows
-        for which one kind is missing take the shape of the nearest that has both.
+        The median where there are measurements, and a straight line between and beyond them. A
+        number of rows that lacks one kind takes the ratios of the nearest number that has both.
         """
         both = [r for r, times in self._seen.items() if 0 in times and len(times) > 1]
         if not both:
@@ -169,7 +174,7 @@ def _line(known: dict[int, float], most: int) -> list[float]:
             continue
         low, high = sorted(sorted(known, key=lambda d: abs(d - place))[:2])
         slope = (known[high] - known[low]) / (high - low)
-        # Noise may turn the line; more drafts never take less.
+        # Measured times are noisy and the line may fall; more drafts never take less time.
         values.append(known[low] + max(slope, 0.0) * (place - low))
     return values
 
@@ -195,7 +200,7 @@ class DraftController:
     def new_request(self) -> Acceptance:
         """An estimate for a new request, from what the others accepted.
 
-        Its text may be of another kind, so drafts are asked for again soon.
+        Its text may be of another kind, so a round is tried again soon.
         """
         self._rest = min(self._rest, _SHORTEST_REST)
         self._next_rest = _SHORTEST_REST
@@ -221,7 +226,7 @@ class DraftController:
             return min(_FIRST_DRAFTS, limit) if self._untimed % 2 == 0 else 0
         if self._probing:
             self._probing = False
-            # What rounds took before may have been a bad moment.
+            # The rounds before may have been timed at a bad moment.
             self._times.forget_rounds()
             return min(_PROBE_DRAFTS, limit)
         promise = [
@@ -248,3 +253,69 @@ class DraftController:
             drafted = max(drafted, 1)
         acceptance.observe(drafted, accepted)
         self._overall.observe(drafted, accepted)
+
+
+class History:
+    """The text of each slot so far, base's prompt and output, on the device, to draft from.
+
+    Drafts that cost no forward: what followed the same tokens earlier in the text.
+
+    Args:
+        max_batch_size: number of slots.
+        capacity: tokens that a slot can hold, drafts included.
+        device: where the drafts are wanted.
+
+    Source: Saxena 2023, prompt lookup decoding; Yang et al. 2023, arXiv 2304.04487.
+    """
+
+    def __init__(self, max_batch_size: int, capacity: int, device: torch.device) -> None:
+        self.token_ids = torch.full((max_batch_size, capacity), -1, device=device)
+        self.lengths = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
+        self._span = torch.arange(capacity, device=device)
+
+    def start(self, slot: int, token_ids: list[int]) -> None:
+        """Begin with a prompt and the first output token."""
+        self.token_ids[slot] = -1
+        self.token_ids[slot, : len(token_ids)] = torch.tensor(token_ids).to(self.token_ids.device)
+        self.lengths[slot] = len(token_ids)
+
+    def move(self, source: int, target: int) -> None:
+        """Move what a slot holds to another."""
+        self.token_ids[target] = self.token_ids[source]
+        self.lengths[target] = self.lengths[source]
+
+    def state(self) -> list[Tensor]:
+        """What a step changes; a text past its length is never read."""
+        return [self.lengths]
+
+    def append(self, token_ids: Tensor, counts: Tensor) -> None:
+        """Add the first ``counts`` [B] of the tokens [B, q] to the first B slots."""
+        rows, width = token_ids.shape
+        places = self.lengths[:rows, None] + self._span[:width]
+        # A slot that nobody runs in stays put at the end.
+        places = places.clamp(max=self._span.shape[0] - 1)
+        self.token_ids[:rows].scatter_(1, places, token_ids)
+        self.lengths[:rows] += counts
+
+    def lookup(self, rows: int, width: int) -> Tensor:
+        """Drafts int64 [B, width] for the first B slots, -1 where there are none.
+
+        They are what followed the latest earlier occurrence of a row's last three tokens, or of
+        its last two.
+        """
+        history, lengths = self.token_ids[:rows], self.lengths[:rows, None]
+        matched = torch.zeros_like(history)
+        unbroken = self._span < lengths - 1
+        for back in range(_MAX_NGRAM):
+            last = history.gather(1, (lengths - 1 - back).clamp(min=0))
+            shifted = history.roll(back, 1)
+            # Rolled tokens come from the end of the row: no n-gram begins before the text.
+            unbroken = unbroken & (shifted == last) & (self._span >= back) & (lengths > back)
+            matched += unbroken
+        # The longest match, among those the latest.
+        rank = matched * self._span.shape[0] + self._span
+        end = rank.argmax(1, keepdim=True)
+        places = end + 1 + self._span[:width]
+        drafts = history.gather(1, places.clamp(max=self._span.shape[0] - 1))
+        found = (matched.gather(1, end) >= _MIN_NGRAM) & (places < lengths)
+        return torch.where(found, drafts, -1)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from proxytune_kernels.decoder import Decoder, Speculation
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import nan_token
 from tests.decoder.random_requests import assert_same, random_requests, total_tokens
 
 Make = Callable[..., Decoder]
@@ -155,7 +155,7 @@ def test_unsteered_requests_rest_the_pair(
             raise AssertionError("the pair runs")
 
         for role in ("expert", "anti"):
-            monkeypatch.setattr(decoder._runner.members[role,], "forward", never)
+            monkeypatch.setattr(decoder._runner.models[role,], "forward", never)
         [output] = decoder.generate([[9, 8, 9, 8, 9, 8]], params)
         assert len(output.token_ids) == 40
         stats = output.speculation
@@ -178,21 +178,14 @@ def test_a_row_with_nothing_to_draw_fails_alone(
     )  # fmt: skip
     speculation = Speculation(mode=mode, max_drafts=5, adaptive=False)
     decoder = make_decoder(trio, 2, speculation=speculation)
-    weight = trio.base.model.embed_tokens.weight
-    kept = weight[first.token_ids[at]].clone()
     good, bad = decoder.stream("a", params), decoder.stream("hello", params)
     next(good)
     emitted: list[int] = []
-    with torch.no_grad():
-        weight[first.token_ids[at]] = torch.nan
-    try:
+    with nan_token(trio, first.token_ids[at]):
         with pytest.raises(RuntimeError, match=r"prompts\[0\]: no token can be drawn at pos"):
             for event in bad:
                 emitted += event.token_ids
         rest = list(good)
-    finally:
-        with torch.no_grad():
-            weight[first.token_ids[at]] = kept
     assert 0 < len(emitted) <= at + 1
     assert emitted == first.token_ids[: len(emitted)]
     assert rest[-1].output is not None

@@ -12,6 +12,7 @@ from proxytune_kernels import reference
 from proxytune_kernels.decoder import Decoder
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import nan_token
 
 Make = Callable[..., Decoder]
 Loop = Callable[..., list[int]]
@@ -160,20 +161,13 @@ def test_a_row_with_nothing_to_draw_fails_alone(trio: Trio, make_decoder: Make) 
     decoder = make_decoder(broken)
     good = decoder.stream("hello", greedy_params())
     next(good)
-    weight = trio.base.model.embed_tokens.weight
-    kept = weight[50].clone()
-    with torch.no_grad():
-        weight[50] = torch.nan
-    try:
+    with nan_token(trio, 50):
         bad = decoder.stream([[50]], greedy_params())
         with pytest.raises(
             RuntimeError, match=r"prompts\[0\]: no token can be drawn at position 0"
         ):
             list(bad)
         rest = list(good)
-    finally:
-        with torch.no_grad():
-            weight[50] = kept
     assert rest[-1].finish_reason == "length"
     [wanted] = decoder.generate("hello", greedy_params())
     assert rest[-1].output is not None

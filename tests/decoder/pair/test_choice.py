@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 
 from proxytune_kernels.decoder import Decoder, Speculation
 from proxytune_kernels.params import SamplingParams
@@ -29,16 +26,6 @@ PROMPTS: list[Any] = [
     "x y z",
 ]
 ALPHAS = [1.0, 0.5, -1.0, 0.0, 2.0]
-
-
-@pytest.fixture(scope="module")
-def adapted(tokenizer: Any) -> Trio:
-    """The expert is the anti with an adapter that moves its logits by about their own size."""
-    anti = tiny_llama(2)
-    torch.manual_seed(3)
-    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
-    expert = get_peft_model(copy.deepcopy(anti), config).get_base_model().double().eval()
-    return Trio.from_models(tiny_llama(0, 48, 3), expert, anti, tokenizer)
 
 
 def settings(sampled: bool) -> list[SamplingParams]:
@@ -67,13 +54,13 @@ def settings(sampled: bool) -> list[SamplingParams]:
     ids=["plain", "speculative", "lookup", "chunked", "separate"],
 )
 def test_greedy_equals_the_naive_loop(
-    adapted: Trio, make_decoder: Make, greedy: Loop, options: dict[str, Any], max_batch_size: int
+    lora_trio: Trio, make_decoder: Make, greedy: Loop, options: dict[str, Any], max_batch_size: int
 ) -> None:
-    decoder = make_decoder(adapted, max_batch_size, **options)
+    decoder = make_decoder(lora_trio, max_batch_size, **options)
     assert decoder.info()["pair"] == options.get("pair", "shared")
     params = settings(sampled=False)
     for output, p in zip(decoder.generate(PROMPTS, params), params, strict=True):
-        wanted = greedy(adapted.models, output.prompt_token_ids, p.alpha, p.max_tokens)
+        wanted = greedy(lora_trio.models, output.prompt_token_ids, p.alpha, p.max_tokens)
         assert output.token_ids == wanted
 
 
@@ -81,10 +68,10 @@ def test_greedy_equals_the_naive_loop(
     "speculation", [None, Speculation(adaptive=False)], ids=["plain", "drafts"]
 )
 def test_sampled_tokens_are_the_separate_models(
-    adapted: Trio, make_decoder: Make, speculation: Speculation | None
+    lora_trio: Trio, make_decoder: Make, speculation: Speculation | None
 ) -> None:
-    shared = make_decoder(adapted, 3, speculation=speculation)
-    apart = make_decoder(adapted, 3, pair="separate")
+    shared = make_decoder(lora_trio, 3, speculation=speculation)
+    apart = make_decoder(lora_trio, 3, pair="separate")
     params = settings(sampled=True)
     for one, two in zip(
         shared.generate(PROMPTS, params), apart.generate(PROMPTS, params), strict=True
@@ -101,10 +88,10 @@ def test_small_checkpoints_of_one_shape_run_as_one_batch(trio: Trio, make_decode
     assert make_decoder(other).info()["pair"] == "separate"
 
 
-def test_weights_are_held_once(adapted: Trio, make_decoder: Make) -> None:
-    decoder = make_decoder(adapted, 2)
-    pointers = {p.data_ptr() for p in adapted.anti.parameters()}
-    small = [m for roles, m in decoder._runner.members.items() if roles != ("base",)]
+def test_weights_are_held_once(lora_trio: Trio, make_decoder: Make) -> None:
+    decoder = make_decoder(lora_trio, 2)
+    pointers = {p.data_ptr() for p in lora_trio.anti.parameters()}
+    small = [m for roles, m in decoder._runner.models.items() if roles != ("base",)]
     assert len(small) == 3
     for member in small:
         large = [p for p in member.model.parameters() if p.numel() >= 1024]

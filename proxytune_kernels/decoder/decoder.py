@@ -15,7 +15,7 @@ from proxytune_kernels.decoder.loop import DecodeError, DecodingLoop
 from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler
-from proxytune_kernels.decoder.speculative import DraftController, Speculation, SpeculationStats
+from proxytune_kernels.decoder.speculation import DraftController, Speculation, SpeculationStats
 from proxytune_kernels.decoder.step import Stepper
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio

@@ -1,0 +1,401 @@
+"""One model over rows of a slot cache: prompts into rows, or new tokens behind what they hold."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Module, ModuleList
+from torch.nn.functional import embedding, linear, rms_norm
+
+from proxytune_kernels.decoder.attention import ATTENTION_NAME
+from proxytune_kernels.decoder.cache import CacheStep, SlotCache, cache_keyword
+from proxytune_kernels.trio import sharing
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+StepForward = Callable[[Tensor, CacheStep], Tensor]
+
+
+def check_model(role: str, model: Module) -> None:
+    """Refuse a model whose layers a slot cache cannot serve.
+
+    Raises:
+        ValueError: names the role, the model and what it lacks.
+    """
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            f"{role} must be a model whose attention transformers can exchange, got {name}, "
+            f"which does not support that"
+        )
+    config: Any = model.config
+    types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    if not types <= _LAYER_TYPES:
+        raise ValueError(
+            f"{role} must have layers of {' and '.join(sorted(_LAYER_TYPES))} only, "
+            f"got {name} with {', '.join(sorted(types - _LAYER_TYPES))}"
+        )
+
+
+def with_slot_attention(model: Module) -> Any:
+    """A copy of a model's modules and configuration that shares every weight, with our attention.
+
+    The attention implementation is read from the configuration that a model's layers share. Set on
+    the caller's own model it would change what that model does outside the decoder.
+    """
+    twin = sharing.sharing_copy(model).eval()
+    twin.set_attn_implementation(ATTENTION_NAME)
+    return twin
+
+
+class Forward:
+    """A causal LM's forward: it gives logits, and takes all under the names that the model takes.
+
+    Args:
+        model: a causal LM of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache = cache_keyword(model.forward)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def __call__(
+        self, token_ids: Tensor, *, keep: int | Tensor = 0, cache: Any = None, **inputs: Any
+    ) -> Tensor:
+        """Run tokens int64 [B, q].
+
+        Args:
+            token_ids: the tokens.
+            keep: of which of them to give the logits: the last ``keep``, all (0), or by index.
+            cache: of transformers, or a :class:`CacheStep`; None runs without one.
+            inputs: what else the model takes.
+
+        Returns:
+            Logits [B, n, V], fp32 or narrower.
+        """
+        if cache is not None:
+            inputs[self._cache] = cache
+        if self._keeps:
+            inputs["logits_to_keep"] = keep
+        output = self._model(input_ids=token_ids, use_cache=cache is not None, **inputs)
+        logits: Tensor = output.logits
+        if not self._keeps and not (isinstance(keep, int) and keep == 0):
+            logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+        # The operators take fp32 and narrower.
+        return logits.float() if logits.dtype == torch.float64 else logits
+
+
+class SlotModel:
+    """A model, and the rows of a slot cache that are its own: every ``stride``-th from ``first``.
+
+    Args:
+        model: from :func:`with_slot_attention`; it is changed.
+        cache: its keys and values; another model may have other rows of it.
+        first, stride: slot s of this model is row first + s * stride.
+        rows_per_slot: 2 for expert and anti as one batch (see
+            :func:`~proxytune_kernels.decoder.pair.shared.shared_pair`), whose rows alternate.
+        compile: run forwards of one token a row through torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: SlotCache,
+        *,
+        first: int = 0,
+        stride: int = 1,
+        rows_per_slot: int = 1,
+        compile: bool = False,
+    ) -> None:
+        if not compile:
+            call_directly(model, cache.max_seq_len)
+        self.model = model
+        self.cache = cache
+        self._first, self._stride, self._rows_per_slot = first, stride, rows_per_slot
+        self._logits = Forward(model)
+        self._token_ids = torch.zeros((cache.rows, 1), dtype=torch.int64, device=cache.device)
+        self._compiled = CompiledStep(self._last, _windows(model.config)) if compile else None
+
+    def rows(self, slots: int) -> range:
+        """The rows of the first ``slots`` slots."""
+        end = self._first + slots * self._rows_per_slot * self._stride
+        return range(self._first, end, self._stride)
+
+    def forward(self, token_ids: Tensor, offset: int = 0, length: int | None = None) -> Tensor:
+        """Run q new tokens in each of the first slots; the lengths stay.
+
+        Args:
+            token_ids: int64 [B, q], for the first B slots; the same for all rows of a slot.
+            offset: how many tokens behind a row's length they go.
+            length: keys to attend over; the longest row's unless told.
+
+        Returns:
+            Logits [B, q, V], or [2 B, q, V] where a slot has two rows.
+        """
+        rows = self.rows(token_ids.shape[0])
+        width = token_ids.shape[1]
+        if self._rows_per_slot > 1:
+            token_ids = token_ids.repeat_interleave(self._rows_per_slot, 0)
+        if self._compiled is not None and width == 1 and length is None:
+            step = self.cache.step(rows, width, offset, indexed=True)
+            # Always the same tensor: a graph is compiled for kinds of tensors, too.
+            inputs = self._token_ids[: token_ids.shape[0]].copy_(token_ids)
+            return self._compiled(inputs, step)[:, None]
+        step = self.cache.step(rows, width, offset, length=length)
+        return self._run(token_ids, step, 0 if width > 1 else 1)
+
+    def prefill(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Run whole prompts into empty slots; logits [B, V] after their last tokens.
+
+        Where a slot has two rows both get its prompt, and B is twice the number of slots.
+        """
+        each = range(self._rows_per_slot)
+        step_of_slot = self._rows_per_slot * self._stride
+        rows = [self._first + s * step_of_slot + i * self._stride for s in slots for i in each]
+        prompts = [prompt for prompt in token_ids for _ in each]
+        lengths = [len(prompt) for prompt in prompts]
+        width = max(lengths)
+        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+        step = self.cache.fresh_step(rows, width)
+        # Of each row the logits after the last token of any: of rows x lengths the diagonal counts.
+        ends = sorted(set(lengths))
+        device = self.cache.device
+        keep = 1 if len(ends) == 1 else torch.tensor(ends, device=device) - 1
+        logits = self._run(torch.tensor(padded, device=device), step, keep)
+        for row, length in zip(rows, lengths, strict=True):
+            self.cache.set_length(row, length)
+        if len(ends) == 1:
+            return logits[:, 0]
+        place = torch.tensor([ends.index(n) for n in lengths], device=logits.device)
+        return logits[torch.arange(len(rows), device=logits.device), place]
+
+    def extend(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """Run a part of a prompt behind what a slot holds; logits [1 or 2, V] after its end."""
+        start = self._first + slot * self._rows_per_slot * self._stride
+        rows = range(start, start + self._rows_per_slot * self._stride, self._stride)
+        inputs = torch.tensor([token_ids] * len(rows), device=self.cache.device)
+        logits = self._run(inputs, self.cache.step(rows, len(token_ids)), 1)
+        for row in rows:
+            self.cache.set_length(row, self.cache.lengths[row] + len(token_ids))
+        return logits[:, 0]
+
+    def warm_up(self) -> None:
+        """Compile all there is to compile; the slots must be empty, and are again."""
+        if self._compiled is None:
+            return
+        # The layers' memory is taken before, so that no graph is made for its being absent.
+        self.prefill([0], [[0]])
+        slots = len(range(self._first, self.cache.rows, self._stride * self._rows_per_slot))
+        several = self._rows_per_slot > 1
+        for lengths in self._compiled.warm_up_lengths(slots, self.cache.max_seq_len, several):
+            rows = self.rows(len(lengths))
+            for row in rows:
+                self.cache.set_length(row, lengths[0])
+            # The rows differ where there are several.
+            self.cache.set_length(rows[-1], lengths[-1] if not several else lengths[-1] - 1)
+            self.forward(self._token_ids[: len(lengths)])
+            for row in rows:
+                self.cache.release(row)
+
+    def _last(self, token_ids: Tensor, step: CacheStep) -> Tensor:
+        return self._run(token_ids, step, 1)[:, 0]
+
+    def _run(self, token_ids: Tensor, step: CacheStep, keep: int | Tensor) -> Tensor:
+        return self._logits(
+            token_ids, keep=keep, cache=step, position_ids=step.position_ids, cache_step=step
+        )
+
+
+def _windows(config: Any) -> list[int | None]:
+    """The attention windows of a model's layers, each once; None is full attention."""
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None) or ["sliding_attention"]
+    return list({window if kind == "sliding_attention" else None: None for kind in types})
+
+
+class CompiledStep:
+    """A role's decoding forward, compiled once for one row and once for several.
+
+    Args:
+        forward: token ids [B, 1] and the step -> logits [B, V]; its modules must not change.
+        windows: the attention windows of the model's layers; None among them for full attention.
+    """
+
+    def __init__(self, forward: StepForward, windows: Sequence[int | None]) -> None:
+        def step_forward(token_ids: Tensor, step: CacheStep) -> Tensor:
+            return forward(token_ids, step)
+
+        # torch.compile files its graphs under the code object. Roles share the code above, and a
+        # role must not even look at another's graphs: its modules are not guarded (see below).
+        step_forward.__code__ = step_forward.__code__.replace()
+        self._windows = windows
+        # Checking thousands of module attributes takes as long as a small model's forward, and the
+        # modules are the runner's own, which nobody changes.
+        guard_filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        self._compiled: StepForward = torch.compile(
+            step_forward, dynamic=False, options={"guard_filter_fn": guard_filter}
+        )
+
+    def __call__(self, token_ids: Tensor, step: CacheStep) -> Tensor:
+        """Logits [B, V] of one more token in each of the first B slots."""
+        # "Maybe": of two slots, several rows are always two.
+        torch._dynamo.maybe_mark_dynamic(step.span, 0)
+        if token_ids.shape[0] > 1:
+            # Rows that are equally long just now take the ragged rows' graph.
+            step.ragged = True
+            assert step.write_index is not None
+            for tensor in (token_ids, step.position_ids, step.positions, step.write_index):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            # The masks are built here, for all layers, rather than in each layer.
+            for window in self._windows:
+                torch._dynamo.maybe_mark_dynamic(step.mask(window), (0, 3))
+        return self._compiled(token_ids, step)
+
+    def warm_up_lengths(
+        self, max_batch_size: int, max_seq_len: int, several: bool = False
+    ) -> list[tuple[int, ...]]:
+        """Lengths of the rows, batch by batch, that meet every graph once.
+
+        ``several``: a slot has several rows, so that there is no batch of one.
+        """
+        # Unlike the number of rows: dimensions that are equal by chance are compiled as equal.
+        short = min(5, max_seq_len - 1)
+        if several:
+            return [(short,)]
+        # One row has another graph where it has outgrown a window.
+        past = [w + 1 for w in self._windows if w is not None and w + 1 < max_seq_len]
+        batch = [(short, short - 1)] if max_batch_size > 1 else []
+        return [*((length,) for length in (short, *past)), *batch]
+
+
+class _DirectLinear(Linear):
+    def __call__(self, input: Tensor) -> Tensor:
+        parameters = self._parameters
+        return linear(input, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+
+
+class FusedNorm:
+    """Llama's RMSNorm in one call or two, on a CPU to the bit. It stands before Llama's class."""
+
+    _parameters: dict[str, Tensor]
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Result [..., H] for hidden states [..., H]."""
+        weight, width = self._parameters["weight"], hidden_states.shape[-1:]
+        if hidden_states.dtype == weight.dtype == torch.float32 and weight.shape == width:
+            return rms_norm(hidden_states, width, weight, self.variance_epsilon)
+        if hidden_states.dtype == torch.float64:  # which Llama's takes in fp32
+            return super().forward(hidden_states)  # type: ignore[misc]
+        return weight * rms_norm(hidden_states, width, None, self.variance_epsilon)
+
+
+class _RotaryTable:
+    """Llama's rotary embedding, looked up: it computes each position's cosine and sine once."""
+
+    rope_type: str
+    num_positions: int
+    _tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if "dynamic" in self.rope_type or self.rope_type == "longrope":
+            # A longer text gives all its positions other frequencies.
+            return self.forward(x, position_ids)  # type: ignore[attr-defined]
+        if self._tables is None or self._tables[0].dtype != x.dtype:
+            positions = torch.arange(self.num_positions, device=x.device)
+            cos, sin = self.forward(x, positions[None])  # type: ignore[attr-defined]
+            self._tables = cos[0], sin[0]
+        cos, sin = self._tables
+        return embedding(position_ids, cos), embedding(position_ids, sin)
+
+
+def is_llama(kind: type[Module], name: str) -> bool:
+    """Whether a class computes what Llama's class ``Llama<name>`` does.
+
+    transformers copies these classes from model to model: the same code under other names.
+    """
+    from transformers.models.llama import modeling_llama
+
+    if not kind.__name__.endswith(name):
+        return False
+    llama = getattr(modeling_llama, f"Llama{name}")
+    code, wanted = (inspect.unwrap(c.forward).__code__ for c in (kind, llama))
+    return (code.co_code, code.co_names, code.co_consts) == (
+        wanted.co_code,
+        wanted.co_names,
+        wanted.co_consts,
+    )
+
+
+def _direct_class(kind: Any) -> type[Module]:
+    if kind is Linear:
+        return _DirectLinear
+    forward: Any = kind.forward
+    bases: tuple[type, ...] = (kind,)
+    if is_llama(kind, "RMSNorm"):
+        forward, bases = FusedNorm.forward, (FusedNorm, kind)
+    elif is_llama(kind, "RotaryEmbedding"):
+        forward, bases = _RotaryTable.__call__, (_RotaryTable, kind)
+    elif forward.__code__.co_name == "forward_with_checkpointing":
+        forward = forward.__wrapped__  # which only adds what training needs
+    body = {"__call__": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, bases, body)
+
+
+def _direct_config(config: Any) -> None:
+    # Every read of a configuration looks in a map of aliases and in overrides per layer.
+    kind = type(config)
+    if not config.attribute_map and "_heterogeneity_spec" not in vars(config):
+        body = {"__getattribute__": object.__getattribute__, "__module__": kind.__module__}
+        config.__class__ = type(kind.__name__, (kind,), body)
+
+
+def call_directly(model: Any, num_positions: int) -> None:
+    """Let the modules of a model that is nobody else's be called without ``nn.Module.__call__``.
+
+    At batch 1 a small model's step is mostly Python: each module call goes through the hook
+    machinery, and each parameter through ``__getattr__``. The decoder's copy has no hooks to serve,
+    so its modules are called straight. The numbers do not change: the same functions run on the
+    same tensors.
+
+    A list of layers is a tuple to the modules that run them: transformers takes a slice of it in
+    each forward.
+
+    The model must be in eval mode, and stay with the modules and parameters that it has; those of
+    a module that accelerate offloads may come and go. A module with hooks, with a ``forward`` of
+    its own (as accelerate puts there), or whose class defines another ``__call__``, is called as
+    before.
+
+    Args:
+        model: is changed.
+        num_positions: no token is at this position, or at one behind it.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    # The latter only adds what training needs.
+    calls = (Module.__call__, GradientCheckpointingLayer.__call__)
+    classes: dict[Any, type[Module]] = {}
+    for module in list(model.modules()):
+        kind = type(module)
+        plain = kind.__call__ in calls and "forward" not in vars(module)
+        if plain and not any(getattr(module, name) for name in _HOOKS):
+            if kind not in classes:
+                classes[kind] = _direct_class(kind)
+            module.__class__ = classes[kind]
+            if isinstance(module, _RotaryTable):
+                module.num_positions = num_positions
+        # Found at once, where nn.Module has them found by __getattr__ after a failed look here.
+        # Not the buffers: some models register new ones as they run (rope scaling).
+        for name, child in module._modules.items():
+            vars(module)[name] = tuple(child) if type(child) is ModuleList else child
+        # Nor the parameters that accelerate's hook brings in for a call and takes away again.
+        if "_hf_hook" not in vars(module):
+            vars(module).update(module._parameters)
+    _direct_config(model.config)
