@@ -15,8 +15,7 @@ from transformers import (
 )
 
 from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
-from proxytune_kernels.integrations.hf.logits import LogitsSampler, draw_seeds
-from proxytune_kernels.integrations.hf.processors import NotInOp
+from proxytune_kernels.integrations.hf.sampling import LogitsSampler, NotInOp, draw_seeds
 from proxytune_kernels.ops import combine
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama

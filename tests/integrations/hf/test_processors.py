@@ -15,9 +15,8 @@ import transformers as hf
 from scipy.stats import chisquare
 from transformers import GenerationMixin, LogitsProcessorList
 
-from proxytune_kernels.integrations.hf import processors
-from proxytune_kernels.integrations.hf.logits import LogitsSampler
-from proxytune_kernels.integrations.hf.processors import NotInOp, read_processors
+from proxytune_kernels.integrations.hf import sampling
+from proxytune_kernels.integrations.hf.sampling import LogitsSampler, NotInOp, read_processors
 
 VOCAB_SIZE = 193  # not a multiple of a mask's 32 tokens
 EOS = 7
@@ -284,5 +283,5 @@ def test_every_processor_that_transformers_builds_is_known():
     kinds = {getattr(logits_process, name) for name in built if hasattr(logits_process, name)}
     kinds.discard(LogitsProcessorList)
     assert len(kinds) >= 20
-    known = {*processors._OPTIONS, hf.LogitNormalization}
+    known = {*sampling._OPTIONS, hf.LogitNormalization}
     assert {kind.__name__ for kind in kinds - known} == set()

@@ -122,7 +122,7 @@ def roles_to_run(cache: Any, alpha: float | Tensor | None) -> tuple[str, ...]:
     return held
 
 
-def separate_logits(
+def role_logits(
     models: Mapping[str, Any],
     input_ids: Tensor,
     attention_mask: Any,
