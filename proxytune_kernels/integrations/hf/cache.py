@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, GenerationMixin, StaticCache
 
+from proxytune_kernels.decoder.cache import cache_keyword
 from proxytune_kernels.integrations.hf.inputs import Prompts, positions, prompt_columns
 from proxytune_kernels.trio.roles import ROLES
+
+CACHE = cache_keyword(GenerationMixin.prepare_inputs_for_generation)
+"""How the installed transformers names the cache among the arguments and outputs of a model."""
 
 Maker = Callable[[Any], Cache]
 """A model's configuration -> its empty cache."""
@@ -196,20 +200,16 @@ def _run(
     model: Any, input_ids: Tensor, mask: Any, place: Tensor | None, cache: Any, keep: int
 ) -> Tensor:
     device = model.get_input_embeddings().weight.device
-    keywords = {"logits_to_keep": keep} if _keeps_logits(model) else {}
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     logits: Tensor = model(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device) if isinstance(mask, Tensor) else mask,
         position_ids=None if place is None else place.to(device),
-        past_key_values=cache,
         use_cache=cache is not None,
-        **keywords,
+        **{cache_keyword(model.forward): cache},
+        **({"logits_to_keep": keep} if keeps else {}),
     ).logits
-    if not keywords and keep:
+    if keep and not keeps:
         logits = logits[:, -keep:]
     # The operators take fp32 and narrower.
     return logits.float() if logits.dtype == torch.float64 else logits
-
-
-def _keeps_logits(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -21,6 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from proxytune_kernels.decoder import Decoder
 from proxytune_kernels.decoder.pool import DecoderPool
+from proxytune_kernels.integrations.hf.cache import CACHE
 from proxytune_kernels.integrations.hf.configuration import ProxyTunedConfig
 from proxytune_kernels.integrations.hf.inputs import (
     OWN_ARGUMENTS,
@@ -271,7 +272,8 @@ class EngineGenerate:
         _check_positions(model_kwargs.get("position_ids"), mask)
         token_ids = dict.fromkeys(trio.roles, _unpadded("attention_mask", input_ids, mask))
         for role, prompt in prompts_of(model_kwargs, rows).items():
-            token_ids[role] = _unpadded(f"{role}_attention_mask", *prompt)
+            if role in token_ids:  # a base alone reads no others
+                token_ids[role] = _unpadded(f"{role}_attention_mask", *prompt)
         strength = checked_alpha(own_alpha if alpha is None else alpha, rows)
         max_length, eos_token_ids, criteria = _sorted_criteria(stopping_criteria)
         params = _params(
@@ -500,12 +502,12 @@ def _check_config(config: Any) -> None:
             raise NotInDecoder(f"{name}: give {instead} to EngineGenerate")
 
 
-_READ = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+_READ = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep",
          "output_attentions", "output_hidden_states", *OWN_ARGUMENTS)  # fmt: skip
 
 
 def _check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if cache is not None and cache.get_seq_length():
         raise NotInDecoder("past_key_values with tokens in it: the decoder has a cache of its own")
     for name, value in model_kwargs.items():

@@ -22,7 +22,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from proxytune_kernels.decoder import Decoder
-from proxytune_kernels.integrations.hf.cache import RoleCaches, cache_maker
+from proxytune_kernels.decoder.cache import cache_keyword
+from proxytune_kernels.integrations.hf.cache import CACHE, RoleCaches, cache_maker
 from proxytune_kernels.integrations.hf.custom_generate import (
     Call,
     EngineGenerate,
@@ -71,11 +72,12 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
             decoder = self._decoder_for(call)
         except NotInDecoder as refusal:
             self.notes["sampling"] = f"transformers' loop: {refusal.reason}"
-            return super()._sample(
-                *prepared, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
-            )
-        self.notes |= notes(decoder)
-        return self.engine.run(decoder, call, generation_config, streamer)
+        else:
+            self.notes |= notes(decoder)
+            return self.engine.run(decoder, call, generation_config, streamer)
+        return super()._sample(
+            *prepared, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
+        )
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         self.notes["sampling"] = "transformers' loop: beam search ranks whole rows of logits"
@@ -127,7 +129,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers', with a mask per role where a cache is made for compiling."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE)
         if isinstance(cache, RoleCaches) and cache.is_compileable and not cache.masks:
             inputs["attention_mask"] = self._masks_by_role(cache, inputs)
         return inputs
@@ -153,7 +155,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
                 config=model.config,
                 inputs_embeds=token_ids.new_empty((*token_ids.shape, 0), dtype=model.dtype),
                 attention_mask=inputs.get("attention_mask"),
-                past_key_values=caches.caches[role],
+                **{cache_keyword(make): caches.caches[role]},
                 position_ids=inputs.get("position_ids"),
             )
         return masks
@@ -181,7 +183,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
         max_cache_length: int,
     ) -> None:
         """Make a cache for transformers' loops; the decoder has its own, and leaves this empty."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         implementation = generation_config.cache_implementation
         if generation_config.prefill_chunk_size and "prompt_length" in model_kwargs:
             raise ValueError(
@@ -189,8 +191,19 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
                 f"{generation_config.prefill_chunk_size}"
             )
         if given is not None:
-            _check_given(given, implementation)
-            self.notes["cache"] = f"{type(given).__name__}: handed in"
+            if not isinstance(given, RoleCaches):
+                raise ValueError(
+                    "past_key_values must be a cache that this model gave back, which has the "
+                    f"tokens of all roles, got {type(given).__name__}"
+                )
+            if implementation is not None:
+                raise ValueError(
+                    f"cache_implementation must be None where past_key_values are given, "
+                    f"got {implementation!r}"
+                )
+            # As transformers marks it: it outlives the call.
+            vars(given)["_is_user_defined"] = True
+            self.notes["cache"] = "handed in"
         elif generation_config.use_cache is False:
             self.notes["cache"] = "none: use_cache is False"
         else:
@@ -200,7 +213,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
             longer = [ids.shape[1] - model_kwargs["prompt_length"] for ids, _ in own]
             maker = cache_maker(implementation, max_cache_length + max([0, *longer]))
             cache = RoleCaches.make(self.models, maker)
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE] = cache
             self.notes["cache"] = implementation or "dynamic"
             if generation_config.is_assistant:
                 cache.activate_past_recording()
@@ -261,7 +274,7 @@ def _check_loop(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) ->
         raise NotInDecoder("a drafter's loop is transformers'")
     if config.cache_implementation is not None:
         raise NotInDecoder(f"cache_implementation {config.cache_implementation!r} is asked for")
-    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
+    if getattr(model_kwargs.get(CACHE), "_is_user_defined", False):
         raise NotInDecoder("past_key_values are handed in")
 
 
@@ -276,18 +289,3 @@ def _check_rows(call: Call, criteria: Iterable[Any]) -> None:
             )
     if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
         raise NotInDecoder("rows that end apart go on to the last without end-of-sequence tokens")
-
-
-def _check_given(cache: Any, implementation: str | None) -> None:
-    if not isinstance(cache, RoleCaches):
-        raise ValueError(
-            "past_key_values must be a cache that this model gave back, which has the tokens "
-            f"of all roles, got {type(cache).__name__}"
-        )
-    if implementation is not None:
-        raise ValueError(
-            f"cache_implementation must be None where past_key_values are given, "
-            f"got {implementation!r}"
-        )
-    # As transformers marks it: it outlives the call.
-    vars(cache)["_is_user_defined"] = True

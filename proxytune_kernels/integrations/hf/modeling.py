@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from proxytune_kernels import ops
 from proxytune_kernels.integrations.hf.cache import (
+    CACHE,
     RoleCaches,
     cache_maker,
     role_logits,
@@ -226,6 +227,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         anti_input_ids: Tensor | None = None,
         anti_attention_mask: Tensor | None = None,
         prompt_length: int | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Combined logits ``base + alpha * (expert - anti)`` of every token, or of the last.
@@ -245,6 +247,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
                 [B, P], a role's own prompt in place of the base's, padded on the left.
             prompt_length: how many of the first ``input_ids`` are the base's prompt, where more
                 follow it (drafts); all if None.
+            cache: ``past_key_values`` by the name that later versions of transformers give it.
 
         Returns:
             Logits fp32 [B, q, vocab_size]; differentiable while torch records gradients.
@@ -260,7 +263,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
             "anti_input_ids": anti_input_ids,
             "anti_attention_mask": anti_attention_mask,
         }
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = RoleCaches.make(self.models, cache_maker("dynamic", 0))
         roles = role_logits(
@@ -282,7 +285,8 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=kwargs.get("num_items_in_batch"),
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        named: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **named)
 
 
 def _is_one(prompts: Any) -> bool:

@@ -49,8 +49,8 @@ def one(hf_model):
 
 
 def tiny_model():
-    trio = [tiny_llama(seed, 16, 1) for seed in range(3)]
-    return ProxyTunedForCausalLM.from_models(*trio, byte_tokenizer(), alpha=ALPHA)
+    base, expert, anti = (tiny_llama(seed, 16, 1) for seed in range(3))
+    return ProxyTunedForCausalLM.from_models(base, expert, anti, byte_tokenizer(), alpha=ALPHA)
 
 
 def generate(model, inputs, seed=5, **options):
@@ -244,8 +244,8 @@ def test_what_was_on_its_way_when_a_row_ended_does_not_count(hf_trio, one):
         def cancel(self, request_id):
             assert request_id == 1
 
-    engine, late = EngineGenerate(hf_trio), Late()
-    engine.decoder_for = lambda call: late  # type: ignore[assignment, method-assign]
+    engine: Any = EngineGenerate(hf_trio)
+    engine.decoder_for = lambda call: Late()
     criteria = StoppingCriteriaList([EveryThird()])
     tokens = generate(hf_trio.base, one, custom_generate=engine, stopping_criteria=criteria)
     assert tokens[0, one["input_ids"].shape[1] :].tolist() == [4, 6]
@@ -382,9 +382,10 @@ def test_a_copy_of_the_model_makes_its_own_decoder(one):
     model = tiny_model()
     wanted = generate(model, one)
     twin = copy.deepcopy(model)
-    assert twin.engine.decoder is None
+    engine: Any = twin.engine
+    assert engine.decoder is None
     assert torch.equal(generate(twin, one), wanted)
-    assert twin.engine.decoder.trio.base is twin.base is not model.base
+    assert engine.decoder.trio.base is twin.base is not model.base
 
 
 def test_threads_take_turns(hf_model, batch, one):
