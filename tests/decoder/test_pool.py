@@ -20,8 +20,10 @@ from tests.decoder.conftest import VOCAB_SIZE, tiny_llama
 @pytest.fixture
 def own_trio(tokenizer):
     """One whose weights may be changed."""
-    models = [tiny_llama(seed, 16, 1, max_position_embeddings=1024) for seed in range(3)]
-    return Trio.from_models(*models, tokenizer)
+    base, expert, anti = (
+        tiny_llama(seed, 16, 1, max_position_embeddings=1024) for seed in range(3)
+    )
+    return Trio.from_models(base, expert, anti, tokenizer)
 
 
 def test_it_is_kept_while_it_has_room(own_trio):

@@ -102,28 +102,25 @@ class RoleCaches(Cache):
         self.roles, self.masks = (), {}
 
 
-def roles_to_run(cache: Any, alpha: float | Tensor | None) -> tuple[str, ...]:
+def roles_to_run(cache: RoleCaches | None, alpha: float | Tensor) -> tuple[str, ...]:
     """Which roles a forward runs: all, or the base alone where nothing is steered.
 
     A cache goes on with the roles that it was filled with, so that it holds the same tokens of all.
 
     Args:
-        cache: a cache with ``roles``, or None.
-        alpha: a number or a tensor [B]; None goes by the cache.
+        alpha: a number or a tensor [B], which may be of zeros and runs all.
 
     Raises:
         ValueError: alpha steers, and the cache has the base's tokens alone.
     """
-    rests = isinstance(alpha, float | int) and alpha == 0
-    held: tuple[str, ...] = () if cache is None else cache.roles
-    if not held:
-        return ROLES[:1] if rests else ROLES
-    if alpha is not None and not rests and held != ROLES:
+    rests = not isinstance(alpha, Tensor) and alpha == 0
+    held = () if cache is None else cache.roles
+    if held and held != ROLES and not rests:
         raise ValueError(
             "past_key_values must hold the tokens of expert and anti to steer, got a cache filled "
             "at alpha 0, where they rest: fill one with alpha as a tensor of zeros"
         )
-    return held
+    return held or (ROLES[:1] if rests else ROLES)
 
 
 def role_logits(

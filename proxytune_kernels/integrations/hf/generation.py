@@ -150,7 +150,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
     def _masks_by_role(self, caches: RoleCaches, inputs: dict[str, Any]) -> dict[str, Any]:
         token_ids, masks = inputs["input_ids"], {}
         for role, model in self.models.items():
-            make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+            make: Any = getattr(model, "create_masks_for_generate", create_masks_for_generate)
             masks[role] = make(
                 config=model.config,
                 inputs_embeds=token_ids.new_empty((*token_ids.shape, 0), dtype=model.dtype),

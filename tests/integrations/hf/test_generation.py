@@ -104,9 +104,14 @@ def test_likeliest_tokens_are_those_of_transformers_loop(hf_model, batch, case):
     assert got.tolist() == wanted.tolist()
 
 
-def test_first_tokens_follow_the_law_of_the_warpers(hf_model):
+@pytest.mark.parametrize(
+    "filters",
+    [{"temperature": 1.3, "top_k": 12, "top_p": 0.9}, {"temperature": 0.8, "min_p": 0.1}],
+    ids=["top_p", "min_p"],
+)
+def test_first_tokens_follow_the_law_of_the_warpers(hf_model, filters):
     inputs = hf_model.tokenize("of two")
-    options = {"do_sample": True, "temperature": 1.3, "top_k": 12, "top_p": 0.9, "alpha": 0.5}
+    options = {"do_sample": True, "alpha": 0.5, **filters}
     drawn = generate(hf_model, inputs, 3, max_new_tokens=1, num_return_sequences=2000, **options)
     config, _ = hf_model._prepare_generation_config(None, **options)
     warpers = GenerationMixin._get_logits_processor(
@@ -381,8 +386,8 @@ def test_changed_weights_are_seen_by_the_next_call(one):
 def test_a_copy_of_the_model_makes_its_own_decoder(one):
     model = tiny_model()
     wanted = generate(model, one)
-    twin = copy.deepcopy(model)
-    engine: Any = twin.engine
+    twin: Any = copy.deepcopy(model)
+    engine = twin.engine
     assert engine.decoder is None
     assert torch.equal(generate(twin, one), wanted)
     assert engine.decoder.trio.base is twin.base is not model.base
