@@ -6,39 +6,41 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from proxytune_kernels.integrations.hf.caching import (
+from proxytune_kernels import ops
+from proxytune_kernels.integrations.hf.cache import (
+    CACHE,
     RoleCaches,
     cache_maker,
+    role_logits,
     roles_to_run,
-    separate_logits,
 )
-from proxytune_kernels.integrations.hf.combining import combined
-from proxytune_kernels.integrations.hf.config import ProxyTunedConfig
-from proxytune_kernels.integrations.hf.generating import ProxyTunedGenerationMixin
+from proxytune_kernels.integrations.hf.configuration import ProxyTunedConfig
+from proxytune_kernels.integrations.hf.custom_generate import EngineGenerate
+from proxytune_kernels.integrations.hf.generation import ProxyTunedGenerationMixin
 from proxytune_kernels.integrations.hf.inputs import (
     checked_alpha,
     left_padded,
-    prompt_columns,
     prompts_of,
     refuse,
 )
-from proxytune_kernels.integrations.hf.manifest import SavedByName
-from proxytune_kernels.integrations.hf.row_engine import RowEngine
-from proxytune_kernels.integrations.hf.rows import Rows
-from proxytune_kernels.integrations.hf.sampling import FusedSampling
+from proxytune_kernels.integrations.hf.saving import SavedByName
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.adapters import unwrapped
 from proxytune_kernels.trio.describe import model_info
 from proxytune_kernels.trio.roles import ROLES
 
+_ROWS = 64
+"""Rows of a call that the decoder runs at the same time, at most."""
+
 
 class ProxyTunedForCausalLM(  # type: ignore[misc]
-    FusedSampling, ProxyTunedGenerationMixin, SavedByName, PreTrainedModel
+    ProxyTunedGenerationMixin, SavedByName, PreTrainedModel
 ):
     """Proxy-tuning in transformers: ``generate()`` in all its modes, pipelines, streamers.
 
@@ -77,7 +79,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         self.trio = trio
         # What the last generate() says of itself, for info().
         self.notes: dict[str, Any] = {}
-        self._engine = RowEngine(self.models)
+        self.engine = EngineGenerate(max_batch_size=_ROWS)
         self.post_init()
         self.training = self.base.training
         self.generation_config = copy.deepcopy(self.base.generation_config)
@@ -209,53 +211,6 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
                 inputs |= {f"{role}_input_ids": token_ids, f"{role}_attention_mask": mask}
         return BatchEncoding(inputs).to(self.device)
 
-    def role_logits(
-        self,
-        input_ids: Tensor,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        *,
-        alpha: float | Tensor | None = None,
-        prompt_length: int | None = None,
-        **prompts: Tensor | None,
-    ) -> tuple[dict[str, Tensor], Any]:
-        """Each role's logits for new tokens; arguments as in :meth:`forward`.
-
-        The pair rests while alpha is the number 0, if the cache is empty or has rested before: then
-        the base's are all there are. A tensor of zeros does not rest it. Without ``alpha`` the
-        roles run that the cache holds; all, if there is none.
-
-        Returns:
-            Role -> logits [B, q, V_role] on the base's device, and the cache, longer by the new
-            tokens.
-        """
-        cache = past_key_values
-        own = prompts_of(prompts, input_ids.shape[0])
-        roles = roles_to_run(cache, alpha)
-        if isinstance(cache, Rows):
-            if input_ids.shape[1] == 1 and cache.roles and not (own and cache.awaits(own)):
-                return cache.step(input_ids), cache
-            length = prompt_columns(prompt_length, cache, input_ids)
-            return cache.extend(
-                roles, input_ids, attention_mask, position_ids, logits_to_keep, own, length
-            ), cache
-        if cache is None and use_cache:
-            cache = RoleCaches.make(self.models, cache_maker("dynamic", 0))
-        models = {role: self.models[role] for role in roles}
-        return separate_logits(
-            models,
-            input_ids,
-            attention_mask,
-            position_ids,
-            cache,
-            logits_to_keep,
-            own,
-            prompt_length,
-        ), cache
-
     @can_return_tuple
     def forward(
         self,
@@ -272,6 +227,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         anti_input_ids: Tensor | None = None,
         anti_attention_mask: Tensor | None = None,
         prompt_length: int | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Combined logits ``base + alpha * (expert - anti)`` of every token, or of the last.
@@ -291,6 +247,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
                 [B, P], a role's own prompt in place of the base's, padded on the left.
             prompt_length: how many of the first ``input_ids`` are the base's prompt, where more
                 follow it (drafts); all if None.
+            cache: ``past_key_values`` by the name that later versions of transformers give it.
 
         Returns:
             Logits fp32 [B, q, vocab_size]; differentiable while torch records gradients.
@@ -298,22 +255,28 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         refuse("forward", kwargs, known=("num_items_in_batch",))
         if input_ids is None:
             raise ValueError("input_ids must be a tensor [B, q], got None")
-        strength = checked_alpha(self.alpha if alpha is None else alpha, input_ids.shape[0])
-        roles, cache = self.role_logits(
+        rows = input_ids.shape[0]
+        strength = checked_alpha(self.alpha if alpha is None else alpha, rows)
+        own = {
+            "expert_input_ids": expert_input_ids,
+            "expert_attention_mask": expert_attention_mask,
+            "anti_input_ids": anti_input_ids,
+            "anti_attention_mask": anti_attention_mask,
+        }
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = RoleCaches.make(self.models, cache_maker("dynamic", 0))
+        roles = role_logits(
+            {role: self.models[role] for role in roles_to_run(cache, strength)},
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
-            use_cache,
+            cache,
             logits_to_keep,
-            alpha=strength,
-            prompt_length=prompt_length,
-            expert_input_ids=expert_input_ids,
-            expert_attention_mask=expert_attention_mask,
-            anti_input_ids=anti_input_ids,
-            anti_attention_mask=anti_attention_mask,
+            prompts_of(own, rows),
+            prompt_length,
         )
-        logits = combined(roles, strength, self.config.vocab_size)
+        logits = _combined(roles, strength, self.config.vocab_size)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -322,13 +285,38 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=kwargs.get("num_items_in_batch"),
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        named: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **named)
 
 
 def _is_one(prompts: Any) -> bool:
     """Whether a list is one prompt: token ids, or chat messages."""
     first = prompts[0]
     return isinstance(first, int) or (isinstance(first, Mapping) and "content" in first)
+
+
+def _combined(roles: Mapping[str, Tensor], alpha: float | Tensor, vocab_size: int) -> Tensor:
+    """Combined logits, fp32 [B, q, vocab_size], of each role's [B, q, V_role].
+
+    One fused pass where no gradient is wanted; else torch's own operators, which can be
+    differentiated (also by alpha).
+    """
+    tensors = [*roles.values(), *([alpha] if isinstance(alpha, Tensor) else [])]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        base, *pair = (x[..., :vocab_size].float() for x in roles.values())
+        if not pair:
+            return base
+        each = alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
+        return base + each * (pair[0] - pair[1])
+    rows, width = roles["base"].shape[:2]
+    flat = {role: x.flatten(0, 1) for role, x in roles.items()}
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(flat["base"].device, torch.float32)
+        alpha = alpha.repeat_interleave(width) if width > 1 else alpha
+    x = ops.combine(
+        flat["base"], flat.get("expert"), flat.get("anti"), alpha, vocab_size=vocab_size
+    )
+    return x.view(rows, width, vocab_size)
 
 
 AutoModelForCausalLM.register(ProxyTunedConfig, ProxyTunedForCausalLM)

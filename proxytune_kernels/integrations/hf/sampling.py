@@ -1,235 +1,437 @@
-"""Greedy decoding and sampling inside ``generate()`` through our op, where it gives the same law.
+"""Sampling in transformers' words: what its logits processors ask, and a sampler that does it.
 
-Greedy tokens are those of transformers' own loop. Sampled ones follow the same law and are others:
-each row's noise is keyed by a seed and the token's position (docs/contracts.md, Randomness), and
-the seeds are drawn from torch's global generator when ``generate()`` starts, so ``set_seed``
-repeats a call, and a row draws the same tokens whatever rows come behind it.
+Read are the processors themselves, by type, not the options that they were made from. So one that
+is passed by hand, or that a later transformers adds, is never overlooked.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import GenerationMixin
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation import logits_process
 
 from proxytune_kernels import ops
-from proxytune_kernels.decoder.loop import DecodeError
-from proxytune_kernels.integrations.hf.logits import LogitsSampler
-from proxytune_kernels.integrations.hf.processors import NotInOp, OpSampling, read_processors
-from proxytune_kernels.integrations.hf.stops import Stops
-from proxytune_kernels.reference import STATUS_BAD_PARAMS
+from proxytune_kernels.params import RowParams, mask_without, signed_seed
+from proxytune_kernels.reference import SampleOutput
 
-_OP = "proxytune_kernels.sample on the three roles' logits"
+_NEVER = 2**62
+"""A length that no text reaches."""
 
 
-# Its methods are typed for models that have no other parent.
-_Generation: Any = GenerationMixin
+class NotInOp(ValueError):
+    """Something that ``proxytune_kernels.sample`` does not have; the message names it."""
 
 
-class FusedSampling(_Generation):  # type: ignore[misc]
-    """What :class:`ProxyTunedForCausalLM` does in place of transformers' decoding loops.
-
-    Each of them leaves in ``notes["sampling"]`` how it drew its tokens.
-    """
-
-    notes: dict[str, Any]
-    engine: Any = None
-    """What :func:`engine_generate` keeps: an :class:`EngineGenerate` with its decoder."""
-
-    def _sample(
-        self,
-        input_ids: Any,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Greedy decoding or sampling; arguments and result as in transformers."""
-        model_kwargs = _for_forward(model_kwargs)
-        try:
-            if synced_gpus:
-                raise NotInOp("synced_gpus is not in this package's loop")
-            _check_loop(generation_config)
-            # Last, as it sets up what torch.compile needs.
-            if self._valid_auto_compile_criteria(model_kwargs, generation_config):
-                raise NotInOp("a compiled forward of a static cache is not in this package's loop")
-            sampling = read_processors(logits_processor, do_sample=generation_config.do_sample)
-        except NotInOp as reason:
-            self.notes["sampling"] = f"transformers' warpers: {reason}"
-            return super()._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
-        self.notes["sampling"] = _OP
-        stops = Stops(stopping_criteria, generation_config._pad_token_tensor, len(input_ids))
-        with self._optimize_model_for_decode():
-            return _decode(
-                self, input_ids, sampling, stops, generation_config, streamer, model_kwargs
-            )
-
-    def _extract_generation_mode_kwargs(
-        self,
-        custom_generate: Any,
-        kwargs: dict[str, Any],
-        synced_gpus: Any,
-        assistant_model: Any,
-        streamer: Any,
-    ) -> dict[str, Any]:
-        """As transformers, which keeps back from a callable what ``generate`` takes by name."""
-        named = {
-            "streamer": streamer,
-            "assistant_model": assistant_model,
-            "tokenizer": kwargs.get("tokenizer"),
-        }
-        found: dict[str, Any] = super()._extract_generation_mode_kwargs(
-            custom_generate, kwargs, synced_gpus, assistant_model, streamer
-        )
-        if callable(custom_generate):
-            taken = inspect.signature(custom_generate).parameters
-            found |= {k: v for k, v in named.items() if k in taken and v is not None}
-        return found
-
-    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        self.notes["sampling"] = "transformers' warpers: beam search ranks whole rows of logits"
-        return super()._beam_search(*args, **_for_forward(kwargs))
-
-    def _assisted_decoding(
-        self, input_ids: Any, *args: Any, inputs_tensor: Any = None, **kwargs: Any
-    ) -> Any:
-        self.notes["sampling"] = (
-            "transformers' warpers: assisted decoding checks its drafts on whole rows of logits "
-            "(custom_generate with speculation checks them through the op)"
-        )
-        return super()._assisted_decoding(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
-
-
-def _for_forward(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Without what is for stop strings, which transformers' loops hand on to the model."""
-    return {k: v for k, v in kwargs.items() if k not in ("tokenizer", "assistant_tokenizer")}
-
-
-def _check_loop(generation_config: Any) -> None:
-    """NotInOp if transformers' loop can do what ours can't."""
-    if not generation_config.use_cache:
-        raise NotInOp("use_cache False is not in this package's loop")
-    if generation_config.is_assistant:
-        raise NotInOp("a drafter's loop is transformers'")
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name):
-            raise NotInOp(f"{name} is not in this package's loop")
-    if generation_config.return_dict_in_generate and generation_config.output_scores:
-        raise NotInOp("output_scores asks for the rows that the op does not write")
-
-
-def _decode(
-    model: Any,
-    input_ids: Tensor,
-    sampling: OpSampling,
-    stops: Stops,
-    generation_config: Any,
-    streamer: Any,
-    model_kwargs: dict[str, Any],
-) -> Any:
-    """The loop: one forward of each role and one op a token.
+@dataclass(frozen=True)
+class Block:
+    """Tokens that can't be drawn while a text's length is in [start, stop).
 
     Args:
-        input_ids: int64 [B, P].
-        model_kwargs: as transformers prepares them; alpha is a number or a tensor [B].
+        option: of :class:`transformers.GenerationConfig`, which asks for it.
+        token_ids: the tokens; those past the vocabulary mean nothing.
+        start, stop: lengths in tokens, of prompt (padding included) and output together.
     """
-    keep_logits = generation_config.return_dict_in_generate and generation_config.output_logits
-    alpha = model_kwargs.get("alpha")
-    forwards = _Forwards(model, input_ids, generation_config, model_kwargs)
-    vocab_size: int = model.config.vocab_size
-    sampler = LogitsSampler(
-        sampling,
-        input_ids.shape[0],
-        vocab_size,
-        alpha=model.alpha if alpha is None else alpha,
-        prompt_length=input_ids.shape[1],
-        device=forwards.device,
+
+    option: str
+    token_ids: frozenset[int]
+    start: int = 0
+    stop: int = _NEVER
+
+
+@dataclass(frozen=True)
+class OpSampling:
+    """How tokens are drawn, as the arguments of :func:`proxytune_kernels.sample`.
+
+    Args:
+        temperature, top_k, top_p, min_p: as there, for ``filter_order="hf"``; temperature 0 is
+            greedy.
+        blocks: tokens that its ``allowed_mask`` leaves out.
+        bias: token -> what its ``bias`` adds.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    blocks: tuple[Block, ...] = ()
+    bias: Mapping[int, float] = field(default_factory=dict)
+
+
+def read_processors(processors: Iterable[Any], *, do_sample: bool) -> OpSampling:
+    """What the op must do so that its tokens follow the law of these processors.
+
+    Allowed are: first, in any order, ``suppress_tokens``, ``begin_suppress_tokens``,
+    ``min_new_tokens``, ``min_length``, and ``bad_words_ids`` and ``sequence_bias`` of single
+    tokens; then temperature, top_k, top_p and min_p in this order, each at most once, as
+    ``generate`` builds them. ``renormalize_logits`` changes no law and may stand anywhere.
+
+    The laws are equal where no two logits are. Of tokens with equal logits at the edge of the kept
+    set, the op keeps the lowest ids, as many as top_k and top_p ask for; transformers' top_k keeps
+    all, and its top_p the last of an unstable sort. And transformers' top_p sums in fp32: the kept
+    sets may differ where p is within rounding of a prefix's mass (docs/contracts.md).
+
+    Args:
+        processors: of a :class:`transformers.LogitsProcessorList`.
+        do_sample: False is greedy: filters don't move the likeliest token.
+
+    Raises:
+        NotInOp: names the first processor that the op does not have.
+    """
+    sampling = OpSampling()
+    rank = 0
+    for processor in processors:
+        kind = type(processor)
+        if kind is hf.LogitNormalization:
+            continue
+        if kind not in _READERS:
+            raise NotInOp(f"{_describe(processor)} is not in the op")
+        own_rank, read = _READERS[kind]
+        if own_rank < rank or own_rank == rank > 0:
+            raise NotInOp(f"{_describe(processor)} behind another filter is not in the op")
+        rank = own_rank
+        sampling = read(sampling, processor)
+    if not do_sample:
+        sampling = replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    return sampling
+
+
+def _temperature(sampling: OpSampling, processor: Any) -> OpSampling:
+    return replace(sampling, temperature=processor.temperature)
+
+
+def _top_k(sampling: OpSampling, processor: Any) -> OpSampling:
+    # It is at least its min_tokens_to_keep already.
+    _check_filter(processor, 1)
+    return replace(sampling, top_k=processor.top_k)
+
+
+def _top_p(sampling: OpSampling, processor: Any) -> OpSampling:
+    _check_filter(processor, processor.min_tokens_to_keep)
+    if processor.top_p == 0:
+        raise NotInOp("top_p 0.0 is not in the op, which takes (0, 1]")
+    return replace(sampling, top_p=processor.top_p)
+
+
+def _min_p(sampling: OpSampling, processor: Any) -> OpSampling:
+    _check_filter(processor, processor.min_tokens_to_keep)
+    return replace(sampling, min_p=processor.min_p)
+
+
+def _check_filter(processor: Any, min_tokens_to_keep: int) -> None:
+    if min_tokens_to_keep > 1:
+        raise NotInOp(
+            f"{_describe(processor)} with min_tokens_to_keep {min_tokens_to_keep} is not in the op"
+        )
+    if processor.filter_value != -math.inf:
+        raise NotInOp(
+            f"{_describe(processor)} with filter_value {processor.filter_value} is not in the op"
+        )
+
+
+def _blocked(
+    sampling: OpSampling, processor: Any, token_ids: Iterable[int], start: int, stop: int
+) -> OpSampling:
+    block = Block(_option(processor), frozenset(token_ids), start, stop)
+    return replace(sampling, blocks=(*sampling.blocks, block))
+
+
+def _suppress(sampling: OpSampling, processor: Any) -> OpSampling:
+    return _blocked(sampling, processor, processor.suppress_tokens.flatten().tolist(), 0, _NEVER)
+
+
+def _suppress_at_begin(sampling: OpSampling, processor: Any) -> OpSampling:
+    begin, token_ids = processor.begin_index, processor.begin_suppress_tokens.flatten().tolist()
+    return _blocked(sampling, processor, token_ids, begin, begin + 1)
+
+
+def _min_length(sampling: OpSampling, processor: Any) -> OpSampling:
+    return _blocked(
+        sampling, processor, processor.eos_token_id.flatten().tolist(), 0, processor.min_length
     )
-    kept_logits: tuple[Tensor, ...] = ()
-    logits: tuple[Tensor, ...] = (forwards.prompt_logits,)
-    while True:
-        if keep_logits:
-            base, *pair = logits
-            expert, anti = pair or (None, None)
-            logits = (ops.combine(base, expert, anti, sampler.alpha, vocab_size=vocab_size),)
-            kept_logits += logits
-        drawn = sampler.draw(*logits)
-        tokens = stops.padded(drawn.token_ids.to(input_ids.device))
-        listed = tokens.tolist()
-        if min(listed) < 0:
-            _raise_nothing_drawn(listed, drawn.status, sampler.position - 1)
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        finished = stops.finished(input_ids, listed)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        if finished:
-            break
-        logits = forwards.step(tokens)
-    if streamer is not None:
-        streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return input_ids
-    result: Any = GenerateDecoderOnlyOutput  # its types are narrower than what transformers puts in
-    return result(
-        sequences=input_ids,
-        logits=kept_logits if keep_logits else None,
-        past_key_values=forwards.cache,
-    )
 
 
-class _Forwards:
-    """The models' forwards: of the prompts when it is made, then of a token a row.
+def _min_new_tokens(sampling: OpSampling, processor: Any) -> OpSampling:
+    stop = processor.prompt_length_to_skip + processor.min_new_tokens
+    return _blocked(sampling, processor, processor.eos_token_id.flatten().tolist(), 0, stop)
 
-    ``prompt_logits`` are the combined logits behind the prompts, fp32 [B, vocab_size].
+
+def _bias(sampling: OpSampling, processor: Any) -> OpSampling:
+    longer = [list(token_ids) for token_ids in processor.sequence_bias if len(token_ids) > 1]
+    if longer:
+        raise NotInOp(
+            f"{_option(processor)} of several tokens, as {longer[0]}, is not in the op: it depends "
+            "on the text"
+        )
+    added = {token_ids[0]: value for token_ids, value in processor.sequence_bias.items()}
+    blocked = {token_id for token_id, value in added.items() if value == -math.inf}
+    bias = dict(sampling.bias)
+    for token_id in added.keys() - blocked:
+        bias[token_id] = bias.get(token_id, 0.0) + added[token_id]
+    sampling = replace(sampling, bias=bias)
+    return _blocked(sampling, processor, blocked, 0, _NEVER) if blocked else sampling
+
+
+_Reader = Callable[[OpSampling, Any], OpSampling]
+
+# Kind -> its place and what reads it. Place 0 is before all filters, in any order: a mask and a
+# bias commute with each other, and with nothing that cuts or scales.
+_READERS: dict[type, tuple[int, _Reader]] = {
+    hf.SuppressTokensLogitsProcessor: (0, _suppress),
+    hf.SuppressTokensAtBeginLogitsProcessor: (0, _suppress_at_begin),
+    hf.MinLengthLogitsProcessor: (0, _min_length),
+    hf.MinNewTokensLengthLogitsProcessor: (0, _min_new_tokens),
+    hf.SequenceBiasLogitsProcessor: (0, _bias),
+    hf.NoBadWordsLogitsProcessor: (0, _bias),
+    hf.TemperatureLogitsWarper: (1, _temperature),
+    hf.TopKLogitsWarper: (2, _top_k),
+    hf.TopPLogitsWarper: (3, _top_p),
+    hf.MinPLogitsWarper: (4, _min_p),
+}
+
+# Kind -> the option of GenerationConfig that makes it, and where it keeps that option's value.
+_OPTIONS: dict[type, tuple[str, str | None]] = {
+    hf.TemperatureLogitsWarper: ("temperature", "temperature"),
+    hf.TopKLogitsWarper: ("top_k", "top_k"),
+    hf.TopPLogitsWarper: ("top_p", "top_p"),
+    hf.MinPLogitsWarper: ("min_p", "min_p"),
+    logits_process.TopHLogitsWarper: ("top_h", "top_h"),
+    hf.TypicalLogitsWarper: ("typical_p", "mass"),
+    hf.EpsilonLogitsWarper: ("epsilon_cutoff", "epsilon"),
+    hf.EtaLogitsWarper: ("eta_cutoff", None),
+    hf.RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
+    hf.EncoderRepetitionPenaltyLogitsProcessor: ("encoder_repetition_penalty", None),
+    hf.NoRepeatNGramLogitsProcessor: ("no_repeat_ngram_size", "ngram_size"),
+    hf.EncoderNoRepeatNGramLogitsProcessor: ("encoder_no_repeat_ngram_size", "ngram_size"),
+    hf.SequenceBiasLogitsProcessor: ("sequence_bias", None),
+    hf.NoBadWordsLogitsProcessor: ("bad_words_ids", None),
+    hf.SuppressTokensLogitsProcessor: ("suppress_tokens", None),
+    hf.SuppressTokensAtBeginLogitsProcessor: ("begin_suppress_tokens", None),
+    hf.MinLengthLogitsProcessor: ("min_length", "min_length"),
+    hf.MinNewTokensLengthLogitsProcessor: ("min_new_tokens", "min_new_tokens"),
+    hf.PrefixConstrainedLogitsProcessor: ("prefix_allowed_tokens_fn", None),
+    hf.ForcedBOSTokenLogitsProcessor: ("forced_bos_token_id", "bos_token_id"),
+    hf.ForcedEOSTokenLogitsProcessor: ("forced_eos_token_id", None),
+    hf.InfNanRemoveLogitsProcessor: ("remove_invalid_values", None),
+    hf.ExponentialDecayLengthPenalty: ("exponential_decay_length_penalty", None),
+    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor: ("guidance_scale", "guidance_scale"),
+    hf.WatermarkLogitsProcessor: ("watermarking_config", None),
+    hf.SynthIDTextWatermarkLogitsProcessor: ("watermarking_config", None),
+}
+
+
+def _option(processor: Any) -> str:
+    return _OPTIONS.get(type(processor), (type(processor).__name__, None))[0]
+
+
+def _describe(processor: Any) -> str:
+    """The option, with its value where it has a short one; the class where none makes it."""
+    name, attribute = _OPTIONS.get(type(processor), (type(processor).__name__, None))
+    return name if attribute is None else f"{name} {getattr(processor, attribute):g}"
+
+
+class LogitsSampler:
+    """Draws the next tokens of B rows, step by step, by one op on their three rows of logits.
+
+    For a decoding loop of one's own. A ``LogitsProcessor`` that runs the small models is the usual
+    way to proxy-tune inside ``generate``, and is wrong in two ways that this is not: it holds the
+    small models' caches, which no one rolls back when assisted decoding refuses drafts, or reorders
+    for beams; and the warpers behind it read the vocabulary again, several times.
+
+    Args:
+        sampling: what to draw by; :meth:`from_config` reads it off a generation config.
+        batch_size: B.
+        vocab_size: agreed width; what lies past it is never read.
+        alpha: a number or a tensor [B].
+        seeds: int64 [B], key of each row's noise; :func:`draw_seeds` unless told.
+        prompt_length: tokens of the prompts, padding included.
+        device: of the logits.
+
+    Raises:
+        ValueError: names the argument, what it got and what it wanted.
+
+    Example:
+        >>> options = dict(do_sample=True, temperature=0.7, top_p=0.9, top_k=0)
+        >>> sampler = LogitsSampler.from_config(**options, vocab_size=1000, alpha=0.5, seed=7)
+        >>> base, expert, anti = torch.randn(3, 1, 1000)
+        >>> sampler.draw(base, expert, anti).token_ids.shape
+        torch.Size([1])
     """
 
     def __init__(
-        self, model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+        self,
+        sampling: OpSampling,
+        batch_size: int,
+        vocab_size: int,
+        *,
+        alpha: float | Tensor = 1.0,
+        seeds: Tensor | None = None,
+        prompt_length: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self._model = model
-        # Found by a walk over the parameters: once, not once a token.
-        self.device: torch.device = model.device
-        outputs = model._prefill(input_ids, generation_config, model_kwargs)
-        after = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        self.prompt_logits: Tensor = outputs.logits[:, -1]
-        self.cache = after["past_key_values"]
-        self._mask: Tensor | None = after.get("attention_mask")
-        self._positions: Tensor = after["position_ids"][:, -1:]
-
-    def step(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Base, expert and anti logits [B, V_role] behind one more token int64 [B] in each row.
-
-        The base's alone where alpha is the number 0 and the pair rests.
-        """
-        roles, self.cache = self._model.role_logits(
-            tokens[:, None].to(self.device), self._mask, self._positions, self.cache, True, 1
+        outside = [i for i in sampling.bias if i >= vocab_size]
+        if outside:
+            raise ValueError(
+                f"sequence_bias must be of tokens below the vocabulary's size {vocab_size}, "
+                f"got {outside[0]}"
+            )
+        greedy = sampling.temperature == 0
+        if seeds is None:
+            seeds = torch.zeros(batch_size, dtype=torch.int64) if greedy else draw_seeds(batch_size)
+        self.sampling = sampling
+        self.batch_size = batch_size
+        self.vocab_size = vocab_size
+        self.prompt_length = prompt_length
+        self._params = RowParams.make(
+            batch_size,
+            device=device,
+            alpha=alpha,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            filter_order="hf",
+            seed=seeds,
         )
-        self._positions = self._positions + 1
-        if self._mask is not None:
-            one = self._mask.new_ones((len(tokens), 1))
-            self._mask = torch.cat([self._mask, one], dim=-1)
-        return tuple(logits[:, -1] for logits in roles.values())
+        self._position = 0
+        self._bias = self._make_bias(device)
+        self._masks: dict[tuple[bool, ...], Tensor | None] = {}
+
+    @classmethod
+    def from_config(
+        cls,
+        generation_config: hf.GenerationConfig | None = None,
+        *,
+        vocab_size: int,
+        batch_size: int = 1,
+        alpha: float | Tensor = 1.0,
+        seed: int | None = None,
+        prompt_length: int = 0,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> LogitsSampler:
+        """A sampler for a generation config, or for options in its words, as ``generate`` reads it.
+
+        What is not said has transformers' defaults: do_sample False, and top_k 50 where it is True.
+
+        Args:
+            generation_config: not changed.
+            seed: one key for all rows; None draws one for each. Other arguments: see the class.
+            options: of :class:`transformers.GenerationConfig`; they go before generation_config.
+
+        Raises:
+            NotInOp: names an option that the op does not have.
+            ValueError: names the argument, what it got and what it wanted.
+        """
+        config = copy.deepcopy(generation_config or hf.GenerationConfig())
+        unknown = config.update(**options)
+        if unknown:
+            raise ValueError(
+                f"options must be fields of GenerationConfig, got {', '.join(sorted(unknown))}"
+            )
+        config.update(**config._get_default_generation_params(), defaults_only=True)
+        if config.num_beams > 1:
+            raise NotInOp(f"num_beams {config.num_beams} is not in the op")
+        builder: Any = _ProcessorBuilder(vocab_size)
+        builder._prepare_special_tokens(config, device=device)
+        processors = builder._get_logits_processor(
+            config, input_ids_seq_length=prompt_length, device=device, model_kwargs={}
+        )
+        seeds = None
+        if seed is not None:
+            seeds = torch.full((batch_size,), signed_seed(seed), dtype=torch.int64)
+        return cls(
+            read_processors(processors, do_sample=config.do_sample),
+            batch_size,
+            vocab_size,
+            alpha=alpha,
+            seeds=seeds,
+            prompt_length=prompt_length,
+            device=device,
+        )
+
+    @property
+    def alpha(self) -> Tensor:
+        """Strength of the steering, fp32 [B]."""
+        return self._params.alpha
+
+    @property
+    def position(self) -> int:
+        """Index of the next output token; set it back to draw again what was rolled back."""
+        return self._position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self._position = value
+        self._params.position.fill_(value)
+
+    def draw(
+        self, base: Tensor, expert: Tensor | None = None, anti: Tensor | None = None
+    ) -> SampleOutput:
+        """Draw each row's next token, and move on by one position.
+
+        Args:
+            base, expert, anti: logits [B, V_role], as in :func:`proxytune_kernels.sample`; base
+                alone may also be the combined logits.
+
+        Returns:
+            :class:`~proxytune_kernels.reference.SampleOutput`: a token of -1 where nothing was left
+            to draw, and a status bit that says why.
+        """
+        drawn = ops.sample(
+            base,
+            expert,
+            anti,
+            self._params,
+            bias=self._bias,
+            allowed_mask=self._allowed() if self.sampling.blocks else None,
+            vocab_size=self.vocab_size,
+        )
+        self._position += 1
+        self._params.position.add_(1)
+        return drawn
+
+    def _make_bias(self, device: torch.device | str) -> Tensor | None:
+        if not self.sampling.bias:
+            return None
+        row = torch.zeros(self.vocab_size, device=device)
+        for token_id, value in self.sampling.bias.items():
+            row[token_id] = value
+        return row.repeat(self.batch_size, 1)
+
+    def _allowed(self) -> Tensor | None:
+        """Packed mask int32 [B, words] of the tokens that no block has at this length, or None."""
+        length = self.prompt_length + self._position
+        active = tuple(block.start <= length < block.stop for block in self.sampling.blocks)
+        if active not in self._masks:
+            pairs = zip(self.sampling.blocks, active, strict=True)
+            blocked = frozenset[int]().union(*(block.token_ids for block, on in pairs if on))
+            self._masks[active] = self._pack(blocked) if blocked else None
+        return self._masks[active]
+
+    def _pack(self, blocked: frozenset[int]) -> Tensor:
+        mask = mask_without(blocked, self.vocab_size)
+        return mask.to(self._params.alpha.device).repeat(self.batch_size, 1)
 
 
-def _raise_nothing_drawn(token_ids: list[int], status: Tensor, position: int) -> None:
-    row = next(i for i, token_id in enumerate(token_ids) if token_id < 0)
-    if int(status[row]) & STATUS_BAD_PARAMS:
-        raise ValueError(f"row {row}: alpha must be finite, and what it is drawn by in range")
-    raise DecodeError(
-        f"row {row}: no token can be drawn at position {position}: its combined logits are all "
-        "NaN or masked"
-    )
+def draw_seeds(batch_size: int) -> Tensor:
+    """int64 [batch_size]: a seed for each row, from torch's global generator of the CPU.
+
+    ``transformers.set_seed`` and ``torch.manual_seed`` repeat them. The first seeds of a larger
+    batch are those of a smaller one, so a row draws the same whatever comes behind it.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (batch_size,), dtype=torch.int64)
+
+
+class _ProcessorBuilder(hf.GenerationMixin):
+    """As much of a model as ``_get_logits_processor`` reads."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.config: Any = hf.PreTrainedConfig()
+        self.config.vocab_size = vocab_size

@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, GenerationMixin, StaticCache
 
+from proxytune_kernels.decoder.cache import cache_keyword
 from proxytune_kernels.integrations.hf.inputs import Prompts, positions, prompt_columns
 from proxytune_kernels.trio.roles import ROLES
+
+CACHE = cache_keyword(GenerationMixin.prepare_inputs_for_generation)
+"""How the installed transformers names the cache among the arguments and outputs of a model."""
 
 Maker = Callable[[Any], Cache]
 """A model's configuration -> its empty cache."""
@@ -98,31 +102,28 @@ class RoleCaches(Cache):
         self.roles, self.masks = (), {}
 
 
-def roles_to_run(cache: Any, alpha: float | Tensor | None) -> tuple[str, ...]:
+def roles_to_run(cache: RoleCaches | None, alpha: float | Tensor) -> tuple[str, ...]:
     """Which roles a forward runs: all, or the base alone where nothing is steered.
 
     A cache goes on with the roles that it was filled with, so that it holds the same tokens of all.
 
     Args:
-        cache: a cache with ``roles``, or None.
-        alpha: a number or a tensor [B]; None goes by the cache.
+        alpha: a number or a tensor [B], which may be of zeros and runs all.
 
     Raises:
         ValueError: alpha steers, and the cache has the base's tokens alone.
     """
-    rests = isinstance(alpha, float | int) and alpha == 0
-    held: tuple[str, ...] = () if cache is None else cache.roles
-    if not held:
-        return ROLES[:1] if rests else ROLES
-    if alpha is not None and not rests and held != ROLES:
+    rests = not isinstance(alpha, Tensor) and alpha == 0
+    held = () if cache is None else cache.roles
+    if held and held != ROLES and not rests:
         raise ValueError(
             "past_key_values must hold the tokens of expert and anti to steer, got a cache filled "
             "at alpha 0, where they rest: fill one with alpha as a tensor of zeros"
         )
-    return held
+    return held or (ROLES[:1] if rests else ROLES)
 
 
-def separate_logits(
+def role_logits(
     models: Mapping[str, Any],
     input_ids: Tensor,
     attention_mask: Any,
@@ -196,20 +197,16 @@ def _run(
     model: Any, input_ids: Tensor, mask: Any, place: Tensor | None, cache: Any, keep: int
 ) -> Tensor:
     device = model.get_input_embeddings().weight.device
-    keywords = {"logits_to_keep": keep} if _keeps_logits(model) else {}
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     logits: Tensor = model(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device) if isinstance(mask, Tensor) else mask,
         position_ids=None if place is None else place.to(device),
-        past_key_values=cache,
         use_cache=cache is not None,
-        **keywords,
+        **{cache_keyword(model.forward): cache},
+        **({"logits_to_keep": keep} if keeps else {}),
     ).logits
-    if not keywords and keep:
+    if keep and not keeps:
         logits = logits[:, -keep:]
     # The operators take fp32 and narrower.
     return logits.float() if logits.dtype == torch.float64 else logits
-
-
-def _keeps_logits(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

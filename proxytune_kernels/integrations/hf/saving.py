@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
-from proxytune_kernels.integrations.hf.config import ProxyTunedConfig
+from proxytune_kernels.integrations.hf.configuration import ProxyTunedConfig
 from proxytune_kernels.integrations.hf.inputs import refuse
 from proxytune_kernels.trio.adapters import adapter_parameters, is_adapter
 from proxytune_kernels.trio.checkpoints import load_tokenizer, resolve
