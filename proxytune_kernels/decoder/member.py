@@ -15,7 +15,7 @@ from proxytune_kernels.decoder.attention import ATTENTION_NAME
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache
 from proxytune_kernels.decoder.compiled import CompiledStep
 from proxytune_kernels.decoder.slim import slim
-from proxytune_kernels.trio import sharing
+from proxytune_kernels.trio.adapters import copy_modules
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -47,7 +47,7 @@ def sharing_copy(model: Module) -> Any:
     The attention implementation is read from the configuration that a model's layers share. Set on
     the caller's own model it would change what that model does outside the decoder.
     """
-    twin = sharing.sharing_copy(model).eval()
+    twin = copy_modules(model).eval()
     twin.set_attn_implementation(ATTENTION_NAME)
     return twin
 

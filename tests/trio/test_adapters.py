@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import proxytune_kernels as ptk
 from proxytune_kernels.trio import Trio, load_trio
 from proxytune_kernels.trio.adapters import beside
-from proxytune_kernels.trio.loading import LoadError
+from proxytune_kernels.trio.checkpoints import LoadError
 
 peft = pytest.importorskip("peft")
 

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import proxytune_kernels as ptk
 from proxytune_kernels.trio import checkpoints
-from proxytune_kernels.trio.loading import LoadError
-from proxytune_kernels.trio.sharing import sharing_copy
+from proxytune_kernels.trio.adapters import copy_modules
+from proxytune_kernels.trio.checkpoints import LoadError
 
 pytest.importorskip("accelerate")
 
@@ -124,7 +124,7 @@ def test_the_hooks_of_a_sharing_copy_act_on_the_copy() -> None:
     model = LlamaForCausalLM(config).eval()
     wanted = model(IDS).logits
     cpu_offload(model, execution_device=torch.device("cpu"))
-    twin = sharing_copy(model)
+    twin = copy_modules(model)
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("the hook of the model itself")

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import proxytune_kernels as ptk
-from proxytune_kernels.trio.loading import LoadError
+from proxytune_kernels.trio.adapters import copy_modules
+from proxytune_kernels.trio.checkpoints import LoadError
 from proxytune_kernels.trio.quantization import QuantizationError, quantization_of, weight_bytes
-from proxytune_kernels.trio.sharing import sharing_copy
 
 pytest.importorskip("torchao")
 
@@ -155,7 +155,7 @@ def packed_tensors() -> int:
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_a_sharing_copy_holds_the_packed_tensors(quantization: str) -> None:
     model = ptk.quantize(make_model(), quantization)
-    twin = sharing_copy(model)
+    twin = copy_modules(model)
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
     assert twin.model.layers[0].mlp is not model.model.layers[0].mlp
     assert torch.equal(twin(IDS).logits, model(IDS).logits)

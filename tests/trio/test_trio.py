@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from proxytune_kernels.trio import Trio, load_trio
-from proxytune_kernels.trio.loading import LoadError
+from proxytune_kernels.trio.checkpoints import LoadError
 from proxytune_kernels.trio.vocabulary import VocabularyError
 from tests.trio.gguf_file import tiny_qwen2, write_gguf
 

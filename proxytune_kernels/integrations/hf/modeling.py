@@ -31,9 +31,8 @@ from proxytune_kernels.integrations.hf.manifest import SavedByName
 from proxytune_kernels.integrations.hf.row_engine import RowEngine
 from proxytune_kernels.integrations.hf.rows import Rows
 from proxytune_kernels.integrations.hf.sampling import FusedSampling
-from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio import Trio, model_info
 from proxytune_kernels.trio.adapters import unwrapped
-from proxytune_kernels.trio.describe import model_info
 from proxytune_kernels.trio.roles import ROLES
 
 

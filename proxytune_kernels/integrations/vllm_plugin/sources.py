@@ -12,9 +12,8 @@ from proxytune_kernels.integrations.vllm_plugin import ARCHITECTURE
 from proxytune_kernels.trio import eos_token_ids
 from proxytune_kernels.trio.adapters import is_adapter, tokenizer_directory
 from proxytune_kernels.trio.checkpoints import LoadError, load_tokenizer, resolve
-from proxytune_kernels.trio.loading import load_models, load_options
+from proxytune_kernels.trio.loading import load_models, load_options, named_models, read_source
 from proxytune_kernels.trio.roles import ROLES, check_known
-from proxytune_kernels.trio.trio_file import named_models, read_source
 from proxytune_kernels.trio.vocabulary import Agreement, RoleVocabulary, agree
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
