@@ -136,7 +136,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_of_other_kinds(kind: str) -> None:
-    from proxytune_kernels.integrations.vllm_plugin.checks import check_member
+    from proxytune_kernels.integrations.vllm_plugin.config import check_member
 
     check_member("anti", SimpleNamespace(**ORDINARY))
     value, sentence = KINDS[kind]
