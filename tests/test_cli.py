@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import proxytune_kernels as ptk
 from proxytune_kernels.cli import app, output
-from proxytune_kernels.cli.requests import CliRequest
+from proxytune_kernels.cli.output import CliRequest
 from proxytune_kernels.decoder import StreamEvent
 from proxytune_kernels.ops import choices
 
@@ -237,7 +237,7 @@ def test_options_reach_load_trio(monkeypatch, command, arguments, named):
         seen.append(options)
         raise ValueError("enough")
 
-    monkeypatch.setattr("proxytune_kernels.cli.models.load_trio", load_trio)
+    monkeypatch.setattr("proxytune_kernels.cli.options.load_trio", load_trio)
     invoke(command, "--trio", "shipped", *arguments, *(["x"] if command == "generate" else []))
     unset = dict.fromkeys(("device", "device_map", "quantize", "merge_adapter"))
     assert {name: seen[0][name] for name in unset} == {**unset, **named}
