@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import log_softmax
 
 pytest.importorskip("transformers", reason="scripts/qwen needs the extra hf")
 pytest.importorskip("peft", reason="scripts/qwen needs the extra lora")
@@ -26,11 +25,10 @@ from peft import PeftModel
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from scripts import qwen_trio
-from scripts.qwen import common, download, evaluate, lora, problems
-from scripts.qwen.common import TrioError
+from scripts.evaluation import stated_answer
+from scripts.qwen import download, lora, problems
+from scripts.qwen.download import TrioError
 
 PARTS = 11  # two digits: in order of names, part 10 would come before part 2
 PAYLOADS = [bytes([part]) * (3 + part) for part in range(1, PARTS + 1)]
@@ -158,11 +156,11 @@ def test_a_failing_pip_is_quoted_with_the_requirement(
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "base"
-    with pytest.raises(RuntimeError), common.new_directory(target) as partial:
+    with pytest.raises(RuntimeError), download.new_directory(target) as partial:
         (partial / "half").touch()
         raise RuntimeError
     assert not target.exists()
-    with common.new_directory(target) as partial:
+    with download.new_directory(target) as partial:
         (partial / "whole").touch()
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["whole"]
@@ -222,7 +220,7 @@ def test_the_answers_of_the_problems_are_right() -> None:
             # exact: the divisions leave no remainder, and eval's float equals the int then
             assert eval(f"{left} {operator} {right}") == int(result)
         assert problem.answer == int(steps[-1][3]) >= 0
-        assert problems.stated_answer(problem.completion) == problem.answer
+        assert stated_answer(problem.completion) == problem.answer
         given = set(re.findall(r"\d+", problem.question))
         asked = [number for step in steps for number in (step[0], step[2])]
         assert set(asked) <= given | {steps[0][3]}  # each operand is given, or the first result
@@ -237,14 +235,6 @@ def test_held_out_problems_are_not_among_the_training_problems() -> None:
     assert not {p.question for p in fresh} & {p.question for p in trained_on}
     questions = [p.question for p in problems.training(192) + problems.held_out(64, [])]
     assert len(set(questions)) == len(questions)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [(" 1 + 2 = 3.\n#### 3", 3), ("#### -4 #### 5", -4), (" 3", None), ("#### none", None)],
-)
-def test_stated_answer(text: str, answer: int | None) -> None:
-    assert problems.stated_answer(text) == answer
 
 
 class LetterTokenizer:
@@ -270,36 +260,6 @@ def tiny_qwen(seed: int = 0) -> Qwen2ForCausalLM:
     )
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(config).eval()
-
-
-def test_the_loss_sees_the_answer_and_its_end_and_nothing_else() -> None:
-    rows = [problems.draw(random.Random(seed)) for seed in range(3)]
-    tokenizer = LetterTokenizer()
-    input_ids, labels = lora.encode(tokenizer, rows)  # type: ignore[arg-type]
-    assert input_ids.shape == labels.shape
-    for row, problem in enumerate(rows):
-        answer = tokenizer(problem.completion).input_ids
-        counted = (labels[row] != lora.IGNORED).nonzero()[:, 0].tolist()
-        assert labels[row, counted].tolist() == [*answer, EOS]
-        # the first counted position has read the whole prompt, and no token of the answer
-        assert input_ids[row, : counted[0] + 1].tolist() == tokenizer(problem.prompt).input_ids
-        assert input_ids[row, counted[1:]].tolist() == answer
-
-
-def test_answer_logits_equal_those_of_the_unpadded_model() -> None:
-    rows = [problems.draw(random.Random(seed)) for seed in range(3)]
-    model, tokenizer = tiny_qwen(), LetterTokenizer()
-    input_ids, labels = lora.encode(tokenizer, rows)  # type: ignore[arg-type]
-    with torch.no_grad():
-        got = lora.answer_logits(model, input_ids, labels)
-        wanted = []
-        for problem in rows:
-            prompt = tokenizer(problem.prompt).input_ids
-            answer = tokenizer(problem.completion).input_ids
-            whole = model(torch.tensor([[*prompt, *answer]])).logits[0]
-            wanted.append(whole[len(prompt) - 1 :])
-    # fp32 sums of at most 200 terms of size under 10, in another order: 200 * 2^-24 * 10 < 2e-4
-    torch.testing.assert_close(got, torch.cat(wanted), rtol=0, atol=2e-4)
 
 
 def perturbed_adapter(model: Qwen2ForCausalLM) -> PeftModel:
@@ -385,86 +345,3 @@ def test_other_settings_than_the_adapters_are_refused(tmp_path: Path) -> None:
     lora.check_settings(tmp_path, lora.Settings(steps=12))
     with pytest.raises(TrioError, match=r"steps=12, wanted 24"):
         lora.check_settings(tmp_path, lora.Settings())
-
-
-class PaddingTokenizer(LetterTokenizer):
-    """Pads on the left, as `evaluate.complete` asks, and decodes to numbers up to the EOS."""
-
-    def __call__(self, text: str | list[str], **options: object) -> SimpleNamespace:
-        if isinstance(text, str):
-            return super().__call__(text)
-        assert options["padding_side"] == "left"
-        rows = [super(PaddingTokenizer, self).__call__(t).input_ids for t in text]
-        width = max(map(len, rows))
-        return SimpleNamespace(
-            input_ids=torch.tensor([[EOS] * (width - len(r)) + r for r in rows]),
-            attention_mask=torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
-        )
-
-    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-        assert skip_special_tokens
-        kept = [[token for token in row if token != self.eos_token_id] for row in rows.tolist()]
-        return [" ".join(map(str, row)) for row in kept]
-
-
-@pytest.fixture
-def tiny_trio() -> dict[str, torch.nn.Module]:
-    return {role: tiny_qwen(seed) for seed, role in enumerate(("base", "expert", "anti"))}
-
-
-def greedy(trio: dict[str, torch.nn.Module], ids: list[int], alpha: float) -> list[int]:
-    """Twelve tokens, each from a forward over all that came before."""
-    made: list[int] = []
-    for _ in range(12):
-        row = torch.tensor([[*ids, *made]])
-        with torch.no_grad():
-            base, expert, anti = (trio[role](row).logits[0, -1] for role in trio)
-        made.append(int((base + alpha * (expert - anti)).argmax()))
-    return made
-
-
-def test_completions_equal_a_loop_without_cache_or_padding(
-    tiny_trio: dict[str, torch.nn.Module],
-) -> None:
-    prompts = ["two and two", "one", "seventeen"]
-    tokenizer = PaddingTokenizer()
-    wanted = [greedy(tiny_trio, tokenizer(prompt).input_ids, alpha=1.5) for prompt in prompts]
-    # Let the token that ends a text be one that the second row makes on its way: it must end
-    # there, whatever the others still do.
-    tokenizer.eos_token_id = wanted[1][4]
-    assert any(tokenizer.eos_token_id not in row for row in wanted)
-    cut = [
-        row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
-        for row in wanted
-    ]
-    weights = evaluate.mixtures([1.5])["proxy, alpha 1.5"]
-    got = evaluate.complete(tiny_trio, tokenizer, prompts, weights, 12)  # type: ignore[arg-type]
-    assert got == [" ".join(map(str, row)) for row in cut]
-
-
-def test_nll_is_the_mean_over_answer_tokens(tiny_trio: dict[str, torch.nn.Module]) -> None:
-    rows = [problems.draw(random.Random(seed)) for seed in range(evaluate.BATCH + 3)]
-    tokenizer = LetterTokenizer()
-    names = evaluate.mixtures([0.5])
-    assert list(names) == ["base", "expert", "proxy, alpha 0.5"]
-    got, tokens = evaluate.answer_nll(
-        tiny_trio,
-        tokenizer,  # type: ignore[arg-type]
-        rows,
-        names,
-        lambda *_: None,
-    )
-    total, count = 0.0, 0
-    for problem in rows:
-        prompt = tokenizer(problem.prompt).input_ids
-        answer = [*tokenizer(problem.completion).input_ids, EOS]
-        row = torch.tensor([[*prompt, *answer]])
-        with torch.no_grad():
-            base, expert, anti = (tiny_trio[r](row).logits[0].double() for r in tiny_trio)
-        log_p = log_softmax(base + 0.5 * (expert - anti), -1)
-        for index, token in enumerate(answer):
-            total -= log_p[len(prompt) - 1 + index, token].item()
-        count += len(answer)
-    assert tokens == count
-    # the fp32 logits' error (under 2e-4, as above) passes into a log-softmax at most twice
-    assert got["proxy, alpha 0.5"] == pytest.approx(total / count, abs=8e-4)
