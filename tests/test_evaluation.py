@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers", reason="the trios' scripts need transformers (extra: hf)")
 
 from scripts import evaluation
-from tests.trio.gguf_file import tiny_qwen2
+from tests.trio.checkpoints import tiny_qwen2
 
 END = 0
 ROLES = ("base", "expert", "anti")

@@ -6,7 +6,6 @@ import json
 import shlex
 import shutil
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,15 @@ from proxytune_kernels.integrations.vllm_plugin.export import export, serve_comm
 from proxytune_kernels.trio.checkpoints import LoadError
 from proxytune_kernels.trio.vocabulary import VocabularyError
 from tests.documents import examples
-from tests.trio.gguf_file import tiny_qwen2, write_gguf
-from tests.trio.test_trio import make_tokenizer
+from tests.trio.checkpoints import (
+    SHIPPED,
+    edit,
+    make_adapter,
+    make_tokenizer,
+    tiny_qwen2,
+    write_gguf,
+)
 
-SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
 IDS = torch.tensor([[5, 6, 7, 200, 1000]])
 INDEX = "model.safetensors.index.json"
 
@@ -42,11 +46,6 @@ def trio(tmp_path: Path) -> Path:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
-
-
-def edit(file: Path, **settings: Any) -> None:
-    changed = {**json.loads(file.read_text()), **settings}
-    file.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
 
 
 def contents(directory: Path) -> dict[str, Any]:
@@ -151,23 +150,14 @@ def test_weights_in_parts(out: Path, trio: Path) -> None:
     assert_same(weights(out), dict(weights(SHIPPED / "base")))
 
 
-def make_adapter(directory: Path, trio: Path, role: str = "anti") -> Path:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = AutoModelForCausalLM.from_pretrained(trio / role)
-    peft.get_peft_model(model, config).save_pretrained(directory)
-    edit(directory / "adapter_config.json", base_model_name_or_path=f"../{role}")
-    return directory
-
-
 # peft 0.21 asks transformers 5.23 for an attribute by its old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("role", ["expert", "base"])
 def test_an_adapter_is_merged(out: Path, trio: Path, role: str) -> None:
+    pytest.importorskip("peft")
     # The expert's is over the anti, the base's over the base.
     over = {"expert": "anti", "base": "base"}[role]
-    adapter = make_adapter(trio / "adapter", trio, over)
+    adapter = make_adapter(trio / "adapter", trio / over, f"../{over}")
     edit(trio / "trio.json", **{role: "adapter", "merge_adapter": None})
     export(out, trio)
     target = {"expert": out / "expert", "base": out}[role]

@@ -1,12 +1,60 @@
-"""Writes a GGUF file, for tests of what reads one."""
+"""Checkpoints for tests of what opens them: tokenizers, adapters, GGUF files, their JSON files."""
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
+CHAT = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}|{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def edit(file: Path, **settings: Any) -> None:
+    """Change entries of a JSON file; None takes one away."""
+    changed = {**json.loads(file.read_text()), **settings}
+    file.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
+
+
+def make_adapter(directory: Path, model: Path, name: str | None = None, **settings: Any) -> Path:
+    """A LoRA adapter that does something, its weights fp32, for the model in a directory."""
+    import peft
+
+    torch.manual_seed(3)
+    named = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    peft.get_peft_model(plain, peft.LoraConfig(**named)).save_pretrained(directory)
+    edit(directory / "adapter_config.json", base_model_name_or_path=name or str(model))
+    return directory
+
+
+def make_tokenizer(*, swap: bool = False, chat: bool = True, extra: tuple[str, ...] = ()) -> Any:
+    tokens = ["<pad>", "<s>", "</s>", *ALPHABET]
+    if swap:
+        tokens[10], tokens[11] = tokens[11], tokens[10]
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(extra)})
+    tokenizer.chat_template = CHAT if chat else None
+    return tokenizer
 
 
 def tiny_qwen2() -> Qwen2ForCausalLM:
