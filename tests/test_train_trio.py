@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the trio is trained with transformers (extra: hf)")
 
+from rich.progress import Progress
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -159,7 +161,7 @@ def toy_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> text.Source:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'"""{name} {"word " * 1000}"""\n')
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(text.importlib.metadata, "version", lambda name: "2.0+local")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.0+local")
     source = text.Source("toypackage", "2.0", "MIT", ("part",), "")
     source = replace(source, sha256=text.digest(text.read_source(source)))
     monkeypatch.setitem(text.SOURCES, "toypackage", source)
@@ -259,7 +261,7 @@ def test_train_learns_and_repeats_bit_for_bit(tokenizer: Tokenizer) -> None:
         model = training.build(TINY, FULL.vocab_size, seed=1)
         rows = training.tuning_batches(tokenizer, rows=8, statement_rows=2, seed=2)
         schedule = replace(QUICK.expert_tuning, steps=60, peak_lr=1e-2)
-        with train_trio.Progress(disable=True) as progress:
+        with Progress(disable=True) as progress:
             return model, training.train(model, rows, schedule, progress, "test")
 
     (one, phase), (two, _) = trained(), trained()
@@ -407,7 +409,7 @@ def test_quick_and_check_together_are_refused() -> None:
 def test_other_text_is_one_sentence_at_the_command_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train_trio.training, "make_deterministic", lambda: None)
+    monkeypatch.setattr(training, "make_deterministic", lambda: None)
     other = replace(text.SOURCES["torch"], sha256="0" * 64)
     monkeypatch.setitem(text.SOURCES, "torch", other)
     result = CliRunner().invoke(train_trio.app, ["--quick", "--out", str(tmp_path)])

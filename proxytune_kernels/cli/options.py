@@ -44,7 +44,7 @@ def expected(*kinds: type[Exception], code: int = FAILED) -> Iterator[None]:
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer: each of its parameters that is a dataclass of options becomes these."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters: list[Parameter] = []
     for name, parameter in signature(command).parameters.items():
         if name not in groups:

@@ -37,7 +37,7 @@ def make_adapter(directory: Path, model: Path, name: str | None = None, **settin
     torch.manual_seed(3)
     named = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
     plain = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
-    peft.get_peft_model(plain, peft.LoraConfig(**named)).save_pretrained(directory)
+    peft.get_peft_model(plain, peft.LoraConfig(**named)).save_pretrained(str(directory))
     edit(directory / "adapter_config.json", base_model_name_or_path=name or str(model))
     return directory
 

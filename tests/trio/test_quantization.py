@@ -28,7 +28,11 @@ IDS = torch.tensor([[5, 6, 7, 200]])
 
 
 def make_model(hidden: int = 64, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    defaults = {"intermediate_size": 96, "attention_bias": True, "tie_word_embeddings": True}
+    defaults: dict[str, Any] = {
+        "intermediate_size": 96,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    }
     defaults |= {"vocab_size": 259, "initializer_range": 0.02}
     model = tiny_llama(0, hidden, **{**defaults, **settings}).to(dtype)
     for name, parameter in model.named_parameters():

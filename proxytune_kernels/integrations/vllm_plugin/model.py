@@ -157,13 +157,14 @@ class ProxyTunedForCausalLM(nn.Module):
         members = zip(self.members.values(), hidden, strict=True)
         logits = [member.compute_logits(h) for member, h in members]
         gather = tensor_model_parallel_all_gather
-        if get_tensor_model_parallel_world_size() == 1:
-            x = ops.combine(*logits, alpha)
-        elif len({shard.shape[-1] for shard in logits}) == 1:
-            x = gather(ops.combine(*logits, alpha))
-        else:
+        sharded = get_tensor_model_parallel_world_size() > 1
+        if sharded and len({shard.shape[-1] for shard in logits}) > 1:
             logger.info_once("the members' vocabularies are padded differently: three gathers")
-            x = ops.combine(*map(gather, logits), alpha)
+            logits, sharded = [gather(shard) for shard in logits], False
+        base, expert, anti = logits
+        x = ops.combine(base, expert, anti, alpha)
+        if sharded:
+            x = gather(x)
         # Ids that not every member has. The sampler's tables are as wide as the base's logits.
         x[:, self.agreed :] = -torch.inf
         if x.shape[-1] < self.vocab_size:

@@ -60,10 +60,13 @@ def tokenizer_with_bos() -> Any:
 
 
 def make_trio(dtype: torch.dtype = torch.float32, tokenizer: Any = None) -> Trio:
-    settings = {"max_position_embeddings": CONTEXT, "initializer_range": 0.1}
-    sizes = ((48, 3), (32, 2), (32, 2))
-    models = [tiny_llama(seed, *size, **settings).to(dtype) for seed, size in enumerate(sizes)]
-    return Trio.from_models(*models, tokenizer or byte_tokenizer())
+    settings: dict[str, Any] = {"max_position_embeddings": CONTEXT, "initializer_range": 0.1}
+    sizes = {"base": (48, 3), "expert": (32, 2), "anti": (32, 2)}
+    models = {
+        role: tiny_llama(seed, hidden, layers, **settings).to(dtype)
+        for seed, (role, (hidden, layers)) in enumerate(sizes.items())
+    }
+    return Trio.from_models(**models, tokenizer=tokenizer or byte_tokenizer())
 
 
 @pytest.fixture(scope="session")
