@@ -22,13 +22,14 @@ pytest.importorskip("transformers", reason="scripts/qwen needs the extra hf")
 pytest.importorskip("peft", reason="scripts/qwen needs the extra lora")
 
 from peft import PeftModel
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from scripts import qwen_trio
 from scripts.evaluation import stated_answer
 from scripts.qwen import download, lora, problems
 from scripts.qwen.download import TrioError
+from tests.trio.checkpoints import tiny_qwen2
 
 PARTS = 11  # two digits: in order of names, part 10 would come before part 2
 PAYLOADS = [bytes([part]) * (3 + part) for part in range(1, PARTS + 1)]
@@ -246,22 +247,6 @@ class LetterTokenizer:
         return SimpleNamespace(input_ids=[ord(character) % 90 for character in text])
 
 
-def tiny_qwen(seed: int = 0) -> Qwen2ForCausalLM:
-    config = Qwen2Config(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        pad_token_id=EOS,
-        eos_token_id=EOS,
-    )
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(config).eval()
-
-
 def perturbed_adapter(model: Qwen2ForCausalLM) -> PeftModel:
     """An adapter whose B is not zero, so that it changes something."""
     attached = lora.attach(model, lora.Settings())
@@ -274,8 +259,8 @@ def perturbed_adapter(model: Qwen2ForCausalLM) -> PeftModel:
 
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained() -> None:
     ids = torch.arange(20)[None]
-    plain = tiny_qwen()(ids).logits
-    attached = lora.attach(tiny_qwen(), lora.Settings())
+    plain = tiny_qwen2()(ids).logits
+    attached = lora.attach(tiny_qwen2(), lora.Settings())
     torch.testing.assert_close(attached(ids).logits, plain, rtol=0, atol=0)
     trained = [name for name, weight in attached.named_parameters() if weight.requires_grad]
     # 2 layers, 7 linear maps each (q, k, v, o, gate, up, down), A and B; not the output layer
@@ -287,7 +272,7 @@ def test_the_merged_checkpoint_equals_the_adapter_on_top(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, adapter, expert = tmp_path / "anti", tmp_path / "expert-lora", tmp_path / "expert"
-    model = tiny_qwen().bfloat16()
+    model = tiny_qwen2().bfloat16()
     model.save_pretrained(small)
     attached = perturbed_adapter(model)
     attached.save_pretrained(str(adapter))
@@ -315,8 +300,8 @@ def test_the_merged_checkpoint_equals_the_adapter_on_top(
 
 def test_merged_logits_equal_the_adapters_in_fp32() -> None:
     ids = torch.arange(20)[None]
-    plain = tiny_qwen()(ids).logits
-    attached = perturbed_adapter(tiny_qwen())
+    plain = tiny_qwen2()(ids).logits
+    attached = perturbed_adapter(tiny_qwen2())
     on_top = attached(ids).logits
     merged = attached.merge_and_unload()(ids).logits
     # fp32, 2 layers of sums of at most 48 terms of size under 10, in another order
@@ -328,7 +313,7 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit() -> None:
     settings = lora.Settings(steps=12, batch_size=4, learning_rate=1e-2)
     runs = []
     for run in range(2):
-        small = tiny_qwen()
+        small = tiny_qwen2()
         torch.manual_seed(run)  # what was drawn before must not matter
         model = lora.attach(small, settings)
         reported: list[float] = []

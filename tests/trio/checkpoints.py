@@ -57,8 +57,9 @@ def make_tokenizer(*, swap: bool = False, chat: bool = True, extra: tuple[str, .
     return tokenizer
 
 
-def tiny_qwen2() -> Qwen2ForCausalLM:
+def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
     """A random model of widths that Q8_0 takes, which are multiples of 32."""
+    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=260,
         hidden_size=64,

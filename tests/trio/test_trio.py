@@ -226,7 +226,6 @@ def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
 
 def test_gguf_is_unpacked(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    torch.manual_seed(0)
     model = tiny_qwen2()
     write_gguf(tmp_path / "tiny.gguf", model, make_tokenizer())
     trio = load_trio(base=tmp_path, gguf_file={"base": "tiny.gguf"}, dtype="float32")

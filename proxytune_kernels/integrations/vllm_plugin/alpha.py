@@ -13,7 +13,6 @@ into vLLM's own validation of requests (:func:`refuse_alpha`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,17 +137,15 @@ def refuse_alpha() -> None:
             an alpha would be dropped.
     """
     validate = InputProcessor._validate_params
-    if not hasattr(validate, "__wrapped__"):
-        InputProcessor._validate_params = _checked(validate)
+    if hasattr(validate, "__wrapped__"):
+        return
 
-
-def _checked(validate: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(validate)
     def validate_params(self: Any, params: Any, *arguments: Any) -> Any:
         _check(self.vllm_config, params)
         return validate(self, params, *arguments)
 
-    return validate_params
+    InputProcessor._validate_params = validate_params
 
 
 def _check(vllm_config: Any, params: Any) -> None:
