@@ -26,6 +26,7 @@ def assert_fails(result: Any, code: int, *words: str) -> None:
 def assert_one_sentence(result: Any, code: int, *words: str, logs: bool = False) -> None:
     """Check that a mistake is one line; ``logs`` lets a library's stand before it."""
     assert_fails(result, code, *words)
-    assert result.stderr.splitlines()[-1].startswith("Error: ")
-    assert result.stderr.count("Error: ") == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert result.stderr.splitlines()[-1:] == errors
+    assert all(word in errors[0] for word in words)
     assert logs or result.stderr.count("\n") == 1

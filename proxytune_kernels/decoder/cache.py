@@ -6,10 +6,22 @@ position, and rolling back is a smaller length: what lies past a row's length is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def cache_keyword(function: Callable[..., Any]) -> str:
+    """The name under which a forward, or another function of a model, takes its cache.
+
+    transformers calls it ``cache`` from 5.24 on, and warns of ``past_key_values``, its name before,
+    until that goes in 5.40. A model's output has its cache under the same name.
+    """
+    names = inspect.signature(function).parameters
+    return "cache" if "cache" in names and "past_key_values" not in names else "past_key_values"
 
 
 class SlotCache:

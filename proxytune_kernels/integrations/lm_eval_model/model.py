@@ -1,6 +1,6 @@
 """The registered model: lm_eval's requests to token ids, and scores and texts back.
 
-Tasks under several alphas are lm_eval's own evaluation once for each; the forwards run once for all.
+Tasks under several alphas: lm_eval's own evaluation once for each, the forwards once for all.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             model.get_input_embeddings().weight.shape[0] for model in self.trio.models.values()
         )
         self._scorer = Scorer(self.trio, backend)
-        self._generator = Generator(self.trio, self.batch_size, backend)
+        self._generator = Generator(self.trio, self.batch_size, self.max_length, backend)
 
     @property
     def alpha(self) -> float:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels import ops
+from proxytune_kernels.decoder.cache import cache_keyword
 from proxytune_kernels.decoder.member import check_model
 from proxytune_kernels.heads import Head
 from proxytune_kernels.trio import Trio
@@ -173,7 +174,8 @@ class RoleStates:
         self.device: torch.device = model.get_input_embeddings().weight.device
         if self.device.type == "meta":  # brought in by accelerate as it is needed
             self.device = torch.device(model.get_input_embeddings()._hf_hook.execution_device)
-        self._accepted = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._cache_name = cache_keyword(model.base_model.forward)
         self.head_unknown = self._why_head_is_unknown(vocab_size)
         self.contexts_apart = self._why_contexts_run_apart()
         # Padding between a trunk and its branch takes up as much of a sliding window.
@@ -209,9 +211,8 @@ class RoleStates:
         except ValueError as error:
             return str(error)
         body = inspect.signature(self.model.base_model.forward).parameters
-        missing = [
-            n for n in ("attention_mask", "position_ids", "past_key_values") if n not in body
-        ]
+        wanted = ("attention_mask", "position_ids", self._cache_name)
+        missing = [name for name in wanted if name not in body]
         return f"its body's forward takes no {missing[0]}" if missing else None
 
     @torch.inference_mode()
@@ -229,7 +230,8 @@ class RoleStates:
         cache = _empty_cache(self.model) if branches else None
         # Padding stands behind the tokens, which do not see it: no mask, and no row sees nothing.
         ids = _padded([tree.trunk for tree in batch.trees], self.device)
-        output = self._body(ids, past_key_values=cache, use_cache=cache is not None)
+        keywords = {self._cache_name: cache, "use_cache": True} if branches else {}
+        output = self._body(ids, **keywords)
         found = [_scored(output.last_hidden_state, batch.trees)]
         del output
         lengths = torch.tensor([len(tree.trunk) for tree in batch.trees])
@@ -256,8 +258,7 @@ class RoleStates:
             ids,
             attention_mask=mask.long().to(self.device),
             position_ids=(lengths[trunks, None] + places).to(self.device),
-            past_key_values=_selected(cache, trunks),
-            use_cache=True,
+            **{self._cache_name: _selected(cache, trunks), "use_cache": True},
         ).last_hidden_state
         return hidden[places < counts[:, None]]
 
@@ -266,7 +267,7 @@ class RoleStates:
         trees = batch.trees
         ids = _padded([tree.trunk for tree in trees], self.device)
         first = min(tree.scored.start for tree in trees)
-        if "logits_to_keep" in self._accepted:
+        if self._keeps_logits:
             keep = torch.arange(first, ids.shape[1], device=self.device)
             logits = self.model(ids, use_cache=False, logits_to_keep=keep).logits
         else:
