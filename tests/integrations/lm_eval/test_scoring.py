@@ -149,7 +149,7 @@ PAIRS = [
 FP32_SOFTMAX = {"gemma2-softcap": 1e-4}
 
 
-@pytest.mark.parametrize(("base", "pair"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("base", "pair"), PAIRS, ids=map("-".join, PAIRS))
 def test_scores_are_those_of_whole_forwards(base, pair):
     trio = make_trio(base, pair)
     slack = max(FP32_SOFTMAX.get(base, 0.0), FP32_SOFTMAX.get(pair, 0.0))
