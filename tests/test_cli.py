@@ -10,40 +10,19 @@ import sys
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import proxytune_kernels as ptk
-from proxytune_kernels.cli import app, output
-from proxytune_kernels.cli.requests import CliRequest
+from proxytune_kernels.cli import output
+from proxytune_kernels.cli.output import CliRequest
 from proxytune_kernels.decoder import StreamEvent
 from proxytune_kernels.ops.backends import Choice
+from tests.cli import assert_fails, assert_one_sentence, invoke
 
 PROMPTS = ["Question: Tom has 3 pens and buys 4 more.", "1 + 1 ="]
 SHIPPED = ["generate", "--trio", "shipped", "--dtype", "float32"]
 SAMPLED = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "7", "--max-tokens", "12"]
 PARAMS = ptk.SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=12)
 PROXYTUNE = [sys.executable, "-m", "proxytune_kernels"]
-
-
-def invoke(*arguments, stdin="", **env):
-    result = CliRunner().invoke(app, list(arguments), input=stdin, env=env)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def assert_fails(result, code, *words):
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in result.stderr
-    return result
-
-
-def assert_one_sentence(result, code, *words):
-    assert_fails(result, code, *words)
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +216,7 @@ def test_options_reach_load_trio(monkeypatch, command, arguments, named):
         seen.append(options)
         raise ValueError("enough")
 
-    monkeypatch.setattr("proxytune_kernels.cli.models.load_trio", load_trio)
+    monkeypatch.setattr("proxytune_kernels.cli.options.load_trio", load_trio)
     invoke(command, "--trio", "shipped", *arguments, *(["x"] if command == "generate" else []))
     unset = dict.fromkeys(("device", "device_map", "quantize", "merge_adapter"))
     assert {name: seen[0][name] for name in unset} == {**unset, **named}

@@ -17,20 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import log_softmax
 
 pytest.importorskip("transformers", reason="scripts/qwen needs the extra hf")
 pytest.importorskip("peft", reason="scripts/qwen needs the extra lora")
 
 from peft import PeftModel
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from scripts import qwen_trio
-from scripts.qwen import common, download, evaluate, lora, problems
-from scripts.qwen.common import TrioError
+from scripts.evaluation import stated_answer
+from scripts.qwen import download, lora, problems
+from scripts.qwen.download import TrioError
+from tests.trio.checkpoints import tiny_qwen2
 
 PARTS = 11  # two digits: in order of names, part 10 would come before part 2
 PAYLOADS = [bytes([part]) * (3 + part) for part in range(1, PARTS + 1)]
@@ -158,11 +157,11 @@ def test_a_failing_pip_is_quoted_with_the_requirement(
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "base"
-    with pytest.raises(RuntimeError), common.new_directory(target) as partial:
+    with pytest.raises(RuntimeError), download.new_directory(target) as partial:
         (partial / "half").touch()
         raise RuntimeError
     assert not target.exists()
-    with common.new_directory(target) as partial:
+    with download.new_directory(target) as partial:
         (partial / "whole").touch()
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["whole"]
@@ -222,7 +221,7 @@ def test_the_answers_of_the_problems_are_right() -> None:
             # exact: the divisions leave no remainder, and eval's float equals the int then
             assert eval(f"{left} {operator} {right}") == int(result)
         assert problem.answer == int(steps[-1][3]) >= 0
-        assert problems.stated_answer(problem.completion) == problem.answer
+        assert stated_answer(problem.completion) == problem.answer
         given = set(re.findall(r"\d+", problem.question))
         asked = [number for step in steps for number in (step[0], step[2])]
         assert set(asked) <= given | {steps[0][3]}  # each operand is given, or the first result
@@ -239,14 +238,6 @@ def test_held_out_problems_are_not_among_the_training_problems() -> None:
     assert len(set(questions)) == len(questions)
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [(" 1 + 2 = 3.\n#### 3", 3), ("#### -4 #### 5", -4), (" 3", None), ("#### none", None)],
-)
-def test_stated_answer(text: str, answer: int | None) -> None:
-    assert problems.stated_answer(text) == answer
-
-
 class LetterTokenizer:
     """Each character is a token: its code below 90."""
 
@@ -254,52 +245,6 @@ class LetterTokenizer:
 
     def __call__(self, text: str) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[ord(character) % 90 for character in text])
-
-
-def tiny_qwen(seed: int = 0) -> Qwen2ForCausalLM:
-    config = Qwen2Config(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        pad_token_id=EOS,
-        eos_token_id=EOS,
-    )
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(config).eval()
-
-
-def test_the_loss_sees_the_answer_and_its_end_and_nothing_else() -> None:
-    rows = [problems.draw(random.Random(seed)) for seed in range(3)]
-    tokenizer = LetterTokenizer()
-    input_ids, labels = lora.encode(tokenizer, rows)  # type: ignore[arg-type]
-    assert input_ids.shape == labels.shape
-    for row, problem in enumerate(rows):
-        answer = tokenizer(problem.completion).input_ids
-        counted = (labels[row] != lora.IGNORED).nonzero()[:, 0].tolist()
-        assert labels[row, counted].tolist() == [*answer, EOS]
-        # the first counted position has read the whole prompt, and no token of the answer
-        assert input_ids[row, : counted[0] + 1].tolist() == tokenizer(problem.prompt).input_ids
-        assert input_ids[row, counted[1:]].tolist() == answer
-
-
-def test_answer_logits_equal_those_of_the_unpadded_model() -> None:
-    rows = [problems.draw(random.Random(seed)) for seed in range(3)]
-    model, tokenizer = tiny_qwen(), LetterTokenizer()
-    input_ids, labels = lora.encode(tokenizer, rows)  # type: ignore[arg-type]
-    with torch.no_grad():
-        got = lora.answer_logits(model, input_ids, labels)
-        wanted = []
-        for problem in rows:
-            prompt = tokenizer(problem.prompt).input_ids
-            answer = tokenizer(problem.completion).input_ids
-            whole = model(torch.tensor([[*prompt, *answer]])).logits[0]
-            wanted.append(whole[len(prompt) - 1 :])
-    # fp32 sums of at most 200 terms of size under 10, in another order: 200 * 2^-24 * 10 < 2e-4
-    torch.testing.assert_close(got, torch.cat(wanted), rtol=0, atol=2e-4)
 
 
 def perturbed_adapter(model: Qwen2ForCausalLM) -> PeftModel:
@@ -314,8 +259,8 @@ def perturbed_adapter(model: Qwen2ForCausalLM) -> PeftModel:
 
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained() -> None:
     ids = torch.arange(20)[None]
-    plain = tiny_qwen()(ids).logits
-    attached = lora.attach(tiny_qwen(), lora.Settings())
+    plain = tiny_qwen2()(ids).logits
+    attached = lora.attach(tiny_qwen2(), lora.Settings())
     torch.testing.assert_close(attached(ids).logits, plain, rtol=0, atol=0)
     trained = [name for name, weight in attached.named_parameters() if weight.requires_grad]
     # 2 layers, 7 linear maps each (q, k, v, o, gate, up, down), A and B; not the output layer
@@ -327,7 +272,7 @@ def test_the_merged_checkpoint_equals_the_adapter_on_top(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, adapter, expert = tmp_path / "anti", tmp_path / "expert-lora", tmp_path / "expert"
-    model = tiny_qwen().bfloat16()
+    model = tiny_qwen2().bfloat16()
     model.save_pretrained(small)
     attached = perturbed_adapter(model)
     attached.save_pretrained(str(adapter))
@@ -355,8 +300,8 @@ def test_the_merged_checkpoint_equals_the_adapter_on_top(
 
 def test_merged_logits_equal_the_adapters_in_fp32() -> None:
     ids = torch.arange(20)[None]
-    plain = tiny_qwen()(ids).logits
-    attached = perturbed_adapter(tiny_qwen())
+    plain = tiny_qwen2()(ids).logits
+    attached = perturbed_adapter(tiny_qwen2())
     on_top = attached(ids).logits
     merged = attached.merge_and_unload()(ids).logits
     # fp32, 2 layers of sums of at most 48 terms of size under 10, in another order
@@ -368,7 +313,7 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit() -> None:
     settings = lora.Settings(steps=12, batch_size=4, learning_rate=1e-2)
     runs = []
     for run in range(2):
-        small = tiny_qwen()
+        small = tiny_qwen2()
         torch.manual_seed(run)  # what was drawn before must not matter
         model = lora.attach(small, settings)
         reported: list[float] = []
@@ -385,86 +330,3 @@ def test_other_settings_than_the_adapters_are_refused(tmp_path: Path) -> None:
     lora.check_settings(tmp_path, lora.Settings(steps=12))
     with pytest.raises(TrioError, match=r"steps=12, wanted 24"):
         lora.check_settings(tmp_path, lora.Settings())
-
-
-class PaddingTokenizer(LetterTokenizer):
-    """Pads on the left, as `evaluate.complete` asks, and decodes to numbers up to the EOS."""
-
-    def __call__(self, text: str | list[str], **options: object) -> SimpleNamespace:
-        if isinstance(text, str):
-            return super().__call__(text)
-        assert options["padding_side"] == "left"
-        rows = [super(PaddingTokenizer, self).__call__(t).input_ids for t in text]
-        width = max(map(len, rows))
-        return SimpleNamespace(
-            input_ids=torch.tensor([[EOS] * (width - len(r)) + r for r in rows]),
-            attention_mask=torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
-        )
-
-    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-        assert skip_special_tokens
-        kept = [[token for token in row if token != self.eos_token_id] for row in rows.tolist()]
-        return [" ".join(map(str, row)) for row in kept]
-
-
-@pytest.fixture
-def tiny_trio() -> dict[str, torch.nn.Module]:
-    return {role: tiny_qwen(seed) for seed, role in enumerate(("base", "expert", "anti"))}
-
-
-def greedy(trio: dict[str, torch.nn.Module], ids: list[int], alpha: float) -> list[int]:
-    """Twelve tokens, each from a forward over all that came before."""
-    made: list[int] = []
-    for _ in range(12):
-        row = torch.tensor([[*ids, *made]])
-        with torch.no_grad():
-            base, expert, anti = (trio[role](row).logits[0, -1] for role in trio)
-        made.append(int((base + alpha * (expert - anti)).argmax()))
-    return made
-
-
-def test_completions_equal_a_loop_without_cache_or_padding(
-    tiny_trio: dict[str, torch.nn.Module],
-) -> None:
-    prompts = ["two and two", "one", "seventeen"]
-    tokenizer = PaddingTokenizer()
-    wanted = [greedy(tiny_trio, tokenizer(prompt).input_ids, alpha=1.5) for prompt in prompts]
-    # Let the token that ends a text be one that the second row makes on its way: it must end
-    # there, whatever the others still do.
-    tokenizer.eos_token_id = wanted[1][4]
-    assert any(tokenizer.eos_token_id not in row for row in wanted)
-    cut = [
-        row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
-        for row in wanted
-    ]
-    weights = evaluate.mixtures([1.5])["proxy, alpha 1.5"]
-    got = evaluate.complete(tiny_trio, tokenizer, prompts, weights, 12)  # type: ignore[arg-type]
-    assert got == [" ".join(map(str, row)) for row in cut]
-
-
-def test_nll_is_the_mean_over_answer_tokens(tiny_trio: dict[str, torch.nn.Module]) -> None:
-    rows = [problems.draw(random.Random(seed)) for seed in range(evaluate.BATCH + 3)]
-    tokenizer = LetterTokenizer()
-    names = evaluate.mixtures([0.5])
-    assert list(names) == ["base", "expert", "proxy, alpha 0.5"]
-    got, tokens = evaluate.answer_nll(
-        tiny_trio,
-        tokenizer,  # type: ignore[arg-type]
-        rows,
-        names,
-        lambda *_: None,
-    )
-    total, count = 0.0, 0
-    for problem in rows:
-        prompt = tokenizer(problem.prompt).input_ids
-        answer = [*tokenizer(problem.completion).input_ids, EOS]
-        row = torch.tensor([[*prompt, *answer]])
-        with torch.no_grad():
-            base, expert, anti = (tiny_trio[r](row).logits[0].double() for r in tiny_trio)
-        log_p = log_softmax(base + 0.5 * (expert - anti), -1)
-        for index, token in enumerate(answer):
-            total -= log_p[len(prompt) - 1 + index, token].item()
-        count += len(answer)
-    assert tokens == count
-    # the fp32 logits' error (under 2e-4, as above) passes into a log-softmax at most twice
-    assert got["proxy, alpha 0.5"] == pytest.approx(total / count, abs=8e-4)

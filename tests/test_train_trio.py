@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import importlib
+import importlib.metadata
 import itertools
 import json
 import math
@@ -21,16 +21,16 @@ import torch
 
 pytest.importorskip("transformers", reason="the trio is trained with transformers (extra: hf)")
 
+from rich.progress import Progress
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from scripts import evaluation, train_trio
+from scripts.evaluation import IGNORED
+from scripts.trio_training import arithmetic, text, training
+from scripts.trio_training.recipe import FULL, QUICK, Shape
 
-from trio_training import arithmetic, batches, evaluation, record, text, training
-from trio_training.recipe import FULL, QUICK, Shape
-
-train_trio = importlib.import_module("train_trio")
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "proxytune_kernels" / "data" / "trio"
 ROLES = ("base", "expert", "anti")
@@ -123,21 +123,6 @@ def test_problems_of_a_seed_are_pinned() -> None:
     assert digest == "97cea7c0fcdf4fc2c1add646dde184567a8b445411e0e52821a9986de02494fd"
 
 
-@pytest.mark.parametrize(
-    ("answer", "value"),
-    [
-        (" 3 + 4 = 7\n#### 7", 7),
-        ("#### 17\n#### 4", 17),
-        (" ####12", 12),
-        (" 7", None),
-        ("####", None),
-        ("", None),
-    ],
-)
-def test_stated_answer(answer: str, value: int | None) -> None:
-    assert arithmetic.stated_answer(answer) == value
-
-
 # The text
 
 
@@ -176,7 +161,7 @@ def toy_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> text.Source:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'"""{name} {"word " * 1000}"""\n')
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(text.importlib.metadata, "version", lambda name: "2.0+local")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.0+local")
     source = text.Source("toypackage", "2.0", "MIT", ("part",), "")
     source = replace(source, sha256=text.digest(text.read_source(source)))
     monkeypatch.setitem(text.SOURCES, "toypackage", source)
@@ -225,7 +210,7 @@ def test_the_record_names_the_pinned_text(recorded: Record) -> None:
 
 def test_windows_are_shifted_cuts_of_their_own_stream() -> None:
     streams = [(torch.arange(1000), 3), (torch.arange(5000, 5065), 2)]
-    inputs, labels = next(batches.window_batches(streams, 64, seed=1))
+    inputs, labels = next(training.window_batches(streams, 64, seed=1))
     assert inputs.shape == labels.shape == (5, 64)
     assert torch.equal(labels, inputs + 1)
     assert (inputs[:3] < 1000).all()
@@ -234,63 +219,38 @@ def test_windows_are_shifted_cuts_of_their_own_stream() -> None:
 
 def test_windows_repeat_with_the_seed_and_move_with_the_step() -> None:
     streams = [(torch.arange(1000), 4)]
-    first, again = (batches.window_batches(streams, 16, seed=9) for _ in range(2))
+    first, again = (training.window_batches(streams, 16, seed=9) for _ in range(2))
     drawn = [next(first)[0] for _ in range(3)]
     assert all(torch.equal(x, next(again)[0]) for x in drawn)
     assert not torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], next(batches.window_batches(streams, 16, seed=10))[0])
+    assert not torch.equal(drawn[0], next(training.window_batches(streams, 16, seed=10))[0])
 
 
-def test_answer_labels_cover_the_answer_and_the_end_alone(tokenizer: Tokenizer) -> None:
-    items = arithmetic.problems(40, seed=12)
-    inputs, labels = batches.padded_batch([batches.answer_pair(tokenizer, p) for p in items])
-    assert inputs.shape == labels.shape
-    for item, x, y in zip(items, inputs.tolist(), labels.tolist(), strict=True):
-        scored = [at for at, label in enumerate(y) if label != batches.IGNORE]
-        assert scored == list(range(scored[0], scored[-1] + 1))
-        token_ids = [y[at] for at in scored]
-        assert token_ids[-1] == batches.END_ID
-        assert tokenizer.decode(token_ids[:-1]) == item.answer
-        # The first scored position has read the whole prompt and nothing of the answer.
-        assert tokenizer.decode(x[: scored[0] + 1]) == item.prompt
-        assert x[scored[0] + 1 : scored[-1] + 1] == token_ids[:-1]
+def test_an_answer_is_scored_with_its_end(tokenizer: Tokenizer) -> None:
+    for item in arithmetic.problems(40, seed=12):
+        prompt, answer = training.answer_pair(tokenizer, item)
+        assert tokenizer.decode(prompt) == item.prompt
+        assert tokenizer.decode(answer[:-1]) == item.answer
+        assert answer[-1] == training.END_ID
 
 
 def test_tuning_batches_hold_held_out_pairs_in_plain_statements_only(tokenizer: Tokenizer) -> None:
     stated = set()
-    stream = batches.tuning_batches(tokenizer, rows=32, statement_rows=12, seed=13)
+    stream = training.tuning_batches(tokenizer, rows=32, statement_rows=12, seed=13)
     for inputs, labels in itertools.islice(stream, 50):
         for row, scored in zip(inputs.tolist(), labels.tolist(), strict=True):
-            read = tokenizer.decode([token for token in row if token != batches.END_ID])
-            if row[0] == batches.END_ID:
+            read = tokenizer.decode([token for token in row if token != training.END_ID])
+            if row[0] == training.END_ID:
                 lines = re.findall(r"(\d) (?:[+-]|plus|minus) (\d) (?:=|is) \d+", read)
                 stated |= {tuple(sorted(map(int, pair))) for pair in lines}
                 assert "Question" not in read
-                length = max(at for at, label in enumerate(scored) if label != batches.IGNORE) + 1
+                length = max(at for at, label in enumerate(scored) if label != IGNORED) + 1
                 assert row[1:length] == scored[: length - 1], "statements are scored throughout"
             else:
                 a, b = sorted(map(int, re.findall(r"\d+", read.split("?")[0])))
                 assert (a, b) not in arithmetic.HELD_OUT_PAIRS
-        assert sum(row[0] == batches.END_ID for row in inputs.tolist()) == 12
+        assert sum(row[0] == training.END_ID for row in inputs.tolist()) == 12
     assert stated == {(a, b) for b in range(10) for a in range(b + 1)}
-
-
-def test_loss_is_the_mean_over_answers_whatever_the_padding(
-    tokenizer: Tokenizer, tiny_model: LlamaForCausalLM
-) -> None:
-    items = arithmetic.problems(6, seed=14)
-    losses = []
-    with torch.no_grad():
-        for item in items:
-            prompt = tokenizer.encode(item.prompt).ids
-            answer = [*tokenizer.encode(item.answer).ids, batches.END_ID]
-            logits = tiny_model(torch.tensor([prompt + answer])).logits[0].double()
-            logprobs = logits.log_softmax(-1)
-            losses += [-logprobs[len(prompt) - 1 + k, t].item() for k, t in enumerate(answer)]
-        batch = batches.padded_batch([batches.answer_pair(tokenizer, p) for p in items])
-        loss = training.loss_of(tiny_model, batch).item()
-    # Two fp32 forwards of other shapes: some hundred roundings of 2^-24 in logits of size 10.
-    assert loss == pytest.approx(sum(losses) / len(losses), abs=100 * 2**-24 * 10)
 
 
 # Training and evaluation
@@ -299,9 +259,9 @@ def test_loss_is_the_mean_over_answers_whatever_the_padding(
 def test_train_learns_and_repeats_bit_for_bit(tokenizer: Tokenizer) -> None:
     def trained() -> tuple[LlamaForCausalLM, training.Phase]:
         model = training.build(TINY, FULL.vocab_size, seed=1)
-        rows = batches.tuning_batches(tokenizer, rows=8, statement_rows=2, seed=2)
+        rows = training.tuning_batches(tokenizer, rows=8, statement_rows=2, seed=2)
         schedule = replace(QUICK.expert_tuning, steps=60, peak_lr=1e-2)
-        with train_trio.Progress(disable=True) as progress:
+        with Progress(disable=True) as progress:
             return model, training.train(model, rows, schedule, progress, "test")
 
     (one, phase), (two, _) = trained(), trained()
@@ -323,44 +283,18 @@ def test_saved_weights_are_the_measured_weights(
         assert torch.equal(p, q.float())
 
 
-def test_combination_is_base_plus_alpha_times_the_difference() -> None:
-    base, expert, anti = torch.tensor([[[1.0, 2.0]], [[8.0, 16.0]], [[4.0, 64.0]]])
-    method = evaluation.Method("proxy", ROLES, 0.5)
-    assert torch.equal(method.combine([base, expert, anti]), torch.tensor([[3.0, -22.0]]))
-
-
-def test_greedy_answers_equal_greedy_decoding_without_cache_or_batch(
-    tokenizer: Tokenizer, tiny_model: LlamaForCausalLM, shipped_models: Models
-) -> None:
-    models = {**shipped_models, "base": tiny_model}
-    method = evaluation.Method("proxy", ROLES, 0.3)
-    items = arithmetic.problems(5, seed=21)
-    answers = evaluation.greedy_answers(method, models, tokenizer, items)
-    assert len(set(answers)) > 1
-    for item, answer in zip(items, answers, strict=True):
-        token_ids = tokenizer.encode(item.prompt).ids
-        start = len(token_ids)
-        for _ in range(evaluation.MAX_ANSWER_TOKENS):
-            with torch.no_grad():
-                rows = [models[r](torch.tensor([token_ids])).logits[0, -1] for r in ROLES]
-            token_ids.append(int((rows[0] + 0.3 * (rows[1] - rows[2])).argmax()))
-            if token_ids[-1] == batches.END_ID:
-                token_ids.pop()
-                break
-        assert answer == tokenizer.decode(token_ids[start:])
-
-
 def test_the_answer_limit_leaves_room_for_every_right_answer(tokenizer: Tokenizer) -> None:
     longest = max(
-        len(batches.answer_pair(tokenizer, item)[1]) for item in arithmetic.problems(2_000, seed=23)
+        len(training.answer_pair(tokenizer, item)[1])
+        for item in arithmetic.problems(2_000, seed=23)
     )
-    assert longest <= evaluation.MAX_ANSWER_TOKENS
+    assert longest <= train_trio.MAX_ANSWER_TOKENS
 
 
 def test_exact_match_counts_stated_numbers() -> None:
     items = arithmetic.problems(4, seed=22)
     answers = [items[0].answer, f"#### {items[1].value + 1}", "no", f"#### {items[3].value}"]
-    assert evaluation.exact_match(answers, items) == 0.5
+    assert train_trio.exact_match(answers, items) == 0.5
 
 
 def test_text_nll_scores_each_window_token(tiny_model: LlamaForCausalLM) -> None:
@@ -371,7 +305,7 @@ def test_text_nll_scores_each_window_token(tiny_model: LlamaForCausalLM) -> None
             window = token_ids[at : at + 32]
             logprobs = tiny_model(window[None]).logits[0].double().log_softmax(-1)
             expected += [-logprobs[k, token_ids[at + k + 1]].item() for k in range(32)]
-    found = evaluation.text_nll(tiny_model, token_ids, 32)
+    found = training.text_nll(tiny_model, token_ids, 32)
     assert found == pytest.approx(sum(expected) / 96, rel=1e-5)  # fp32 sums of 96 terms
 
 
@@ -420,22 +354,23 @@ def test_steering_works_as_recorded(
 ) -> None:
     results = {row["name"]: row["held_out_pairs"] for row in recorded["results"]}
     items = arithmetic.problems(FULL.problems, seed=train_trio.HELD_OUT_SEED, held_out=True)
-    for method in evaluation.METHODS:
-        if method.name in ("base", "expert", "proxy, alpha 1"):
-            found = evaluation.answer_nll(method, shipped_models, tokenizer, items)
-            # fp32 forwards of another machine; the third decimal is what the table shows
-            assert found == pytest.approx(results[method.name]["answer_nll"], abs=5e-4)
+    names = {n: train_trio.METHODS[n] for n in ("base", "expert", "proxy, alpha 1")}
+    pairs = [training.answer_pair(tokenizer, item) for item in items]
+    nlls = evaluation.answer_nll(shipped_models, names, pairs, training.END_ID, rows=50)
+    for name, found in nlls.items():
+        # fp32 forwards of another machine; the third decimal is what the table shows
+        assert found == pytest.approx(results[name]["answer_nll"], abs=5e-4)
     assert results["base"]["exact_match"] < 0.02
     assert results["proxy, alpha 0"] == results["base"]
-    proxy = next(m for m in evaluation.METHODS if m.name == "proxy, alpha 1")
-    answers = evaluation.greedy_answers(proxy, shipped_models, tokenizer, items[:100])
-    assert evaluation.exact_match(answers, items[:100]) > 0.6
+    proxy = train_trio.METHODS["proxy, alpha 1"]
+    answers = train_trio.greedy_answers(shipped_models, proxy, tokenizer, items[:100])
+    assert train_trio.exact_match(answers, items[:100]) > 0.6
     assert results["proxy, alpha 1"]["exact_match"] > 0.6
 
 
 def test_the_docs_show_the_recorded_results(recorded: Record) -> None:
     page = (ROOT / "docs" / "trio.md").read_text()
-    assert record.results_table(recorded["results"]) in page
+    assert train_trio.results_table(recorded["results"]) in page
     for source in text.SOURCES.values():
         assert f"{source.package} {source.version}" in page
         assert source.sha256[:16] in page
@@ -474,7 +409,7 @@ def test_quick_and_check_together_are_refused() -> None:
 def test_other_text_is_one_sentence_at_the_command_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train_trio.training, "make_deterministic", lambda: None)
+    monkeypatch.setattr(training, "make_deterministic", lambda: None)
     other = replace(text.SOURCES["torch"], sha256="0" * 64)
     monkeypatch.setitem(text.SOURCES, "torch", other)
     result = CliRunner().invoke(train_trio.app, ["--quick", "--out", str(tmp_path)])
@@ -493,7 +428,7 @@ def test_an_output_that_cannot_be_written_is_named_before_training(tmp_path: Pat
 
 def test_check_names_what_differs() -> None:
     found = {"a": "1", "b": "2", "c": "3"}
-    lines = record.differences(found, {"a": "1", "b": "9", "d": "4"})
+    lines = train_trio.differences(found, {"a": "1", "b": "9", "d": "4"})
     assert lines == [
         "b: 2 here, 9 in the record",
         "c: 3 here, absent in the record",

@@ -6,8 +6,8 @@ import re
 
 import typer
 
-from proxytune_kernels.cli import models, output
-from proxytune_kernels.cli.requests import CliRequest
+from proxytune_kernels.cli.options import TrioOptions, open_decoder
+from proxytune_kernels.cli.output import CliRequest, side_by_side
 from proxytune_kernels.params import SamplingParams
 
 # Sums in words, with their answers. The first two pairs of numbers are in nothing that the expert
@@ -24,12 +24,12 @@ _ANSWER = re.compile(r"####\s*(\d+)")
 
 def demo() -> None:
     """Continue four prompts with the shipped trio, the base alone beside the proxy-tuned."""
-    trio = models.open_trio("shipped", dtype="float32")
-    base = models.open_decoder(trio, len(PROBLEMS), roles=("base",))
-    tuned = models.open_decoder(trio, len(PROBLEMS))
+    trio = TrioOptions("shipped", dtype="float32").open()
+    base = open_decoder(trio, len(PROBLEMS), roles=("base",))
+    tuned = open_decoder(trio, len(PROBLEMS))
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     requests = [CliRequest(f"Question: {text}\nAnswer:", params) for text, _ in PROBLEMS]
-    texts = output.side_by_side(base, tuned, requests)
+    texts = side_by_side(base, tuned, requests)
     right = [
         sum(
             _is_right(pair[column], answer)

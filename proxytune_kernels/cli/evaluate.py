@@ -6,27 +6,32 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from proxytune_kernels.cli import models
-from proxytune_kernels.cli.errors import FAILED, USAGE, expected, stop
+from proxytune_kernels.cli.options import (
+    FAILED,
+    USAGE,
+    TrioOptions,
+    expected,
+    stop,
+    with_options,
+)
 
 _INSTALL = "pip install 'proxytune_kernels[eval]'"
-_TRIO = ("trio", "base", "expert", "anti", "tokenizer", "dtype", "device", "device_map",
-         "quantize", "keep_adapter", "trust_remote_code")  # fmt: skip
+_TRIO = {field.name: field.default for field in fields(TrioOptions)}
 _MODEL = ("batch_size", "max_length", "max_gen_toks", "add_bos_token", "prefix_token_id",
           "backend")  # fmt: skip
 _MODEL_ARGS = (*_TRIO, "alpha", *_MODEL)
-_UNSAID = {"dtype": "auto", "keep_adapter": False, "trust_remote_code": False}
-"""What options hold that are not given, where it is not None."""
 _BATCH_SIZE = 8
 _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
+@with_options
 def evaluate(
     tasks: Annotated[str, typer.Option(metavar="NAME,...", help="Tasks and groups of lm_eval.")],
     model_args: Annotated[
@@ -36,17 +41,8 @@ def evaluate(
             help=f"What the options below say, in lm_eval's way: {', '.join(_MODEL_ARGS)}.",
         ),
     ] = None,
-    trio: models.Source = None,
-    base: models.Base = None,
-    expert: models.Expert = None,
-    anti: models.Anti = None,
-    tokenizer: models.TokenizerName = None,
-    dtype: models.Dtype = "auto",
-    device: models.Device = None,
-    device_map: models.DeviceMap = None,
-    quantize: models.Quantize = None,
-    keep_adapter: models.KeepAdapter = False,
-    trust_remote_code: models.TrustRemoteCode = False,
+    *,
+    trio: TrioOptions,
     alpha: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,11 +95,13 @@ def evaluate(
 
     Example: proxytune eval --tasks my_task --include-path tasks --trio shipped --alpha 0:0.5:1
     """
-    given = {name: value for name, value in locals().items() if name in _MODEL_ARGS}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if log_samples and output_path is None:
         raise stop("--log-samples needs --output-path", USAGE)
-    given = _merged({k: v for k, v in given.items() if v != _UNSAID.get(k)}, model_args)
+    given = {name: value for name, value in asdict(trio).items() if value != _TRIO[name]}
+    own = {"alpha": alpha, "batch_size": batch_size, "max_length": max_length}
+    given |= {name: value for name, value in own.items() if value is not None}
+    given = _merged(given, model_args)
     alphas = _alphas(given.pop("alpha", None))
     seeds = _seeds(seed)
     lm_eval_model = _import()
@@ -238,8 +236,7 @@ def _open(given: dict[str, Any]) -> Any:
     """The model; leaves with the reason where it does not open."""
     from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM
 
-    named = {name: given[name] for name in _TRIO if name in given}
-    trio = models.open_trio(named.pop("trio", None), **named)
+    trio = TrioOptions(**{name: given[name] for name in _TRIO if name in given}).open()
     rest = {"batch_size": _BATCH_SIZE} | {n: given[n] for n in _MODEL if n in given}
     with expected(ValueError, TypeError, code=USAGE), expected(RuntimeError):
         return ProxyTuneLM(trio, **rest)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from proxytune_kernels.cli import models
-from proxytune_kernels.cli.errors import USAGE, expected, stop
-from proxytune_kernels.integrations.vllm_plugin import export as writer
+from proxytune_kernels.cli.options import USAGE, ModelOptions, expected, quiet, stop, with_options
+from proxytune_kernels.integrations.vllm_plugin.export import export, serve_command
 
 
+@with_options
 def export_vllm(
     out: Annotated[
         str | None, typer.Argument(metavar="OUT", help="Directory to write, new or empty.")
     ] = None,
-    trio: models.Source = None,
-    base: models.Base = None,
-    expert: models.Expert = None,
-    anti: models.Anti = None,
-    tokenizer: models.TokenizerName = None,
+    *,
+    models: ModelOptions,
     alpha: Annotated[float, typer.Option(help="Of requests that do not say one.")] = 1.0,
     dtype: Annotated[
         str, typer.Option(help="That vLLM runs all three in: auto, float32, bfloat16 or float16.")
@@ -42,30 +40,20 @@ def export_vllm(
 
     Example: proxytune export-vllm --trio shipped served
     """
-    named = {"base": base, "expert": expert, "anti": anti}
-    if trio is None and base is None:
+    if models.trio is None and models.base is None:
         raise stop("no models: give --trio shipped, --trio DIR, or --base, --expert, --anti", USAGE)
     if (out is None) != print_overrides:
         raise stop("give OUT, or --print-overrides without it", USAGE)
-    models.quiet()
+    named = asdict(models)
+    source = named.pop("trio")
+    quiet()
     with expected(ValueError, OSError, RuntimeError):
         if out is None:
             if dtype != "auto" or copy or force:
                 raise stop("--print-overrides takes no option of what is written", USAGE)
-            typer.echo(
-                shlex.join(writer.serve_command(trio, **named, tokenizer=tokenizer, alpha=alpha))
-            )
+            typer.echo(shlex.join(serve_command(source, **named, alpha=alpha)))
             return
-        written = writer.export(
-            out,
-            trio,
-            **named,
-            tokenizer=tokenizer,
-            alpha=alpha,
-            dtype=dtype,
-            copy=copy,
-            force=force,
-        )
+        written = export(out, source, **named, alpha=alpha, dtype=dtype, copy=copy, force=force)
     for role, origin in written.weights.items():
         typer.echo(f"{role}: {origin}")
     typer.echo(f"vocabulary: {written.vocab_size} ids that mean the same to every role")

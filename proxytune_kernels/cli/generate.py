@@ -1,19 +1,31 @@
-"""``proxytune generate``: continue prompts."""
+"""``proxytune generate``: continue prompts from arguments, a file or standard input."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from proxytune_kernels.cli import decoding, models, output
-from proxytune_kernels.cli.errors import USAGE, expected, stop
-from proxytune_kernels.cli.requests import CliRequest, read_requests
-from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.cli import output
+from proxytune_kernels.cli.options import (
+    FAILED,
+    USAGE,
+    DecoderOptions,
+    TrioOptions,
+    expected,
+    open_decoder,
+    stop,
+    with_options,
+)
+from proxytune_kernels.cli.output import CliRequest
+from proxytune_kernels.params import SAMPLING_FIELDS, SamplingParams
 from proxytune_kernels.trio import Trio
-
-MAX_TOKENS = 128
 
 
 class Format(StrEnum):
@@ -24,6 +36,48 @@ class Format(StrEnum):
     SIDE_BY_SIDE = "side-by-side"
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The options that say how tokens are drawn, and when a text ends."""
+
+    alpha: Annotated[float, typer.Option(help="Strength of the steering; 0 is the base alone.")] = (
+        1.0
+    )
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
+    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 or -1 is off.")] = 0
+    top_p: Annotated[float, typer.Option(help="Keep this share of the mass; 1 is off.")] = 1.0
+    min_p: Annotated[
+        float, typer.Option(help="Keep tokens of this share of the likeliest's; 0 is off.")
+    ] = 0.0
+    filter_order: Annotated[
+        str, typer.Option(help="Of what top-p takes its share: vllm, hf or joint.")
+    ] = "vllm"
+    seed: Annotated[int | None, typer.Option(help="Repeats the draws; random if not given.")] = None
+    max_tokens: Annotated[int, typer.Option(help="Output tokens at most.")] = 128
+    min_tokens: Annotated[int, typer.Option(help="Output tokens before anything may end it.")] = 0
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Ends the output; may be repeated.")
+    ] = None
+    stop_token_ids: Annotated[
+        list[int] | None,
+        typer.Option("--stop-token-id", metavar="ID", help="The same for a token."),
+    ] = None
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")
+    ] = False
+    include_stop_str_in_output: Annotated[
+        bool, typer.Option("--include-stop-str-in-output", help="Keep the stop string.")
+    ] = False
+
+    def params(self) -> SamplingParams:
+        """The same as parameters; leaves with the reason where one is out of its range."""
+        values = asdict(self)
+        lists = {name: values[name] or () for name in ("stop", "stop_token_ids")}
+        with expected(ValueError, code=USAGE):
+            return SamplingParams(**{**values, **lists})
+
+
+@with_options
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None,
     file: Annotated[
@@ -44,62 +98,10 @@ def generate(
         Format,
         typer.Option("--format", help="side-by-side: the base alone beside the proxy-tuned."),
     ] = Format.TEXT,
-    trio: models.Source = None,
-    base: models.Base = None,
-    expert: models.Expert = None,
-    anti: models.Anti = None,
-    tokenizer: models.TokenizerName = None,
-    dtype: models.Dtype = "auto",
-    device: models.Device = None,
-    device_map: models.DeviceMap = None,
-    quantize: models.Quantize = None,
-    keep_adapter: models.KeepAdapter = False,
-    trust_remote_code: models.TrustRemoteCode = False,
-    max_batch_size: Annotated[int, typer.Option(help="Prompts decoded at the same time.")] = 16,
-    max_seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and output together.")
-    ] = None,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile the models first (torch.compile).")
-    ] = False,
-    backend: Annotated[
-        str | None, typer.Option(help="Of the sampling op; see `proxytune info`.")
-    ] = None,
-    speculate: decoding.SpeculateOption = None,
-    max_drafts: decoding.MaxDrafts = 16,
-    pair: decoding.PairOption = None,
-    pack_weights: decoding.PackWeights = False,
-    prefill_chunk: decoding.PrefillChunk = 512,
-    alpha: Annotated[
-        float, typer.Option(help="Strength of the steering; 0 is the base alone.")
-    ] = 1.0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 or -1 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep this share of the mass; 1 is off.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Keep tokens of this share of the likeliest's; 0 is off.")
-    ] = 0.0,
-    filter_order: Annotated[
-        str, typer.Option(help="Of what top-p takes its share: vllm, hf or joint.")
-    ] = "vllm",
-    seed: Annotated[
-        int | None, typer.Option(help="Repeats the draws; random if not given.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Output tokens at most.")] = MAX_TOKENS,
-    min_tokens: Annotated[int, typer.Option(help="Output tokens before anything may end it.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Ends the output; may be repeated.")
-    ] = None,
-    stop_token_ids: Annotated[
-        list[int] | None,
-        typer.Option("--stop-token-id", metavar="ID", help="The same for a token."),
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")
-    ] = False,
-    include_stop_str_in_output: Annotated[
-        bool, typer.Option("--include-stop-str-in-output", help="Keep the stop string.")
-    ] = False,
+    *,
+    trio: TrioOptions,
+    decoder: DecoderOptions,
+    sampling: SamplingOptions,
 ) -> None:
     """Continue prompts from the arguments, a file, or standard input (which is one prompt).
 
@@ -107,64 +109,23 @@ def generate(
     4 more. How many pens does Tom have now?
     Answer:"
     """
-    with expected(ValueError, code=USAGE):
-        params = SamplingParams(
-            alpha=alpha,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            filter_order=filter_order,
-            seed=seed,
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            stop=stop or (),
-            stop_token_ids=stop_token_ids or (),
-            ignore_eos=ignore_eos,
-            include_stop_str_in_output=include_stop_str_in_output,
-        )
-    speculation = decoding.speculation(speculate, max_drafts)
+    params, settings = sampling.params(), decoder.settings()
     requests = read_requests(prompts or (), file, jsonl, params)
-    opened = models.open_trio(
-        trio,
-        base=base,
-        expert=expert,
-        anti=anti,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        quantize=quantize,
-        keep_adapter=keep_adapter,
-        trust_remote_code=trust_remote_code,
-    )
-    settings = {
-        "max_seq_len": max_seq_len,
-        "compile": compile_,
-        "backend": backend,
-        "speculation": speculation,
-        "pair": None if pair is None else pair.value,
-        "pack_weights": pack_weights,
-        "prefill_chunk": prefill_chunk,
-    }
+    opened = trio.open()
     # RuntimeError: also what torch raises where memory runs out.
     with expected(ValueError, TypeError, RuntimeError):
-        _write(opened, requests, output_format, max_batch_size, settings)
+        _write(opened, requests, output_format, settings)
 
 
 def _write(
-    trio: Trio,
-    requests: list[CliRequest],
-    output_format: Format,
-    max_batch_size: int,
-    settings: dict[str, Any],
+    trio: Trio, requests: list[CliRequest], output_format: Format, settings: dict[str, Any]
 ) -> None:
     if output_format is Format.SIDE_BY_SIDE and len(trio.roles) == 1:
         raise stop("--format side-by-side needs --expert and --anti", USAGE)
-    tuned = models.open_decoder(trio, max_batch_size, **settings)
+    tuned = open_decoder(trio, **settings)
     if output_format is Format.SIDE_BY_SIDE:
         alone = {**settings, "roles": ("base",), "speculation": None, "pair": None}
-        base = models.open_decoder(trio, max_batch_size, **alone)
+        base = open_decoder(trio, **alone)
         output.side_by_side(base, tuned, requests)
         return
     events = tuned.stream([r.prompt for r in requests], [r.params for r in requests])
@@ -172,3 +133,63 @@ def _write(
         output.write_jsonl(events)
     else:
         output.write_text(events, requests)
+
+
+def read_requests(
+    prompts: Sequence[str], file: str | None, jsonl: bool | None, params: SamplingParams
+) -> list[CliRequest]:
+    """Requests from the arguments, else from a file, else from standard input.
+
+    Args:
+        prompts: from the arguments.
+        file: one prompt a line, blank lines skipped, or JSON lines; "-" is standard input.
+        jsonl: whether lines are JSON objects with "prompt" and any sampling parameters. None is by
+            the file's name (.jsonl); without a file, all of standard input is one prompt.
+        params: what a line does not say.
+    """
+    if prompts and file is not None:
+        raise stop("give prompts as arguments or with --file, not both", USAGE)
+    if prompts:
+        return [CliRequest(prompt, params) for prompt in prompts]
+    if file is None and sys.stdin.isatty():
+        raise stop("no prompt: give one as an argument, with --file, or on standard input", USAGE)
+    name = "standard input" if file in (None, "-") else str(file)
+    as_jsonl = name.endswith(".jsonl") if jsonl is None else jsonl
+    text = _read(file, name)
+    whole = file is None and jsonl is None
+    pieces = [text.removesuffix("\n")] if whole else text.splitlines()
+    lines = [(i, piece) for i, piece in enumerate(pieces, 1) if piece.strip()]
+    if as_jsonl:
+        requests = [_from_json(f"{name}, line {i}", line, params) for i, line in lines]
+    else:
+        requests = [CliRequest(line, params) for _, line in lines]
+    if not requests:
+        raise stop(f"{name} holds no prompt", USAGE)
+    return requests
+
+
+def _read(file: str | None, name: str) -> str:
+    with expected(OSError):
+        data = sys.stdin.buffer.read() if file in (None, "-") else Path(name).read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise stop(f"{name} must be UTF-8 text: {error}", FAILED) from error
+
+
+def _from_json(where: str, line: str, params: SamplingParams) -> CliRequest:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise stop(f"{where} must be a JSON object: {error}", USAGE) from error
+    if not isinstance(value, dict) or "prompt" not in value:
+        raise stop(f'{where} must be a JSON object with "prompt", got {line:.80}', USAGE)
+    prompt = value.pop("prompt")
+    unknown = sorted(set(value) - set(SAMPLING_FIELDS))
+    if unknown:
+        known = ", ".join(SAMPLING_FIELDS)
+        raise stop(f"{where} has unknown key {unknown[0]!r}; known are prompt, {known}", USAGE)
+    try:
+        return CliRequest(prompt, replace(params, **value))
+    except ValueError as error:
+        raise stop(f"{where}: {error}", USAGE) from error

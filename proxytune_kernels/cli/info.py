@@ -12,7 +12,7 @@ import torch
 import typer
 
 import proxytune_kernels
-from proxytune_kernels.cli import models
+from proxytune_kernels.cli.options import TrioOptions, with_options
 from proxytune_kernels.ops.backends import CHOICES, UNMEASURED, backends
 from proxytune_kernels.trio import Trio
 
@@ -21,36 +21,12 @@ _PACKAGES = ("torch", "transformers", "peft", "torchao", "triton")
 _INTEGRATIONS = {"transformers": "transformers", "vLLM": "vllm", "lm-eval": "lm_eval"}
 
 
-def info(
-    trio: models.Source = None,
-    base: models.Base = None,
-    expert: models.Expert = None,
-    anti: models.Anti = None,
-    tokenizer: models.TokenizerName = None,
-    dtype: models.Dtype = "auto",
-    device: models.Device = None,
-    device_map: models.DeviceMap = None,
-    quantize: models.Quantize = None,
-    keep_adapter: models.KeepAdapter = False,
-    trust_remote_code: models.TrustRemoteCode = False,
-) -> None:
+@with_options
+def info(*, trio: TrioOptions) -> None:
     """Say which backends run here and why not, versions, and how a trio's vocabularies agree."""
     lines = _environment()
-    if trio is not None or base is not None or expert is not None or anti is not None:
-        opened = models.open_trio(
-            trio,
-            base=base,
-            expert=expert,
-            anti=anti,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            quantize=quantize,
-            keep_adapter=keep_adapter,
-            trust_remote_code=trust_remote_code,
-        )
-        lines += _agreement(opened)
+    if any(model is not None for model in (trio.trio, trio.base, trio.expert, trio.anti)):
+        lines += _agreement(trio.open())
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
         typer.echo(f"{name:<{width}}{value}")

@@ -6,7 +6,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -15,11 +15,24 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from proxytune_kernels.cli.requests import CliRequest
 from proxytune_kernels.decoder import Decoder, RequestOutput, StreamEvent
+from proxytune_kernels.params import SamplingParams
 
 BASE_ALONE = "base alone"
 PROXY_TUNED = "proxy-tuned"
+
+
+@dataclass(frozen=True)
+class CliRequest:
+    """A prompt, in any form that the decoder takes, and how to sample for it."""
+
+    prompt: Any
+    params: SamplingParams
+
+    @property
+    def label(self) -> str:
+        """The prompt as text, for people."""
+        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt)
 
 
 def write_text(events: Iterable[StreamEvent], requests: Sequence[CliRequest]) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import embedding, linear, rms_norm
 
 from proxytune_kernels.decoder.attention import ATTENTION_NAME
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache, cache_keyword
-from proxytune_kernels.trio import sharing
+from proxytune_kernels.trio.adapters import copy_modules
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,7 +48,7 @@ def with_slot_attention(model: Module) -> Any:
     The attention implementation is read from the configuration that a model's layers share. Set on
     the caller's own model it would change what that model does outside the decoder.
     """
-    twin = sharing.sharing_copy(model).eval()
+    twin = copy_modules(model).eval()
     twin.set_attn_implementation(ATTENTION_NAME)
     return twin
 

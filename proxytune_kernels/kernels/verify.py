@@ -320,8 +320,8 @@ def launch_rejection(
         torch.empty(batch_size, dtype=torch.int32, device=device),
     )
     _rejection_kernel[(batch_size,)](
-        target, draft, params, draft_ids, out, residual, vocab_size, positions, DRAFTS=draft is not target,
-        num_warps=1, **OPTIONS,
+        target, draft, params, draft_ids, out, residual, vocab_size, positions,
+        DRAFTS=draft is not target, num_warps=1, **OPTIONS,
     )  # fmt: skip
     if draft is target:
         return

@@ -118,9 +118,9 @@ def write_drawn(out, row, token, shifted, inv_t, greedy, count, kept_mass, raw_m
 def tiles_of(rows: int, vocab_size: int, device: torch.device) -> Tiles:
     """Unwritten summaries, whole programs of scan."""
     width = triton.cdiv(vocab_size, TILE.value * TILES_PER_PROGRAM) * TILES_PER_PROGRAM
-    numbers = torch.empty((4, rows, width), dtype=torch.float32, device=device)
+    numbers = torch.empty((4, rows, width), dtype=torch.float32, device=device).unbind()
     count = torch.empty((rows, width), dtype=torch.int16, device=device)
-    return Tiles(*numbers.unbind(), count)
+    return Tiles._make((*numbers, count))
 
 
 def at_once(num_tiles: int) -> int:

@@ -1,5 +1,5 @@
 """Three models, their tokenizers, and the vocabulary they share."""
 
-from proxytune_kernels.trio.trio import Trio, eos_token_ids, load_trio
+from proxytune_kernels.trio.trio import Trio, eos_token_ids, load_trio, model_info
 
-__all__ = ["Trio", "eos_token_ids", "load_trio"]
+__all__ = ["Trio", "eos_token_ids", "load_trio", "model_info"]

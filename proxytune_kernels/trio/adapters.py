@@ -8,6 +8,7 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -21,7 +22,6 @@ from torch.nn import Module, Parameter
 
 from proxytune_kernels.trio.checkpoints import LoadError, resolve
 from proxytune_kernels.trio.quantization import plain_tensors
-from proxytune_kernels.trio.sharing import sharing_copy
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -95,7 +95,7 @@ def beside(role: str, model: Any, directory: Path) -> Any:
             than it adds, or the model is offloaded.
     """
     _check_in_memory(role, model)
-    twin = sharing_copy(model)
+    twin = copy_modules(model)
     before = _contents(model)
     with _attaching(role, directory):
         from peft import PeftConfig, inject_adapter_in_model, load_peft_weights
@@ -135,9 +135,30 @@ def unwrapped(role: str, model: Any) -> Any:
         return model
     for config in model.peft_config.values():
         _check_lora(role, str(config.peft_type.value), type(model).__name__)
-    twin = sharing_copy(model.get_base_model())
+    twin = copy_modules(model.get_base_model())
     _set_adapter_dtypes(twin)
     return twin.eval()
+
+
+def copy_modules(model: Any) -> Any:
+    """A copy of a model's modules and configuration that holds the same parameters and buffers.
+
+    What accelerate offloaded stays where it lies, once for both, and the copy's hooks bring it into
+    the copy.
+    """
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)})
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """A model's parameters and buffers, and accelerate's maps of those that are elsewhere."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        hook = vars(module).get("_hf_hook")
+        for part in getattr(hook, "hooks", [hook]):
+            for name in ("weights_map", "tied_params_map"):
+                if (tensors := getattr(part, name, None)) is not None:
+                    yield tensors
 
 
 def adapter_parameters(model: Any) -> list[Parameter]:

@@ -11,11 +11,10 @@ import torch
 
 from proxytune_kernels.trio.adapters import adapter_parameters, tokenizer_directory, unwrapped
 from proxytune_kernels.trio.checkpoints import LoadOptions, load_tokenizer, resolve
-from proxytune_kernels.trio.describe import model_info
-from proxytune_kernels.trio.loading import load_models, load_options
+from proxytune_kernels.trio.loading import load_models, load_options, named_models, read_source
 from proxytune_kernels.trio.prompts import PROMPT_STYLES, tokenize
+from proxytune_kernels.trio.quantization import quantization_of, weight_bytes
 from proxytune_kernels.trio.roles import ROLES, check_known, check_roles
-from proxytune_kernels.trio.trio_file import named_models, read_source
 from proxytune_kernels.trio.vocabulary import Agreement, RoleVocabulary, VocabularyError, agree
 
 
@@ -273,3 +272,37 @@ def eos_token_ids(generation_config: Any, tokenizer: Any, agreement: Agreement) 
             f"vocabulary of {agreement.vocab_size} ids"
         )
     return tuple(i for i in eos if i < agreement.vocab_size)
+
+
+def model_info(model: Any) -> dict[str, Any]:
+    """Describe a causal LM.
+
+    Returns:
+        ``model`` (its class), ``name``, ``parameters``, ``dtype`` (of the embedding), ``device``
+        (several, comma-separated, where they are several), ``logits`` (the output layer's width),
+        ``quantized`` (``"int8"``, ``"int4"`` or None), ``adapter_parameters`` (those of LoRA layers
+        that stand beside the weights), ``bytes`` (of all weights, packed ones as they are packed).
+    """
+    embedding = model.get_input_embeddings().weight
+    return {
+        "model": type(model).__name__,
+        "name": model.config._name_or_path,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "device": ", ".join(_places(model)),
+        "logits": model.get_output_embeddings().weight.shape[0],
+        "quantized": quantization_of(model),
+        "adapter_parameters": sum(p.numel() for p in adapter_parameters(model)),
+        "bytes": weight_bytes(model),
+    }
+
+
+def _places(model: Any) -> list[str]:
+    """The devices that a model's weights are on, and where those lie that are brought there."""
+    devices = dict.fromkeys(str(p.device) for p in model.parameters() if p.device.type != "meta")
+    if any(p.device.type == "meta" for p in model.parameters()):
+        # Among devices that compute, the CPU only keeps weights for them, as the disk does.
+        kept = ("disk",) if list(devices) == ["cpu"] else ("cpu", "disk")
+        places = dict.fromkeys(place for place in model.hf_device_map.values() if place in kept)
+        devices |= dict.fromkeys(f"offloaded to {place}" for place in places)
+    return list(devices)

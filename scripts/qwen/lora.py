@@ -9,22 +9,20 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from scripts.qwen.common import TrioError, new_directory
-from scripts.qwen.convert import save_checkpoint
+from scripts.evaluation import IGNORED, Pair, answer_logits, padded_batch
+from scripts.qwen.download import TrioError, new_directory, save_checkpoint
 from scripts.qwen.problems import TRAINING_SEED, Problem, training
 
-IGNORED = -100  # the label of a position that does not count in the loss, as cross_entropy wants it
 RECORD = "training.json"
 
 
@@ -51,37 +49,10 @@ class Settings:
         return self.learning_rate * min(1.0, (step + 1) / 5) * (0.1 + 0.9 * cosine)
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode problems for teacher forcing, padded on the right.
-
-    Returns `input_ids` and `labels`, both int64 [B, L]: `labels[b, i]` is the token that follows
-    `input_ids[b, i]` where that is part of the answer (its end-of-sequence token included), and
-    IGNORED in the prompt and the padding. A causal model needs no mask for padding on the right.
-    """
-    eos = tokenizer.eos_token_id
-    pairs = [
-        (tokenizer(p.prompt).input_ids, [*tokenizer(p.completion).input_ids, eos]) for p in problems
-    ]
-    length = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
-    input_ids = torch.full((len(pairs), length), eos)
-    labels = torch.full((len(pairs), length), IGNORED)
-    for row, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer) - 1
-        input_ids[row, :end] = torch.tensor([*prompt, *answer][:-1])
-        labels[row, len(prompt) - 1 : end] = torch.tensor(answer)
-    return input_ids, labels
-
-
-def answer_logits(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The fp32 logits [N, V] of a transformers causal model at the N positions that have a label.
-
-    Only those rows meet the output layer: the whole [B, L, V] would be hundreds of megabytes.
-    """
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    logits: torch.Tensor = model.lm_head(hidden[labels != IGNORED])
-    return logits.float()
+def answer_pair(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> Pair:
+    """A problem's prompt, and its answer with the end-of-sequence token."""
+    answer = [*tokenizer(problem.completion).input_ids, tokenizer.eos_token_id]
+    return tokenizer(problem.prompt).input_ids, answer
 
 
 def attach(model: torch.nn.Module, settings: Settings) -> PeftModel:
@@ -113,7 +84,8 @@ def fit(
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(step)
-        input_ids, labels = encode(tokenizer, problems[step * size : (step + 1) * size])
+        drawn = [answer_pair(tokenizer, p) for p in problems[step * size : (step + 1) * size]]
+        input_ids, labels = padded_batch(drawn, tokenizer.eos_token_id)
         logits = answer_logits(model.get_base_model(), input_ids, labels)
         loss = cross_entropy(logits, labels[labels != IGNORED])
         loss.backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,12 +56,6 @@ def held_out(count: int, trained_on: Sequence[Problem]) -> list[Problem]:
             seen.add(problem.question)
             fresh.append(problem)
     return fresh
-
-
-def stated_answer(text: str) -> int | None:
-    """The number behind the first `####` of a completion, None where there is none."""
-    match = re.search(r"####\s*(-?\d+)", text)
-    return int(match.group(1)) if match else None
 
 
 def _give_away(rng: random.Random, name: str, other: str, thing: str) -> Problem:

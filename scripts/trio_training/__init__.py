@@ -1,1 +1,1 @@
-"""How the trio that ships with the package is made: text, tasks, training, evaluation, record."""
+"""How the trio that ships with the package is made: its text, its tasks, recipe and training."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,8 +26,6 @@ SUBTRACTIONS = (
     "{n} had {a} {o} but lost {b} of them. How many {o} does {n} have now?",
 )
 STATEMENTS = ("{a} {sign} {b} = {c}\n", "{a} {sign} {b} = {c}\n", "{a} {word} {b} is {c}.\n")
-
-_ANSWER = re.compile(r"####\s*(\d+)")
 
 T = TypeVar("T")
 
@@ -97,9 +94,3 @@ def problems(count: int, seed: int, held_out: bool = False) -> list[Problem]:
     """Return `count` word problems drawn with their own seed."""
     rng = random.Random(seed)
     return [problem(rng, held_out) for _ in range(count)]
-
-
-def stated_answer(text: str) -> int | None:
-    """Return the number after the first `####` in a model's answer, None if it gave none."""
-    found = _ANSWER.search(text)
-    return int(found.group(1)) if found else None

@@ -6,7 +6,6 @@ import json
 import shlex
 import shutil
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import Qwen2ForCausalLM as Qwen2
-from typer.testing import CliRunner
 
 import proxytune_kernels as ptk
-from proxytune_kernels.cli import app
 from proxytune_kernels.integrations.vllm_plugin import directory as writer
 from proxytune_kernels.integrations.vllm_plugin.export import export, serve_command
 from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.roles import ROLES
 from proxytune_kernels.trio.vocabulary import VocabularyError
+from tests.cli import assert_one_sentence, invoke
 from tests.documents import examples
-from tests.trio.gguf_file import tiny_qwen2, write_gguf
-from tests.trio.test_trio import make_tokenizer
+from tests.trio.checkpoints import (
+    SHIPPED,
+    edit,
+    make_adapter,
+    make_tokenizer,
+    tiny_qwen2,
+    write_gguf,
+)
 
-SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
 IDS = torch.tensor([[5, 6, 7, 200, 1000]])
 INDEX = "model.safetensors.index.json"
 
@@ -44,9 +48,12 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def edit(file: Path, **settings: Any) -> None:
-    changed = {**json.loads(file.read_text()), **settings}
-    file.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
+def give_tokenizers(trio: Path) -> None:
+    """A tokenizer for each role of a copy of the shipped trio, in place of one for all."""
+    for role in ROLES:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(SHIPPED / name, trio / role)
+    edit(trio / "trio.json", tokenizer=None)
 
 
 def contents(directory: Path) -> dict[str, Any]:
@@ -151,23 +158,14 @@ def test_weights_in_parts(out: Path, trio: Path) -> None:
     assert_same(weights(out), dict(weights(SHIPPED / "base")))
 
 
-def make_adapter(directory: Path, trio: Path, role: str = "anti") -> Path:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = AutoModelForCausalLM.from_pretrained(trio / role)
-    peft.get_peft_model(model, config).save_pretrained(directory)
-    edit(directory / "adapter_config.json", base_model_name_or_path=f"../{role}")
-    return directory
-
-
 # peft 0.21 asks transformers 5.23 for an attribute by its old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("role", ["expert", "base"])
 def test_an_adapter_is_merged(out: Path, trio: Path, role: str) -> None:
+    pytest.importorskip("peft")
     # The expert's is over the anti, the base's over the base.
     over = {"expert": "anti", "base": "base"}[role]
-    adapter = make_adapter(trio / "adapter", trio, over)
+    adapter = make_adapter(trio / "adapter", trio / over, f"../{over}")
     edit(trio / "trio.json", **{role: "adapter", "merge_adapter": None})
     export(out, trio)
     target = {"expert": out / "expert", "base": out}[role]
@@ -186,12 +184,11 @@ def test_an_adapter_is_merged(out: Path, trio: Path, role: str) -> None:
 
 def test_gguf_is_unpacked(out: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    torch.manual_seed(0)
-    for role in ("base", "expert", "anti"):
+    for seed, role in enumerate(ROLES):
         (tmp_path / role).mkdir()
-        write_gguf(tmp_path / role / "m.gguf", tiny_qwen2(), make_tokenizer())
-    settings: dict[str, Any] = {"format": 1, **{role: role for role in ("base", "expert", "anti")}}
-    settings["gguf_file"] = dict.fromkeys(("base", "expert", "anti"), "m.gguf")
+        write_gguf(tmp_path / role / "m.gguf", tiny_qwen2(seed), make_tokenizer())
+    settings: dict[str, Any] = {"format": 1, **{role: role for role in ROLES}}
+    settings["gguf_file"] = dict.fromkeys(ROLES, "m.gguf")
     (tmp_path / "trio.json").write_text(json.dumps(settings))
     export(out, tmp_path)
     opened = ptk.load_trio(tmp_path)
@@ -286,13 +283,10 @@ def test_vocabularies_agree_as_in_load_trio(out: Path, trio: Path) -> None:
     said = json.loads((out / "config.json").read_text())
     assert written.vocab_size == said["proxy_tuning"]["vocab_size"] == 1536
     assert written.notes == ("base: 64 padding ids from 1536 on are never read",)
-    for role in ("base", "expert", "anti"):
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(SHIPPED / name, trio / role)
+    give_tokenizers(trio)
     text = (trio / "expert" / "tokenizer.json").read_text()
     swapped = text.replace('"A": 33', '"A": 34').replace('"B": 34', '"B": 33')
     (trio / "expert" / "tokenizer.json").write_text(swapped)
-    edit(trio / "trio.json", tokenizer=None)
     with pytest.raises(VocabularyError, match="2 ids that differ, first id 33: base 'A', expert"):
         export(out.parent / "other", trio)
     # One for all roles is what they then share.
@@ -308,15 +302,10 @@ def test_an_end_that_not_every_role_has_is_refused(out: Path, trio: Path) -> Non
 
 
 def test_chat_needs_one_template(out: Path, trio: Path) -> None:
-    for role in ("base", "expert", "anti"):
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(SHIPPED / name, trio / role)
+    give_tokenizers(trio)
+    for role in ROLES:
         (trio / role / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    edit(
-        trio / "trio.json",
-        tokenizer=None,
-        prompts=dict.fromkeys(("base", "expert", "anti"), "chat"),
-    )
+    edit(trio / "trio.json", prompts=dict.fromkeys(ROLES, "chat"))
     export(out, trio)
     assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages[0]['content'] }}"
     (trio / "expert" / "chat_template.jinja").write_text("other")
@@ -401,29 +390,24 @@ def test_nothing_is_left_of_what_fails(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def invoke(*arguments: str) -> Any:
-    result = CliRunner().invoke(app, ["export-vllm", *arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
 def test_the_command(tmp_path: Path) -> None:
     target = tmp_path / "a trio"
-    result = invoke("--trio", "shipped", "--alpha", "0.25", "--dtype", "float32", str(target))
+    settings = ["--alpha", "0.25", "--dtype", "float32"]
+    result = invoke("export-vllm", "--trio", "shipped", *settings, target)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [
-        *(f"{role}: linked from {SHIPPED / role}" for role in ("base", "expert", "anti")),
+        *(f"{role}: linked from {SHIPPED / role}" for role in ROLES),
         "vocabulary: 1536 ids that mean the same to every role",
         "vLLM runs float32 checkpoints in 16 bits unless it is told --dtype float32",
         f"vllm serve '{target}'",
     ]
     assert json.loads((target / "config.json").read_text())["proxy_tuning"]["alpha"] == 0.25
-    result = invoke("--trio", "shipped", "--force", "--copy", str(target))
+    result = invoke("export-vllm", "--trio", "shipped", "--force", "--copy", str(target))
     assert result.stdout.startswith("base: copied from ")
 
 
 def test_the_command_that_serves_it_where_it_lies() -> None:
-    result = invoke("--trio", "shipped", "--print-overrides", "--alpha", "0.5")
+    result = invoke("export-vllm", "--trio", "shipped", "--print-overrides", "--alpha", "0.5")
     assert result.exit_code == 0, result.output
     *command, overrides = shlex.split(result.stdout)
     assert command == [
@@ -458,10 +442,7 @@ def test_a_users_mistake_is_one_sentence(
     arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = invoke(*arguments)
-    assert (result.exit_code, result.stdout) == (code, "")
-    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
-    assert words in result.stderr
+    assert_one_sentence(invoke("export-vllm", *arguments), code, words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -469,7 +450,7 @@ def test_the_command_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
     [line] = examples("docs/vllm.md", "sh")
     program, command, *arguments = shlex.split(line)
     monkeypatch.chdir(tmp_path)
-    result = invoke(*arguments)
+    result = invoke(command, *arguments)
     assert (program, command, result.exit_code) == ("proxytune", "export-vllm", 0)
     assert result.stdout.endswith("\nvllm serve served\n")
     assert (tmp_path / "served" / "config.json").is_file()

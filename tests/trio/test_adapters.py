@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import proxytune_kernels as ptk
 from proxytune_kernels.trio import Trio, load_trio
 from proxytune_kernels.trio.adapters import beside
-from proxytune_kernels.trio.loading import LoadError
+from proxytune_kernels.trio.checkpoints import LoadError
+from tests.decoder.conftest import tiny_llama
+from tests.trio.checkpoints import SHIPPED, edit, make_adapter
 
 peft = pytest.importorskip("peft")
 
 # peft 0.21 asks transformers 5.23 for an attribute by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
 PROMPT = "Question: Tom has 3 pens and buys 4 more. How many pens does Tom have now?\nAnswer:"
 IDS = torch.tensor([[5, 6, 7, 200, 1000]])
 
@@ -34,24 +34,9 @@ def open_anti(dtype: str = "float32") -> Any:
     return AutoModelForCausalLM.from_pretrained(SHIPPED / "anti", dtype=dtype).eval()
 
 
-def make_adapter(directory: Path, **settings: Any) -> Path:
-    """An adapter for the shipped anti that does something; its weights are fp32."""
-    torch.manual_seed(3)
-    named = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
-    adapted = peft.get_peft_model(open_anti(), peft.LoraConfig(**named))
-    adapted.save_pretrained(directory)
-    edit(directory, base_model_name_or_path=str(SHIPPED / "anti"))
-    return directory
-
-
-def edit(directory: Path, **settings: Any) -> None:
-    file = directory / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
-
-
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("adapter") / "expert")
+    return make_adapter(tmp_path_factory.mktemp("adapter") / "expert", SHIPPED / "anti")
 
 
 @pytest.fixture
@@ -113,6 +98,11 @@ def test_the_decoder_gives_the_greedy_tokens(
     [output] = ptk.Decoder(trio).generate([PROMPT], params)
     assert output.token_ids == plain_greedy(trio, PROMPT, 16)
     merged = load_trio("shipped", expert=adapter, dtype="float32")
+    assert type(merged.expert) is type(merged.anti)
+    with torch.no_grad():
+        got, wanted = merged.expert(IDS).logits, trio.expert(IDS).logits
+    # fp32 products of 64 terms, summed in another order.
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert output.token_ids == plain_greedy(merged, PROMPT, 16)
 
 
@@ -136,7 +126,7 @@ def test_merging_is_the_default_and_a_trio_file_may_say_otherwise(
 def test_equal_weights_under_another_name_will_do(broken: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(SHIPPED / "anti", other)
-    edit(broken, base_model_name_or_path="../other")
+    edit(broken / "adapter_config.json", base_model_name_or_path="../other")
     trio = load(broken)
     own_and_shared(trio.expert, trio.anti)
     weights = load_file(other / "model.safetensors")
@@ -147,13 +137,13 @@ def test_equal_weights_under_another_name_will_do(broken: Path, tmp_path: Path) 
 
 
 def test_an_adapter_for_another_model_is_refused(broken: Path) -> None:
-    edit(broken, base_model_name_or_path=str(SHIPPED / "base"))
+    edit(broken / "adapter_config.json", base_model_name_or_path=str(SHIPPED / "base"))
     with pytest.raises(LoadError, match=r"anti must be the model that expert's adapter names"):
         load(broken)
-    edit(broken, base_model_name_or_path="no/such-model")
+    edit(broken / "adapter_config.json", base_model_name_or_path="no/such-model")
     with pytest.raises(LoadError, match=r"'no/such-model', or have its weights.* to compare them"):
         load(broken)
-    edit(broken, base_model_name_or_path=None)
+    edit(broken / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(
         LoadError, match=r"expert must be an adapter that names its model, got .*None"
     ):
@@ -187,7 +177,7 @@ def test_an_adapter_with_other_weights_is_refused(broken: Path) -> None:
 
 def test_an_adapter_that_sets_the_models_weights_is_refused(tmp_path: Path) -> None:
     # PiSSA starts from the largest singular values, and takes them off the weights.
-    directory = make_adapter(tmp_path / "expert", init_lora_weights="pissa")
+    directory = make_adapter(tmp_path / "expert", SHIPPED / "anti", init_lora_weights="pissa")
     with pytest.raises(LoadError, match=r"leaves the model's own weights as they are, .*merge it"):
         load(directory)
 
@@ -195,7 +185,7 @@ def test_an_adapter_that_sets_the_models_weights_is_refused(tmp_path: Path) -> N
 def test_an_adapter_that_is_not_lora_is_refused(tmp_path: Path) -> None:
     config = peft.LoHaConfig(r=2, target_modules=["q_proj"])
     peft.get_peft_model(open_anti(), config).save_pretrained(tmp_path)
-    edit(tmp_path, base_model_name_or_path=str(SHIPPED / "anti"))
+    edit(tmp_path / "adapter_config.json", base_model_name_or_path=str(SHIPPED / "anti"))
     with pytest.raises(LoadError, match=r"must have a LoRA adapter to keep it apart, got LOHA"):
         load(tmp_path)
 
@@ -238,12 +228,9 @@ def test_a_merged_expert_may_have_a_device_map(adapter: Path) -> None:
 def test_the_adapter_stands_beside_quantised_weights(quantization: str, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     # The shipped pair is too narrow for int4: an anti of the base's shape instead.
-    torch.manual_seed(3)
-    named = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    make_adapter(tmp_path, SHIPPED / "base")
     plain = AutoModelForCausalLM.from_pretrained(SHIPPED / "base", dtype="bfloat16")
-    adapted = peft.get_peft_model(plain, peft.LoraConfig(**named))
-    adapted.save_pretrained(tmp_path)
-    edit(tmp_path, base_model_name_or_path=str(SHIPPED / "base"))
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path)
     trio = load(tmp_path, anti=SHIPPED / "base", dtype="bfloat16", quantize=quantization)
     own, _ = own_and_shared(trio.expert, trio.anti)
     assert {tensor.dtype for tensor in own.values()} == {torch.float32}
@@ -309,14 +296,8 @@ def test_an_anti_with_the_adapter_in_it_is_refused(peft_expert: Any) -> None:
 
 
 def test_an_adapter_with_biases_for_the_model_is_refused(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, attention_bias=True,
-    )  # fmt: skip
-    adapted = peft.get_peft_model(
-        LlamaForCausalLM(config), peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all")
-    )
-    adapted.save_pretrained(tmp_path)
-    model = LlamaForCausalLM(config)
+    model, other = (tiny_llama(0, 16, 1, attention_bias=True).float() for _ in range(2))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    peft.get_peft_model(other, config).save_pretrained(tmp_path)
     with pytest.raises(LoadError, match=r"leaves the model's own weights as they are"):
         beside("expert", model, tmp_path)

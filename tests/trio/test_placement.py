@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import proxytune_kernels as ptk
 from proxytune_kernels.trio import checkpoints
-from proxytune_kernels.trio.loading import LoadError
-from proxytune_kernels.trio.sharing import sharing_copy
+from proxytune_kernels.trio.adapters import copy_modules
+from proxytune_kernels.trio.checkpoints import LoadError
+from tests.decoder.conftest import tiny_llama
 
 pytest.importorskip("accelerate")
 
@@ -116,15 +116,10 @@ def test_offloaded_weights_are_not_quantised() -> None:
 def test_the_hooks_of_a_sharing_copy_act_on_the_copy() -> None:
     from accelerate import cpu_offload
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_llama(0, 16).float()
     wanted = model(IDS).logits
     cpu_offload(model, execution_device=torch.device("cpu"))
-    twin = sharing_copy(model)
+    twin = copy_modules(model)
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("the hook of the model itself")

@@ -7,39 +7,34 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import proxytune_kernels as ptk
-from proxytune_kernels.trio.loading import LoadError
+from proxytune_kernels.trio.adapters import copy_modules
+from proxytune_kernels.trio.checkpoints import LoadError
 from proxytune_kernels.trio.quantization import QuantizationError, quantization_of, weight_bytes
-from proxytune_kernels.trio.sharing import sharing_copy
+from tests.decoder.conftest import tiny_llama
+from tests.trio.checkpoints import SHIPPED
 
 pytest.importorskip("torchao")
 
-SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
 PROMPTS = ["Tom has 3 pens", "1 + 1 ="]
 IDS = torch.tensor([[5, 6, 7, 200]])
 
 
 def make_model(hidden: int = 64, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=hidden,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        attention_bias=True,
-        **{"tie_word_embeddings": True, **settings},
-    )
-    model = LlamaForCausalLM(config).eval().to(dtype)
+    defaults: dict[str, Any] = {
+        "intermediate_size": 96,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    }
+    defaults |= {"vocab_size": 259, "initializer_range": 0.02}
+    model = tiny_llama(0, hidden, **{**defaults, **settings}).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
@@ -155,7 +150,7 @@ def packed_tensors() -> int:
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_a_sharing_copy_holds_the_packed_tensors(quantization: str) -> None:
     model = ptk.quantize(make_model(), quantization)
-    twin = sharing_copy(model)
+    twin = copy_modules(model)
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
     assert twin.model.layers[0].mlp is not model.model.layers[0].mlp
     assert torch.equal(twin(IDS).logits, model(IDS).logits)
@@ -223,13 +218,7 @@ def test_a_trio_file_may_say_it(tmp_path: Path) -> None:
 def test_what_cannot_be_quantised(
     model: dict[str, Any], arguments: tuple[str, ...], message: str
 ) -> None:
-    settings = {"intermediate_size": 96, **model}
-    torch.manual_seed(0)
-    hidden, dtype = settings.pop("hidden", 64), settings.pop("dtype", torch.float32)
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, **settings
-    )
-    made = LlamaForCausalLM(config).to(dtype)
+    made = make_model(**model)
     quantization, *device = arguments
     with pytest.raises(QuantizationError, match=message):
         ptk.quantize(made, quantization, device=device[0] if device else None)

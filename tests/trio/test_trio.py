@@ -8,54 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
 from proxytune_kernels.trio import Trio, load_trio
-from proxytune_kernels.trio.loading import LoadError
+from proxytune_kernels.trio.checkpoints import LoadError
 from proxytune_kernels.trio.vocabulary import VocabularyError
-from tests.trio.gguf_file import tiny_qwen2, write_gguf
-
-CHAT = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}|{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def make_tokenizer(*, swap: bool = False, chat: bool = True, extra: tuple[str, ...] = ()) -> Any:
-    tokens = ["<pad>", "<s>", "</s>", *ALPHABET]
-    if swap:
-        tokens[10], tokens[11] = tokens[11], tokens[10]
-    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(extra)})
-    tokenizer.chat_template = CHAT if chat else None
-    return tokenizer
+from tests.decoder.conftest import tiny_llama
+from tests.trio.checkpoints import ALPHABET, make_tokenizer, tiny_qwen2, write_gguf
 
 
 def make_model(seed: int, vocab_size: int = 259, eos: int | list[int] = 2) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_llama(seed, 16, 1, vocab_size=vocab_size, max_position_embeddings=64).float()
     model.generation_config.eos_token_id = eos
     return model
 
@@ -255,28 +217,6 @@ def test_bad_trio_files(saved: Path, tmp_path: Path, text: str, message: str) ->
         load_trio(tmp_path)
 
 
-# peft 0.21 asks transformers 5.23 for an attribute by its old name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_a_lora_adapter_is_merged(saved: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    (tmp_path / "anti").symlink_to(saved / "anti")
-    named = {"base_model_name_or_path": "../anti"}
-    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    adapted = peft.get_peft_model(make_model(2), config)
-    adapted.save_pretrained(tmp_path / "expert")
-    file = tmp_path / "expert" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **named}))
-    make_tokenizer().save_pretrained(tmp_path / "expert")
-    trio = load_trio(base=saved / "base", expert=tmp_path / "expert", anti=tmp_path / "anti")
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        wanted, got, plain = (m(ids).logits for m in (adapted.eval(), trio.expert, trio.anti))
-    assert type(trio.expert) is LlamaForCausalLM
-    # fp32 products of 16 terms, summed in another order.
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    assert (got - plain).abs().max() > 0.01
-
-
 def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")
@@ -286,7 +226,6 @@ def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
 
 def test_gguf_is_unpacked(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    torch.manual_seed(0)
     model = tiny_qwen2()
     write_gguf(tmp_path / "tiny.gguf", model, make_tokenizer())
     trio = load_trio(base=tmp_path, gguf_file={"base": "tiny.gguf"}, dtype="float32")

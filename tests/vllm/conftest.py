@@ -40,6 +40,7 @@ def imported() -> None:
     """Import vLLM; the notes on deprecation of what it imports are not ours to mend."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        import vllm.compilation.backends
         import vllm.entrypoints.llm
         import vllm.v1.engine.core
         import vllm.v1.worker.cpu_worker  # noqa: F401

@@ -15,9 +15,10 @@ pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.vllm.trios import logits, save_model, save_trio, write_trio
+from tests.vllm.trios import ask, generate, logits, save_model, save_trio, write_trio
 
 PROMPT = list(b"hello world")
+# vLLM's int8 kernels for a CPU with AMX take two bytes only.
 INT8 = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
@@ -66,27 +67,20 @@ def methods(model: Any) -> dict[str, str]:
     }
 
 
-def generate(llm: Any, extra: dict[str, float] | None) -> list[int]:
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, extra_args=extra)
-    (output,) = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
-    return list(output.outputs[0].token_ids)
-
-
 def test_the_expert_is_quantised(make_llm: Callable[..., Any], tmp_path: Path) -> None:
     anti = save_model(tmp_path, "anti")
     expert = quantised(save_model(tmp_path, "expert"), tmp_path / "int8")
-    alone = generate(make_llm(expert), None)
+    [alone] = generate(make_llm(expert, dtype="bfloat16"), [PROMPT], [None], 16)
     trio = write_trio(tmp_path / "trio", {"base": anti, "expert": expert, "anti": anti})
-    llm = make_llm(trio)
+    llm = make_llm(trio, dtype="bfloat16")
     assert llm.llm_engine.apply_model(methods)[0] == {
         "base": "UnquantizedLinearMethod",
         "expert": "CompressedTensorsLinearMethod",
         "anti": "UnquantizedLinearMethod",
     }
     # anti + (expert - anti)
-    assert generate(llm, {"alpha": 1.0}) == alone != generate(llm, {"alpha": 0.0})
+    steered, base = generate(llm, [PROMPT] * 2, [1.0, 0.0], 16)
+    assert steered == alone != base
 
 
 def test_the_base_is_quantised_and_weights_are_dummies(
@@ -94,31 +88,26 @@ def test_the_base_is_quantised_and_weights_are_dummies(
 ) -> None:
     members = {role: save_model(tmp_path, role) for role in ("expert", "anti")}
     base = quantised(save_model(tmp_path, "llama"), tmp_path / "int8")
-    llm = make_llm(write_trio(tmp_path / "trio", {"base": base, **members}), load_format="dummy")
+    trio = write_trio(tmp_path / "trio", {"base": base, **members})
+    llm = make_llm(trio, load_format="dummy", dtype="bfloat16")
     assert llm.llm_engine.apply_model(methods)[0] == {
         "base": "CompressedTensorsLinearMethod",
         "expert": "UnquantizedLinearMethod",
         "anti": "UnquantizedLinearMethod",
     }
-    assert len(generate(llm, None)) == 16
+    assert len(generate(llm, [PROMPT], [None], 16)[0]) == 16
 
 
 def test_a_dtype_of_two_bytes(make_llm: Callable[..., Any], tmp_path: Path) -> None:
     """Alpha's bits travel in two columns; what it gives is near the fp32 reference."""
-    from vllm import SamplingParams
-
     trio = save_trio(tmp_path, "llama")
     llm = make_llm(trio, dtype="bfloat16")
     alphas = [1.0, -0.37, 0.1]
-    params = [
-        SamplingParams(temperature=0, max_tokens=1, logprobs=5, extra_args={"alpha": alpha})
-        for alpha in alphas
-    ]
-    prompts = [{"prompt_token_ids": PROMPT}] * len(alphas)
-    for alpha, output in zip(alphas, llm.generate(prompts, params, use_tqdm=False), strict=True):
+    outputs = ask(llm, [PROMPT] * len(alphas), alphas, 1, logprobs=5)
+    for alpha, output in zip(alphas, outputs, strict=True):
         exact = logits(trio, PROMPT, alpha, torch.float64)
         # transformers' own forwards in bf16 are as far from the exact ones.
         error = float((logits(trio, PROMPT, alpha, torch.bfloat16) - exact).abs().max())
         wanted = exact[-1].log_softmax(-1)
-        for token, said in output.outputs[0].logprobs[0].items():
+        for token, said in output.logprobs[0].items():
             assert abs(said.logprob - float(wanted[token])) <= 4 * error

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs these")
 
-from tests.vllm.trios import rounding, save_trio
+from tests.vllm.trios import generate, rounding, save_trio
 
 BLOCKS, BLOCK_SIZE = 9, 32
 ALPHAS = (0.0, 0.5, 1.0, 1.7, -0.8, None)
@@ -75,18 +75,12 @@ def test_a_prefix_in_the_cache_serves_another_alpha(
     make_llm: Callable[..., Any], tmp_path: Path
 ) -> None:
     """The cache holds each member's keys and values, which alpha does not change."""
-    from vllm import SamplingParams
-
     trio = save_trio(tmp_path, "llama")
     llm = make_llm(trio, enable_prefix_caching=True, block_size=32, disable_log_stats=False)
     prompt = list(b"one prefix for several requests, longer than a block: ")
     for alpha in (1.0, -0.5):
         before = counter(llm, "vllm:prefix_cache_hits")
-        params = SamplingParams(
-            temperature=0, max_tokens=12, ignore_eos=True, extra_args={"alpha": alpha}
-        )
-        (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-        tokens = list(output.outputs[0].token_ids)
+        [tokens] = generate(llm, [prompt], [alpha], 12)
         x, error = rounding(trio, prompt + tokens[:-1], alpha)
         rows = x[len(prompt) - 1 :]
         chosen = rows[range(len(tokens)), tokens]

@@ -16,6 +16,7 @@ import proxytune_kernels as ptk
 from proxytune_kernels.integrations.vllm_plugin.export import export, serve_command
 from tests.documents import examples
 from tests.vllm.conftest import close, kernels_registered
+from tests.vllm.trios import generate, greedy
 
 PROMPT = "Question: Ann has 2 pens and buys 5 more. How many pens does Ann have now?\nAnswer:"
 ALPHAS = (0.0, 0.5, 1.0)
@@ -33,32 +34,16 @@ def test_the_example_of_the_documentation(
     assert "1.0  3 + 4 = 7" in capsys.readouterr().out
 
 
-def ask(llm: Any) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, extra_args={"alpha": alpha})
-        for alpha in ALPHAS
-    ]
-    outputs = llm.generate([PROMPT] * len(ALPHAS), params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     decoder = ptk.Decoder(ptk.load_trio("shipped", dtype="float32"))
-    params = [
-        ptk.SamplingParams(alpha=alpha, temperature=0, max_tokens=16, ignore_eos=True)
-        for alpha in ALPHAS
-    ]
-    return [output.token_ids for output in decoder.generate([PROMPT] * len(ALPHAS), params)]
+    prompts = [PROMPT] * len(ALPHAS)
+    return [output.token_ids for output in decoder.generate(prompts, greedy(ALPHAS, 16))]
 
 
 def test_overrides_steer_a_base_where_it_lies(
     make_llm: Callable[..., Any], expected: list[list[int]]
 ) -> None:
-    from vllm import SamplingParams
-
     command = serve_command("shipped", alpha=0.5)
     options = dict(zip(command[3::2], command[4::2], strict=True))
     llm = make_llm(
@@ -66,11 +51,8 @@ def test_overrides_steer_a_base_where_it_lies(
         tokenizer=options["--tokenizer"],
         hf_overrides=json.loads(options["--hf-overrides"]),
     )
-    assert ask(llm) == expected
-    [plain] = llm.generate(
-        [PROMPT], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False
-    )
-    assert list(plain.outputs[0].token_ids) == expected[ALPHAS.index(0.5)]
+    asked, wanted = [*ALPHAS, None], [*expected, expected[ALPHAS.index(0.5)]]
+    assert generate(llm, [PROMPT] * len(asked), asked, 16) == wanted
 
 
 def test_a_directory_of_copies_opens_wherever_it_is(
@@ -83,4 +65,4 @@ def test_a_directory_of_copies_opens_wherever_it_is(
     (tmp_path / "here").rename(tmp_path / "there")
     monkeypatch.chdir(tmp_path)
     # Named by a relative path, as on a command line.
-    assert ask(make_llm("there")) == expected
+    assert generate(make_llm("there"), [PROMPT] * len(ALPHAS), ALPHAS, 16) == expected

@@ -10,8 +10,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs these")
 
-import proxytune_kernels as ptk
-from tests.vllm.trios import decode, save_model, write_trio
+from tests.vllm.trios import decode, generate, greedy, save_model, write_trio
 
 ALPHAS = [1.0, 0.0, -1.0]
 PROMPTS = [list(b"hello world"), [97], list(b"proxy tuning " * 9)]
@@ -27,8 +26,6 @@ def test_two_processes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from vllm import SamplingParams
-
     # vLLM's own choice wants a NUMA node for each.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     members = {
@@ -45,19 +42,8 @@ def test_two_processes(
     )
     llm.collective_rpc("make_intermediate_tensors")
     llm.collective_rpc("count_gathers")
-    params = [
-        SamplingParams(
-            temperature=0, max_tokens=TOKENS, ignore_eos=True, extra_args={"alpha": alpha}
-        )
-        for alpha in ALPHAS
-    ]
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    ours = [
-        ptk.SamplingParams(alpha=a, temperature=0, max_tokens=TOKENS, ignore_eos=True)
-        for a in ALPHAS
-    ]
-    assert [list(o.outputs[0].token_ids) for o in outputs] == decode(trio, PROMPTS, ours)
+    got = generate(llm, PROMPTS, ALPHAS, TOKENS)
+    assert got == decode(trio, PROMPTS, greedy(ALPHAS, TOKENS))
     if kind == "tensor":
         for shapes in llm.collective_rpc("gathered"):
             # A step gives each of the requests in it a row at most, and there are three requests:

@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs
 
 import proxytune_kernels as ptk
 from proxytune_kernels.integrations.vllm_plugin.export import export
-from tests.vllm.trios import decode, rounding, save_trio
+from tests.vllm.trios import decode, generate, greedy, rounding, save_trio
 
 ALPHAS = [1.0, 0.0, 0.5, -1.0]
 PROMPTS: list[list[int]] = [list(b"hello world"), [97], list(b"proxy tuning " * 9), list(b"zz 123")]
@@ -30,33 +30,13 @@ TRIOS = {
 }
 
 
-def generate(llm: Any, prompts: list[list[int]], alphas: list[float | None]) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=TOKENS,
-            ignore_eos=True,
-            extra_args=None if alpha is None else {"alpha": alpha},
-        )
-        for alpha in alphas
-    ]
-    requests = [{"prompt_token_ids": ids} for ids in prompts]
-    return [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
-
-
 @pytest.mark.parametrize("members", TRIOS.values(), ids=TRIOS)
 def test_tokens_are_the_decoders(
     members: tuple[str, ...], make_llm: Callable[..., Any], tmp_path: Path
 ) -> None:
     trio = save_trio(tmp_path, *members)
-    got = generate(make_llm(trio), PROMPTS, list(ALPHAS))
-    params = [
-        ptk.SamplingParams(alpha=a, temperature=0, max_tokens=TOKENS, ignore_eos=True)
-        for a in ALPHAS
-    ]
-    assert got == decode(trio, PROMPTS, params)
+    got = generate(make_llm(trio), PROMPTS, ALPHAS, TOKENS)
+    assert got == decode(trio, PROMPTS, greedy(ALPHAS, TOKENS))
     for prompt, alpha, tokens in zip(PROMPTS, ALPHAS, got, strict=True):
         exact, error = rounding(trio, prompt + tokens[:-1], alpha)
         best = exact[len(prompt) - 1 :].topk(2).values
@@ -69,10 +49,6 @@ def test_the_shipped_trio(make_llm: Callable[..., Any], tmp_path: Path) -> None:
     trio = ptk.load_trio("shipped", dtype="float32")
     prompt = "Question: Ann has 2 pens and buys 5 more. How many pens does Ann have now?\nAnswer:"
     ids = trio.tokenize(prompt)["base"]
-    params = [
-        ptk.SamplingParams(alpha=a, temperature=0, max_tokens=TOKENS, ignore_eos=True)
-        for a in ALPHAS
-    ]
-    outputs = ptk.Decoder(trio).generate([ids] * len(ALPHAS), params)
+    outputs = ptk.Decoder(trio).generate([ids] * len(ALPHAS), greedy(ALPHAS, TOKENS))
     wanted = [list(output.token_ids) for output in outputs]
-    assert generate(make_llm(exported), [ids] * len(ALPHAS), list(ALPHAS)) == wanted
+    assert generate(make_llm(exported), [ids] * len(ALPHAS), ALPHAS, TOKENS) == wanted

@@ -29,6 +29,13 @@ def trio(root: Path) -> Path:
     return save_trio(root, "llama")
 
 
+@pytest.fixture
+def members(root: Path) -> dict[str, Path]:
+    """The members of ``trio``, to be changed."""
+    roles = {"base": "llama", "expert": "expert", "anti": "anti"}
+    return {role: save_model(root, name) for role, name in roles.items()}
+
+
 def engine_config(directory: Path, **settings: Any) -> Any:
     """Settings of an engine, checked as when one starts."""
     from vllm.engine.arg_utils import EngineArgs
@@ -115,7 +122,6 @@ def test_eagle(trio: Path, root: Path) -> None:
         engine_config(trio, speculative_config=eagle)
 
 
-ROLES = {"base": "llama", "expert": "expert", "anti": "anti"}
 ORDINARY = {
     "model": "somewhere",
     "architectures": ["SomeForCausalLM"],
@@ -136,7 +142,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_of_other_kinds(kind: str) -> None:
-    from proxytune_kernels.integrations.vllm_plugin.checks import check_member
+    from proxytune_kernels.integrations.vllm_plugin.config import check_member
 
     check_member("anti", SimpleNamespace(**ORDINARY))
     value, sentence = KINDS[kind]
@@ -144,8 +150,7 @@ def test_members_of_other_kinds(kind: str) -> None:
         check_member("anti", SimpleNamespace(**{**ORDINARY, kind: value}))
 
 
-def test_a_state_space_base(root: Path, tmp_path: Path) -> None:
-    members = {role: save_model(root, name) for role, name in ROLES.items()}
+def test_a_state_space_base(members: dict[str, Path], root: Path, tmp_path: Path) -> None:
     members["base"] = tmp_path / "mamba"
     shutil.copytree(root / "llama", members["base"])
     transformers.MambaConfig(
@@ -158,9 +163,8 @@ def test_a_state_space_base(root: Path, tmp_path: Path) -> None:
         engine_config(write_trio(tmp_path / "trio", members))
 
 
-def test_tokenizers_that_differ(root: Path, tmp_path: Path) -> None:
+def test_tokenizers_that_differ(members: dict[str, Path], tmp_path: Path) -> None:
     """Same width, other tokens: refused whether the width is given or not."""
-    members = {role: save_model(root, name) for role, name in ROLES.items()}
     other = tmp_path / "other"
     shutil.copytree(members["expert"], other)
     word_tokenizer(VOCAB_SIZE).save_pretrained(other)
@@ -172,9 +176,8 @@ def test_tokenizers_that_differ(root: Path, tmp_path: Path) -> None:
             engine_config(trio)
 
 
-def test_tokens_that_not_every_member_has(root: Path, tmp_path: Path) -> None:
-    members = {role: save_model(root, name) for role, name in ROLES.items()}
-    members["expert"] = Path(shutil.copytree(root / "expert", tmp_path / "fewer"))
+def test_tokens_that_not_every_member_has(members: dict[str, Path], tmp_path: Path) -> None:
+    members["expert"] = Path(shutil.copytree(members["expert"], tmp_path / "fewer"))
     file = members["expert"] / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     tokenizer["model"]["merges"] = []
@@ -188,8 +191,7 @@ def test_tokens_that_not_every_member_has(root: Path, tmp_path: Path) -> None:
     assert found.model_config.hf_config.proxy_tuning["vocab_size"] == shared
 
 
-def test_no_tokenizer_to_compare_and_no_width_given(root: Path, tmp_path: Path) -> None:
-    members = {role: save_model(root, name) for role, name in ROLES.items()}
+def test_neither_a_tokenizer_nor_a_width(members: dict[str, Path], tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(members["anti"] / "config.json", bare)
@@ -198,8 +200,9 @@ def test_no_tokenizer_to_compare_and_no_width_given(root: Path, tmp_path: Path) 
         engine_config(trio)
 
 
-def test_the_length_is_the_shortest_members(root: Path, tmp_path: Path) -> None:
-    members = {role: save_model(root, name) for role, name in ROLES.items()}
+def test_the_length_is_the_shortest_members(
+    members: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
     members["expert"] = save_model(root, "expert", max_position_embeddings=96)
     config = engine_config(write_trio(tmp_path / "trio", members), max_model_len=None)
     assert config.model_config.max_model_len == 96

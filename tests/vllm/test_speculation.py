@@ -10,8 +10,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs these")
 
-import proxytune_kernels as ptk
-from tests.vllm.trios import decode, save_model, save_trio
+from tests.vllm.trios import decode, generate, greedy, save_model, save_trio
 
 # numba, about vLLM's n-gram search.
 pytestmark = pytest.mark.filterwarnings("ignore:\\s*Encountered the use of a type")
@@ -47,32 +46,20 @@ def speculating(
 
 
 def test_greedy_tokens(speculating: tuple[Path, Any]) -> None:
-    from vllm import SamplingParams
-
     trio, llm = speculating
-    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    ours = ptk.SamplingParams(alpha=0.5, temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    assert [list(o.outputs[0].token_ids) for o in outputs] == decode(
-        trio, PROMPTS, [ours] * len(PROMPTS)
-    )
+    got = generate(llm, PROMPTS, [None] * len(PROMPTS), TOKENS)
+    assert got == decode(trio, PROMPTS, greedy([0.5] * len(PROMPTS), TOKENS))
     drafted = {m.name: m.value for m in llm.get_metrics() if "spec_decode_num_draft" in m.name}
     assert drafted["vllm:spec_decode_num_draft_tokens"] > 0
 
 
 def test_an_alpha_that_would_be_dropped_is_refused(speculating: tuple[Path, Any]) -> None:
-    from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
     _, llm = speculating
-    params = SamplingParams(max_tokens=2, extra_args={"alpha": 0.5})
     with pytest.raises(
         VLLMValidationError, match="own alpha does not reach the model under speculative"
     ):
-        llm.generate([{"prompt_token_ids": [97]}], params, use_tqdm=False)
+        generate(llm, [[97]], [0.5], 2)
     # The engine goes on.
-    (output,) = llm.generate(
-        [{"prompt_token_ids": [97]}], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False
-    )
-    assert len(output.outputs[0].token_ids) == 2
+    assert len(generate(llm, [[97]], [None], 2)[0]) == 2

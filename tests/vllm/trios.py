@@ -153,6 +153,30 @@ def rounding(directory: Path, token_ids: Sequence[int], alpha: float) -> tuple[T
     return exact, 8 * float(own)
 
 
+def greedy(alphas: Sequence[float], tokens: int) -> list[ptk.SamplingParams]:
+    """Greedy decoding of so many tokens, for :func:`decode`."""
+    settings: dict[str, Any] = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
+    return [ptk.SamplingParams(alpha=alpha, **settings) for alpha in alphas]
+
+
+def ask(
+    llm: Any, prompts: Sequence[Any], alphas: Sequence[float | None], tokens: int, **more: Any
+) -> list[Any]:
+    """vLLM's greedy outputs for prompts, texts or token ids; None is the directory's alpha."""
+    from vllm import SamplingParams
+
+    settings = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, **more}
+    extra = [None if alpha is None else {"alpha": alpha} for alpha in alphas]
+    params = [SamplingParams(extra_args=own, **settings) for own in extra]
+    given = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
+    return [output.outputs[0] for output in llm.generate(given, params, use_tqdm=False)]
+
+
+def generate(llm: Any, *arguments: Any, **more: Any) -> list[list[int]]:
+    """The token ids of :func:`ask`."""
+    return [list(output.token_ids) for output in ask(llm, *arguments, **more)]
+
+
 def decode(directory: Path, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
     """Our decoder's tokens, fp32."""
     trio = load(str(directory), torch.float32)

@@ -30,9 +30,8 @@ from proxytune_kernels.integrations.hf.inputs import (
     refuse,
 )
 from proxytune_kernels.integrations.hf.saving import SavedByName
-from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio import Trio, model_info
 from proxytune_kernels.trio.adapters import unwrapped
-from proxytune_kernels.trio.describe import model_info
 from proxytune_kernels.trio.roles import ROLES
 
 _ROWS = 64

@@ -3,7 +3,6 @@
 Importing this registers it. docs/lm_eval.md says how to run it.
 """
 
-from proxytune_kernels.integrations.lm_eval_model.model import ProxyTuneLM
-from proxytune_kernels.integrations.lm_eval_model.runs import evaluate_alphas
+from proxytune_kernels.integrations.lm_eval_model.model import ProxyTuneLM, evaluate_alphas
 
 __all__ = ["ProxyTuneLM", "evaluate_alphas"]

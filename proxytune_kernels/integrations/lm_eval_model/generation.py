@@ -14,7 +14,7 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-from proxytune_kernels.decoder import Decoder
+from proxytune_kernels.decoder.pool import DecoderPool
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 
@@ -118,21 +118,23 @@ class Generator:
     Args:
         trio: the models.
         max_batch_size: requests that run at the same time.
+        max_length: tokens of prompt and output at most.
         backend: of the sampling op.
     """
 
-    def __init__(self, trio: Trio, max_batch_size: int, backend: str | None) -> None:
+    def __init__(
+        self, trio: Trio, max_batch_size: int, max_length: int, backend: str | None
+    ) -> None:
         self._trio = trio
-        self._max_batch_size = max_batch_size
-        self._backend = backend
-        self._decoder: Decoder | None = None
+        self._pool = DecoderPool(max_batch_size, max_length, backend=backend)
 
     def generate(self, requests: Sequence[Generation], alphas: Sequence[float], done: Any) -> None:
         """Decode requests; each text goes to ``done(request, alpha's place, text)``."""
         # The longest first, as its caches are what may not fit; copies of a prompt together.
         order = sorted(range(len(requests)), key=lambda i: -requests[i].length)
         jobs = [(i, a) for i in order for a in range(len(alphas))]
-        decoder = self._fitting(requests[order[0]].length, len(jobs))
+        longest = requests[order[0]].length
+        decoder = self._pool.decoder_for(self._trio, requests=len(jobs), tokens=longest)
         prompts = [requests[i].prompt for i, _ in jobs]
         params = [replace(requests[i].params, alpha=alphas[a]) for i, a in jobs]
         for event in decoder.stream(prompts, params):
@@ -145,13 +147,3 @@ class Generator:
         text = self._trio.tokenizer.decode(token_ids, skip_special_tokens=True)
         cut: str = postprocess_generated_text(text, list(until), None)
         return cut
-
-    def _fitting(self, length: int, jobs: int) -> Decoder:
-        """A decoder whose slots hold ``length`` tokens; the last one if it does."""
-        slots = min(self._max_batch_size, jobs)
-        decoder = self._decoder
-        if decoder is None or decoder.max_seq_len < length or decoder.max_batch_size < slots:
-            self._decoder = None  # its caches go before the next ones come
-            decoder = Decoder(self._trio, slots, length, backend=self._backend)
-            self._decoder = decoder
-        return decoder

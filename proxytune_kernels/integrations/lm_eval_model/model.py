@@ -1,25 +1,27 @@
-"""The registered model: lm_eval's requests to token ids, and scores and texts back."""
+"""The registered model: lm_eval's requests to token ids, and scores and texts back.
+
+Tasks under several alphas: lm_eval's own evaluation once for each, the forwards once for all.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import utils
+from lm_eval import simple_evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
-from proxytune_kernels.integrations.lm_eval_model.arguments import (
-    open_trio,
-    positive,
-    shortest_context,
-)
+from proxytune_kernels.decoder.arguments import size
 from proxytune_kernels.integrations.lm_eval_model.generation import (
     Generation,
     Generator,
@@ -28,12 +30,19 @@ from proxytune_kernels.integrations.lm_eval_model.generation import (
 )
 from proxytune_kernels.integrations.lm_eval_model.scoring import Score, Scorer
 from proxytune_kernels.params import check_alpha
-from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio import Trio, load_trio
+
+MODEL = "proxytune"
+"""The model's name in lm_eval."""
 
 _MAX_GEN_TOKS = 256  # lm_eval's own default
+_LM_EVAL_DEVICE = "cuda:0"
+"""What lm_eval's command line passes where it is given no device."""
+
+_log = logging.getLogger(__name__)
 
 
-@register_model("proxytune")
+@register_model(MODEL)
 class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """A trio as a model of lm_eval.
 
@@ -84,11 +93,11 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         **loading: Any,
     ) -> None:
         super().__init__()
-        self.trio = open_trio(trio, device, loading)
+        self.trio = _open_trio(trio, device, loading)
         self.tokenizer = self.trio.tokenizer
-        self.batch_size = positive("batch_size", batch_size)
-        self.max_length = shortest_context(self.trio, max_length)
-        self.max_gen_toks = positive("max_gen_toks", max_gen_toks)
+        self.batch_size = _positive("batch_size", batch_size)
+        self.max_length = _shortest_context(self.trio, max_length)
+        self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
         self.add_bos_token = add_bos_token
         self._prefix_token_id = prefix_token_id
         self._seed = seed
@@ -101,7 +110,7 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             model.get_input_embeddings().weight.shape[0] for model in self.trio.models.values()
         )
         self._scorer = Scorer(self.trio, backend)
-        self._generator = Generator(self.trio, self.batch_size, backend)
+        self._generator = Generator(self.trio, self.batch_size, self.max_length, backend)
 
     @property
     def alpha(self) -> float:
@@ -297,3 +306,117 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             )
         ids = array("q", (len(context), *context, *continuation))
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def evaluate_alphas(
+    lm: ProxyTuneLM,
+    alphas: Sequence[float],
+    *,
+    name: str | None = None,
+    output_path: str | None = None,
+    log_samples: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Evaluate tasks for each alpha in turn.
+
+    Args:
+        lm: the model; its own alpha is not used.
+        alphas: each once. The forwards run for the first of them, for all.
+        name: of the results' folders, ``NAME-alpha-0.5``; None is the base's.
+        output_path: where lm_eval writes results, and samples with ``log_samples``; None is
+            nowhere.
+        model_args: what the results say that the model was made with.
+        arguments: of ``lm_eval.simple_evaluate``: tasks, num_fewshot, limit, task_manager, ...
+
+    Returns:
+        (alpha, what ``simple_evaluate`` returned, with ``samples`` if logged).
+
+    Raises:
+        ValueError, OSError: as ``simple_evaluate``; a folder that can't be made.
+
+    Example:
+        >>> lm = ProxyTuneLM("shipped")
+        >>> list(evaluate_alphas(lm, [], tasks=[]))
+        []
+    """
+    if name is None:
+        name = Path(lm.trio.base.config._name_or_path).name or MODEL
+    if output_path is not None:
+        # lm_eval would only log, after all has run, that results can't be written.
+        folder = Path(output_path)
+        (folder.parent if folder.suffix == ".json" else folder).mkdir(parents=True, exist_ok=True)
+    for alpha in lm.each_alpha(alphas):
+        tracker = EvaluationTracker(output_path=output_path)
+        results = simple_evaluate(
+            model=lm,
+            model_args={**(model_args or {}), "alpha": alpha},
+            batch_size=lm.batch_size,
+            device=str(lm.device),
+            evaluation_tracker=tracker,
+            log_samples=log_samples,
+            **arguments,
+        )
+        # lm_eval knows a model that it did not make itself by its class alone.
+        results["config"]["model"] = MODEL
+        general = tracker.general_config_tracker
+        general.model_source = MODEL
+        general.model_name = f"{name}-alpha-{alpha:g}"
+        general.model_name_sanitized = utils.sanitize_model_name(general.model_name)
+        _save(tracker, results)
+        yield alpha, results
+
+
+def _save(tracker: EvaluationTracker, results: dict[str, Any]) -> None:
+    samples = results.get("samples")
+    summary = {key: value for key, value in results.items() if key != "samples"}
+    tracker.save_results_aggregated(results=summary, samples=samples)
+    for task, own in (samples or {}).items():
+        tracker.save_results_samples(task_name=task, samples=own)
+
+
+def _open_trio(trio: Any, device: str | None, loading: Mapping[str, Any]) -> Trio:
+    """The trio itself, or loaded; with one prompt for all roles."""
+    if isinstance(trio, Trio):
+        if loading:
+            raise ValueError(f"{next(iter(loading))} must not be given with a Trio")
+        opened = trio
+    else:
+        if device == _LM_EVAL_DEVICE and not torch.cuda.is_available():
+            _log.warning(
+                "device is the CPU: torch has no CUDA device here, and cuda:0 is what "
+                "lm_eval asks for where --device is not given"
+            )
+            device = "cpu"
+        opened = load_trio(trio, device=device, **loading)
+    chat = [role for role, style in opened.prompts.items() if style == "chat"]
+    if chat:
+        raise ValueError(
+            f"prompts of {', '.join(chat)} must be 'plain', got 'chat': lm_eval gives one context "
+            "for all roles (--apply-chat-template makes it a chat for all of them)"
+        )
+    return opened
+
+
+def _positive(name: str, value: Any) -> int:
+    """A count of at least 1, perhaps written out."""
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    return size(name, value)
+
+
+def _shortest_context(trio: Trio, value: int | None) -> int:
+    """``max_length``: as asked for, or the shortest context of the roles."""
+    contexts: dict[str, int] = {
+        role: resolve_max_length(model.config.get_text_config(decoder=True), trio.tokenizer)
+        for role, model in trio.models.items()
+    }
+    shortest = min(contexts, key=contexts.__getitem__)
+    if value is None:
+        return contexts[shortest]
+    if _positive("max_length", value) > contexts[shortest]:
+        raise ValueError(
+            f"max_length must be at most {contexts[shortest]}, the context of {shortest}, "
+            f"got {value}"
+        )
+    return value

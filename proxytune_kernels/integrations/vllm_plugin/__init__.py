@@ -15,7 +15,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from proxytune_kernels.integrations.vllm_plugin.checks import ProxyTunedConfig
+    from proxytune_kernels.integrations.vllm_plugin.config import ProxyTunedConfig
 
     # By name: what the model imports waits until a trio is opened.
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")

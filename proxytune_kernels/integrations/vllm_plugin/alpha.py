@@ -3,19 +3,26 @@
 vLLM's V1 runner has one place where a plugin learns which request sits in which row of the batch,
 the logits processor's ``update_state``. It runs before the forward of the same step, so
 :class:`AlphaProcessor` keeps a table there that the model reads, and changes no logits itself. The
-V2 runner has a better one, :mod:`.model_state`.
+V2 runner has a better one, :mod:`.v2_runner`.
+
+Under speculative decoding the V1 runner builds no logits processors, and vLLM asks no plugin when a
+request comes in: a request's own alpha would be dropped without an error. There the refusal goes
+into vLLM's own validation of requests (:func:`refuse_alpha`).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
 
+from proxytune_kernels.integrations.vllm_plugin import ARCHITECTURE
 from proxytune_kernels.params import check_alpha
 
 KEY = "alpha"
@@ -120,3 +127,37 @@ class AlphaCheck(V2Processor):  # type: ignore[misc]  # vllm is Any here
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         """Leave the logits."""
         return logits
+
+
+def refuse_alpha() -> None:
+    """Put the check into vLLM's validation of requests, once in a process.
+
+    Raises:
+        AttributeError: this vLLM validates requests elsewhere: the trio must not be served, since
+            an alpha would be dropped.
+    """
+    validate = InputProcessor._validate_params
+    if hasattr(validate, "__wrapped__"):
+        return
+
+    @functools.wraps(validate)
+    def validate_params(self: Any, params: Any, *arguments: Any) -> Any:
+        _check(self.vllm_config, params)
+        return validate(self, params, *arguments)
+
+    InputProcessor._validate_params = validate_params
+
+
+def _check(vllm_config: Any, params: Any) -> None:
+    if vllm_config.use_v2_model_runner or vllm_config.speculative_config is None:
+        return
+    if ARCHITECTURE not in vllm_config.model_config.architectures:
+        return
+    if KEY in (getattr(params, "extra_args", None) or {}):
+        raise VLLMValidationError(
+            "a request's own alpha does not reach the model under speculative decoding in vLLM's "
+            "V1 runner: leave alpha out (proxy_tuning in config.json has the default), or serve "
+            "without speculation, or on a GPU with the V2 runner",
+            parameter=KEY,
+        )
+    check_request(params)

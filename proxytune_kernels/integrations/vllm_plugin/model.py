@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig
+from vllm.config.utils import replace
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_world_size,
@@ -18,12 +22,12 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.sequence import IntermediateTensors
 
 from proxytune_kernels import ops
 from proxytune_kernels.integrations.vllm_plugin import alpha as alphas
-from proxytune_kernels.integrations.vllm_plugin.members import make_member, member_configs
-from proxytune_kernels.integrations.vllm_plugin.settings import ProxyTuning
+from proxytune_kernels.integrations.vllm_plugin.config import ProxyTuning, member_configs
 from proxytune_kernels.trio.roles import PAIR
 
 logger = init_logger(f"vllm.{__name__}")
@@ -44,7 +48,7 @@ class ProxyTunedForCausalLM(nn.Module):
     def get_model_state_cls(cls) -> type:
         """What keeps alpha by request in the V2 runner."""
         # Only that runner asks, which needs Triton.
-        from proxytune_kernels.integrations.vllm_plugin.model_state import ProxyTunedState
+        from proxytune_kernels.integrations.vllm_plugin.v2_runner import ProxyTunedState
 
         return ProxyTunedState
 
@@ -58,7 +62,7 @@ class ProxyTunedForCausalLM(nn.Module):
         configs = member_configs(model_config, settings)
         self.members = nn.ModuleDict(
             {
-                role: make_member(vllm_config, config, role, prefix)
+                role: _make_member(vllm_config, config, role, prefix)
                 for role, config in configs.items()
             }
         )
@@ -153,13 +157,14 @@ class ProxyTunedForCausalLM(nn.Module):
         members = zip(self.members.values(), hidden, strict=True)
         logits = [member.compute_logits(h) for member, h in members]
         gather = tensor_model_parallel_all_gather
-        if get_tensor_model_parallel_world_size() == 1:
-            x = _combine(logits, alpha)
-        elif len({shard.shape[-1] for shard in logits}) == 1:
-            x = gather(_combine(logits, alpha))
-        else:
+        sharded = get_tensor_model_parallel_world_size() > 1
+        if sharded and len({shard.shape[-1] for shard in logits}) > 1:
             logger.info_once("the members' vocabularies are padded differently: three gathers")
-            x = _combine([gather(shard) for shard in logits], alpha)
+            logits, sharded = [gather(shard) for shard in logits], False
+        base, expert, anti = logits
+        x = ops.combine(base, expert, anti, alpha)
+        if sharded:
+            x = gather(x)
         # Ids that not every member has. The sampler's tables are as wide as the base's logits.
         x[:, self.agreed :] = -torch.inf
         if x.shape[-1] < self.vocab_size:
@@ -176,13 +181,36 @@ class ProxyTunedForCausalLM(nn.Module):
         return loaded
 
 
+def _make_member(vllm_config: Any, config: Any, role: str, prefix: str) -> nn.Module:
+    """Make a role's model, without weights; its layers are named after the role."""
+    # The tag keeps what is compiled for one member apart from another's.
+    with set_model_tag(f"proxytune_{role}"):
+        return initialize_model(
+            _member_vllm_config(vllm_config, config), prefix=f"{prefix}.{role}" if prefix else role
+        )
+
+
+def _member_vllm_config(vllm_config: Any, config: Any) -> Any:
+    """The engine's configuration as a member sees it.
+
+    What layers register themselves in (``compilation_config``) stays shared: the engine allocates
+    and runs the attention of all members as one model's.
+    """
+    # The flag keeps VllmConfig from checking the deployment and compiling settings anew.
+    config.is_submodel_config = True
+    # Attention layers take their window from the cache's settings. The trio's is the base's.
+    cache_config = copy.copy(vllm_config.cache_config)
+    # Models that mix windows and full attention give each layer its own, as here vLLM's EngineArgs.
+    kinds = getattr(config.hf_text_config, "layer_types", None) or ["sliding_attention"]
+    mixed = any(kind != "sliding_attention" for kind in kinds)
+    cache_config.sliding_window = None if mixed else config.get_sliding_window()
+    member = replace(vllm_config, model_config=config, quant_config=None, cache_config=cache_config)
+    member.quant_config = VllmConfig.get_quantization_config(config, vllm_config.load_config)
+    return member
+
+
 def _leave(logits: Tensor) -> Tensor:
     return logits
-
-
-def _combine(logits: Sequence[Tensor], alpha: Tensor) -> Tensor:
-    base, expert, anti = logits
-    return ops.combine(base, expert, anti, alpha)
 
 
 def _prefix(role: str) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import byte_tokenizer
+from tests.decoder.conftest import byte_tokenizer, tiny_llama
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -59,28 +59,14 @@ def tokenizer_with_bos() -> Any:
     )
 
 
-def tiny(seed: int, hidden: int, layers: int, dtype: torch.dtype) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=262,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model: Any = LlamaForCausalLM(config)
-    return model.to(dtype).eval()
-
-
 def make_trio(dtype: torch.dtype = torch.float32, tokenizer: Any = None) -> Trio:
-    models = (tiny(0, 48, 3, dtype), tiny(1, 32, 2, dtype), tiny(2, 32, 2, dtype))
-    return Trio.from_models(*models, tokenizer or byte_tokenizer())
+    settings: dict[str, Any] = {"max_position_embeddings": CONTEXT, "initializer_range": 0.1}
+    sizes = {"base": (48, 3), "expert": (32, 2), "anti": (32, 2)}
+    models = {
+        role: tiny_llama(seed, hidden, layers, **settings).to(dtype)
+        for seed, (role, (hidden, layers)) in enumerate(sizes.items())
+    }
+    return Trio.from_models(**models, tokenizer=tokenizer or byte_tokenizer())
 
 
 @pytest.fixture(scope="session")

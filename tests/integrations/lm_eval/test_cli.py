@@ -6,13 +6,11 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from proxytune_kernels.cli import app
 from proxytune_kernels.cli.evaluate import _alphas, _value
+from tests.cli import assert_one_sentence, invoke
 from tests.integrations.lm_eval.conftest import write_tasks
 
 TRIO = ["--trio", "shipped", "--dtype", "float32"]
@@ -23,24 +21,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-def invoke(*arguments: Any) -> Any:
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def assert_one_sentence(result: Any, code: int, *words: str) -> None:
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert result.stderr.splitlines()[-1:] == errors
-    for word in words:
-        assert word in errors[0]
-
-
 def test_tables_and_files_of_each_alpha(folder, tmp_path):
     asked = ["--include-path", folder, "--output-path", tmp_path, "--log-samples", "--limit", 3]
-    both = invoke("--tasks", "local_choice,local_answer", *asked, *TRIO, "--alpha", "0:0.5:0.5")
+    asked += ["--tasks", "local_choice,local_answer", "--alpha", "0:0.5:0.5"]
+    both = invoke("eval", *asked, *TRIO)
     assert both.exit_code == 0, both.output
     tables = re.split(r"^proxytune, alpha (.*)$", both.stdout, flags=re.M)
     assert tables[1::2] == ["0", "0.5"]
@@ -58,11 +42,11 @@ def test_tables_and_files_of_each_alpha(folder, tmp_path):
 
 def test_model_args_say_what_options_say(folder):
     asked = ["--tasks", "local_choice", "--include-path", folder, "--num-fewshot", 1, "--seed", 3]
-    options = invoke(*asked, *TRIO, "--alpha", 0.7, "--batch-size", 2, "--max-length", 200)
+    options = invoke("eval", *asked, *TRIO, "--alpha", 0.7, "--batch-size", 2, "--max-length", 200)
     packed = "trio=shipped,dtype=float32,alpha=0.7,batch_size=2,max_length=200"
     assert options.exit_code == 0, options.output
-    assert invoke(*asked, "--model-args", packed).stdout == options.stdout
-    assert invoke(*asked, *TRIO, "--alpha", -3).stdout != options.stdout
+    assert invoke("eval", *asked, "--model-args", packed).stdout == options.stdout
+    assert invoke("eval", *asked, *TRIO, "--alpha", -3).stdout != options.stdout
 
 
 @pytest.mark.parametrize(
@@ -88,15 +72,16 @@ def test_model_args_say_what_options_say(folder):
 )
 def test_mistakes(folder, arguments, code, words):
     own = [] if "--include-path" in arguments else ["--include-path", folder]
-    assert_one_sentence(invoke("--tasks", "local_answer", *own, *arguments), code, *words)
+    result = invoke("eval", "--tasks", "local_answer", *own, *arguments)
+    assert_one_sentence(result, code, *words, logs=True)
 
 
 def test_without_lm_eval(monkeypatch, folder):
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    result = invoke("--tasks", "a", "--trio", "shipped")
-    assert_one_sentence(result, 1, "evaluation needs lm_eval", "proxytune_kernels[eval]")
+    result = invoke("eval", "--tasks", "a", "--trio", "shipped")
+    assert_one_sentence(result, 1, "evaluation needs lm_eval", "proxytune_kernels[eval]", logs=True)
 
 
 def test_an_unknown_task(monkeypatch, folder):
@@ -108,8 +93,8 @@ def test_an_unknown_task(monkeypatch, folder):
             super().__init__(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", OwnTasksOnly)
-    result = invoke("--tasks", "local_answer,nope", "--include-path", folder, *TRIO)
-    assert_one_sentence(result, 2, "--tasks has no such task: nope")
+    result = invoke("eval", "--tasks", "local_answer,nope", "--include-path", folder, *TRIO)
+    assert_one_sentence(result, 2, "--tasks has no such task: nope", logs=True)
 
 
 def test_strengths():

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from proxytune_kernels.decoder.model import check_model
-from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM, scoring, states
+from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM, scoring
 from proxytune_kernels.integrations.lm_eval_model.scoring import Scorer
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import word_tokenizer
@@ -149,7 +149,7 @@ PAIRS = [
 FP32_SOFTMAX = {"gemma2-softcap": 1e-4}
 
 
-@pytest.mark.parametrize(("base", "pair"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("base", "pair"), PAIRS, ids=map("-".join, PAIRS))
 def test_scores_are_those_of_whole_forwards(base, pair):
     trio = make_trio(base, pair)
     slack = max(FP32_SOFTMAX.get(base, 0.0), FP32_SOFTMAX.get(pair, 0.0))
@@ -183,7 +183,7 @@ def test_parts_of_any_size_give_the_same(monkeypatch):
     """One row of logits at a time, and two sequences."""
     trio = make_trio("llama", "mistral-window")
     monkeypatch.setattr(scoring, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(states, "_SHORT", 1)
+    monkeypatch.setattr(scoring, "SHORT", 1)
     widths: list[int] = []
 
     def width(_: Any, __: Any, keywords: dict[str, Any]) -> None:

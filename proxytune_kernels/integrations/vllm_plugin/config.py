@@ -1,32 +1,162 @@
-"""What vLLM asks of a trio's settings before it makes an engine; refusals, each a sentence.
+"""What a trio's config.json says of its members, and what vLLM asks before it makes an engine.
 
-Two hooks: one for the ModelConfig, in every process that makes one, and one for the whole
-VllmConfig. Both run before any weight is read.
+vLLM has two hooks: one for the ModelConfig, in every process that makes one, and one for the whole
+VllmConfig. Both run before any weight is read. What does not go is refused with a sentence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-from proxytune_kernels.integrations.vllm_plugin import admission
-from proxytune_kernels.integrations.vllm_plugin.members import member_configs
-from proxytune_kernels.integrations.vllm_plugin.settings import ProxyTuning
-from proxytune_kernels.trio.checkpoints import load_tokenizer
+from proxytune_kernels.integrations.vllm_plugin.alpha import refuse_alpha
+from proxytune_kernels.params import check_alpha
+from proxytune_kernels.trio.checkpoints import load_tokenizer, resolve
+from proxytune_kernels.trio.roles import ROLES
 from proxytune_kernels.trio.vocabulary import RoleVocabulary, VocabularyError, agree
 
 logger = init_logger(f"vllm.{__name__}")
 
+_WHERE = "proxy_tuning in config.json (or in --hf-overrides)"
+# In place of proxy_tuning in a member's own configuration: a trio has no trio among its members.
+_MEMBER = "member"
+_REMEDY = "`proxytune export-vllm` writes one"
 _ALPHA = "proxytune_kernels.integrations.vllm_plugin.alpha"
 # Drafters that read token ids alone. The others read the hidden states of the model they draft for.
 _DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 # Formats that one loader reads, whatever the model.
 _LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "dummy")
+# What all members take from the trio's ModelConfig.
+_COMMON = (
+    *("tokenizer", "tokenizer_mode", "skip_tokenizer_init", "trust_remote_code", "dtype", "seed"),
+    *("max_model_len", "enforce_eager", "config_format", "disable_sliding_window", "model_impl"),
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyTuning:
+    """Where the members are, and what they share.
+
+    Args:
+        expert, anti: directory or hub name.
+        base: the same of the base where the trio's own directory does not hold its weights.
+        alpha: of requests that name none.
+        base_architectures: the base's own ``architectures``, where the config.json that names the
+            trio's is the base's.
+        vocab_size: agreed width; found from the tokenizers where it is not given.
+    """
+
+    expert: str
+    anti: str
+    base: str
+    alpha: float = 1.0
+    base_architectures: tuple[str, ...] | None = None
+    vocab_size: int | None = None
+
+    @classmethod
+    def read(cls, model_config: Any) -> ProxyTuning:
+        """Read and check what the trio's ModelConfig holds.
+
+        Raises:
+            ValueError: what is missing or wrong, and what to do.
+        """
+        given = getattr(model_config.hf_config, "proxy_tuning", None)
+        if given == _MEMBER:
+            raise ValueError(
+                f"a member must be one model, got the trio {model_config.model}: where config.json "
+                "is the base's own, base_architectures in proxy_tuning must name the base's"
+            )
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{_WHERE} must be an object, got {given!r}: {_REMEDY}")
+        if "prompts" in given:
+            raise ValueError(
+                f"{_WHERE} must not have prompts: vLLM reads one prompt for all three models; "
+                "prompts per role need proxytune_kernels.Decoder"
+            )
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{_WHERE} must have keys among {', '.join(known)}, got {unknown[0]!r}"
+            )
+        directory = Path(model_config.hf_config_path or model_config.model)
+        base = given.get("base")
+        return cls(
+            expert=_path("expert", given, directory),
+            anti=_path("anti", given, directory),
+            base=model_config.model if base is None else _path("base", given, directory),
+            alpha=check_alpha(given.get("alpha", 1.0)),
+            base_architectures=_architectures(given.get("base_architectures")),
+            vocab_size=_vocab_size(given.get("vocab_size")),
+        )
+
+    def overrides(self, role: str, trio_overrides: Any) -> dict[str, Any]:
+        """``hf_overrides`` of a role's own configuration, of those that the trio got."""
+        if role != "base":
+            return {"proxy_tuning": _MEMBER}
+        if not isinstance(trio_overrides, Mapping):
+            raise ValueError(
+                f"hf_overrides must be a mapping for a trio, got {type(trio_overrides).__name__}"
+            )
+        own = {
+            k: v for k, v in trio_overrides.items() if k not in ("architectures", "proxy_tuning")
+        }
+        own["proxy_tuning"] = _MEMBER
+        if self.base_architectures is not None:
+            own["architectures"] = list(self.base_architectures)
+        return own
+
+
+def _path(role: str, given: Mapping[str, Any], directory: Path) -> str:
+    path = given.get(role)
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{_WHERE} must name {role}, got {path!r}: {_REMEDY}")
+    return resolve(path, directory if directory.is_dir() else None)
+
+
+def _architectures(given: Any) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    if isinstance(given, str) or not all(isinstance(name, str) for name in given) or not given:
+        raise ValueError(f"{_WHERE} must list names in base_architectures, got {given!r}")
+    return tuple(given)
+
+
+def _vocab_size(given: Any) -> int | None:
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+        raise ValueError(f"{_WHERE} must have a positive integer vocab_size, got {given!r}")
+    return given
+
+
+def member_configs(model_config: Any, settings: ProxyTuning, **changes: Any) -> dict[str, Any]:
+    """Role -> its own ModelConfig, of what is common to all from the trio's.
+
+    A member's quantisation, layers and tokenizer are those of its checkpoint. Overrides of the
+    trio's config.json, such as rope settings, are the base's.
+
+    Args:
+        model_config: the trio's ModelConfig.
+        settings: what it says of the members.
+        changes: other arguments of ModelConfig.
+    """
+    common = {name: getattr(model_config, name) for name in _COMMON} | {"runner": "generate"}
+    own: dict[str, dict[str, Any]] = {role: {} for role in ROLES}
+    own["base"] = {name: getattr(model_config, name) for name in ("revision", "code_revision")}
+    return {
+        role: ModelConfig(
+            model=getattr(settings, role),
+            hf_overrides=settings.overrides(role, model_config.hf_overrides),
+            **{**common, **own[role], **changes},
+        )
+        for role in ROLES
+    }
 
 
 class ProxyTunedConfig(VerifyAndUpdateConfig):  # type: ignore[misc]  # vllm is Any here
@@ -68,7 +198,7 @@ class ProxyTunedConfig(VerifyAndUpdateConfig):  # type: ignore[misc]  # vllm is 
         elif vllm_config.speculative_config is None:
             _add_processor(vllm_config.model_config, f"{_ALPHA}:AlphaProcessor")
         else:
-            admission.refuse_alpha()
+            refuse_alpha()
 
 
 def _add_processor(model_config: Any, name: str) -> None:

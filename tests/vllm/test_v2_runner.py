@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed here: `make vllm` 
 
 import proxytune_kernels as ptk
 from tests.decoder.conftest import byte_tokenizer
-from tests.vllm.trios import decode, rounding, save_model, save_trio
+from tests.vllm.trios import decode, greedy, rounding, save_model, save_trio
 
 PROMPTS = [list(b"hello world"), [97], list(b"proxy tuning " * 9), list(b"zz 123")]
 ALPHAS = [1.0, 0.0, 0.5, -1.0]
@@ -103,7 +103,7 @@ def test_it_is_the_v2_runner_with_our_sampler(results: dict[str, Any]) -> None:
 
 def test_greedy_tokens_and_logprobs(trio: Path, results: dict[str, Any]) -> None:
     batch = results["batches"][0]
-    assert tokens(batch) == decode(trio, PROMPTS, [ours(a, temperature=0) for a in ALPHAS])
+    assert tokens(batch) == decode(trio, PROMPTS, greedy(ALPHAS, TOKENS))
     for prompt, alpha, output in zip(PROMPTS, ALPHAS, batch, strict=True):
         chosen = output["token_ids"]
         x, error = rounding(trio, prompt + chosen[:-1], alpha)
@@ -155,6 +155,5 @@ def test_each_alpha_holds_under_speculation(trio: Path, tmp_path: Path) -> None:
     )
     assert results["drafts"] > 0
     assert results["sampler"] == "Sampler"
-    assert tokens(results["batches"][0]) == decode(
-        trio, PROMPTS, [ours(a, temperature=0) for a in ALPHAS]
-    )
+    wanted = decode(trio, PROMPTS, greedy(ALPHAS, TOKENS))
+    assert tokens(results["batches"][0]) == wanted

@@ -1,0 +1,266 @@
+"""The options that several commands share, each stated once, and how a user's mistake is said."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import StrEnum
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import typer
+
+from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.trio import Trio, load_trio
+from proxytune_kernels.trio.roles import ROLES
+
+FAILED = 1
+USAGE = 2
+
+_NAMED = "Directory or hub name of the {}."
+
+
+def stop(message: object, code: int) -> typer.Exit:
+    """Say what is wrong on one line of standard error; returns what to raise."""
+    typer.echo(f"Error: {' '.join(str(message).split())}", err=True)
+    return typer.Exit(code)
+
+
+@contextmanager
+def expected(*kinds: type[Exception], code: int = FAILED) -> Iterator[None]:
+    """Leave with one sentence and ``code``, not a traceback, on an error of these kinds."""
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError, and already said
+        raise
+    except kinds as error:
+        raise stop(error, code) from error
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer: each of its parameters that is a dataclass of options becomes these."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[Parameter] = []
+    for name, parameter in signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name]))
+            continue
+        options = get_type_hints(groups[name], include_extras=True)
+        for field in fields(groups[name]):
+            annotation = options[field.name]
+            default = field.default
+            parameters.append(
+                Parameter(field.name, parameter.kind, default=default, annotation=annotation)
+            )
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            own = {field.name: values.pop(field.name) for field in fields(group)}
+            values[name] = group(**own)
+        command(**values)
+
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options that name the models of a trio."""
+
+    trio: Annotated[
+        str | None,
+        typer.Option(
+            metavar="shipped|DIR",
+            help="The small trio that comes with the package, or a directory with a trio.json.",
+        ),
+    ] = None
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help=_NAMED.format("base"))] = None
+    expert: Annotated[str | None, typer.Option(metavar="MODEL", help=_NAMED.format("expert"))] = (
+        None
+    )
+    anti: Annotated[
+        str | None, typer.Option(metavar="MODEL", help=_NAMED.format("anti-expert"))
+    ] = None
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="One for all three; else each has its own.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class TrioOptions(ModelOptions):
+    """The options that name the models of a trio and say how they are opened."""
+
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16 or float64.")
+    ] = "auto"
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where the models run, such as cuda:0; the CPU if not given."),
+    ] = None
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ROLE=]MAP,...",
+            help="Spread the layers over devices: auto, balanced or sequential; one for all roles, "
+            "or such as base=auto.",
+        ),
+    ] = None
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ROLE=]int8|int4,...",
+            help="Weights of the linear layers; one for all roles, or such as "
+            "base=int8,expert=int4.",
+        ),
+    ] = None
+    keep_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--keep-adapter",
+            help="An expert that is a LoRA adapter stays beside the anti-expert's weights, not "
+            "merged.",
+        ),
+    ] = False
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run modelling code that a checkpoint brings."),
+    ] = False
+
+    def open(self) -> Trio:
+        """Open the trio; leaves with the reason where it does not open."""
+        if self.trio is None and self.base is None:
+            raise stop(
+                "no models: give --trio shipped, --trio DIR, or --base (and the pair)", USAGE
+            )
+        arguments = asdict(self)
+        source, keep_adapter = arguments.pop("trio"), arguments.pop("keep_adapter")
+        arguments["device_map"] = _by_role("--device-map", self.device_map)
+        arguments["quantize"] = _by_role("--quantize", self.quantize)
+        arguments["merge_adapter"] = False if keep_adapter else None  # None: what trio.json says
+        quiet()
+        if self.device is not None:
+            _check_device(self.device)
+        with expected(ValueError, OSError, RuntimeError):
+            return load_trio(source, **arguments)
+
+
+class _Drafter(StrEnum):
+    EXPERT = "expert"
+    PROMPT_LOOKUP = "prompt-lookup"
+
+
+class _Pair(StrEnum):
+    SHARED = "shared"
+    BATCHED = "batched"
+    SEPARATE = "separate"
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """The options that say how a trio is decoded."""
+
+    max_batch_size: Annotated[int, typer.Option(help="Prompts decoded at the same time.")] = 16
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and output together.")
+    ] = None
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the models first (torch.compile).")
+    ] = False
+    backend: Annotated[
+        str | None, typer.Option(help="Of the sampling op; see `proxytune info`.")
+    ] = None
+    speculate: Annotated[
+        _Drafter | None,
+        typer.Option(
+            help="Draft tokens and verify them, where that is faster; seeded tokens stay the same."
+        ),
+    ] = None
+    max_drafts: Annotated[
+        int, typer.Option(help="With --speculate: drafts of a round at most.")
+    ] = 16
+    pair: Annotated[
+        _Pair | None,
+        typer.Option(
+            help="How expert and anti-expert run.", show_default="what is known to be fastest"
+        ),
+    ] = None
+    pack_weights: Annotated[
+        bool,
+        typer.Option(
+            "--pack-weights", help="On a CPU: bf16 weights once more, in a faster layout."
+        ),
+    ] = False
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Prompt tokens run between two steps of the others, at most.")
+    ] = 512
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of :func:`open_decoder`; leaves with the reason where they make no sense."""
+        settings = asdict(self)
+        drafter, max_drafts = settings.pop("speculate"), settings.pop("max_drafts")
+        settings["speculation"] = None
+        if drafter is not None:
+            with expected(ValueError, code=USAGE):
+                name = drafter.value.replace("-", "_")
+                settings["speculation"] = Speculation(drafter=name, max_drafts=max_drafts)
+        settings["pair"] = None if self.pair is None else self.pair.value
+        return settings
+
+
+def open_decoder(trio: Trio, max_batch_size: int, **settings: Any) -> Decoder:
+    """Set up a decoder; leaves with the reason where the settings can't run."""
+    with expected(ValueError, code=USAGE), expected(RuntimeError):
+        decoder = Decoder(trio, max_batch_size, **settings)
+        if settings.get("compile"):
+            decoder.warm_up()
+        return decoder
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars, one for each small file, off the terminal.
+
+    And torchao's notes, as transformers imports it, of the kernels that this build of torch lacks.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        install = "pip install 'proxytune_kernels[hf]'"
+        raise stop(f"models need transformers ({error}): {install}", FAILED) from error
+    disable_progress_bar()
+
+
+def _by_role(option: str, text: str | None) -> str | dict[str, str] | None:
+    """One value for all roles, or role -> value from ``ROLE=VALUE,...``."""
+    if text is None or ("=" not in text and "," not in text):
+        return text
+    values: dict[str, str] = {}
+    for part in text.split(","):
+        role, equals, value = part.strip().partition("=")
+        if not equals or role not in ROLES or not value or role in values:
+            raise stop(
+                f"{option} must be one value, or ROLE=VALUE for roles among {', '.join(ROLES)}, "
+                f"each once, got {text!r}",
+                USAGE,
+            )
+        values[role] = value
+    return values
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # torch built without CUDA answers with an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise stop(
+            f"device must be one that torch can use here, got {device!r}: {reason}", FAILED
+        ) from error
