@@ -104,7 +104,7 @@ Tensor combine(PTK_LOGITS, Tensor alpha, PTK_CONSTRAINTS) {
 
 void score_out(PTK_LOGITS, Tensor token_ids, Tensor alpha,
                int64_t vocab_size, Tensor logprobs) {
-  STD_TORCH_CHECK(base.dim() == 3, "proxytune: base has the wrong shape");
+  STD_TORCH_CHECK(base.dim() == 3 && base.size(1) >= 1, "proxytune: base has the wrong shape");
   const int64_t rows = base.size(0), positions = base.size(1);
   proxytune_score_args args{};
   args.inputs = inputs_of(base, expert, anti, alpha, std::nullopt, std::nullopt, vocab_size);

@@ -111,13 +111,15 @@ class SlotSampler:
             drawn.status,
         )
 
-    def draft(self, slots: int, logits: Tensor, offset: int, masked: bool, stream: str) -> Tensor:
+    def draft(
+        self, slots: int, logits: Tensor, offset: int, masked: bool, noise_stream: str
+    ) -> Tensor:
         """Draw a draft token [B, 1] for the first slots, ``offset`` places behind their position.
 
         Args:
             logits: [B, V], the drafter's.
             masked: leave out what may not end the text yet, as the target will.
-            stream: ``"sample"`` shares the target's noise, ``"draft"`` does not.
+            noise_stream: ``"sample"`` shares the target's noise, ``"draft"`` does not.
         """
         params = self.first(slots)
         params = params._replace(position=params.position + offset)
@@ -126,7 +128,7 @@ class SlotSampler:
             params=params,
             allowed_mask=self._allowed(slots, params.position) if masked else None,
             vocab_size=self.vocab_size,
-            noise_stream=stream,
+            noise_stream=noise_stream,
             backend=self.backend,
         )
         # A drafter without a token to draw must not end the round: any draft can be refused.
@@ -151,38 +153,28 @@ class SlotSampler:
             masked: whether any of them may not stop yet.
         """
         params = self.first(slots)
-        base, expert, anti = (logits.get(role) for role in ("base", "expert", "anti"))
-        assert base is not None
+        allowed_mask = None
         if masked:
-            # score takes no mask; -inf in base means the same.
-            base = base[..., : self.vocab_size].masked_fill(self._blocked(slots, base), -torch.inf)
+            ahead = torch.arange(logits["base"].shape[1], device=self.device)
+            allowed_mask = self._allowed(slots, params.position[:, None] + ahead)
         verified = ops.verify(
-            base,
-            expert,
-            anti,
+            logits["base"],
+            logits.get("expert"),
+            logits.get("anti"),
             draft_token_ids,
             params,
             mode=mode,
             draft_logits=draft_logits,
+            allowed_mask=allowed_mask,
             vocab_size=self.vocab_size,
             backend=self.backend,
         )
-        raw_logprobs = ops.score(
-            base,
-            expert,
-            anti,
-            verified.token_ids,
-            params.alpha,
-            vocab_size=self.vocab_size,
-            backend=self.backend,
-        )
-        drafted = (draft_token_ids >= 0).sum(1)
         return StepResult(
             verified.token_ids,
             verified.logprobs,
-            raw_logprobs,
+            verified.raw_logprobs,
             verified.status,
-            drafted,
+            (draft_token_ids >= 0).sum(1),
             verified.num_accepted,
         )
 
@@ -209,17 +201,13 @@ class SlotSampler:
         self.params.position[index] += 1
 
     def _allowed(self, slots: int | Tensor, positions: Tensor) -> Tensor:
-        """Packed masks int32 [B, words]: no stop token before min_tokens are out."""
-        place = slice(0, slots) if isinstance(slots, int) else slots
-        early = positions < self._min_tokens[place]
-        return torch.where(early[:, None], self._no_stop[place], -1)
+        """Packed masks [B, words] or [B, k + 1, words]: no stop token before min_tokens are out.
 
-    def _blocked(self, slots: int, base: Tensor) -> Tensor:
-        """Bool [B, k + 1, vocab_size]: the stop tokens at positions before min_tokens."""
-        place = slice(0, slots)
-        ahead = torch.arange(base.shape[1], device=self.device)
-        early = self.params.position[place, None] + ahead < self._min_tokens[place, None]
-        bits = torch.arange(32, dtype=torch.int32, device=self.device)
-        free = (self._no_stop[place, :, None] >> bits) & 1
-        stops = free.flatten(1)[:, None, : self.vocab_size] == 0
-        return early[..., None] & stops
+        Args:
+            slots: the first B, or which B.
+            positions: int64 [B] or [B, k + 1].
+        """
+        place = slice(0, slots) if isinstance(slots, int) else slots
+        shape = (len(positions), *(1,) * (positions.dim() - 1))
+        early = positions < self._min_tokens[place].view(shape)
+        return torch.where(early[..., None], self._no_stop[place].view(*shape, -1), -1)

@@ -154,8 +154,6 @@ class Stepper:
         result = self.sampler.verify(
             rows, logits, token_ids, self.speculation.mode, draft_logits, masked
         )
-        if rejection:
-            result = self._undrafted(rows, logits, result, masked)
         self._advance(rows, result)
         return result
 
@@ -164,31 +162,14 @@ class Stepper:
     ) -> tuple[Tensor, Tensor]:
         """The expert's drafts [B, k], and its logits [B, k + 1, V] at them and behind the last."""
         assert self.speculation is not None
-        stream = "draft" if self.speculation.mode == "rejection" else "sample"
+        noise_stream = "draft" if self.speculation.mode == "rejection" else "sample"
         tokens, logits = [self.sampler.token_ids[:rows]], []
         for offset in range(drafts + 1):
             x = self.runner.forward(("expert",), tokens[-1], offset, length)["expert"]
             logits.append(x)
             if offset < drafts:
-                tokens.append(self.sampler.draft(rows, x[:, 0], offset, masked, stream))
+                tokens.append(self.sampler.draft(rows, x[:, 0], offset, masked, noise_stream))
         return torch.cat(tokens[1:], 1), torch.cat(logits, 1)
-
-    def _undrafted(
-        self, rows: int, logits: dict[str, Tensor], result: StepResult, masked: bool
-    ) -> StepResult:
-        """Rows without drafts get what a plain step would draw, whatever shares their batch."""
-        plain = self.sampler.draw(rows, {role: x[:, 0] for role, x in logits.items()}, masked)
-        assert result.num_drafted is not None
-        alone = (result.num_drafted == 0)[:, None]
-
-        def first(drawn: Tensor, verified: Tensor) -> Tensor:
-            return torch.cat([torch.where(alone, drawn, verified[:, :1]), verified[:, 1:]], 1)
-
-        return result._replace(
-            token_ids=first(plain.token_ids, result.token_ids),
-            logprobs=first(plain.logprobs, result.logprobs),
-            raw_logprobs=first(plain.raw_logprobs, result.raw_logprobs),
-        )
 
     def _certain(self, token_ids: Tensor) -> Tensor:
         """Logits [B, k, V] of a drafter that could have drawn nothing else."""

@@ -47,6 +47,12 @@ def rows_of(op: str, base: Tensor, params: Any, *singles: Any) -> RowParams:
     return RowParams.from_sampling_params(requests, device=base.device)
 
 
+def _refuse_bools(vocab_size: object, top_logprobs: object) -> None:
+    # To an operator True is the integer 1; the checks have the words.
+    if isinstance(vocab_size, bool) or isinstance(top_logprobs, bool):
+        raise TypeError("an integer is wanted")
+
+
 def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None) -> int:
     width = base.shape[-1]
     if expert is not None and anti is not None:
@@ -136,6 +142,7 @@ def sample(
     Source: docs/contracts.md; Liu et al. 2024, arXiv 2401.08565.
     """
     try:
+        _refuse_bools(vocab_size, top_logprobs)
         rows = rows_of(
             "sample", base, params,
             alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
@@ -210,6 +217,7 @@ def sample_hidden(
     """
     op = "sample_hidden"
     try:
+        _refuse_bools(vocab_size, top_logprobs)
         hidden = base.hidden
         rows = rows_of(
             op, hidden, params,
@@ -261,6 +269,7 @@ def combine(
     """
     width = vocab_size
     try:
+        _refuse_bools(vocab_size, None)
         width = _width(base, expert, anti) if vocab_size is None else vocab_size
         alphas = checks.alpha("combine", alpha, base)
         arguments = (base, expert, anti, alphas, bias, allowed_mask, width)
@@ -305,6 +314,7 @@ def score(
         [[0.25, 0.25]]
     """
     try:
+        _refuse_bools(vocab_size, None)
         width = _width(base, expert, anti) if vocab_size is None else vocab_size
         alphas = checks.alpha("score", alpha, base)
         arguments = (base, expert, anti, token_ids, alphas, width)
@@ -373,6 +383,7 @@ def verify(
     Daliri, Musco and Suresh 2024, arXiv 2408.07978.
     """
     try:
+        _refuse_bools(vocab_size, None)
         rows = rows_of(
             "verify", base, params,
             alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
