@@ -5,34 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
-from benchmarks import options
-from benchmarks.agreement import ComputedTwice, Mismatch, first_mismatch
-from benchmarks.choices import parse_choices
-from benchmarks.decoding_plots import plot_acceptance
-from benchmarks.drafts import Row, Run, decode, expected, text_of, tokens_per_round, tried_drafts
-from benchmarks.prompts import KINDS, make_prompts, task_batches, task_tokens
-from benchmarks.providers import NaiveLoop, Prompts
-from benchmarks.report import (
-    RESULTS,
-    console,
-    fixed,
-    machine_line,
-    make_progress,
-    make_table,
-    write_json_lines,
-)
-from benchmarks.trios import open_trio
-from proxytune_kernels import Speculation, Trio
-from proxytune_kernels.decoder.speculation import DRAFTERS
+from benchmarks.harness import agreement, decoding, options, report, trios
+from benchmarks.harness.decoding import Prompts
+from benchmarks.harness.options import parse_choices
+from proxytune_kernels import Decoder, SamplingParams, Speculation, Trio
+from proxytune_kernels.decoder.speculation import DRAFTERS, History
 from proxytune_kernels.ops import VERIFY_MODES
 
 _PROMPT_LENGTH = 32  # of text, which has no length of its own
@@ -42,218 +30,261 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Row:
+    """A decoded request: its prompt, its tokens, and how many of them came at a time."""
+
+    prompt: list[int]
+    token_ids: list[int]
+    arrivals: list[int]
+
+    def rounds(self) -> list[tuple[int, int]]:
+        """(tokens before it, tokens from it) of each step behind the prompt."""
+        found, start = [], self.arrivals[0]
+        for emitted in self.arrivals[1:]:
+            found.append((start, emitted))
+            start += emitted
+        return found
+
+
+def decode(
+    trio: Trio,
+    prompts: Prompts,
+    max_tokens: int,
+    temperature: float,
+    speculation: Speculation | None = None,
+) -> list[Row]:
+    """Sample without filters, past the end of the text; row i has seed i."""
+    longest = max(len(prompt) for prompt in prompts)
+    decoder = Decoder(trio, len(prompts), longest + max_tokens, speculation=speculation)
+    params = [
+        SamplingParams(temperature=temperature, seed=row, max_tokens=max_tokens, ignore_eos=True)
+        for row in range(len(prompts))
+    ]
+    rows = [Row(list(prompt), [], []) for prompt in prompts]
+    for event in decoder.stream([row.prompt for row in rows], params):
+        rows[event.index].token_ids.extend(event.token_ids)
+        rows[event.index].arrivals.append(len(event.token_ids))
+    return rows
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A draft all of whose predecessors in its round were kept.
+
+    ``position`` is how many output tokens come before it; ``draft`` the token where the drafter
+    could have drawn nothing else, None for the expert's.
+    """
+
+    position: int
+    accepted: bool
+    draft: int | None
+
+
+def tried_drafts(row: Row, drafter: str, drafts: int) -> list[Tried]:
+    """Every draft of a row that was tried.
+
+    Args:
+        row: decoded to its end, with ``drafts`` to a round wherever the text had room for them.
+        drafter: of :class:`proxytune_kernels.Speculation`.
+        drafts: of each round.
+    """
+    found = []
+    for start, emitted in row.rounds():
+        room = min(drafts, len(row.token_ids) - start - 1)
+        known: Sequence[int | None] = [None] * room
+        if drafter == "prompt_lookup":
+            known = looked_up([*row.prompt, *row.token_ids[:start]], drafts)[:room]
+        kept = emitted - 1  # the last token of a round is no draft
+        found += [Tried(start + j, j < kept, known[j]) for j in range(min(len(known), kept + 1))]
+    return found
+
+
+def looked_up(text: list[int], drafts: int) -> list[int]:
+    """What prompt lookup drafts behind a text."""
+    history = History(1, len(text) + 1, torch.device("cpu"))
+    history.start(0, text)
+    found: list[int] = history.lookup(1, drafts)[0].tolist()
+    return [token_id for token_id in found if token_id >= 0]
+
+
+@torch.inference_mode()
+def probabilities(trio: Trio, row: Row, temperature: float) -> tuple[Tensor, Tensor]:
+    """[n, V] of the target and of the expert along a row, from one forward over its whole text."""
+    ids = torch.tensor([[*row.prompt, *row.token_ids[:-1]]])
+    logits = {
+        role: model(input_ids=ids, use_cache=False)
+        .logits[0, len(row.prompt) - 1 :, : trio.vocab_size]
+        .float()
+        for role, model in trio.models.items()
+    }
+    target, expert = decoding.combined(logits) / temperature, logits["expert"] / temperature
+    return torch.softmax(target, -1), torch.softmax(expert, -1)
+
+
+def overlap(tried: Tried, target: Tensor, expert: Tensor) -> float:
+    """Sum over tokens of min(target, drafter): 1 less their total variation distance."""
+    row = target[tried.position]
+    if tried.draft is not None:
+        return float(row[tried.draft])
+    # Rounded sums of a whole vocabulary may pass 1.
+    return min(1.0, float(torch.minimum(row, expert[tried.position]).sum()))
+
+
+def expected(overlaps: Sequence[float], accepted: int) -> Record:
+    """What the drafts that were tried should have come to, beside what they did.
+
+    Returns:
+        ``overlap``: the mean, which is rejection's acceptance. ``bound``: the mean of
+        (1 - d) / (1 + d), d = 1 - overlap, which is at most coupled's. ``deviations``: accepted
+        drafts less the sum of overlaps, over the standard deviation of that difference if each
+        draft is kept with the probability of its overlap; None where nothing is left to chance.
+    """
+    variance = sum(o * (1 - o) for o in overlaps)
+    return {
+        "overlap": sum(overlaps) / len(overlaps),
+        "bound": sum(o / (2 - o) for o in overlaps) / len(overlaps),
+        "deviations": (accepted - sum(overlaps)) / math.sqrt(variance) if variance else None,
+    }
+
+
+def tokens_per_round(rows: Iterable[Row], drafts: int) -> tuple[float, int]:
+    """Mean tokens of the steps that had room for all drafts, and how many steps those were."""
+    emitted = [
+        count
+        for row in rows
+        for start, count in row.rounds()
+        if len(row.token_ids) - start - 1 >= drafts
+    ]
+    return (sum(emitted) / len(emitted) if emitted else math.nan), len(emitted)
+
+
+@dataclass(frozen=True)
 class Settings:
     """What to measure."""
 
     trio: str
-    dtype: str | None
-    kinds: tuple[str, ...]
-    drafts: tuple[int, ...]
+    kinds: list[str]
+    drafts: list[int]
     prompts: int
     tokens: int | None
     temperature: float
 
-    def tokens_of(self, kind: str) -> int:
-        """Output tokens of a request: as told; else as many as half of the solutions have."""
-        return self.tokens or (task_tokens(self.trio) if kind == "arithmetic" else _TOKENS)
 
-    @property
-    def runs(self) -> int:
-        """How many there are of a kind, plain decoding included."""
-        return 1 + len(DRAFTERS) * len(VERIFY_MODES) * len(self.drafts)
-
-
-def prompts_of(trio: Trio, settings: Settings, kind: str) -> Prompts:
-    """Prompts of a kind, at most as many as asked for."""
+def measure(
+    trio: Trio, settings: Settings, kind: str, tick: Callable[[str], object]
+) -> list[Record]:
+    """Decode the prompts of a kind in every way; a record per drafter, mode and draft count."""
+    tokens = settings.tokens or (
+        trios.task_tokens(settings.trio) if kind == "arithmetic" else _TOKENS
+    )
+    temperature = settings.temperature
+    prompts: Prompts
     if kind == "text":
-        return make_prompts(trio, settings.prompts, _PROMPT_LENGTH)
-    tokens = settings.tokens_of(kind)
-    return [
-        prompt for [prompt] in task_batches(trio, settings.trio, kind, 1, tokens, settings.prompts)
-    ]
+        prompts = trios.make_prompts(trio, settings.prompts, _PROMPT_LENGTH)
+    else:
+        batches = trios.task_batches(trio, settings.trio, kind, 1, tokens, settings.prompts)
+        prompts = [prompt for [prompt] in batches]
+    plain = decode(trio, prompts, tokens, temperature)
+    tick(f"{kind}: plain")
+    computed: dict[int, agreement.ComputedTwice] = {}
 
+    def mismatches(name: str, rows: Sequence[Row]) -> list[agreement.Mismatch]:
+        """Where rows first leave plain decoding's tokens."""
+        found = []
+        for i, (want, have) in enumerate(zip(plain, rows, strict=True)):
+            if want.token_ids != have.token_ids:
+                if i not in computed:
+                    computed[i] = agreement.ComputedTwice(
+                        decoding.NaiveLoop(trio), want.prompt, want.token_ids
+                    )
+                found.append(
+                    agreement.first_mismatch(name, i, computed[i], have.token_ids, temperature, i)
+                )
+        return found
 
-class KindOfText:
-    """Decodes the prompts of one kind in every way, and compares.
-
-    Args:
-        trio: the models.
-        settings: what to measure.
-        kind: of the prompts.
-    """
-
-    def __init__(self, trio: Trio, settings: Settings, kind: str) -> None:
-        self.trio = trio
-        self.settings = settings
-        self.kind = kind
-        self._prompts = prompts_of(trio, settings, kind)
-        self._plain: Run | None = None
-        self._computed: dict[int, ComputedTwice] = {}
-
-    def measure(self, tick: Callable[[str], object]) -> list[Record]:
-        """A record for each drafter, mode and number of drafts; ``tick`` after each run."""
-        self._plain = self._decode(None)
-        tick(f"{self.kind}: plain")
-        records = []
-        for drafter, mode, drafts in product(DRAFTERS, VERIFY_MODES, self.settings.drafts):
-            records.append(self._record(drafter, mode, drafts))
-            tick(f"{self.kind}: {drafter}, {mode}, {drafts}")
-        return records
-
-    def _decode(self, speculation: Speculation | None) -> Run:
-        tokens, temperature = self.settings.tokens_of(self.kind), self.settings.temperature
-        return decode(self.trio, self._prompts, tokens, temperature, speculation)
-
-    def _record(self, drafter: str, mode: str, drafts: int) -> Record:
-        run = self._decode(
-            Speculation(drafter=drafter, mode=mode, max_drafts=drafts, adaptive=False)
-        )
-        tried = [(row, t) for row in run.rows for t in tried_drafts(row, drafter, drafts)]
-        per_round, rounds = tokens_per_round(run.rows, drafts)
+    records = []
+    for drafter, mode, drafts in product(DRAFTERS, VERIFY_MODES, settings.drafts):
+        speculation = Speculation(drafter=drafter, mode=mode, max_drafts=drafts, adaptive=False)
+        start = time.perf_counter()
+        rows = decode(trio, prompts, tokens, temperature, speculation)
+        seconds = time.perf_counter() - start
+        tried = [(row, t) for row in rows for t in tried_drafts(row, drafter, drafts)]
+        accepted = sum(t.accepted for _, t in tried)
+        per_round, rounds = tokens_per_round(rows, drafts)
         record: Record = {
-            "kind": self.kind,
+            "kind": kind,
             "drafter": drafter,
             "mode": mode,
             "drafts": drafts,
-            "sequences": len(run.rows),
-            "tokens": sum(len(row.token_ids) for row in run.rows),
-            "seconds": run.seconds,
+            "sequences": len(rows),
+            "tokens": sum(len(row.token_ids) for row in rows),
+            "seconds": seconds,
             "tried": len(tried),
-            "accepted": sum(t.accepted for _, t in tried),
+            "accepted": accepted,
             "tokens_per_round": per_round,
             "rounds": rounds,
             "expected": None,
             "equal": None,
             "mismatches": None,
         }
-        if drafts == max(self.settings.drafts) and tried:
-            texts = {
-                id(row): text_of(self.trio, row, self.settings.temperature) for row in run.rows
-            }
-            record["expected"] = expected((t, texts[id(row)].overlap(t)) for row, t in tried)
+        if drafts == max(settings.drafts) and tried:
+            texts = {id(row): probabilities(trio, row, temperature) for row in rows}
+            overlaps = [overlap(t, *texts[id(row)]) for row, t in tried]
+            record["expected"] = expected(overlaps, accepted)
         if mode == "coupled":
-            mismatches = self._mismatches(f"{self.kind}, {drafter}, {drafts} drafts", run.rows)
-            record["equal"] = len(run.rows) - len(mismatches)
+            found = mismatches(f"{kind}, {drafter}, {drafts} drafts", rows)
+            record["equal"] = len(rows) - len(found)
             record["mismatches"] = [
-                {**asdict(m), "within_rounding": m.within_rounding} for m in mismatches
+                {**asdict(m), "within_rounding": m.within_rounding, "text": str(m)} for m in found
             ]
-        return record
-
-    def _mismatches(self, name: str, rows: Sequence[Row]) -> list[Mismatch]:
-        """Where rows first leave plain decoding's tokens."""
-        assert self._plain is not None
-        found = []
-        for i, (want, have) in enumerate(zip(self._plain.rows, rows, strict=True)):
-            if want.token_ids != have.token_ids:
-                if i not in self._computed:
-                    naive = NaiveLoop(self.trio)
-                    self._computed[i] = ComputedTwice(naive, want.prompt, want.token_ids)
-                found.append(
-                    first_mismatch(
-                        name, i, self._computed[i], have.token_ids, self.settings.temperature, i
-                    )
-                )
-        return found
+        records.append(record)
+        tick(f"{kind}: {drafter}, {mode}, {drafts}")
+    return records
 
 
-def print_tables(records: Sequence[Record], settings: Settings, title: str) -> None:
+def print_records(records: Sequence[Record], settings: Settings, title: str) -> None:
     """A section for each kind of text."""
     shown = [drafts for drafts in settings.drafts if drafts in (1, 4, 8)] or settings.drafts
-    columns = (
-        "drafts", "tried", "kept", "min\n(p,q)", "off\nsd", "bound",
-        *(f"{'round' if i == 0 else ''}\nk={k}" for i, k in enumerate(shown)),
-        "as\nplain",
-    )  # fmt: skip
     caption = (
         f"tried, kept (%): drafts whose predecessors were kept, {max(settings.drafts)} to a round. "
         "min(p, q) (%): its sum over tokens, p the target's and q the drafter's probability, mean "
         "over these drafts: what rejection keeps, and both modes of lookup. off: what was kept "
         "less that, in standard deviations. bound (%): mean of (1 - d) / (1 + d), where "
         "d = 1 - sum min(p, q): coupled keeps no less. round: tokens a round. as plain: sampled "
-        f"sequences that have plain decoding's tokens, over all k. {machine_line()}"
+        "sequences that have plain decoding's tokens, over all k."
     )
-    table = make_table(title, columns, caption)
-    for kind in settings.kinds:
-        table.add_section()
-        table.add_row(f"[bold]{kind}")
-        for drafter, mode in product(DRAFTERS, VERIFY_MODES):
-            own = [
-                r for r in records if (r["kind"], r["drafter"], r["mode"]) == (kind, drafter, mode)
-            ]
-            name = drafter.removeprefix("prompt_")
-            table.add_row(f"{name}, {mode}", *_cells(own, shown))
-    console.print(table)
-
-
-def _cells(own: Sequence[Record], shown: Sequence[int]) -> list[str]:
-    by_drafts = {record["drafts"]: record for record in own}
-    last = by_drafts[max(by_drafts)]
-    found = last["expected"]
-    equal = "-"
-    if last["equal"] is not None:
-        equal = f"{sum(r['equal'] for r in own)}/{sum(r['sequences'] for r in own)}"
-    return [
-        str(last["tried"]),
-        fixed(found and 100 * last["accepted"] / last["tried"], 1),
-        fixed(found and 100 * found["overlap"], 1),
-        fixed(found and found["deviations"], 1),
-        fixed(found and 100 * found["bound"], 1),
-        *(fixed(by_drafts[k]["tokens_per_round"]) for k in shown),
-        equal,
+    columns: list[report.Column] = [
+        ("drafts", "name", str),
+        ("tried", "tried", str),
+        ("kept", "kept", report.decimals(1, 100)),
+        ("min\n(p,q)", "expected/overlap", report.decimals(1, 100)),
+        ("off\nsd", "expected/deviations", report.decimals(1)),
+        ("bound", "expected/bound", report.decimals(1, 100)),
+        *((f"round\nk={k}", f"round/{k}", report.fixed) for k in shown),
+        ("as\nplain", "as_plain", str),
     ]
-
-
-def print_mismatches(records: Sequence[Record]) -> bool:
-    """Say where coupled tokens left plain decoding's; whether each such place is a tie."""
-    found = [m for record in records for m in record["mismatches"] or ()]
-    for values in found:
-        ties = values["within_rounding"]
-        mismatch = Mismatch(**{k: v for k, v in values.items() if k != "within_rounding"})
-        console.print(str(mismatch), style="yellow" if ties else "red", soft_wrap=True)
-    return all(values["within_rounding"] for values in found)
-
-
-def run(settings: Settings, output: Path, plot: bool) -> None:
-    """Load, measure, write and show.
-
-    Raises:
-        typer.Exit: code 1, coupled tokens differ from plain decoding's where there is no tie.
-    """
-    trio = open_trio(settings.trio, settings.dtype)
-    kinds = [KindOfText(trio, settings, kind) for kind in settings.kinds]
-    records: list[Record] = []
-    with make_progress() as progress:
-        task = progress.add_task("decoding", total=len(kinds) * settings.runs)
-        for kind in kinds:
-            records += kind.measure(lambda d: progress.update(task, advance=1, description=d))
-    info = trio.info()["roles"]
-    dtypes = {role: info[role]["dtype"] for role in info}
-    name = settings.trio if settings.trio in ("shipped", "qwen") else Path(settings.trio).name
-    shared = {"trio": name, "dtype": dtypes, "temperature": settings.temperature}
-    write_json_lines(output, "acceptance", [{**shared, **record} for record in records])
-    title = (
-        f"Drafts that are kept, trio {name}, {'/'.join(dict.fromkeys(dtypes.values()))}, "
-        f"temperature {settings.temperature:g}"
-    )
-    all_ties = print_mismatches(records)
-    print_tables(records, settings, title)
-    console.print(f"Wrote {output}", soft_wrap=True)
-    if plot:
-        picture = output.with_suffix(".png")
-        plot_acceptance(records, picture, title)
-        console.print(f"Wrote {picture}", soft_wrap=True)
-    if not all_ties:
-        console.print("Coupled tokens are not plain decoding's.", style="red")
-        raise typer.Exit(1)
+    rows = []
+    for kind, drafter, mode in product(settings.kinds, DRAFTERS, VERIFY_MODES):
+        own = [r for r in records if (r["kind"], r["drafter"], r["mode"]) == (kind, drafter, mode)]
+        last, equal = own[-1], [r["equal"] for r in own if r["equal"] is not None]
+        of_all = f"{sum(equal)}/{sum(r['sequences'] for r in own)}" if equal else None
+        rows.append(
+            {
+                **last,
+                "name": f"{drafter.removeprefix('prompt_')}, {mode}",
+                "kept": last["accepted"] / last["tried"] if last["tried"] else None,
+                "round": {str(r["drafts"]): r["tokens_per_round"] for r in own},
+                "as_plain": of_all,
+            }
+        )
+    report.print_records(title, caption, rows, columns, lambda r: r["kind"])
 
 
 def main(
-    trio: Annotated[
-        str, typer.Option(help="shipped, qwen, or a directory with a trio.json.")
-    ] = "shipped",
-    kinds: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(KINDS)}.")] = ",".join(
-        KINDS
-    ),
+    trio: options.TrioName = "shipped",
+    kinds: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(trios.PROMPTS)}.")
+    ] = ",".join(trios.PROMPTS),
     drafts: Annotated[
         str, typer.Option(help="Comma-separated drafts of a round, 1 to 8.")
     ] = "1,2,3,4,5,6,7,8",
@@ -265,29 +296,41 @@ def main(
     temperature: Annotated[float, typer.Option(min=1e-3)] = 1.0,
     threads: options.Threads = None,
     dtype: options.Dtype = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="JSON lines.", show_default="benchmarks/results/acceptance-<trio>.jsonl"),
-    ] = None,
-    plot: Annotated[bool, typer.Option(help="Also a PNG beside the output.")] = True,
+    output: options.Output = None,
 ) -> None:
-    """Count the drafts that are kept, on three kinds of text, beside what they should come to."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    """Count the drafts that are kept, on three kinds of text, beside what they should come to.
+
+    Exits with code 1 where coupled tokens differ from plain decoding's and there is no tie.
+    """
+    options.set_threads(threads)
     settings = Settings(
         trio=trio,
-        dtype=dtype,
-        kinds=tuple(parse_choices("--kinds", kinds, KINDS, None)),
-        drafts=tuple(sorted(set(parse_choices("--drafts", drafts, range(1, 9), None)))),
+        kinds=parse_choices("--kinds", kinds, trios.PROMPTS, None),
+        drafts=sorted(set(parse_choices("--drafts", drafts, range(1, 9), None))),
         prompts=prompts,
         tokens=tokens,
         temperature=temperature,
     )
-    try:
-        run(settings, output or RESULTS / f"acceptance-{Path(trio).name}.jsonl", plot)
-    except ValueError as error:
-        # A user's mistake: an absent trio, a dtype that does not exist. Bugs keep their traceback.
-        raise typer.BadParameter(str(error)) from error
+    runs = 1 + len(DRAFTERS) * len(VERIFY_MODES) * len(settings.drafts)
+    with options.user_errors(), report.progress_bar(len(settings.kinds) * runs) as tick:
+        opened = trios.open_trio(trio, dtype)
+        records = [r for kind in settings.kinds for r in measure(opened, settings, kind, tick)]
+    name, of = options.trio_label(trio), trios.dtypes(opened)
+    output = output or report.RESULTS / f"acceptance-{name}.jsonl"
+    shared = {"trio": name, "dtype": of, "temperature": temperature}
+    report.write_json_lines(output, "acceptance", [{**shared, **record} for record in records])
+    title = (
+        f"Drafts that are kept, trio {name}, {trios.dtype_label(opened)}, "
+        f"temperature {temperature:g}"
+    )
+    mismatches = [m for record in records for m in record["mismatches"] or ()]
+    for mismatch in mismatches:
+        report.say(mismatch["text"], "yellow" if mismatch["within_rounding"] else "red")
+    print_records(records, settings, title)
+    report.say(f"Wrote {output}")
+    if not all(mismatch["within_rounding"] for mismatch in mismatches):
+        report.say("Coupled tokens are not plain decoding's.", "red")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,32 @@
-"""Evaluation with lm_eval: log-likelihoods of multiple-choice documents, ours beside lm_eval's own.
+"""Likelihoods: lm_eval's documents by ours and by lm_eval's own model; and quantised weights.
 
-``python -m benchmarks.evaluation --help``; docs/lm_eval.md has the results and what they mean.
+``python -m benchmarks.evaluation --help``; docs/lm_eval.md has the results and what they mean, and
+docs/loading.md those of ``--quantized``.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import logging
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
-from benchmarks import options
-from benchmarks.evaluation_cases import (
-    PROVIDERS,
-    WIDE,
-    Document,
-    answer,
-    make_documents,
-    make_trio,
-)
-from benchmarks.measure import Summary, paired_ratios
-from benchmarks.memory import PeakMemory, in_fresh_process
-from benchmarks.report import (
-    RESULTS,
-    console,
-    fixed,
-    machine_line,
-    make_progress,
-    make_table,
-    write_json_lines,
-)
-from proxytune_kernels import Trio
+from benchmarks.harness import options, report, trios
+from benchmarks.harness.measure import Spent, ratios, summary, time_in_turns
+from benchmarks.harness.memory import PeakMemory, in_fresh_process
+from proxytune_kernels import Trio, quantize
 
+WIDE = "wide"
+"""A trio of random weights with the vocabulary and hidden size of SmolLM-135M."""
+VOCAB_SIZE = 49_152
 TARGET = 1.5
 """How many times faster ours should be, at lower peak memory."""
 BLOCKS = 10
@@ -45,7 +36,15 @@ BLOCKS = 10
 # states were rounded, too. In fp32 it is some 1e-5.
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
 
+CONTEXT_TOKENS = (12, 40)
+CHOICE_TOKENS = (1, 4)
+
+PROVIDERS = ("ours", "HFLM")
 Record = dict[str, Any]
+Document = list[Any]
+"""A document's requests, one per choice, all with its context."""
+Answers = list[tuple[float, bool]]
+"""(log-likelihood, is greedy) of every choice."""
 
 
 @dataclass(frozen=True)
@@ -61,107 +60,147 @@ class Settings:
     threads: int
 
 
-@dataclass(frozen=True)
-class Block:
-    """One provider's answers to a part of the documents."""
+def make_trio(name: str, dtype: str | None, layers: int) -> Trio:
+    """``wide`` with a base of ``layers`` layers, or as ``open_trio``."""
+    if name != WIDE:
+        return trios.open_trio(name, dtype)
+    trios.quiet_loading()
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    answers: list[tuple[float, bool]]
-    seconds: float
-    cpu_seconds: float
+    def llama(seed: int, hidden: int, inner: int, heads: int, kv_heads: int, layers: int) -> Any:
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        model: Any = LlamaForCausalLM(config)
+        return model.to(getattr(torch, dtype or "float32")).eval()
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0")
+    expert, anti = (llama(seed, 192, 512, 3, 3, 2) for seed in (1, 2))
+    return Trio.from_models(llama(0, 576, 1536, 9, 3, layers), expert, anti, tokenizer)
 
 
-def _timed(lm: Any, documents: Sequence[Document]) -> Block:
-    start, cpu_start = time.perf_counter(), time.process_time()
-    answers = answer(lm, documents)
-    return Block(answers, time.perf_counter() - start, time.process_time() - cpu_start)
+def make_documents(name: str, count: int, choices: int, seed: int = 0) -> list[Document]:
+    """Documents with contexts of unequal lengths and choices of one to a few tokens (words)."""
+    from lm_eval.api.instance import Instance
+
+    rng = random.Random(seed)
+    words = [f"w{i}" for i in range(1, VOCAB_SIZE)] if name == WIDE else trios.ENGLISH.split()
+
+    def text(least: int, most: int) -> str:
+        length = rng.randint(least, most)
+        if name == WIDE:
+            return " ".join(rng.choices(words, k=length))
+        first = rng.randrange(len(words) - length)
+        return " ".join(words[first : first + length])
+
+    documents = []
+    for i in range(count):
+        context = text(*CONTEXT_TOKENS)
+        ends = [" " + text(*CHOICE_TOKENS) for _ in range(choices)]
+        documents.append([Instance("loglikelihood", {}, (context, end), i) for end in ends])
+    return documents
+
+
+def make_lm(name: str, trio: Trio, batch_size: int) -> Any:
+    """Who answers: ``proxytune``, or lm_eval's transformers model over the three as one."""
+    # Both are imported whichever is made, so that peaks of memory hold the same libraries.
+    from lm_eval.models.huggingface import HFLM
+
+    from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
+    from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM
+
+    if name == "ours":
+        return ProxyTuneLM(trio, alpha=1.0, batch_size=batch_size)
+    # It warns that a model was made before it was given.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model: Any = ProxyTunedForCausalLM.from_trio(trio, 1.0)
+    return HFLM(pretrained=model, tokenizer=trio.tokenizer, batch_size=batch_size)
+
+
+def answer(lm: Any, documents: Sequence[Document]) -> Answers:
+    """Score every choice."""
+    asked = [request for document in documents for request in document]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: Answers = lm.loglikelihood(asked, disable_tqdm=True)
+    return found
 
 
 def measure(settings: Settings) -> tuple[list[Record], Record]:
-    """Both providers over all documents, block by block in turn; a record each, and the check.
-
-    Raises:
-        RuntimeError: they disagree.
-    """
+    """Both providers over all documents, block by block in turn; a record each, and the check."""
     trio = make_trio(settings.trio, settings.dtype, settings.layers)
     documents = make_documents(settings.trio, settings.documents, settings.choices)
-    lms = {name: make(trio, settings.batch_size) for name, make in PROVIDERS.items()}
+    lms = {name: make_lm(name, trio, settings.batch_size) for name in PROVIDERS}
     size = -(-len(documents) // BLOCKS)
-    blocks: dict[str, list[Block]] = {name: [] for name in lms}
-    with make_progress() as progress:
-        task = progress.add_task(settings.trio, total=2 * BLOCKS)
+    answers: dict[str, Answers] = {name: [] for name in lms}
+    spent: dict[str, list[Spent]] = {name: [] for name in lms}
+    with report.progress_bar(2 * BLOCKS, settings.trio) as tick:
         for lm in lms.values():
             answer(lm, documents[:2])  # pages in what the first call needs
         for first in range(0, len(documents), size):
             # Each is first in half of the blocks.
-            order = list(lms) if first // size % 2 else list(lms)[::-1]
-            for name in order:
-                blocks[name].append(_timed(lms[name], documents[first : first + size]))
-                progress.advance(task)
-    check = _check(blocks, _tokens(trio, documents), trio.base.dtype)
-    hflm = blocks["HFLM"]
+            for name in list(lms) if first // size % 2 else list(lms)[::-1]:
+                block = documents[first : first + size]
+                found, took = Spent.by(partial(answer, lms[name], block))
+                answers[name] += found
+                spent[name].append(took)
+                tick(f"{settings.trio}: {name}")
+    asked = [request for document in documents for request in document]
+    encode = trio.tokenizer.encode
+    tokens = [len(encode(request.args[1], add_special_tokens=False)) for request in asked]
+    check = compare(answers["ours"], answers["HFLM"], tokens, CLOSE[trio.base.dtype])
     records = []
-    for name, own in blocks.items():
-        record: Record = {
-            "provider": name,
-            "seconds": sum(block.seconds for block in own),
-            "cpu_seconds": sum(block.cpu_seconds for block in own),
-            "block_seconds": asdict(Summary.of(block.seconds for block in own)),
-        }
+    for name, own in spent.items():
+        record: Record = {"provider": name, "block_seconds": summary(s.seconds for s in own)}
         for kind in ("seconds", "cpu_seconds"):
-            theirs, ours = ([getattr(b, kind) for b in each] for each in (hflm, own))
-            record[f"speed_over_hflm_{kind}"] = asdict(paired_ratios(theirs, ours))
+            theirs, ours = ([getattr(s, kind) for s in some] for some in (spent["HFLM"], own))
+            record |= {kind: sum(ours), f"speed_over_hflm_{kind}": ratios(theirs, ours)}
         records.append(record)
     return records, check
 
 
-def _tokens(trio: Trio, documents: Sequence[Document]) -> list[int]:
-    """Tokens of each choice, about."""
-    asked = [request for document in documents for request in document]
-    encode = trio.tokenizer.encode
-    return [len(encode(request.args[1], add_special_tokens=False)) for request in asked]
-
-
-def _check(blocks: dict[str, list[Block]], tokens: Sequence[int], dtype: torch.dtype) -> Record:
-    """How far the answers are apart; RuntimeError where rounding does not explain it."""
-    ours, theirs = ([a for b in blocks[name] for a in b.answers] for name in PROVIDERS)
-    apart = [
-        abs(one[0] - other[0]) / count
-        for one, other, count in zip(ours, theirs, tokens, strict=True)
-    ]
-    if not max(apart) <= CLOSE[dtype]:
+def compare(ours: Answers, theirs: Answers, tokens: Sequence[int], close: float) -> Record:
+    """How far the answers are apart, per token of a choice."""
+    pairs = zip(ours, theirs, tokens, strict=True)
+    apart = [abs(one[0] - other[0]) / count for one, other, count in pairs]
+    if not max(apart) <= close:
         raise RuntimeError(
-            f"log-likelihoods differ by up to {max(apart)} per token, beyond {CLOSE[dtype]}"
+            f"log-likelihoods differ by up to {max(apart)} per token, beyond {close}"
         )
-    differing = sum(one[1] != other[1] for one, other in zip(ours, theirs, strict=True))
     return {
         "requests": len(ours),
-        "difference_per_token": asdict(Summary.of(apart)),
+        "difference_per_token": summary(apart),
         "worst_difference_per_token": max(apart),
-        "differing_greedy": differing,
+        "differing_greedy": sum(a[1] != b[1] for a, b in zip(ours, theirs, strict=True)),
     }
 
 
-def peak(
-    trio: str,
-    dtype: str | None,
-    layers: int,
-    documents: int,
-    choices: int,
-    batch_size: int,
-    threads: int,
-    provider: str,
-) -> dict[str, int]:
+def peak(provider: str, **values: Any) -> dict[str, int]:
     """Peak memory of one provider over the first block; for a process of its own."""
-    torch.set_num_threads(threads)
-    lm = PROVIDERS[provider](make_trio(trio, dtype, layers), batch_size)
-    asked = make_documents(trio, documents, choices)[: -(-documents // BLOCKS)]
-    answer(lm, asked[:1])
+    settings = Settings(**values)
+    torch.set_num_threads(settings.threads)
+    trio = make_trio(settings.trio, settings.dtype, settings.layers)
+    lm = make_lm(provider, trio, settings.batch_size)
+    documents = make_documents(settings.trio, settings.documents, settings.choices)
+    answer(lm, documents[:1])
     with PeakMemory() as memory:
-        answer(lm, asked)
+        answer(lm, documents[: -(-len(documents) // BLOCKS)])
     return {"total_bytes": memory.total_bytes, "extra_bytes": memory.extra_bytes}
 
 
-def print_table(records: Sequence[Record], check: Record, settings: Settings) -> None:
+def print_answers(records: Sequence[Record], check: Record, settings: Settings) -> None:
     """The table, and whether the target is met."""
     title = (
         f"loglikelihood of {settings.documents} documents of {settings.choices} choices, trio "
@@ -170,33 +209,139 @@ def print_table(records: Sequence[Record], check: Record, settings: Settings) ->
     caption = (
         f"x HFLM: its time over ours, median of {BLOCKS} blocks that both ran in turn; CPU: of the "
         "process's CPU time. MB: peak memory of a block, on top of weights and libraries, and in "
-        f"all. {machine_line()}"
+        "all."
     )
-    columns = ("", "s", "requests\n/s", "x\nHFLM", "x HFLM\nCPU", "MB on\ntop", "MB in\nall")
-    table = make_table(title, columns, caption)
-    for record in records:
-        table.add_row(
-            record["provider"],
-            fixed(record["seconds"], 1),
-            fixed(check["requests"] / record["seconds"], 1),
-            fixed(record["speed_over_hflm_seconds"]["median"]),
-            fixed(record["speed_over_hflm_cpu_seconds"]["median"]),
-            fixed(record["memory"]["extra_bytes"] / 1e6, 0),
-            fixed(record["memory"]["total_bytes"] / 1e6, 0),
-        )
-    console.print(table)
+    columns: list[report.Column] = [
+        ("", "provider", str),
+        ("s", "seconds", report.decimals(1)),
+        ("x\nHFLM", "speed_over_hflm_seconds/median", report.fixed),
+        ("x HFLM\nCPU", "speed_over_hflm_cpu_seconds/median", report.fixed),
+        ("MB on\ntop", "memory/extra_bytes", report.decimals(0, 1e-6)),
+        ("MB in\nall", "memory/total_bytes", report.decimals(0, 1e-6)),
+    ]
+    report.print_records(title, caption, records, columns)
     ours, hflm = records
     faster = ours["speed_over_hflm_seconds"]["median"]
     less = ours["memory"]["total_bytes"] < hflm["memory"]["total_bytes"]
-    verdict = "met" if faster >= TARGET and less else "missed"
-    console.print(
+    report.say(
         f"{faster:.2f} times as fast with {'less' if less else 'more'} memory; target {TARGET} "
-        f"with less: {verdict}. Log-likelihoods differ by "
+        f"with less: {'met' if faster >= TARGET and less else 'missed'}. Log-likelihoods differ by "
         f"{check['difference_per_token']['median']:.1g} nats per token in the median, "
         f"{check['worst_difference_per_token']:.1g} at most; of {check['requests']}, "
-        f"{check['differing_greedy']} differ in whether they are greedy.",
-        soft_wrap=True,
+        f"{check['differing_greedy']} differ in whether they are greedy."
     )
+
+
+# Quantised weights: what they change in a model's text, its bytes and its steps
+
+TEXTS = ("docs/math.md", "proxytune_kernels/params.py")
+"""English and Python."""
+PLAIN = "plain"
+
+
+def _int4(model: Any, group: int, chosen: Callable[[Any, str], bool]) -> None:
+    """int4 as :func:`quantize` has it on a CPU, but for the size of a group or the layers."""
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
+
+    config = PrototypeInt4WeightOnlyConfig(group_size=group)
+    config.set_inductor_config = False
+    quantize_(model, config, filter_fn=chosen)
+
+
+def _int4_groups(model: Any, group: int) -> None:
+    head = model.get_output_embeddings()
+    _int4(model, group, lambda m, _: isinstance(m, torch.nn.Linear) and m is not head)
+
+
+def _with_head(model: Any, kind: str) -> None:
+    """As :func:`quantize` has it, and the output layer too."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize(model, kind)
+    head = model.get_output_embeddings()
+    if kind == "int4":
+        _int4(model, 32, lambda module, _: module is head)
+    else:
+        config = Int8WeightOnlyConfig(set_inductor_config=False)
+        quantize_(model, config, filter_fn=lambda module, _: module is head)
+
+
+VARIANTS: Mapping[str, Callable[[Any], object]] = {
+    PLAIN: lambda model: None,
+    "int8": lambda model: quantize(model, "int8"),
+    "int8+head": lambda model: _with_head(model, "int8"),
+    "int4": lambda model: quantize(model, "int4"),
+    "int4+head": lambda model: _with_head(model, "int4"),
+    "int4/64": lambda model: _int4_groups(model, 64),
+    "int4/128": lambda model: _int4_groups(model, 128),
+}
+"""What is measured: as ``quantize`` does it, and what it could do instead."""
+
+
+def quality(token_ids: Tensor, plain: Tensor, logprobs: Tensor) -> dict[str, float]:
+    """Compare log-probabilities [T, V] after each of T tokens int64 [T] with the plain model's.
+
+    ``nll`` is the mean negative log-likelihood of the text's tokens in nats; ``agreement`` the
+    share of positions whose likeliest token is the plain model's; ``divergence`` the mean KL
+    divergence from the plain model's distribution to this one, in nats.
+    """
+    return {
+        "nll": -float(logprobs[:-1].gather(1, token_ids[1:, None]).mean()),
+        "agreement": float((plain.argmax(-1) == logprobs.argmax(-1)).float().mean()),
+        "divergence": float((plain.exp() * (plain - logprobs)).sum(-1).mean()),
+    }
+
+
+@torch.inference_mode()
+def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> list[Record]:
+    """Open a model once per variant; one record each, the plain model's first."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from proxytune_kernels.trio.quantization import weight_bytes
+
+    encode = AutoTokenizer.from_pretrained(directory).encode
+    ids = {n: torch.tensor(encode((report.REPOSITORY / n).read_text())[:tokens]) for n in TEXTS}
+    models: dict[str, Any] = {}
+    records: list[Record] = []
+    plain: dict[str, Tensor] = {}
+    for variant, apply in VARIANTS.items():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+        apply(model)
+        models[variant] = model
+        found = {n: model(i[None]).logits[0].float().log_softmax(-1) for n, i in ids.items()}
+        plain = plain or found
+        rows = [{"text": n, "tokens": len(i), **quality(i, plain[n], found[n])}
+                for n, i in ids.items()]  # fmt: skip
+        records.append({"variant": variant, "bytes": weight_bytes(model), "quality": rows})
+    # A token without a past: the step of a short sequence, which reads the weights once.
+    one = torch.tensor([[int(ids[TEXTS[0]][0])]])
+    calls = {variant: lambda m=model: m(one) for variant, model in models.items()}
+    seconds = time_in_turns(calls, repeats)
+    for record in records:
+        own = seconds[record["variant"]]
+        record |= {"step": summary(own), "step_over_plain": ratios(own, seconds[PLAIN])}
+    return records
+
+
+def run_quantized(directory: str, dtype: str, tokens: int, repeats: int, output: Path) -> None:
+    """Measure, write and show one line per variant and text."""
+    records = measure_quantized(directory, dtype, tokens, repeats)
+    shared = {"model": directory, "dtype": dtype}
+    report.write_json_lines(output, "quantization", [{**shared, **record} for record in records])
+    rows = [{**record, **row} for record in records for row in record["quality"]]
+    columns: list[report.Column] = [
+        ("", "variant", str),
+        ("text", "text", str),
+        ("MB", "bytes", report.decimals(1, 1e-6)),
+        ("nll", "nll", report.decimals(4)),
+        ("agrees", "agreement", report.percent),
+        ("KL", "divergence", report.decimals(4)),
+        ("step, ms", "step/median", report.decimals(1, 1e3)),
+        ("of plain", "step_over_plain/median", report.fixed),
+    ]
+    report.print_records(f"Quantised weights of {directory}", "", rows, columns)
+    report.say(f"Wrote {output}")
 
 
 def main(
@@ -210,34 +355,37 @@ def main(
     choices: Annotated[int, typer.Option(min=1, help="Continuations of a context.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Of both.")] = 8,
     layers: Annotated[int, typer.Option(min=1, help=f"Of the base of {WIDE}.")] = 4,
+    quantized: Annotated[
+        str | None,
+        typer.Option(help="Instead, this causal LM, its weights quantised in several ways."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each text, with --quantized.")] = 1024,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps, with --quantized.")] = 15,
     threads: options.Threads = None,
     dtype: options.Dtype = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="JSON lines.", show_default="benchmarks/results/evaluation-TRIO.jsonl"),
-    ] = None,
+    output: options.Output = None,
 ) -> None:
     """Score multiple-choice documents with ours and with lm_eval's HFLM over the composite."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if quantized is not None:
+        options.set_threads(threads or 1)
+        path = output or report.RESULTS / "quantization.jsonl"
+        return run_quantized(quantized, dtype or "bfloat16", tokens, repeats, path)
     settings = Settings(
-        trio, dtype, layers, documents, choices, batch_size, torch.get_num_threads()
+        trio, dtype, layers, documents, choices, batch_size, options.set_threads(threads)
     )
-    try:
+    with options.user_errors():
         records, check = measure(settings)
-    except ValueError as error:
-        # A user's mistake: an absent trio, a dtype that does not exist. Bugs keep their traceback.
-        raise typer.BadParameter(str(error)) from error
     for record in records:
         record["memory"] = in_fresh_process(
-            "benchmarks.evaluation:peak", **asdict(settings), provider=record["provider"]
+            "benchmarks.evaluation:peak", provider=record["provider"], **asdict(settings)
         )
-    name = Path(trio).name
-    path = output or RESULTS / f"evaluation-{name}.jsonl"
+    name = options.trio_label(trio)
+    path = output or report.RESULTS / f"evaluation-{name}.jsonl"
     shared = {**asdict(settings), "trio": name, **check}
-    write_json_lines(path, "evaluation", [{**shared, **record} for record in records])
-    print_table(records, check, settings)
-    console.print(f"Wrote {path}", soft_wrap=True)
+    report.write_json_lines(path, "evaluation", [{**shared, **record} for record in records])
+    print_answers(records, check, settings)
+    report.say(f"Wrote {path}")
+    return None
 
 
 if __name__ == "__main__":

@@ -1,91 +1,244 @@
-"""The operators alone: microseconds, GB/s and memory of ``sample`` beside its peers.
+"""The operators alone: ``sample`` beside its peers, ``sample_hidden`` beside heads and ``sample``.
 
-``python -m benchmarks.kernels --help``; docs/benchmarks.md says how each figure is obtained.
+``python -m benchmarks.kernels --help``; docs/benchmarks.md says how each figure is obtained, and
+docs/heads.md what the heads' mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import product
+from functools import partial
+from itertools import cycle, product
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
+from torch import Tensor
 
 import proxytune_kernels as ptk
-from benchmarks.choices import parse_choices
-from benchmarks.logits import KINDS
-from benchmarks.measure import Summary, collect, interleaved, paired_ratios
-from benchmarks.memory import in_fresh_process
-from benchmarks.op_cases import (
-    ALL_CASES,
-    BATCH_SIZES,
-    DEFAULT_CASES,
+from benchmarks.harness import options, report
+from benchmarks.harness.heads import (
+    SHAPES,
+    Heads,
+    exact_x,
+    first_rows,
+    logits_apart,
+    random_heads,
+    row_params,
+)
+from benchmarks.harness.logits import (
+    ALPHA,
     DTYPES,
     FILTERS,
-    OURS,
-    PROVIDERS,
+    KINDS,
+    TEMPERATURE,
+    TOP_P,
     VOCAB_SIZES,
+    Candidates,
+    Filters,
+    Logits,
     OpCase,
-    make_calls,
+    Peer,
+    check_ours,
+    check_peer,
+    contract_distribution,
+    make_logits,
+    transformers_peer,
 )
-from benchmarks.peers import ALPHA
-from benchmarks.plots import plot_kernels
-from benchmarks.report import (
-    RESULTS,
-    console,
-    fixed,
-    machine_line,
-    make_progress,
-    make_table,
-    significant,
-    write_json_lines,
-)
+from benchmarks.harness.measure import Summary, ratios, summary, time_in_turns
+from benchmarks.harness.memory import PeakMemory, in_fresh_process
+from benchmarks.harness.options import parse_choices
+from proxytune_kernels import reference
 from proxytune_kernels.ops.table import OPERATORS
 
-_US = 1e6
-_MIB = 2**20
+Record = dict[str, Any]
+Calls = dict[str, Callable[[], object]]
+
+BATCH_SIZES = (1, 8, 64)
+DEFAULT_CASES: tuple[OpCase, ...] = (
+    OpCase(),
+    OpCase(dtype="bfloat16"),
+    OpCase(kind="flat"),
+    OpCase(kind="flat", dtype="bfloat16"),
+    OpCase(filters="none"),
+    OpCase(filters="top_k+top_p"),
+    OpCase(vocab_size=32_000),
+    OpCase(vocab_size=151_936),
+    OpCase(batch_size=8),
+    OpCase(batch_size=64),
+)
+"""A representative subset, each axis varied on its own."""
+
+# The peers: each the best form that we know.
 
 
-def time_cases(
+def softmax_only(logits: Logits) -> Tensor:
+    """The yardstick: one softmax of the combination; it filters and draws nothing."""
+    base, expert, anti = logits
+    return torch.softmax(base + (expert - anti), dim=-1)
+
+
+_PREFILTER = 256  # likeliest tokens among which the top-p set is looked for first
+
+
+def _torch_prefix(sorted_mass: Tensor, total: Tensor | float, filters: Filters) -> Tensor:
+    """Zero what lies past the shortest prefix that holds top_p of the total."""
+    before = sorted_mass.cumsum(-1) - sorted_mass
+    return torch.where(before < filters.top_p * total, sorted_mass, 0.0)
+
+
+def torch_distribution(logits: Logits, filters: Filters) -> Candidates:
+    """The fewest torch operations that give the exact set.
+
+    Without a filter no sort; with top_k only the k likeliest; with top_p the likeliest
+    :data:`_PREFILTER` and, where they do not hold enough mass (a flat row), the whole row sorted.
+    """
+    base, expert, anti = (x.float() for x in logits)
+    x = torch.add(base, expert - anti, alpha=ALPHA).div_(filters.temperature)
+    mass = torch.softmax(x, dim=-1)
+    if filters.top_k:
+        top, ids = mass.topk(filters.top_k, dim=-1)
+        return Candidates(_torch_prefix(top, top.sum(-1, keepdim=True), filters), ids)
+    if filters.top_p >= 1:
+        return Candidates(mass, None)
+    top, ids = mass.topk(min(_PREFILTER, mass.shape[-1]), dim=-1)
+    if not (top.sum(-1) >= filters.top_p).all():
+        top, ids = mass.sort(dim=-1, descending=True)
+    return Candidates(_torch_prefix(top, 1.0, filters), ids)
+
+
+def torch_draw(candidates: Candidates) -> Tensor:
+    """Inverse of the cumulative distribution; much cheaper than multinomial on a CPU."""
+    cumulative = candidates.probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    column = torch.searchsorted(cumulative, total * (1 - torch.rand_like(total)))
+    if candidates.token_ids is None:
+        return column[:, 0]
+    return candidates.token_ids.gather(-1, column)[:, 0]
+
+
+def torch_peer(filters: Filters) -> Peer:
+    """Plain torch."""
+    return Peer("torch", lambda logits: torch_distribution(logits, filters), torch_draw)
+
+
+def compiled_peer(filters: Filters) -> Peer:
+    """``torch.compile`` of the plain torch form, draw included; for one case's shapes."""
+    torch.compiler.reset()  # the shapes of earlier cases would count against the recompile limit
+    distribution = torch.compile(lambda logits: torch_distribution(logits, filters), dynamic=False)
+    return Peer("torch.compile", distribution, torch.compile(torch_draw, dynamic=False))
+
+
+def numpy_distribution(logits: Logits, filters: Filters) -> Candidates:
+    """In numpy: partition for the likeliest tokens; for a flat row, sort values, not indices.
+
+    A flat row's cut is a value, so that tokens tied at it are all kept.
+    """
+    base, expert, anti = (x.float().numpy() for x in logits)
+    x = expert - anti
+    x *= ALPHA
+    x += base
+    x -= x.max(-1, keepdims=True)
+    x /= filters.temperature
+    mass = np.exp(x, out=x)
+    if filters.top_k == 0 and filters.top_p >= 1:
+        return Candidates(mass, None)
+    size = filters.top_k or min(_PREFILTER, mass.shape[-1])
+    ids = np.argpartition(mass, -size, axis=-1)[:, -size:]
+    top = np.take_along_axis(mass, ids, axis=-1)
+    order = np.argsort(-top, axis=-1)
+    ids, top = np.take_along_axis(ids, order, axis=-1), np.take_along_axis(top, order, axis=-1)
+    total = (top if filters.top_k else mass).sum(-1, keepdims=True, dtype=np.float64)
+    if filters.top_k or (top.sum(-1, keepdims=True) >= filters.top_p * total).all():
+        return Candidates(_numpy_prefix(top, total, filters), ids)
+    rising = np.sort(mass, axis=-1)
+    falling = _numpy_prefix(rising[:, ::-1], total, filters)
+    lowest = np.take_along_axis(falling, (falling > 0).sum(-1, keepdims=True) - 1, axis=-1)
+    return Candidates(np.where(mass >= lowest, mass, 0), None)
+
+
+def _numpy_prefix(sorted_mass: Any, total: Any, filters: Filters) -> Any:
+    before = sorted_mass.cumsum(-1, dtype=np.float64) - sorted_mass
+    return np.where(before < filters.top_p * total, sorted_mass, 0)
+
+
+def numpy_peer(filters: Filters) -> Peer:
+    """Numpy."""
+    generator = np.random.default_rng(0)
+
+    def draw(candidates: Candidates) -> Any:
+        cumulative = candidates.probabilities.cumsum(-1)
+        targets = cumulative[:, -1] * (1 - generator.random(len(cumulative)))
+        columns = [np.searchsorted(c, t) for c, t in zip(cumulative, targets, strict=True)]
+        if candidates.token_ids is None:
+            return np.array(columns)
+        return candidates.token_ids[np.arange(len(columns)), columns]
+
+    return Peer("numpy", lambda logits: numpy_distribution(logits, filters), draw)
+
+
+PEERS: dict[str, Callable[[Filters], Peer]] = {
+    "transformers": transformers_peer,
+    "torch": torch_peer,
+    "torch.compile": compiled_peer,
+    "numpy": numpy_peer,
+}
+OURS, YARDSTICK = "ours", "softmax only"
+PROVIDERS = (OURS, YARDSTICK, *PEERS)
+"""In the order of tables."""
+
+# sample
+
+
+def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
+    """What to time, after checking that each provider has the contract's distribution.
+
+    At small batches a provider goes through ``buffers`` sets of logits in turn, so that no row's
+    branches are learnt by heart. AssertionError: a provider is wrong.
+    """
+    sets = [case.logits(seed) for seed in range(buffers if case.batch_size < 8 else 1)]
+    target, params = contract_distribution(case, sets[0]), case.row_params()
+
+    def checked(name: str) -> Callable[[Logits], object]:
+        if name == YARDSTICK:
+            return softmax_only
+        if name == OURS:
+            check_ours(case, sets[0], target)
+            return lambda logits: ptk.sample(*logits, params)
+        peer = PEERS[name](FILTERS[case.filters])
+        check_peer(case, peer, sets[0], target)
+        return peer.sample
+
+    def turning(call: Callable[[Logits], object]) -> Callable[[], object]:
+        turn = cycle(sets)
+        return lambda: call(next(turn))
+
+    return {name: turning(checked(name)) for name in providers}
+
+
+def time_sample(
     cases: Sequence[OpCase], providers: Sequence[str], repeats: int, buffers: int
-) -> list[dict[str, Any]]:
+) -> Iterator[Record]:
     """Check, then time every case; one record per case and provider."""
-    records = []
-    with make_progress() as progress:
-        task = progress.add_task("", total=len(cases) * len(providers) * repeats)
+    with report.progress_bar(len(cases) * len(providers) * repeats) as tick:
         for case in cases:
-            progress.update(task, description=f"{case}: checking")
-            calls = make_calls(case, providers, buffers)
-            progress.update(task, description=str(case))
-            samples = []
-            for sample in interleaved(calls, repeats):
-                samples.append(sample)
-                progress.advance(task)
-            records += _records(case, collect(samples))
-    return records
+            seconds = time_in_turns(make_calls(case, providers, buffers), repeats, tick)
+            for name, times in seconds.items():
+                yield {
+                    "op": "sample",
+                    "provider": name,
+                    **asdict(case),
+                    "sampling": {"alpha": ALPHA, **asdict(FILTERS[case.filters])},
+                    "microseconds": summary(times, 1e6),
+                    "gigabytes_per_second": case.logits_bytes / Summary.of(times).median / 1e9,
+                    "time_over_ours": ratios(times, seconds[OURS]) if OURS in seconds else None,
+                }
 
 
-def _records(case: OpCase, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    ours = seconds.get(OURS)
-    filters = FILTERS[case.filters]
-    return [
-        {
-            "op": "sample",
-            "provider": name,
-            **asdict(case),
-            "sampling": {"alpha": ALPHA, **asdict(filters)},
-            "microseconds": asdict(Summary.of(s * _US for s in times)),
-            "gigabytes_per_second": case.logits_bytes / Summary.of(times).median / 1e9,
-            "time_over_ours": None if ours is None else asdict(paired_ratios(times, ours)),
-        }
-        for name, times in seconds.items()
-    ]
-
-
-def time_overhead(repeats: int) -> dict[str, Any]:
+def time_overhead(repeats: int) -> Record:
     """Microseconds of a call that has nothing to do: B = 1, V = 1, parameters prepared.
 
     The whole of it bounds what ``ptk.sample`` adds to the kernel's own time from above. With the
@@ -94,9 +247,9 @@ def time_overhead(repeats: int) -> dict[str, Any]:
     """
     row = torch.zeros(1, 1)
     logits = (row, row.clone(), row.clone())
-    params = ptk.RowParams.make(1, temperature=0.7, top_p=0.9)
+    params = ptk.RowParams.make(1, temperature=TEMPERATURE, top_p=TOP_P)
     out = ptk.sample(*logits, params)
-    calls: dict[str, Any] = {
+    calls: Calls = {
         "sample": lambda: ptk.sample(*logits, params),
         "sample, out given": lambda: ptk.sample(*logits, params, out=out),
     }
@@ -105,133 +258,383 @@ def time_overhead(repeats: int) -> dict[str, Any]:
         results = torch.ops.proxytune.sample(*arguments)
         outputs = dict(zip(OPERATORS["sample"].out_names, results, strict=True))
         calls["bare operator"] = lambda: torch.ops.proxytune.sample_out(*arguments, **outputs)
-    seconds = collect(interleaved(calls, repeats))
+    seconds = time_in_turns(calls, repeats)
     return {
         "op": "sample overhead",
-        "microseconds": {n: asdict(Summary.of(s * _US for s in t)) for n, t in seconds.items()},
+        "microseconds": {name: summary(times, 1e6) for name, times in seconds.items()},
     }
 
 
-def measure_memory(threads: int) -> list[dict[str, Any]]:
+def peak(op: str, rows: int, vocab_size: int, dtype: str, threads: int) -> Record:
+    """Extra bytes of one call, outputs included; for a process of its own.
+
+    ``sample`` draws ``rows`` tokens (peaked, top_p 0.9), ``score`` has logits [1, rows, V] (flat),
+    and ``control`` writes one fp32 row: what this way of measuring can tell.
+    """
+    torch.set_num_threads(threads)
+
+    def call(width: int) -> Callable[[], object]:
+        if op == "control":
+            return lambda: torch.ones(width)
+        if op == "sample":
+            case = OpCase(dtype=dtype, vocab_size=width, batch_size=rows)
+            logits, params = case.logits(), case.row_params()
+            return lambda: ptk.sample(*logits, params)
+        base, expert, anti = (x[None] for x in make_logits("flat", rows, width, DTYPES[dtype]))
+        ids = torch.arange(rows)[None] % width
+        return lambda: ptk.score(base, expert, anti, ids)
+
+    call(64)()  # pages the code in, starts the threads
+    measured = call(vocab_size)
+    with PeakMemory() as memory:
+        measured()
+    extra, size = memory.extra_bytes, 3 * rows * vocab_size * DTYPES[dtype].itemsize
+    share = None if op == "control" else extra / size
+    return {"extra_bytes": extra, "extra_rows": extra / (4 * vocab_size), "share": share}
+
+
+def measure_memory(threads: int) -> list[Record]:
     """Peak extra memory of the operators, each in a fresh process."""
-    vocab_size, tokens, dtype = 128_256, 512, "float32"
-    where = {"vocab_size": vocab_size, "dtype": dtype, "threads": threads}
-    peaks = [
-        {
-            "op": "sample memory",
-            **where,
-            "batch_size": size,
-            **in_fresh_process("benchmarks.op_memory:sample_peak", batch_size=size, **where),
-        }
-        for size in BATCH_SIZES
-    ]
-    score = in_fresh_process("benchmarks.op_memory:score_peak", tokens=tokens, **where)
-    control = in_fresh_process("benchmarks.op_memory:control_peak", vocab_size=vocab_size)
+    where = {"vocab_size": 128_256, "dtype": "float32", "threads": threads}
+    calls = [*(("sample", rows) for rows in BATCH_SIZES), ("score", 512), ("control", 1)]
     return [
-        *peaks,
-        {"op": "score memory", **where, "batch_size": 1, "tokens": tokens, **score},
-        {"op": "memory control", "vocab_size": vocab_size, **control},
+        {"op": f"{op} memory", "rows": rows, **where}
+        | in_fresh_process("benchmarks.kernels:peak", op=op, rows=rows, **where)
+        for op, rows in calls
     ]
 
 
-def print_times(records: Sequence[dict[str, Any]]) -> None:
-    """Table of times."""
-    columns = ("provider", "us", "p10", "p90", "GB/s", "x ours")
+def print_times(title: str, records: Sequence[Record], unit: str, gigabytes: str) -> None:
+    """Table of times, a section for each case."""
     caption = (
-        "GB/s: bytes of the three roles' logits, each counted once, over the time. x ours: paired "
-        f"by repeat. Medians. {machine_line()}"
+        f"{unit} a call. GB/s: bytes of the three roles' {gigabytes}, each counted once, over the "
+        "time. x ours: paired by repeat."
     )
-    table = make_table("sample: combine, filter and draw one token per row", columns, caption)
-    previous = None
-    for r in records:
-        case = OpCase(r["kind"], r["dtype"], r["filters"], r["vocab_size"], r["batch_size"])
-        if case != previous:
-            table.add_section()
-            table.add_row(f"[bold]{case.kind} {case.dtype} {case.filters}")
-            table.add_row(f"[bold]V={case.vocab_size:,} B={case.batch_size}")
-            previous = case
-        times, ratio = r["microseconds"], r["time_over_ours"]
-        table.add_row(
-            r["provider"],
-            *(significant(times[name]) for name in ("median", "p10", "p90")),
-            significant(r["gigabytes_per_second"]),
-            significant(ratio and ratio["median"]),
-        )
-    console.print(table)
+    columns: list[report.Column] = [
+        ("provider", "provider", str),
+        *((end, f"{unit}/{end}", report.significant) for end in ("median", "p10", "p90")),
+        ("GB/s", "gigabytes_per_second", report.significant),
+        ("x ours", "time_over_ours/median", report.significant),
+    ]
+
+    def section(r: Record) -> str:
+        what = [str(r[key]) for key in ("shape", "kind", "dtype", "filters") if key in r]
+        return f"{' '.join(what)}\nV={r['vocab_size']:,} B={r['batch_size']}"
+
+    report.print_records(title, caption, records, columns, section)
 
 
-def print_memory(records: Sequence[dict[str, Any]]) -> None:
+def print_memory(peaks: Sequence[Record]) -> None:
     """Table of peak extra memory."""
-    columns = ("peak extra memory, V = 128,256, fp32", "MiB", "fp32 rows", "share of logits")
     caption = (
-        "Each in a fresh process. The control writes one row: how far its figure is from 1 row is "
-        "how far any of these may be."
+        "V = 128,256, fp32, each in a fresh process. The control writes one row: how far its "
+        "figure is from 1 row is how far any of these may be."
     )
-    table = make_table("", columns, caption)
-    for r in records:
-        name = r["op"].removesuffix(" memory")
-        shape = f" [1, {r['tokens']}, V]" if "tokens" in r else ""
-        shape = f" B={r['batch_size']}" if name == "sample" else shape
-        share = 100 * r["extra_bytes"] / r["logits_bytes"] if "logits_bytes" in r else None
-        table.add_row(
-            f"{name}{shape}",
-            fixed(r["extra_bytes"] / _MIB),
-            fixed(r["extra_bytes"] / r["row_bytes"], 1),
-            fixed(share, 1, "%"),
-        )
-    console.print(table)
+    columns: list[report.Column] = [
+        ("peak extra memory", "op", str),
+        ("rows", "rows", str),
+        ("MiB", "extra_bytes", report.decimals(2, 2**-20)),
+        ("fp32 rows", "extra_rows", report.decimals(1)),
+        ("share of logits", "share", report.percent),
+    ]
+    report.print_records("", caption, peaks, columns)
+
+
+def plot_sample(records: Sequence[Record], path: Path) -> None:
+    """Microseconds of every provider, one line of dots per case, on a logarithmic axis."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    from benchmarks.harness.plots import panels
+
+    keys = ("kind", "dtype", "filters", "vocab_size", "batch_size")
+    cases = list(dict.fromkeys(tuple(r[k] for k in keys) for r in records))
+    title = "Combine, filter and draw one token per row, alpha 1, temperature 0.7"
+    with panels(path, 1, 1, (8.5, 1.6 + 0.34 * len(cases)), title) as (figure, [[axes]]):
+        for name in dict.fromkeys(record["provider"] for record in records):
+            own = [r for r in records if r["provider"] == name]
+            lines = [cases.index(tuple(r[k] for k in keys)) for r in own]
+            times = [r["microseconds"]["median"] for r in own]
+            axes.plot(times, lines, "k|" if name == YARDSTICK else "o", markersize=8, label=name)
+        labels = [f"{k}, {d}, {f}, V={v:,}, B={b}" for k, d, f, v, b in cases]
+        axes.set_yticks(range(len(cases)), labels)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlabel("microseconds per call (median, logarithmic)")
+        figure.legend(loc="outside lower center", ncols=6, frameon=False)
+
+
+# sample_hidden
+
+FUSED, APART, PRODUCTS = "sample_hidden", "three heads, sample", "three heads alone"
+HEAD_BATCH_SIZES = (1, 4, 16, 64)
+_ACCURACY_ROWS = 64
+
+
+def check_heads(heads: Heads, vocab_size: int) -> None:
+    """Compare ``sample_hidden``'s first rows with exact heads, fp64.
+
+    Hidden states and weights are no integers, so tokens may tie to the error of x: kept sets may
+    differ by one token, a token's raw logprob by twice the error.
+    """
+    few = first_rows(heads, 2)
+    params = row_params(len(few[0].hidden))
+    x, error = exact_x(few, vocab_size)
+    got = ptk.sample_hidden(*few, params=params)
+    wanted = reference.distribution(x, params)
+    kept = wanted.kept.sum(-1)
+    raw = wanted.raw_logprobs().gather(-1, got.token_ids[:, None])[:, 0]
+    off = (got.raw_logprobs - raw).abs()
+    if not ((got.num_kept - kept).abs() <= 1).all():
+        raise AssertionError(f"{FUSED} keeps {got.num_kept.tolist()}, not {kept.tolist()}")
+    if not (off <= 2 * error + 1e-5).all():
+        raise AssertionError(f"{FUSED} has raw logprobs off by {off.tolist()}")
+
+
+def time_heads(
+    shapes: Sequence[str], dtypes: Sequence[str], batch_sizes: Sequence[int], repeats: int
+) -> Iterator[Record]:
+    """Check, then time heads and sampling, fused and apart; a record per case and provider."""
+    cases = list(product(shapes, dtypes, batch_sizes))
+    with report.progress_bar(len(cases) * 3 * repeats) as tick:
+        for shape, dtype, rows in cases:
+            vocab_size, sizes = SHAPES[shape]
+            heads, params = random_heads(shape, DTYPES[dtype], rows), row_params(rows)
+            check_heads(heads, vocab_size)
+            calls: Calls = {
+                FUSED: partial(ptk.sample_hidden, *heads, params=params),
+                APART: partial(sample_apart, heads, params, vocab_size),
+                PRODUCTS: partial(logits_apart, heads, vocab_size),
+            }
+            seconds = time_in_turns(calls, repeats, tick)
+            size = vocab_size * sum(sizes) * DTYPES[dtype].itemsize
+            for name, times in seconds.items():
+                yield {
+                    "op": FUSED,
+                    "provider": name,
+                    "shape": shape,
+                    "dtype": dtype,
+                    "batch_size": rows,
+                    "vocab_size": vocab_size,
+                    "hidden_sizes": sizes,
+                    "milliseconds": summary(times, 1e3),
+                    "gigabytes_per_second": size / Summary.of(times).median / 1e9,
+                    "time_over_ours": ratios(times, seconds[FUSED]),
+                }
+
+
+def sample_apart(heads: Heads, params: ptk.RowParams, vocab_size: int) -> ptk.SampleOutput:
+    """Three products, then ``sample``."""
+    return ptk.sample(*logits_apart(heads, vocab_size), params)
+
+
+def accuracy(heads: Heads, vocab_size: int) -> Record:
+    """How far x is from exact heads' by both ways, and what that does to tokens.
+
+    Fused: fp32 accumulators, combined in fp32. Apart: logits rounded to the heads' dtype, combined
+    in fp32. The roles' alpha is 1, the filter top_p.
+    """
+    few = first_rows(heads, _ACCURACY_ROWS)
+    exact, error = exact_x(few, vocab_size)
+    params = row_params(len(exact))
+    wanted, drawn = reference.distribution(exact, params), reference.sample(exact, params)
+    found: Record = {
+        "rows": len(exact), "largest_x": float(exact.abs().max()), "bound": float(error.max())
+    }  # fmt: skip
+    fused = [torch.empty(len(exact), vocab_size) for _ in few]
+    for head, out in zip(few, fused, strict=True):
+        hidden = head.hidden.float().contiguous()
+        torch.ops.proxytune.head_logits_out(hidden, head.weight, 0, vocab_size, out_logits=out)
+    for name, (base, expert, anti) in ((FUSED, fused), (APART, logits_apart(few, vocab_size))):
+        x = reference.combine(base, expert, anti, params.alpha)
+        off = (x.double() - exact).abs()
+        kept = reference.distribution(x, params).kept
+        found[name] = {
+            "largest_error": float(off.max()),
+            "rms_error": float(off.square().mean().sqrt()),
+            "greedy_differs": int((x.argmax(-1) != exact.argmax(-1)).sum()),
+            "kept_differs": int((kept != wanted.kept).any(-1).sum()),
+            "token_differs": int((reference.sample(x, params).token_ids != drawn.token_ids).sum()),
+        }
+    return found
+
+
+def measure_accuracy() -> list[Record]:
+    """Errors of x in bf16: of the hidden states of the trios that are there, and random ones."""
+    from benchmarks.harness.trios import TrioMissing, make_prompts, open_trio
+
+    found = []
+    for name in ("shipped", "qwen"):
+        try:
+            trio = open_trio(name, "bfloat16")
+        except TrioMissing as error:
+            report.say(f"No accuracy of {name}: {error}")
+            continue
+        ids = torch.tensor(make_prompts(trio, 4, _ACCURACY_ROWS // 4))
+        with torch.no_grad():
+            base, expert, anti = (
+                ptk.Head.of(model, model.base_model(ids).last_hidden_state.flatten(0, 1))
+                for model in trio.models.values()
+            )
+        found.append({"heads": f"{name} trio", **accuracy((base, expert, anti), trio.vocab_size)})
+    heads = random_heads("llama-2", torch.bfloat16, _ACCURACY_ROWS)
+    vocab_size, _ = SHAPES["llama-2"]
+    found.append({"heads": "llama-2 shape, random", **accuracy(heads, vocab_size)})
+    return [{"op": "heads accuracy", **record} for record in found]
+
+
+def print_accuracy(errors: Sequence[Record]) -> None:
+    """Table of errors."""
+    caption = (
+        "Against exact heads, fp64, at alpha 1. greedy, kept, drawn: rows whose likeliest token, "
+        "kept set (T 0.7, top_p 0.9) or draw of the same seed is another. bound: of sample_hidden."
+    )
+    columns: list[report.Column] = [
+        ("x in bf16 models", "name", str),
+        ("largest error", "largest_error", "{:.2g}".format),
+        ("rms", "rms_error", "{:.2g}".format),
+        ("greedy", "greedy_differs", str),
+        ("kept", "kept_differs", str),
+        ("drawn", "token_differs", str),
+        ("bound", "bound", "{:.2g}".format),
+    ]
+    rows = [{**r, **r[name], "name": name} for r in errors for name in (FUSED, APART)]
+    report.print_records("", caption, rows, columns, lambda r: f"{r['heads']}, {r['rows']} rows")
+
+
+# How like a real trio's the peaked logits are
+
+_SKIPPED = 8  # the first positions have too little context to be typical
+
+
+def row_statistics(x: Tensor) -> dict[str, Tensor]:
+    """Per row of x [B, V], what decides how much work a sampler has."""
+    logprobs = x.log_softmax(-1)
+    params = ptk.RowParams.make(len(x), temperature=TEMPERATURE, top_p=TOP_P)
+    falling = x.sort(-1, descending=True).values
+    top = falling[:, 0]
+    return {
+        "entropy, nats": -(logprobs.exp() * logprobs).sum(-1),
+        "kept": reference.distribution(x, params).kept.sum(-1),
+        "standard deviation": x.std(-1),
+        "top - median": top - falling.median(-1).values,
+        **{f"top - rank {r:,}": top - falling[:, r - 1] for r in (10, 100, 1_000, 10_000)
+           if r <= x.shape[-1]},
+        "weights over e^-20": (x >= top[:, None] - 20 * TEMPERATURE).sum(-1),
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def print_statistics(name: str, length: int = 160) -> None:
+    """Compare a trio's combined logits on English with the benchmarks' peaked ones."""
+    from benchmarks.harness.trios import make_prompts, open_trio
+
+    trio = open_trio(name, None)
+    ids = torch.tensor(make_prompts(trio, 1, length))
+    base, expert, anti = (
+        model(ids).logits[0, _SKIPPED:, : trio.vocab_size].float() for model in trio.models.values()
+    )
+    real = base + ALPHA * (expert - anti)
+    base, expert, anti = make_logits("peaked", len(real), trio.vocab_size, torch.float32)
+    made = row_statistics(base + ALPHA * (expert - anti))
+    quantiles = torch.tensor([0.5, 0.1, 0.9])
+    rows = []
+    for what, values in row_statistics(real).items():
+        both = (values.float().quantile(quantiles), made[what].float().quantile(quantiles))
+        rows.append(("", (what, *(report.significant(float(q)) for side in both for q in side))))
+    columns = ("", name, "p10", "p90", "peaked", "p10", "p90")
+    caption = (
+        f"Medians over {len(real)} rows, V = {trio.vocab_size:,}. Kept: at temperature "
+        f"{TEMPERATURE}, top_p {TOP_P}."
+    )
+    report.print_table("Combined logits", columns, caption, rows)
+
+
+AXES: dict[str, tuple[Sequence[Any], Any]] = {
+    "kinds": (KINDS, "peaked"),
+    "dtypes": (list(DTYPES), "float32"),
+    "filters": (list(FILTERS), "top_p"),
+    "vocab-sizes": (VOCAB_SIZES, 128_256),
+    "batch-sizes": (BATCH_SIZES, 1),
+}
+"""In the order of :class:`OpCase`: known values, and the one where none is given."""
+
+
+def _axis(name: str) -> Any:
+    return typer.Option(f"--{name}", help=f"Of {','.join(map(str, AXES[name][0]))}.")
 
 
 def main(
     full: Annotated[bool, typer.Option(help="Every combination instead of a subset.")] = False,
-    kinds: Annotated[str | None, typer.Option(help=f"Of {','.join(KINDS)}.")] = None,
-    dtypes: Annotated[str | None, typer.Option(help=f"Of {','.join(DTYPES)}.")] = None,
-    filters: Annotated[str | None, typer.Option(help=f"Of {','.join(FILTERS)}.")] = None,
-    vocab_sizes: Annotated[
-        str | None, typer.Option(help=f"Of {','.join(map(str, VOCAB_SIZES))}.")
-    ] = None,
-    batch_sizes: Annotated[
-        str | None, typer.Option(help=f"Of {','.join(map(str, BATCH_SIZES))}.")
-    ] = None,
+    kinds: Annotated[str | None, _axis("kinds")] = None,
+    dtypes: Annotated[str | None, _axis("dtypes")] = None,
+    filters: Annotated[str | None, _axis("filters")] = None,
+    vocab_sizes: Annotated[str | None, _axis("vocab-sizes")] = None,
+    batch_sizes: Annotated[str | None, _axis("batch-sizes")] = None,
     providers: Annotated[str, typer.Option(help=f"Of {','.join(PROVIDERS)}.")] = ",".join(
         PROVIDERS
     ),
-    repeats: Annotated[int, typer.Option(min=1, help="Samples of each, interleaved.")] = 9,
+    heads: Annotated[
+        str | None,
+        typer.Option(help=f"Instead, sample_hidden at these shapes, of {','.join(SHAPES)}."),
+    ] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="Instead, compare the peaked logits with this trio's.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each, in turn.")] = 9,
     buffers: Annotated[
         int, typer.Option(min=1, help="Sets of logits to go through in turn at B = 1.")
     ] = 4,
     threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
-    output: Annotated[Path, typer.Option(help="JSON lines.")] = RESULTS / "kernels.jsonl",
-    plot: Annotated[bool, typer.Option(help="Also a PNG beside the output.")] = True,
-    memory: Annotated[bool, typer.Option(help="Also peak memory.")] = True,
+    output: options.Output = None,
+    plot: options.Plot = True,
+    memory: Annotated[
+        bool, typer.Option(help="Also peak memory; with --heads, the error of x.")
+    ] = True,
 ) -> None:
     """Time `sample` alone beside its peers. Naming any axis measures the product of the axes."""
     torch.set_num_threads(threads)
-    axes = (
-        ("--kinds", kinds, KINDS, "peaked"),
-        ("--dtypes", dtypes, DTYPES, "float32"),
-        ("--filters", filters, FILTERS, "top_p"),
-        ("--vocab-sizes", vocab_sizes, VOCAB_SIZES, 128_256),
-        ("--batch-sizes", batch_sizes, BATCH_SIZES, 1),
-    )
-    cases: Sequence[OpCase] = ALL_CASES if full else DEFAULT_CASES
-    if any(text is not None for _, text, _, _ in axes):
-        cases = [OpCase(*values) for values in product(*(parse_choices(*axis) for axis in axes))]
+    if statistics is not None:
+        with options.user_errors():
+            return print_statistics(statistics)
+    if heads is not None:
+        records = list(
+            time_heads(
+                parse_choices("--heads", heads, SHAPES, None),
+                parse_choices("--dtypes", dtypes or "bfloat16,float32", DTYPES, None),
+                options.parse_integers("--batch-sizes", batch_sizes or "1,4,16,64", 1),
+                repeats,
+            )
+        )
+        errors = measure_accuracy() if memory else []
+        output = output or report.RESULTS / "heads.jsonl"
+        report.write_json_lines(output, "heads", [*records, *errors])
+        print_times("From hidden states to tokens", records, "milliseconds", "weights")
+        if errors:
+            print_accuracy(errors)
+        return report.say(f"Wrote {output}")
+    given = (kinds, dtypes, filters, vocab_sizes, batch_sizes)
+    values = [
+        known if full and text is None else parse_choices(f"--{name}", text, known, default)
+        for text, (name, (known, default)) in zip(given, AXES.items(), strict=True)
+    ]
+    cases = DEFAULT_CASES
+    if full or any(given):
+        cases = tuple(OpCase(*axes) for axes in product(*values))
     names = parse_choices("--providers", providers, PROVIDERS, OURS)
     overhead = time_overhead(repeats)
-    records = time_cases(cases, names, repeats, buffers)
+    records = list(time_sample(cases, names, repeats, buffers))
     peaks = measure_memory(threads) if memory else []
-    write_json_lines(output, "kernels", [*records, overhead, *peaks])
-    print_times(records)
-    microseconds = {n: f"{s['median']:.1f}" for n, s in overhead["microseconds"].items()}
-    console.print(f"Per call with nothing to do (B = 1, V = 1), us: {microseconds}")
-    if peaks:
-        print_memory(peaks)
-    console.print(f"Wrote {output}", soft_wrap=True)
-    if plot:
-        picture = output.with_suffix(".png")
-        plot_kernels(records, picture)
-        console.print(f"Wrote {picture}", soft_wrap=True)
+    output = output or report.RESULTS / "kernels.jsonl"
+    report.write_json_lines(output, "kernels", [*records, overhead, *peaks])
+    print_times(
+        "sample: combine, filter and draw a token per row", records, "microseconds", "logits"
+    )
+    medians = {name: f"{s['median']:.1f}" for name, s in overhead["microseconds"].items()}
+    report.say(f"Per call with nothing to do (B = 1, V = 1), us: {medians}")
+    print_memory(peaks)
+    draw = (lambda path: plot_sample(records, path)) if plot else None
+    return report.draw_picture(output, draw)
 
 
 if __name__ == "__main__":

@@ -5,39 +5,32 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from benchmarks import options
-from benchmarks.decoding_plots import plot_refill
-from benchmarks.measure import Summary, paired_ratios
-from benchmarks.prompts import make_prompts
-from benchmarks.report import (
-    RESULTS,
-    console,
-    machine_line,
-    make_progress,
-    make_table,
-    significant,
-    write_json_lines,
-)
-from benchmarks.slots import Load, Usage, decode, decode_in_batches, useful_at_best
-from benchmarks.trios import open_trio
+from benchmarks.harness import options, report, trios
+from benchmarks.harness.measure import in_turns, ratios, summary
 from proxytune_kernels import Decoder, SamplingParams, Trio
 
 TARGET = 0.90
 """Share of the slot-steps that should do useful work."""
 
 _DRAWS = 1000
+_COUNTS = ("slot_steps", "useful_slot_steps", "base_forwards", "prefill_forwards")
 
 Record = dict[str, Any]
+Load = Sequence[tuple[list[int], SamplingParams]]
+"""Prompts and parameters, in the order they are sent."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +38,12 @@ class Settings:
     """What to measure."""
 
     trio: str
-    dtype: str | None
     requests: int
     slots: int
     shortest: int
     longest: int
     seed: int
     repeats: int
-
-
-def make_load(trio: Trio, settings: Settings) -> Load:
-    """Requests whose lengths of prompt and of output are log-uniform, each by itself."""
-    prompts, params = [], []
-    for row, (length, output) in enumerate(draw_lengths(settings, settings.seed)):
-        prompts.append(make_prompts(trio, row + 1, length)[row])
-        params.append(SamplingParams(seed=row, max_tokens=output, ignore_eos=True))
-    return Load(prompts, params)
 
 
 def draw_lengths(settings: Settings, seed: int) -> list[tuple[int, int]]:
@@ -74,173 +57,228 @@ def draw_lengths(settings: Settings, seed: int) -> list[tuple[int, int]]:
     ]
 
 
-WAYS = ("refilled", "longest first", "batches")
-"""As the requests were sent; those with the longest outputs first; and without refilling."""
-
-
-def records_of(
-    load: Load, usages: Mapping[str, Sequence[Usage]], busy: Mapping[str, Sequence[int]]
-) -> list[Record]:
-    """A line of results for each of :data:`WAYS`; ratios are paired by repeat."""
+def make_load(trio: Trio, lengths: Sequence[tuple[int, int]]) -> Load:
+    """Requests of these lengths of prompt and output; row i has seed i."""
     return [
-        _record(name, load, usages[name], usages["batches"]) | {"busy": list(busy[name])}
-        for name in WAYS
+        (
+            trios.make_prompts(trio, row + 1, length)[row],
+            SamplingParams(seed=row, max_tokens=output, ignore_eos=True),
+        )
+        for row, (length, output) in enumerate(lengths)
     ]
 
 
-def _record(name: str, load: Load, own: Sequence[Usage], batches: Sequence[Usage]) -> Record:
+@dataclass
+class Usage:
+    """What decoding a load took.
+
+    ``prefill_seconds`` is the time that ran prompts, when no slot takes a step. ``queued`` holds
+    what was counted, and the seconds, up to when the last request had its first token: the queue
+    was empty from there on. ``busy`` is how many slots did useful work, of each step.
+    """
+
+    seconds: float
+    prefill_seconds: float
+    counts: Counter[str]
+    queued: Counter[str]
+    queued_seconds: float
+    busy: list[int]
+    token_ids: list[list[int]]
+
+
+def useful(counts: Mapping[str, int]) -> float:
+    """Share of the slot-steps in which a request got a token; NaN where there was no step."""
+    steps = counts["slot_steps"]
+    return counts["useful_slot_steps"] / steps if steps else math.nan
+
+
+def decode(decoder: Decoder, load: Load) -> Usage:
+    """Decode a load by a decoder without speculation: a step gives each request one token."""
+    token_ids: list[list[int]] = [[] for _ in load]
+    waiting = len(load)
+    before = Counter(decoder.statistics())
+
+    def counted() -> Counter[str]:
+        now = decoder.statistics()
+        return Counter({key: now[key] - before[key] for key in _COUNTS})
+
+    queued, queued_seconds, prefill = Counter[str](), 0.0, 0.0
+    steps: Counter[int] = Counter()
+    start = last = time.perf_counter()
+    for event in decoder.stream([prompt for prompt, _ in load], [params for _, params in load]):
+        now = time.perf_counter()
+        if token_ids[event.index]:
+            steps[decoder.statistics()["base_forwards"]] += 1
+        else:
+            # First tokens come from prompts, which run while no slot takes a step.
+            prefill += now - last
+            waiting -= 1
+            if not waiting:
+                queued, queued_seconds = counted(), now - start
+        token_ids[event.index].extend(event.token_ids)
+        last = now
+    busy = [count for _, count in sorted(steps.items())]
+    return Usage(last - start, prefill, counted(), queued, queued_seconds, busy, token_ids)
+
+
+def longest_first(load: Load) -> Load:
+    """Those with the longest outputs first, as a caller who knew them could send them."""
+    return sorted(load, key=lambda request: -request[1].max_tokens)
+
+
+def decode_in_batches(decoder: Decoder, load: Load, slots: int) -> Usage:
+    """Decode a load as many requests at a time as there are slots, each batch to its end."""
+    starts = range(0, len(load), slots)
+    parts = [decode(decoder, load[start : start + slots]) for start in starts]
+    return Usage(
+        sum(part.seconds for part in parts),
+        sum(part.prefill_seconds for part in parts),
+        sum((part.counts for part in parts), Counter()),
+        Counter(),
+        0.0,
+        [count for part in parts for count in part.busy],
+        [row for part in parts for row in part.token_ids],
+    )
+
+
+def useful_at_best(outputs: Iterable[int], slots: int) -> float:
+    """Share of useful slot-steps where each free slot takes the next request at once.
+
+    Arithmetic, no decoding: a request takes a step for each token but the first, which comes of its
+    prompt.
+    """
+    steps = [output - 1 for output in outputs]
+    free = [0] * slots
+    for needed in steps:
+        heapq.heapreplace(free, free[0] + needed)
+    return sum(steps) / (slots * max(free)) if max(free) else math.nan
+
+
+def record_of(name: str, own: Sequence[Usage], batches: Sequence[Usage]) -> Record:
+    """A line of results; ratios are paired by repeat, counts are the first repeat's."""
     first = own[0]
+    tokens = sum(len(row) for row in first.token_ids)
     record: Record = {
         "provider": name,
         "repeats": len(own),
-        "tokens": load.tokens,
+        "tokens": tokens,
         **first.counts,
-        "useful": first.useful(first.counts),
-        "tokens_per_second": asdict(Summary.of(load.tokens / u.seconds for u in own)),
-        "prefill_share": asdict(Summary.of(u.prefill_seconds / u.seconds for u in own)),
+        "useful": useful(first.counts),
+        "tokens_per_second": summary(tokens / u.seconds for u in own),
+        "prefill_share": summary(u.prefill_seconds / u.seconds for u in own),
+        "busy": first.busy,
     }
     if name == "batches":
         return record
     steps, queued = first.counts["slot_steps"], first.queued["slot_steps"]
     idle = steps - first.counts["useful_slot_steps"]
     idle_while_queued = queued - first.queued["useful_slot_steps"]
-    tail = Summary.of(1 - u.queued_seconds / u.seconds for u in own)
-    over = paired_ratios([b.seconds for b in batches], [u.seconds for u in own])
     return record | {
-        "useful_while_queued": first.useful(first.queued),
+        "useful_while_queued": useful(first.queued),
         "slot_steps_while_queued": queued,
         "idle_in_tail": (idle - idle_while_queued) / steps if steps else math.nan,
-        "tail_seconds_share": asdict(tail),
-        "speed_over_batches": asdict(over),
+        "tail_seconds_share": summary(1 - u.queued_seconds / u.seconds for u in own),
+        "speed_over_batches": ratios([u.seconds for u in batches], [u.seconds for u in own]),
     }
 
 
-def print_table(records: Sequence[Record], settings: Settings, title: str) -> None:
+def print_records(records: Sequence[Record], settings: Settings, title: str) -> None:
     """The table, and whether the target is met."""
-    columns = ("slots", "steps", "useful", "while\nqueued", "tokens\n/s", "prefill", "x\nbatches")
     caption = (
         "useful: share of the slot-steps (slots x steps) that gave a request a token; while "
         "queued: of those while requests were waiting. longest first: sent in that order. "
         f"batches: {settings.slots} at a time, each batch to its end. prefill: share of the time "
-        f"that ran prompts, when no slot takes a step. Medians. {machine_line()}"
+        "that ran prompts, when no slot takes a step. Medians."
     )
-    table = make_table(title, columns, caption)
-    for record in records:
-        over = record.get("speed_over_batches")
-        table.add_row(
-            record["provider"],
-            f"{record['base_forwards']:,}",
-            f"{record['useful']:.1%}",
-            f"{record['useful_while_queued']:.1%}" if over else "-",
-            significant(record["tokens_per_second"]["median"]),
-            f"{record['prefill_share']['median']:.1%}",
-            significant(over and over["median"]),
-        )
-    console.print(table)
-    own = records[0]
-    verdict = "met" if own["useful"] >= TARGET else "missed"
-    draws = own["useful_at_best"]
-    console.print(
-        f"Useful: {own['useful']:.1%} of all slot-steps, target {TARGET:.0%}: {verdict}. The tail, "
-        "from when no request was left to refill a slot with, leaves "
-        f"{own['idle_in_tail']:.1%} of all slot-steps idle, and is "
-        f"{own['tail_seconds_share']['median']:.1%} of the time. At best, sent in this order: "
+    columns: list[report.Column] = [
+        ("slots", "provider", str),
+        ("steps", "base_forwards", str),
+        ("useful", "useful", report.percent),
+        ("while\nqueued", "useful_while_queued", report.percent),
+        ("tokens\n/s", "tokens_per_second/median", report.significant),
+        ("prefill", "prefill_share/median", report.percent),
+        ("x\nbatches", "speed_over_batches/median", report.significant),
+    ]
+    report.print_records(title, caption, records, columns)
+    own, draws = records[0], records[0]["useful_at_best"]
+    report.say(
+        f"Useful: {own['useful']:.1%} of all slot-steps, target {TARGET:.0%}: "
+        f"{'met' if own['useful'] >= TARGET else 'missed'}. The tail, from when no request was "
+        f"left to refill a slot with, leaves {own['idle_in_tail']:.1%} of all slot-steps idle, and "
+        f"is {own['tail_seconds_share']['median']:.1%} of the time. At best, sent in this order: "
         f"{own['useful_at_best_here']:.1%}; other draws of the lengths {draws['p10']:.1%} to "
-        f"{draws['p90']:.1%}, median {draws['median']:.1%} ({draws['count']} draws, arithmetic).",
-        soft_wrap=True,
+        f"{draws['p90']:.1%}, median {draws['median']:.1%} ({draws['count']} draws, arithmetic)."
     )
 
 
-def run(settings: Settings, output: Path, plot: bool) -> None:
-    """Load, measure, write and show."""
-    trio = open_trio(settings.trio, settings.dtype)
-    load = make_load(trio, settings)
-    decoder = Decoder(trio, settings.slots, 2 * settings.longest)
-    runs: dict[str, Callable[[list[int] | None], Usage]] = {
-        "refilled": lambda busy: decode(decoder, load, busy),
-        "longest first": lambda busy: decode(decoder, load.longest_first(), busy),
-        "batches": lambda busy: decode_in_batches(decoder, load, settings.slots, busy),
-    }
-    busy: dict[str, list[int]] = {way: [] for way in WAYS}
-    usages: dict[str, list[Usage]] = {way: [] for way in WAYS}
-    warm = {}
-    with make_progress() as progress:
-        task = progress.add_task("decoding", total=len(WAYS) * (settings.repeats + 1))
-        for repeat in range(settings.repeats + 1):
-            for way in WAYS:
-                progress.update(task, description=way)
-                if repeat:
-                    usages[way].append(runs[way](None))
-                else:
-                    warm[way] = runs[way](busy[way])
-                progress.advance(task)
-    pairs = zip(warm["refilled"].token_ids, warm["batches"].token_ids, strict=True)
-    differing = sum(one != two for one, two in pairs)
-    name = settings.trio if settings.trio in ("shipped", "qwen") else Path(settings.trio).name
-    info = trio.info()["roles"]
-    dtypes = {role: info[role]["dtype"] for role in info}
-    shared = {**asdict(settings), "trio": name, "dtype": dtypes, "differing": differing}
-    records = [{**shared, **record} for record in records_of(load, usages, busy)]
-    records[0] |= _at_best(settings)
-    write_json_lines(output, "refill", records)
-    title = (
-        f"{settings.requests} requests, prompts and outputs of {settings.shortest} to "
-        f"{settings.longest} tokens, {settings.slots} slots, trio {name}"
-    )
-    print_table(records, settings, title)
-    console.print(
-        f"{settings.requests - differing} of {settings.requests} requests have the same tokens "
-        "both ways."
-    )
-    console.print(f"Wrote {output}", soft_wrap=True)
-    if plot:
-        picture = output.with_suffix(".png")
-        plot_refill(records, picture, title)
-        console.print(f"Wrote {picture}", soft_wrap=True)
+def plot_records(records: Sequence[Record], slots: int, path: Path, title: str) -> None:
+    """Slots that did useful work over the steps, a panel for each way to fill them."""
+    from benchmarks.harness.plots import panels
 
-
-def _at_best(settings: Settings) -> Record:
-    """What no decoder could exceed that takes requests in the order they were sent."""
-
-    def share(seed: int) -> float:
-        outputs = [output for _, output in draw_lengths(settings, seed)]
-        return useful_at_best(outputs, settings.slots)
-
-    return {
-        "useful_at_best_here": share(settings.seed),
-        "useful_at_best": asdict(Summary.of(share(seed) for seed in range(_DRAWS))),
-    }
+    size = (8.5, 1.0 + 1.9 * len(records))
+    with panels(path, len(records), 1, size, title, sharex=True, sharey=True) as (_, grid):
+        for [axes], record in zip(grid, records, strict=True):
+            axes.stairs(record["busy"], fill=True, color="#D55E00")
+            axes.axhline(slots, color="black", linewidth=0.9, linestyle="--")
+            axes.set_title(f"{record['provider']}: {record['useful']:.1%} useful", fontsize=9)
+            axes.set_ylabel("slots at work")
+        grid[-1][0].set_xlabel("step")
 
 
 def main(
-    trio: Annotated[
-        str, typer.Option(help="shipped, qwen, or a directory with a trio.json.")
-    ] = "shipped",
+    trio: options.TrioName = "shipped",
     requests: Annotated[int, typer.Option(min=1)] = 64,
     slots: Annotated[int, typer.Option(min=1)] = 8,
     shortest: Annotated[int, typer.Option(min=1, help="Of prompts, and of outputs.")] = 4,
     longest: Annotated[int, typer.Option(min=1, help="Of prompts, and of outputs.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 5,
+    repeats: options.Repeats = 5,
     threads: options.Threads = None,
     dtype: options.Dtype = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="JSON lines.", show_default="benchmarks/results/refill-<trio>.jsonl"),
-    ] = None,
-    plot: Annotated[bool, typer.Option(help="Also a PNG beside the output.")] = True,
+    output: options.Output = None,
+    plot: options.Plot = True,
 ) -> None:
     """Count the slot-steps that do useful work, and compare with batches that are not refilled."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    options.set_threads(threads)
     if longest < shortest:
         raise typer.BadParameter(f"--longest must be at least --shortest {shortest}, got {longest}")
-    settings = Settings(trio, dtype, requests, slots, shortest, longest, seed, repeats)
-    try:
-        run(settings, output or RESULTS / f"refill-{Path(trio).name}.jsonl", plot)
-    except ValueError as error:
-        # A user's mistake: an absent trio, a dtype that does not exist. Bugs keep their traceback.
-        raise typer.BadParameter(str(error)) from error
+    name = options.trio_label(trio)
+    settings = Settings(name, requests, slots, shortest, longest, seed, repeats)
+    with options.user_errors():
+        opened = trios.open_trio(trio, dtype)
+    lengths = draw_lengths(settings, seed)
+    load = make_load(opened, lengths)
+    decoder = Decoder(opened, slots, 2 * longest)
+    ways: dict[str, Callable[[], Usage]] = {
+        "refilled": partial(decode, decoder, load),
+        "longest first": partial(decode, decoder, longest_first(load)),
+        "batches": partial(decode_in_batches, decoder, load, slots),
+    }
+    with report.progress_bar(len(ways) * (repeats + 1)) as tick:
+        calls = {way: lambda _, run=run: run() for way, run in ways.items()}
+        usages = in_turns(calls, repeats, tick, warm_up=True)
+    pairs = zip(usages["refilled"][0].token_ids, usages["batches"][0].token_ids, strict=True)
+    differing = sum(one != two for one, two in pairs)
+    shared = {**asdict(settings), "dtype": trios.dtypes(opened), "differing": differing}
+    records = [{**shared, **record_of(way, own, usages["batches"])} for way, own in usages.items()]
+
+    def at_best(seed: int) -> float:
+        return useful_at_best((output for _, output in draw_lengths(settings, seed)), slots)
+
+    # What no decoder could exceed that takes requests in the order they were sent.
+    records[0]["useful_at_best_here"] = at_best(seed)
+    records[0]["useful_at_best"] = summary(at_best(seed) for seed in range(_DRAWS))
+    output = output or report.RESULTS / f"refill-{name}.jsonl"
+    report.write_json_lines(output, "refill", records)
+    title = (
+        f"{requests} requests, prompts and outputs of {shortest} to {longest} tokens, {slots} "
+        f"slots, trio {name}"
+    )
+    print_records(records, settings, title)
+    report.say(f"{requests - differing} of {requests} requests have the same tokens both ways.")
+    report.draw_picture(
+        output, (lambda path: plot_records(records, slots, path, title)) if plot else None
+    )
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ docs/scaling.md says what the figures mean.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import packages_distributions, version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,33 +23,146 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.gpu.decoder.random_models import byte_tokenizer, random_model
-from benchmarks.gpu.decoder.shapes import ModelShape
-from benchmarks.measure import Summary, paired_ratios
-from benchmarks.report import (
-    RESULTS,
-    console,
-    machine_line,
-    make_progress,
-    make_table,
-    significant,
-    write_json_lines,
-)
-from benchmarks.vllm_engine import Engine, Load, Run
+from benchmarks.gpu.decoder.random_models import ModelShape, byte_tokenizer, random_model
+from benchmarks.harness import report
+from benchmarks.harness.measure import Spent, Summary, in_turns, ratios, summary
 from proxytune_kernels.integrations.vllm_plugin.export import export
 from proxytune_kernels.trio.roles import ROLES
 
 TARGET = 1.15
 """A step of the trio over the sum of the members' steps."""
 
-_MS = 1e3
-_PROMPT_STRIDE = 7919  # a prime: rows' prompts differ from their first token on
-
 RANDOM = {
     "160m": (ModelShape(768, 3072, 12, 12, 12), ModelShape(384, 1536, 8, 6, 6)),
     "600m": (ModelShape(1536, 6144, 13, 12, 12), ModelShape(768, 3072, 12, 12, 12)),
 }
 """Shapes of a base and of a pair, by the name of ``--trios``; random weights."""
+
+_PROMPT_STRIDE = 7919  # a prime: rows' prompts differ from their first token on
+
+# Read as vLLM is imported. The engine runs in the process that times it; nothing is compiled.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+_STOP_SECONDS = 30
+_LOG_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that start together and run for the same number of steps.
+
+    ``prompts`` are token ids, all of one length; ``output_length`` is at least 2; ``alphas`` is
+    None where the engine is not a trio.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    output_length: int
+    temperature: float = 0.0
+    alphas: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came out, and what each step took; the first runs the prompts."""
+
+    token_ids: list[list[int]]
+    steps: list[Spent]
+
+
+class Engine:
+    """A directory opened by vLLM in a process of its own, which decodes on request.
+
+    Several can be open at a time, so that what is compared alternates. One that is not asked waits
+    on a pipe and takes no time of the others. ``log`` holds what it says; ``settings`` are what
+    ``vllm.LLM`` takes.
+    """
+
+    def __init__(self, directory: Path, threads: int, log: Path, **settings: Any) -> None:
+        # Before the process starts: it imports torch, and with it OpenMP, before anything of ours.
+        os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads))
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._log = log
+        arguments = (str(directory), settings, there, log)
+        self._process = context.Process(target=_serve, args=arguments)
+        self._process.start()
+        there.close()
+
+    def wait(self) -> None:
+        """Wait until it is open."""
+        self._receive()
+
+    def decode(self, load: Load) -> Run:
+        """Run requests to their end."""
+        self._pipe.send(load)
+        run: Run = self._receive()
+        return run
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join(_STOP_SECONDS)
+        self._process.kill()
+        self._process.join()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            answer = RuntimeError(f"the process ended: {self._process.exitcode}")
+        if isinstance(answer, Exception):
+            said = self._log.read_text(errors="replace")[-_LOG_CHARACTERS:]
+            raise RuntimeError(f"vLLM: {answer}\n{said}") from answer
+        return answer
+
+
+def _serve(directory: str, settings: dict[str, Any], pipe: Connection, log: Path) -> None:
+    # What libraries say would tear up the progress bar; it is shown where something fails.
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    try:
+        from vllm import LLM
+
+        llm = LLM(directory, enforce_eager=True, **settings)
+        pipe.send(None)
+        while True:
+            pipe.send(_decode(llm.llm_engine, pipe.recv()))
+    except EOFError:
+        pass  # closed
+    except Exception as error:
+        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _decode(engine: Any, load: Load) -> Run:
+    from vllm import SamplingParams
+
+    for row, prompt in enumerate(load.prompts):
+        params = SamplingParams(
+            temperature=load.temperature,
+            seed=row,
+            max_tokens=load.output_length,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if load.alphas is None else {"alpha": load.alphas[row]},
+        )
+        engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, params)
+    finished: dict[int, list[int]] = {}
+    steps = []
+    while engine.has_unfinished_requests():
+        outputs, spent = Spent.by(engine.step)
+        steps.append(spent)
+        for output in outputs:
+            if output.finished:
+                finished[int(output.request_id)] = list(output.outputs[0].token_ids)
+    return Run([finished[row] for row in sorted(finished)], steps)
 
 
 @dataclass(frozen=True)
@@ -63,11 +180,7 @@ class Settings:
 
 @contextmanager
 def exported(name: str) -> Iterator[Path]:
-    """A directory that vLLM opens: the shipped trio's, one of :data:`RANDOM`, or an exported one.
-
-    Raises:
-        typer.BadParameter: there is none of that name.
-    """
+    """A directory that vLLM opens: the shipped trio's, a random one's, or an exported one."""
     if name not in RANDOM and name != "shipped":
         if not (Path(name) / "expert" / "config.json").is_file():
             raise typer.BadParameter(
@@ -110,120 +223,81 @@ def make_members(trio: Path, folder: Path) -> dict[str, Path]:
 
 def make_load(vocab_size: int, settings: Settings) -> Load:
     """Prompts of token ids spread over the vocabulary; an alpha of its own for each."""
-    prompts = [
-        [
-            3 + (row * _PROMPT_STRIDE + 31 * i) % (vocab_size - 3)
-            for i in range(settings.prompt_length)
-        ]
-        for row in range(settings.requests)
-    ]
+    starts = [row * _PROMPT_STRIDE for row in range(settings.requests)]
+    steps = range(0, 31 * settings.prompt_length, 31)
+    prompts = [[3 + (start + i) % (vocab_size - 3) for i in steps] for start in starts]
     alphas = [row / max(1, settings.requests - 1) for row in range(settings.requests)]
     return Load(prompts, settings.output_length, settings.temperature, alphas)
 
 
 def check(engines: Mapping[str, Engine], load: Load) -> None:
-    """Check that the trio at alpha 0 has the base's tokens, and others at alpha 1.
-
-    Raises:
-        typer.Exit: it has not.
-    """
+    """Check that the trio at alpha 0 has the base's tokens, and others at alpha 1."""
     alone = engines["base"].decode(replace(load, alphas=None, temperature=0.0)).token_ids
-    off, on = (
-        engines["trio"]
-        .decode(replace(load, alphas=[alpha] * len(alone), temperature=0.0))
-        .token_ids
-        for alpha in (0.0, 1.0)
-    )
+    loads = [replace(load, alphas=[alpha] * len(alone), temperature=0.0) for alpha in (0.0, 1.0)]
+    off, on = (engines["trio"].decode(one).token_ids for one in loads)
     if off != alone or on == alone:
         wrong = "alpha 0 has not the base's tokens" if off != alone else "alpha 1 has the base's"
-        console.print(f"The check failed: {wrong}.")
+        report.say(f"The check failed: {wrong}.", "red")
         raise typer.Exit(1)
-
-
-def measure(
-    engines: Mapping[str, Engine], load: Load, repeats: int, tick: Any
-) -> dict[str, list[Run]]:
-    """Run every engine in turn, ``repeats`` times over, after one run to warm up."""
-    runs: dict[str, list[Run]] = {name: [] for name in engines}
-    for repeat in range(repeats + 1):
-        for name, engine in engines.items():
-            own = load if name == "trio" else replace(load, alphas=None)
-            run = engine.decode(own)
-            if repeat:
-                runs[name].append(run)
-            tick(name)
-    return runs
 
 
 def record_of(trio: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """A line of results. Ratios are paired by repeat; a step is one that decodes, not the first."""
+    step, cpu, first = (
+        {name: [of(run.steps) for run in own] for name, own in runs.items()}
+        for of in (
+            lambda steps: Summary.of(s.seconds for s in steps[1:]).median,
+            lambda steps: Summary.of(s.cpu_seconds for s in steps[1:]).median,
+            lambda steps: steps[0].seconds,
+        )
+    )
 
-    def steps(name: str, clock: str) -> list[float]:
-        return [Summary.of(getattr(run, clock)[1:]).median for run in runs[name]]
-
-    def over_sum(clock: str) -> dict[str, Any]:
-        sums = [sum(repeat) for repeat in zip(*(steps(r, clock) for r in ROLES), strict=True)]
-        return asdict(paired_ratios(steps("trio", clock), sums))
-
-    first = {name: [run.seconds[0] for run in own] for name, own in runs.items()}
-    prompts = [sum(repeat) for repeat in zip(*(first[role] for role in ROLES), strict=True)]
+    for seconds in (step, cpu, first):
+        seconds["sum"] = [sum(repeat) for repeat in zip(*(seconds[r] for r in ROLES), strict=True)]
     return {
         "trio": trio,
-        "step_ms": {n: asdict(Summary.of(_MS * s for s in steps(n, "seconds"))) for n in runs},
-        "first_step_ms": {n: asdict(Summary.of(_MS * s for s in own)) for n, own in first.items()},
-        "step_over_sum": over_sum("seconds"),
-        "cpu_over_sum": over_sum("cpu_seconds"),
-        "first_step_over_sum": asdict(paired_ratios(first["trio"], prompts)),
+        "step_ms": {name: summary(own, 1e3) for name, own in step.items()},
+        "first_step_ms": {name: summary(own, 1e3) for name, own in first.items()},
+        "step_over_sum": ratios(step["trio"], step["sum"]),
+        "cpu_over_sum": ratios(cpu["trio"], cpu["sum"]),
+        "first_step_over_sum": ratios(first["trio"], first["sum"]),
     }
 
 
-def print_table(records: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+def print_records(records: Sequence[Mapping[str, Any]], settings: Settings) -> None:
     """The table, and whether the target is met."""
-    columns = (
-        "trio",
-        "members\nbase",
-        "\nexpert",
-        "\nanti",
-        "\nsum",
-        "trio\nstep",
-        "/ sum",
-        "CPU\n/ sum",
-        "prompts\n/ sum",
-    )
     caption = (
         "Milliseconds of a step that decodes, medians; / sum: the trio's over the members' sum, "
         "paired by repeat; CPU: the same of the process's CPU time; prompts: the first step's. "
-        f"{_vllm_version()}, {machine_line()}"
+        f"{_vllm_version()},"
     )
     title = (
         f"vLLM, {settings.requests} requests, prompts of {settings.prompt_length} and outputs of "
         f"{settings.output_length} tokens, temperature {settings.temperature:g}, {settings.dtype}"
     )
-    table = make_table(title, columns, caption)
-    for record in records:
-        each = [record["step_ms"][role]["median"] for role in ROLES]
-        table.add_row(
-            record["trio"],
-            *(significant(ms) for ms in (*each, sum(each), record["step_ms"]["trio"]["median"])),
-            *(
-                significant(record[ratio]["median"])
-                for ratio in ("step_over_sum", "cpu_over_sum", "first_step_over_sum")
-            ),
-        )
-    console.print(table)
+    columns: list[report.Column] = [
+        ("trio", "trio", str),
+        *((f"{r}\nalone", f"step_ms/{r}/median", report.significant) for r in (*ROLES, "sum")),
+        ("trio\nstep", "step_ms/trio/median", report.significant),
+        ("/ sum", "step_over_sum/median", report.significant),
+        ("CPU\n/ sum", "cpu_over_sum/median", report.significant),
+        ("prompts\n/ sum", "first_step_over_sum/median", report.significant),
+    ]
+    report.print_records(title, caption, records, columns)
     for record in records:
         ratio = record["step_over_sum"]["median"]
-        verdict = "met" if ratio <= TARGET else "missed"
-        console.print(
-            f"{record['trio']}: {ratio:.3f} times the members' sum, target {TARGET}: {verdict}."
-        )
+        met = "met" if ratio <= TARGET else "missed"
+        report.say(f"{record['trio']}: {ratio:.3f} times the members' sum, target {TARGET}: {met}.")
 
 
-def run_trio(name: str, settings: Settings, progress: Any) -> dict[str, Any]:
-    """Open the four engines, check, and measure."""
-    with exported(name) as trio, tempfile.TemporaryDirectory() as folder:
-        directories = {"trio": trio, **make_members(trio, Path(folder))}
-        task = progress.add_task(f"{name}: opening", total=4 * (settings.repeats + 2) + 1)
+def measure(name: str, settings: Settings) -> dict[str, Any]:
+    """Open the four engines, check, and run all in turn after one run to warm up."""
+    with ExitStack() as stack:
+        trio = stack.enter_context(exported(name))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directories = {"trio": trio, **make_members(trio, folder)}
+        total = 4 * (settings.repeats + 2)
+        tick = stack.enter_context(report.progress_bar(total, f"{name}: opening"))
         limits = {
             "tokenizer": str(trio),
             "dtype": settings.dtype,
@@ -233,30 +307,24 @@ def run_trio(name: str, settings: Settings, progress: Any) -> dict[str, Any]:
             "max_num_batched_tokens": settings.requests * settings.prompt_length,
             "enable_prefix_caching": False,
         }
-        engines = {
-            engine: Engine(directory, settings.threads, Path(folder) / f"{engine}.log", **limits)
-            for engine, directory in directories.items()
+        engines = {}
+        for role, directory in directories.items():
+            engines[role] = Engine(directory, settings.threads, folder / f"{role}.log", **limits)
+            stack.callback(engines[role].close)
+        for engine in engines.values():
+            engine.wait()
+            tick(f"{name}: opening")
+        config = json.loads((trio / "config.json").read_text())
+        load = make_load(config["proxy_tuning"]["vocab_size"], settings)
+        check(engines, load)
+        loads = {role: load if role == "trio" else replace(load, alphas=None) for role in engines}
+        calls = {
+            role: lambda _, role=role, engine=engine: engine.decode(loads[role])
+            for role, engine in engines.items()
         }
-        try:
-            for engine in engines.values():
-                engine.wait()
-                progress.advance(task)
-            load = make_load(_vocab_size(trio), settings)
-            check(engines, load)
-            progress.advance(task)
-
-            def tick(engine: str) -> None:
-                progress.update(task, advance=1, description=f"{name}: {engine}")
-
-            return record_of(name, measure(engines, load, settings.repeats, tick))
-        finally:
-            for engine in engines.values():
-                engine.close()
-
-
-def _vocab_size(trio: Path) -> int:
-    size: int = json.loads((trio / "config.json").read_text())["proxy_tuning"]["vocab_size"]
-    return size
+        return record_of(
+            name, in_turns(calls, settings.repeats, lambda r: tick(f"{name}: {r}"), warm_up=True)
+        )
 
 
 def _vllm_version() -> str:
@@ -277,7 +345,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of OpenMP, in each engine.")] = 1,
-    output: Annotated[Path, typer.Option(help="JSON lines.")] = RESULTS / "serving.jsonl",
+    output: Annotated[Path, typer.Option(help="JSON lines.")] = report.RESULTS / "serving.jsonl",
 ) -> None:
     """Time a step of a trio in vLLM, and of its members served alone by the same vLLM."""
     torch.set_num_threads(threads)
@@ -285,13 +353,11 @@ def main(
     settings = Settings(
         requests, prompt_length, output_length, temperature, dtype, repeats, threads
     )
-    with make_progress() as progress:
-        records = [run_trio(name, settings, progress) for name in trios.split(",")]
     shared = {**asdict(settings), "vllm": _vllm_version()}
-    records = [{**shared, **record} for record in records]
-    write_json_lines(output, "serving", records)
-    print_table(records, settings)
-    console.print(f"Wrote {output}", soft_wrap=True)
+    records = [{**shared, **measure(name, settings)} for name in trios.split(",")]
+    report.write_json_lines(output, "serving", records)
+    print_records(records, settings)
+    report.say(f"Wrote {output}")
 
 
 if __name__ == "__main__":

@@ -5,48 +5,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
-from rich.progress import Progress
+from transformers import DynamicCache
 
-from benchmarks import options
-from benchmarks.agreement import Mismatch, greedy_mismatches
-from benchmarks.decode_timing import Case, Work, time_case
-from benchmarks.decoding_plots import plot_throughput
-from benchmarks.memory import in_fresh_process
-from benchmarks.options import (
-    check_lengths,
-    default_lengths,
-    describe,
-    parse_cases,
-    parse_providers,
-    result_stem,
-)
-from benchmarks.prompts import KINDS, make_prompts, task_batches
-from benchmarks.providers import (
-    ALPHA,
-    GREEDY,
-    PROVIDERS,
-    TEMPERATURE,
-    TOP_P,
-    DecoderProvider,
-    Provider,
-    Sampling,
-)
-from benchmarks.report import RESULTS, console, make_progress, write_json_lines
-from benchmarks.throughput_table import print_tables, print_verdicts
-from benchmarks.trios import AdapterMissing, TrioForms
-from proxytune_kernels import Trio
+from benchmarks.harness import agreement, decoding, options, report, trios
+from benchmarks.harness.decoding import GREEDY, Case, Generation, Prompts, Provider, Sampling
+from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
+from benchmarks.harness.measure import Summary, in_turns, ratios, summary
+from benchmarks.harness.memory import PeakMemory, in_fresh_process
+from proxytune_kernels import Speculation, Trio
 from proxytune_kernels.decoder.packing import PackingError
 from proxytune_kernels.decoder.pair.shared import PairError
 
+_SPECULATION = {"speculation": Speculation()}
+_LOOKUP = {"speculation": Speculation(drafter="prompt_lookup")}
+_PACKED = {"pack_weights": True}
+_SHARED = {"pair": "shared"}
+DECODERS: dict[str, dict[str, Any]] = {
+    "base-only": {"roles": ("base",)},
+    "ours": {},
+    "ours-shared-pair": _SHARED,
+    "ours-batched-pair": {"pair": "batched"},
+    "ours-speculative": _SPECULATION,
+    "ours-shared-speculative": _SHARED | _SPECULATION,
+    "ours-lookup": _LOOKUP,
+    "ours-compiled": {"compile": True},
+    "base-only-packed": {"roles": ("base",)} | _PACKED,
+    "ours-packed": _PACKED,
+    "ours-packed-speculative": _PACKED | _SPECULATION,
+}
+"""Options of our decoder, by the name of the provider."""
+PROVIDERS = ("naive", *DECODERS)
+"""In the order of tables and plots."""
 DEFAULT_PROVIDERS = "naive,base-only,ours,ours-shared-pair,ours-speculative"
-_GREEDY_ROWS, _GREEDY_PROMPT, _GREEDY_TOKENS = 4, 12, 16  # the agreement check
+COMPARED = ("naive", "base-only", "ours", "ours-shared-pair")
+"""Providers that the speeds of the others are taken over, where they ran too."""
+
+TARGETS = {
+    ("qwen", "arithmetic", 1): (
+        ("ours-speculative", "naive", 2.5),
+        ("ours-speculative", "base-only", 1.3),
+        ("ours-shared-pair", "ours", 1.2),
+    ),
+    ("shipped", "text", 1): (("ours-speculative", "ours", 0.95),),
+    ("shipped", "arithmetic", 1): (("ours-speculative", "ours", 0.95),),
+}
+"""Trio, kind of prompts and batch size -> tokens/s of a provider over another's, at least."""
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,12 +81,22 @@ class Settings:
     memory: bool
 
 
-def make_work(trio: Trio, settings: Settings) -> list[Work]:
-    """Each case with its prompts, refused where they are longer than the trio's shortest context.
+@dataclass(frozen=True)
+class Work:
+    """A case, and its prompts: one batch for each repeat, over and over."""
 
-    Raises:
-        typer.BadParameter: names the case and the context.
-    """
+    case: Case
+    batches: Sequence[Prompts]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, prompt and output."""
+        prompt = max(len(prompt) for batch in self.batches for prompt in batch)
+        return prompt + self.case.output_length
+
+
+def make_work(trio: Trio, settings: Settings) -> list[Work]:
+    """Each case with its prompts, which must fit in the trio's shortest context."""
     context = min(
         model.config.get_text_config(decoder=True).max_position_embeddings
         for model in trio.models.values()
@@ -76,10 +104,10 @@ def make_work(trio: Trio, settings: Settings) -> list[Work]:
     made = []
     for case in settings.cases:
         if case.prompt_length is not None:
-            batches = [make_prompts(trio, case.batch_size, case.prompt_length)]
+            batches = [trios.make_prompts(trio, case.batch_size, case.prompt_length)]
         else:
             sizes = case.batch_size, case.output_length, settings.repeats
-            batches = task_batches(trio, settings.trio, settings.prompts, *sizes)
+            batches = trios.task_batches(trio, settings.trio, settings.prompts, *sizes)
         work = Work(case, batches)
         if work.longest > context:
             raise typer.BadParameter(
@@ -90,175 +118,369 @@ def make_work(trio: Trio, settings: Settings) -> list[Work]:
     return made
 
 
-def room(works: Sequence[Work]) -> tuple[int, int]:
-    """Rows and tokens that the largest case takes, and the agreement check."""
-    rows = max(work.case.batch_size for work in works)
-    return rows, max(_GREEDY_PROMPT + _GREEDY_TOKENS, *(work.longest for work in works))
+def make_provider(
+    name: str, forms: trios.TrioForms, sampling: Sampling, rows: int, length: int
+) -> Provider:
+    """The provider of a name, with room for ``rows`` requests of ``length`` tokens."""
+    if name == "naive":
+        return decoding.NaiveLoop(forms.trio, sampling=sampling)
+    own = DECODERS[name]
+    trio = forms.unmerged if own.get("pair") == "shared" else forms.trio
+    return decoding.DecoderProvider(
+        name, trio, sampling, max_batch_size=rows, max_seq_len=length, **own
+    )
 
 
-def make_providers(forms: TrioForms, settings: Settings, works: Sequence[Work]) -> list[Provider]:
-    """The providers asked for, each with room for the largest case.
+def make_providers(
+    forms: trios.TrioForms, settings: Settings, works: Sequence[Work], names: Sequence[str]
+) -> list[Provider]:
+    """The providers of these names, each with room for the largest case and the agreement check.
 
     One that this trio or processor has no use for is left out, and said so: without an adapter
     there is no shared pair, two architectures are no batched one, and only bf16 is packed.
     """
-    rows, length = room(works)
+    rows = max(work.case.batch_size for work in works)
+    length = max(
+        agreement.CHECKED_PROMPT + agreement.CHECKED_TOKENS, *(work.longest for work in works)
+    )
     made: list[Provider] = []
-    for name in settings.providers:
+    for name in names:
         try:
-            made.append(PROVIDERS[name](forms, rows, length, settings.sampling))
-        except (AdapterMissing, PackingError, PairError) as reason:
-            console.print(f"{name} is left out: {reason}.", style="yellow", soft_wrap=True)
+            made.append(make_provider(name, forms, settings.sampling, rows, length))
+        except (trios.AdapterMissing, PackingError, PairError) as reason:
+            report.say(f"{name} is left out: {reason}.", "yellow")
     return made
 
 
 def unlearned(
-    providers: Sequence[Provider], forms: TrioForms, settings: Settings, works: Sequence[Work]
+    providers: Sequence[Provider],
+    forms: trios.TrioForms,
+    settings: Settings,
+    works: Sequence[Work],
 ) -> list[Provider]:
     """The same providers, those that speculate made anew.
 
     They choose how much to draft by what they saw. What they saw of another text, in the check of
     greedy tokens, would last far into a short timed run.
     """
-    rows, length = room(works)
+    learns = [isinstance(p, decoding.DecoderProvider) and p.decoder.speculation for p in providers]
     return [
-        PROVIDERS[p.name](forms, rows, length, settings.sampling)
-        if isinstance(p, DecoderProvider) and p.decoder.speculation is not None
-        else p
-        for p in providers
+        make_providers(forms, settings, works, [p.name])[0] if learnt else p
+        for p, learnt in zip(providers, learns, strict=True)
     ]
 
 
-def check_greedy(providers: Sequence[Provider]) -> list[Mismatch]:
-    """Compare greedy tokens before anything is timed; returns the ties within rounding.
+Forwards = dict[str, list[float]]
+"""Role -> seconds of each one-token forward."""
 
-    Each provider is held to a naive loop over the models that it decodes.
 
-    Raises:
-        typer.Exit: code 1, a provider decodes other tokens; each mismatch is printed.
+@torch.inference_mode()
+def bare_forwards(models: Mapping[str, Any], prompts: Prompts, steps: int) -> Forwards:
+    """Seconds of each of ``steps`` one-token forwards, role by role, each role's run alone.
+
+    The floor of a step: ``model(one token, past_key_values=DynamicCache, use_cache=True)`` on a
+    cache that holds the prompt, growing by one each step as in decoding. Prefill is not timed.
     """
-    mismatches = []
-    with make_progress() as progress:
-        task = progress.add_task("greedy tokens", total=len(providers))
+    input_ids = torch.tensor(prompts)
+    one = input_ids[:, -1:]
+    seconds: Forwards = {}
+    for role, model in models.items():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        seconds[role] = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            model(input_ids=one, past_key_values=cache, use_cache=True)
+            seconds[role].append(time.perf_counter() - start)
+    return seconds
 
-        def tick(name: str) -> None:
-            progress.update(task, advance=1, description=f"greedy tokens: {name}")
 
-        for trio in {id(p.trio): p.trio for p in providers}.values():
-            own = [provider for provider in providers if provider.trio is trio]
-            prompts = make_prompts(trio, _GREEDY_ROWS, _GREEDY_PROMPT)
-            mismatches += greedy_mismatches(own, trio, prompts, _GREEDY_TOKENS, tick)
-    for mismatch in mismatches:
-        style = "yellow" if mismatch.within_rounding else "red"
-        console.print(str(mismatch), style=style, soft_wrap=True)
-    if not all(mismatch.within_rounding for mismatch in mismatches):
-        console.print("Greedy tokens disagree: nothing is timed.", style="red")
-        raise typer.Exit(1)
-    console.print(
-        f"Greedy tokens agree: {_GREEDY_ROWS} prompts x {_GREEDY_TOKENS} tokens, "
-        f"{', '.join(p.name for p in providers)}"
-        + (f"; {len(mismatches)} ties within rounding." if mismatches else "."),
-        soft_wrap=True,
+class Times:
+    """What one provider took, repeat by repeat; seconds.
+
+    ``totals`` is the time to the last token; ``first_tokens`` each row's to its first; ``arrivals``
+    the times between what a row's caller gets, where tokens that come together are one arrival;
+    ``token_means`` the mean time of a row's token after the first.
+    """
+
+    def __init__(self, generations: Sequence[Generation]) -> None:
+        repeats = [generation.seconds for generation in generations]
+        self.totals = [max(row[-1] for row in rows) for rows in repeats]
+        self.first_tokens = [row[0] for rows in repeats for row in rows]
+        self.arrivals = [
+            [b - a for row in rows for a, b in pairwise(row) if b > a] for rows in repeats
+        ]
+        self.token_means = [
+            fmean((row[-1] - row[0]) / (len(row) - 1) for row in rows) for rows in repeats
+        ]
+        self.counts = sum((Counter(g.counts) for g in generations), Counter())
+
+
+def time_case(
+    trio: Trio,
+    providers: Sequence[Provider],
+    work: Work,
+    repeats: int,
+    tick: Callable[[str], object],
+) -> list[Record]:
+    """Time all providers and the bare forwards in turn, after a run of each to warm up.
+
+    In one repeat all have the same batch of prompts. Gives a record for each provider.
+    """
+    output = work.case.output_length
+
+    def prompts(repeat: int) -> Prompts:
+        return work.batches[repeat % len(work.batches)]
+
+    def decode(provider: Provider, repeat: int) -> Generation:
+        return provider.generate(prompts(repeat), output)
+
+    calls: dict[str, Callable[[int], Any]] = {p.name: partial(decode, p) for p in providers}
+    calls["bare forwards"] = lambda r: bare_forwards(trio.models, prompts(r), output - 1)
+    found = in_turns(calls, repeats, lambda name: tick(f"{work.case}: {name}"), warm_up=True)
+    forwards = found.pop("bare forwards")
+    times = {name: Times(generations) for name, generations in found.items()}
+    set_up = {p.name: p.set_up_seconds for p in providers}
+    return [
+        {"set_up_seconds": set_up[name], **record_of(work.case, name, times, forwards)}
+        for name in times
+    ]
+
+
+def record_of(
+    case: Case, name: str, times: Mapping[str, Times], forwards: Sequence[Forwards]
+) -> Record:
+    """Plain values of one provider, for a line of results. Ratios are paired by repeat."""
+    own = times[name]
+    others = {o: times[o] for o in COMPARED if o in times and o != name}
+    tokens = case.batch_size * case.output_length
+    medians = [
+        {role: Summary.of(seconds).median for role, seconds in repeat.items()}
+        for repeat in forwards
+    ]
+    floor = {role: 1e3 * Summary.of(m[role] for m in medians).median for role in medians[0]}
+    steps = [Summary.of(arrivals).median for arrivals in own.arrivals]
+    means = [sum(fmean(seconds) for seconds in repeat.values()) for repeat in forwards]
+    p50, p95 = np.percentile([1e3 * s for repeat in own.arrivals for s in repeat], (50, 95))
+    drafted, rounds = own.counts["drafted"], own.counts["useful_slot_steps"]
+    return {
+        "provider": name,
+        **asdict(case),
+        "repeats": len(own.totals),
+        "tokens_per_second": summary(tokens / s for s in own.totals),
+        "first_token_ms": summary(own.first_tokens, 1e3),
+        "arrival_ms": {"p50": float(p50), "p95": float(p95)},
+        "token_ms": summary(own.token_means, 1e3),
+        "bare_forwards_ms": {**floor, "sum": sum(floor.values())},
+        "step_over_forwards": ratios(steps, [sum(m.values()) for m in medians]),
+        "token_over_forwards": ratios(own.token_means, means),
+        "speed_over": {o: ratios(t.totals, own.totals) for o, t in others.items()},
+        "token_speed_over": {o: ratios(t.token_means, own.token_means) for o, t in others.items()},
+        "acceptance": own.counts["accepted"] / drafted if drafted else None,
+        "tokens_per_base_forward": own.counts["emitted"] / rounds if rounds else None,
+        "counts": dict(own.counts),
+    }
+
+
+def peaks(
+    trio: str, dtype: str | None, provider: str, cases: Sequence[Sequence[int]], threads: int
+) -> list[dict[str, int]]:
+    """Peak memory of a provider for each case (batch size, tokens of prompt, and of output).
+
+    Run it in a process of its own (:func:`benchmarks.harness.memory.in_fresh_process`). The weights
+    are loaded before, a one-token run has paged in the libraries, and each case starts with a new
+    provider; ``extra_bytes`` is therefore the case's caches, temporaries and, on first use, packed
+    weights. ``total_bytes`` is the whole process.
+    """
+    torch.set_num_threads(threads)
+    forms, sampling = trios.TrioForms.open(trio, dtype), Sampling()
+    make_provider(provider, forms, sampling, 1, 16).generate(
+        trios.make_prompts(forms.trio, 1, 8), 1
     )
-    return mismatches
-
-
-def _tick(progress: Progress, task: Any, case: Case) -> Any:
-    def tick(name: str) -> None:
-        progress.update(task, advance=1, description=f"{case}: {name}")
-
-    return tick
+    found = []
+    for rows, prompt, output in cases:
+        prompts = trios.make_prompts(forms.trio, rows, prompt)
+        with PeakMemory() as peak:
+            made = make_provider(provider, forms, sampling, rows, prompt + output)
+            made.generate(prompts, output)
+        del made
+        found.append({"total_bytes": peak.total_bytes, "extra_bytes": peak.extra_bytes})
+    return found
 
 
 def measure(
     trio: Trio, settings: Settings, providers: Sequence[Provider], works: Sequence[Work]
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Time all cases, then measure memory; one record per case and provider."""
     runs = len(works) * (len(providers) + 1) * (settings.repeats + 1)
-    records = []
-    with make_progress() as progress:
-        task = progress.add_task("timing", total=runs + len(providers) * settings.memory)
+    records: list[Record] = []
+    with report.progress_bar(runs + len(providers) * settings.memory) as tick:
         for work in works:
-            tick = _tick(progress, task, work.case)
-            times = time_case(trio, providers, work, settings.repeats, tick)
-            records += [times.record(provider.name) for provider in providers]
+            records += time_case(trio, providers, work, settings.repeats, tick)
+        shapes = [
+            (w.case.batch_size, w.longest - w.case.output_length, w.case.output_length)
+            for w in works
+        ]
         for provider in providers if settings.memory else ():
-            progress.update(task, description=f"memory: {provider.name}")
-            _add_memory(records, settings, works, provider.name)
-            progress.advance(task)
+            found = in_fresh_process(
+                "benchmarks.throughput:peaks",
+                trio=settings.trio,
+                dtype=settings.dtype,
+                provider=provider.name,
+                cases=shapes,
+                threads=torch.get_num_threads(),
+            )
+            own = (record for record in records if record["provider"] == provider.name)
+            for record, peak in zip(own, found, strict=True):
+                record["peak_memory"] = peak
+            tick(f"memory: {provider.name}")
     return records
 
 
-def _add_memory(
-    records: list[dict[str, Any]], settings: Settings, works: Sequence[Work], provider: str
-) -> None:
-    shapes = [
-        (w.case.batch_size, w.longest - w.case.output_length, w.case.output_length) for w in works
-    ]
-    peaks = in_fresh_process(
-        "benchmarks.provider_memory:provider_peaks",
-        trio=settings.trio,
-        dtype=settings.dtype,
-        provider=provider,
-        cases=shapes,
-        threads=torch.get_num_threads(),
+def case_of(record: Record) -> Case:
+    """The case of a line of results."""
+    return Case(record["batch_size"], record["prompt_length"], record["output_length"])
+
+
+def print_verdicts(records: Sequence[Record], trio: str, prompts: str) -> None:
+    """Which targets are met, of those that a case has and whose providers ran."""
+    for record in records:
+        for provider, other, least in TARGETS.get((trio, prompts, record["batch_size"]), ()):
+            if record["provider"] == provider and other in record["speed_over"]:
+                name = f"{case_of(record)}: tokens/s of {provider} over {other}"
+                behind = record["token_speed_over"][other]["median"]
+                met = report.verdict(name, record["speed_over"][other], least)
+                report.say(f"{met} Behind the prompt {behind:.2f} times.")
+
+
+def print_tables(records: Sequence[Record], title: str) -> None:
+    """Speed, then what speculation and memory came to."""
+    caption = (
+        "floor: the sum of the bare forwards of all roles, measured alone in the same run. x: "
+        "tokens/s over those of naive and of base-only, paired by repeat. token ms: mean time per "
+        "output token after the first; / floor: that over it. p50, p95: times between what a row's "
+        "caller gets, which may be several tokens. Medians over repeats."
     )
-    own = (record for record in records if record["provider"] == provider)
-    for record, peak in zip(own, peaks, strict=True):
-        record["peak_memory"] = peak
+    fixed, significant = report.fixed, report.significant
+    columns: list[report.Column] = [
+        ("provider", "provider", str),
+        ("tok\n/s", "tokens_per_second/median", significant),
+        ("x\nnaive", "speed_over/naive/median", fixed),
+        ("x\nbase", "speed_over/base-only/median", fixed),
+        ("first\nms", "first_token_ms/median", significant),
+        ("token\nms", "token_ms/median", significant),
+        ("p50\nms", "arrival_ms/p50", significant),
+        ("p95\nms", "arrival_ms/p95", significant),
+        ("/\nfloor", "token_over_forwards/median", fixed),
+    ]
+
+    def floor(record: Record) -> str:
+        return f"{case_of(record)}, floor {significant(record['bare_forwards_ms']['sum'])} ms"
+
+    report.print_records(title, caption, records, columns, floor)
+    caption = (
+        "accepted: share of the drafts that were kept. tokens a base forward: of one row, behind "
+        "the first. peak: of the process; extra: above what it held with the weights loaded."
+    )
+    columns = [
+        ("provider", "provider", str),
+        ("accepted", "acceptance", report.percent),
+        ("tokens a base\nforward", "tokens_per_base_forward", fixed),
+        ("peak\nMiB", "peak_memory/total_bytes", report.decimals(0, 2**-20)),
+        ("extra\nMiB", "peak_memory/extra_bytes", report.decimals(1, 2**-20)),
+    ]
+    report.print_records("Drafts and memory", caption, records, columns, lambda r: str(case_of(r)))
 
 
-def run(settings: Settings, output: Path, plot: bool) -> None:
+def plot(records: Sequence[Record], path: Path, title: str) -> None:
+    """Bars of milliseconds per output token, a panel per case, beside the sum of bare forwards."""
+    from benchmarks.harness.plots import panels
+
+    cases = list(dict.fromkeys(case_of(record) for record in records))
+    sizes = sorted({case.batch_size for case in cases})
+    lengths = list(dict.fromkeys((case.prompt_length, case.output_length) for case in cases))
+    width = 1.1 * (len({r["provider"] for r in records}) + 1) * len(lengths)
+    shape = max(7.0, width), 0.6 + 2.6 * len(sizes)
+    with panels(path, len(sizes), len(lengths), shape, title, sharey="row") as (_, grid):
+        for case in cases:
+            column = lengths.index((case.prompt_length, case.output_length))
+            axes = grid[sizes.index(case.batch_size)][column]
+            own = [record for record in records if case_of(record) == case]
+            floor = own[0]["bare_forwards_ms"]["sum"]
+            heights = [floor, *(record["token_ms"]["median"] for record in own)]
+            labels = ["bare\nforwards", *(r["provider"].replace("-", "-\n") for r in own)]
+            axes.bar(labels, heights, color=[f"C{i}" for i in range(len(heights))])
+            axes.axhline(floor, color="black", linewidth=0.9, linestyle="--", zorder=0)
+            for i, height in enumerate(heights):
+                axes.text(i, height, report.significant(height), ha="center", va="bottom")
+            axes.set_title(str(case), fontsize=9)
+            axes.set_ylabel("ms per output token")
+
+
+def run(settings: Settings, output: Path, draw: bool) -> None:
     """Load, check, measure, write and show."""
-    forms = TrioForms.open(settings.trio, settings.dtype)
-    trio = forms.trio
+    forms = trios.TrioForms.open(settings.trio, settings.dtype)
+    trio, name = forms.trio, options.trio_label(settings.trio)
     works = make_work(trio, settings)
-    providers = make_providers(forms, settings, works)
-    ties = check_greedy(providers)
+    providers = make_providers(forms, settings, works, settings.providers)
+    ties = agreement.check_greedy(providers)
     providers = unlearned(providers, forms, settings, works)
     records = measure(trio, settings, providers, works)
-    dtypes = {role: info["dtype"] for role, info in trio.info()["roles"].items()}
-    sizes = {role: info["parameters"] for role, info in trio.info()["roles"].items()}
-    name = settings.trio if settings.trio in ("shipped", "qwen") else Path(settings.trio).name
-    parameters = {"alpha": ALPHA, **asdict(settings.sampling)}
     shared = {
         "trio": name,
-        "dtype": dtypes,
-        "model_parameters": sizes,
-        "sampling": parameters,
+        "dtype": trios.dtypes(trio),
+        "model_parameters": {r: info["parameters"] for r, info in trio.info()["roles"].items()},
+        "sampling": {"alpha": ALPHA, **asdict(settings.sampling)},
         "prompts": settings.prompts,
     }
     for record in records:
         record["greedy_ties"] = [str(t) for t in ties if t.provider == record["provider"]]
-    write_json_lines(output, "throughput", [{**shared, **record} for record in records])
+    report.write_json_lines(output, "throughput", [{**shared, **record} for record in records])
     title = (
-        f"Proxy-tuned decoding, trio {name}, {'/'.join(dict.fromkeys(dtypes.values()))}, "
-        f"{settings.prompts}, {describe(settings.sampling)}"
+        f"Proxy-tuned decoding, trio {name}, {trios.dtype_label(trio)}, {settings.prompts}, "
+        f"{settings.sampling}"
     )
     print_tables(records, title)
     print_verdicts(records, name, settings.prompts)
     for provider in providers:
         if provider.set_up_seconds > 1:
-            console.print(
+            report.say(
                 f"{provider.name}: {provider.set_up_seconds:.0f} s to set up before its first "
                 "token, in none of the timings."
             )
-    console.print(f"Wrote {output}", soft_wrap=True)
-    if plot:
-        picture = output.with_suffix(".png")
-        plot_throughput(records, picture, title)
-        console.print(f"Wrote {picture}", soft_wrap=True)
+    report.draw_picture(output, (lambda path: plot(records, path, title)) if draw else None)
+
+
+def check_lengths(prompts: str, cases: Sequence[Case]) -> None:
+    """Text is cut to any length, prompts of the other kinds have lengths of their own."""
+    for case in cases:
+        if (case.prompt_length is None) != (prompts != "text"):
+            wanted = "prompt:output" if prompts == "text" else "own:output"
+            got = "own" if case.prompt_length is None else case.prompt_length
+            raise typer.BadParameter(
+                f"--lengths must be {wanted} with {prompts} prompts, got {got}:{case.output_length}"
+            )
+
+
+def result_stem(trio: str, prompts: str, sampling: Sampling, quick: bool) -> str:
+    """A file name for each trio, kind of prompts and way to draw."""
+    parts = ["throughput", Path(trio).name]
+    if prompts != "text":
+        parts.append(prompts)
+    if sampling.temperature == 0.0:
+        parts.append("greedy")
+    elif sampling != Sampling():
+        parts.append(f"t{sampling.temperature:g}-p{sampling.top_p:g}")
+    return "-".join([*parts, *(["quick"] if quick else [])])
 
 
 def main(
-    trio: Annotated[
-        str, typer.Option(help="shipped, qwen, or a directory with a trio.json.")
-    ] = "shipped",
+    trio: options.TrioName = "shipped",
     providers: Annotated[
         str, typer.Option(help=f"Comma-separated, of {', '.join(PROVIDERS)}.")
     ] = DEFAULT_PROVIDERS,
     prompts: Annotated[
-        str, typer.Option(help=f"One of {', '.join(KINDS)}: the text that prompts are of.")
+        str, typer.Option(help=f"One of {', '.join(trios.PROMPTS)}: the text that prompts are of.")
     ] = "text",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = TEMPERATURE,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = TOP_P,
@@ -283,40 +505,35 @@ def main(
     ] = None,
     threads: options.Threads = None,
     dtype: options.Dtype = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON lines.", show_default="benchmarks/results/throughput-<trio>....jsonl"
-        ),
-    ] = None,
-    plot: Annotated[bool, typer.Option(help="Also a PNG beside the output.")] = True,
+    output: options.Output = None,
+    plot: options.Plot = True,
     memory: Annotated[bool, typer.Option(help="Also peak memory, one process a provider.")] = True,
 ) -> None:
     """Time decoding a trio: a transformers loop, the base alone, and ours, side by side."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if prompts not in KINDS:
-        raise typer.BadParameter(f"--prompts must be one of {', '.join(KINDS)}, got {prompts!r}")
-    cases = parse_cases(
-        batch_sizes or ("1" if quick else "1,4"), lengths or default_lengths(trio, prompts, quick)
-    )
+    options.set_threads(threads)
+    if prompts not in trios.PROMPTS:
+        raise typer.BadParameter(
+            f"--prompts must be one of {', '.join(trios.PROMPTS)}, got {prompts!r}"
+        )
+    if lengths is None:
+        short = "8:32,32:8" if quick else "8:128,128:8,8:8"
+        lengths = short if prompts == "text" else f"own:{trios.task_tokens(trio)}"
+    cases = decoding.parse_cases(batch_sizes or ("1" if quick else "1,4"), lengths)
     check_lengths(prompts, cases)
+    wanted = set(options.parse_choices("--providers", providers, PROVIDERS, None))
     settings = Settings(
         trio=trio,
         dtype=dtype,
-        providers=parse_providers(providers, compile),
+        providers=tuple(p for p in PROVIDERS if p in wanted or (compile and p == "ours-compiled")),
         prompts=prompts,
         cases=cases,
         sampling=GREEDY if greedy else Sampling(temperature, top_p),
         repeats=repeats or (3 if quick else 5),
         memory=memory,
     )
-    try:
+    with options.user_errors():
         stem = result_stem(trio, prompts, settings.sampling, quick)
-        run(settings, output or RESULTS / f"{stem}.jsonl", plot)
-    except ValueError as error:
-        # A user's mistake: an absent trio, a dtype that does not exist. Bugs keep their traceback.
-        raise typer.BadParameter(str(error)) from error
+        run(settings, output or report.RESULTS / f"{stem}.jsonl", plot)
 
 
 if __name__ == "__main__":

@@ -5,54 +5,44 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
-from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import BATCH_SIZES, PROVIDERS, plan
-from benchmarks.gpu.decoder.shapes import BATCH_SIZES as DECODER_BATCH_SIZES
-from benchmarks.gpu.decoder.shapes import TRIOS, TrioShape
-from benchmarks.gpu.device import Device, NoDevice, find_device, slug
+from benchmarks.gpu.decoder.random_models import BATCH_SIZES as DECODER_BATCH_SIZES
+from benchmarks.gpu.decoder.random_models import TRIOS
+from benchmarks.gpu.device import NoDevice, find_device, slug
 from benchmarks.gpu.run import DEFAULT_STAGES, STAGES, Options, run
-from benchmarks.op_cases import VOCAB_SIZES
-from benchmarks.report import RESULTS
+from benchmarks.gpu.session import Budget
+from benchmarks.harness.logits import VOCAB_SIZES
+from benchmarks.harness.options import parse_choices
+from benchmarks.harness.report import RESULTS
 
-_OPERATORS_ONLY = ("--stage", "--providers", "--vocab-sizes", "--workers")
+T = TypeVar("T")
+
+_OPERATORS_ONLY = ("stage", "providers", "vocab_sizes", "workers")
 _DECODER_NEEDS = ("transformers", "peft")
-
-
-def _among(option: str, text: str, known: Iterable[object]) -> list[str]:
-    """Values of a comma-separated option, in the order they are known in.
-
-    Raises:
-        typer.BadParameter: names the option, what it got and what it wanted.
-    """
-    names = [str(value) for value in known]
-    given = text.split(",")
-    unknown = [name for name in given if name not in names]
-    if unknown:
-        raise typer.BadParameter(f"{option} must be among {', '.join(names)}, got {unknown[0]!r}")
-    return [name for name in names if name in given]
 
 
 def _joined(values: Iterable[object]) -> str:
     return ",".join(str(value) for value in values)
 
 
-def _refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
-    """Refuse options that the other half of the command has.
-
-    Raises:
-        typer.BadParameter: one of them was given.
-    """
-    for option in options:
-        source = context.get_parameter_source(option.strip("-").replace("-", "_"))
+def _refuse(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that the other half of the command has."""
+    for name in names:
+        source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"{option} {why}")
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {why}")
+
+
+def _end(why: object) -> typer.Exit:
+    typer.echo(f"benchmarks.gpu: {why}", err=True)
+    return typer.Exit(2)
 
 
 def main(
@@ -83,59 +73,39 @@ def main(
     trios: Annotated[str, typer.Option(help="With --decoder: of the default.")] = _joined(TRIOS),
 ) -> None:
     """Build, run the contract suite, then time the operators beside their peers, on a GPU."""
+
+    def among(option: str, text: str, known: Iterable[T]) -> list[T]:
+        """What was chosen, in the order that it is known in."""
+        chosen = parse_choices(option, text, known, None)
+        return [value for value in known if value in chosen]
+
     limit = Budget(budget)
     if decoder:
         _refuse(context, _OPERATORS_ONLY, "does not go with --decoder")
-        shapes = [TRIOS[name] for name in _among("--trios", trios, TRIOS)]
-        rows = _sizes(batch_sizes, DECODER_BATCH_SIZES)
-        raise typer.Exit(_run_decoder(shapes, rows, output, plot, limit))
-    _refuse(context, ("--trios",), "goes with --decoder only")
-    stages = _among("--stage", stage, STAGES)
+    else:
+        _refuse(context, ("trios",), "goes with --decoder only")
+    known = DECODER_BATCH_SIZES if decoder else BATCH_SIZES
+    rows = among("--batch-sizes", batch_sizes or _joined(known), known)
+    shapes = [TRIOS[name] for name in among("--trios", trios, TRIOS)]
+    stages = among("--stage", stage, STAGES)
     units = plan(
-        _among("--providers", providers, PROVIDERS),
-        [int(size) for size in _among("--vocab-sizes", vocab_sizes, VOCAB_SIZES)],
-        _sizes(batch_sizes, BATCH_SIZES),
+        among("--providers", providers, PROVIDERS),
+        among("--vocab-sizes", vocab_sizes, VOCAB_SIZES),
+        rows,
     )
-    device = _device()
-    where = output or RESULTS / f"gpu-{slug(device.name)}.jsonl"
-    raise typer.Exit(run(device, Options(tuple(stages), units, workers, where, plot), limit))
-
-
-def _sizes(text: str | None, known: Iterable[int]) -> list[int]:
-    """Batch sizes asked for, or all."""
-    return [int(size) for size in _among("--batch-sizes", text or _joined(known), known)]
-
-
-def _device() -> Device:
-    """What to measure on; says why there is nothing, and ends the command with code 2."""
     try:
-        return find_device()
+        device = find_device()
     except NoDevice as error:
-        raise _end(str(error)) from None
-
-
-def _end(why: str) -> typer.Exit:
-    typer.echo(f"benchmarks.gpu: {why}", err=True)
-    return typer.Exit(2)
-
-
-def _run_decoder(
-    shapes: Sequence[TrioShape],
-    batch_sizes: Sequence[int],
-    output: Path | None,
-    plot: bool,
-    limit: Budget,
-) -> int:
-    """The decoder's half of the command; returns the exit code."""
-    device = _device()
+        raise _end(error) from None
+    where = RESULTS / f"gpu-{'decoder-' if decoder else ''}{slug(device.name)}.jsonl"
+    if not decoder:
+        raise typer.Exit(run(device, Options(stages, units, workers, output or where, plot), limit))
     for package in _DECODER_NEEDS:
-        if importlib.util.find_spec(package) is None:
+        if find_spec(package) is None:
             raise _end(f"--decoder needs {package}: pip install 'proxytune_kernels[hf,lora]'")
-    from benchmarks.gpu.decoder import run as decoder
+    from benchmarks.gpu.decoder.run import run as run_decoder
 
-    where = output or RESULTS / f"gpu-decoder-{slug(device.name)}.jsonl"
-    options = decoder.Options(tuple(shapes), tuple(batch_sizes), where, plot)
-    return decoder.run(device, options, limit)
+    raise typer.Exit(run_decoder(device, shapes, rows, output or where, limit, plot=plot))
 
 
 if __name__ == "__main__":

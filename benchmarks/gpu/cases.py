@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -12,105 +12,83 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from benchmarks.gpu import head_units
-from benchmarks.head_cases import Heads
-from benchmarks.logits import Logits, make_logits
-from benchmarks.op_cases import FILTERS, VOCAB_SIZES, OpCase
-from benchmarks.peers import ALPHA
+from benchmarks.harness.heads import SHAPES, Heads, random_heads
+from benchmarks.harness.logits import ALPHA, FILTERS, VOCAB_SIZES, Logits, OpCase, make_logits
 
-OURS, CUDA = "ours", "cuda"
-OWN = (OURS, CUDA)
-"""Our Triton kernels, and our CUDA C++ ones: peers' times are over the former's."""
+BACKENDS = {"ours": "triton", "cuda": "cuda"}
+"""Our Triton kernels, and our CUDA C++ ones, by provider: peers' times are over the former's."""
 
-EAGER, COMPILED = "eager", "torch.compile"
-TRANSFORMERS, FLASHINFER = "transformers", "flashinfer"
-PROVIDERS = (*OWN, EAGER, COMPILED, TRANSFORMERS, FLASHINFER)
-"""Names of providers, in the order of tables."""
+PROVIDERS = (*BACKENDS, "eager", "torch.compile", "transformers", "flashinfer")
+"""In the order of tables."""
 
 BATCH_SIZES = (1, 8, 64, 256)
 DRAFTS = (4, 8)
 MAIN_VOCAB_SIZE = 128_256
-DTYPE = "bfloat16"
-
-SAMPLE, VERIFY, REJECTION = "sample", "verify", "verify-rejection"
-SCORE, COMBINE = "score", "combine"
-HEADS = "sample_hidden"
-"""Ours beside ``eager``: three products by torch, then our ``sample``."""
+DTYPE = torch.bfloat16
+HEADS_SHAPE = "llama-2"
 
 _MEMORY_SHARE = 0.25  # of the device's for inputs; the eager chain's temporaries take the rest
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator on one shape and kind of logits."""
+    """One operator on one shape and kind of logits.
 
-    op: str = SAMPLE
+    ``op`` is ``sample``, ``verify``, ``verify-rejection``, ``score``, ``combine`` or
+    ``sample_hidden``; ``positions`` are rows of a request: k + 1 for ``verify``, T for ``score``.
+    """
+
+    op: str = "sample"
     kind: str = "peaked"
     filters: str = "top_p"
     vocab_size: int = MAIN_VOCAB_SIZE
     batch_size: int = 256
     positions: int = 1
-    """Rows of a request: k + 1 for ``verify``, T for ``score``, 1 for the others."""
 
     def __str__(self) -> str:
         positions = f" x {self.positions}" if self.positions > 1 else ""
-        filters = "" if self.op in (SCORE, COMBINE) else f" {self.filters}"
+        filters = "" if self.op in ("score", "combine") else f" {self.filters}"
         return f"{self.op} {self.kind}{filters} V={self.vocab_size} B={self.batch_size}{positions}"
-
-    @property
-    def rows(self) -> int:
-        """Rows of logits of each role."""
-        return self.batch_size * self.positions
 
     @property
     def as_rows(self) -> OpCase:
         """The same logits as a batch of independent rows."""
-        return OpCase(self.kind, DTYPE, self.filters, self.vocab_size, self.rows)
+        rows = self.batch_size * self.positions
+        return OpCase(self.kind, "bfloat16", self.filters, self.vocab_size, rows)
 
     @property
     def logits_bytes(self) -> int:
         """Bytes of the three roles' logits, each read once; of the weights that make them."""
-        if self.op == HEADS:
-            return 2 * self.vocab_size * sum(head_units.HIDDEN_SIZES)
+        if self.op == "sample_hidden":
+            return self.vocab_size * sum(SHAPES[HEADS_SHAPE][1]) * DTYPE.itemsize
         return self.as_rows.logits_bytes
 
-    def params(self, device: str) -> ptk.RowParams:
+    def shaped(self, role: Tensor) -> Tensor:
+        """A role's rows as [B, positions, V]."""
+        return role.view(self.batch_size, self.positions, self.vocab_size)
+
+    def params(self, device: torch.device | str) -> ptk.RowParams:
         """One row of parameters a request."""
         return replace(self.as_rows, batch_size=self.batch_size).row_params(device)
 
     def record(self) -> dict[str, Any]:
         """The case's fields of a line of results."""
-        filters = FILTERS[self.filters]
-        return {
-            "op": self.op,
-            "kind": self.kind,
-            "dtype": DTYPE,
-            "filters": self.filters,
-            "vocab_size": self.vocab_size,
-            "batch_size": self.batch_size,
-            "positions": self.positions,
-            "sampling": {
-                "alpha": ALPHA,
-                "temperature": filters.temperature,
-                "top_k": filters.top_k,
-                "top_p": filters.top_p,
-            },
-        }
+        sampling = {"alpha": ALPHA, **asdict(FILTERS[self.filters])}
+        return {**asdict(self), "dtype": "bfloat16", "sampling": sampling}
 
 
 class Inputs(NamedTuple):
-    """One set of inputs of a case."""
+    """One set of inputs: logits [rows, V], and token ids int64 or, for ``sample_hidden``, heads.
+
+    Token ids are drafts [B, k] for ``verify``, tokens [B, T] for ``score``, else empty.
+    """
 
     logits: Logits
-    """Base, expert and anti, [rows, V] each."""
     token_ids: Tensor
-    """int64: drafts [B, k] for ``verify``, tokens [B, T] for ``score``; empty for the others."""
     heads: Heads | None = None
-    """For ``sample_hidden``, which has no logits."""
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """A case and what is timed on it side by side."""
 
     case: Case
@@ -119,7 +97,7 @@ class Unit:
     @property
     def compiles(self) -> bool:
         """Whether it has to wait for torch.compile."""
-        return COMPILED in self.providers
+        return "torch.compile" in self.providers
 
     def __str__(self) -> str:
         return f"{self.case}: {', '.join(self.providers)}"
@@ -140,42 +118,39 @@ def fits(case: Case, l2_bytes: int, memory_bytes: int) -> bool:
     return needed <= _MEMORY_SHARE * memory_bytes
 
 
-def make_inputs(case: Case, count: int, device: str, backend: str) -> list[Inputs]:
+def make_inputs(
+    case: Case, count: int, device: str = "cuda", backend: str = BACKENDS["ours"]
+) -> list[Inputs]:
     """``count`` sets of inputs, made on the device from fixed seeds.
 
     Drafts are the expert's own draws, as in speculative decoding: with the request's noise for the
     coupled mode, with the drafter's for rejection.
     """
-    if case.op == HEADS:
-        none = torch.empty(0, device=device)
-        sets = head_units.make_heads(case.batch_size, case.vocab_size, count, device)
-        return [Inputs((none, none, none), none.long(), heads) for heads in sets]
-    dtype = getattr(torch, DTYPE)
-    stacked = make_logits(case.kind, count * case.rows, case.vocab_size, dtype, device=device)
+    size, none = case.vocab_size, torch.empty(0, device=device)
+    if case.op == "sample_hidden":
+        shape = (HEADS_SHAPE, DTYPE, case.batch_size)
+        heads = (random_heads(*shape, n, device=device, vocab_size=size) for n in range(count))
+        return [Inputs((none, none, none), none.long(), three) for three in heads]
+    stacked = make_logits(case.kind, count * case.as_rows.batch_size, size, DTYPE, device=device)
     chunks = zip(*(role.chunk(count) for role in stacked), strict=True)
     return [Inputs(logits, _token_ids(case, logits, backend)) for logits in chunks]
 
 
 def _token_ids(case: Case, logits: Logits, backend: str) -> Tensor:
     device = logits[0].device
-    if case.op == SCORE:
+    if case.op == "score":
         generator = torch.Generator(device).manual_seed(0)
         shape = (case.batch_size, case.positions)
         return torch.randint(case.vocab_size, shape, generator=generator, device=device)
-    if case.op not in (VERIFY, REJECTION):
+    if not case.op.startswith("verify"):
         return torch.empty(0, dtype=torch.int64, device=device)
-    stream = "draft" if case.op == REJECTION else "sample"
-    params = case.params(str(device))
-    expert = logits[1].view(case.batch_size, case.positions, -1)
-    drafts = [
-        ptk.sample(
-            expert[:, j],
-            params=params._replace(position=params.position + j),
-            noise_stream=stream,
-            backend=backend,
-        ).token_ids
-        for j in range(case.positions - 1)
-    ]
+    stream = "draft" if case.op == "verify-rejection" else "sample"
+    params, expert = case.params(device), case.shaped(logits[1])
+    drafts = []
+    for j in range(case.positions - 1):
+        at = params._replace(position=params.position + j)
+        drawn = ptk.sample(expert[:, j], params=at, noise_stream=stream, backend=backend)
+        drafts.append(drawn.token_ids)
     return torch.stack(drafts, dim=1)
 
 
@@ -183,53 +158,51 @@ def plan(
     providers: Collection[str] = PROVIDERS,
     vocab_sizes: Collection[int] = VOCAB_SIZES,
     batch_sizes: Collection[int] = BATCH_SIZES,
-) -> tuple[Unit, ...]:
+) -> list[Unit]:
     """Units in order of importance, those of these providers and sizes."""
     units = []
     for unit in _all_units():
-        case = unit.case
         wanted = tuple(name for name in unit.providers if name in providers)
-        alone = unit.compiles and COMPILED not in wanted  # ours was timed in an earlier unit
-        if not wanted or alone:
-            continue
-        if case.vocab_size in vocab_sizes and case.batch_size in batch_sizes:
-            units.append(Unit(case, wanted))
-    return tuple(units)
+        sized = unit.case.vocab_size in vocab_sizes and unit.case.batch_size in batch_sizes
+        alone = unit.compiles and "torch.compile" not in wanted  # ours was timed in an earlier unit
+        if wanted and sized and not alone:
+            units.append(Unit(unit.case, wanted))
+    return units
 
 
-def _all_units() -> Iterator[Unit]:
-    plain = (*OWN, EAGER, TRANSFORMERS, FLASHINFER)
-    # What needs no compiling comes first. Within a size: the batch sizes that targets name.
-    sizes = (256, 1, 64, 8)
-    others = tuple(v for v in VOCAB_SIZES if v != MAIN_VOCAB_SIZE)
-    for kind in ("peaked", "flat"):
-        yield from _samples(kind, (MAIN_VOCAB_SIZE,), sizes, plain)
-    yield from _verifies(VERIFY, "peaked", (*OWN, EAGER, FLASHINFER))
-    for batch_size in (64, 256, 1, 8):
-        case = Case(HEADS, "random", vocab_size=head_units.VOCAB_SIZE, batch_size=batch_size)
-        yield Unit(case, (OURS, EAGER))
-    for kind in ("peaked", "flat"):
-        yield from _samples(kind, others, sizes, plain)
-    yield from _samples("peaked", (MAIN_VOCAB_SIZE,), sizes, (OURS, COMPILED))
-    yield from _verifies(VERIFY, "flat", (*OWN, EAGER, FLASHINFER))
-    yield from _verifies(REJECTION, "peaked", OWN)
-    for batch_size in (256, 64):
-        case = Case(COMBINE, filters="none", batch_size=batch_size)
-        yield Unit(case, (OURS, EAGER, COMPILED))
-    yield Unit(Case(SCORE, filters="none", batch_size=8, positions=64), (OURS, EAGER, COMPILED))
-    yield from _samples("flat", (MAIN_VOCAB_SIZE,), sizes, (OURS, COMPILED))
-    yield from _samples("peaked", others, sizes, (OURS, COMPILED))
+def _all_units() -> list[Unit]:
+    def samples(kind: str, vocab_sizes: Sequence[int], *providers: str) -> list[Unit]:
+        # Within a size: the batch sizes that targets name.
+        axes = product(vocab_sizes, (256, 1, 64, 8), ("top_p", "none", "top_k+top_p"))
+        return [Unit(Case("sample", kind, f, v, b), providers) for v, b, f in axes]
 
+    def verifies(op: str, kind: str, *providers: str) -> list[Unit]:
+        axes = product(DRAFTS, (64, 8, 1, 256))
+        return [Unit(Case(op, kind, batch_size=b, positions=k + 1), providers) for k, b in axes]
 
-def _samples(
-    kind: str, vocab_sizes: tuple[int, ...], sizes: tuple[int, ...], providers: tuple[str, ...]
-) -> Iterator[Unit]:
-    for vocab_size, batch_size, filters in product(
-        vocab_sizes, sizes, ("top_p", "none", "top_k+top_p")
-    ):
-        yield Unit(Case(SAMPLE, kind, filters, vocab_size, batch_size), providers)
-
-
-def _verifies(op: str, kind: str, providers: tuple[str, ...]) -> Iterator[Unit]:
-    for drafts, batch_size in product(DRAFTS, (64, 8, 1, 256)):
-        yield Unit(Case(op, kind, batch_size=batch_size, positions=drafts + 1), providers)
+    others = [v for v in VOCAB_SIZES if v != MAIN_VOCAB_SIZE]
+    peers, compiled = ("eager", "transformers", "flashinfer"), ("ours", "torch.compile")
+    heads = Case("sample_hidden", "random", vocab_size=SHAPES[HEADS_SHAPE][0])
+    dense = Case("combine", filters="none")
+    # What needs no compiling comes first.
+    return [
+        *samples("peaked", [MAIN_VOCAB_SIZE], *BACKENDS, *peers),
+        *samples("flat", [MAIN_VOCAB_SIZE], *BACKENDS, *peers),
+        *verifies("verify", "peaked", *BACKENDS, "eager", "flashinfer"),
+        *(Unit(replace(heads, batch_size=b), ("ours", "eager")) for b in (64, 256, 1, 8)),
+        *samples("peaked", others, *BACKENDS, *peers),
+        *samples("flat", others, *BACKENDS, *peers),
+        *samples("peaked", [MAIN_VOCAB_SIZE], *compiled),
+        *verifies("verify", "flat", *BACKENDS, "eager", "flashinfer"),
+        *verifies("verify-rejection", "peaked", *BACKENDS),
+        *(
+            Unit(replace(dense, batch_size=b), ("ours", "eager", "torch.compile"))
+            for b in (256, 64)
+        ),
+        Unit(
+            Case("score", "peaked", "none", batch_size=8, positions=64),
+            ("ours", "eager", "torch.compile"),
+        ),
+        *samples("flat", [MAIN_VOCAB_SIZE], *compiled),
+        *samples("peaked", others, *compiled),
+    ]

@@ -1,23 +1,22 @@
-"""What is measured on: CUDA events, CUDA graphs, and what the device is called."""
+"""What is measured on: a CUDA device, its events, and its graphs."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 import proxytune_kernels as ptk
-from benchmarks.environment import cpu_model
+from benchmarks.harness.report import cpu_model
 from proxytune_kernels.kernels import interpreted
 
 Run = Callable[[], object]
 
-BACKEND = "triton"
-
 _WARM_UP = 2  # the first call compiles and allocates; the second is as all others
+_COPY_BYTES = 5 * 2**28  # of the yardstick's buffer: 1.25 GiB, many times L2
 
 
 class NoDevice(RuntimeError):
@@ -28,64 +27,33 @@ class CannotCapture(RuntimeError):
     """A call does what a CUDA graph can't hold: it synchronises, or copies to the host."""
 
 
-class Device(Protocol):
-    """What the command needs of a device. The command has a CUDA one; tests bring their own."""
-
-    name: str
-    """As the driver calls it."""
-    torch_device: str
-    """For ``torch.empty(device=...)``."""
-    backend: str
-    """Of provider ``ours``, by its name in ``ptk.backends()``."""
-    cuda_backend: str
-    """Of provider ``cuda``; it may not be usable."""
-    l2_bytes: int
-    memory_bytes: int
-
-    def describe(self) -> dict[str, Any]:
-        """Fields of the environment record that tell of this device."""
-
-    def synchronize(self) -> None:
-        """Wait for all work; raises what an earlier call left behind."""
-
-    def capture(self, calls: Sequence[Run]) -> Run:
-        """One thing to run that does all these calls in turn, without the host between them.
-
-        Raises:
-            CannotCapture: a call can't be captured.
-        """
-
-    def seconds(self, run: Run, times: int) -> float:
-        """Device seconds of one of ``times`` runs in a row."""
-
-    def release(self) -> None:
-        """Hand back what freed tensors held."""
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says: one line for a note."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def find_device() -> CudaDevice:
-    """The current CUDA device.
+def slug(name: str) -> str:
+    """A device's name for a file name: ``NVIDIA H100 80GB HBM3`` is ``h100-80gb-hbm3``."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "-".join(word for word in words if word != "nvidia") or "unknown"
 
-    Raises:
-        NoDevice: there is none, or the backend can't run on it; says which and why.
-    """
+
+def find_device() -> Device:
+    """The current CUDA device."""
     if torch.version.cuda is None:
         raise NoDevice(f"no CUDA device: torch {torch.__version__} is built without CUDA")
     if not torch.cuda.is_available():
         raise NoDevice(f"no CUDA device: torch {torch.__version__} finds none on this machine")
     if interpreted():
         raise NoDevice("TRITON_INTERPRET runs the kernels on the processor: unset it")
-    reason = ptk.backends()[BACKEND]
-    if reason is not None:
-        raise NoDevice(f"the {BACKEND} backend can't run here: {reason}")
-    return CudaDevice()
+    if (reason := ptk.backends()["triton"]) is not None:
+        raise NoDevice(f"the triton backend can't run here: {reason}")
+    return Device()
 
 
-class CudaDevice:
-    """The current CUDA device: see :class:`Device`."""
-
-    torch_device = "cuda"
-    backend = BACKEND
-    cuda_backend = "cuda"
+class Device:
+    """The current CUDA device."""
 
     def __init__(self) -> None:
         self._properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -94,7 +62,7 @@ class CudaDevice:
         self.memory_bytes: int = self._properties.total_memory
 
     def describe(self) -> dict[str, Any]:
-        """See :class:`Device`."""
+        """Fields of the environment record that tell of this device."""
         return {
             "device": "cuda",
             "device_name": self.name,
@@ -107,14 +75,9 @@ class CudaDevice:
             "device_memory_bytes": self.memory_bytes,
         }
 
-    def synchronize(self) -> None:
-        """See :class:`Device`."""
-        torch.cuda.synchronize()
-
     def capture(self, calls: Sequence[Run]) -> Run:
-        """See :class:`Device`. The calls run one after another on one stream."""
-        stream = torch.cuda.Stream()
-        graph = torch.cuda.CUDAGraph()
+        """One thing to run that does all these calls in turn on one stream, without the host."""
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         # A capture that fails leaves torch on the capturing stream; the outer context comes back.
         with torch.cuda.stream(torch.cuda.current_stream()):
             stream.wait_stream(torch.cuda.current_stream())
@@ -134,7 +97,7 @@ class CudaDevice:
         return graph.replay
 
     def seconds(self, run: Run, times: int) -> float:
-        """See :class:`Device`. By CUDA events on the current stream."""
+        """Device seconds of one of ``times`` runs in a row, by events on the current stream."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(times):
@@ -143,9 +106,14 @@ class CudaDevice:
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / times
 
-    def release(self) -> None:
-        """See :class:`Device`."""
-        torch.cuda.empty_cache()
+    def copy_record(self) -> dict[str, Any]:
+        """The yardstick: bytes per second, read and written, of ten copies on the device."""
+        source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        target.copy_(source)
+        moved = 2 * _COPY_BYTES
+        rates = [moved / self.seconds(lambda: target.copy_(source), 4) for _ in range(10)]
+        return {"op": "copy", "bytes": moved, "bytes_per_second": rates}
 
 
 def _driver_version() -> str | None:
@@ -155,15 +123,3 @@ def _driver_version() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
-
-
-def slug(name: str) -> str:
-    """A device's name for a file name: ``NVIDIA H100 80GB HBM3`` is ``h100-80gb-hbm3``."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    return "-".join(word for word in words if word != "nvidia") or "unknown"
-
-
-def first_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says: one line for a note."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

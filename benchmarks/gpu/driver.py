@@ -13,31 +13,29 @@ from itertools import product
 import torch
 
 import proxytune_kernels as ptk
-from benchmarks.gpu.cases import OURS, OWN, SAMPLE, Case, make_inputs
-from benchmarks.gpu.device import Device, find_device
-from benchmarks.logits import KINDS, Logits, make_logits
-from benchmarks.op_cases import FILTERS
+from benchmarks.gpu.cases import BACKENDS, Case, make_inputs
+from benchmarks.gpu.device import find_device
+from benchmarks.harness.logits import FILTERS, KINDS, Logits, make_logits
 
 _REQUESTS, _POSITIONS = 3, 3
-_VOCAB_SIZES = (1000, 4096)
-"""Widths that fill a tile, and that do not."""
-_CLUSTER_VOCAB_SIZES = (1000, 30_000, 70_001)
-"""Of CUDA C++'s kernels: for one block, two, and as many as a cluster may have."""
+_WIDTHS = {"ours": (1000, 4096), "cuda": (1000, 30_000, 70_001)}
+"""Vocabularies by provider: ours fill a tile, or do not; CUDA C++'s take one block, two, and as
+many as a cluster may have."""
 
 
-def profile(device: Device, provider: str, filters: str, vocab_size: int, batch_size: int) -> None:
+def profile(provider: str, filters: str, vocab_size: int, batch_size: int) -> None:
     """One call of ``sample`` on logits in device memory, between the profiler's start and stop."""
-    case = Case(SAMPLE, "peaked", filters, vocab_size, batch_size)
-    [inputs] = make_inputs(case, 1, device.torch_device, device.backend)
-    params = case.params(device.torch_device)
-    backend = device.backend if provider == OURS else device.cuda_backend
+    device, backend = find_device(), BACKENDS[provider]
+    case = Case("sample", "peaked", filters, vocab_size, batch_size)
+    [inputs] = make_inputs(case, 1)
+    params = case.params("cuda")
     out = ptk.sample(*inputs.logits, params, backend=backend)  # compiles
     # Written last, it takes the place of the logits in L2.
-    torch.empty(4 * device.l2_bytes, dtype=torch.uint8, device=device.torch_device).fill_(1)
-    device.synchronize()
+    torch.empty(4 * device.l2_bytes, dtype=torch.uint8, device="cuda").fill_(1)
+    torch.cuda.synchronize()
     with torch.cuda.profiler.profile():
         ptk.sample(*inputs.logits, params, backend=backend, out=out)
-        device.synchronize()
+        torch.cuda.synchronize()
 
 
 def awkward_logits(kind: str, rows: int, vocab_size: int, device: str) -> Logits:
@@ -50,62 +48,45 @@ def awkward_logits(kind: str, rows: int, vocab_size: int, device: str) -> Logits
     return base, expert, anti
 
 
-def sanitize(device: Device) -> None:
+def call_operators(device: str, backend: str, vocab_size: int, kind: str, *, every: bool) -> None:
+    """``sample`` and ``verify`` with each filter, and ``every`` other operator, once."""
+    rows = awkward_logits(kind, _REQUESTS * _POSITIONS, vocab_size, device)
+    base, expert, anti = (role.view(_REQUESTS, _POSITIONS, -1) for role in rows)
+    ids = torch.zeros(_REQUESTS, _POSITIONS, dtype=torch.int64, device=device)
+    for filters in FILTERS:
+        params = Case("sample", kind, filters, vocab_size, _REQUESTS).params(device)
+        first = [role[:_REQUESTS] for role in rows]
+        ptk.sample(first[0], first[1], first[2], params, backend=backend)
+        verified = (base, expert, anti, ids[:, 1:], params)
+        ptk.verify(*verified, mode="coupled", backend=backend)
+        draft_logits = expert[:, :-1]
+        ptk.verify(*verified, mode="rejection", draft_logits=draft_logits, backend=backend)
+    if every:
+        ptk.score(base, expert, anti, ids, backend=backend)
+        ptk.combine(*rows, backend=backend)
+
+
+def sanitize() -> None:
     """Every operator, filter and kind once, in several widths; CUDA C++'s where it is usable."""
-    rows = _REQUESTS * _POSITIONS
-    if ptk.backends()[device.cuda_backend] is None:
-        for vocab_size, kind in product(_CLUSTER_VOCAB_SIZES, KINDS):
-            logits = awkward_logits(kind, rows, vocab_size, device.torch_device)
-            for filters in FILTERS:
-                _sample_and_verify(device, logits, filters, device.cuda_backend)
-    for vocab_size, kind in product(_VOCAB_SIZES, KINDS):
-        logits = awkward_logits(kind, rows, vocab_size, device.torch_device)
-        for filters in FILTERS:
-            _sample_and_verify(device, logits, filters, device.backend)
-        base, expert, anti = _shaped(logits)
-        ids = torch.zeros(_REQUESTS, _POSITIONS, dtype=torch.int64, device=device.torch_device)
-        ptk.score(base, expert, anti, ids, backend=device.backend)
-        ptk.combine(*logits, backend=device.backend)
-    device.synchronize()
-
-
-def _shaped(logits: Logits) -> Logits:
-    base, expert, anti = (role.view(_REQUESTS, _POSITIONS, -1) for role in logits)
-    return base, expert, anti
-
-
-def _sample_and_verify(device: Device, logits: Logits, filters: str, backend: str) -> None:
-    base, expert, anti = (role[:_REQUESTS] for role in logits)
-    case = Case(SAMPLE, "peaked", filters, base.shape[1], _REQUESTS)
-    params = case.params(device.torch_device)
-    ptk.sample(base, expert, anti, params, backend=backend)
-    base, expert, anti = _shaped(logits)
-    drafts = base.new_zeros(_REQUESTS, _POSITIONS - 1, dtype=torch.int64)
-    for mode, draft_logits in (("coupled", None), ("rejection", expert[:, :-1])):
-        ptk.verify(
-            base,
-            expert,
-            anti,
-            drafts,
-            params,
-            mode=mode,
-            draft_logits=draft_logits,
-            backend=backend,
-        )
+    find_device()
+    for provider, backend in reversed(BACKENDS.items()):
+        if ptk.backends()[backend] is None:
+            for vocab_size, kind in product(_WIDTHS[provider], KINDS):
+                call_operators("cuda", backend, vocab_size, kind, every=provider == "ours")
+    torch.cuda.synchronize()
 
 
 def main(arguments: list[str]) -> None:
     """Run what the arguments say."""
-    device = find_device()
     if arguments == ["sanitize"]:
-        sanitize(device)
+        sanitize()
         return
     what, provider, filters, vocab_size, batch_size = arguments
     if what != "profile":
         raise ValueError(f"the first argument must be profile or sanitize, got {what!r}")
-    if provider not in OWN:
-        raise ValueError(f"the provider must be one of {OWN}, got {provider!r}")
-    profile(device, provider, filters, int(vocab_size), int(batch_size))
+    if provider not in BACKENDS:
+        raise ValueError(f"the provider must be one of {tuple(BACKENDS)}, got {provider!r}")
+    profile(provider, filters, int(vocab_size), int(batch_size))
 
 
 if __name__ == "__main__":

@@ -1,135 +1,203 @@
-"""A run's records as a table, as Markdown for the README, and as sentences."""
+"""A run's records as a table, as Markdown for the README, as a picture, and against its targets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment
-from benchmarks.gpu.cases import (
-    COMPILED,
-    CUDA,
-    EAGER,
-    FLASHINFER,
-    MAIN_VOCAB_SIZE,
-    OURS,
-    PROVIDERS,
-    SAMPLE,
-    TRANSFORMERS,
-)
-from benchmarks.gpu.targets import Verdict
-from benchmarks.gpu.timing import COLD, WARM
-from benchmarks.report import console, fixed, make_table, significant
+from benchmarks.gpu.cases import BATCH_SIZES, MAIN_VOCAB_SIZE, PROVIDERS
+from benchmarks.gpu.session import Record, Verdict, cells, judge, markdown_table
+from benchmarks.harness.logits import FILTERS
+from benchmarks.harness.report import Column, decimals, percent, print_table, significant
+from proxytune_kernels.ops.backends import choose
 
-Record = Mapping[str, Any]
+PEERS = {
+    "cuda": "CUDA", "eager": "eager", "torch.compile": "compile", "transformers": "HF",
+    "flashinfer": "FI",
+}  # fmt: skip
+"""All but ours in Triton, and the heads of their columns."""
 
-PEERS = tuple(name for name in PROVIDERS if name != OURS)
-_OWN_COLUMNS = ("us", "warm", "GB/s", "copy")
-_SHORT = {CUDA: "CUDA", EAGER: "eager", COMPILED: "compile", TRANSFORMERS: "HF", FLASHINFER: "FI"}
-_LAUNCHED = "*"  # behind what was launched call by call
-
-
-@dataclass(frozen=True)
-class Row:
-    """One case: ours, and the peers' times over ours."""
-
-    case: tuple[Any, ...]
-    """op, kind, filters, vocab_size, batch_size, positions."""
-    records: Mapping[tuple[str, str], Record]
-    """By provider and mode."""
-
-    def cells(self) -> list[str]:
-        """us cold, us warm, GB/s, share of copy bandwidth, then the peers."""
-        cold, warm = (self.records.get((OURS, mode)) for mode in (COLD, WARM))
-        return [
-            _cell(cold, lambda r: significant(r["microseconds"]["median"])),
-            _cell(warm, lambda r: significant(r["microseconds"]["median"])),
-            _cell(cold, lambda r: fixed(r["gigabytes_per_second"], 0)),
-            _cell(cold, lambda r: fixed(100 * r["share_of_copy"], 1, "%")),
-            *(_cell(self.records.get((peer, COLD)), _ratio) for peer in PEERS),
-        ]
+COPY_PERCENT = {"ours": {"top_p": 70, "none": 85}, "cuda": {"top_p": 75}}
+BATCH_1_MICROSECONDS = {"ours": 12, "cuda": 8}
+DRAM_RATIO = {"ours": {"none": 1.05, "top_p": 1.15}, "cuda": {"none": 1.05, "top_p": 1.05}}
+"""By provider: what Triton's kernels have to reach on an H100 or H200, and what CUDA C++'s."""
+TIMES_FASTER = {
+    "eager": (10, "the eager chain"),
+    "flashinfer": (2, "the combination followed by FlashInfer"),
+}
+FLAT_OVER_PEAKED = 2.5
 
 
-def _cell(record: Record | None, text: Callable[[Record], str]) -> str:
-    return "-" if record is None else text(record)
+def verdicts(records: Sequence[Record], device_name: str) -> Iterator[Verdict]:
+    """One verdict for each target, from all records of a run on a device."""
+    for provider in ("ours", "cuda"):
+        whose, cold = "" if provider == "ours" else "cuda: ", samples(records, provider, "cold")
+        for filters, least in COPY_PERCENT[provider].items():
+            main = f"peaked {filters} V={MAIN_VOCAB_SIZE:,} B=256"
+            shares = {w: 100 * r["share_of_copy"] for w, r in cold.items() if w == main}
+            target = f"{whose}B=256, V=128,256, {filters}: at least {least}% of copy bandwidth"
+            yield judge(target, shares, operator.ge, least, "%")
+        most = BATCH_1_MICROSECONDS[provider]
+        times = {
+            f"{where}, {mode}": r["microseconds"]["median"]
+            for mode in ("cold", "single")
+            for where, r in samples(records, provider, mode).items()
+            if r["batch_size"] == 1 and r["kind"] == "peaked"
+        }
+        target = f"{whose}B=1, peaked: under {most} us a call in graph replay"
+        yield judge(target, times, operator.lt, most, " us")
+        yield from _beside_peers(records) if provider == "ours" else _defaults(records, device_name)
+        for filters, most_read in DRAM_RATIO[provider].items():
+            read = {
+                f"{case['kind']} B={case['batch_size']}": case["ratio"]
+                for r in records
+                if r["op"] == "profile"
+                for case in r.get("cases", ())
+                if (case["provider"], case["filters"]) == (provider, filters)
+            }
+            target = f"{whose}DRAM bytes read, {filters}, peaked: at most {most_read}x the logits"
+            yield judge(target, read, operator.le, most_read, "x")
+    yield _sanitizers(records)
 
 
-def _ratio(record: Record) -> str:
-    ratio = record["time_over_ours"]
-    mark = "" if record["graph"] else _LAUNCHED
-    return significant(ratio and ratio["median"], mark)
+def _beside_peers(records: Sequence[Record]) -> Iterator[Verdict]:
+    for peer, (least, name) in TIMES_FASTER.items():
+        ratios = {
+            where: r["time_over_ours"]["median"]
+            for where, r in samples(records, peer, "cold").items()
+            if r["time_over_ours"] is not None
+        }
+        yield judge(f"at least {least}x {name} at every shape", ratios, operator.ge, least, "x")
+    cold = samples(records, "ours", "cold")
+    times = {where: r["microseconds"]["median"] for where, r in cold.items()}
+    ratios = {
+        flat: times[flat] / times[peaked]
+        for flat in times
+        if flat.startswith("flat") and (peaked := flat.replace("flat", "peaked", 1)) in times
+    }
+    target = f"flat logits at worst {FLAT_OVER_PEAKED}x the time of peaked ones"
+    yield judge(target, ratios, operator.le, FLAT_OVER_PEAKED, "x")
 
 
-def rows(records: Sequence[Record]) -> list[Row]:
-    """Cases in the order they were first timed."""
-    keys = ("op", "kind", "filters", "vocab_size", "batch_size", "positions")
-    found: dict[tuple[Any, ...], dict[tuple[str, str], Record]] = {}
+def _defaults(records: Sequence[Record], device_name: str) -> Iterator[Verdict]:
+    """Whether the table of defaults (proxytune_kernels/ops/backends) is right where it has cuda."""
+    ratios = {}
     for r in records:
-        if "provider" in r:
-            case = found.setdefault(tuple(r[key] for key in keys), {})
-            case.setdefault((r["provider"], r["mode"]), r)  # ours may be timed again beside others
-    return [Row(case, own) for case, own in found.items()]
+        if r.get("provider") == "cuda" and r["mode"] == "cold" and r["time_over_ours"] is not None:
+            op, rows = r["op"].removesuffix("-rejection"), r["batch_size"] * r["positions"]
+            if choose(device_name, op, r["vocab_size"], rows) == "cuda":
+                ratios[f"{r['op']} {shape(r)}"] = r["time_over_ours"]["median"]
+    target = "cuda: never slower than triton where it is the default"
+    yield judge(target, ratios, operator.le, 1, "x")
 
 
-def where(device: Mapping[str, Any]) -> str:
-    """One line that says where the numbers come from."""
-    e = {**environment(), **device}
-    revision = "no git revision" if e["revision"] is None else e["revision"][:10]
-    if e["dirty"]:
-        revision += " with local changes"
-    return (
-        f"{e['device_name']}, driver {e.get('driver')}, torch {e['torch']}, triton {e['triton']}, "
-        f"{revision}"
-    )
+def _sanitizers(records: Sequence[Record]) -> Verdict:
+    target = "memcheck, racecheck, initcheck and synccheck clean"
+    counts = next((r["errors"] for r in records if r["op"] == "sanitize" and "errors" in r), None)
+    if counts is None:
+        return Verdict(target)
+    if named := [f"{tool}: {n} error(s)" for tool, n in counts.items() if n]:
+        return Verdict(target, False, ", ".join(named))
+    if None in counts.values():
+        return Verdict(target, None, "not all of them ran")
+    return Verdict(target, True)
 
 
-def print_times(records: Sequence[Record], device: Mapping[str, Any], copy_rate: float) -> None:
+def shape(r: Record) -> str:
+    """A record's shape, for a sentence."""
+    return f"{r['kind']} {r['filters']} V={r['vocab_size']:,} B={r['batch_size']}"
+
+
+def samples(records: Iterable[Record], provider: str, mode: str) -> dict[str, Record]:
+    """A provider's times of ``sample`` by shape; the first of each, as ours may have several."""
+    first: dict[str, Record] = {}
+    for r in records:
+        if r["op"] == "sample" and r.get("provider") == provider and r["mode"] == mode:
+            first.setdefault(shape(r), r)
+    return first
+
+
+_CASE = ("op", "kind", "filters", "vocab_size", "batch_size", "positions")
+
+
+def _ratio(r: Record) -> str:
+    """A provider's time over ours; a star is behind what was launched call by call."""
+    if r["time_over_ours"] is None:
+        return "-"
+    return significant(r["time_over_ours"]["median"], "" if r["graph"] else "*")
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("us", "ours/cold/microseconds/median", significant),
+    ("us, warm", "ours/warm/microseconds/median", significant),
+    ("GB/s", "ours/cold/gigabytes_per_second", decimals(0)),
+    ("of copy bandwidth", "ours/cold/share_of_copy", percent),
+    *((f"x {peer}", f"{peer}/cold", _ratio) for peer in PEERS),
+)
+
+
+def rows(records: Sequence[Record]) -> dict[tuple[Any, ...], list[str]]:
+    """Cells by case (:data:`_CASE`), in the order they were first timed."""
+    found: dict[tuple[Any, ...], dict[str, dict[str, Record]]] = {}
+    for r in records:
+        case = found.setdefault(tuple(r[key] for key in _CASE), {})
+        # ours may be timed again beside others
+        case.setdefault(r["provider"], {}).setdefault(r["mode"], r)
+    return {case: cells(own, COLUMNS) for case, own in found.items()}
+
+
+def print_times(records: Sequence[Record], copy_rate: float, where: str) -> None:
     """Table of all cases."""
     caption = (
         "us: median of a call of ours in graph replay, no input in L2 (warm: all of it). GB/s: the "
         "three roles' logits counted once (sample_hidden: the heads' weights). copy: that over the "
         f"{copy_rate / 1e9:,.0f} GB/s, read and written, of a device-to-device copy in this run. "
         "The others: a provider's time over ours (CUDA: our CUDA C++ kernels, HF: "
-        "transformers' warpers, FI: FlashInfer). "
-        f"{_LAUNCHED}: not capturable, launched call by call. {where(device)}"
+        "transformers' warpers, FI: FlashInfer). *: not capturable, launched call by call. " + where
     )
-    columns = ("case", *_OWN_COLUMNS, *(_SHORT[peer] for peer in PEERS))
-    table = make_table("The operators on a GPU, bf16", columns, caption)
-    group = None
-    for row in rows(records):
-        op, kind, filters, vocab_size, batch_size, positions = row.case
-        if (op, kind, vocab_size) != group:
-            group = (op, kind, vocab_size)
-            table.add_section()
-            table.add_row(f"[bold]{op}")
-            table.add_row(f"[bold]{kind}, V={vocab_size:,}")
-        shape = f"B={batch_size}" + (f" x {positions}" if positions > 1 else "")
-        table.add_row(f"{shape} {filters}", *row.cells())
-    console.print(table)
+    lines = []
+    for (op, kind, filters, vocab_size, batch_size, positions), row in rows(records).items():
+        size = f"B={batch_size}" + (f" x {positions}" if positions > 1 else "")
+        lines.append((f"{op}, {kind}, V={vocab_size:,}", [f"{size} {filters}", *row]))
+    columns = ("case", "us", "warm", "GB/s", "copy", *PEERS.values())
+    print_table("The operators on a GPU, bf16", columns, caption, lines)
 
 
-def markdown(
-    records: Sequence[Record],
-    device: Mapping[str, Any],
-    copy_rate: float,
-    verdicts: Sequence[Verdict],
-) -> str:
-    """The main vocabulary's ``sample`` on peaked logits, and the verdicts, for the README."""
-    own = ("us", "us, warm", "GB/s", "of copy bandwidth")
-    heads = ("batch, filters", *own, *(f"x {peer}" for peer in PEERS))
-    lines = [
-        f"`python -m benchmarks.gpu` on {where(device)}; a device-to-device copy moves "
+def markdown(records: Sequence[Record], copy_rate: float, where: str) -> str:
+    """The main vocabulary's ``sample`` on peaked logits, for the README."""
+    by_size = {
+        (batch_size, filters): row
+        for (op, kind, filters, vocab_size, batch_size, _), row in rows(records).items()
+        if (op, kind, vocab_size) == ("sample", "peaked", MAIN_VOCAB_SIZE)
+    }
+    lines = [[f"{size}, {filters}", *row] for (size, filters), row in sorted(by_size.items())]
+    intro = (
+        f"`python -m benchmarks.gpu` on {where}; a device-to-device copy moves "
         f"{copy_rate / 1e9:,.0f} GB/s. `sample`, bf16, V = {MAIN_VOCAB_SIZE:,}, logits like a real "
-        "model's:",
-        "",
-        "| " + " | ".join(heads) + " |",
-        "| " + " | ".join("---" for _ in heads) + " |",
-    ]
-    main = [row for row in rows(records) if row.case[:2] == (SAMPLE, "peaked")]
-    for row in sorted(main, key=lambda row: (row.case[4], row.case[2])):
-        _, _, filters, vocab_size, batch_size, _ = row.case
-        if vocab_size == MAIN_VOCAB_SIZE:
-            lines.append("| " + " | ".join((f"{batch_size}, {filters}", *row.cells())) + " |")
-    lines += ["", *(f"- {verdict}" for verdict in verdicts), ""]
-    return "\n".join(lines)
+        "model's:"
+    )
+    table = markdown_table(["batch, filters", *(heading for heading, *_ in COLUMNS)], lines)
+    return "\n".join([intro, "", *table, ""])
+
+
+def draw(records: Sequence[Record], path: Path, title: str) -> None:
+    """Microseconds a call over the batch size, a panel for each filter, every provider.
+
+    Peaked logits of the main vocabulary.
+    """
+    from benchmarks.harness.plots import panels
+
+    with panels(path, 1, len(FILTERS), (11, 4.2), title, sharey=True) as (_, [grid]):
+        for axes, filters in zip(grid, FILTERS, strict=True):
+            for name in PROVIDERS:
+                main = f"peaked {filters} V={MAIN_VOCAB_SIZE:,} B="
+                found = samples(records, name, "cold")
+                sizes = [size for size in BATCH_SIZES if f"{main}{size}" in found]
+                times = [found[f"{main}{size}"]["microseconds"]["median"] for size in sizes]
+                axes.plot(sizes, times, marker="o", label=name)
+            axes.set(xscale="log", yscale="log", xlabel="batch size", title=filters)
+            axes.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES])
+        grid[0].set_ylabel("us per call (median, logits not in L2)")
+        grid[0].legend(frameon=False, fontsize=8)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
-from benchmarks.gpu.cases import Inputs
+from benchmarks.gpu.cases import BACKENDS, Case, Inputs
 from benchmarks.gpu.device import CannotCapture, Device, Run
-from benchmarks.gpu.providers import Prepared
-from benchmarks.measure import Summary
-
-COLD, WARM, SINGLE = "cold", "warm", "single"
-"""Cold: input sets take turns, none is in L2 when its turn comes. Warm: one set that fits in L2.
-Single: as warm, one call to a graph, so that each call pays for a graph's launch."""
+from benchmarks.gpu.peers import Prepared
+from benchmarks.harness.measure import ratios, summary
 
 _RUN_SECONDS = 4e-3
 """A graph holds as many calls as take this long launched one by one: what passes between two
@@ -26,7 +23,6 @@ _MOST_WARM_CALLS = 64
 _UNIT_SECONDS = 0.5
 _REPEATS = (5, 25)
 """Fewest and most samples of each; between them what fits in _UNIT_SECONDS."""
-_US = 1e6
 
 
 @dataclass(frozen=True)
@@ -38,44 +34,28 @@ class Timed:
     run: Run
     calls: int
     """Calls in one run."""
-    input_sets: int
-    not_captured: str | None
-    """Why the calls are not in a graph but launched one by one; None: they are in one."""
-    config: Mapping[str, Any]
-    """How the provider is set up."""
-
-    def record(self) -> dict[str, Any]:
-        """Fields of a line of results."""
-        return {
-            "provider": self.provider,
-            "mode": self.mode,
-            "graph": self.not_captured is None,
-            "not_captured": self.not_captured,
-            "calls_per_run": self.calls,
-            "input_sets": self.input_sets,
-            "config": dict(self.config),
-        }
+    fields: dict[str, Any]
+    """More of a line of results."""
 
 
-def modes(batch_size: int, set_bytes: int, l2_bytes: int) -> tuple[str, ...]:
-    """Modes that mean something: warm needs a set that fits in L2, single is for batch 1."""
-    if set_bytes > l2_bytes:
-        return (COLD,)
-    return (COLD, WARM, SINGLE) if batch_size == 1 else (COLD, WARM)
+def modes(case: Case, l2_bytes: int) -> tuple[str, ...]:
+    """How a case is timed.
+
+    ``cold``: input sets take turns, none is in L2 when its turn comes. ``warm``: one set that fits
+    in L2. ``single``, for batch 1: as warm, one call to a graph, so that each call pays for a
+    graph's launch.
+    """
+    if case.logits_bytes > l2_bytes:
+        return ("cold",)
+    return ("cold", "warm", "single") if case.batch_size == 1 else ("cold", "warm")
 
 
 def calls_in_run(seconds_per_call: float, input_sets: int, mode: str) -> int:
-    """Calls of one graph: every input set equally often.
-
-    Args:
-        seconds_per_call: launched one by one.
-        input_sets: that take turns.
-        mode: a single call is one; warm calls have an upper bound.
-    """
-    if mode == SINGLE:
+    """Calls of one graph, given a call's seconds launched alone: every input set equally often."""
+    if mode == "single":
         return 1
     wanted = math.ceil(_RUN_SECONDS / seconds_per_call)
-    if mode == WARM:
+    if mode == "warm":
         return min(_MOST_WARM_CALLS, wanted)
     return input_sets * math.ceil(wanted / input_sets)
 
@@ -87,38 +67,19 @@ def repeats(seconds_of_all: float) -> int:
 
 
 def prepare(
-    device: Device,
-    provider: str,
-    prepared: Prepared,
-    sets: Sequence[Inputs],
-    mode: str,
-    *,
-    may_launch: bool,
+    device: Device, name: str, prepared: Prepared, sets: Sequence[Inputs], mode: str
 ) -> Timed:
-    """Warm a provider up and capture it.
-
-    Args:
-        device: what runs it.
-        provider: its name.
-        prepared: does the work on one set of inputs.
-        sets: go through in turn; only the first unless cold.
-        mode: of :data:`COLD`, :data:`WARM`, :data:`SINGLE`.
-        may_launch: whether calls that can't be captured are launched one by one.
-
-    Raises:
-        CannotCapture: they can't be, and ``may_launch`` is false.
-    """
-    used = sets if mode == COLD else sets[:1]
+    """Warm a provider up and capture its calls; a peer's that can't be are launched one by one."""
+    used = sets if mode == "cold" else sets[:1]
     calls = [partial(prepared.call, inputs) for inputs in used]
     calls[0]()
-    seconds = device.seconds(calls[0], 2)
-    count = calls_in_run(seconds, len(used), mode)
+    count = calls_in_run(device.seconds(calls[0], 2), len(used), mode)
     turns = [calls[i % len(calls)] for i in range(count)]
     not_captured = None
     try:
         run = device.capture(turns)
     except CannotCapture as error:
-        if not may_launch:
+        if name in BACKENDS:
             raise
         not_captured = str(error)
 
@@ -126,7 +87,9 @@ def prepare(
             for turn in turns:
                 turn()
 
-    return Timed(provider, mode, run, count, len(used), not_captured, prepared.config)
+    fields: dict[str, Any] = {"graph": not_captured is None, "not_captured": not_captured}
+    fields |= {"input_sets": len(used), "config": dict(prepared.config)}
+    return Timed(name, mode, run, count, fields)
 
 
 def time_all(device: Device, timed: Sequence[Timed]) -> list[list[float]]:
@@ -138,30 +101,41 @@ def time_all(device: Device, timed: Sequence[Timed]) -> list[list[float]]:
     for t in timed:
         t.run()
         seconds = device.seconds(t.run, 1)
-        count = max(1, math.ceil(_SAMPLE_SECONDS / seconds))
-        replays.append(count)
-        total += seconds * (count + (t.mode != COLD))
+        replays.append(max(1, math.ceil(_SAMPLE_SECONDS / seconds)))
+        total += seconds * (replays[-1] + (t.mode != "cold"))
     samples: list[list[float]] = [[] for _ in timed]
     for _ in range(repeats(total)):
         for own, t, count in zip(samples, timed, replays, strict=True):
-            if t.mode != COLD:
+            if t.mode != "cold":
                 t.run()
             own.append(device.seconds(t.run, count) / t.calls)
     return samples
 
 
-def microseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, lowest, 10th and 90th percentile and count of samples, in microseconds."""
-    values = [s * _US for s in seconds]
-    return {**asdict(Summary.of(values)), "min": min(values)}
-
-
-def rates(
-    median_seconds: float, logits_bytes: int, copy_bytes_per_second: float
-) -> Mapping[str, float]:
-    """Bandwidth counting each logit once, and its share of a device-to-device copy's."""
-    bytes_per_second = logits_bytes / median_seconds
-    return {
-        "gigabytes_per_second": bytes_per_second / 1e9,
-        "share_of_copy": bytes_per_second / copy_bytes_per_second,
-    }
+def records(
+    case: Case,
+    timed: Sequence[Timed],
+    samples: Sequence[Sequence[float]],
+    copy_rate: float,
+    *,
+    checked: bool,
+) -> list[dict[str, Any]]:
+    """A line of results for each; ratios are within a repeat, bandwidth counts each logit once."""
+    own = {t.mode: s for t, s in zip(timed, samples, strict=True) if t.provider == "ours"}
+    lines = []
+    for t, seconds in zip(timed, samples, strict=True):
+        rate = case.logits_bytes / median(seconds)
+        line = {
+            **case.record(),
+            **t.fields,
+            "provider": t.provider,
+            "mode": t.mode,
+            "calls_per_run": t.calls,
+            "checked": checked,
+            "microseconds": {**summary(seconds, 1e6), "min": 1e6 * min(seconds)},
+            "gigabytes_per_second": rate / 1e9,
+            "share_of_copy": rate / copy_rate,
+            "time_over_ours": ratios(seconds, own[t.mode]) if t.mode in own else None,
+        }
+        lines.append(line)
+    return lines

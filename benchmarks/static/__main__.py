@@ -5,19 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from benchmarks.choices import parse_choices
-from benchmarks.report import RESULTS, console
-from benchmarks.static.occupancy import LIMITS
-
-if TYPE_CHECKING:
-    from benchmarks.static.run import Stored
+from benchmarks.harness.options import parse_choices
+from benchmarks.harness.report import RESULTS, console
+from benchmarks.static.budgets import BUDGETS
+from benchmarks.static.figures import LIMITS, Stored, compare
 
 CLUSTER = "cluster"
 """All CUDA C++ kernels, in a choice of kernels."""
@@ -48,8 +45,7 @@ def main(
 
     if triton.knobs.runtime.interpret:
         _stop("TRITON_INTERPRET is set, so that nothing is compiled: unset it")
-    from benchmarks.static import cluster, report, run
-    from benchmarks.static.budgets import BUDGETS
+    from benchmarks.static import cluster, compiling, report
 
     known = (*BUDGETS, CLUSTER)
     chosen = known if kernels is None else parse_choices("--kernels", kernels, known, None)
@@ -59,21 +55,38 @@ def main(
         raise typer.BadParameter(
             "--write stores all figures: leave out --cc, and --kernels unless it is cluster"
         )
+    measured: dict[str, Stored] = {}
+    complaints: list[str] = []
     try:
-        measured = _measure(set(chosen), ccs)
+        if units := compiling.units(ccs, chosen):
+            figures = compiling.measure(units)
+            measured[TRITON_FILE] = Stored(f"Triton {triton.__version__}", figures)
+            report.print_figures(figures)
+            complaints += compiling.broken_promises(figures)
+        if CLUSTER in chosen and (reason := cluster.missing()) is not None:
+            console.print(f"CUDA C++ kernels: not compiled: {reason}", soft_wrap=True)
+        elif CLUSTER in chosen:
+            figures = cluster.measure(cluster.units(ccs))
+            measured[CLUSTER_FILE] = Stored(cluster.version(), figures)
+            report.print_tables(report.cluster_tables(figures))
+            complaints += cluster.broken_promises(figures)
     except RuntimeError as error:
         _stop(str(error), 1)
-    complaints: list[str] = []
-    if TRITON_FILE in measured:
-        report.print_figures(measured[TRITON_FILE].figures)
-        complaints += run.broken_promises(measured[TRITON_FILE].figures)
-    if CLUSTER_FILE in measured:
-        report.print_cluster_figures(measured[CLUSTER_FILE].figures)
-        complaints += cluster.broken_promises(measured[CLUSTER_FILE].figures)
     if write:
-        _write(measured, results)
-    if check:
-        complaints += _compare(measured, results, complete)
+        for name, now in measured.items():
+            now.write(results / name)
+        stored = [Stored.read(results / name) for name in (TRITON_FILE, CLUSTER_FILE)]
+        (results / "static.md").write_text(report.page(*stored))
+        written = ", ".join(measured)
+        console.print(f"Wrote {results / 'static.md'} and {written}", soft_wrap=True)
+    for name, now in measured.items() if check else ():
+        try:
+            before = Stored.read(results / name)
+        except OSError as error:
+            _stop(f"--check needs the stored figures: {error}")
+        found, summary = compare(now, before, complete)
+        complaints += found
+        console.print(summary, soft_wrap=True)
     for complaint in complaints:
         typer.echo(complaint, err=True)
     if complaints:
@@ -81,54 +94,6 @@ def main(
     console.print(
         f"{sum(len(one.figures) for one in measured.values())} kernels keep their budgets."
     )
-
-
-def _measure(chosen: Collection[str], ccs: Collection[int]) -> dict[str, Stored]:
-    """Figures of the kernels chosen, by the file that they are stored in."""
-    import triton
-
-    from benchmarks.static import cluster, run
-
-    measured = {}
-    units = run.units(ccs, chosen)
-    if units:
-        measured[TRITON_FILE] = run.Stored(f"Triton {triton.__version__}", run.measure(units))
-    if CLUSTER in chosen:
-        reason = cluster.missing()
-        if reason is None:
-            figures = cluster.measure(cluster.units(ccs))
-            measured[CLUSTER_FILE] = run.Stored(cluster.version(), figures)
-        else:
-            console.print(f"CUDA C++ kernels: not compiled: {reason}", soft_wrap=True)
-    return measured
-
-
-def _write(measured: dict[str, Stored], results: Path) -> None:
-    """Store what was measured, and the page, with what is stored already of the rest."""
-    from benchmarks.static import report, run
-
-    for name, figures in measured.items():
-        figures.write(results / name)
-    stored = [run.Stored.read(results / name) for name in (TRITON_FILE, CLUSTER_FILE)]
-    (results / "static.md").write_text(report.page(*stored))
-    written = ", ".join(measured)
-    console.print(f"Wrote {results / 'static.md'} and {written}", soft_wrap=True)
-
-
-def _compare(measured: dict[str, Stored], results: Path, complete: bool) -> Collection[str]:
-    """What is worse than the stored figures."""
-    from benchmarks.static import run
-
-    complaints: list[str] = []
-    for name, now in measured.items():
-        try:
-            stored = run.Stored.read(results / name)
-        except OSError as error:
-            _stop(f"--check needs the stored figures: {error}")
-        comparison = run.compare(now, stored, complete)
-        complaints += comparison.complaints
-        console.print(comparison.summary, soft_wrap=True)
-    return complaints
 
 
 if __name__ == "__main__":

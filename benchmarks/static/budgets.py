@@ -1,9 +1,9 @@
-"""What the design promises of the kernels, and which figures are worse than those stored."""
+"""What the design promises of the Triton kernels, with any version of Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.static.figures import Figures
 
@@ -11,15 +11,12 @@ WIDE = 16
 """Bytes of the widest load that all of these GPUs have, and that the design promises."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The most that a kernel may take."""
+class Budget(NamedTuple):
+    """The most that a kernel may take; never a stack, as spills go through the logits' memory."""
 
     registers: int
     shared: int = 48 * 1024
     """Bytes: what a block gets without asking the driver for more."""
-    stack: int = 0
-    """Spilled registers go through the memory that the logits come from."""
 
 
 _STREAMS = Budget(registers=64)
@@ -74,9 +71,7 @@ def over_budget(
         aligned: its rows start at multiples of 16 bytes.
         bytes_per_token: of the roles' logits: a route reads each once.
     """
-    budget = BUDGETS[kernel]
-    limits = {"registers": budget.registers, "shared": budget.shared, "stack": budget.stack}
-    for name, most in {**limits, "local": 0}.items():
+    for name, most in {**BUDGETS[kernel]._asdict(), "stack": 0, "local": 0}.items():
         if (got := getattr(figures, name)) > most:
             yield f"{name} {got}, the budget is {most}"
     for name, route in figures.routes.items():
@@ -88,37 +83,3 @@ def over_budget(
         fewest = bytes_per_token / WIDE
         if aligned and route.logits_loads != fewest:
             yield f"route {name!r} takes {route.logits_loads:g} loads a token, {fewest:g} would do"
-
-
-_MORE_IS_WORSE = ("registers", "stack", "local", "shared", "atomics", "barriers")
-_FEWER_IS_WORSE = ("resident_warps", "narrowest")
-_ACCESSES = ("logits_loads", "other_loads", "stores")
-
-
-def _numbers(figures: Figures) -> dict[str, float]:
-    """By name, all that is compared; more is worse."""
-    numbers: dict[str, float] = {name: getattr(figures, name) for name in _MORE_IS_WORSE}
-    numbers |= {name: sum(getattr(figures, name).values()) for name in _ACCESSES}
-    if figures.routes:  # by token, whatever a thread has of them
-        del numbers["logits_loads"]
-    for name, route in figures.routes.items():
-        numbers[f"{name}: instructions a token"] = route.instructions
-        numbers[f"{name}: loads of logits a token"] = route.logits_loads
-    return numbers
-
-
-def worse(now: Figures, before: Figures) -> Iterator[str]:
-    """Each figure that got worse, with both values.
-
-    No tolerance: one version of Triton, whose package holds the assembler too, makes the same code
-    of the same source wherever it runs. The code's length is not compared: it is what it is where
-    no route is counted.
-    """
-    old = _numbers(before)
-    for name, value in _numbers(now).items():
-        if name in old and value > old[name]:
-            yield f"{name} {value:g}, was {old[name]:g}"
-    for name in _FEWER_IS_WORSE:
-        new_value, old_value = getattr(now, name), getattr(before, name)
-        if None not in (new_value, old_value) and new_value < old_value:
-            yield f"{name.replace('_', ' ')} {new_value}, was {old_value}"

@@ -1,4 +1,4 @@
-"""Compiles kernels as a launch on a GPU would, without one.
+"""Compiles Triton's kernels as a launch on a GPU would, without one, and counts what came out.
 
 The operators run on CPU tensors up to their launches, and Triton specialises and compiles what they
 pass. Only the driver is replaced, by one that names a GPU which isn't there; nothing is launched.
@@ -6,12 +6,16 @@ pass. Only the driver is replaced, by one that names a GPU which isn't there; no
 
 from __future__ import annotations
 
+import ast
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,13 +26,21 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import proxytune_kernels
+from benchmarks.harness.report import progress_bar
 from benchmarks.static import sass
-from benchmarks.static.occupancy import WARP
+from benchmarks.static.budgets import over_budget
+from benchmarks.static.cases import CASES, Route
+from benchmarks.static.figures import WARP, Compiled, Figures, RouteFigures, Unit, count
+from benchmarks.static.sass import CannotFollow, Code, Instruction
 from proxytune_kernels.kernels import common
 
 PROCESSORS = 132  # of an H100; what launchers ask the device for
 _PACKAGE = Path(proxytune_kernels.__file__).parent
 _SOURCE = re.compile(rf'File "[^"]*/{_PACKAGE.name}/([^"]+)"')
+
+LOGITS = re.compile(r"\b(base|expert|anti) = tl\.load\(")
+"""Source lines that read the roles' logits (`combined` in kernels/common.py)."""
+BASE = re.compile(r"\bbase = tl\.load\(")
 
 
 class _NoDevice:
@@ -47,62 +59,26 @@ class _NoDevice:
         return GPUTarget("cuda", self._cc, WARP)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel for one compute capability."""
-
-    code: sass.Code
-    registers: int  # per thread
-    stack: int  # bytes per thread: spilled registers and local arrays
-    shared: int  # bytes per block
-    warps: int  # per block
-    arguments: Mapping[str, Any]
-    """What the launcher passed by name: the kernel's constants and options."""
-
-
-def kernel_name(kernel: JITFunction) -> str:
-    """``scan`` for ``_scan_kernel``."""
-    return str(kernel.__name__).strip("_").removesuffix("_kernel")
-
-
-@contextmanager
-def _launches(then: Callable[..., None]) -> Iterator[None]:
-    """Within, launches call ``then(kernel, *arguments, grid=..., **arguments)`` instead."""
-
-    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        then(kernel, *args, grid=grid, **kwargs)
-
-    processors = mock.patch.object(common, "processors", lambda device: PROCESSORS)
-    with mock.patch.object(JITFunction, "run", run), processors:
-        yield
-
-
-def kernels_launched(launch: Callable[[], object]) -> list[str]:
-    """Names of the kernels that a call launches, in order; compiles nothing."""
-    names: list[str] = []
-    with _launches(lambda kernel, *args, **kwargs: names.append(kernel_name(kernel))):
-        launch()
-    return names
-
-
 def compile_kernel(launch: Callable[[], object], name: str, cc: int) -> Compiled:
     """Compile one of the kernels that a call launches; the first, where one is launched twice.
 
-    Raises:
-        KeyError: the call launches no such kernel.
+    Args:
+        launch: the call.
+        name: of the kernel, ``scan`` for ``_scan_kernel``.
+        cc: compute capability.
     """
     compiled: list[Compiled] = []
     run = JITFunction.run
 
-    def compile_it(kernel: JITFunction, *args: Any, grid: Any, **kwargs: Any) -> None:
-        if kernel_name(kernel) == name and not compiled:
-            result = run(
-                kernel, *args, grid=grid, warmup=True, **kwargs
-            )  # to its cubin, no further
+    def compile_it(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if str(kernel.__name__).strip("_").removesuffix("_kernel") == name and not compiled:
+            # Warming up stops where the machine code is there.
+            result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
             compiled.append(_read(result, kwargs))
 
     driver.set_active(_NoDevice(cc))
-    with _launches(compile_it):
+    processors = mock.patch.object(common, "processors", lambda device: PROCESSORS)
+    with mock.patch.object(JITFunction, "run", compile_it), processors:
         launch()
     if not compiled:
         raise KeyError(f"no kernel {name!r} is launched")
@@ -113,17 +89,12 @@ def _read(kernel: Any, arguments: Mapping[str, Any]) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = tool("cuobjdump", "-res-usage", cubin.name)
+        resources = sass.parse_resources(tool("cuobjdump", "-res-usage", cubin.name))
         text = tool("nvdisasm", "-g", "-c", cubin.name)
-    resources = parse_resources(usage)
-    return Compiled(
-        code=sass.parse(_here(text)),
-        registers=resources["REG"],
-        stack=resources["STACK"],
-        shared=kernel.metadata.shared,
-        warps=kernel.metadata.num_warps,
-        arguments=arguments,
-    )
+    # Source paths of this checkout: Triton's cache may hold what another one compiled.
+    code = sass.parse(_SOURCE.sub(rf'File "{_PACKAGE}/\1"', text))
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    return Compiled(code, resources["REG"], resources["STACK"], shared, warps, arguments)
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -135,18 +106,108 @@ def tool(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _here(text: str) -> str:
-    """Source paths of this checkout: Triton's cache may hold what another one compiled."""
-    return _SOURCE.sub(rf'File "{_PACKAGE}/\1"', text)
+def reads_logits(i: Instruction) -> bool:
+    """Whether it was made for a source line that reads the roles' logits."""
+    return LOGITS.search(i.source) is not None
 
 
-def parse_resources(text: str) -> dict[str, int]:
-    """What ``cuobjdump -res-usage`` prints of a file with one kernel, by name: ``REG``, ``STACK``.
+def figures_of(compiled: Compiled, cc: int, routes: Iterable[Route]) -> Figures:
+    """Count."""
+    found = {route.name: _route_figures(compiled, route) for route in routes}
+    return count(compiled, cc, reads_logits, found)
 
-    Raises:
-        ValueError: it prints nothing of the kind.
-    """
-    line = re.search(r"^ *(REG:.*)$", text, re.MULTILINE)
-    if line is None:
-        raise ValueError(f"cuobjdump names no resources: {text.strip()!r}")
-    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line[1])}
+
+def _route_figures(compiled: Compiled, route: Route) -> RouteFigures:
+    path = follow(compiled.code, route)
+    loads = [i for i in path if i.stem == "LDG" and reads_logits(i)]
+    tokens = route.tokens(compiled.arguments) / (compiled.warps * WARP)
+    parts = Counter(function_at(i.file, i.line) for i in path)
+    return RouteFigures(
+        instructions=len(path) / tokens,
+        logits_loads=len(loads) / tokens,
+        logits_bytes=sum(i.access_bytes for i in loads) / tokens,
+        parts={name: count / tokens for name, count in parts.most_common()},
+    )
+
+
+def follow(code: Code, route: Route) -> Sequence[Instruction]:
+    """The instructions of a route."""
+    for mark in (*route.passes, *route.avoids):
+        if not any(map(mark.holds, code.instructions)):
+            raise CannotFollow(f"route {route.name!r}: no {mark.stem} from {mark.text!r}")
+
+    def unwanted(i: Instruction) -> bool:
+        masked = i.stem == "LDG" and i.predicate != "" and BASE.search(i.source) is not None
+        return masked or any(mark.holds(i) for mark in route.seldom)
+
+    def excluded(i: Instruction) -> bool:
+        return any(mark.holds(i) for mark in route.avoids)
+
+    return code.longest_path([mark.holds for mark in route.passes], excluded, unwanted)
+
+
+@cache
+def _functions(file: str) -> list[tuple[int, int, str]]:
+    """First line, last line and name of a source file's functions."""
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    return [
+        (node.lineno, node.end_lineno or node.lineno, node.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    ]
+
+
+def function_at(file: str, line: int) -> str:
+    """Name of the function that a line of a source file is in."""
+    around = [(first, name) for first, last, name in _functions(file) if first <= line <= last]
+    return max(around)[1] if around else "?"
+
+
+def units(ccs: Iterable[int], kernels: Iterable[str] | None = None) -> list[Unit]:
+    """All that is compiled, or the kernels named."""
+    chosen = None if kernels is None else set(kernels)
+    return [
+        Unit(case.name, kernel, cc)
+        for case in CASES.values()
+        for kernel in case.kernels
+        for cc in ccs
+        if chosen is None or kernel in chosen
+    ]
+
+
+def _measure(unit: Unit) -> Figures:
+    case = CASES[unit.case]
+    compiled = compile_kernel(lambda: case.launch(case), unit.kernel, unit.cc)
+    return figures_of(compiled, unit.cc, case.routes.get(unit.kernel, ()))
+
+
+def measure(wanted: Sequence[Unit]) -> dict[Unit, Figures]:
+    """Compile and count, with a progress bar; in as many processes as there are cores."""
+    workers = min(len(wanted), len(os.sched_getaffinity(0)))
+    spawn = multiprocessing.get_context("spawn")  # compilers' threads do not survive a fork
+    figures: dict[Unit, Figures] = {}
+    with (
+        progress_bar(len(wanted), "Compiling") as tick,
+        ProcessPoolExecutor(workers, spawn) as pool,
+    ):
+        jobs = {pool.submit(_measure, unit): unit for unit in wanted}
+        try:
+            for job in as_completed(jobs):
+                unit = jobs[job]
+                try:
+                    figures[unit] = job.result()
+                except Exception as error:
+                    raise RuntimeError(f"{unit}: {type(error).__name__}: {error}") from error
+                tick(f"Compiled {unit}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {unit: figures[unit] for unit in wanted}
+
+
+def broken_promises(figures: Mapping[Unit, Figures]) -> Iterator[str]:
+    """What does not keep its budget."""
+    for unit, one in figures.items():
+        case = CASES[unit.case]
+        for what in over_budget(unit.kernel, one, case.aligned, case.bytes_per_token):
+            yield f"{unit}: {what}"

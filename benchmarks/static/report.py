@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.report import console, fixed, make_table, significant
-from benchmarks.static.figures import Figures
-from benchmarks.static.occupancy import LIMITS, WARP
-from benchmarks.static.run import Stored, Unit
-from benchmarks.traffic import GPUS, Gpu
+from benchmarks.harness.report import console, fixed, make_table, significant
+from benchmarks.roofline import GPUS, Gpu
+from benchmarks.static.figures import LIMITS, WARP, Figures, Stored, Unit
 
 _SCHEDULERS = 4  # of a multiprocessor; each issues one warp's instruction a clock
 _PROFILED = ("sample", "scan")
@@ -44,11 +42,6 @@ def _of_cc(cc: int) -> str:
     return f"{cc / 10:.1f}"
 
 
-def _widths(counts: Mapping[str, int]) -> str:
-    """``6x16 2x4``: six accesses of 16 bytes a thread, two of 4."""
-    return " ".join(f"{n}x{size}" for size, n in counts.items()) or "-"
-
-
 def split_twins(figures: Mapping[Unit, Figures]) -> tuple[dict[Unit, Figures], dict[str, str]]:
     """Figures without kernels that compile to the same as an earlier one; those, with its name."""
     by_label: dict[str, dict[Unit, Figures]] = {}
@@ -66,25 +59,24 @@ def split_twins(figures: Mapping[Unit, Figures]) -> tuple[dict[Unit, Figures], d
     return kept, twins
 
 
-def resource_table(figures: Mapping[Unit, Figures]) -> Table:
-    """What each kernel takes."""
-    columns = ("kernel", "cc", "regs", "stack", "local", "shared", "warps", "bar", "code")
-    rows = []
-    for unit, f in figures.items():
-        numbers = (f.registers, f.stack, f.local, f.shared, f.resident_warps, f.barriers)
-        cells = (f"{number:,}" for number in (*numbers, f.instructions))
-        rows.append((_label(unit), _of_cc(unit.cc), *cells))
-    return Table("Resources", columns, rows)
+def _twin_line(twins: Mapping[str, str]) -> str:
+    return " ".join(f"{label} has the figures of {twin}." for label, twin in twins.items())
 
 
-def memory_table(figures: Mapping[Unit, Figures]) -> Table:
-    """How each kernel reaches global memory."""
-    columns = ("kernel", "cc", "logits", "other loads", "stores", "atom")
-    rows = []
-    for unit, f in figures.items():
-        cells = map(_widths, (f.logits_loads, f.other_loads, f.stores))
-        rows.append((_label(unit), _of_cc(unit.cc), *cells, str(f.atomics)))
-    return Table("Global memory", columns, rows)
+def _resources(f: Figures) -> list[str]:
+    numbers = (f.registers, f.stack, f.local, f.shared, f.resident_warps, f.barriers)
+    return [f"{number:,}" for number in (*numbers, f.instructions)]
+
+
+def _memory(f: Figures) -> list[str]:
+    """``6x16 2x4``: six accesses of 16 bytes a thread, two of 4."""
+    kinds = (f.logits_loads, f.other_loads, f.stores)
+    texts = (" ".join(f"{n}x{size}" for size, n in kind.items()) or "-" for kind in kinds)
+    return [*texts, str(f.atomics)]
+
+
+_RESOURCES = ("regs", "stack", "local", "shared", "warps", "bar", "code")
+_MEMORY = ("logits", "other loads", "stores", "atom")
 
 
 def route_table(figures: Mapping[Unit, Figures]) -> Table:
@@ -95,11 +87,11 @@ def route_table(figures: Mapping[Unit, Figures]) -> Table:
         for name, route in f.routes.items():
             key = (_label(unit), name, f"{route.logits_bytes:g}", f"{route.logits_loads:g}")
             rows.setdefault(key, {})[unit.cc] = significant(route.instructions)
-    sizes = {route.logits_bytes for f in figures.values() for route in f.routes.values()}
-    for size in sorted(sizes):
-        for cc in ccs:
-            key = ("as long as the bytes", "", f"{size:g}", "")
-            rows.setdefault(key, {})[cc] = significant(affordable(cc, size))
+    for size in sorted(
+        {route.logits_bytes for f in figures.values() for route in f.routes.values()}
+    ):
+        key = ("as long as the bytes", "", f"{size:g}", "")
+        rows[key] = {cc: significant(affordable(cc, size)) for cc in ccs}
     columns = ("kernel", "route", "bytes", "loads", *map(_of_cc, ccs))
     lines = [(*key, *(cells.get(cc, "-") for cc in ccs)) for key, cells in rows.items()]
     return Table("Instructions a token", columns, lines)
@@ -115,95 +107,59 @@ def part_table(figures: Mapping[Unit, Figures]) -> Table:
     names = {
         name: None
         for route in by_cc.values()
-        for name, count in route.parts.items()
-        if count >= _LEAST_PART * route.instructions
+        for name, part in route.parts.items()
+        if part >= _LEAST_PART * route.instructions
     }
     rows = [
         (name, *(fixed(route.parts.get(name, 0), 1) for route in by_cc.values())) for name in names
     ]
     rest = [sum(n for name, n in r.parts.items() if name not in names) for r in by_cc.values()]
     if rows:
-        rows.append(("others", *(fixed(count, 1) for count in rest)))
-    columns = ("function", *(_of_cc(cc) for cc in by_cc))
+        rows.append(("others", *(fixed(part, 1) for part in rest)))
+    columns = ("function", *map(_of_cc, by_cc))
     return Table("Instructions of scan, by function", columns, rows)
 
 
-def cluster_table(figures: Mapping[Unit, Figures]) -> Table:
-    """What each CUDA C++ kernel takes, and how it reaches global memory."""
-    columns = (
-        *("kernel", "cc", "blocks", "regs", "stack", "local", "shared", "warps", "bar", "code"),
-        *("logits", "other loads", "stores", "atom"),
+def triton_tables(figures: Mapping[Unit, Figures]) -> list[Table]:
+    """What each kernel takes, how it reaches memory, its routes, and what scan is made of."""
+    names = [(_label(unit), _of_cc(unit.cc), f) for unit, f in figures.items()]
+    resources = [(label, cc, *_resources(f)) for label, cc, f in names]
+    memory = [(label, cc, *_memory(f)) for label, cc, f in names]
+    tables = (
+        Table("Resources", ("kernel", "cc", *_RESOURCES), resources),
+        Table("Global memory", ("kernel", "cc", *_MEMORY), memory),
+        route_table(figures),
+        part_table(figures),
     )
-    rows = []
-    for unit, f in figures.items():
-        numbers = (f.blocks, f.registers, f.stack, f.local, f.shared, f.resident_warps, f.barriers)
-        cells = [f"{number:,}" for number in (*numbers, f.instructions)]
-        cells += [*map(_widths, (f.logits_loads, f.other_loads, f.stores)), str(f.atomics)]
-        name = f"{unit.kernel} {unit.case}"
-        rows.append((name, _of_cc(unit.cc), *cells))
-    return Table("CUDA C++", columns, rows)
-
-
-def _cluster_tables(figures: Mapping[Unit, Figures]) -> list[Table]:
-    """Their resources, and their loops: the code of a kernel is the same for every shape."""
-    first = next((unit.case for unit in figures), None)
-    once = {
-        Unit("CUDA C++", unit.kernel, unit.cc): one
-        for unit, one in figures.items()
-        if unit.case == first
-    }
-    loops = route_table(once)
-    return [cluster_table(figures), loops._replace(title=f"CUDA C++: {loops.title.lower()}")]
-
-
-def _absent_line(figures: Mapping[Unit, Figures]) -> str:
-    """What no cluster of a device holds, of the cases that other devices have."""
-    ccs = sorted({unit.cc for unit in figures})
-    absent = [
-        f"{kernel} {case} at {_of_cc(cc)}"
-        for case, kernel in dict.fromkeys((unit.case, unit.kernel) for unit in figures)
-        for cc in ccs
-        if Unit(case, kernel, cc) not in figures
-    ]
-    return f"No cluster holds a row: {', '.join(absent)}." if absent else ""
-
-
-def _limits_line(ccs: Iterable[int]) -> str:
-    parts = [
-        f"cc {_of_cc(cc)}: {LIMITS[cc].warps} warps; {example_gpu(cc).name}, "
-        f"{example_gpu(cc).sms} SMs at {example_gpu(cc).clock:g} GHz, "
-        f"{example_gpu(cc).bandwidth:g} TB/s"
-        for cc in ccs
-    ]
-    return ". ".join(parts) + "."
-
-
-_TABLES = (resource_table, memory_table, route_table, part_table)
-
-
-def _tables(figures: Mapping[Unit, Figures]) -> list[Table]:
-    tables = [make(figures) for make in _TABLES]
     return [table for table in tables if table.rows]
 
 
-def _twin_line(twins: Mapping[str, str]) -> str:
-    return " ".join(f"{label} has the figures of {twin}." for label, twin in twins.items())
+def cluster_tables(figures: Mapping[Unit, Figures]) -> list[Table]:
+    """What the CUDA C++ kernels take, and their loops: a kernel's code is that of every shape."""
+    rows = [
+        (f"{unit.kernel} {unit.case}", _of_cc(unit.cc), str(f.blocks), *_resources(f), *_memory(f))
+        for unit, f in figures.items()
+    ]
+    first = next((unit.case for unit in figures), None)
+    once = {u._replace(case="CUDA C++"): one for u, one in figures.items() if u.case == first}
+    loops = route_table(once)
+    columns = ("kernel", "cc", "blocks", *_RESOURCES, *_MEMORY)
+    return [
+        Table("CUDA C++", columns, rows),
+        loops._replace(title=f"CUDA C++: {loops.title.lower()}"),
+    ]
 
 
 def print_figures(figures: Mapping[Unit, Figures]) -> None:
-    """Tables on the terminal."""
+    """Tables of Triton's kernels on the terminal."""
     kept, twins = split_twins(figures)
-    _print_tables(_tables(kept))
+    print_tables(triton_tables(kept))
     if twins:
         console.print(_twin_line(twins), highlight=False)
 
 
-def print_cluster_figures(figures: Mapping[Unit, Figures]) -> None:
-    """The CUDA C++ kernels' table on the terminal."""
-    _print_tables(_cluster_tables(figures))
-
-
-def _print_tables(tables: Iterable[Table]) -> None:
+def print_tables(tables: Iterable[Table]) -> None:
+    """Tables on the terminal; a name that stands in several rows is shown once."""
     for table in tables:
         shown = make_table(table.title, table.columns, "")
         previous = ""
@@ -234,14 +190,27 @@ def page(stored: Stored, cluster: Stored) -> str:
     ]
     if twins:
         lines += ["", _twin_line(twins)]
-    for table in [*_tables(kept), *_cluster_tables(cluster.figures)]:
-        lines += ["", f"## {table.title}", ""]
-        lines += [_row(table.columns), _row(["---"] + ["---:"] * (len(table.columns) - 1))]
-        lines += map(_row, table.rows)
-    if absent := _absent_line(cluster.figures):
-        lines += ["", absent]
+    for table in [*triton_tables(kept), *cluster_tables(cluster.figures)]:
+        ruler = ["---", *["---:"] * (len(table.columns) - 1)]
+        rows = (f"| {' | '.join(cells)} |" for cells in (table.columns, ruler, *table.rows))
+        lines += ["", f"## {table.title}", "", *rows]
+    ccs = sorted({unit.cc for unit in cluster.figures})
+    absent = [
+        f"{kernel} {case} at {_of_cc(cc)}"
+        for case, kernel in dict.fromkeys((unit.case, unit.kernel) for unit in cluster.figures)
+        for cc in ccs
+        if Unit(case, kernel, cc) not in cluster.figures
+    ]
+    if absent:
+        lines += ["", f"No cluster holds a row: {', '.join(absent)}."]
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _limits_line(ccs: Iterable[int]) -> str:
+    gpus = {cc: example_gpu(cc) for cc in ccs}
+    parts = [
+        f"cc {_of_cc(cc)}: {LIMITS[cc].warps} warps; {gpu.name}, {gpu.sms} SMs at {gpu.clock:g} "
+        f"GHz, {gpu.bandwidth:g} TB/s"
+        for cc, gpu in gpus.items()
+    ]
+    return ". ".join(parts) + "."

@@ -60,25 +60,19 @@ class Instruction:
 Condition = Callable[[Instruction], bool]
 
 
-class _Block(NamedTuple):
-    """Instructions that run one after another."""
+class _Jump(NamedTuple):
+    """Where an instruction may lead to other than the next one."""
 
-    code: Sequence[Instruction]
-    may_end: bool  # a thread may exit after the last
-    following: list[int]  # indices of the instructions that may come next
+    exits: bool
+    always: bool
+    targets: list[int]
 
 
-class _Way(NamedTuple):
+class _Path(NamedTuple):
     """From some instruction to an exit."""
 
     unwanted: int
     code: Sequence[Instruction]
-
-
-class _Jump(NamedTuple):
-    exits: bool
-    always: bool
-    targets: list[int]
 
 
 @dataclass(frozen=True)
@@ -102,39 +96,36 @@ class Code:
             excluded: the path has no instruction that it holds for.
             unwanted: the path has as few instructions as can be that it holds for; of those paths,
                 the longest.
-
-        Raises:
-            CannotFollow: there is a loop on the way, or no such path.
         """
         goal = (1 << len(required)) - 1
-        known: dict[tuple[int, int], _Way | None] = {}
+        known: dict[tuple[int, int], _Path | None] = {}
 
-        def search(start: int, met: int, before: frozenset[int]) -> _Way | None:
+        def search(start: int, met: int, before: frozenset[int]) -> _Path | None:
             if start in before:
                 raise CannotFollow("the code has a loop")
             if (start, met) not in known:
                 known[start, met] = extend(start, met, before | {start})
             return known[start, met]
 
-        def extend(start: int, met: int, before: frozenset[int]) -> _Way | None:
-            block = self._block(start)
-            if any(map(excluded, block.code)):
+        def extend(start: int, met: int, before: frozenset[int]) -> _Path | None:
+            code, may_end, following = self._block(start)
+            if any(map(excluded, code)):
                 return None
             for bit, condition in enumerate(required):
-                met |= any(map(condition, block.code)) << bit
-            ways = [search(following, met, before) for following in block.following]
-            if block.may_end and met == goal:
-                ways.append(_Way(0, []))
-            found = [way for way in ways if way is not None]
+                met |= any(map(condition, code)) << bit
+            paths = [search(index, met, before) for index in following]
+            if may_end and met == goal:
+                paths.append(_Path(0, []))
+            found = [path for path in paths if path is not None]
             if not found:
                 return None
-            rest = max(found, key=lambda way: (-way.unwanted, len(way.code)))
-            return _Way(rest.unwanted + sum(map(unwanted, block.code)), [*block.code, *rest.code])
+            rest = max(found, key=lambda path: (-path.unwanted, len(path.code)))
+            return _Path(rest.unwanted + sum(map(unwanted, code)), [*code, *rest.code])
 
-        way = search(0, 0, frozenset())
-        if way is None:
+        path = search(0, 0, frozenset())
+        if path is None:
             raise CannotFollow("no path through the code is of the kind asked for")
-        return way.code
+        return path.code
 
     def loops(self) -> list[range]:
         """Instructions, by index, from the target of each jump backwards to the jump."""
@@ -151,19 +142,18 @@ class Code:
         addresses = [i.address for i in self.instructions]
         return {label: bisect_left(addresses, address) for label, address in self.labels.items()}
 
-    def _block(self, start: int) -> _Block:
+    def _block(self, start: int) -> tuple[Sequence[Instruction], bool, list[int]]:
+        """What runs in one go, whether a thread may exit after it, and what may come next."""
         heads = set(self._index.values())
         for end, instruction in enumerate(self.instructions[start:], start + 1):
-            jump = self._jump(instruction)
-            if jump is not None:
+            if (jump := self._jump(instruction)) is not None:
                 following = jump.targets if jump.always else [*jump.targets, end]
-                return _Block(self.instructions[start:end], jump.exits, following)
+                return self.instructions[start:end], jump.exits, following
             if end in heads:
-                return _Block(self.instructions[start:end], False, [end])
+                return self.instructions[start:end], False, [end]
         raise CannotFollow("the code ends without an exit")
 
     def _jump(self, i: Instruction) -> _Jump | None:
-        """Where an instruction may lead to other than the next one; None for most."""
         if i.stem == "EXIT":
             return _Jump(True, not i.predicate, [])
         if i.stem == "CALL":  # to slow forms of arithmetic, for operands near fp32's limits
@@ -181,11 +171,7 @@ class Code:
 
 
 def parse(text: str) -> Code:
-    """What ``nvdisasm -g -c`` prints of a file with one kernel.
-
-    Raises:
-        ValueError: it holds no instruction.
-    """
+    """What ``nvdisasm -g -c`` prints of a file with one kernel."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     waiting: list[str] = []
@@ -207,8 +193,15 @@ def parse(text: str) -> Code:
     if not instructions:
         raise ValueError("the disassembly holds no instruction")
     last = instructions[-1]
-    if last.stem == "BRA" and any(
-        f"`({label})" == last.operands and at == last.address for label, at in labels.items()
-    ):
+    to_itself = {f"`({label})" for label, address in labels.items() if address == last.address}
+    if last.stem == "BRA" and last.operands in to_itself:
         instructions.pop()
     return Code(instructions, labels)
+
+
+def parse_resources(text: str) -> dict[str, int]:
+    """What ``cuobjdump -res-usage`` prints of one kernel, by name: ``REG``, ``STACK``."""
+    line = re.search(r"^ *(REG:.*)$", text, re.MULTILINE)
+    if line is None:
+        raise ValueError(f"cuobjdump names no resources: {text.strip()!r}")
+    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line[1])}

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from proxytune_kernels import Trio
 
@@ -58,3 +60,15 @@ def trio_directory(trio, tmp_path_factory):
     roles = {role: role for role in trio.roles}
     (directory / "trio.json").write_text(json.dumps({"format": 1, **roles, "tokenizer": "."}))
     return directory
+
+
+@pytest.fixture
+def run_command():
+    """Run a command's ``main`` with arguments; gives what typer's runner gives."""
+
+    def run(main, *arguments):
+        app = typer.Typer()
+        app.command()(main)
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return run

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks.environment import REPOSITORY
+from benchmarks.harness.report import REPOSITORY
 
 
 def static(*arguments, **variables):

@@ -1,30 +1,25 @@
-"""The evaluation benchmark: both answer the same documents, and a difference is noticed."""
+"""benchmarks.evaluation: a difference is noticed, documents repeat, and what quality says."""
 
-from __future__ import annotations
+import json
+import math
+import shutil
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import evaluation
-from benchmarks.evaluation import Block, Settings, measure
-from benchmarks.evaluation_cases import CONTEXT_TOKENS, make_documents
+from benchmarks.evaluation import CONTEXT_TOKENS, compare, make_documents, quality
 
-
-def test_both_answer_every_document_once():
-    records, check = measure(Settings("shipped", None, 1, 10, 2, 4, 1))
-    assert [record["provider"] for record in records] == ["ours", "HFLM"]
-    assert check["requests"] == 20
-    assert 0 < check["worst_difference_per_token"] < 1e-4
-    for record in records:
-        assert record["seconds"] > 0 and record["block_seconds"]["count"] == evaluation.BLOCKS
-    assert records[1]["speed_over_hflm_seconds"]["median"] == 1
+SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
 
 
 def test_answers_that_rounding_does_not_explain_are_an_error():
-    ours = Block([(-1.0, True), (-2.0, False)], 1.0, 1.0)
-    theirs = Block([(-1.0, True), (-2.1, False)], 1.0, 1.0)
-    with pytest.raises(RuntimeError, match="differ by up to 0.0[0-9]+ per token"):
-        evaluation._check({"ours": [ours], "HFLM": [theirs]}, [1, 2], torch.float32)
+    ours, theirs = [(-1.0, True), (-2.0, False)], [(-1.0, True), (-2.1, True)]
+    assert compare(ours, theirs, [1, 2], 0.06)["differing_greedy"] == 1
+    with pytest.raises(RuntimeError, match=r"differ by up to 0\.0[0-9]+ per token"):
+        compare(ours, theirs, [1, 2], 0.04)
 
 
 def test_documents_share_a_context_and_repeat():
@@ -34,3 +29,50 @@ def test_documents_share_a_context_and_repeat():
         assert len({request.args[0] for request in document}) == 1
         words = len(document[0].args[0].split())
         assert CONTEXT_TOKENS[0] <= words <= CONTEXT_TOKENS[1]
+
+
+def test_quality_is_what_the_probabilities_say():
+    ids = torch.tensor([0, 1, 1])
+    plain = torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]).log()
+    other = torch.tensor([[0.25, 0.75], [0.75, 0.25], [0.9, 0.1]]).log()
+    found = quality(ids, plain, other)
+    # Token 1 follows twice; nothing follows the last.
+    assert found["nll"] == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
+    # A tie counts for the lower id, as the argmax has it.
+    assert found["agreement"] == pytest.approx(1 / 3)
+    first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    second = 0.25 * math.log(0.25 / 0.75) + 0.75 * math.log(0.75 / 0.25)
+    assert found["divergence"] == pytest.approx((first + second) / 3, rel=1e-5)
+
+
+def test_quantised_weights(run_command, tmp_path):
+    pytest.importorskip("torchao")
+    shutil.copytree(SHIPPED / "base", tmp_path, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SHIPPED / name, tmp_path)
+    output = tmp_path / "out.jsonl"
+    arguments = ("--quantized", tmp_path, "--tokens", 16, "--repeats", 2, "--output", output)
+    result = run_command(evaluation.main, *arguments)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["variant"] for record in records] == list(evaluation.VARIANTS)
+    size = {record["variant"]: record["bytes"] for record in records}
+    # The embedding is tied to the output layer: quantised apart it comes on top.
+    assert size["int4"] < size["int8"] < size["int8+head"] < size["plain"]
+    assert all(q["divergence"] == 0 and q["agreement"] == 1 for q in records[0]["quality"])
+    assert all(q["divergence"] > 0 for record in records[1:] for q in record["quality"])
+
+
+def test_command(run_command, tmp_path):
+    output = tmp_path / "out.jsonl"
+    result = run_command(
+        evaluation.main, "--trio", "shipped", "--documents", 10, "--choices", 2, "--batch-size", 4,
+        "--threads", 1, "--output", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    ours, hflm = [json.loads(line) for line in output.read_text().splitlines()]
+    assert (ours["provider"], hflm["provider"], ours["requests"]) == ("ours", "HFLM", 20)
+    assert 0 < ours["worst_difference_per_token"] < 1e-4
+    assert ours["block_seconds"]["count"] == evaluation.BLOCKS
+    assert hflm["speed_over_hflm_seconds"]["median"] == 1
+    assert ours["memory"]["total_bytes"] > ours["memory"]["extra_bytes"] > 0

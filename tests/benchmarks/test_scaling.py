@@ -6,8 +6,13 @@ import re
 
 import pytest
 
-from benchmarks.gpu.decoder.random_models import empty_model
-from benchmarks.gpu.decoder.shapes import LLAMA_7B, LLAMA_13B, LLAMA_70B, ModelShape
+from benchmarks.gpu.decoder.random_models import (
+    LLAMA_7B,
+    LLAMA_13B,
+    LLAMA_70B,
+    ModelShape,
+    empty_model,
+)
 from tests.documents import ROOT
 
 SHAPES = {"7B": LLAMA_7B, "13B": LLAMA_13B, "70B": LLAMA_70B}
@@ -24,6 +29,11 @@ def weights(shape: ModelShape, kind: str) -> float:
     return linear * BYTES[kind] + 2 * (sum(p.numel() for p in parameters.values()) - linear)
 
 
+def cache_bytes(shape: ModelShape) -> int:
+    """Bytes of one token's keys and values in bf16, all layers."""
+    return 2 * 2 * shape.layers * shape.kv_heads * (shape.hidden_size // shape.heads)
+
+
 def test_there_are_rows() -> None:
     assert len(ROWS) == 10
 
@@ -31,7 +41,7 @@ def test_there_are_rows() -> None:
 @pytest.mark.parametrize(("size", "base", "pair", "figures"), ROWS)
 def test_a_row(size: str, base: str, pair: str, figures: str) -> None:
     own, two = weights(SHAPES[size], base), 2 * weights(LLAMA_7B, pair)
-    token = SHAPES[size].cache_bytes_per_token() + 2 * LLAMA_7B.cache_bytes_per_token()
+    token = cache_bytes(SHAPES[size]) + 2 * cache_bytes(LLAMA_7B)
     left = [(n * DEVICE * UTILIZATION - own - two) / token / 1e3 for n in (1, 2, 4, 8)]
     wanted = [f"{held / 1e9:.1f}" for held in (own, two, own + two)]
     wanted += [f"{tokens:.1f}" if tokens > 0 else "-" for tokens in left]

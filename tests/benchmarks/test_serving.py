@@ -10,14 +10,23 @@ import pytest
 import typer
 from transformers import AutoModelForCausalLM
 
-from benchmarks.serving import Settings, check, exported, make_load, make_members, record_of
-from benchmarks.vllm_engine import Load, Run
+from benchmarks.harness.measure import Spent
+from benchmarks.serving import (
+    Load,
+    Run,
+    Settings,
+    check,
+    exported,
+    make_load,
+    make_members,
+    record_of,
+)
 
 SETTINGS = Settings(8, 4, 3, 0.0, "float32", 2, 1)
 
 
 def run(prompt: float, *steps: float) -> Run:
-    return Run([], [prompt, *steps], [2 * second for second in (prompt, *steps)])
+    return Run([], [Spent(second, 2 * second) for second in (prompt, *steps)])
 
 
 def test_ratios_are_paired_and_leave_out_the_step_of_the_prompts() -> None:
@@ -40,7 +49,7 @@ class Engine:
 
     def decode(self, load: Load) -> Run:
         alphas = load.alphas or [0.0] * len(load.prompts)
-        return Run([[self.on if alpha else self.off] for alpha in alphas], [], [])
+        return Run([[self.on if alpha else self.off] for alpha in alphas], [])
 
 
 @pytest.mark.parametrize(("off", "on", "passes"), [(1, 2, True), (3, 2, False), (1, 1, False)])

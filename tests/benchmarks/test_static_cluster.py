@@ -8,9 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton, whose tools read the code, is not installed")
 
-from benchmarks.report import RESULTS
-from benchmarks.static import cluster, report, run, sass
-from benchmarks.static.figures import Figures
+from benchmarks.static import cluster, report, sass
+from benchmarks.static.figures import Figures, Stored, Unit
 from tests.benchmarks.static_command import static
 
 needs_compiler = pytest.mark.skipif(
@@ -94,25 +93,19 @@ def test_a_kernel_that_is_not_there():
         cluster.read(disassembly(without), usage(RESOURCES))
 
 
-def test_vectors_of_logits_are_the_loads_that_are_not_kept(monkeypatch):
+def test_figures_of_a_kernel(monkeypatch):
+    """Vectors of logits are the loads that are not kept; rows that no cluster holds have none."""
     kernels = cluster.read(disassembly(BODIES), usage(RESOURCES))
     monkeypatch.setattr(cluster, "compile_for", lambda cc: kernels)
     held = cluster.Cluster(blocks=8, threads=256, shared=97_000, widest=400_000)
-    monkeypatch.setattr(cluster, "clusters", lambda wanted: [held] * len(wanted))
-    unit = run.Unit("V=128256", "sample", 90)
-    [(found, figures)] = cluster.measure([unit]).items()
+    monkeypatch.setattr(cluster, "clusters", lambda wanted: [held, held._replace(blocks=0)])
+    unit = Unit("V=128256", "sample", 90)
+    [(found, one)] = cluster.measure([unit, unit._replace(kernel="rejection")]).items()
     assert found == unit
-    loads = (figures.logits_loads, figures.other_loads, figures.narrowest)
+    loads = (one.logits_loads, one.other_loads, one.narrowest)
     assert loads == ({"16": 4}, {"4": 1}, 16)
-    assert (figures.blocks, figures.shared, figures.resident_warps) == (8, 97_000, 16)
-
-
-def test_rows_that_no_cluster_holds_have_no_figures(monkeypatch):
-    kernels = cluster.read(disassembly(BODIES), usage(RESOURCES))
-    monkeypatch.setattr(cluster, "compile_for", lambda cc: kernels)
-    none = cluster.Cluster(blocks=0, threads=256, shared=0, widest=70_000)
-    monkeypatch.setattr(cluster, "clusters", lambda wanted: [none] * len(wanted))
-    assert cluster.measure([run.Unit("V=128256", "rejection", 120)]) == {}
+    assert (one.blocks, one.shared, one.resident_warps) == (8, 97_000, 16)
+    assert (one.routes["reading"].instructions, one.routes["mass"].instructions) == (5 / 8, 2.0)
 
 
 def loop(label, loads, others):
@@ -146,22 +139,7 @@ def test_instructions_a_token_of_the_loops_over_tiles():
         cluster.over_tiles(code_of(*SUMMARY, *COUNTS, "EXIT ;"))
 
 
-def test_code_that_cannot_be_followed_is_named(monkeypatch):
-    unrolled = {name: [LOAD, "RET.REL.NODEC R2 ;", "EXIT ;"] for name in BODIES}
-    kernels = cluster.read(disassembly(unrolled), usage(RESOURCES))
-    monkeypatch.setattr(cluster, "compile_for", lambda cc: kernels)
-    held = cluster.Cluster(blocks=8, threads=256, shared=97_000, widest=400_000)
-    monkeypatch.setattr(cluster, "clusters", lambda wanted: [held] * len(wanted))
-    with pytest.raises(RuntimeError, match="V=128256/sample cc 90: no loop loads vectors"):
-        cluster.measure([run.Unit("V=128256", "sample", 90)])
-
-
-def test_no_loop_over_three_roles():
-    with pytest.raises(sass.CannotFollow, match="three roles"):
-        cluster.reading(code_of(LOAD, LOAD, LOAD, *loop(".a", 2, 20), "EXIT ;"))
-
-
-UNIT = run.Unit("V=128256", "sample", 90)
+UNIT = Unit("V=128256", "sample", 90)
 
 
 def figures(**changes):
@@ -173,36 +151,33 @@ def figures(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("kernel", "changes", "complaint"),
     [
-        ({"registers": 129}, "registers 129, the budget is 128"),
-        ({"stack": 8}, "stack 8, the budget is 0"),
-        ({"local": 2}, "local 2, the budget is 0"),
-        ({"logits_loads": {"16": 20, "8": 1}}, "not read in loads of 16 bytes, but of 8"),
-        ({"logits_loads": {}}, "not read in loads of 16 bytes, but of None"),
+        ("sample", {"registers": 129}, "registers 129, the budget is 128"),
+        ("rejection", {"registers": 256}, "registers 256, the budget is 255"),
+        ("sample", {"stack": 8}, "stack 8, the budget is 0"),
+        ("sample", {"local": 2}, "local 2, the budget is 0"),
+        ("sample", {"logits_loads": {"16": 2, "8": 1}}, "in loads of 16 bytes, but of 8"),
+        ("sample", {"logits_loads": {}}, "in loads of 16 bytes, but of None"),
     ],
 )
-def test_broken_promises(changes, complaint):
-    assert list(cluster.broken_promises({UNIT: figures()})) == []
-    [found] = cluster.broken_promises({UNIT: figures(**changes)})
-    assert found.startswith("V=128256/sample cc 90: ") and found.endswith(complaint)
-
-
-def test_rejection_may_have_all_registers():
-    unit = UNIT._replace(kernel="rejection")
-    assert list(cluster.broken_promises({unit: figures(registers=255)})) == []
+def test_broken_promises(kernel, changes, complaint):
+    unit = UNIT._replace(kernel=kernel)
+    assert list(cluster.broken_promises({unit: figures()})) == []
+    [found] = cluster.broken_promises({unit: figures(**changes)})
+    assert found.startswith(f"V=128256/{kernel} cc 90: ") and found.endswith(complaint)
 
 
 @needs_compiler
 def test_clusters_are_those_that_the_launch_chooses():
     """The sizes that the design states, and that a block's memory is no more than it may have."""
-    wanted = cluster.units(cluster.CCS)
+    wanted = cluster.units(cluster.LARGEST)
     found = dict(zip(wanted, cluster.clusters(wanted), strict=True))
     blocks = {(unit.case, unit.kernel, unit.cc): c.blocks for unit, c in found.items()}
     assert blocks["V=128256", "sample", 90] == blocks["V=151936", "coupled", 100] == 8
     assert blocks["V=128256 B=1", "sample", 90] == 16
     assert blocks["V=128256 B=1", "sample", 120] == 8
-    assert {blocks["V=32000", "sample", cc] for cc in cluster.CCS} == {2}
+    assert {blocks["V=32000", "sample", cc] for cc in cluster.LARGEST} == {2}
     assert blocks["V=128256", "rejection", 120] == 0
     most = {90: 227, 100: 227, 120: 99}
     assert all(c.shared <= 1024 * most[unit.cc] for unit, c in found.items())
@@ -214,15 +189,8 @@ def test_what_is_absent_is_said():
         UNIT._replace(cc=120): figures(),
         UNIT._replace(kernel="coupled"): figures(),
     }
-    stored = run.Stored("Triton 3.7.1", {}), run.Stored("nvcc 13.0.88", others)
+    stored = Stored("Triton 3.7.1", {}), Stored("nvcc 13.0.88", others)
     assert report.page(*stored).endswith("No cluster holds a row: coupled V=128256 at 12.0.\n")
-
-
-def test_the_stored_figures_are_of_these_kernels():
-    kept = run.Stored.read(RESULTS / "static-cluster.json")
-    assert kept.compiler.startswith("nvcc ")
-    assert set(kept.figures) <= set(cluster.units(cluster.CCS))
-    assert {unit.kernel for unit in kept.figures} == set(cluster.KERNELS)
 
 
 def test_without_nvcc_the_command_says_what_it_leaves_out():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.report import RESULTS
+from benchmarks.harness.report import RESULTS
 from proxytune_kernels import kernels
 from proxytune_kernels.ops.backends import (
     CHOICES,

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import proxytune_kernels as ptk
-from benchmarks.prompts import make_prompts
+from benchmarks.harness.trios import make_prompts
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,

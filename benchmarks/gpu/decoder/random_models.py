@@ -1,24 +1,32 @@
-"""Models of a given shape with random weights, made on the device they run on.
+"""Trios of Llama 2's shapes with random weights, made on the device they run on.
 
-A model is built without memory and then filled one layer at a time, so that a base that is
-quantised never takes the place of the same base in bf16.
+How long a step takes depends on shapes and dtypes, not on what the weights are; so nothing has to
+be downloaded, and no disk is touched. A model is built without memory and then filled one layer at
+a time, so that a base that is quantised never takes the place of the same base in bf16.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Embedding, Linear, Module, Parameter
 
-from benchmarks.gpu.decoder.shapes import BF16, ModelShape
+from proxytune_kernels import Trio
 
+VOCAB_SIZE = 32_000
+BATCH_SIZES = (1, 4, 16)
 DTYPE = torch.bfloat16
 LORA_RANK = 16
 
+SEPARATE, SHARED = "separate", "shared"
+"""The pair's weights: two models of their own, or one and a LoRA adapter on it."""
+
+_SEEDS = {"base": 0, "expert": 1, "anti": 2, "adapter": 3}
 _WEIGHT_STD = 0.02  # Llama's initializer_range: activations stay of the order of 1 in any depth
 # Of one role's logits; three of them combine to sqrt(3) times that: 2.6, as a real trio's on
 # English (docs/benchmarks.md, Logits). Flat logits would take the sampler longer.
@@ -26,6 +34,111 @@ _LOGITS_STD = 1.5
 
 Quantize = Callable[[Module], Module]
 """Takes a linear layer with its weights, and gives the layer that takes its place."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama's dimensions.
+
+    Source: Touvron et al. 2023, arXiv 2307.09288, and the published configurations.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab_size: int = VOCAB_SIZE
+    context: int = 4096
+
+    def config(self) -> Any:
+        """The transformers configuration; embedding and head are two matrices."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.context,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+
+
+LLAMA_7B = ModelShape(4096, 11_008, 32, 32, 32)
+LLAMA_13B = ModelShape(5120, 13_824, 40, 40, 40)
+LLAMA_70B = ModelShape(8192, 28_672, 80, 64, 8)
+
+
+@dataclass(frozen=True)
+class TrioShape:
+    """A base and a pair in bf16; the base may have its weights, and they alone, in int8."""
+
+    name: str
+    """As on the command line and in the results."""
+    title: str
+    base: ModelShape
+    pair: ModelShape
+    int8_base: bool = False
+
+    def planned_bytes(self) -> int:
+        """Bytes of the weights of a pair of two models, before anything is built.
+
+        The scales of int8 weights are left out.
+        """
+        base, pair = empty_model(self.base), empty_model(self.pair)
+        numbers = sum(p.numel() for model in (base, pair, pair) for p in model.parameters())
+        saved = sum(layer.weight.numel() for layer in _quantisable(base).values())
+        return DTYPE.itemsize * numbers - saved * self.int8_base
+
+
+TRIOS = {
+    shape.name: shape
+    for shape in (
+        TrioShape("13b", "Llama 13B + 7B + 7B, bf16", LLAMA_13B, LLAMA_7B),
+        TrioShape("70b", "Llama 70B int8 + 7B + 7B bf16", LLAMA_70B, LLAMA_7B, int8_base=True),
+    )
+}
+"""By the name of ``--trios``, the most important first."""
+
+
+def build_trios(shape: TrioShape, device: str) -> dict[str, Trio]:
+    """Both trios of a shape, with random weights; they share base and anti-expert."""
+    quantize = int8_linear if shape.int8_base else None
+    base = random_model(shape.base, device, _SEEDS["base"], quantize=quantize)
+    expert, anti = (random_model(shape.pair, device, _SEEDS[role]) for role in ("expert", "anti"))
+    tokenizer = byte_tokenizer(shape.base.vocab_size)
+    return with_shared_pair(Trio.from_models(base, expert, anti, tokenizer))
+
+
+def with_shared_pair(trio: Trio) -> dict[str, Trio]:
+    """A trio, and the same with a random adapter on its anti-expert as its expert."""
+    expert = adapted_model(trio.anti, _SEEDS["adapter"])
+    shared = Trio.from_models(trio.base, expert, trio.anti, dict(trio.tokenizers))
+    return {SEPARATE: trio, SHARED: shared}
+
+
+def int8_linear(layer: Module) -> Module:
+    """A linear layer with its weights in int8, a scale a row, as torchao has them."""
+    from proxytune_kernels.trio.quantization import quantize
+
+    class Alone(Module):
+        """A layer where a causal LM is expected, one without a head."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def get_output_embeddings(self) -> None:
+            """There is none."""
+
+    return quantize(Alone(), "int8").layer
 
 
 def empty_model(shape: ModelShape) -> Any:
@@ -36,14 +149,6 @@ def empty_model(shape: ModelShape) -> Any:
     with torch.device("meta"), no_init_weights():
         model: Any = LlamaForCausalLM(shape.config())
         return model.to(DTYPE).eval()
-
-
-def planned_bytes(shape: ModelShape, weights: str) -> int:
-    """Bytes of a model's weights before it is built; the scales of int8 ones are left out."""
-    model = empty_model(shape)
-    narrow = {} if weights == BF16 else _quantisable(model)
-    total = sum(_bytes(parameter) for parameter in model.parameters())
-    return total - sum(layer.weight.numel() for layer in narrow.values())
 
 
 def _quantisable(model: Any) -> dict[str, Linear]:
@@ -73,9 +178,6 @@ def random_model(
         quantize: given each linear layer but the head as soon as it has weights; the layer it
             returns takes its place. None leaves them.
         dtype: of all weights that are not quantised.
-
-    Raises:
-        torch.OutOfMemoryError: the device's memory does not suffice.
     """
     model = empty_model(shape)
     generator = torch.Generator(device).manual_seed(seed)
@@ -106,11 +208,9 @@ def _fill(
 ) -> None:
     """Give a layer its parameters: matrices are normal, norms' weights 1."""
     for name, parameter in list(layer.named_parameters(recurse=False)):
-        filled = torch.empty(parameter.shape, dtype=dtype, device=device)
+        filled = torch.ones(parameter.shape, dtype=dtype, device=device)
         if isinstance(layer, Linear | Embedding):
             filled.normal_(0.0, std, generator=generator)
-        else:
-            filled.fill_(1.0)
         setattr(layer, name, Parameter(filled, requires_grad=False))
 
 
@@ -121,32 +221,31 @@ def adapted_model(model: Any, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    shared = {id(tensor): tensor for _, tensor in _tensors(model)}
-    twin = copy.deepcopy(model, shared)
+    twin = copy.deepcopy(model, {id(tensor): tensor for _, tensor in _tensors(model)})
     settings = LoraConfig(
         r=LORA_RANK,
         lora_alpha=LORA_RANK,
         target_modules="all-linear",
         init_lora_weights=False,  # B is not 0: an adapter that adds nothing could be left out
     )
-    with torch.random.fork_rng(_cuda_devices(model)):
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([] if device.type == "cpu" else [device.index or 0]):
         torch.manual_seed(seed)
         adapted = get_peft_model(twin, settings, autocast_adapter_dtype=False)
     return adapted.get_base_model().eval().requires_grad_(False)
-
-
-def _cuda_devices(model: Any) -> list[int]:
-    device = next(model.parameters()).device
-    return [] if device.type == "cpu" else [device.index or 0]
 
 
 def _tensors(model: Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
+def _unique(models: Sequence[Module]) -> dict[int, Tensor]:
+    return {id(t): t for model in models for _, t in _tensors(model)}
+
+
 def weight_bytes(models: Sequence[Module]) -> int:
     """Bytes of all tensors of some models; those that they share count once."""
-    return sum(_bytes(t) for t in _unique(models).values())
+    return sum(map(_bytes, _unique(models).values()))
 
 
 def step_bytes(models: Sequence[Any]) -> int:
@@ -156,16 +255,8 @@ def step_bytes(models: Sequence[Any]) -> int:
     is read whole.
     """
     heads = {id(model.get_output_embeddings().weight) for model in models}
-    tensors = _unique(models)
-    for model in models:
-        embedding = id(model.get_input_embeddings().weight)
-        if embedding not in heads:
-            tensors.pop(embedding, None)
-    return sum(_bytes(t) for t in tensors.values())
-
-
-def _unique(models: Sequence[Module]) -> dict[int, Tensor]:
-    return {id(t): t for model in models for _, t in _tensors(model)}
+    embeddings = {id(model.get_input_embeddings().weight) for model in models} - heads
+    return sum(_bytes(t) for at, t in _unique(models).items() if at not in embeddings)
 
 
 def _bytes(tensor: Any) -> int:
@@ -174,6 +265,19 @@ def _bytes(tensor: Any) -> int:
         names, _ = tensor.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()
+
+
+def weights_record(shape: TrioShape, trios: Mapping[str, Trio]) -> dict[str, Any]:
+    """A line of results: bytes of weights by role, and those that a step reads."""
+    groups = {role: [model] for role, model in trios[SEPARATE].models.items()}
+    groups["shared pair"] = [trios[SHARED].expert, trios[SHARED].anti]
+    return {
+        "op": "weights",
+        "trio": shape.name,
+        "title": shape.title,
+        "bytes": {name: weight_bytes(models) for name, models in groups.items()},
+        "step_bytes": {name: step_bytes(models) for name, models in groups.items()},
+    }
 
 
 def byte_tokenizer(vocab_size: int) -> Any:

@@ -1,56 +1,93 @@
-"""A run's records as a table and as Markdown."""
+"""A run's records as a table, as Markdown, as a picture, and against the decoder's targets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
-from typing import Any
+import operator
+from collections.abc import Iterator, Sequence
+from itertools import groupby, product
+from pathlib import Path
 
-from benchmarks.gpu.decoder.modes import BASE_ONLY, OURS
-from benchmarks.gpu.decoder.targets import PAPER
-from benchmarks.gpu.report import where
-from benchmarks.gpu.targets import Verdict
-from benchmarks.report import console, fixed, make_table, significant
+from benchmarks.gpu.decoder.modes import OURS, SHARED_PAIR
+from benchmarks.gpu.session import Record, Verdict, cells, judge, markdown_table
+from benchmarks.harness.report import Column, decimals, fixed, print_table, significant
 
-Record = Mapping[str, Any]
+STEP_OVER_FLOOR = 1.10
+OVER_BASE_ONLY = {OURS: 2.15, SHARED_PAIR: 1.65}
+"""Of the trio 13b. Its weights alone make 2.03 and 1.52."""
+IDLE_PERCENT = 3
 
-COLUMNS = (
-    "mode", "\nms", "\nGB", "x\nbytes", "x base\nonly", "naive\nover it", "pays\nfrom",
-    "beats base\nfrom",
-)  # fmt: skip
-
-
-def cells(record: Record) -> list[str]:
-    """One mode's cells, in the order of :data:`COLUMNS`."""
-    read = record["step_bytes"]
-    return [
-        record["mode"],
-        significant(record["step_ms"]["median"]),
-        fixed(read and read / 1e9, 1),
-        *(
-            _median(record[field])
-            for field in ("step_over_floor", "step_over_base_only", "naive_over_step")
-        ),
-        *(_acceptance(record["break_even"], name) for name in (OURS, BASE_ONLY)),
-    ]
+PAPER = {"13b": 2.4, "70b": 1.5}
+"""Proxy-tuned over tuned model, per token, by trio: Liu et al. 2024, arXiv 2401.08565. A tuned
+model of the base's size costs what the base alone costs."""
 
 
-def rows(group: Sequence[Record]) -> list[list[str]]:
-    """The table's rows of modes measured together; the paper's ratio below them at batch 1."""
-    paper = PAPER.get(group[0]["trio"]) if group[0]["batch_size"] == 1 else None
-    last = [] if paper is None else [["the paper", "", "", "", fixed(paper), "", "", ""]]
-    return [*(cells(record) for record in group), *last]
+def _acceptance(found: float | str) -> str:
+    return found if isinstance(found, str) else f"{found:.0%}"
 
 
-def _median(summary: Mapping[str, float] | None) -> str:
-    return fixed(None if summary is None else summary["median"])
+COLUMNS: tuple[Column, ...] = (
+    ("mode", "mode", str),
+    ("\nms", "step_ms/median", significant),
+    ("\nGB", "step_bytes", decimals(1, 1e-9)),
+    ("x\nbytes", "step_over_floor/median", fixed),
+    ("x base\nonly", "step_over_base_only/median", fixed),
+    ("naive\nover it", "naive_over_step/median", fixed),
+    ("pays\nfrom", "break_even/ours", _acceptance),
+    ("beats base\nfrom", "break_even/base-only", _acceptance),
+)
 
 
-def _acceptance(found: Mapping[str, float | None] | None, name: str) -> str:
-    if found is None or name not in found:
-        return "-"
-    share = found[name]
-    return "never" if share is None else f"{share:.0%}"
+def verdicts(records: Sequence[Record]) -> Iterator[Verdict]:
+    """One verdict for each target, from all records of a run."""
+
+    def ratio(trio: str, mode: str, field: str) -> dict[str, float]:
+        """A mode's at batch 1, where it was measured."""
+        return {
+            r["mode"]: r[field]["median"]
+            for r in records
+            if r["op"] == "decode" and (r["trio"], r["mode"], r["batch_size"]) == (trio, mode, 1)
+            if r[field] is not None
+        }
+
+    for trio, mode in product(PAPER, OVER_BASE_ONLY):
+        target = f"{trio}, batch 1, {mode}: a step at most {STEP_OVER_FLOOR:.2f}x its bytes' time"
+        found = ratio(trio, mode, "step_over_floor")
+        yield judge(target, found, operator.le, STEP_OVER_FLOOR, "x")
+    for mode, most in OVER_BASE_ONLY.items():
+        target = f"13b, batch 1, {mode}: at most {most}x the base alone"
+        found = ratio("13b", mode, "step_over_base_only")
+        yield judge(target, found, operator.le, most, "x")
+    shares = {r["trio"]: 100 * r["idle_share"] for r in records if r["op"] == "trace"}
+    target = f"no kernel runs in less than {IDLE_PERCENT}% of the time"
+    yield judge(target, shares, operator.lt, IDLE_PERCENT, "%")
+    yield _synchronises([r for r in records if r["op"] == "synchronisation"])
+
+
+def _synchronises(found: Sequence[Record]) -> Verdict:
+    """Of all trios: one that synchronises is enough, and so is one whose steps are not captured."""
+    target = "no host synchronisation inside a captured step"
+    for r in found:
+        if not r["captured"]:
+            return Verdict(target, None, f"steps are not captured: {r['graphs']}")
+        if r["raised"] is not None:
+            return Verdict(target, False, r["raised"])
+    return Verdict(target, True if found else None)
+
+
+def groups(records: Sequence[Record]) -> list[tuple[str, list[list[str]]]]:
+    """Rows of modes measured together, under what they were measured on.
+
+    The paper's ratio stands below them at batch 1.
+    """
+    found = []
+    for (trio, title, batch_size), group in groupby(
+        records, lambda r: (r["trio"], r["title"], r["batch_size"])
+    ):
+        rows = [cells(record, COLUMNS) for record in group]
+        if batch_size == 1 and trio in PAPER:
+            rows.append(["the paper", "", "", "", fixed(PAPER[trio]), "", "", ""])
+        found.append((f"{title}, batch {batch_size}", rows))
+    return found
 
 
 def caption(copy_rate: float) -> str:
@@ -66,25 +103,12 @@ def caption(copy_rate: float) -> str:
     )
 
 
-def print_modes(records: Sequence[Record], device: Mapping[str, Any], copy_rate: float) -> None:
+def print_modes(records: Sequence[Record], copy_rate: float, where: str) -> None:
     """Table of all modes."""
-    text = f"{caption(copy_rate)} {where(device)}"
-    table = make_table("The decoder on a GPU, random weights", COLUMNS, text)
-    for heading, group in groups(records):
-        table.add_section()
-        table.add_row(f"[bold]{heading}")
-        for row in rows(group):
-            table.add_row(*row)
-    console.print(table)
-
-
-def groups(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Modes measured together, under what they were measured on."""
-
-    def heading(r: Record) -> str:
-        return f"{r['title']}, batch {r['batch_size']}"
-
-    return [(title, list(group)) for title, group in groupby(records, heading)]
+    rows = [(heading, row) for heading, group in groups(records) for row in group]
+    title = "The decoder on a GPU, random weights"
+    headings = [heading for heading, *_ in COLUMNS]
+    print_table(title, headings, f"{caption(copy_rate)} {where}", rows)
 
 
 def weights_line(record: Record) -> str:
@@ -96,18 +120,29 @@ def weights_line(record: Record) -> str:
 def markdown(
     weights: Sequence[Record],
     records: Sequence[Record],
-    device: Mapping[str, Any],
     copy_rate: float,
-    verdicts: Sequence[Verdict],
+    where: str,
 ) -> str:
-    """The same table, and the verdicts, for a document."""
-    lines = [f"`python -m benchmarks.gpu --decoder` on {where(device)}. {caption(copy_rate)}", ""]
+    """The same table for a document."""
+    lines = [f"`python -m benchmarks.gpu --decoder` on {where}. {caption(copy_rate)}", ""]
     lines += [*(f"- {weights_line(record)}" for record in weights), ""]
-    for heading, group in groups(records):
-        heads = (" ".join(column.split()) for column in COLUMNS)
-        lines += [f"**{heading}**", "", f"| {' | '.join(heads)} |"]
-        lines.append(f"| {' | '.join('---' for _ in COLUMNS)} |")
-        lines += [f"| {' | '.join(row)} |" for row in rows(group)]
-        lines.append("")
-    lines += [*(f"- {verdict}" for verdict in verdicts), ""]
+    columns = [" ".join(heading.split()) for heading, *_ in COLUMNS]
+    for heading, rows in groups(records):
+        lines += [f"**{heading}**", "", *markdown_table(columns, rows), ""]
     return "\n".join(lines)
+
+
+def draw(records: Sequence[Record], path: Path, title: str) -> None:
+    """Milliseconds of a plain step of each mode at batch 1, and what its bytes take; by trio."""
+    from benchmarks.harness.plots import panels
+
+    alone = [r for r in records if r["batch_size"] == 1 and not r["drafts"]]
+    trios = list(dict.fromkeys(r["title"] for r in alone))
+    with panels(path, len(trios), 1, (9, 0.8 + 3.4 * len(trios)), title) as (_, grid):
+        for [axes], trio in zip(grid, trios, strict=True):
+            own = [r for r in alone if r["title"] == trio]
+            names = [r["mode"] for r in own]
+            axes.barh(names, [r["step_ms"]["median"] for r in own], color="#D55E00")
+            axes.barh(names, [r["floor_ms"] for r in own], fill=False, edgecolor="#000000")
+            axes.invert_yaxis()
+            axes.set(title=f"{trio}, batch 1", xlabel="ms a step (framed: bytes / copy bandwidth)")

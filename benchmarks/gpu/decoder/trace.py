@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity
 
-KERNEL = "kernel"
-_DEVICE_WORK = {KERNEL: KERNEL, "gpu_memcpy": "copy", "gpu_memset": "fill"}
-_HOST_CALLS = ("cuda_runtime", "cuda_driver")
+from benchmarks.gpu.device import first_line
+from benchmarks.harness.decoding import DecoderProvider
+from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
+from benchmarks.harness.trios import make_prompts
+from proxytune_kernels import SamplingParams
+
+STEPS = 20
+"""Profiled, of one request."""
+_BEFORE = 8  # steps until the decoder runs evenly
+
 _WAITS = frozenset(
     {
         *("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
@@ -29,72 +38,37 @@ _WAITS = frozenset(
 """Calls that return when the device has come so far."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """One thing that the device did."""
+class Kernel(NamedTuple):
+    """One kernel; times are microseconds by the trace's clock."""
 
-    name: str
-    kind: str
-    """``kernel``, ``copy`` or ``fill``."""
     start: float
-    """Microseconds, by the trace's clock."""
     end: float
     stream: int
+    name: str
 
 
 @dataclass(frozen=True)
 class Trace:
     """What was profiled."""
 
-    work: tuple[Work, ...]
-    """In the order it started."""
+    kernels: Sequence[Kernel]
+    """In the order they started."""
     waits: Counter[str]
     """How often the host called each function that waits for the device."""
 
-    @property
-    def kernels(self) -> list[Work]:
-        """The kernels alone, in the order they started."""
-        return [w for w in self.work if w.kind == KERNEL]
-
-
-class NoKernels(ValueError):
-    """A trace without a kernel says nothing of the device."""
-
-
-def record(run: Callable[[], object], path: Path, activity: ProfilerActivity) -> Trace:
-    """Profile what ``run`` does, and keep the trace at ``path``.
-
-    Args:
-        run: ends when the device has done its work, or leaves that to the profiler, which waits.
-        path: of the JSON file; its directory exists.
-        activity: ``ProfilerActivity.CUDA`` records kernels and the calls to the driver.
-    """
-    # The first profile of a process sets the tracer up, which takes longer than a step.
-    with torch.profiler.profile(activities=[activity]):
-        pass
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        run()
-    profiler.export_chrome_trace(str(path))
-    return read(path)
-
 
 def read(path: Path) -> Trace:
-    """Work and waits of an exported profile."""
+    """Kernels and waits of an exported profile."""
     events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
-    work = [
-        Work(
-            name=event["name"],
-            kind=_DEVICE_WORK[event["cat"]],
-            start=float(event["ts"]),
-            end=float(event["ts"]) + float(event["dur"]),
-            stream=int(event["args"]["stream"]),
+    kernels = [
+        Kernel(
+            float(e["ts"]), float(e["ts"]) + float(e["dur"]), int(e["args"]["stream"]), e["name"]
         )
-        for event in events
-        if event.get("cat") in _DEVICE_WORK
+        for e in events
+        if e.get("cat") == "kernel"
     ]
-    names = (event["name"] for event in events if event.get("cat") in _HOST_CALLS)
-    waits = Counter(name for name in names if name in _WAITS)
-    return Trace(tuple(sorted(work, key=lambda w: (w.start, w.end))), waits)
+    calls = (e["name"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver"))
+    return Trace(sorted(kernels), Counter(name for name in calls if name in _WAITS))
 
 
 def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -108,44 +82,95 @@ def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]
     return union
 
 
-@dataclass(frozen=True)
-class Idle:
-    """The time in which no kernel ran on any stream."""
+def trace_record(trace: Trace) -> dict[str, Any]:
+    """A line of results of a profile of :data:`STEPS` steps.
 
-    microseconds: float
-    """From the first kernel's start to the last one's end."""
-    share: float
-    """Of that time, in [0, 1)."""
-    gaps: tuple[tuple[float, float], ...]
-    """Start and end of each, in order."""
-
-    @property
-    def longest(self) -> float:
-        """Microseconds of the longest gap; 0 without one."""
-        return max((end - start for start, end in self.gaps), default=0.0)
-
-
-def idle(kernels: Sequence[Work]) -> Idle:
-    """How long the device waited between kernels.
-
-    Raises:
-        NoKernels: there are none.
+    Idle is the time without a kernel on any stream, from the first kernel's start to the last one's
+    end. The tracer itself widens the gaps: the share is a bound.
     """
-    if not kernels:
-        raise NoKernels("the profile has no kernel in it")
-    busy = merged((k.start, k.end) for k in kernels)
-    gaps = tuple((a[1], b[0]) for a, b in pairwise(busy))
+    if not trace.kernels:
+        raise ValueError("the profile has no kernel in it")
+    busy = merged((k.start, k.end) for k in trace.kernels)
+    gaps = [following[0] - before[1] for before, following in pairwise(busy)]
     whole = busy[-1][1] - busy[0][0]
-    return Idle(whole, sum(end - start for start, end in gaps) / whole, gaps)
+    return {
+        "op": "trace",
+        "steps": STEPS,
+        "profiled_step_ms": whole / 1e3 / STEPS,
+        "idle_share": sum(gaps) / whole,
+        "longest_gap_us": max(gaps, default=0.0),
+        "gaps": len(gaps),
+        "kernels_per_step": len(trace.kernels) / STEPS,
+        "streams": sorted({k.stream for k in trace.kernels}),
+        "waits_per_step": {name: count / STEPS for name, count in trace.waits.items()},
+    }
 
 
-def middle(trace: Trace, steps: int, shown: int) -> tuple[float, float]:
-    """Start and end of ``shown`` of the ``steps`` that a trace holds, from its middle.
+def record(run: Callable[[], object], path: Path, activity: ProfilerActivity) -> Trace:
+    """Profile what ``run`` does, and keep the trace at ``path``.
 
-    A step is taken to last as long as all others.
+    ``ProfilerActivity.CUDA`` records kernels and the calls to the driver.
     """
-    kernels = trace.kernels
-    start, end = kernels[0].start, max(k.end for k in kernels)
-    half = (end - start) / steps * shown / 2
-    centre = (start + end) / 2
-    return centre - half, centre + half
+    # The first profile of a process sets the tracer up, which takes longer than a step.
+    with torch.profiler.profile(activities=[activity]):
+        pass
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        run()
+    profiler.export_chrome_trace(str(path))
+    return read(path)
+
+
+@contextmanager
+def _decoding(provider: DecoderProvider, prompt_length: int) -> Iterator[Callable[[], None]]:
+    """A request that has decoded a few steps; what is given decodes :data:`STEPS` more.
+
+    The request is over when the context is left: the slot is free for the next.
+    """
+    prompts = make_prompts(provider.trio, 1, prompt_length)
+    params = SamplingParams(
+        alpha=ALPHA,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        seed=0,
+        max_tokens=_BEFORE + STEPS + 4,  # it does not end, nor run out of steps to run ahead to
+        ignore_eos=True,
+    )
+    events = provider.decoder.stream(prompts, params)
+
+    def steps() -> None:
+        done = sum(1 for _ in islice(events, STEPS))
+        if done < STEPS:
+            raise ValueError(f"the request must have {STEPS} steps left, and ended after {done}")
+
+    for _ in islice(events, _BEFORE):
+        pass
+    yield steps
+    for _ in events:
+        pass
+
+
+def profile(provider: DecoderProvider, prompt_length: int, path: Path) -> dict[str, Any]:
+    """Profile :data:`STEPS` steps at batch 1; keep the trace at ``path``."""
+    with _decoding(provider, prompt_length) as steps:
+        # The decoder runs a step ahead: that one's end would be in the trace.
+        torch.cuda.synchronize()
+        return trace_record(record(steps, path, ProfilerActivity.CUDA))
+
+
+def synchronisation_record(provider: DecoderProvider, prompt_length: int) -> dict[str, Any]:
+    """Decode with every call of torch that synchronises made an error.
+
+    What is not one: waiting for an event, as the host does for the step before the last.
+    """
+    raised, before = None, torch.cuda.get_sync_debug_mode()
+    with _decoding(provider, prompt_length) as steps:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps()
+        except RuntimeError as error:
+            raised = first_line(error)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    graphs: str = provider.decoder.info()["graphs"]
+    captured = not graphs.startswith("none")
+    return {"op": "synchronisation", "captured": captured, "graphs": graphs, "raised": raised}

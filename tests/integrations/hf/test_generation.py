@@ -390,7 +390,9 @@ def test_a_copy_of_the_model_makes_its_own_decoder(one):
     engine = twin.engine
     assert engine.decoder is None
     assert torch.equal(generate(twin, one), wanted)
-    assert engine.decoder.trio.base is twin.base is not model.base
+    decoder = engine.decoder
+    assert decoder is not None
+    assert decoder.trio.base is twin.base is not model.base
 
 
 def test_threads_take_turns(hf_model, batch, one):

@@ -1,0 +1,1 @@
+"""What every benchmark shares: how it measures, checks, reports, and what it is run on."""

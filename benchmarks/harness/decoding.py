@@ -1,0 +1,212 @@
+"""What decodes a trio: the loop that a researcher writes, and our decoder, behind one protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+import typer
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
+from benchmarks.harness.options import parse_integers
+from proxytune_kernels import Decoder, SamplingParams, Trio
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the timed runs draw; temperature 0 is greedy."""
+
+    temperature: float = TEMPERATURE
+    top_p: float = TOP_P
+
+    def __str__(self) -> str:
+        if self.temperature == 0.0:
+            return "greedy"
+        top_p = "" if self.top_p == 1.0 else f", top_p {self.top_p:g}"
+        return f"temperature {self.temperature:g}{top_p}"
+
+
+GREEDY = Sampling(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of the work: rows, and tokens of prompt and output of each.
+
+    ``prompt_length`` is None where prompts have lengths of their own.
+    """
+
+    batch_size: int
+    prompt_length: int | None
+    output_length: int
+
+    def __str__(self) -> str:
+        prompt = "own" if self.prompt_length is None else self.prompt_length
+        return f"B={self.batch_size} ({prompt}, {self.output_length})"
+
+
+def parse_cases(batch_sizes: str, lengths: str) -> tuple[Case, ...]:
+    """Cases of ``1,4`` and ``8:512,512:8``; ``own:32`` is prompts as long as they are."""
+    sizes = parse_integers("--batch-sizes", batch_sizes, 1)
+    pairs = []
+    for pair in lengths.split(","):
+        prompt, colon, output = pair.partition(":")
+        if not colon or ":" in output:
+            raise typer.BadParameter(f"--lengths must be prompt:output pairs, got {pair!r}")
+        prompt_length = None if prompt == "own" else parse_integers("--lengths", prompt, 1)[0]
+        [output_length] = parse_integers("--lengths", output, 2)  # one step to time
+        pairs.append((prompt_length, output_length))
+    return tuple(Case(size, *pair) for pair in pairs for size in sizes)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A batch's output tokens, and seconds from the call until its caller had each.
+
+    ``counts`` are of the steps behind the prompts, by the names of :meth:`Decoder.statistics`.
+    """
+
+    token_ids: list[list[int]]
+    seconds: list[list[float]]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Provider(Protocol):
+    """Decodes prompts of one length to exactly ``max_tokens`` tokens each.
+
+    ``trio`` is what it decodes, ``set_up_seconds`` what it took to make, compilation included.
+    """
+
+    name: str
+    trio: Trio
+    roles: tuple[str, ...]
+    set_up_seconds: float
+
+    def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
+        """Greedy, or as the provider was told to sample."""
+
+
+class NaiveLoop:
+    """Proxy-tuning as one writes it with transformers: three forwards in turn, then the warpers.
+
+    Everything that could slow it without changing its tokens is left out: there is no attention
+    mask (the prompts have one length), no stopping, no detokenising, and inference mode is on. All
+    models are on the base's device. The base alone, by ``roles``, is not steered.
+    """
+
+    name = "naive"
+    set_up_seconds = 0.0
+
+    def __init__(
+        self, trio: Trio, roles: Sequence[str] | None = None, sampling: Sampling | None = None
+    ) -> None:
+        self.trio = trio
+        self.sampling = sampling or Sampling()
+        self.roles = trio.roles if roles is None else tuple(roles)
+        self.models = {role: trio.models[role] for role in self.roles}
+        self.device = next(trio.base.parameters()).device
+        self.vocab_size = trio.vocab_size
+        self.warpers = LogitsProcessorList()
+        # As transformers' generate does: no warper for what is off.
+        if self.sampling.temperature not in (0.0, 1.0):
+            self.warpers.append(TemperatureLogitsWarper(self.sampling.temperature))
+        if self.sampling.top_p < 1.0:
+            self.warpers.append(TopPLogitsWarper(self.sampling.top_p))
+
+    @torch.inference_mode()
+    def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
+        """See :class:`Provider`."""
+        greedy = greedy or self.sampling.temperature == 0.0
+        start = time.perf_counter()
+        seconds: list[float] = []
+        input_ids = torch.tensor(prompts, device=self.device)
+        caches = {role: DynamicCache(config=m.config) for role, m in self.models.items()}
+        new_ids = input_ids
+        for _ in range(max_tokens):
+            logits = {
+                role: model(input_ids=new_ids, past_key_values=caches[role], use_cache=True)
+                .logits[:, -1, : self.vocab_size]
+                .float()
+                for role, model in self.models.items()
+            }
+            scores = combined(logits)
+            if greedy:
+                new_ids = scores.argmax(-1, keepdim=True)
+            else:
+                warped: Any = self.warpers(cast(torch.LongTensor, input_ids), cast(Any, scores))
+                probabilities = torch.softmax(warped, dim=-1)
+                new_ids = torch.multinomial(probabilities, num_samples=1)
+            input_ids = torch.cat([input_ids, new_ids], dim=-1)
+            # A loop that streams or looks for the end of the text reads its tokens every step.
+            new_ids.tolist()
+            seconds.append(time.perf_counter() - start)
+        output = input_ids[:, -max_tokens:].tolist()
+        steps, rows = max_tokens - 1, len(output)
+        counts = dict.fromkeys(_COUNTS, 0) | {
+            "base_forwards": steps,
+            "emitted": steps * rows,
+            "useful_slot_steps": steps * rows,
+        }
+        return Generation(output, [seconds] * rows, counts)
+
+
+_COUNTS = ("base_forwards", "emitted", "useful_slot_steps", "drafted", "accepted")
+
+
+def combined(logits: Mapping[str, Tensor]) -> Tensor:
+    """Combined logits as the paper's code writes them; the base's where it is alone."""
+    if "expert" not in logits:
+        return logits["base"]
+    return logits["base"] + ALPHA * (logits["expert"] - logits["anti"])
+
+
+class DecoderProvider:
+    """Our decoder, timed at its stream: a token counts when the caller has it."""
+
+    def __init__(
+        self, name: str, trio: Trio, sampling: Sampling | None = None, **options: Any
+    ) -> None:
+        self.name = name
+        self.trio = trio
+        self.sampling = sampling or Sampling()
+        start = time.perf_counter()
+        self.decoder = Decoder(trio, **options)
+        self.decoder.warm_up()
+        self.set_up_seconds = time.perf_counter() - start
+        self.roles = self.decoder.roles
+
+    def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
+        """See :class:`Provider`."""
+        sampling = GREEDY if greedy else self.sampling
+        before = self.decoder.statistics()
+        params = [
+            SamplingParams(
+                alpha=ALPHA,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=row,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+            )
+            for row in range(len(prompts))
+        ]
+        token_ids: list[list[int]] = [[] for _ in prompts]
+        seconds: list[list[float]] = [[] for _ in prompts]
+        start = time.perf_counter()
+        for event in self.decoder.stream([list(prompt) for prompt in prompts], params):
+            token_ids[event.index].extend(event.token_ids)
+            seconds[event.index].extend([time.perf_counter() - start] * len(event.token_ids))
+        after = self.decoder.statistics()
+        return Generation(token_ids, seconds, {key: after[key] - before[key] for key in _COUNTS})

@@ -1,0 +1,256 @@
+"""Logits to time the operators on, the cases made of them, and the check that samplers agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import proxytune_kernels as ptk
+from proxytune_kernels import reference
+
+Logits = tuple[Tensor, Tensor, Tensor]
+"""Base, expert and anti, [B, V] each."""
+
+ALPHA, TEMPERATURE, TOP_P = 1.0, 0.7, 0.9
+"""Parameters of what is timed, unless told."""
+
+KINDS = ("peaked", "flat")
+VOCAB_SIZES = (32_000, 128_256, 151_936)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Peaked rows, fitted to the Qwen trio of scripts/qwen_trio.py (base 1.5B, pair 0.5B, V = 151,936)
+# on the English of the benchmarks' prompts, 152 positions. Sorted logits there fall by the same
+# 4 nats from rank 1 to 10 to 100 to 1,000 to 10,000 (Zipf) and bend down at the end: the quantile
+# function -HEAD ln u + TAIL ln(1 - u), u uniform. docs/benchmarks.md has both sides' figures.
+_HEAD, _TAIL = 1.6, 1.3
+_SMALL_SHARE, _SMALL_STD = 0.57, 2.0  # anti = share * base + noise: correlation 0.59
+_TUNING_STD = 0.43  # expert = anti + noise: correlation 0.98
+
+_CHECKED_ROWS = 2  # rows are alike and independent; the oracle sorts each in fp64
+# fp32 logprobs of at most 20 nats, two roundings of 2^-24 each way, and the op's own exp and log:
+# 20 * 2^-24 * 4 is 5e-6; twice that.
+_LOGPROB_TOLERANCE = 1e-5
+
+
+def make_logits(
+    kind: str,
+    batch_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Logits:
+    """Logits of the three roles; another seed, or another kind of device, gives other rows.
+
+    ``"peaked"`` rows are like a real trio's, see above: a handful of tokens is kept at top_p 0.9.
+    ``"flat"`` ones are uniform noise in [0, 1), the worst case for pruning: most tokens are kept.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (batch_size, vocab_size)
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    if kind == "flat":
+        noise = torch.rand(3, *shape, generator=generator, device=device)
+        return noise[0].to(dtype), noise[1].to(dtype), noise[2].to(dtype)
+    if kind != "peaked":
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    # The ends of the float grid would give infinities.
+    u = torch.rand(shape, generator=generator, device=device).clamp_(2.0**-25, 1 - 2.0**-24)
+    base = _TAIL * torch.log1p(-u) - _HEAD * u.log()
+    anti = _SMALL_SHARE * base + _SMALL_STD * normal()
+    expert = anti + _TUNING_STD * normal()
+    return base.to(dtype), expert.to(dtype), anti.to(dtype)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Sampling parameters of a case, the same for all rows."""
+
+    temperature: float = TEMPERATURE
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+FILTERS = {
+    "none": Filters(),
+    "top_p": Filters(top_p=TOP_P),
+    "top_k+top_p": Filters(top_k=50, top_p=TOP_P),
+}
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One shape and kind of logits with its filters."""
+
+    kind: str = "peaked"
+    dtype: str = "float32"
+    filters: str = "top_p"
+    vocab_size: int = 128_256
+    batch_size: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.dtype} {self.filters} V={self.vocab_size} B={self.batch_size}"
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of the three roles' logits, each read once."""
+        return 3 * self.batch_size * self.vocab_size * DTYPES[self.dtype].itemsize
+
+    def logits(self, seed: int = 0) -> Logits:
+        """Rows of this case; another seed gives other rows."""
+        return make_logits(self.kind, self.batch_size, self.vocab_size, DTYPES[self.dtype], seed)
+
+    def row_params(self, device: torch.device | str = "cpu") -> ptk.RowParams:
+        """The filters as prepared parameters; row i has seed i."""
+        filters = FILTERS[self.filters]
+        return ptk.RowParams.make(
+            self.batch_size,
+            device=device,
+            alpha=ALPHA,
+            temperature=filters.temperature,
+            top_k=filters.top_k,
+            top_p=filters.top_p,
+            seed=torch.arange(self.batch_size),
+        )
+
+
+class Candidates(NamedTuple):
+    """A filtered distribution: probabilities [B, K], zero outside the kept set, not normalised.
+
+    ``token_ids`` int64 [B, K] says which token each column is; None where the columns are the
+    vocabulary.
+    """
+
+    probabilities: Any
+    token_ids: Any
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another way to sample, bound to its filters; both halves are timed.
+
+    ``distribution`` gives the filtered distribution, which is what is compared with the contract
+    before anything is timed, and ``draw`` a token id from it.
+    """
+
+    name: str
+    distribution: Callable[[Logits], Candidates]
+    draw: Callable[[Candidates], Any]
+
+    def sample(self, logits: Logits) -> Any:
+        """One token id per row."""
+        return self.draw(self.distribution(logits))
+
+
+def transformers_peer(filters: Filters) -> Peer:
+    """The chain of transformers' ``generate``: combination, warpers, softmax, multinomial."""
+    from transformers import (
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    chain: list[Any] = [TemperatureLogitsWarper(filters.temperature)]
+    if filters.top_k:
+        chain.append(TopKLogitsWarper(filters.top_k))
+    if filters.top_p < 1:
+        chain.append(TopPLogitsWarper(filters.top_p))
+    warpers = LogitsProcessorList(chain)
+    no_ids: Any = None  # these warpers don't look at the text
+
+    def distribution(logits: Logits) -> Candidates:
+        base, expert, anti = (x.float() for x in logits)
+        scores = base + ALPHA * (expert - anti)
+        return Candidates(torch.softmax(warpers(no_ids, scores), dim=-1), None)
+
+    def draw(candidates: Candidates) -> Tensor:
+        return torch.multinomial(candidates.probabilities, num_samples=1)[:, 0]
+
+    return Peer("transformers", distribution, draw)
+
+
+def contract_distribution(
+    case: OpCase, logits: Logits, rows: int = _CHECKED_ROWS
+) -> reference.Distribution:
+    """The contract's distribution of the first rows, in fp64, where the logits are."""
+    base, expert, anti = (x[:rows] for x in logits)
+    params = case.row_params(base.device).rows(slice(0, rows))
+    return reference.distribution(reference.combine(base, expert, anti, params.alpha), params)
+
+
+def check_ours(
+    case: OpCase, logits: Logits, target: reference.Distribution, backend: str | None = None
+) -> None:
+    """Compare ``ptk.sample``'s kept sets and logprobs with the contract's."""
+    out = ptk.sample(*logits, case.row_params(logits[0].device), backend=backend)
+    rows = len(target.kept)
+    tokens = out.token_ids[:rows, None]
+    kept = target.kept.sum(-1).int()
+    if not torch.equal(out.num_kept[:rows], kept):
+        raise AssertionError(
+            f"{case}: ours keeps {out.num_kept[:rows].tolist()}, not {kept.tolist()}"
+        )
+    off = (target.logprobs().gather(-1, tokens)[:, 0] - out.logprobs[:rows]).abs().max()
+    if not off <= _LOGPROB_TOLERANCE:  # infinite where the token is not kept
+        raise AssertionError(f"{case}: ours has logprobs off by {float(off):.3g}")
+
+
+def check_peer(case: OpCase, peer: Peer, logits: Logits, target: reference.Distribution) -> None:
+    """Compare a peer's distribution with the contract's, by total variation distance.
+
+    Three things may differ, and bound the distance allowed: where the cut falls, by the error of
+    summing V fp32 masses one after another, V * 2^-24; which of the tokens tied at the cut are
+    kept, which the contract settles by id and the peers leave open; and whether all that are tied
+    with the last of top_k are kept, as transformers does: that adds their mass, and moves the cut
+    of top_p by as much and one token.
+    """
+    wanted = target.logprobs().exp().masked_fill(~target.kept, 0.0)
+    probabilities, ids = peer.distribution(logits)
+    rows = len(wanted)
+    first = Candidates(probabilities[:rows], None if ids is None else ids[:rows])
+    got = dense(first, case.vocab_size)
+    distance = (got - wanted).abs().sum(-1) / 2
+    lowest = target.shifted.masked_fill(~target.kept, torch.inf).amin(-1, keepdim=True)
+    ties = (target.shifted == lowest).sum(-1) - 1
+    extra, share = ties_past_top_k(case, target)
+    smallest = wanted.masked_fill(~target.kept, torch.inf).amin(-1)
+    allowed = case.vocab_size * 2.0**-24 + ties * smallest
+    allowed += 2 * extra * share + (extra > 0) * smallest
+    if not (distance <= allowed).all():
+        raise AssertionError(
+            f"{case}: {peer.name} differs from the contract by {distance.tolist()} in total "
+            f"variation, more than {allowed.tolist()}"
+        )
+
+
+def ties_past_top_k(case: OpCase, target: reference.Distribution) -> tuple[Tensor, Tensor]:
+    """Tokens past the first top_k that are tied with the last of them, by row.
+
+    Returns:
+        How many, and the mass of each as a share of the top_k's, fp64 [rows]; 0 without a top_k.
+    """
+    k = FILTERS[case.filters].top_k
+    if not k:
+        none = target.scaled.new_zeros(len(target.kept))
+        return none, none
+    top = target.scaled.topk(k, dim=-1).values
+    last = top[:, -1:]
+    extra = (target.scaled == last).sum(-1) - (top == last).sum(-1)
+    return extra.double(), last[:, 0].exp() / top.exp().sum(-1)
+
+
+def dense(candidates: Candidates, vocab_size: int) -> Tensor:
+    """Candidates as normalised probabilities, fp64 [B, V]."""
+    mass: Tensor = torch.as_tensor(candidates.probabilities).double()
+    mass = mass / mass.sum(-1, keepdim=True)
+    if candidates.token_ids is None:
+        return mass
+    ids: Any = torch.as_tensor(candidates.token_ids)
+    return mass.new_zeros(len(mass), vocab_size).scatter_(-1, ids, mass)

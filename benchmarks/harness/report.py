@@ -1,0 +1,248 @@
+"""Results as JSON lines with what they were measured on, as tables, and as pictures."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import proxytune_kernels
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+_PACKAGES = ("torch", "triton", "transformers", "numpy")
+
+console = Console()
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: the platform module knows
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _constant() -> dict[str, Any]:
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "revision": _git("rev-parse", "HEAD"),
+        "dirty": None if changed is None else changed != "",
+        "device": "cpu",
+        "device_name": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "proxytune_kernels": proxytune_kernels.__version__,
+        "backends": [name for name, reason in proxytune_kernels.backends().items() if not reason],
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What a measurement was taken on: revision, machine, versions; every line of results has it.
+
+    ``revision`` and ``dirty`` (whether tracked files differ from it) are None outside a git
+    checkout. ``load`` is the system's one-minute load average: above the number of threads used,
+    something else was running.
+    """
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_constant(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def machine_line() -> str:
+    """One line that says where the numbers come from."""
+    e = environment()
+    revision = "no git revision" if e["revision"] is None else e["revision"][:10]
+    if e["dirty"]:
+        revision += " with local changes"
+    return (
+        f"{e['device_name']}, {e['cores']} cores, {e['threads']} thread(s), load {e['load']}, "
+        f"torch {e['torch']}, transformers {e['transformers']}, {revision}"
+    )
+
+
+def write_json_lines(
+    path: Path,
+    benchmark: str,
+    records: Iterable[Mapping[str, Any]],
+    device: Mapping[str, Any] | None = None,
+    *,
+    append: bool = False,
+) -> None:
+    """Write one self-contained line per record: what ran, the numbers, and the environment.
+
+    ``device`` describes what ran it, in place of the processor. ``append`` keeps earlier lines.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = {**environment(), **(device or {})}
+    lines = [json.dumps({"benchmark": benchmark, **r, "environment": where}) for r in records]
+    with path.open("a" if append else "w") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line, wrapped by the terminal alone."""
+    console.print(text, style=style, soft_wrap=True)
+
+
+def draw_picture(output: Path, draw: Callable[[Path], None] | None) -> None:
+    """Say where the results are, and draw their picture beside them; None draws nothing."""
+    say(f"Wrote {output}")
+    if draw is not None:
+        picture = output.with_suffix(".png")
+        draw(picture)
+        say(f"Wrote {picture}")
+
+
+@contextmanager
+def progress_bar(total: int, description: str = "") -> Iterator[Callable[[str], None]]:
+    """A progress bar over ``total`` steps; call what it gives after each, with what to show.
+
+    It leaves nothing behind, and is on standard error, so that tables can be piped.
+    """
+    with make_progress() as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda text: progress.update(task, advance=1, description=text)
+
+
+def make_progress() -> Progress:
+    """The bar of :func:`progress_bar`, for whoever moves it in another way."""
+    return Progress(
+        TextColumn("{task.description:<50}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def make_table(title: str, columns: Sequence[str], caption: str) -> Table:
+    """A table, narrow enough for a terminal: text in the first column, numbers in the others."""
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def print_table(
+    title: str, columns: Sequence[str], caption: str, rows: Iterable[tuple[str, Sequence[str]]]
+) -> None:
+    """Print a table of (section, cells); each new section gets a line of its own above its rows."""
+    table, previous = make_table(title, columns, caption), ""
+    for section, cells in rows:
+        if section != previous:
+            table.add_section()
+            table.add_row(f"[bold]{section}")
+            previous = section
+        table.add_row(*cells)
+    console.print(table)
+
+
+Column = tuple[str, str, Callable[[Any], str]]
+"""A heading, where the value stands in a record (``"speed_over/naive/median"``), and its format."""
+
+
+def look_up(record: Mapping[str, Any], path: str) -> Any:
+    """What a record holds at a path of keys; None where it holds nothing there."""
+    value: Any = record
+    for key in path.split("/"):
+        value = None if value is None else value.get(key)
+    return value
+
+
+def print_records(
+    title: str,
+    caption: str,
+    records: Iterable[Mapping[str, Any]],
+    columns: Sequence[Column],
+    section: Callable[[Any], str] = lambda record: "",
+) -> None:
+    """Print a row for each record, in the columns given; the caption ends with the machine."""
+    rows = [
+        (section(r), [fmt(value) if (value := look_up(r, path)) is not None else "-"
+                      for _, path, fmt in columns])
+        for r in records
+    ]  # fmt: skip
+    headings = [heading for heading, _, _ in columns]
+    print_table(title, headings, f"{caption} {machine_line()}", rows)
+
+
+def percent(value: float) -> str:
+    """A share for a table cell."""
+    return f"{100 * value:.1f}%"
+
+
+def decimals(digits: int, scale: float = 1.0) -> Callable[[float], str]:
+    """A format for :func:`print_records`: the value times ``scale``, to so many digits."""
+    return lambda value: fixed(scale * value, digits)
+
+
+def fixed(value: float | None, digits: int = 2, suffix: str = "") -> str:
+    """A number for a table cell; a dash for what was not measured."""
+    return "-" if value is None else f"{value:,.{digits}f}{suffix}"
+
+
+def significant(value: float | None, suffix: str = "") -> str:
+    """A number with three significant digits for a table cell; a dash for none."""
+    if value is None:
+        return "-"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return fixed(value, digits, suffix)
+
+
+def verdict(name: str, ratio: Mapping[str, float], least: float) -> str:
+    """Whether a paired ratio reaches its target, in words."""
+    return (
+        f"{name}: {ratio['median']:.2f} times ({ratio['p10']:.2f} to {ratio['p90']:.2f}), "
+        f"target {least:g}: {'met' if ratio['median'] >= least else 'missed'}."
+    )

@@ -1,0 +1,176 @@
+"""The trios that benchmarks decode with, by name, and the prompts that they are given."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.harness.report import REPOSITORY
+from proxytune_kernels import Trio, load_trio
+from proxytune_kernels.trio.adapters import beside
+from scripts.qwen import problems
+from scripts.trio_training import arithmetic
+
+PROMPTS = ("text", "arithmetic", "code")
+"""English cut to length; held-out problems of the expert's task; function heads to complete."""
+
+_TEXTS = Path(__file__).parent / "texts"
+ENGLISH = (_TEXTS / "darwin.txt").read_text()
+"""Darwin, On the Origin of Species (1859), introduction; public domain."""
+CODE = tuple(f"{head.rstrip()}\n" for head in (_TEXTS / "code.txt").read_text().split("\n\n\n"))
+"""Heads of Python functions: a signature, a docstring, an example. Written for these benchmarks,
+in the manner of HumanEval (Chen et al. 2021, arXiv 2107.03374)."""
+
+_QWEN = Path("trios") / "qwen"
+_ADAPTER = "expert-lora"
+"""Where scripts/qwen_trio.py leaves the expert's adapter, beside the merged expert."""
+_STRIDE = 17  # tokens between the starts of two rows' prompts
+_PROBLEMS = 400
+_SHIPPED_SEED = 4242
+
+
+class TrioMissing(ValueError):
+    """The trio asked for is not there; says which command makes it."""
+
+
+def find_trio(name: str) -> str:
+    """What ``load_trio`` opens for ``shipped``, ``qwen`` or a directory."""
+    if name == "shipped":
+        shipped = REPOSITORY / "proxytune_kernels" / "data" / "trio" / "trio.json"
+        if not shipped.is_file():
+            raise TrioMissing("no shipped trio: make it with python scripts/train_trio.py")
+        return "shipped"
+    if name == "qwen":
+        for directory in (_QWEN, REPOSITORY / _QWEN):
+            if (directory / "trio.json").is_file():
+                return str(directory)
+        raise TrioMissing(f"no trio in {_QWEN}: make it with python scripts/qwen_trio.py")
+    if not (Path(name) / "trio.json").is_file():
+        raise TrioMissing(
+            f"trio must be shipped, qwen or a directory with a trio.json, got {name!r}"
+        )
+    return name
+
+
+def quiet_loading() -> None:
+    """Keep off the terminal what loading models says."""
+    disable_progress_bar()  # it would tear up ours
+    # transformers imports torchao, which notes the kernels that this build of torch lacks.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def open_trio(name: str, dtype: str | None) -> Trio:
+    """Load a trio; without a dtype the shipped one in fp32, others in their checkpoints' dtype."""
+    quiet_loading()
+    if dtype is None:
+        dtype = "float32" if name == "shipped" else "auto"
+    return load_trio(find_trio(name), dtype=dtype)
+
+
+def dtypes(trio: Trio) -> dict[str, str]:
+    """Role -> dtype of its weights, for results."""
+    return {role: info["dtype"] for role, info in trio.info()["roles"].items()}
+
+
+def dtype_label(trio: Trio) -> str:
+    """The dtypes of a trio's weights, for titles."""
+    return "/".join(dict.fromkeys(dtypes(trio).values()))
+
+
+class AdapterMissing(ValueError):
+    """The trio's expert has no adapter that could stay apart from the anti-expert's weights."""
+
+
+class TrioForms:
+    """A trio as it is loaded, and with the expert's LoRA adapter apart from the weights."""
+
+    def __init__(self, trio: Trio, adapter: Path) -> None:
+        self.trio = trio
+        self._adapter = adapter
+
+    @classmethod
+    def open(cls, name: str, dtype: str | None) -> TrioForms:
+        """As :func:`open_trio`."""
+        return cls(open_trio(name, dtype), Path(find_trio(name)) / _ADAPTER)
+
+    @cached_property
+    def unmerged(self) -> Trio:
+        """The same base and anti-expert; the expert is the anti-expert's tensors and the adapter.
+
+        Its weights are the merged expert's but for rounding to their dtype after the merge.
+        """
+        if not (self._adapter / "adapter_config.json").is_file():
+            raise AdapterMissing(
+                f"the expert has no adapter beside it ({self._adapter.name}/adapter_config.json)"
+            )
+        expert = beside("expert", self.trio.anti, self._adapter)
+        tokenizers, prompts = self.trio.tokenizers, self.trio.prompts
+        return Trio.from_models(self.trio.base, expert, self.trio.anti, tokenizers, prompts=prompts)
+
+
+def make_prompts(trio: Trio, batch_size: int, length: int) -> list[list[int]]:
+    """Token ids [batch_size][length] of running English, another passage for each row."""
+    text = trio.tokenizer.encode(ENGLISH, add_special_tokens=False)
+    return [
+        [text[(row * _STRIDE + i) % len(text)] for i in range(length)] for row in range(batch_size)
+    ]
+
+
+def task_prompts(kind: str, trio_name: str) -> list[tuple[str, str | None]]:
+    """Prompts that have a length of their own, each with how it goes on where that is known.
+
+    ``"arithmetic"`` is problems that the expert of the trio was not tuned on (shipped: of
+    ``scripts/trio_training``, any other: of ``scripts/qwen``), ``"code"`` is :data:`CODE`.
+    """
+    if kind == "code":
+        return [(head, None) for head in CODE]
+    if kind != "arithmetic":
+        raise ValueError(f"kind must be arithmetic or code, got {kind!r}")
+    if trio_name == "shipped":
+        drawn = arithmetic.problems(_PROBLEMS, _SHIPPED_SEED, held_out=True)
+        return list(dict.fromkeys((p.prompt, p.answer) for p in drawn))
+    # scripts/qwen_trio.py tunes on fewer, drawn from the same seed.
+    unseen = problems.held_out(_PROBLEMS, problems.training(_PROBLEMS))
+    return [(p.prompt, p.completion) for p in unseen]
+
+
+def task_tokens(trio_name: str) -> int:
+    """Tokens of the median solution among the arithmetic prompts, by the trio's tokenizer.
+
+    For any other than the shipped trio it is the Qwen tokenizer's number.
+    """
+    return 15 if trio_name == "shipped" else 32
+
+
+def task_batches(
+    trio: Trio, trio_name: str, kind: str, batch_size: int, output_length: int, count: int
+) -> list[list[list[int]]]:
+    """At most ``count`` batches of task prompts, token ids [batch_size][length].
+
+    The prompts of a batch have one length, as a loop without an attention mask needs. Those whose
+    solution is known to be shorter than ``output_length`` are left out: what follows the end of a
+    solution is no text of the kind.
+    """
+    found: list[list[list[int]]] = []
+    by_length: dict[int, list[list[int]]] = {}
+    for text, solution in task_prompts(kind, trio_name):
+        solved = solution and trio.tokenizer.encode(solution, add_special_tokens=False)
+        if solved and len(solved) < output_length:
+            continue
+        token_ids = trio.tokenize(text)["base"]
+        same = by_length.setdefault(len(token_ids), [])
+        same.append(token_ids)
+        if len(same) == batch_size:
+            found.append(by_length.pop(len(token_ids)))
+        if len(found) == count:
+            break
+    if not found:
+        raise ValueError(
+            f"{kind} prompts must hold {batch_size} of one length whose text goes on for "
+            f"{output_length} tokens, and these don't"
+        )
+    return found
