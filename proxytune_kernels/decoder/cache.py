@@ -228,11 +228,10 @@ class CacheStep:
         """
         keys, values = self.cache.layer(layer_idx, key, value)
         length = self.span.shape[0]
-        seen_keys, seen_values = keys, values
-        if key.shape[0] < self.cache.rows:
-            end = self.first_row + key.shape[0] * self.row_stride
-            rows = slice(self.first_row, end, self.row_stride)
-            seen_keys, seen_values = keys[rows], values[rows]
+        # No branch on the number of rows: a compiled step has one graph for all of them.
+        end = self.first_row + key.shape[0] * self.row_stride
+        rows = slice(self.first_row, end, self.row_stride)
+        seen_keys, seen_values = keys[rows], values[rows]
         seen_keys = seen_keys.narrow(1, 0, length).transpose(1, 2)
         seen_values = seen_values.narrow(1, 0, length).transpose(1, 2)
         if self.write_index is not None:
