@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin, StaticCache
 
 from proxytune_kernels.decoder.cache import cache_keyword
+from proxytune_kernels.decoder.model import Forward
 from proxytune_kernels.integrations.hf.inputs import Prompts, positions, prompt_columns
 from proxytune_kernels.trio.roles import ROLES
 
@@ -197,16 +197,10 @@ def _run(
     model: Any, input_ids: Tensor, mask: Any, place: Tensor | None, cache: Any, keep: int
 ) -> Tensor:
     device = model.get_input_embeddings().weight.device
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    logits: Tensor = model(
-        input_ids=input_ids.to(device),
+    return Forward(model)(
+        input_ids.to(device),
+        keep=keep,
+        cache=cache,
         attention_mask=mask.to(device) if isinstance(mask, Tensor) else mask,
         position_ids=None if place is None else place.to(device),
-        use_cache=cache is not None,
-        **{cache_keyword(model.forward): cache},
-        **({"logits_to_keep": keep} if keeps else {}),
-    ).logits
-    if keep and not keeps:
-        logits = logits[:, -keep:]
-    # The operators take fp32 and narrower.
-    return logits.float() if logits.dtype == torch.float64 else logits
+    )
