@@ -21,7 +21,7 @@ from torch import Tensor
 
 from proxytune_kernels import ops
 from proxytune_kernels.decoder.cache import cache_keyword
-from proxytune_kernels.decoder.model import check_model
+from proxytune_kernels.decoder.model import Forward, check_model
 from proxytune_kernels.heads import Head
 from proxytune_kernels.trio import Trio
 
@@ -174,7 +174,7 @@ class RoleStates:
         self.device: torch.device = model.get_input_embeddings().weight.device
         if self.device.type == "meta":  # brought in by accelerate as it is needed
             self.device = torch.device(model.get_input_embeddings()._hf_hook.execution_device)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._forward = Forward(model)
         self._cache_name = cache_keyword(model.base_model.forward)
         self.head_unknown = self._why_head_is_unknown(vocab_size)
         self.contexts_apart = self._why_contexts_run_apart()
@@ -267,11 +267,7 @@ class RoleStates:
         trees = batch.trees
         ids = _padded([tree.trunk for tree in trees], self.device)
         first = min(tree.scored.start for tree in trees)
-        if self._keeps_logits:
-            keep = torch.arange(first, ids.shape[1], device=self.device)
-            logits = self.model(ids, use_cache=False, logits_to_keep=keep).logits
-        else:
-            logits = self.model(ids, use_cache=False).logits[:, first:]
+        logits = self._forward(ids, keep=ids.shape[1] - first)
         return _scored(logits, trees, first)
 
     @torch.inference_mode()
