@@ -39,8 +39,19 @@ void run_chunks(void*, int64_t chunks, void (*body)(void*, int64_t), void* conte
 // Rows narrower than this are not worth waking threads for.
 constexpr int64_t kParallelVocabSize = 16384;
 
-// Rows over torch's threads, one call of the C API each; where there are fewer rows than threads,
-// each row over all of them. An error must not leave a worker thread as an exception.
+// call(begin, end), a call of the C API, for parts of [0, count) on torch's threads. An error must not leave a
+// worker thread as an exception.
+template <typename Call>
+void in_parallel(int64_t count, Call call) {
+  std::atomic<int> code{PROXYTUNE_OK};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    const int result = call(begin, end);
+    if (result != PROXYTUNE_OK) code.store(result, std::memory_order_relaxed);
+  });
+  check_code(code);
+}
+
+// Rows over torch's threads; where there are fewer rows than threads, each row over all of them.
 template <typename Call>
 void over_rows(int64_t rows, int64_t vocab_size, bool rejection, Call call) {
   if (rows == 0) return;  // an empty tensor's pointer is null, which the C API refuses
@@ -49,12 +60,9 @@ void over_rows(int64_t rows, int64_t vocab_size, bool rejection, Call call) {
     const proxytune_parallel parallel{run_chunks, nullptr, int(threads)};
     return check_code(call(0, rows, thread_workspace(vocab_size, rejection), &parallel));
   }
-  std::atomic<int> code{PROXYTUNE_OK};
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    const int result = call(begin, end, thread_workspace(vocab_size, rejection), nullptr);
-    if (result != PROXYTUNE_OK) code.store(result, std::memory_order_relaxed);
+  in_parallel(rows, [&](int64_t begin, int64_t end) {
+    return call(begin, end, thread_workspace(vocab_size, rejection), nullptr);
   });
-  check_code(code);
 }
 
 struct Cpu {
@@ -78,20 +86,14 @@ struct Cpu {
   }
 };
 
-void combine_out(PTK_LOGITS, Tensor alpha, PTK_CONSTRAINTS,
-                 Tensor x) {
+void combine_out(PTK_LOGITS, Tensor alpha, PTK_CONSTRAINTS, Tensor x) {
   const int64_t rows = base.size(0);
   STD_TORCH_CHECK(base.dim() == 2, "proxytune: base has the wrong shape");
   proxytune_combine_args args{};
   args.inputs = inputs_of(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES);
   args.x = values_of<float>(x, rows * vocab_size, "out");
   args.x_row_stride = vocab_size;
-  std::atomic<int> code{PROXYTUNE_OK};
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    const int result = proxytune_cpu_combine(&args, begin, end);
-    if (result != PROXYTUNE_OK) code.store(result, std::memory_order_relaxed);
-  });
-  check_code(code);
+  in_parallel(rows, [&](int64_t begin, int64_t end) { return proxytune_cpu_combine(&args, begin, end); });
 }
 
 Tensor combine(PTK_LOGITS, Tensor alpha, PTK_CONSTRAINTS) {
@@ -148,16 +150,13 @@ void head_logits_out(Tensor hidden, Tensor weight, int64_t begin, int64_t end, T
   float* const out = values_of<float>(logits, rows * tokens, "logits");
   args.logits_row_stride = tokens;
   if (rows == 0) return;
-  std::atomic<int> code{PROXYTUNE_OK};
   const int64_t panels = (tokens + kHeadTokens - 1) / kHeadTokens;
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+  in_parallel(panels, [&](int64_t first, int64_t last) {
     proxytune_head_logits_args own = args;
     own.logits = out + first * kHeadTokens;
-    const int result = proxytune_cpu_head_logits(&own, begin + first * kHeadTokens,
-                                                 std::min(begin + last * kHeadTokens, end));
-    if (result != PROXYTUNE_OK) code.store(result, std::memory_order_relaxed);
+    return proxytune_cpu_head_logits(&own, begin + first * kHeadTokens,
+                                     std::min(begin + last * kHeadTokens, end));
   });
-  check_code(code);
 }
 
 PyObject* isa(PyObject*, PyObject*) {

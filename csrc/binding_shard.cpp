@@ -188,7 +188,7 @@ Finished shard_finish(Tensor summaries, Tensor words, MaybeTensor candidates, PT
   const auto column = [&](ScalarType type) { return new_tensor(words, type, g.rows); };
   const Tensor token_ids = column(ScalarType::Long), logprobs = column(ScalarType::Float),
                raw_logprobs = column(ScalarType::Float), num_kept = column(ScalarType::Int),
-               status = column(ScalarType::Int), cut = column(ScalarType::Long),
+               status = column(ScalarType::Int), lowest_kept = column(ScalarType::Long),
                kept_mass = column(ScalarType::Long), wanted = column(ScalarType::Float),
                wanted_raw = column(ScalarType::Float), raw_mass = column(ScalarType::Long),
                undecided = column(ScalarType::Int);
@@ -205,14 +205,14 @@ Finished shard_finish(Tensor summaries, Tensor words, MaybeTensor candidates, PT
     out_of<float>(raw_logprobs)[row] = r.raw_logprob;
     out_of<int32_t>(num_kept)[row] = r.num_kept;
     out_of<int32_t>(status)[row] = r.status;
-    out_of<int64_t>(cut)[row] = r.kept.key;
+    out_of<int64_t>(lowest_kept)[row] = r.kept.key;
     out_of<int64_t>(kept_mass)[row] = int64_t(r.kept.mass);
     out_of<float>(wanted)[row] = r.wanted_logprob;
     out_of<float>(wanted_raw)[row] = r.wanted_raw_logprob;
     out_of<int64_t>(raw_mass)[row] = int64_t(r.raw_mass);
     out_of<int32_t>(undecided)[row] = r.undecided;
   });
-  return {token_ids, logprobs, raw_logprobs, num_kept, status, cut, kept_mass,
+  return {token_ids, logprobs, raw_logprobs, num_kept, status, lowest_kept, kept_mass,
           wanted, wanted_raw, raw_mass, undecided};
 }
 

@@ -1,5 +1,5 @@
-// The contract's functions (docs/contracts.md), once for all: over the vector type of the instruction
-// set that includes them, and over one lane on a GPU.
+// The functions of the contract (docs/contracts.md), in one place: over the vector type of the instruction
+// set that includes this file, or over one lane of a GPU.
 #pragma once
 
 #include "params.h"
@@ -10,7 +10,7 @@ namespace PTK_ISA {
 // Below this exponent every mass rounds to 0 (2^-45 is the edge).
 constexpr float kNoMass = -46.0f;
 
-// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+// 1.5 * 2^23: a sum with it is rounded to an integer, which is in the low bits.
 constexpr float kRounder = 12582912.0f;
 
 // exp2(d * (e.hi + e.lo)) for d <= 0, 1 exactly at 0. The argument is reduced before its low part

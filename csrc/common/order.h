@@ -18,8 +18,8 @@ PTK_HOST_DEVICE float value_of(uint32_t key) {
   return float_of_bits(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
 }
 
-// A value, a token's x or its score, and the token's id in 64 bits: descending is value descending, then
-// id ascending. 0 is after all of them.
+// A token's x or score, and its id, in 64 bits. The first of two tokens has the larger number: the one with
+// the higher value, or with the lower id. 0 comes after all of them.
 PTK_HOST_DEVICE uint64_t pack(float value, uint32_t id) { return uint64_t(key_of(value)) << 32 | uint32_t(~id); }
 PTK_HOST_DEVICE float packed_value(uint64_t packed) { return value_of(uint32_t(packed >> 32)); }
 PTK_HOST_DEVICE uint32_t packed_id(uint64_t packed) { return ~uint32_t(packed); }
@@ -43,8 +43,8 @@ struct Need {
   PTK_HOST_DEVICE bool met(uint32_t c, uint64_t m) const { return c >= count || m >= mass; }
 };
 
-// The lowest x with fl(x - max) >= shift: min_p's threshold as a logit. Rounding is monotone, so
-// bisection over the ordered keys finds it.
+// The lowest x that min_p keeps, rounding included: fl(x - max) >= shift. Rounding is monotone, so bisection
+// over the ordered keys finds it.
 PTK_HOST_DEVICE float min_p_cutoff(float max, float shift) {
   uint32_t low = key_of(kLowest), high = key_of(max);
   while (low < high) {
@@ -65,8 +65,8 @@ PTK_HOST_DEVICE bool needs_total_mass(const RowParams& p, uint32_t count) {
   return p.top_k >= count && !(p.filter_order == kOrderVllm && min_p);
 }
 
-// The kept set of a row that has a token left. `total_mass` is the whole row's, where
-// needs_total_mass says so. Search finds in the row:
+// The kept set of a row that has a token left: the one place of the filters' policy, on the CPU, on GPUs and
+// over ranks. `total_mass` is the whole row's where needs_total_mass is true, else anything. Search finds in the row:
 //   Prefix find(float low, Need)  the shortest prefix of the tokens with x >= low that meets the need,
 //                                 all of them where none does
 //   Prefix whole(float low)       all tokens with x >= low
@@ -79,7 +79,7 @@ PTK_HOST_DEVICE Prefix select_kept(Search& search, const RowParams& p, float max
   const bool joint = p.filter_order == kOrderJoint;
   Prefix kept{kLowest, UINT32_MAX, count, total_mass};
   if (!joint && !top_k && low > kLowest) kept = search.whole(low);
-  // By count, or by both; then by mass of what that left.
+  // First by count, or by count and mass at once; then by mass, of what that left.
   PTK_UNROLL(1)
   for (int stage = 0; stage < 2; ++stage) {
     const bool by_count = stage == 0 && top_k, by_mass = joint ? stage == 0 : stage == 1;

@@ -58,8 +58,8 @@ struct Exponent {
   float floor;  // the logit difference whose exponent is -100; finite
 };
 
-// Temperatures above 2^120 count as 2^120 here, for the floor's sake: that changes masses only where
-// logits differ by more than 2^90.
+// Temperatures above 2^120 count as 2^120 here, so that the floor is finite: masses change only where logits
+// differ by more than 2^90.
 PTK_HOST_DEVICE Exponent make_exponent(double temperature) {
   const double value = 1.4426950408889634 / (temperature < 0x1p120 ? temperature : 0x1p120);
   const float hi = float(value);

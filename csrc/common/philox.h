@@ -27,12 +27,12 @@ constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// A word of 0 is drawn again at most so often: u stays above 2^-97, an fp32 normal.
+// How often a word of 0 is drawn again at most: u stays above 2^-97, an fp32 normal.
 constexpr int kMaxRetries = 2;
 
 enum Stream : uint32_t { kStreamSample, kStreamDraft, kStreamAccept, kStreamResidual, kStreamBonus };
 
-// What a row's noise depends on, but for the token.
+// What a row's noise depends on, apart from the token.
 struct NoiseKey {
   uint32_t key0, key1;            // the request's seed
   uint32_t position_lo, position_hi;

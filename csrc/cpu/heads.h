@@ -1,8 +1,8 @@
 // A role's logits from its hidden states: fp32 products of rows of hidden states and of weights.
 //
-// The sum of a product is that of 16 lanes: lane l adds the elements l, l + 16, ... in order, each by
-// one fused multiply-add, and the lanes are added in halves. So a logit is the same bits whatever the
-// instruction set, the batch, and the tokens beside it.
+// A product is summed in 16 lanes: lane l adds the elements l, l + 16, ... in order, each by one fused
+// multiply-add; then the upper half of the lanes is added to the lower, down to one. So a logit has the
+// same bits whatever the instruction set, the batch, and the tokens beside it.
 #pragma once
 
 namespace ptk {
@@ -10,18 +10,18 @@ namespace PTK_ISA {
 
 constexpr int kLanes = 16;
 constexpr int kParts = kLanes / kWidth;
-// Rows of a block, and tokens beside that many rows: sums for most of the registers (32 of AVX-512,
-// 16 of AVX2). Rows share a weight's conversion, tokens a row's load.
+// A block has at most kMostRows rows, and so many tokens that its sums take most of the registers (32 of
+// AVX-512, 16 of AVX2). Its rows share the conversion of a weight, its tokens the load of a row.
 constexpr int kMostRows = kWidth == 16 ? 8 : 2;
 constexpr int tokens_beside(int rows) {
   return kWidth == 16 ? (rows == 8 ? 3 : rows == 4 ? 4 : 8) : 4 / rows;
 }
-// Tokens whose weights all rows go through before the next: in the second-level cache.
+// All rows go through the weights of so many tokens before the next: these stay in the second-level cache.
 constexpr int64_t kPanel = 96;
-// Elements of the products taken at once: those of a block's rows stay in the first-level cache.
+// So many elements of the products are taken at once: a block's rows stay in the first-level cache.
 constexpr int64_t kDepth = 1024;
 
-// Sums of a block of rows by a panel of tokens, between two depths.
+// The unfinished sums of a block of rows and a panel of tokens.
 struct HeadSums {
   alignas(64) float lanes[kPanel * kMostRows * kLanes];
 };
@@ -33,9 +33,9 @@ inline float lane_sum(F sum[kParts]) {
   return reduce_halves(sum[0]);
 }
 
-// Adds kLanes elements of each product, and asks for the weights of the block of tokens after this
-// one, ahead bytes on: a processor's own prefetching ends with a page, which few rows of weights
-// fill. Past the last row nothing is read.
+// Adds kLanes elements of each product. Prefetches the weights of the next block of tokens, which lie `ahead`
+// bytes further: a processor's own prefetching ends at a page, and a page holds few rows of weights. A
+// prefetch past the last row reads nothing.
 template <int kRows, int kTokens, typename T>
 inline void add_products(const float* const hidden[kRows], const T* const weight[kTokens], int64_t k,
                          F sum[kRows][kTokens][kParts], uintptr_t ahead) {
@@ -53,7 +53,7 @@ inline void add_products(const float* const hidden[kRows], const T* const weight
   }
 }
 
-// Elements [begin, end) of a block's products, on top of the sums so far.
+// Adds elements [begin, end) of a block's products to the sums so far.
 template <int kRows, int kTokens, typename T>
 void head_block(const proxytune_head_logits_args& in, int64_t row, int64_t token, int64_t begin, int64_t end,
                 float* sums, float* out) {
@@ -111,7 +111,7 @@ void head_tokens(const proxytune_head_logits_args& in, int64_t row, int64_t begi
   }
 }
 
-// All rows from row on, kRows at a time, then by halves of that.
+// All rows from `row` on: kRows at a time, the rest half as many at a time, and so on.
 template <int kRows, typename T>
 void head_rows(const proxytune_head_logits_args& in, int64_t row, int64_t begin, int64_t end, HeadSums& sums,
                float* out) {

@@ -4,9 +4,9 @@
 namespace ptk {
 namespace PTK_ISA {
 
-// Sum of round(2^44 p), p in [0, 1 + 2^-22], over the kTile values of a tile. Two digits of 22 bits,
-// each rounded by adding kRounder and summed as integers: what the first digit leaves is exact, and
-// the second's rounding is that of the whole, since 2^22 times the first is even.
+// The sum of round(2^44 p), p in [0, 1 + 2^-22], over the kTile values of a tile. Each value has two digits
+// of 22 bits, rounded by adding kRounder and summed as integers. What the first digit leaves is exact, and
+// the second is rounded as the whole value is, since 2^22 times the first is even.
 struct Mass {
   U high, low;
   Mass() : high(set_u(0)), low(set_u(0)) {}  // written out: an implicit one would miss the target attribute
@@ -17,7 +17,7 @@ struct Mass {
     high = add_u(high, bits(first));
     low = add_u(low, bits(fma(rest, digit, rounder)));
   }
-  // Both sums are below 2^30 once the rounders' bits are taken off, modulo 2^32.
+  // Both sums are below 2^30 when the bits of the rounders are subtracted, modulo 2^32.
   uint64_t total() const {
     constexpr uint32_t kRounders = uint32_t(kTile) * std::bit_cast<uint32_t>(kRounder);
     const auto sum = [&](const U& digits) { return int64_t(int32_t(reduce_add(digits) - kRounders)); };

@@ -30,8 +30,8 @@ struct ShardRow {
   int64_t size, start;
 };
 
-// A rank's summary of its part: key_of(max) << 21 | whether a NaN was there << 20 | tokens that are
-// not masked; where the maximum is +inf, tokens that are.
+// A rank's summary of its part: key_of(max) << 21 | whether there is a NaN << 20 | the number of tokens that
+// are not masked, or, where the maximum is +inf, of those that are +inf.
 constexpr int kSummaryCountBits = 20;
 
 // What all ranks' summaries say of the row.

@@ -5,7 +5,7 @@
 #include <mutex>
 
 #include "../common/arguments.h"
-#include "team.h"  // before what is written over it
+#include "team.h"  // first: the kernels are written over it
 
 #include "blocks.h"
 #include "sample.h"

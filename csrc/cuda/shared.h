@@ -78,8 +78,8 @@ struct Shared {
   uint32_t best;  // order key of the best score that this block has found so far
   int found;
   Running before, through;  // of what was found
-  // What is read, the row's parameters, and the rows with their kept sets; the drafter's is there by
-  // rejection. Here, not in every thread's registers.
+  // What is read, the row's parameters, and the rows with their kept sets; by rejection the drafter's, too.
+  // They are here so that they don't take every thread's registers.
   Place place;
   Source source;
   RawParams raw;
@@ -144,7 +144,7 @@ PTK_HOST_DEVICE uint64_t merge(uint64_t a, uint64_t b) {
 // One thread writes, all of the block read after.
 template <class Team, class T>
 PTK_KERNEL void publish(const Team& team, T& shared, const T& value) {
-  team.sync();  // what was there was read
+  team.sync();  // all have read what was there
   if (team.thread() == 0) shared = value;
   team.sync();
 }
@@ -181,8 +181,7 @@ struct Cluster {
       for (int i = 0; i < n; ++i) s.partial[team.warp()][i] = values[i];
     }
     team.sync();
-    // The other blocks' shared memory is there once they have started. The row's loads, before, did not
-    // wait for that.
+    // A block's shared memory is there once the block has started. The loads of the row did not wait for that.
     if (turns == 0) team.wait_cluster();
     const int turn = turns++ & 1;
     if (team.thread() < blocks) {
@@ -202,7 +201,7 @@ struct Cluster {
     for (int w = 1; w < Team::kWarps; ++w) value = merge<kHow>(value, s.partial[w][i]);
     return value;
   }
-  // A block's value a lane: fewer instructions than a loop, and no wait for one load after another.
+  // Each lane takes one block's value: fewer instructions than a loop, and the loads don't wait for each other.
   template <Merge kHow>
   PTK_KERNEL uint64_t merge_blocks(int turn, int i, int blocks) const {
     static_assert(kMaxBlocks <= 32);

@@ -1,6 +1,6 @@
-// What the cluster kernels ask of the device, in one place: who a thread is, barriers, other blocks'
-// shared memory, exchange within a warp, loads. tests/cluster has this class for a CPU, on which the
-// same kernels run; what it stands for is all that is left untested there.
+// All that the cluster kernels ask of the device, in one class: which thread this is, barriers, other blocks'
+// shared memory, exchange within a warp, loads. tests/cluster has this class for a CPU, and runs the kernels
+// over it; what the calls below do on a device is all that those tests leave out.
 #pragma once
 
 #include <cooperative_groups.h>

@@ -1,6 +1,6 @@
-// Verification: one cluster a drafted position, all positions of all requests in one launch. Each
-// finds what its position would emit, whatever the others do; the last of a request to finish joins
-// them (docs/contracts.md, Speculative verification).
+// Verification: one launch for all positions of all requests, one cluster for each position. A cluster finds
+// what its position would emit, whatever the others do; the last one of a request to finish joins them
+// (docs/contracts.md, Speculative verification).
 #pragma once
 
 #include "sample.h"

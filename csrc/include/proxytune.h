@@ -103,12 +103,12 @@ typedef struct {
   int64_t x_row_stride;
 } proxytune_combine_args;
 
-/* A role's logits from its final hidden states, as proxytune_cpu_head_logits makes them. */
+/* A role's logits from its final hidden states, for proxytune_cpu_head_logits. */
 typedef struct {
   const float* hidden;      /* [rows, size] */
   int64_t hidden_row_stride;
   int64_t rows, size;
-  proxytune_logits weight;  /* [tokens, size]: row_stride is from a token to the next */
+  proxytune_logits weight;  /* [tokens, size]; row_stride: from one token to the next */
   float* logits;            /* [rows, end - begin] */
   int64_t logits_row_stride;
 } proxytune_head_logits_args;
@@ -125,14 +125,14 @@ typedef struct {
   proxytune_inputs inputs;          /* logits at num_drafts + 1 positions */
   proxytune_params params;          /* position: that of the first drafted token */
   int64_t num_drafts;
-  int32_t mode;
+  int32_t mode;                     /* in both, a row without drafts gets what sample draws */
   const int64_t* draft_token_ids;   /* [rows, num_drafts]; -1 from where a row has no more */
   int64_t draft_token_ids_row_stride;
   proxytune_logits draft_logits;    /* [rows, num_drafts, V_draft]; rejection only */
   int64_t* token_ids;               /* [rows, num_drafts + 1], contiguous; -1 past the last */
   int32_t* num_accepted;            /* [rows] */
-  float* logprobs;                  /* [rows, num_drafts + 1], or NULL */
-  float* raw_logprobs;              /* [rows, num_drafts + 1], or NULL */
+  float* logprobs;                  /* [rows, num_drafts + 1], or NULL; NaN where the token is -1 */
+  float* raw_logprobs;              /* [rows, num_drafts + 1], or NULL; NaN where the token is -1 */
   int32_t* status;                  /* [rows], or NULL */
 } proxytune_verify_args;
 
@@ -176,8 +176,8 @@ PROXYTUNE_API const char* proxytune_error(int code);
  *
  * All pointers in the structs are of device memory, of the device that is current and that the
  * stream belongs to. The structs themselves are copied: they may go as soon as a call returns.
- * Nothing is allocated and nothing waits for the device; what goes wrong there, a later call of CUDA
- * tells. A CUDA graph can hold the calls; the first one for a device, which loads the code, must
+ * Nothing is allocated and nothing waits for the device; a later call of CUDA reports what goes wrong
+ * there. A CUDA graph can hold the calls; the first one for a device, which loads the code, must
  * not be in a capture. stream: a cudaStream_t; NULL is the default one. */
 
 /* Whether a device, by its number, can run the kernels, and the widest rows that it can hold on
