@@ -146,15 +146,10 @@ def x_here(part, row, token, row_max):
 
 
 @triton.jit
-def first_block(part, PER: tl.constexpr):
-    """The block that the part starts in."""
-    return part.start // (LANES * PER)
-
-
-@triton.jit
-def last_block(part, PER: tl.constexpr):
-    """The block past the part's last."""
-    return tl.cdiv(part.start + part.size, LANES * PER)
+def blocks_of(part, PER: tl.constexpr):
+    """The block that the part starts in, and the block past its last."""
+    width = LANES * PER
+    return part.start // width, tl.cdiv(part.start + part.size, width)
 
 
 @triton.jit
@@ -184,7 +179,8 @@ def _shard_scan_kernel(part, sums, out, splits):
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     top, nan = tl.full([], MASKED, tl.int64), tl.full([], 0, tl.int64)
     live, infinite = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
-    for block in range(first_block(part, PER) + split, last_block(part, PER), splits):
+    first, end = blocks_of(part, PER)
+    for block in range(first + split, end, splits):
         ids = block * (LANES * PER) + tl.arange(0, LANES * PER)
         local = ids - part.start
         inside = (local >= 0) & (local < part.size)
@@ -215,7 +211,7 @@ def _shard_keys_kernel(part, out, blocks):
     """Grid [B * blocks]: order keys, 0 where masked."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     row_max, _, _ = head_of(part.summaries, row, part.rows, part.world)
-    ids, x = shard_x(part, row, first_block(part, PER) + block, row_max, PER)
+    ids, x = shard_x(part, row, blocks_of(part, PER)[0] + block, row_max, PER)
     local = ids - part.start
     key = tl.where(x > -INF, order_key(x, ids), 0)
     tl.store(out + row * part.size + local, key, mask=(local >= 0) & (local < part.size))
@@ -332,7 +328,8 @@ def _shard_draw_kernel(
         count = tl.full([], 0, tl.int64)
         kept_mass, mass = tl.zeros([LANES], tl.int64), tl.zeros([LANES], tl.int64)
         raw = tl.zeros([LANES], tl.int64)
-        for block in range(first_block(part, PER) + split, last_block(part, PER), splits):
+        first, end = blocks_of(part, PER)
+        for block in range(first + split, end, splits):
             ids, x = shard_x(part, row, block, row_max, PER)
             shifted = x - top
             mass += masses_of(shifted, e)

@@ -30,10 +30,9 @@ from proxytune_kernels.kernels.shard_sample import (
     COUNT,
     RESIDUAL_BIT,
     Part,
+    blocks_of,
     count_word,
-    first_block,
     head_of,
-    last_block,
     score_key,
     shard_x,
     x_here,
@@ -100,7 +99,8 @@ def _shard_residual_kernel(
             draft_part.summaries, draft_row, draft_part.rows, draft_part.world
         )
         best, plain = tl.full([], LOWEST, tl.int64), tl.full([], LOWEST, tl.int64)
-        for block in range(first_block(part, PER) + split, last_block(part, PER), splits):
+        first, end = blocks_of(part, PER)
+        for block in range(first + split, end, splits):
             ids, x = shard_x(part, row, block, row_max, PER)
             inside, rest = share_of(kept, row, x, ids, row_max, e)
             if tl.max(tl.ravel(inside.to(tl.int32)), 0) != 0:

@@ -108,15 +108,15 @@ class Residual(NamedTuple):
     arrived: Any  # int32
 
 
-@triton.jit(do_not_specialize=["draft_stride"])
-def _coupled_kernel(drawn, draft_ids, draft_stride, out, positions):
+@triton.jit
+def _coupled_kernel(drawn, draft_ids, out, positions):
     """Grid [B]: the draws as long as the drafts equal them, and the first that differs."""
     b = tl.program_id(0).to(tl.int64)
     active, accepted, status = True, 0, 0
     for j in range(0, positions):
         row = b * positions + j
         token = tl.load(drawn.token_ids + row)
-        drafted = tl.load(draft_ids + b * draft_stride + j, mask=j < positions - 1, other=-1)
+        drafted = tl.load(draft_ids + b * (positions - 1) + j, mask=j < positions - 1, other=-1)
         logprob, raw = tl.load(drawn.logprobs + row), tl.load(drawn.raw_logprobs + row)
         status = tl.where(active, status | tl.load(drawn.status + row), status)
         tl.store(out.token_ids + row, tl.where(active, token, -1))
@@ -185,9 +185,9 @@ def _accepts(target, draft, row, draft_row, row_params, b, t, drafted, vocab_siz
     return kept & ((in_draft == 0) | likelier), logprob, raw
 
 
-@triton.jit(do_not_specialize=["vocab_size", "draft_stride"])
+@triton.jit(do_not_specialize=["vocab_size"])
 def _rejection_kernel(
-    target, draft, row_params, draft_ids, draft_stride, out, residual, vocab_size, positions,
+    target, draft, row_params, draft_ids, out, residual, vocab_size, positions,
     DRAFTS: tl.constexpr,
 ):  # fmt: skip
     """Grid [B]: accepts drafts up to the first that is not; says where to draw anew."""
@@ -203,7 +203,7 @@ def _rejection_kernel(
         status = tl.where(active, status | row_status, status)
         goes_on = active & False
         if DRAFTS:
-            drafted = tl.load(draft_ids + b * draft_stride + j, mask=j < positions - 1, other=-1)
+            drafted = tl.load(draft_ids + b * (positions - 1) + j, mask=j < positions - 1, other=-1)
             if active & (drafted >= 0) & (row_status < STATUS_EMPTY):
                 goes_on, logprob, raw = _accepts(
                     target, draft, row, b * (positions - 1) + j, row_params, b, t, drafted,
@@ -274,24 +274,31 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
 def launch_coupled(
     logits: Logits, draft_ids: Tensor, params: RowParams, out: VerifyOutputs, vocab_size: int
 ) -> None:
-    """Writes what plain decoding would draw, as far as the drafts [B, k] agree with it."""
+    """Writes what plain decoding would draw, as far as the drafts agree with it.
+
+    Args:
+        logits: [B, k + 1, V].
+        draft_ids: int64 [B, k], contiguous; -1 from where a request has no more drafts.
+        params: one value per request; ``position`` is that of its first draft.
+        out: tensors of B requests.
+        vocab_size: agreed width.
+    """
     batch_size, positions = out.token_ids.shape
     if batch_size == 0:
         return
     drawn = outputs_of(batch_size * positions, out.token_ids.device)
     launch_sample(logits, params, drawn, vocab_size, positions, STREAMS["sample"])
-    _coupled_kernel[(batch_size,)](
-        drawn, draft_ids, draft_ids.stride(0), out, positions, num_warps=1, **OPTIONS
-    )
+    _coupled_kernel[(batch_size,)](drawn, draft_ids, out, positions, num_warps=1, **OPTIONS)
 
 
 def launch_rejection(
     logits: Logits, draft_ids: Tensor, draft_logits: Tensor | None, params: RowParams,
     out: VerifyOutputs, vocab_size: int,
 ) -> None:  # fmt: skip
-    """Writes drafts [B, k] as far as they are accepted, then a residual or a bonus token.
+    """Writes drafts as far as they are accepted, then a residual or a bonus token.
 
-    Requests without drafts (k = 0, or their first is -1) get what `sample` draws.
+    Requests without drafts (k = 0, or their first is -1) get what `sample` draws. Arguments as in
+    launch_coupled; draft_logits [B, k, V] are what the drafter drew from.
     """
     (batch_size, positions), device = out.token_ids.shape, out.token_ids.device
     if batch_size == 0:
@@ -302,8 +309,9 @@ def launch_rejection(
         _, workspace = launch_sample(given, params, drawn, vocab_size, steps, stream, ids)
         return Rows(given, drawn, workspace)
 
-    if positions > 1:
-        target = draft = rows(logits, positions, "bonus", draft_ids)
+    if draft_logits is not None and positions > 1:
+        target = rows(logits, positions, "bonus", draft_ids)
+        draft = rows(inputs(draft_logits, None, None), positions - 1, "draft")
     else:
         target = draft = rows(logits, positions, "sample")
     residual = Residual(
@@ -311,14 +319,11 @@ def launch_rejection(
         torch.empty((batch_size, 2), dtype=torch.int64, device=device),
         torch.empty(batch_size, dtype=torch.int32, device=device),
     )
-    drafts = draft_logits is not None and positions > 1
-    if draft_logits is not None and positions > 1:
-        draft = rows(inputs(draft_logits, None, None), positions - 1, "draft")
     _rejection_kernel[(batch_size,)](
-        target, draft, params, draft_ids, draft_ids.stride(0), out, residual, vocab_size,
-        positions, DRAFTS=drafts, num_warps=1, **OPTIONS,
+        target, draft, params, draft_ids, out, residual, vocab_size, positions, DRAFTS=draft is not target,
+        num_warps=1, **OPTIONS,
     )  # fmt: skip
-    if not drafts:
+    if draft is target:
         return
     splits = splits_of(batch_size, vocab_size, device)
     _residual_kernel[(batch_size * splits,)](
