@@ -109,6 +109,7 @@ void score_out(PTK_LOGITS, Tensor token_ids, Tensor alpha,
   proxytune_score_args args{};
   args.inputs = inputs_of(base, expert, anti, alpha, std::nullopt, std::nullopt, vocab_size);
   args.positions = positions;
+  STD_TORCH_CHECK(positions >= 1, "proxytune: base must have at least one position");
   STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && token_ids.dim() == 2 &&
                       token_ids.size(0) == rows && token_ids.size(1) == positions,
                   "proxytune: token_ids has the wrong dtype or shape");

@@ -113,7 +113,11 @@ def test_make_defaults_and_dtypes():
     rows = RowParams.make(3)
     assert rows.batch_size == 3
     for name, column in rows._asdict().items():
-        assert column.dtype == ROW_FIELDS[name].dtype and column.shape == (3,) and column.is_contiguous()
+        assert (
+            column.dtype == ROW_FIELDS[name].dtype
+            and column.shape == (3,)
+            and column.is_contiguous()
+        )
     assert [c[0].item() for c in rows] == [1.0, 1.0, 0, 1.0, 0.0, 0, 0, 0]
     neutral = RowParams.from_sampling_params([SamplingParams(seed=0)] * 3)
     assert all(torch.equal(a, b) for a, b in zip(rows, neutral, strict=True))
@@ -174,7 +178,9 @@ def test_from_sampling_params():
     torch.testing.assert_close(rows.temperature, torch.tensor([0.7, 1.0]), rtol=0, atol=0)
     torch.testing.assert_close(rows.top_p, torch.tensor([0.9, 1.0]), rtol=0, atol=0)
     torch.testing.assert_close(rows.min_p, torch.tensor([0.1, 0.0]), rtol=0, atol=0)
-    assert {n: c.dtype for n, c in rows._asdict().items()} == {n: f.dtype for n, f in ROW_FIELDS.items()}
+    assert {n: c.dtype for n, c in rows._asdict().items()} == {
+        n: f.dtype for n, f in ROW_FIELDS.items()
+    }
     with pytest.raises(ValueError, match=re.escape("one value per request (2), got 1")):
         RowParams.from_sampling_params(requests, [0])
     with pytest.raises(ValueError, match=re.escape("with_seed()")):

@@ -47,7 +47,16 @@ def rows_of(op: str, base: Tensor, params: Any, *singles: Any) -> RowParams:
     return RowParams.from_sampling_params(requests, device=base.device)
 
 
-def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None) -> int:
+def _refuse_bool(value: Any) -> None:
+    # torch takes one for an integer; the checks find the words.
+    if value is True or value is False:
+        raise TypeError("a bool for an integer")
+
+
+def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None, vocab_size: int | None) -> int:
+    _refuse_bool(vocab_size)
+    if vocab_size is not None:
+        return vocab_size
     width = base.shape[-1]
     if expert is not None and anti is not None:
         width = min(width, expert.shape[-1], anti.shape[-1])
@@ -136,11 +145,12 @@ def sample(
     Source: docs/contracts.md; Liu et al. 2024, arXiv 2401.08565.
     """
     try:
+        _refuse_bool(top_logprobs)
         rows = rows_of(
             "sample", base, params,
             alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
         )  # fmt: skip
-        width = _width(base, expert, anti) if vocab_size is None else vocab_size
+        width = _width(base, expert, anti, vocab_size)
         arguments = (
             base, expert, anti, *rows, bias, allowed_mask, width, STREAMS[noise_stream],
             top_logprobs,
@@ -210,6 +220,8 @@ def sample_hidden(
     """
     op = "sample_hidden"
     try:
+        _refuse_bool(top_logprobs)
+        _refuse_bool(vocab_size)
         hidden = base.hidden
         rows = rows_of(
             op, hidden, params,
@@ -261,7 +273,7 @@ def combine(
     """
     width = vocab_size
     try:
-        width = _width(base, expert, anti) if vocab_size is None else vocab_size
+        width = _width(base, expert, anti, vocab_size)
         alphas = checks.alpha("combine", alpha, base)
         arguments = (base, expert, anti, alphas, bias, allowed_mask, width)
         resolved = resolve(backend, base, "combine", width)
@@ -305,7 +317,7 @@ def score(
         [[0.25, 0.25]]
     """
     try:
-        width = _width(base, expert, anti) if vocab_size is None else vocab_size
+        width = _width(base, expert, anti, vocab_size)
         alphas = checks.alpha("score", alpha, base)
         arguments = (base, expert, anti, token_ids, alphas, width)
         resolved = resolve(backend, base, "score", width)
@@ -377,7 +389,7 @@ def verify(
             "verify", base, params,
             alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
         )  # fmt: skip
-        width = _width(base, expert, anti) if vocab_size is None else vocab_size
+        width = _width(base, expert, anti, vocab_size)
         rejection = mode == "rejection"
         if rejection is (draft_logits is None):
             raise ValueError("draft_logits")  # checks.verify finds the words

@@ -43,6 +43,7 @@ KEYWORDS = {
         "vocab_size must be at most the narrowest role's width 8, got 9",
     ),
     "vocab 0": (dict(vocab_size=0), ValueError, "vocab_size must be in [1, 2^19], got 0"),
+    "vocab bool": (dict(vocab_size=True), TypeError, "vocab_size must be an integer, got True"),
     "vocab float": (dict(vocab_size=4.0), TypeError, "vocab_size must be an integer, got 4.0"),
     "backend": (
         dict(backend="gpu"),

@@ -411,7 +411,7 @@ def guarded_verify(rows: int, positions: int) -> Guarded:
     return Guarded(
         ptk.VerifyOutput, token_ids=((rows, positions), torch.int64),
         num_accepted=((rows,), torch.int32), logprobs=((rows, positions), torch.float32),
-        status=((rows,), torch.int32),
+        raw_logprobs=((rows, positions), torch.float32), status=((rows,), torch.int32),
     )  # fmt: skip
 
 
@@ -435,6 +435,7 @@ def test_verify_coupled_is_plain_decoding(name, data, choice, owned, right):
         drawn = plain_decoding(case, kernel, j, "sample")
         same(out.token_ids[:, j], torch.where(active, drawn.token_ids, -1))
         same(out.logprobs[:, j], torch.where(active, drawn.logprobs, math.nan))
+        same(out.raw_logprobs[:, j], torch.where(active, drawn.raw_logprobs, math.nan))
         status |= torch.where(active, drawn.status, 0)
         if j < k:
             active = active & (drawn.token_ids == ids[:, j]) & (drawn.token_ids >= 0)
@@ -468,12 +469,14 @@ def test_verify_rejection(name, data, choice, owned, right):
         assert (out.token_ids[row, accepted + 1 :] == -1).all()
         emitted = out.token_ids[row, : accepted + 1]
         assert ((emitted >= -1) & (emitted < size)).all()
-        assert torch.equal(out.logprobs[row].isnan(), out.token_ids[row] == -1)
+        for numbers in (out.logprobs, out.raw_logprobs):
+            assert torch.equal(numbers[row].isnan(), out.token_ids[row] == -1)
         status = 0
         for j in range(accepted + 1):
-            bonus = plain_decoding(case, kernel, j, "bonus")
+            bonus = plain_decoding(case, kernel, j, "bonus" if j else "sample")
             status |= int(bonus.status[row])
             if j == k or ids[row, j] < 0:
                 same(emitted[j], bonus.token_ids[row])
                 same(out.logprobs[row, j], bonus.logprobs[row])
+                same(out.raw_logprobs[row, j], bonus.raw_logprobs[row])
         assert int(out.status[row]) == status

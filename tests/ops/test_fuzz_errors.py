@@ -86,7 +86,7 @@ def test_a_wrong_option_is_named(op, wrong):
 
 @pytest.mark.parametrize(
     ("op", "wrong"),
-    [("sample", {"stream": "noise"}), ("verify", {"mode": "exact"}),
+    [("sample", {"noise_stream": "noise"}), ("verify", {"mode": "exact"}),
      ("verify", {"draft_logits": None}), ("verify", {"mode": "coupled"}),
      ("sample", {"params": {}}), ("verify", {"params": [ptk.SamplingParams(seed=1)]}),
      ("sample", {"params": ptk.RowParams.make(ROWS + 1)}),
