@@ -1,108 +1,21 @@
-"""A run's records as a table, as Markdown for the README, as a picture, and against its targets."""
+"""A run's records as a table, as Markdown for the README, and as a picture."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.cases import BATCH_SIZES, MAIN_VOCAB_SIZE, PROVIDERS
-from benchmarks.gpu.session import Record, Verdict, cells, judge, markdown_table
+from benchmarks.gpu.session import Record, cells, markdown_table
 from benchmarks.harness.logits import FILTERS
 from benchmarks.harness.report import Column, decimals, percent, print_table, significant
-from proxytune_kernels.ops.backends import choose
 
 PEERS = {
     "cuda": "CUDA", "eager": "eager", "torch.compile": "compile", "transformers": "HF",
     "flashinfer": "FI",
 }  # fmt: skip
 """All but ours in Triton, and the heads of their columns."""
-
-COPY_PERCENT = {"ours": {"top_p": 70, "none": 85}, "cuda": {"top_p": 75}}
-BATCH_1_MICROSECONDS = {"ours": 12, "cuda": 8}
-DRAM_RATIO = {"ours": {"none": 1.05, "top_p": 1.15}, "cuda": {"none": 1.05, "top_p": 1.05}}
-"""By provider: what Triton's kernels have to reach on an H100 or H200, and what CUDA C++'s."""
-TIMES_FASTER = {
-    "eager": (10, "the eager chain"),
-    "flashinfer": (2, "the combination followed by FlashInfer"),
-}
-FLAT_OVER_PEAKED = 2.5
-
-
-def verdicts(records: Sequence[Record], device_name: str) -> Iterator[Verdict]:
-    """One verdict for each target, from all records of a run on a device."""
-    for provider in ("ours", "cuda"):
-        whose, cold = "" if provider == "ours" else "cuda: ", samples(records, provider, "cold")
-        for filters, least in COPY_PERCENT[provider].items():
-            main = f"peaked {filters} V={MAIN_VOCAB_SIZE:,} B=256"
-            shares = {w: 100 * r["share_of_copy"] for w, r in cold.items() if w == main}
-            target = f"{whose}B=256, V=128,256, {filters}: at least {least}% of copy bandwidth"
-            yield judge(target, shares, operator.ge, least, "%")
-        most = BATCH_1_MICROSECONDS[provider]
-        times = {
-            f"{where}, {mode}": r["microseconds"]["median"]
-            for mode in ("cold", "single")
-            for where, r in samples(records, provider, mode).items()
-            if r["batch_size"] == 1 and r["kind"] == "peaked"
-        }
-        target = f"{whose}B=1, peaked: under {most} us a call in graph replay"
-        yield judge(target, times, operator.lt, most, " us")
-        yield from _beside_peers(records) if provider == "ours" else _defaults(records, device_name)
-        for filters, most_read in DRAM_RATIO[provider].items():
-            read = {
-                f"{case['kind']} B={case['batch_size']}": case["ratio"]
-                for r in records
-                if r["op"] == "profile"
-                for case in r.get("cases", ())
-                if (case["provider"], case["filters"]) == (provider, filters)
-            }
-            target = f"{whose}DRAM bytes read, {filters}, peaked: at most {most_read}x the logits"
-            yield judge(target, read, operator.le, most_read, "x")
-    yield _sanitizers(records)
-
-
-def _beside_peers(records: Sequence[Record]) -> Iterator[Verdict]:
-    for peer, (least, name) in TIMES_FASTER.items():
-        ratios = {
-            where: r["time_over_ours"]["median"]
-            for where, r in samples(records, peer, "cold").items()
-            if r["time_over_ours"] is not None
-        }
-        yield judge(f"at least {least}x {name} at every shape", ratios, operator.ge, least, "x")
-    cold = samples(records, "ours", "cold")
-    times = {where: r["microseconds"]["median"] for where, r in cold.items()}
-    ratios = {
-        flat: times[flat] / times[peaked]
-        for flat in times
-        if flat.startswith("flat") and (peaked := flat.replace("flat", "peaked", 1)) in times
-    }
-    target = f"flat logits at worst {FLAT_OVER_PEAKED}x the time of peaked ones"
-    yield judge(target, ratios, operator.le, FLAT_OVER_PEAKED, "x")
-
-
-def _defaults(records: Sequence[Record], device_name: str) -> Iterator[Verdict]:
-    """Whether the table of defaults (proxytune_kernels/ops/backends) is right where it has cuda."""
-    ratios = {}
-    for r in records:
-        if r.get("provider") == "cuda" and r["mode"] == "cold" and r["time_over_ours"] is not None:
-            op, rows = r["op"].removesuffix("-rejection"), r["batch_size"] * r["positions"]
-            if choose(device_name, op, r["vocab_size"], rows) == "cuda":
-                ratios[f"{r['op']} {shape(r)}"] = r["time_over_ours"]["median"]
-    target = "cuda: never slower than triton where it is the default"
-    yield judge(target, ratios, operator.le, 1, "x")
-
-
-def _sanitizers(records: Sequence[Record]) -> Verdict:
-    target = "memcheck, racecheck, initcheck and synccheck clean"
-    counts = next((r["errors"] for r in records if r["op"] == "sanitize" and "errors" in r), None)
-    if counts is None:
-        return Verdict(target)
-    if named := [f"{tool}: {n} error(s)" for tool, n in counts.items() if n]:
-        return Verdict(target, False, ", ".join(named))
-    if None in counts.values():
-        return Verdict(target, None, "not all of them ran")
-    return Verdict(target, True)
 
 
 def shape(r: Record) -> str:

@@ -139,7 +139,7 @@ def _measure(
 
 
 def conclude(journal: Journal, *, plot: bool) -> None:
-    """Table, Markdown, picture, and the verdicts last."""
+    """Table, Markdown and picture."""
     timed = [r for r in journal.records if "provider" in r]
     page = draw = None
     if timed:
@@ -147,5 +147,4 @@ def conclude(journal: Journal, *, plot: bool) -> None:
         page = report.markdown(timed, journal.copy_rate, journal.where)
         title = f"sample, bf16, V = 128,256, {journal.where}"
         draw = partial(report.draw, timed, title=title) if plot else None
-    name = str(journal.device["device_name"])
-    journal.conclude(page, draw, list(report.verdicts(journal.records, name)))
+    journal.conclude(page, draw)

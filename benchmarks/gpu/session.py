@@ -1,13 +1,12 @@
-"""A run's state: the time that is left, what came of it so far, and its targets."""
+"""A run's state: the time that is left, and what came of it so far."""
 
 from __future__ import annotations
 
 import gc
-import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,39 +59,6 @@ class Outcome:
     sentence: str
     failed: bool = False
     fields: Record = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A target and how a run stands to it; ``met`` is None where it was not measured."""
-
-    target: str
-    met: bool | None = None
-    measured: str = ""
-
-    def __str__(self) -> str:
-        word = {True: "met", False: "missed", None: "not measured"}[self.met]
-        return f"{word}: {self.target}" + (f" ({self.measured})" if self.measured else "")
-
-
-def judge(
-    target: str,
-    values: Mapping[str, float],
-    good: Callable[[float, float], bool],
-    limit: float,
-    unit: str,
-) -> Verdict:
-    """Met where all values, by what they are of, are ``good`` beside a limit; names the worst.
-
-    ``good`` is :func:`operator.ge` where more is better, else :func:`operator.le` or ``lt``.
-    """
-    if not values:
-        return Verdict(target)
-    worst = (min if good is operator.ge else max)(values, key=values.__getitem__)
-    text = f"at worst {values[worst]:.4g}{unit}, {worst}"
-    if missed := sum(not good(value, limit) for value in values.values()):
-        text += f"; missed at {missed} of {len(values)}"
-    return Verdict(target, missed == 0, text)
 
 
 class Journal:
@@ -162,26 +128,20 @@ class Journal:
         versions = f"torch {e['torch']}, triton {e['triton']}"
         return f"{e['device_name']}, driver {e['driver']}, {versions}, {revision}"
 
-    def conclude(
-        self,
-        page: str | None,
-        draw: Callable[[Path], None] | None,
-        verdicts: Sequence[Verdict],
-    ) -> None:
-        """Write a page and a picture beside the results, where there are; the verdicts last."""
+    def conclude(self, page: str | None, draw: Callable[[Path], None] | None) -> None:
+        """Write a page and a picture beside the results, where there are."""
         written = [self.output]
         if page is not None:
             written.append(self.output.with_suffix(".md"))
-            written[-1].write_text("\n".join([page, *(f"- {verdict}" for verdict in verdicts), ""]))
+            written[-1].write_text(page)
         if draw is not None:
             try:
                 draw(self.output.with_suffix(".png"))
                 written.append(self.output.with_suffix(".png"))
             except ModuleNotFoundError as error:
                 self.note(f"No picture: {error}.")
-        self.add([{"op": "target", **asdict(verdict)} for verdict in verdicts])
-        for line in (*verdicts, *(f"Wrote {path}" for path in written)):
-            say(str(line))
+        for path in written:
+            say(f"Wrote {path}")
 
 
 def release() -> None:

@@ -337,52 +337,7 @@ def decoded(mode, trio="13b", floor=1.05, base=2.0, batch_size=1, **others):
     }  # fmt: skip
 
 
-def verdict(records, part):
-    [found] = [v for v in report.verdicts(records) if v.target.startswith(part)]
-    return found
-
-
 class TestReport:
-    def test_nothing_measured(self):
-        assert [v.met for v in report.verdicts([])] == [None] * 8
-
-    @pytest.mark.parametrize("trio", ["13b", "70b"])
-    @pytest.mark.parametrize("mode", ["ours", "ours-shared-pair"])
-    def test_step_over_bytes(self, trio, mode):
-        part = f"{trio}, batch 1, {mode}: a step at most 1.10x"
-        assert verdict([decoded(mode, trio, floor=1.10)], part).met is True
-        missed = verdict([decoded(mode, trio, floor=1.101)], part)
-        assert (missed.met, missed.measured.split(",")[0]) == (False, "at worst 1.101x")
-        elsewhere = (
-            decoded(mode, trio, batch_size=4), decoded("naive", trio),
-            decoded(mode, "70b" if trio == "13b" else "13b"),
-            decoded(mode, trio, step_over_floor=None),
-        )  # fmt: skip
-        assert [verdict([other], part).met for other in elsewhere] == [None] * 4
-
-    @pytest.mark.parametrize(("mode", "most"), [("ours", 2.15), ("ours-shared-pair", 1.65)])
-    def test_over_base_only(self, mode, most):
-        part = f"13b, batch 1, {mode}: at most {most}x the base alone"
-        assert verdict([decoded(mode, base=most)], part).met is True
-        assert verdict([decoded(mode, base=most + 0.001)], part).met is False
-        assert verdict([decoded(mode, "70b", base=1.0)], part).met is None
-
-    def test_idle_and_synchronisation(self):
-        part, low = (
-            "no kernel runs in less than 3%",
-            {"op": "trace", "trio": "13b", "idle_share": 0.0299},
-        )
-        assert verdict([low], part).met is True
-        both = verdict([low, {**low, "trio": "70b", "idle_share": 0.03}], part)
-        assert (both.met, both.measured) == (False, "at worst 3%, 70b; missed at 1 of 2")
-        part = "no host synchronisation"
-        good = {"op": "synchronisation", "captured": True, "graphs": "1 captured", "raised": None}
-        assert verdict([good], part).met is True
-        raised = verdict([good, {**good, "raised": "RuntimeError: called a sync"}], part)
-        assert (raised.met, raised.measured) == (False, "RuntimeError: called a sync")
-        eager = verdict([{**good, "captured": False, "graphs": "none: old device"}], part)
-        assert (eager.met, eager.measured) == (None, "steps are not captured: none: old device")
-
     def test_table_page_and_picture(self, tmp_path, capsys):
         rounds = decoded(
             speculative(4), drafts=4, step_bytes=None, floor_ms=None, step_over_floor=None,

@@ -1,20 +1,13 @@
-"""A run's records as a table, as Markdown, as a picture, and against the decoder's targets."""
+"""A run's records as a table, as Markdown, and as a picture."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Sequence
-from itertools import groupby, product
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
-from benchmarks.gpu.decoder.modes import OURS, SHARED_PAIR
-from benchmarks.gpu.session import Record, Verdict, cells, judge, markdown_table
+from benchmarks.gpu.session import Record, cells, markdown_table
 from benchmarks.harness.report import Column, decimals, fixed, print_table, significant
-
-STEP_OVER_FLOOR = 1.10
-OVER_BASE_ONLY = {OURS: 2.15, SHARED_PAIR: 1.65}
-"""Of the trio 13b. Its weights alone make 2.03 and 1.52."""
-IDLE_PERCENT = 3
 
 PAPER = {"13b": 2.4, "70b": 1.5}
 """Proxy-tuned over tuned model, per token, by trio: Liu et al. 2024, arXiv 2401.08565. A tuned
@@ -35,43 +28,6 @@ COLUMNS: tuple[Column, ...] = (
     ("pays\nfrom", "break_even/ours", _acceptance),
     ("beats base\nfrom", "break_even/base-only", _acceptance),
 )
-
-
-def verdicts(records: Sequence[Record]) -> Iterator[Verdict]:
-    """One verdict for each target, from all records of a run."""
-
-    def ratio(trio: str, mode: str, field: str) -> dict[str, float]:
-        """A mode's at batch 1, where it was measured."""
-        return {
-            r["mode"]: r[field]["median"]
-            for r in records
-            if r["op"] == "decode" and (r["trio"], r["mode"], r["batch_size"]) == (trio, mode, 1)
-            if r[field] is not None
-        }
-
-    for trio, mode in product(PAPER, OVER_BASE_ONLY):
-        target = f"{trio}, batch 1, {mode}: a step at most {STEP_OVER_FLOOR:.2f}x its bytes' time"
-        found = ratio(trio, mode, "step_over_floor")
-        yield judge(target, found, operator.le, STEP_OVER_FLOOR, "x")
-    for mode, most in OVER_BASE_ONLY.items():
-        target = f"13b, batch 1, {mode}: at most {most}x the base alone"
-        found = ratio("13b", mode, "step_over_base_only")
-        yield judge(target, found, operator.le, most, "x")
-    shares = {r["trio"]: 100 * r["idle_share"] for r in records if r["op"] == "trace"}
-    target = f"no kernel runs in less than {IDLE_PERCENT}% of the time"
-    yield judge(target, shares, operator.lt, IDLE_PERCENT, "%")
-    yield _synchronises([r for r in records if r["op"] == "synchronisation"])
-
-
-def _synchronises(found: Sequence[Record]) -> Verdict:
-    """Of all trios: one that synchronises is enough, and so is one whose steps are not captured."""
-    target = "no host synchronisation inside a captured step"
-    for r in found:
-        if not r["captured"]:
-            return Verdict(target, None, f"steps are not captured: {r['graphs']}")
-        if r["raised"] is not None:
-            return Verdict(target, False, r["raised"])
-    return Verdict(target, True if found else None)
 
 
 def groups(records: Sequence[Record]) -> list[tuple[str, list[list[str]]]]:
