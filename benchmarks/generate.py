@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 class _Nothing(LogitsProcessor):
-    """Changes no score, and is not in our op: transformers' own loop and warpers run."""
+    """Changes no score. The decoder does not know it, so transformers' own loop and warpers run."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         return scores
@@ -72,10 +72,7 @@ def make_providers(trio: Trio, sampling: Sampling, rows: int, length: int) -> li
 
     model = ProxyTunedForCausalLM.from_trio(trio, ALPHA)
     engine = EngineGenerate(trio, max_batch_size=rows)
-    own_loop = {
-        "logits_processor": LogitsProcessorList([_Nothing()]),
-        "cache_implementation": "dynamic",
-    }
+    own_loop = {"logits_processor": LogitsProcessorList([_Nothing()])}
     return [
         decoding.NaiveLoop(trio, sampling=sampling),
         GenerateProvider("generate-warpers", trio, model, sampling, **own_loop),

@@ -63,6 +63,7 @@ def test_quantised_weights(run_command, tmp_path):
     assert all(q["divergence"] > 0 for record in records[1:] for q in record["quality"])
 
 
+@pytest.mark.slow
 def test_command(run_command, tmp_path):
     output = tmp_path / "out.jsonl"
     result = run_command(

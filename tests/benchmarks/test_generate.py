@@ -42,7 +42,7 @@ def test_command(run_command, trio_directory, tmp_path):
         (rows, name) for rows in (1, 4) for name in names
     ]
     by_name = {line["provider"]: line for line in lines}
-    assert "Nothing is not in the op" in by_name["generate-warpers"]["path"]["sampling"]
+    assert "Nothing" in by_name["generate-warpers"]["path"]["sampling"]
     assert by_name["naive"]["path"] == by_name["decoder"]["path"] == {}
     assert lines[0]["sampling"] == {"alpha": 1.0, "temperature": 0.7, "top_p": 0.9}
     assert run_command(generate.main, "--lengths", "own:8").exit_code == 2

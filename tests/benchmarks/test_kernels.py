@@ -9,6 +9,7 @@ from benchmarks import kernels
 from benchmarks.harness.heads import exact_x, random_heads
 
 
+@pytest.mark.slow
 def test_command(run_command, tmp_path):
     output = tmp_path / "out.jsonl"
     result = run_command(

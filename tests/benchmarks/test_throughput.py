@@ -371,6 +371,7 @@ def test_absent_trio_names_the_command(tmp_path, monkeypatch):
             trios.find_trio(name)
 
 
+@pytest.mark.slow
 def test_command(run_command, trio_directory, tmp_path):
     output = tmp_path / "out.jsonl"
     result = run_command(

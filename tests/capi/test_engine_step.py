@@ -95,6 +95,7 @@ def test_the_step_gives_the_operators_tokens(program, threads):
     assert 0 < agreed < drafted
 
 
+@pytest.mark.slow
 def test_it_builds_as_documented(tmp_path):
     [commands] = examples("docs/engine_step.md", "sh")
     for name in ("csrc", "docs"):

@@ -182,6 +182,7 @@ def test_blocks_do_not_show_in_a_bit():
         oracle.assert_same(first, sample(Model(blocks), case))
 
 
+@pytest.mark.slow
 @each_cluster
 @pytest.mark.parametrize("vocab_size", (5, 600))
 def test_no_races(vocab_size, blocks):

@@ -17,6 +17,8 @@ from proxytune_kernels.params import SamplingParams
 from tests.decoder.conftest import BACKEND, near_trio
 from tests.decoder.tape import make_decoder
 
+pytestmark = pytest.mark.slow
+
 Prompt = tuple[tuple[int, ...], ...]
 """Base's, expert's and anti's."""
 

@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_pooled_g_test(fast):
     """8.4 * 10^6 draws over six distributions: each p-value, and all of them together."""
     draws, p_values = 1_400_000, []
@@ -74,6 +75,7 @@ def test_pooled_g_test(fast):
     assert stats.combine_pvalues(p_values).pvalue > SIGNIFICANCE, p_values
 
 
+@pytest.mark.slow
 def test_tails_14_to_22_nats_down(fast):
     """Tokens that far below the maximum are drawn as often as they should be.
 

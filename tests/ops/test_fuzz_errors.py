@@ -11,6 +11,8 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 
+pytestmark = pytest.mark.slow
+
 ROWS, DRAFTS, SIZE = 2, 2, 40
 
 

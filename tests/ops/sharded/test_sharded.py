@@ -20,6 +20,7 @@ WORLDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_rank_draws_as_the_whole_row(world, tmp_path):
     """All cases at once: starting processes takes longer than they do."""
