@@ -21,7 +21,10 @@ from proxytune_kernels import kernels, reference, rng
 from tests.ops import oracle
 from tests.ops.conftest import CLUSTERS, KERNELS, Backend
 
-pytestmark = pytest.mark.skipif(not KERNELS, reason="needs a kernel, only the reference runs here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not KERNELS, reason="needs a kernel, only the reference runs here"),
+]
 
 
 def few(interpreted: int) -> settings:

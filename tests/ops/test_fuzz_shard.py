@@ -24,7 +24,10 @@ from tests.ops import test_fuzz as fuzz
 from tests.ops.conftest import KERNELS, Backend
 from tests.ops.test_shard import good, same_draws
 
-pytestmark = pytest.mark.skipif(not KERNELS, reason="needs a kernel, only the reference runs here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not KERNELS, reason="needs a kernel, only the reference runs here"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
