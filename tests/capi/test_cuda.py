@@ -31,7 +31,7 @@ except build_cuda.Unavailable as error:
     LEFT_OUT = str(error)
 
 needs_nvcc = pytest.mark.skipif(LEFT_OUT != "", reason=f"CUDA C++ is left out: {LEFT_OUT}")
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from tests.ops import oracle
 from tests.ops.conftest import CLUSTERS, Backend
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(build.COMPILER is None, reason="needs g++"),
     pytest.mark.skipif(backends()["cpu"] is not None, reason="needs the C++ extension to compare"),
 ]

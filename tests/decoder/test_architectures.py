@@ -15,6 +15,8 @@ from proxytune_kernels.trio import Trio, load_trio
 from tests.decoder.conftest import word_tokenizer
 from tests.decoder.test_runner import ARCHITECTURES, VOCAB_SIZE, random_ids
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Decoder]
 Loop = Callable[..., list[int]]
 

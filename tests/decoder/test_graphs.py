@@ -20,7 +20,10 @@ from tests.decoder.conftest import BACKEND, VOCAB_SIZE, noisy_copy, tiny_llama
 from tests.decoder.tape import Tape, make_decoder
 from tests.decoder.test_runner import ARCHITECTURES
 
-pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="the reference can't be captured")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BACKEND == "reference", reason="the reference can't be captured"),
+]
 
 SPECULATIONS: dict[str, Speculation | None] = {
     "plain": None,

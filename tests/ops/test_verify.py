@@ -180,6 +180,7 @@ def decode_three(backend, target, draft, draws, seed, filters):
     return tokens, drafts[0], out.num_accepted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(FILTERS)))
 def test_rejection_has_the_targets_joint_law(fast, case):
     """1.2 * 10^6 decodings in all: chi-square over the 512 first three tokens, and the acceptance

@@ -9,6 +9,8 @@ import pytest
 
 from tests.documents import ROOT, examples
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = examples("docs/transformers.md", "python")
 
 

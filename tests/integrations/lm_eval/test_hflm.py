@@ -14,6 +14,8 @@ from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import argmax, naive_loop
 from tests.integrations.lm_eval.conftest import CONTEXT, make_trio, requests, tokenizer_with_bos
 
+pytestmark = pytest.mark.slow
+
 ALPHA = 0.7
 
 CHOICES = (" yes", " no", " yes, both", "!", " neither of them")

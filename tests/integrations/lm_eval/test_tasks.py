@@ -14,6 +14,8 @@ from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM, evaluate_a
 from tests.integrations.lm_eval.conftest import write_tasks
 from tests.integrations.lm_eval.test_hflm import per_token
 
+pytestmark = pytest.mark.slow
+
 TASKS = ["local_choice", "local_text", "local_answer"]
 ALPHA = 0.7
 

@@ -12,6 +12,8 @@ from tests.ops.sharded import ranks
 from tests.ops.sharded.cases import CASES, SPLITS
 from tests.ops.sharded.checks import CHECKS, DRAFTS, ROWS
 
+pytestmark = pytest.mark.slow
+
 cpu = pytest.mark.skipif("cpu" not in USABLE, reason="the C++ extension is not built")
 WORLDS = [
     pytest.param((backend, size), id=f"{backend}-{size}", marks=cpu if backend == "cpu" else ())
