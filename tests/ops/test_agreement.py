@@ -80,7 +80,7 @@ def test_sample(dtype):
     total = differ = undecided = 0
     for i, rows in enumerate(_batches(dtype)):
         params, stream = ptk.RowParams(**rows.params), ("sample", "draft")[i % 2]
-        arguments = {"vocab_size": rows.vocab_size, "stream": stream}
+        arguments = {"vocab_size": rows.vocab_size, "noise_stream": stream}
         wanted = REFERENCE.sample(*rows[:3], params, **arguments)
         base, expert, anti = (t[:, : rows.vocab_size] for t in rows[:3])
         x = reference.combine(base, expert, anti, params.alpha)
