@@ -23,9 +23,9 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.gpu.decoder.random_models import ModelShape, byte_tokenizer, random_model
 from benchmarks.harness import report
 from benchmarks.harness.measure import Spent, Summary, in_turns, ratios, summary
+from benchmarks.harness.random_models import ModelShape, byte_tokenizer, random_model
 from proxytune_kernels.integrations.vllm_plugin.export import export
 from proxytune_kernels.trio.roles import ROLES
 

@@ -200,6 +200,18 @@ def look_up(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def cells(record: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
+    """A record's text in each column; a dash for what it does not have."""
+    found = [(look_up(record, path), text) for _, path, text in columns]
+    return ["-" if value is None else text(value) for value, text in found]
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table: text in the first column, numbers in the others."""
+    ruler = ["---", *["---:"] * (len(columns) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (columns, ruler, *rows)]
+
+
 def print_records(
     title: str,
     caption: str,
@@ -208,11 +220,7 @@ def print_records(
     section: Callable[[Any], str] = lambda record: "",
 ) -> None:
     """Print a row for each record, in the columns given; the caption ends with the machine."""
-    rows = [
-        (section(r), [fmt(value) if (value := look_up(r, path)) is not None else "-"
-                      for _, path, fmt in columns])
-        for r in records
-    ]  # fmt: skip
+    rows = [(section(record), cells(record, columns)) for record in records]
     headings = [heading for heading, _, _ in columns]
     print_table(title, headings, f"{caption} {machine_line()}", rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.harness.report import console, fixed, make_table, significant
+from benchmarks.harness.report import console, fixed, make_table, markdown_table, significant
 from benchmarks.roofline import GPUS, Gpu
 from benchmarks.static.figures import LIMITS, WARP, Figures, Stored, Unit
 
@@ -191,9 +191,7 @@ def page(stored: Stored, cluster: Stored) -> str:
     if twins:
         lines += ["", _twin_line(twins)]
     for table in [*triton_tables(kept), *cluster_tables(cluster.figures)]:
-        ruler = ["---", *["---:"] * (len(table.columns) - 1)]
-        rows = (f"| {' | '.join(cells)} |" for cells in (table.columns, ruler, *table.rows))
-        lines += ["", f"## {table.title}", "", *rows]
+        lines += ["", f"## {table.title}", "", *markdown_table(table.columns, table.rows)]
     ccs = sorted({unit.cc for unit in cluster.figures})
     absent = [
         f"{kernel} {case} at {_of_cc(cc)}"

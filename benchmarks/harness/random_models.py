@@ -8,7 +8,7 @@ a time, so that a base that is quantised never takes the place of the same base 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch.nn import Embedding, Linear, Module, Parameter
 from proxytune_kernels import Trio
 
 VOCAB_SIZE = 32_000
-BATCH_SIZES = (1, 4, 16)
 DTYPE = torch.bfloat16
 LORA_RANK = 16
 
@@ -86,16 +85,6 @@ class TrioShape:
     base: ModelShape
     pair: ModelShape
     int8_base: bool = False
-
-    def planned_bytes(self) -> int:
-        """Bytes of the weights of a pair of two models, before anything is built.
-
-        The scales of int8 weights are left out.
-        """
-        base, pair = empty_model(self.base), empty_model(self.pair)
-        numbers = sum(p.numel() for model in (base, pair, pair) for p in model.parameters())
-        saved = sum(layer.weight.numel() for layer in _quantisable(base).values())
-        return DTYPE.itemsize * numbers - saved * self.int8_base
 
 
 TRIOS = {
@@ -265,19 +254,6 @@ def _bytes(tensor: Any) -> int:
         names, _ = tensor.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()
-
-
-def weights_record(shape: TrioShape, trios: Mapping[str, Trio]) -> dict[str, Any]:
-    """A line of results: bytes of weights by role, and those that a step reads."""
-    groups = {role: [model] for role, model in trios[SEPARATE].models.items()}
-    groups["shared pair"] = [trios[SHARED].expert, trios[SHARED].anti]
-    return {
-        "op": "weights",
-        "trio": shape.name,
-        "title": shape.title,
-        "bytes": {name: weight_bytes(models) for name, models in groups.items()},
-        "step_bytes": {name: step_bytes(models) for name, models in groups.items()},
-    }
 
 
 def byte_tokenizer(vocab_size: int) -> Any:
