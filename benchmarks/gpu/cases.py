@@ -34,8 +34,8 @@ _MEMORY_SHARE = 0.25  # of the device's for inputs; the eager chain's temporarie
 class Case:
     """One operator on one shape and kind of logits.
 
-    ``op`` is ``sample``, ``verify``, ``verify-rejection`` or ``sample_hidden``; ``positions`` are rows
-    of a request: k + 1 for ``verify``.
+    ``op`` is ``sample``, ``verify``, ``verify-rejection`` or ``sample_hidden``; ``positions`` are
+    rows of a request: k + 1 for ``verify``.
     """
 
     op: str = "sample"
