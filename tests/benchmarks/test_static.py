@@ -113,7 +113,7 @@ def path_of(code, *required, excluded=none, unwanted=none):
 
 
 def figures(**changes):
-    route = RouteFigures(10.0, 0.375, 6.0, {"combined": 10.0})
+    route = RouteFigures(10.0, 0.375, 6.0)
     widths: Any = {"logits_loads": {"16": 6}, "other_loads": {"4": 2}, "stores": {"4": 1}}
     plain = Figures(40, 0, 0, 2048, 48, 100, **widths, atomics=1, barriers=3, routes={"all": route})
     return replace(plain, **changes)
@@ -240,7 +240,6 @@ def test_figures_of_a_kernel(tmp_path):
     assert (first.instructions, second.instructions) == (10 / 8, 14 / 8)
     for route in (first, second):
         assert (route.logits_loads, route.logits_bytes) == (2 / 8, 32 / 8)
-    assert second.parts == {"kernel": 12 / 8, "combined": 2 / 8}
 
 
 def test_a_mark_that_marks_nothing_is_an_error(tmp_path):
@@ -459,7 +458,7 @@ def test_check_compiles_and_compares(tmp_path):
     """Against figures one of which can't be reached, and the others can't be missed."""
     unit = Unit("combine", "combine", 90)
     high = {"registers": 255, "shared": 2**20, "atomics": 99, "barriers": 99, "resident_warps": 0}
-    routes = {"all": RouteFigures(1e6, 1e6, 6.0, {})}
+    routes = {"all": RouteFigures(1e6, 1e6, 6.0)}
     easy = figures(**high, stack=99, local=99, other_loads={"4": 999}, routes=routes)
     easy = replace(easy, logits_loads={"1": 999}, stores={"1": 999})
     file, arguments = tmp_path / "static.json", ("--check", "--kernels", "combine", "--cc", "90")
