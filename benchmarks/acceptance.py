@@ -9,7 +9,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import groupby, product
+from operator import itemgetter
 from typing import Annotated, Any
 
 import torch
@@ -83,10 +84,7 @@ class Tried:
 def tried_drafts(row: Row, drafter: str, drafts: int) -> list[Tried]:
     """Every draft of a row that was tried.
 
-    Args:
-        row: decoded to its end, with ``drafts`` to a round wherever the text had room for them.
-        drafter: of :class:`proxytune_kernels.Speculation`.
-        drafts: of each round.
+    The row is decoded to its end, with ``drafts`` to a round wherever the text had room for them.
     """
     found = []
     for start, emitted in row.rounds():
@@ -133,11 +131,10 @@ def overlap(tried: Tried, target: Tensor, expert: Tensor) -> float:
 def expected(overlaps: Sequence[float], accepted: int) -> Record:
     """What the drafts that were tried should have come to, beside what they did.
 
-    Returns:
-        ``overlap``: the mean, which is rejection's acceptance. ``bound``: the mean of
-        (1 - d) / (1 + d), d = 1 - overlap, which is at most coupled's. ``deviations``: accepted
-        drafts less the sum of overlaps, over the standard deviation of that difference if each
-        draft is kept with the probability of its overlap; None where nothing is left to chance.
+    ``overlap`` is the mean, which is rejection's acceptance. ``bound``: the mean of
+    (1 - d) / (1 + d), d = 1 - overlap, which coupled keeps at least. ``deviations``: accepted
+    drafts less the sum of overlaps, over the standard deviation of that difference if each draft
+    is kept with the probability of its overlap; None where nothing is left to chance.
     """
     variance = sum(o * (1 - o) for o in overlaps)
     return {
@@ -158,52 +155,42 @@ def tokens_per_round(rows: Iterable[Row], drafts: int) -> tuple[float, int]:
     return (sum(emitted) / len(emitted) if emitted else math.nan), len(emitted)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to measure."""
+def make_prompts(trio: Trio, name: str, kind: str, count: int, tokens: int) -> Prompts:
+    """Prompts of a kind of text, which goes on for so many tokens."""
+    if kind == "text":
+        return trios.make_prompts(trio, count, _PROMPT_LENGTH)
+    return [prompt for [prompt] in trios.task_batches(trio, name, kind, 1, tokens, count)]
 
-    trio: str
-    kinds: list[str]
-    drafts: list[int]
-    prompts: int
-    tokens: int | None
-    temperature: float
+
+def mismatches(
+    trio: Trio, plain: Sequence[Row], rows: Sequence[Row], name: str, temperature: float
+) -> list[agreement.Mismatch]:
+    """Where rows first leave plain decoding's tokens; row i has seed i."""
+    found = []
+    for i, (want, have) in enumerate(zip(plain, rows, strict=True)):
+        if want.token_ids != have.token_ids:
+            naive = decoding.NaiveLoop(trio)
+            computed = agreement.ComputedTwice(naive, want.prompt, want.token_ids)
+            found.append(
+                agreement.first_mismatch(name, i, computed, have.token_ids, temperature, i)
+            )
+    return found
 
 
 def measure(
-    trio: Trio, settings: Settings, kind: str, tick: Callable[[str], object]
+    trio: Trio,
+    kind: str,
+    prompts: Prompts,
+    tokens: int,
+    temperature: float,
+    counts: Sequence[int],
+    tick: Callable[[str], object],
 ) -> list[Record]:
     """Decode the prompts of a kind in every way; a record per drafter, mode and draft count."""
-    tokens = settings.tokens or (
-        trios.task_tokens(settings.trio) if kind == "arithmetic" else _TOKENS
-    )
-    temperature = settings.temperature
-    prompts: Prompts
-    if kind == "text":
-        prompts = trios.make_prompts(trio, settings.prompts, _PROMPT_LENGTH)
-    else:
-        batches = trios.task_batches(trio, settings.trio, kind, 1, tokens, settings.prompts)
-        prompts = [prompt for [prompt] in batches]
     plain = decode(trio, prompts, tokens, temperature)
     tick(f"{kind}: plain")
-    computed: dict[int, agreement.ComputedTwice] = {}
-
-    def mismatches(name: str, rows: Sequence[Row]) -> list[agreement.Mismatch]:
-        """Where rows first leave plain decoding's tokens."""
-        found = []
-        for i, (want, have) in enumerate(zip(plain, rows, strict=True)):
-            if want.token_ids != have.token_ids:
-                if i not in computed:
-                    computed[i] = agreement.ComputedTwice(
-                        decoding.NaiveLoop(trio), want.prompt, want.token_ids
-                    )
-                found.append(
-                    agreement.first_mismatch(name, i, computed[i], have.token_ids, temperature, i)
-                )
-        return found
-
     records = []
-    for drafter, mode, drafts in product(DRAFTERS, VERIFY_MODES, settings.drafts):
+    for drafter, mode, drafts in product(DRAFTERS, VERIFY_MODES, counts):
         speculation = Speculation(drafter=drafter, mode=mode, max_drafts=drafts, adaptive=False)
         start = time.perf_counter()
         rows = decode(trio, prompts, tokens, temperature, speculation)
@@ -227,12 +214,13 @@ def measure(
             "equal": None,
             "mismatches": None,
         }
-        if drafts == max(settings.drafts) and tried:
+        if drafts == max(counts) and tried:
             texts = {id(row): probabilities(trio, row, temperature) for row in rows}
             overlaps = [overlap(t, *texts[id(row)]) for row, t in tried]
             record["expected"] = expected(overlaps, accepted)
         if mode == "coupled":
-            found = mismatches(f"{kind}, {drafter}, {drafts} drafts", rows)
+            name = f"{kind}, {drafter}, {drafts} drafts"
+            found = mismatches(trio, plain, rows, name, temperature)
             record["equal"] = len(rows) - len(found)
             record["mismatches"] = [
                 {**asdict(m), "within_rounding": m.within_rounding, "text": str(m)} for m in found
@@ -242,11 +230,11 @@ def measure(
     return records
 
 
-def print_records(records: Sequence[Record], settings: Settings, title: str) -> None:
+def print_records(records: Sequence[Record], counts: Sequence[int], title: str) -> None:
     """A section for each kind of text."""
-    shown = [drafts for drafts in settings.drafts if drafts in (1, 4, 8)] or settings.drafts
+    shown = [drafts for drafts in counts if drafts in (1, 4, 8)] or counts
     caption = (
-        f"tried, kept (%): drafts whose predecessors were kept, {max(settings.drafts)} to a round. "
+        f"tried, kept (%): drafts whose predecessors were kept, {max(counts)} to a round. "
         "min(p, q) (%): its sum over tokens, p the target's and q the drafter's probability, mean "
         "over these drafts: what rejection keeps, and both modes of lookup. off: what was kept "
         "less that, in standard deviations. bound (%): mean of (1 - d) / (1 + d), where "
@@ -264,8 +252,8 @@ def print_records(records: Sequence[Record], settings: Settings, title: str) -> 
         ("as\nplain", "as_plain", str),
     ]
     rows = []
-    for kind, drafter, mode in product(settings.kinds, DRAFTERS, VERIFY_MODES):
-        own = [r for r in records if (r["kind"], r["drafter"], r["mode"]) == (kind, drafter, mode)]
+    for (_, drafter, mode), group in groupby(records, itemgetter("kind", "drafter", "mode")):
+        own = list(group)
         last, equal = own[-1], [r["equal"] for r in own if r["equal"] is not None]
         of_all = f"{sum(equal)}/{sum(r['sequences'] for r in own)}" if equal else None
         rows.append(
@@ -303,18 +291,16 @@ def main(
     Exits with code 1 where coupled tokens differ from plain decoding's and there is no tie.
     """
     options.set_threads(threads)
-    settings = Settings(
-        trio=trio,
-        kinds=parse_choices("--kinds", kinds, trios.PROMPTS, None),
-        drafts=sorted(set(parse_choices("--drafts", drafts, range(1, 9), None))),
-        prompts=prompts,
-        tokens=tokens,
-        temperature=temperature,
-    )
-    runs = 1 + len(DRAFTERS) * len(VERIFY_MODES) * len(settings.drafts)
-    with options.user_errors(), report.progress_bar(len(settings.kinds) * runs) as tick:
+    wanted = parse_choices("--kinds", kinds, trios.PROMPTS, None)
+    counts = sorted(set(parse_choices("--drafts", drafts, range(1, 9), None)))
+    runs = len(wanted) * (1 + len(DRAFTERS) * len(VERIFY_MODES) * len(counts))
+    records: list[Record] = []
+    with options.user_errors(), report.progress_bar(runs) as tick:
         opened = trios.open_trio(trio, dtype)
-        records = [r for kind in settings.kinds for r in measure(opened, settings, kind, tick)]
+        for kind in wanted:
+            own = tokens or (trios.task_tokens(trio) if kind == "arithmetic" else _TOKENS)
+            given = make_prompts(opened, trio, kind, prompts, own)
+            records += measure(opened, kind, given, own, temperature, counts, tick)
     name, of = options.trio_label(trio), trios.dtypes(opened)
     output = output or report.RESULTS / f"acceptance-{name}.jsonl"
     shared = {"trio": name, "dtype": of, "temperature": temperature}
@@ -323,12 +309,12 @@ def main(
         f"Drafts that are kept, trio {name}, {trios.dtype_label(opened)}, "
         f"temperature {temperature:g}"
     )
-    mismatches = [m for record in records for m in record["mismatches"] or ()]
-    for mismatch in mismatches:
+    found = [m for record in records for m in record["mismatches"] or ()]
+    for mismatch in found:
         report.say(mismatch["text"], "yellow" if mismatch["within_rounding"] else "red")
-    print_records(records, settings, title)
+    print_records(records, counts, title)
     report.say(f"Wrote {output}")
-    if not all(mismatch["within_rounding"] for mismatch in mismatches):
+    if not all(mismatch["within_rounding"] for mismatch in found):
         report.say("Coupled tokens are not plain decoding's.", "red")
         raise typer.Exit(1)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle, product
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -340,30 +339,6 @@ def print_memory(peaks: Sequence[Record]) -> None:
     report.print_records("", caption, peaks, columns)
 
 
-def plot_sample(records: Sequence[Record], path: Path) -> None:
-    """Microseconds of every provider, one line of dots per case, on a logarithmic axis."""
-    from matplotlib.ticker import StrMethodFormatter
-
-    from benchmarks.harness.plots import panels
-
-    keys = ("kind", "dtype", "filters", "vocab_size", "batch_size")
-    cases = list(dict.fromkeys(tuple(r[k] for k in keys) for r in records))
-    title = "Combine, filter and draw one token per row, alpha 1, temperature 0.7"
-    with panels(path, 1, 1, (8.5, 1.6 + 0.34 * len(cases)), title) as (figure, [[axes]]):
-        for name in dict.fromkeys(record["provider"] for record in records):
-            own = [r for r in records if r["provider"] == name]
-            lines = [cases.index(tuple(r[k] for k in keys)) for r in own]
-            times = [r["microseconds"]["median"] for r in own]
-            axes.plot(times, lines, "k|" if name == YARDSTICK else "o", markersize=8, label=name)
-        labels = [f"{k}, {d}, {f}, V={v:,}, B={b}" for k, d, f, v, b in cases]
-        axes.set_yticks(range(len(cases)), labels)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_xlabel("microseconds per call (median, logarithmic)")
-        figure.legend(loc="outside lower center", ncols=6, frameon=False)
-
-
 # sample_hidden
 
 FUSED, APART, PRODUCTS = "sample_hidden", "three heads, sample", "three heads alone"
@@ -587,7 +562,6 @@ def main(
     ] = 4,
     threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
     output: options.Output = None,
-    plot: options.Plot = True,
     memory: Annotated[
         bool, typer.Option(help="Also peak memory; with --heads, the error of x.")
     ] = True,
@@ -633,8 +607,7 @@ def main(
     medians = {name: f"{s['median']:.1f}" for name, s in overhead["microseconds"].items()}
     report.say(f"Per call with nothing to do (B = 1, V = 1), us: {medians}")
     print_memory(peaks)
-    draw = (lambda path: plot_sample(records, path)) if plot else None
-    return report.draw_picture(output, draw)
+    return report.say(f"Wrote {output}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,9 +19,6 @@ import typer
 from benchmarks.harness import options, report, trios
 from benchmarks.harness.measure import in_turns, ratios, summary
 from proxytune_kernels import Decoder, SamplingParams, Trio
-
-TARGET = 0.90
-"""Share of the slot-steps that should do useful work."""
 
 _DRAWS = 1000
 _COUNTS = ("slot_steps", "useful_slot_steps", "base_forwards", "prefill_forwards")
@@ -51,10 +46,11 @@ def draw_lengths(settings: Settings, seed: int) -> list[tuple[int, int]]:
     rng = random.Random(seed)
     # From half below the least to half above the most, so that both ends are as likely as others.
     ends = math.log(settings.shortest - 0.5), math.log(settings.longest + 0.5)
-    return [
-        (round(math.exp(rng.uniform(*ends))), round(math.exp(rng.uniform(*ends))))
-        for _ in range(settings.requests)
-    ]
+
+    def length() -> int:
+        return round(math.exp(rng.uniform(*ends)))
+
+    return [(length(), length()) for _ in range(settings.requests)]
 
 
 def make_load(trio: Trio, lengths: Sequence[tuple[int, int]]) -> Load:
@@ -73,8 +69,8 @@ class Usage:
     """What decoding a load took.
 
     ``prefill_seconds`` is the time that ran prompts, when no slot takes a step. ``queued`` holds
-    what was counted, and the seconds, up to when the last request had its first token: the queue
-    was empty from there on. ``busy`` is how many slots did useful work, of each step.
+    what was counted, and the seconds, up to when the last request had its first token. ``busy`` is
+    how many slots did useful work, of each step.
     """
 
     seconds: float
@@ -182,8 +178,12 @@ def record_of(name: str, own: Sequence[Usage], batches: Sequence[Usage]) -> Reco
     }
 
 
-def print_records(records: Sequence[Record], settings: Settings, title: str) -> None:
-    """The table, and whether the target is met."""
+def print_records(records: Sequence[Record], settings: Settings) -> None:
+    """The table, and what the share of useful slot-steps is made of."""
+    title = (
+        f"{settings.requests} requests, prompts and outputs of {settings.shortest} to "
+        f"{settings.longest} tokens, {settings.slots} slots, trio {settings.trio}"
+    )
     caption = (
         "useful: share of the slot-steps (slots x steps) that gave a request a token; while "
         "queued: of those while requests were waiting. longest first: sent in that order. "
@@ -202,27 +202,12 @@ def print_records(records: Sequence[Record], settings: Settings, title: str) -> 
     report.print_records(title, caption, records, columns)
     own, draws = records[0], records[0]["useful_at_best"]
     report.say(
-        f"Useful: {own['useful']:.1%} of all slot-steps, target {TARGET:.0%}: "
-        f"{'met' if own['useful'] >= TARGET else 'missed'}. The tail, from when no request was "
-        f"left to refill a slot with, leaves {own['idle_in_tail']:.1%} of all slot-steps idle, and "
-        f"is {own['tail_seconds_share']['median']:.1%} of the time. At best, sent in this order: "
+        f"Useful: {own['useful']:.1%} of all slot-steps. The tail, from when no request was left "
+        f"to refill a slot with, leaves {own['idle_in_tail']:.1%} of all slot-steps idle, and is "
+        f"{own['tail_seconds_share']['median']:.1%} of the time. At best, sent in this order: "
         f"{own['useful_at_best_here']:.1%}; other draws of the lengths {draws['p10']:.1%} to "
         f"{draws['p90']:.1%}, median {draws['median']:.1%} ({draws['count']} draws, arithmetic)."
     )
-
-
-def plot_records(records: Sequence[Record], slots: int, path: Path, title: str) -> None:
-    """Slots that did useful work over the steps, a panel for each way to fill them."""
-    from benchmarks.harness.plots import panels
-
-    size = (8.5, 1.0 + 1.9 * len(records))
-    with panels(path, len(records), 1, size, title, sharex=True, sharey=True) as (_, grid):
-        for [axes], record in zip(grid, records, strict=True):
-            axes.stairs(record["busy"], fill=True, color="#D55E00")
-            axes.axhline(slots, color="black", linewidth=0.9, linestyle="--")
-            axes.set_title(f"{record['provider']}: {record['useful']:.1%} useful", fontsize=9)
-            axes.set_ylabel("slots at work")
-        grid[-1][0].set_xlabel("step")
 
 
 def main(
@@ -236,7 +221,6 @@ def main(
     threads: options.Threads = None,
     dtype: options.Dtype = None,
     output: options.Output = None,
-    plot: options.Plot = True,
 ) -> None:
     """Count the slot-steps that do useful work, and compare with batches that are not refilled."""
     options.set_threads(threads)
@@ -246,17 +230,15 @@ def main(
     settings = Settings(name, requests, slots, shortest, longest, seed, repeats)
     with options.user_errors():
         opened = trios.open_trio(trio, dtype)
-    lengths = draw_lengths(settings, seed)
-    load = make_load(opened, lengths)
+    load = make_load(opened, draw_lengths(settings, seed))
     decoder = Decoder(opened, slots, 2 * longest)
-    ways: dict[str, Callable[[], Usage]] = {
-        "refilled": partial(decode, decoder, load),
-        "longest first": partial(decode, decoder, longest_first(load)),
-        "batches": partial(decode_in_batches, decoder, load, slots),
+    ways: dict[str, Callable[[int], Usage]] = {
+        "refilled": lambda _: decode(decoder, load),
+        "longest first": lambda _: decode(decoder, longest_first(load)),
+        "batches": lambda _: decode_in_batches(decoder, load, slots),
     }
     with report.progress_bar(len(ways) * (repeats + 1)) as tick:
-        calls = {way: lambda _, run=run: run() for way, run in ways.items()}
-        usages = in_turns(calls, repeats, tick, warm_up=True)
+        usages = in_turns(ways, repeats, tick, warm_up=True)
     pairs = zip(usages["refilled"][0].token_ids, usages["batches"][0].token_ids, strict=True)
     differing = sum(one != two for one, two in pairs)
     shared = {**asdict(settings), "dtype": trios.dtypes(opened), "differing": differing}
@@ -270,15 +252,9 @@ def main(
     records[0]["useful_at_best"] = summary(at_best(seed) for seed in range(_DRAWS))
     output = output or report.RESULTS / f"refill-{name}.jsonl"
     report.write_json_lines(output, "refill", records)
-    title = (
-        f"{requests} requests, prompts and outputs of {shortest} to {longest} tokens, {slots} "
-        f"slots, trio {name}"
-    )
-    print_records(records, settings, title)
+    print_records(records, settings)
     report.say(f"{requests - differing} of {requests} requests have the same tokens both ways.")
-    report.draw_picture(
-        output, (lambda path: plot_records(records, slots, path, title)) if plot else None
-    )
+    report.say(f"Wrote {output}")
 
 
 if __name__ == "__main__":

@@ -126,15 +126,6 @@ def say(text: str, style: str | None = None) -> None:
     console.print(text, style=style, soft_wrap=True)
 
 
-def draw_picture(output: Path, draw: Callable[[Path], None] | None) -> None:
-    """Say where the results are, and draw their picture beside them; None draws nothing."""
-    say(f"Wrote {output}")
-    if draw is not None:
-        picture = output.with_suffix(".png")
-        draw(picture)
-        say(f"Wrote {picture}")
-
-
 @contextmanager
 def progress_bar(total: int, description: str = "") -> Iterator[Callable[[str], None]]:
     """A progress bar over ``total`` steps; call what it gives after each, with what to show.
@@ -246,11 +237,3 @@ def significant(value: float | None, suffix: str = "") -> str:
         return "-"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return fixed(value, digits, suffix)
-
-
-def verdict(name: str, ratio: Mapping[str, float], least: float) -> str:
-    """Whether a paired ratio reaches its target, in words."""
-    return (
-        f"{name}: {ratio['median']:.2f} times ({ratio['p10']:.2f} to {ratio['p90']:.2f}), "
-        f"target {least:g}: {'met' if ratio['median'] >= least else 'missed'}."
-    )
