@@ -48,7 +48,6 @@ from benchmarks.harness.logits import (
     transformers_peer,
 )
 from benchmarks.harness.measure import Summary, ratios, summary, time_in_turns
-from benchmarks.harness.memory import PeakMemory, in_fresh_process
 from benchmarks.harness.options import parse_choices
 from proxytune_kernels import reference
 from proxytune_kernels.ops.table import OPERATORS
@@ -264,45 +263,6 @@ def time_overhead(repeats: int) -> Record:
     }
 
 
-def peak(op: str, rows: int, vocab_size: int, dtype: str, threads: int) -> Record:
-    """Extra bytes of one call, outputs included; for a process of its own.
-
-    ``sample`` draws ``rows`` tokens (peaked, top_p 0.9), ``score`` has logits [1, rows, V] (flat),
-    and ``control`` writes one fp32 row: what this way of measuring can tell.
-    """
-    torch.set_num_threads(threads)
-
-    def call(width: int) -> Callable[[], object]:
-        if op == "control":
-            return lambda: torch.ones(width)
-        if op == "sample":
-            case = OpCase(dtype=dtype, vocab_size=width, batch_size=rows)
-            logits, params = case.logits(), case.row_params()
-            return lambda: ptk.sample(*logits, params)
-        base, expert, anti = (x[None] for x in make_logits("flat", rows, width, DTYPES[dtype]))
-        ids = torch.arange(rows)[None] % width
-        return lambda: ptk.score(base, expert, anti, ids)
-
-    call(64)()  # pages the code in, starts the threads
-    measured = call(vocab_size)
-    with PeakMemory() as memory:
-        measured()
-    extra, size = memory.extra_bytes, 3 * rows * vocab_size * DTYPES[dtype].itemsize
-    share = None if op == "control" else extra / size
-    return {"extra_bytes": extra, "extra_rows": extra / (4 * vocab_size), "share": share}
-
-
-def measure_memory(threads: int) -> list[Record]:
-    """Peak extra memory of the operators, each in a fresh process."""
-    where = {"vocab_size": 128_256, "dtype": "float32", "threads": threads}
-    calls = [*(("sample", rows) for rows in BATCH_SIZES), ("score", 512), ("control", 1)]
-    return [
-        {"op": f"{op} memory", "rows": rows, **where}
-        | in_fresh_process("benchmarks.kernels:peak", op=op, rows=rows, **where)
-        for op, rows in calls
-    ]
-
-
 def print_times(title: str, records: Sequence[Record], unit: str, gigabytes: str) -> None:
     """Table of times, a section for each case."""
     caption = (
@@ -321,22 +281,6 @@ def print_times(title: str, records: Sequence[Record], unit: str, gigabytes: str
         return f"{' '.join(what)}\nV={r['vocab_size']:,} B={r['batch_size']}"
 
     report.print_records(title, caption, records, columns, section)
-
-
-def print_memory(peaks: Sequence[Record]) -> None:
-    """Table of peak extra memory."""
-    caption = (
-        "V = 128,256, fp32, each in a fresh process. The control writes one row: how far its "
-        "figure is from 1 row is how far any of these may be."
-    )
-    columns: list[report.Column] = [
-        ("peak extra memory", "op", str),
-        ("rows", "rows", str),
-        ("MiB", "extra_bytes", report.decimals(2, 2**-20)),
-        ("fp32 rows", "extra_rows", report.decimals(1)),
-        ("share of logits", "share", report.percent),
-    ]
-    report.print_records("", caption, peaks, columns)
 
 
 # sample_hidden
@@ -403,7 +347,7 @@ def sample_apart(heads: Heads, params: ptk.RowParams, vocab_size: int) -> ptk.Sa
     return ptk.sample(*logits_apart(heads, vocab_size), params)
 
 
-def accuracy(heads: Heads, vocab_size: int) -> Record:
+def errors_of(heads: Heads, vocab_size: int) -> Record:
     """How far x is from exact heads' by both ways, and what that does to tokens.
 
     Fused: fp32 accumulators, combined in fp32. Apart: logits rounded to the heads' dtype, combined
@@ -451,10 +395,10 @@ def measure_accuracy() -> list[Record]:
                 ptk.Head.of(model, model.base_model(ids).last_hidden_state.flatten(0, 1))
                 for model in trio.models.values()
             )
-        found.append({"heads": f"{name} trio", **accuracy((base, expert, anti), trio.vocab_size)})
+        found.append({"heads": f"{name} trio", **errors_of((base, expert, anti), trio.vocab_size)})
     heads = random_heads("llama-2", torch.bfloat16, _ACCURACY_ROWS)
     vocab_size, _ = SHAPES["llama-2"]
-    found.append({"heads": "llama-2 shape, random", **accuracy(heads, vocab_size)})
+    found.append({"heads": "llama-2 shape, random", **errors_of(heads, vocab_size)})
     return [{"op": "heads accuracy", **record} for record in found]
 
 
@@ -562,9 +506,7 @@ def main(
     ] = 4,
     threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
     output: options.Output = None,
-    memory: Annotated[
-        bool, typer.Option(help="Also peak memory; with --heads, the error of x.")
-    ] = True,
+    accuracy: Annotated[bool, typer.Option(help="With --heads: also the error of x.")] = True,
 ) -> None:
     """Time `sample` alone beside its peers. Naming any axis measures the product of the axes."""
     torch.set_num_threads(threads)
@@ -580,7 +522,7 @@ def main(
                 repeats,
             )
         )
-        errors = measure_accuracy() if memory else []
+        errors = measure_accuracy() if accuracy else []
         output = output or report.RESULTS / "heads.jsonl"
         report.write_json_lines(output, "heads", [*records, *errors])
         print_times("From hidden states to tokens", records, "milliseconds", "weights")
@@ -598,15 +540,13 @@ def main(
     names = parse_choices("--providers", providers, PROVIDERS, OURS)
     overhead = time_overhead(repeats)
     records = list(time_sample(cases, names, repeats, buffers))
-    peaks = measure_memory(threads) if memory else []
     output = output or report.RESULTS / "kernels.jsonl"
-    report.write_json_lines(output, "kernels", [*records, overhead, *peaks])
+    report.write_json_lines(output, "kernels", [*records, overhead])
     print_times(
         "sample: combine, filter and draw a token per row", records, "microseconds", "logits"
     )
     medians = {name: f"{s['median']:.1f}" for name, s in overhead["microseconds"].items()}
     report.say(f"Per call with nothing to do (B = 1, V = 1), us: {medians}")
-    print_memory(peaks)
     return report.say(f"Wrote {output}")
 
 

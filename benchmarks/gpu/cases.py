@@ -27,8 +27,6 @@ MAIN_VOCAB_SIZE = 128_256
 DTYPE = torch.bfloat16
 HEADS_SHAPE = "llama-2"
 
-_MEMORY_SHARE = 0.25  # of the device's for inputs; the eager chain's temporaries take the rest
-
 
 @dataclass(frozen=True)
 class Case:
@@ -84,10 +82,6 @@ class Case:
         by age would still hold some of it after once its size.
         """
         return 1 + math.ceil(2 * l2_bytes / self.logits_bytes)
-
-    def fits(self, l2_bytes: int, memory_bytes: int) -> bool:
-        """Whether a device has the memory for the case's input sets."""
-        return self.sets_needed(l2_bytes) * self.logits_bytes <= _MEMORY_SHARE * memory_bytes
 
 
 class Inputs(NamedTuple):

@@ -32,10 +32,6 @@ class CannotCapture(RuntimeError):
     """A call does what a CUDA graph can't hold: it synchronises, or copies to the host."""
 
 
-class DeviceLost(RuntimeError):
-    """An error that all later calls on the device would report again."""
-
-
 def first_line(error: BaseException) -> str:
     """An error's type and the first line of what it says: one line for a note."""
     lines = str(error).strip().splitlines()
@@ -152,19 +148,17 @@ class Journal:
         write_json_lines(self.output, "gpu", records, self.device, append=bool(self.records))
         self.records += records
 
-    def note(self, sentence: str, *, failed: bool = False, **fields: Any) -> None:
+    def note(self, sentence: str, *, failed: bool = False) -> None:
         """Say and keep a sentence; a failure makes the command's exit code 1."""
         say(sentence)
         self.failed |= failed
-        self.add([{"op": "note", "text": sentence, "failed": failed, **fields}])
+        self.add([{"op": "note", "text": sentence, "failed": failed}])
 
     @contextmanager
     def guarded(self, what: str, *, ours: bool = True) -> Iterator[None]:
         """Turn what goes wrong into a note: a failure where it is ours, but for lack of memory."""
         try:
             yield
-        except DeviceLost:
-            raise
         except AssertionError as error:
             self.note(f"{what}: wrong, not timed: {error}", failed=ours)
         except torch.OutOfMemoryError:
@@ -175,10 +169,7 @@ class Journal:
             return
         # Only now: while it was handled, the error held on to all that its frames had made.
         release()
-        try:
-            torch.cuda.synchronize()
-        except Exception as error:
-            raise DeviceLost(f"{what}: the device is lost: {first_line(error)}") from error
+        torch.cuda.synchronize()  # raises where the device is lost
 
     @property
     def copy_rate(self) -> float:

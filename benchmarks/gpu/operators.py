@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu.cases import BACKENDS, MAIN_VOCAB_SIZE, Case, Inputs, Unit, make_inputs
-from benchmarks.gpu.device import CannotCapture, Device, DeviceLost, Journal, Record, Run, release
+from benchmarks.gpu.device import CannotCapture, Device, Journal, Record, Run, release
 from benchmarks.gpu.peers import Prepared, absent, prepare
 from benchmarks.harness.measure import ratios, summary
 from benchmarks.harness.report import (
@@ -145,21 +145,16 @@ def run(device: Device, units: Sequence[Unit], output: Path, budget: float) -> i
         journal.note(f"{name}: not measured: {reason}")
     journal.add([device.copy_record()])
     dropped = []
-    try:
-        with progress_bar(len(units)) as tick:
-            for unit in units:
-                tick(str(unit.case))
-                if time.monotonic() > end:
-                    dropped.append(str(unit))
-                elif not unit.case.fits(device.l2_bytes, device.memory_bytes):
-                    journal.note(f"{unit.case}: not measured, its inputs need more memory")
-                else:
-                    names = [name for name in unit.providers if name not in missing]
-                    with journal.guarded(str(unit.case)):
-                        measure(device, unit.case, names, journal)
-                    release()
-    except DeviceLost as error:
-        journal.note(f"{error}; nothing more is measured", failed=True)
+    with progress_bar(len(units)) as tick:
+        for unit in units:
+            tick(str(unit.case))
+            if time.monotonic() > end:
+                dropped.append(str(unit))
+                continue
+            names = [name for name in unit.providers if name not in missing]
+            with journal.guarded(str(unit.case)):
+                measure(device, unit.case, names, journal)
+            release()
     if dropped:
         journal.note(
             f"Not measured for lack of time, {len(dropped)} of {len(units)}, least important "

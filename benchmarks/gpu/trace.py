@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from benchmarks.gpu.device import first_line
 from benchmarks.harness.decoding import DecoderProvider
 from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
 from benchmarks.harness.trios import make_prompts
@@ -125,22 +124,3 @@ def profile(provider: DecoderProvider, prompt_length: int) -> dict[str, Any]:
         # The decoder runs a step ahead: that one's end would be in the trace.
         torch.cuda.synchronize()
         return trace_record(profiled(steps, ProfilerActivity.CUDA))
-
-
-def synchronisation_record(provider: DecoderProvider, prompt_length: int) -> dict[str, Any]:
-    """Decode with every call of torch that synchronises made an error.
-
-    What is not one: waiting for an event, as the host does for the step before the last.
-    """
-    raised, before = None, torch.cuda.get_sync_debug_mode()
-    with decoding(provider, prompt_length) as steps:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            steps()
-        except RuntimeError as error:
-            raised = first_line(error)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    graphs: str = provider.decoder.info()["graphs"]
-    captured = not graphs.startswith("none")
-    return {"op": "synchronisation", "captured": captured, "graphs": graphs, "raised": raised}

@@ -153,24 +153,15 @@ def test_records(trios):
     assert (lines[four]["step_bytes"], lines[four]["step_over_floor"]) == (None, None)
     [alone] = records([timed(trio, "ours-speculative-1", [0.05], 9)], 1, 9, 1.0)
     assert (alone["step_over_base_only"], alone["step_over_ours"]) == (None, None)
-    with pytest.raises(ValueError, match="ours-speculative-8: no whole step in 2 rows"):
-        records([timed(trio, "ours-speculative-8", [0.05], 9)], 1, 9, 1.0)
 
 
-@pytest.mark.parametrize("name", ["base-only", "ours", "ours-shared-pair", "ours-speculative-2"])
-def test_modes_are_right_on_a_processor(trios, name):
-    """Tokens against the naive loop's and plain decoding's, as the command checks them."""
+def test_modes_are_right_on_a_processor(monkeypatch, trios):
+    """Greedy tokens against the naive loop's, as the command checks them; what is wrong ends it."""
     trio = trios["separate"]
     models = [random_model(TINY, "cpu", i, dtype=torch.float64) for i in range(3)]
-    wide = random_models.with_shared_pair(type(trio).from_models(*models, trio.tokenizer))
-    by_dtype = dict.fromkeys(("float32", "float64"), wide)
-    plain = decoder.sampled(BY_NAME["ours"], wide)
-    said = decoder.check(BY_NAME[name], by_dtype, plain)
-    assert said.startswith("greedy tokens are the naive loop's, 0 ties")
-    if BY_NAME[name].drafts:
-        plain[1][3] += 1
-        with pytest.raises(AssertionError, match="prompt 1: "):
-            decoder.check(BY_NAME[name], by_dtype, plain)
+    double = type(trio).from_models(*models, trio.tokenizer)
+    monkeypatch.setattr("benchmarks.gpu.decoder.ptk.load_trio", lambda *_, **__: double)
+    decoder.check("cpu")
 
 
 def event(name, cat, ts, dur, **args):

@@ -22,9 +22,6 @@ def test_command(run_command, tmp_path):
     assert times == [(f, p) for f in ("none", "top_p") for p in ("ours", "softmax only", "torch")]
     [overhead] = [r for r in records if r["op"] == "sample overhead"]
     assert overhead["microseconds"]["sample"]["median"] > 0
-    peaks = {r["op"]: r for r in records if r["op"].endswith("memory")}
-    assert 0.3 < peaks["control memory"]["extra_rows"] < 2
-    assert peaks["score memory"]["share"] < 0.05  # no [B, T, V] temporary
     result = run_command(kernels.main, "--kinds", "round")
     assert result.exit_code == 2
     assert "--kinds" in result.output
@@ -34,13 +31,13 @@ def test_heads(run_command, tmp_path):
     output = tmp_path / "out.jsonl"
     result = run_command(
         kernels.main, "--heads", "shipped", "--dtypes", "bfloat16", "--batch-sizes", 2,
-        "--repeats", 1, "--no-memory", "--output", output,
+        "--repeats", 1, "--no-accuracy", "--output", output,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["provider"] for r in records] == [kernels.FUSED, kernels.APART, kernels.PRODUCTS]
     heads = random_heads("shipped", torch.bfloat16, 64)
-    found = kernels.accuracy(heads, 1536)
+    found = kernels.errors_of(heads, 1536)
     assert found[kernels.FUSED]["largest_error"] <= found["bound"]
     assert found[kernels.FUSED]["rms_error"] < found[kernels.APART]["rms_error"] / 100
 
