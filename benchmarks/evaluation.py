@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.harness import options, report, trios
 from benchmarks.harness.measure import Spent, ratios, summary, time_in_turns
 from benchmarks.harness.memory import PeakMemory, in_fresh_process
+from benchmarks.harness.random_models import ModelShape, random_model
 from proxytune_kernels import Trio, quantize
 
 WIDE = "wide"
@@ -64,29 +65,18 @@ def make_trio(name: str, dtype: str | None, layers: int) -> Trio:
         return trios.open_trio(name, dtype)
     trios.quiet_loading()
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    def llama(seed: int, hidden: int, inner: int, heads: int, kv_heads: int, layers: int) -> Any:
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        model: Any = LlamaForCausalLM(config)
-        return model.to(getattr(torch, dtype or "float32")).eval()
-
+    weights = getattr(torch, dtype or "float32")
+    base = ModelShape(576, 1536, layers, 9, 3, VOCAB_SIZE, tied=True)
+    pair = ModelShape(192, 512, 2, 3, 3, VOCAB_SIZE, tied=True)
+    made = [
+        random_model(shape, "cpu", i, dtype=weights) for i, shape in enumerate((base, pair, pair))
+    ]
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0")
-    expert, anti = (llama(seed, 192, 512, 3, 3, 2) for seed in (1, 2))
-    return Trio.from_models(llama(0, 576, 1536, 9, 3, layers), expert, anti, tokenizer)
+    return Trio.from_models(*made, tokenizer)
 
 
 def make_documents(name: str, count: int, choices: int, seed: int = 0) -> list[Document]:

@@ -206,13 +206,13 @@ class Times:
 
 
 def time_case(
-    trio: Trio,
+    models: Mapping[str, Any],
     providers: Sequence[Provider],
     work: Work,
     repeats: int,
     tick: Callable[[str], object],
 ) -> list[Record]:
-    """Time all providers and the bare forwards in turn, after a run of each to warm up.
+    """Time all providers and the bare forwards of models in turn, after a run of each to warm up.
 
     In one repeat all have the same batch of prompts. Gives a record for each provider.
     """
@@ -225,7 +225,7 @@ def time_case(
         return provider.generate(prompts(repeat), output)
 
     calls: dict[str, Callable[[int], Any]] = {p.name: partial(decode, p) for p in providers}
-    calls["bare forwards"] = lambda r: bare_forwards(trio.models, prompts(r), output - 1)
+    calls["bare forwards"] = lambda r: bare_forwards(models, prompts(r), output - 1)
     found = in_turns(calls, repeats, lambda name: tick(f"{work.case}: {name}"), warm_up=True)
     forwards = found.pop("bare forwards")
     times = {name: Times(generations) for name, generations in found.items()}
@@ -248,6 +248,7 @@ def record_of(
         for repeat in forwards
     ]
     floor = {role: 1e3 * Summary.of(m[role] for m in medians).median for role in medians[0]}
+    bare = bool(floor)
     steps = [Summary.of(arrivals).median for arrivals in own.arrivals]
     means = [sum(fmean(seconds) for seconds in repeat.values()) for repeat in forwards]
     p50, p95 = np.percentile([1e3 * s for repeat in own.arrivals for s in repeat], (50, 95))
@@ -261,8 +262,8 @@ def record_of(
         "arrival_ms": {"p50": float(p50), "p95": float(p95)},
         "token_ms": summary(own.token_means, 1e3),
         "bare_forwards_ms": {**floor, "sum": sum(floor.values())},
-        "step_over_forwards": ratios(steps, [sum(m.values()) for m in medians]),
-        "token_over_forwards": ratios(own.token_means, means),
+        "step_over_forwards": ratios(steps, [sum(m.values()) for m in medians]) if bare else None,
+        "token_over_forwards": ratios(own.token_means, means) if bare else None,
         "speed_over": {o: ratios(t.totals, own.totals) for o, t in others.items()},
         "token_speed_over": {o: ratios(t.token_means, own.token_means) for o, t in others.items()},
         "acceptance": own.counts["accepted"] / drafted if drafted else None,
@@ -305,7 +306,7 @@ def measure(
     records: list[Record] = []
     with report.progress_bar(runs + len(providers) * settings.memory) as tick:
         for work in works:
-            records += time_case(trio, providers, work, settings.repeats, tick)
+            records += time_case(trio.models, providers, work, settings.repeats, tick)
         shapes = [
             (w.case.batch_size, w.longest - w.case.output_length, w.case.output_length)
             for w in works

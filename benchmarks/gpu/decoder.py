@@ -1,18 +1,16 @@
 """The decoder on a GPU: ways to decode a trio side by side, step times over the bytes they read.
 
-With random weights a draft is accepted by chance alone, so what is measured of speculation is the
-time of a round of k drafts. How many tokens it emits depends on the acceptance, which is a property
-of real models and their text.
+Measured as ``benchmarks.throughput`` does. With random weights a draft is accepted by chance alone,
+so what is measured of speculation is the time of a round of k drafts. How many tokens it emits
+depends on the acceptance, which is a property of real models and their text.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import proxytune_kernels as ptk
@@ -24,8 +22,8 @@ from benchmarks.harness.agreement import (
     CHECKED_TOKENS,
     check_greedy,
 )
-from benchmarks.harness.decoding import DecoderProvider, Generation, NaiveLoop, Provider
-from benchmarks.harness.measure import in_turns, ratios, summary
+from benchmarks.harness.decoding import Case, DecoderProvider, NaiveLoop, Provider
+from benchmarks.harness.measure import no_tick
 from benchmarks.harness.random_models import (
     SEPARATE,
     SHARED,
@@ -45,11 +43,12 @@ from benchmarks.harness.report import (
     significant,
 )
 from benchmarks.harness.trios import make_prompts, quiet_loading
+from benchmarks.throughput import Work, time_case
 from proxytune_kernels import Trio
 
 Trios = Mapping[str, Trio]
 
-NAIVE, BASE_ONLY, OURS = "naive", "base-only", "ours"
+NAIVE, OURS = "naive", "ours"
 PAPER = {"13b": 2.4, "70b": 1.5}
 """Proxy-tuned over tuned model, per token, by trio: Liu et al. 2024, arXiv 2401.08565. A tuned
 model of the base's size costs what the base alone costs."""
@@ -91,7 +90,7 @@ class Mode(NamedTuple):
 _SEPARATE_PAIR = {"pair": "separate"}
 MODES = (
     Mode(NAIVE, None, any_batch=True),
-    Mode(BASE_ONLY, {"roles": ("base",)}, any_batch=True),
+    Mode("base-only", {"roles": ("base",)}, any_batch=True),
     Mode(OURS, _SEPARATE_PAIR, any_batch=True),
     Mode("ours-shared-pair", {"pair": "shared"}, pair=SHARED, any_batch=True),
     Mode("ours-eager", {"pair": "separate", "graphs": False}),
@@ -152,104 +151,40 @@ def check(device: str) -> None:
 def measure(
     shape: TrioShape, trios: Trios, modes: Sequence[Mode], batch_size: int, journal: Journal
 ) -> None:
-    """Run all modes in turn; each has run before: what is compiled or captured is there."""
-    prompts = make_prompts(trios[SEPARATE], batch_size, _PROMPT)
-    providers: dict[str, Provider] = {}
-    what = f"{shape.name}, batch {batch_size}"
+    """Run all modes in turn, after one run of each; what is captured is there by then."""
+    trio, what = trios[SEPARATE], f"{shape.name}, batch {batch_size}"
+    made: dict[str, tuple[Mode, Provider]] = {}
     for mode in modes:
         with journal.guarded(f"{what}: {mode.name}"):
-            provider = mode.make(trios, batch_size, _MAX_SEQ_LEN)
-            provider.generate(prompts, _TOKENS)
-            providers[mode.name] = provider
-    say(f"{what}: timing {len(providers)} modes")
-
-    def generate(provider: Provider, repeat: int) -> Generation:
-        return provider.generate(prompts, _TOKENS)
-
-    found = in_turns({name: partial(generate, p) for name, p in providers.items()}, _REPEATS)
-    timed = [
-        ModeTimes(mode, providers[mode.name], found[mode.name]) for mode in modes
-        if mode.name in providers
-    ]  # fmt: skip
-    shared: Record = {"op": "decode", "trio": shape.name, "title": shape.title}
-    shared = {**shared, "prompt_length": _PROMPT, "output_length": _TOKENS}
-    lines = records(timed, batch_size, _TOKENS, journal.copy_rate)
-    journal.add([{**shared, **line} for line in lines])
-    if batch_size == 1 and isinstance(plain := providers.get(OURS), DecoderProvider):
+            made[mode.name] = mode, mode.make(trios, batch_size, _MAX_SEQ_LEN)
+    say(f"{what}: timing {len(made)} modes")
+    work = Work(Case(batch_size, _PROMPT, _TOKENS), [make_prompts(trio, batch_size, _PROMPT)])
+    providers = [provider for _, provider in made.values()]
+    lines = time_case({}, providers, work, _REPEATS, no_tick)
+    shared = {"op": "decode", "trio": shape.name, "title": shape.title}
+    journal.add([
+        {**shared, **line, **floor(*made[line["provider"]], line, journal.copy_rate)}
+        for line in lines
+    ])  # fmt: skip
+    if batch_size == 1 and OURS in made and isinstance(made[OURS][1], DecoderProvider):
         with journal.guarded(f"{shape.name}: profile"):
-            record = trace.profile(plain, _PROMPT)
+            record = trace.profile(made[OURS][1], _PROMPT)
             journal.add([{"trio": shape.name, **record}])
             say(f"{shape.name}: no kernel runs in {record['idle_share']:.1%} of the time")
 
 
-class ModeTimes(NamedTuple):
-    """One mode's measurements: in each repeat, what every row's caller got and when."""
+def floor(mode: Mode, provider: Provider, line: Record, copy_rate: float) -> dict[str, Any]:
+    """Bytes of weights that a step reads, and its time over theirs at a copy's rate.
 
-    mode: Mode
-    provider: Provider
-    generations: Sequence[Generation]
-
-
-def intervals(generation: Generation, drafts: int) -> list[float]:
-    """Seconds between what a row's caller got and what it got next, all rows after each other.
-
-    A plain step gives a token, a round of speculation one to ``drafts + 1`` at once. Rounds that
-    had to end the text are left out: they may draft less.
+    Those of a round of speculation are not counted: it reads some several times.
     """
-    return [
-        times[i] - times[i - 1]
-        for times in generation.seconds
-        for i in range(1, len(times))
-        if times[i] != times[i - 1] and len(times) - i > drafts
-    ]
-
-
-def records(
-    timed: Sequence[ModeTimes], batch_size: int, max_tokens: int, copy_rate: float
-) -> list[dict[str, Any]]:
-    """A line of results for each mode, measured in the same repeats; ratios are paired by repeat.
-
-    ``copy_rate`` is bytes per second, read and written, of a device-to-device copy. The bytes that
-    a round of speculation reads are not counted: it reads some several times.
-    """
-    all_steps = {
-        t.mode.name: [intervals(generation, t.mode.drafts) for generation in t.generations]
-        for t in timed
-    }
-    medians = {name: [median(s) for s in steps] for name, steps in all_steps.items()}
-
-    def over(name: str, other: str) -> dict[str, float] | None:
-        """Steps of one over another's; None where one was not measured."""
-        both = name in medians and other in medians
-        return ratios(medians[name], medians[other]) if both else None
-
-    lines = []
-    for t in timed:
-        name, steps, models = t.mode.name, medians[t.mode.name], t.provider.trio.models
-        read = None if t.mode.drafts else step_bytes([models[r] for r in t.provider.roles])
-        floor = None if read is None else read / copy_rate
-        totals = [max(times[-1] for times in g.seconds) for g in t.generations]
-        counts = [g.counts for g in t.generations]
-        ours = isinstance(t.provider, DecoderProvider)
-        line = {
-            "mode": name,
-            "drafts": t.mode.drafts,
-            "batch_size": batch_size,
-            "repeats": len(steps),
-            "set_up_seconds": t.provider.set_up_seconds,
-            "step_ms": summary(steps, 1e3),
-            "tokens_per_second": summary(batch_size * max_tokens / s for s in totals),
-            "step_bytes": read,
-            "floor_ms": None if floor is None else floor * 1e3,
-            "step_over_floor": None if floor is None else ratios(steps, [floor] * len(steps)),
-            "step_over_base_only": over(name, BASE_ONLY),
-            "naive_over_step": over(NAIVE, name),
-            "step_over_ours": over(name, OURS),
-            "counted": {key: sum(c[key] for c in counts) for key in counts[0]},
-            "decoder": t.provider.decoder.info() if ours else None,  # type: ignore[attr-defined]
-        }
-        lines.append(line)
-    return lines
+    info = provider.decoder.info() if isinstance(provider, DecoderProvider) else None
+    if mode.drafts:
+        return {"drafts": mode.drafts, "decoder": info}
+    read = step_bytes([provider.trio.models[role] for role in provider.roles])
+    floor_ms = 1e3 * read / copy_rate
+    over = line["token_ms"]["median"] / floor_ms
+    return {"step_bytes": read, "floor_ms": floor_ms, "step_over_floor": over, "decoder": info}
 
 
 def weights_record(shape: TrioShape, trios: Trios) -> dict[str, Any]:
@@ -258,7 +193,6 @@ def weights_record(shape: TrioShape, trios: Trios) -> dict[str, Any]:
     by_name["shared pair"] = [trios[SHARED].expert, trios[SHARED].anti]
     return {
         "op": "weights",
-        "trio": shape.name,
         "title": shape.title,
         "bytes": {name: weight_bytes(models) for name, models in by_name.items()},
         "step_bytes": {name: step_bytes(models) for name, models in by_name.items()},
@@ -271,14 +205,18 @@ def weights_line(record: Record) -> str:
     return f"{record['title']}: weights of {sizes}."
 
 
+def _inverse(speed: float) -> str:
+    return fixed(1 / speed)
+
+
 COLUMNS: tuple[Column, ...] = (
-    ("mode", "mode", str),
-    ("\nms", "step_ms/median", significant),
+    ("mode", "provider", str),
+    ("token\nms", "token_ms/median", significant),
     ("\nGB", "step_bytes", decimals(1, 1e-9)),
-    ("x\nbytes", "step_over_floor/median", fixed),
-    ("x base\nonly", "step_over_base_only/median", fixed),
-    ("x\nours", "step_over_ours/median", fixed),
-    ("naive\nover it", "naive_over_step/median", fixed),
+    ("x\nbytes", "step_over_floor", fixed),
+    ("x base\nonly", "token_speed_over/base-only/median", _inverse),
+    ("naive\nover it", "token_speed_over/naive/median", fixed),
+    ("step, round\nms", "arrival_ms/p50", significant),
 )
 
 
@@ -301,12 +239,12 @@ def groups(timed: Sequence[Record]) -> list[tuple[str, list[list[str]]]]:
 def caption(journal: Journal) -> str:
     """What the columns mean, and what was measured on."""
     return (
-        "ms: median time of a step in the caller's hands, of a round where it speculates. GB: "
-        "weights that a step reads. x bytes: time over what they take at the "
-        f"{journal.copy_rate / 1e9:,.0f} GB/s, read and written, of a device-to-device copy in "
-        "this run. x base only, x ours: over the base alone, and over plain steps of ours. naive "
-        "over it: how much longer the naive loop takes. the paper: proxy-tuned over tuned model, "
-        f"whose cost is the base's (Liu et al. 2024). {journal.where}"
+        "token ms: mean time of a token after the first, in the caller's hands. GB: weights that a "
+        f"step reads. x bytes: time over what they take at the {journal.copy_rate / 1e9:,.0f} "
+        "GB/s, read and written, of a device-to-device copy in this run. x base only: over the "
+        "base alone. naive over it: how much longer the naive loop takes. step, round: median "
+        "time from one arrival at a row's caller to the next. the paper: proxy-tuned over tuned "
+        f"model, whose cost is the base's (Liu et al. 2024). {journal.where}"
     )
 
 

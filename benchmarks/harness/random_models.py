@@ -49,9 +49,10 @@ class ModelShape:
     kv_heads: int
     vocab_size: int = VOCAB_SIZE
     context: int = 4096
+    tied: bool = False
 
     def config(self) -> Any:
-        """The transformers configuration; embedding and head are two matrices."""
+        """The transformers configuration; embedding and head are one matrix where they are tied."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -63,7 +64,7 @@ class ModelShape:
             num_key_value_heads=self.kv_heads,
             max_position_embeddings=self.context,
             rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
+            tie_word_embeddings=self.tied,
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
@@ -162,6 +163,7 @@ def random_model(
     # Its buffers are computed, not loaded: a filled "meta" tensor would be a wrong angle.
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    model.tie_weights()
     return model.requires_grad_(False)
 
 

@@ -13,9 +13,9 @@ from torch.profiler import ProfilerActivity
 from transformers import LlamaForCausalLM
 
 from benchmarks.gpu import decoder, trace
-from benchmarks.gpu.decoder import MODES, ModeTimes, intervals, records
+from benchmarks.gpu.decoder import MODES
+from benchmarks.gpu.device import Journal
 from benchmarks.harness import random_models
-from benchmarks.harness.decoding import Generation
 from benchmarks.harness.random_models import (
     LLAMA_7B,
     LLAMA_13B,
@@ -110,49 +110,32 @@ def test_every_id_has_a_name_and_text_comes_back():
     assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
 
 
-def test_intervals():
-    rows = Generation([], [[1.0, 1.5, 3.0], [1.0, 2.0, 2.25]])
-    assert intervals(rows, 0) == [0.5, 1.5, 1.0, 0.25]
-    # The first token is the prompt's. Rounds of 2 drafts: after 1, 3, 4 and 7 tokens of 9; the
-    # last begins with 2 tokens left, and would have drafted 1.
-    rounds = Generation([], [[1.0, 2.0, 2.0, 4.0, 7.0, 7.0, 7.0, 11.0, 11.0]])
-    assert intervals(rounds, 2) == [1.0, 2.0, 3.0]
-    # of 6 tokens left, 5 can be drafted and one more drawn
-    assert intervals(rounds, 5) == [1.0, 2.0]
-    assert intervals(rounds, 8) == []
-
-
-def timed(trio, name, steps, tokens=11):
-    """A mode whose steps take so long, one number a repeat."""
-    provider: Any = SimpleNamespace(trio=trio, roles=("base",), set_up_seconds=0.5)
-    times = [[[1.0 + step * i for i in range(tokens)]] * 2 for step in steps]
-    return ModeTimes(BY_NAME[name], provider, [Generation([], t, {"emitted": 7}) for t in times])
-
-
-def test_records(trios):
-    trio, four = trios["separate"], "ours-speculative-4"
-    steps = {
-        "naive": [0.06, 0.05], "base-only": [0.010, 0.020], "ours": [0.022, 0.040],
-        four: [0.033, 0.060],
-    }  # fmt: skip
+def test_floors(trios):
+    """A step's bytes take 10 ms; those of a round are not counted."""
+    trio = trios["separate"]
     read = step_bytes([trio.base])
-    measured = [timed(trio, name, seconds) for name, seconds in steps.items()]
-    lines = {line["mode"]: line for line in records(measured, 2, 11, 100.0 * read)}
-    ours = lines["ours"]
-    assert (ours["batch_size"], ours["repeats"], ours["counted"]) == (2, 2, {"emitted": 14})
-    assert ours["step_ms"]["median"] == pytest.approx(31.0)
-    # a step's bytes take 10 ms
-    assert (ours["step_bytes"], ours["floor_ms"]) == (read, pytest.approx(10.0))
-    assert ours["step_over_floor"]["median"] == pytest.approx(3.1)
-    # paired: 2.2 and 2.0, not 31 over 15
-    assert ours["step_over_base_only"]["median"] == pytest.approx(2.1)
-    assert ours["naive_over_step"]["median"] == pytest.approx((60 / 22 + 50 / 40) / 2)
-    # the last token comes at 1.22 and 1.4 seconds
-    assert ours["tokens_per_second"]["median"] == pytest.approx((22 / 1.22 + 22 / 1.4) / 2)
-    assert lines[four]["step_over_ours"]["median"] == pytest.approx(1.5)
-    assert (lines[four]["step_bytes"], lines[four]["step_over_floor"]) == (None, None)
-    [alone] = records([timed(trio, "ours-speculative-1", [0.05], 9)], 1, 9, 1.0)
-    assert (alone["step_over_base_only"], alone["step_over_ours"]) == (None, None)
+    provider: Any = SimpleNamespace(trio=trio, roles=("base",))
+    line = {"token_ms": {"median": 31.0}}
+    found = decoder.floor(BY_NAME["base-only"], provider, line, 100.0 * read)
+    assert (found["step_bytes"], found["floor_ms"]) == (read, pytest.approx(10.0))
+    assert found["step_over_floor"] == pytest.approx(3.1)
+    found = decoder.floor(BY_NAME["ours-speculative-4"], provider, line, 100.0 * read)
+    assert "step_over_floor" not in found and found["drafts"] == 4
+
+
+def test_a_run_on_a_processor(monkeypatch, trios, tmp_path):
+    """Two modes of a tiny trio: lines are there as they come, and the table."""
+    journal = Journal(tmp_path / "gpu.jsonl", {"device_name": "X9", "driver": "5"})
+    journal.add([{"op": "copy", "bytes_per_second": [1e9]}])
+    monkeypatch.setattr(decoder, "OURS", "no profile")
+    modes = [BY_NAME[name] for name in ("base-only", "ours", "ours-speculative-2")]
+    decoder.measure(TrioShape("13b", "Tiny", TINY, TINY), trios, modes, 1, journal)
+    [(heading, rows)] = decoder.groups(journal.records[1:])
+    assert heading == "Tiny, batch 1"
+    assert [row[0] for row in rows] == ["base-only", "ours", "ours-speculative-2", "the paper"]
+    assert rows[0][4] == "-" != rows[1][4]
+    assert len((tmp_path / "gpu.jsonl").read_text().splitlines()) == 4
+    assert "X9, driver 5" in decoder.caption(journal)
 
 
 def test_modes_are_right_on_a_processor(monkeypatch, trios):

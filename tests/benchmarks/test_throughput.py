@@ -249,7 +249,7 @@ def test_all_have_the_same_prompts_in_a_repeat(trio, prompts):
     ran: list[str] = []
     work = Work(Case(1, 10, 3), [prompts[:1], prompts[1:2]])
     noted: Any = Noted()
-    [record] = throughput.time_case(trio, [noted], work, 3, ran.append)
+    [record] = throughput.time_case(trio.models, [noted], work, 3, ran.append)
     assert ran == ["B=1 (10, 3): noted", "B=1 (10, 3): bare forwards"] * 4
     # The warm-up's is the first repeat's; then they take turns.
     assert seen == [prompts[:1], prompts[:1], prompts[1:2], prompts[:1]]
