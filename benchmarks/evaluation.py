@@ -68,15 +68,16 @@ def make_trio(name: str, dtype: str | None, layers: int) -> Trio:
     from transformers import PreTrainedTokenizerFast
 
     weights = getattr(torch, dtype or "float32")
-    base = ModelShape(576, 1536, layers, 9, 3, VOCAB_SIZE, tied=True)
-    pair = ModelShape(192, 512, 2, 3, 3, VOCAB_SIZE, tied=True)
-    made = [
-        random_model(shape, "cpu", i, dtype=weights) for i, shape in enumerate((base, pair, pair))
-    ]
+    large = ModelShape(576, 1536, layers, 9, 3, VOCAB_SIZE, tied=True)
+    small = ModelShape(192, 512, 2, 3, 3, VOCAB_SIZE, tied=True)
+    base, expert, anti = (
+        random_model(shape, "cpu", seed, dtype=weights)
+        for seed, shape in enumerate((large, small, small))
+    )
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0")
-    return Trio.from_models(*made, tokenizer)
+    return Trio.from_models(base, expert, anti, tokenizer)
 
 
 def make_documents(name: str, count: int, choices: int, seed: int = 0) -> list[Document]:

@@ -166,9 +166,10 @@ def measure(
         {**shared, **line, **floor(*made[line["provider"]], line, journal.copy_rate)}
         for line in lines
     ])  # fmt: skip
-    if batch_size == 1 and OURS in made and isinstance(made[OURS][1], DecoderProvider):
+    ours = made[OURS][1] if OURS in made else None
+    if batch_size == 1 and isinstance(ours, DecoderProvider):
         with journal.guarded(f"{shape.name}: profile"):
-            record = trace.profile(made[OURS][1], _PROMPT)
+            record = trace.profile(ours, _PROMPT)
             journal.add([{"trio": shape.name, **record}])
             say(f"{shape.name}: no kernel runs in {record['idle_share']:.1%} of the time")
 
