@@ -19,13 +19,14 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from benchmarks.gpu.cases import Case, Inputs
-from benchmarks.harness.heads import exact_x, first_rows
+from benchmarks.harness.heads import check_heads
 from benchmarks.harness.logits import (
     ALPHA,
     FILTERS,
     Logits,
     OpCase,
     Peer,
+    check_outputs,
     check_peer,
     contract_distribution,
     ties_past_top_k,
@@ -36,15 +37,13 @@ _ROWS = 32  # of a batch: rows are alike and independent
 _DRAWS = 1024  # at least, over all rows
 _PARTS = 16
 _REQUESTS = 2  # the reference goes through verify's position by position
-_HEADS_ROWS = 4
+HEADS_ROWS = 4
 
 # Probabilities summed in fp32 in blocks, V = 151,936: relative errors of about 18 roundings of
 # 2^-24 in the sum, as much again in each term's exponential: 2e-6. Fifty times that, and still far
 # from what a wrong filter does.
 _SHARE_TOLERANCE = 1e-4
 _SIGMAS, _SMALL_COUNT = 5.0, 5.0  # the second for parts that few draws are due from
-# fp32 log-softmax: logits up to about 30, an exponential and a sum each good to about 1e-6.
-_LOGPROB_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -131,38 +130,11 @@ def check_ours(
 ) -> None:
     """Compare the first requests of an operator with what is expected of them alone."""
     if inputs.heads is not None:
-        return check_logprobs(inputs, params, out, ours=True)
+        return check_heads(inputs.heads, case.vocab_size, params, out, HEADS_ROWS)
     requests, rows = slice(0, _REQUESTS), slice(0, _REQUESTS * case.positions)
     base, expert, anti = (role[rows] for role in inputs.logits)
     few = Inputs((base, expert, anti), inputs.token_ids[requests])
-    wanted = expected(few, params.rows(requests))
-    for name in ("token_ids", "num_kept", "num_accepted", "status", "logprobs", "raw_logprobs"):
-        if not hasattr(wanted, name):
-            continue
-        want, have = getattr(wanted, name), getattr(out, name)[requests]
-        tolerance = _LOGPROB_TOLERANCE if want.is_floating_point() else 0.0
-        if not torch.isclose(have, want, rtol=0.0, atol=tolerance, equal_nan=True).all():
-            raise AssertionError(f"{case}: {name} is {have.tolist()}, not {want.tolist()}")
-    return None
-
-
-def check_logprobs(
-    inputs: Inputs, params: ptk.RowParams, got: ptk.SampleOutput, *, ours: bool
-) -> None:
-    """Compare the first rows' raw logprobs with those of exact heads.
-
-    Logits of others than ours went through bf16, 2^-9 of up to 32 a role, so that x is off by at
-    most 3/16; a log-softmax moves by twice the largest error of x.
-    """
-    assert inputs.heads is not None
-    vocab_size = len(inputs.heads[0].weight)
-    x, error = exact_x(first_rows(inputs.heads, _HEADS_ROWS), vocab_size)
-    rows = slice(0, len(x))
-    exact = reference.distribution(x, params.rows(rows)).raw_logprobs()
-    wanted = exact.gather(-1, got.token_ids[rows, None])[:, 0]
-    off = (got.raw_logprobs[rows] - wanted).abs()
-    if not (off <= 2 * (error + (0.0 if ours else 3 / 16)) + 1e-5).all():
-        raise AssertionError(f"sample_hidden: raw logprobs off by {off.tolist()}")
+    return check_outputs(str(case), out, expected(few, params.rows(requests)))
 
 
 def _combined(logits: Logits, rows: int) -> Tensor:

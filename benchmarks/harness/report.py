@@ -132,21 +132,16 @@ def progress_bar(total: int, description: str = "") -> Iterator[Callable[[str], 
 
     It leaves nothing behind, and is on standard error, so that tables can be piped.
     """
-    with make_progress() as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda text: progress.update(task, advance=1, description=text)
-
-
-def make_progress() -> Progress:
-    """The bar of :func:`progress_bar`, for whoever moves it in another way."""
-    return Progress(
+    with Progress(
         TextColumn("{task.description:<50}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-    )
+    ) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda text: progress.update(task, advance=1, description=text)
 
 
 def make_table(title: str, columns: Sequence[str], caption: str) -> Table:

@@ -9,13 +9,14 @@ import torch
 
 import benchmarks.gpu.__main__ as command
 import proxytune_kernels as ptk
-from benchmarks.gpu import checks, operators, peers
+from benchmarks.gpu import operators, peers
 from benchmarks.gpu.cases import BATCH_SIZES, Case, make_inputs, plan
 from benchmarks.gpu.checks import Sampler, check_draws, check_sampler
 from benchmarks.gpu.device import first_line, slug
 from benchmarks.gpu.driver import call_operators
 from benchmarks.gpu.operators import Timed
 from benchmarks.gpu.peers import combine, eager_peer
+from benchmarks.harness.heads import check_heads
 from benchmarks.harness.logits import (
     FILTERS,
     KINDS,
@@ -263,9 +264,10 @@ def test_heads():
         prepared = peers.prepare(case, name, inputs, {"ours": BACKEND})
         prepared.check(inputs)
         out = prepared.call(inputs)
+        assert inputs.heads is not None
         wrong = out._replace(raw_logprobs=out.raw_logprobs + 3.0)
         with pytest.raises(AssertionError, match="raw logprobs off by"):
-            checks.check_logprobs(inputs, case.params("cpu"), wrong, ours=name == "ours")
+            check_heads(inputs.heads, 300, case.params("cpu"), wrong, 2, rounding=3 / 16)
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+import proxytune_kernels as ptk
 from benchmarks import kernels
-from benchmarks.harness.heads import exact_x, random_heads
+from benchmarks.harness.heads import check_heads, random_heads, row_params
 
 
 @pytest.mark.slow
@@ -42,14 +43,13 @@ def test_heads(run_command, tmp_path):
     assert found[kernels.FUSED]["rms_error"] < found[kernels.APART]["rms_error"] / 100
 
 
-def test_wrong_heads_are_caught(monkeypatch):
-    heads = random_heads("shipped", torch.bfloat16, 4)
-    kernels.check_heads(heads, 1536)
+def test_wrong_heads_are_caught():
+    heads, params = random_heads("shipped", torch.bfloat16, 4), row_params(4)
     base, expert, anti = heads
-    swapped = exact_x((base, anti, expert), 1536)
-    monkeypatch.setattr(kernels, "exact_x", lambda few, size: tuple(t[:2] for t in swapped))
+    check_heads(heads, 1536, params, ptk.sample_hidden(*heads, params=params), 2)
+    swapped = ptk.sample_hidden(base, anti, expert, params=params)
     with pytest.raises(AssertionError, match="sample_hidden"):
-        kernels.check_heads(heads, 1536)
+        check_heads(heads, 1536, params, swapped, 2)
 
 
 def test_statistics(run_command):
