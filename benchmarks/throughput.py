@@ -142,20 +142,18 @@ def make_providers(
 
 
 def unlearned(
-    providers: Sequence[Provider],
-    forms: trios.TrioForms,
-    settings: Settings,
-    works: Sequence[Work],
+    providers: Sequence[Provider], forms: trios.TrioForms, settings: Settings, works: Sequence[Work]
 ) -> list[Provider]:
     """The same providers, those that speculate made anew.
 
     They choose how much to draft by what they saw. What they saw of another text, in the check of
     greedy tokens, would last far into a short timed run.
     """
-    learns = [isinstance(p, decoding.DecoderProvider) and p.decoder.speculation for p in providers]
     return [
-        make_providers(forms, settings, works, [p.name])[0] if learnt else p
-        for p, learnt in zip(providers, learns, strict=True)
+        make_providers(forms, settings, works, [p.name])[0]
+        if isinstance(p, decoding.DecoderProvider) and p.decoder.speculation
+        else p
+        for p in providers
     ]
 
 
