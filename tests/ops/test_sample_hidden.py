@@ -395,32 +395,3 @@ def test_errors(backend, name):
 
 def move_all(given: dict[str, Any], device: str) -> dict[str, Any]:
     return {name: move(value, device) for name, value in given.items()}
-
-
-# Triton's interpreter runs on tensors of the CPU, for which torch calls the CPU's operator.
-on_device = pytest.mark.parametrize(
-    "device",
-    [pytest.param(k.device, id=k.name) for k in WIDEST if not k.interpreted and k.name != "cuda"],
-)
-
-
-# torch's own, at the import of its compiler
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@on_device
-@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
-def test_compile_fullgraph(compiler, device):
-    heads, params = move((integer_heads(31, 3, 90), params_of(31, 3, 90)), device)
-
-    def step(hidden, out):
-        base, expert, anti = heads[0]._replace(hidden=hidden * 1), heads[1], heads[2]
-        drawn: Any = ptk.sample_hidden(base, expert, anti, params, top_logprobs=2)
-        again = ptk.sample_hidden(base, expert, anti, temperature=3.0, seed=9, out=out)
-        return (drawn.token_ids + 1, *drawn[1:-1], *drawn.top, again.logprobs + 1)
-
-    out = ptk.sample_hidden(*heads, temperature=3.0, seed=9)
-    wanted = step(heads[0].hidden, oracle.each(torch.clone, out))
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    written = oracle.each(lambda t: torch.full_like(t, -7), out)
-    for a, b in zip(compiled(heads[0].hidden, written), wanted, strict=True):
-        assert torch.equal(oracle.bits(a), oracle.bits(b))
-    oracle.assert_same(written, out)
