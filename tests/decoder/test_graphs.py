@@ -86,9 +86,7 @@ def replays(decoder: Decoder) -> int:
 
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("speculation", SPECULATIONS)
-def test_tokens_equal_eager_ones(
-    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str, ahead: int
-) -> None:
+def test_tokens_equal_eager_ones(near, monkeypatch, speculation, ahead):
     """Ragged, refilled, prompts per role and in chunks, alpha 0 among others, min_tokens."""
     options: dict[str, Any] = {"speculation": SPECULATIONS[speculation], "prefill_chunk": 12}
     prompts, params = requests(0, 10)
@@ -115,9 +113,7 @@ def count(decoder: Decoder) -> int:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_can_be_captured(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, architecture: str
-) -> None:
+def test_every_architecture_can_be_captured(tokenizer, monkeypatch, architecture):
     kind, config = ARCHITECTURES[architecture]
     config = copy.deepcopy(config)
     config.vocab_size = VOCAB_SIZE
@@ -133,7 +129,7 @@ def test_every_architecture_can_be_captured(
     assert replays(decoder) > 0
 
 
-def test_one_graph_for_each_doubling(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_for_each_doubling(trio, monkeypatch):
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     wanted = make_decoder(monkeypatch, trio, 4).generate([[5, 6, 7]], params)
     decoder = make_decoder(monkeypatch, trio, 4, taped=True)
@@ -148,7 +144,7 @@ def test_one_graph_for_each_doubling(trio: Trio, monkeypatch: pytest.MonkeyPatch
     assert count(decoder) == 8
 
 
-def test_no_graph_for_the_last_few_places(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_graph_for_the_last_few_places(trio, monkeypatch):
     """33 places: where 32 would do, so do all."""
     params = SamplingParams(temperature=0, max_tokens=31, ignore_eos=True)
     wanted = make_decoder(monkeypatch, trio, 1, max_seq_len=33).generate([[5, 6, 7]], params)
@@ -160,9 +156,7 @@ def test_no_graph_for_the_last_few_places(trio: Trio, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("speculation", ["plain", "coupled", "lookup"])
-def test_each_kind_of_step_has_its_graph(
-    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
-) -> None:
+def test_each_kind_of_step_has_its_graph(near, monkeypatch, speculation):
     """The same shape first without the small models, then with them, then with a mask."""
     stops = tuple(range(0, VOCAB_SIZE, 2))
     kinds = [
@@ -180,9 +174,7 @@ def test_each_kind_of_step_has_its_graph(
 
 
 @pytest.mark.parametrize("speculation", SPECULATIONS)
-def test_a_full_row_when_a_graph_is_made(
-    trio: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
-) -> None:
+def test_a_full_row_when_a_graph_is_made(trio, monkeypatch, speculation):
     """The step behind a request's last one is the first without a mask, and needs a graph.
 
     Its row has no place for the tokens of two warm-ups one behind the other.
@@ -202,7 +194,7 @@ def test_a_full_row_when_a_graph_is_made(
 
 # PEFT asks a model for a property that transformers renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_the_shared_pair(lora_trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shared_pair(lora_trio, monkeypatch):
     prompts, params = requests(2, 5)
     for speculation in (None, SPECULATIONS["coupled"]):
         options: dict[str, Any] = {"pair": "shared", "speculation": speculation}
@@ -214,7 +206,7 @@ def test_the_shared_pair(lora_trio: Trio, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("speculation", ["plain", "coupled"])
-def test_the_batched_pair(near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str) -> None:
+def test_the_batched_pair(near, monkeypatch, speculation):
     options: dict[str, Any] = {"pair": "batched", "speculation": SPECULATIONS[speculation]}
     prompts, params = requests(2, 5)
     wanted = make_decoder(monkeypatch, near, 3, **options).generate(prompts, params)
@@ -224,9 +216,7 @@ def test_the_batched_pair(near: Trio, monkeypatch: pytest.MonkeyPatch, speculati
     assert replays(decoder) > 0
 
 
-def test_a_model_that_waits_for_the_device_runs_eagerly(
-    trio: Trio, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_waits_for_the_device_runs_eagerly(trio, monkeypatch):
     """Rope that grows with the longest position must know it on the host."""
     base = tiny_llama(
         0, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -260,9 +250,7 @@ class _Failing(Tape):
 
 @pytest.mark.parametrize("works", [0, 2])
 @pytest.mark.parametrize("speculation", ["plain", "rejection", "lookup"])
-def test_a_failed_capture_harms_nothing(
-    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str, works: int
-) -> None:
+def test_a_failed_capture_harms_nothing(near, monkeypatch, speculation, works):
     options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
     prompts, params = requests(4, 6)
     wanted = make_decoder(monkeypatch, near, 3, **options).generate(prompts, params)
@@ -273,7 +261,7 @@ def test_a_failed_capture_harms_nothing(
     assert decoder.info()["graphs"] == "none: a step can't be captured: no such thing"
 
 
-def test_other_errors_are_not_hidden(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_hidden(trio, monkeypatch):
     """A device without memory is no reason to go on; nor is an interrupt."""
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     [wanted] = make_decoder(monkeypatch, trio, 2).generate("hello", params)
@@ -289,7 +277,7 @@ def test_other_errors_are_not_hidden(trio: Trio, monkeypatch: pytest.MonkeyPatch
     check(decoder.generate("hello", params), [wanted])
 
 
-def test_why_there_are_no_graphs(trio: Trio) -> None:
+def test_why_there_are_no_graphs(trio):
     with pytest.raises(ValueError, match="graphs can't be True here: CUDA graphs need a CUDA dev"):
         Decoder(trio, 2, graphs=True)
     reasons: dict[bool | None, str] = {
@@ -326,7 +314,7 @@ def result(token_ids: Tensor) -> StepResult:
         lambda x: x + torch.as_tensor([3, 4]),
     ],
 )
-def test_a_tape_refuses_what_a_capture_does(read: Callable[[Tensor], Any]) -> None:
+def test_a_tape_refuses_what_a_capture_does(read):
     x = torch.tensor([[1, 2], [3, 4]])
 
     def step() -> StepResult:
@@ -340,7 +328,7 @@ def test_a_tape_refuses_what_a_capture_does(read: Callable[[Tensor], Any]) -> No
     assert x.tolist() == [[2, 3], [4, 5]]
 
 
-def test_a_tape_runs_no_python() -> None:
+def test_a_tape_runs_no_python():
     """What comes from the host stays as it was recorded; what lies in tensors does not."""
     x = torch.tensor([[1], [2]])
     added = [10]

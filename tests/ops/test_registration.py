@@ -78,7 +78,7 @@ def _arguments(name: str, optional: bool) -> tuple[Any, ...]:
 
 
 def listed(out: Any) -> tuple[torch.Tensor, ...]:
-    return out if isinstance(out, (tuple, list)) else (out,)
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
 
 def assert_fakes(run: Any, given: tuple[Any, ...], wanted: Any) -> None:
@@ -128,9 +128,10 @@ def _public(base, expert, anti, bias, params, ids, heads, out):
     rejected = ptk.verify(
         b, e, a, ids[:, :2].contiguous(), params, mode="rejection", draft_logits=b[:, :2]
     )
-    first = heads[0]._replace(hidden=heads[0].hidden * 1)
-    hidden = ptk.sample_hidden(first, *heads[1:], params, top_logprobs=2)
-    again = ptk.sample_hidden(first, *heads[1:], temperature=3.0, seed=9, out=out)
+    first, second, third = heads
+    first = first._replace(hidden=first.hidden * 1)
+    hidden = ptk.sample_hidden(first, second, third, params, top_logprobs=2)
+    again = ptk.sample_hidden(first, second, third, temperature=3.0, seed=9, out=out)
     assert drawn.top is None and likely.top is not None and hidden.top is not None
     return (
         *(x + 1, *drawn[:-1], *likely[:-1], *likely.top, scored, *coupled, *rejected),
@@ -151,8 +152,8 @@ def test_compile_fullgraph(compiler, device):
     inputs = move((base, expert, anti, bias, params, ids, integer_heads(31, B, V)), device)
     out = ptk.sample_hidden(*inputs[-1], temperature=3.0, seed=9)
     written = oracle.each(lambda t: torch.full_like(t, -7), out)
-    wanted = _public(*inputs, oracle.each(torch.clone, out))
-    for a, b in zip(compiled(*inputs, written), wanted, strict=True):
+    wanted = _public(*inputs, out=oracle.each(torch.clone, out))
+    for a, b in zip(compiled(*inputs, out=written), wanted, strict=True):
         assert torch.equal(oracle.bits(a), oracle.bits(b))
     oracle.assert_same(written, out)
 

@@ -57,10 +57,13 @@ def draw(backend: Any, rows: oracle.Rows, n: int, index: Any = slice(None), **kw
 
 
 @pytest.mark.parametrize("vocab_size", (1, 5, 127, 128, 129, 1000, 2085))
-@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
-def test_tokens_are_the_sorts(backend, dtype, vocab_size):
-    """Whatever the filters keep; a third of the rows has ties, a third -inf tokens."""
-    batch, numbers = sized(backend, (60, (1, 2, 20, MOST)), (4, (2, MOST)))
+def test_tokens_are_the_sorts(backend, vocab_size):
+    """Whatever the filters keep; a third of the rows has ties, a third -inf tokens.
+
+    A dtype is what a role is read as, whatever the width: each of them at two widths or three.
+    """
+    batch, numbers = sized(backend, (60, (1, 2, 20, MOST)), (3, (2, MOST)))
+    dtype = oracle.DTYPES[vocab_size % 3]
     rows = oracle.random_rows(300 + vocab_size, batch, vocab_size, dtype)
     for n in numbers:
         check(draw(backend, rows, n), rows.x, n, backend.tile_error)
@@ -77,7 +80,7 @@ def test_the_rows_above_have_ties_at_the_cut_and_too_few_tokens():
 @pytest.mark.parametrize("spread", (1e-3, 1.0, 6.0))
 def test_wide_rows(kernel, vocab_size, spread):
     """Flat to peaked, and one with thousands of ties: where a kernel can't sort what is left."""
-    vocab_size = sized(kernel, vocab_size, vocab_size // 24)
+    vocab_size = sized(kernel, vocab_size, vocab_size // 36)
     g = torch.Generator().manual_seed(vocab_size)
     row = torch.randn(1, vocab_size, generator=g) * spread
     base = torch.cat([row, (row * 2).round() / 2, (row > 2 * spread).float()])
@@ -156,14 +159,14 @@ def test_one_is_the_greedy_token(backend):
 
 
 def test_the_rest_of_the_output_does_not_change(backend):
-    rows = oracle.random_rows(8, sized(backend, 100, 6), 700)
+    rows = oracle.random_rows(8, sized(backend, 100, 3), 700)
     out = draw(backend, rows, 12)
     oracle.assert_same(out._replace(top=None), draw(backend, rows, 0))
 
 
 @registered
 def test_logprobs_are_the_bits_of_raw_logprobs_and_score(backend):
-    batch = sized(backend, 100, 8)
+    batch = sized(backend, 100, 5)
     rows = oracle.random_rows(9, batch, 700)
     out = draw(backend, rows, 30)
     drawn = out.top.token_ids == out.token_ids[:, None]
@@ -177,10 +180,10 @@ def test_logprobs_are_the_bits_of_raw_logprobs_and_score(backend):
 
 @pytest.mark.parametrize("vocab_size", (5, 300, 2048))
 def test_fewer_are_the_first_of_more(backend, vocab_size):
-    rows = oracle.random_rows(vocab_size, sized(backend, 48, 3), vocab_size, torch.bfloat16)
+    rows = oracle.random_rows(vocab_size, sized(backend, 48, 2), vocab_size, torch.bfloat16)
     whole = draw(backend, rows, MOST).top
     for n in sized(backend, (1, 3, 40, 127), (3, 40)):
-        few = oracle.each(lambda t, n=n: t[:, :n], whole)
+        few = ptk.TopLogprobs(whole.token_ids[:, :n], whole.logprobs[:, :n])
         oracle.assert_same(draw(backend, rows, n).top, few)
 
 

@@ -22,11 +22,7 @@ from transformers import (
 from proxytune_kernels import Decoder, SamplingParams, Speculation
 from proxytune_kernels.decoder import DecodeError
 from proxytune_kernels.decoder.request import StreamEvent
-from proxytune_kernels.integrations.hf import (
-    EngineGenerate,
-    ProxyTunedForCausalLM,
-    engine_generate,
-)
+from proxytune_kernels.integrations.hf import EngineGenerate, ProxyTunedForCausalLM, engine_generate
 from proxytune_kernels.integrations.hf.custom_generate import NotInDecoder
 from proxytune_kernels.integrations.hf.sampling import draw_seeds
 from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama
