@@ -75,23 +75,6 @@ def test_alpha_0_is_the_base(trio, make_decoder):
             assert list(other.prompt_token_ids) == ["base"]
 
 
-def test_expert_that_is_the_anti_gives_the_base(trio, make_decoder):
-    same = Trio.from_models(trio.base, trio.anti, trio.anti, trio.tokenizer)
-    params = SamplingParams(alpha=1.7, seed=3, max_tokens=24)
-    steered = make_decoder(same).generate(PROMPTS[:4], params)
-    base = make_decoder(trio, roles=("base",)).generate(PROMPTS[:4], params)
-    assert [o.token_ids for o in steered] == [o.token_ids for o in base]
-
-
-def test_base_that_is_the_anti_gives_the_expert(trio, make_decoder):
-    same = Trio.from_models(trio.anti, trio.expert, trio.anti, trio.tokenizer)
-    expert = Trio.from_models(trio.expert, tokenizer=trio.tokenizer)
-    params = greedy_params(alpha=1.0, max_tokens=24)
-    steered = make_decoder(same).generate(PROMPTS[:4], params)
-    alone = make_decoder(expert).generate(PROMPTS[:4], params)
-    assert [o.token_ids for o in steered] == [o.token_ids for o in alone]
-
-
 def test_seeded_tokens_do_not_depend_on_what_shares_the_batch(trio, make_decoder):
     params = SamplingParams(seed=11, max_tokens=20, top_p=0.95, ignore_eos=True)
     [alone] = make_decoder(trio, 1).generate(["hello"], params)

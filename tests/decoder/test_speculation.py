@@ -12,7 +12,6 @@ import pytest
 
 from proxytune_kernels.decoder import Speculation
 from proxytune_kernels.params import SamplingParams
-from tests.decoder.conftest import nan_token
 from tests.decoder.random_requests import assert_same, random_requests, total_tokens
 
 # Twelve cases of at least 8,500 tokens each: more than 10^5 in all.
@@ -148,30 +147,3 @@ def test_unsteered_requests_rest_the_pair(trios, make_decoder, monkeypatch):
         stats = output.speculation
         assert stats is not None
         assert (stats.drafted > 0) == (drafter == "prompt_lookup")
-
-
-@pytest.mark.parametrize("mode", ["coupled", "rejection"])
-def test_a_row_with_nothing_to_draw_fails_alone(trios, make_decoder, mode):
-    """In a round, at the latest where plain decoding would: NaN of a draft reaches the queries
-    before it, too (its weight is 0, and 0 * NaN is NaN)."""
-    trio = trios["near"]
-    params = SamplingParams(alpha=0.3, temperature=0, max_tokens=30, ignore_eos=True)
-    first, second = make_decoder(trio).generate(["hello", "a"], params)
-    at = next(
-        i for i, token_id in enumerate(first.token_ids)
-        if i > 2 and token_id not in [*first.token_ids[:i], *second.token_ids]
-    )  # fmt: skip
-    speculation = Speculation(mode=mode, max_drafts=5, adaptive=False)
-    decoder = make_decoder(trio, 2, speculation=speculation)
-    good, bad = decoder.stream("a", params), decoder.stream("hello", params)
-    next(good)
-    emitted: list[int] = []
-    with nan_token(trio, first.token_ids[at]):
-        with pytest.raises(RuntimeError, match=r"prompts\[0\]: no token can be drawn at pos"):
-            for event in bad:
-                emitted += event.token_ids
-        rest = list(good)
-    assert 0 < len(emitted) <= at + 1
-    assert emitted == first.token_ids[: len(emitted)]
-    assert rest[-1].output is not None
-    assert rest[-1].output.token_ids == second.token_ids

@@ -176,23 +176,6 @@ def test_two_streams_share_the_slots(trio, make_decoder, plain):
         assert output.token_ids == plain.token_ids
 
 
-def test_an_interrupted_step_leaves_the_decoder_usable(trio, make_decoder, plain, monkeypatch):
-    decoder = make_decoder(trio, 2, pair="separate")
-    stream = decoder.stream(["hello", "a"], params(ignore_eos=True))
-    next(stream)
-    anti = decoder._runner.models["anti",]
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(anti, "forward", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            list(stream)
-    [output] = decoder.generate("hello", params(ignore_eos=True))
-    assert output.token_ids == plain.token_ids
-
-
 @pytest.mark.parametrize(
     ("prompts", "settings", "message"),
     [

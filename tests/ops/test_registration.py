@@ -117,8 +117,9 @@ def test_fakes_of_the_cuda_operators(name, optional):
     assert_fakes(getattr(CUDA_OPS, name), given, listed(getattr(OPS, name)(*given)))
 
 
-def _public(base, expert, anti, bias, params, ids, heads, out):
+def _public(inputs, out):
     """All public operators, in one graph with operations of torch around them."""
+    base, expert, anti, bias, params, ids, heads = inputs
     x = ptk.combine(base * 2, expert, anti, params.alpha)
     drawn = ptk.sample(base * 2, expert, anti, params, bias=bias)
     likely = ptk.sample(base * 2, expert, anti, params, top_logprobs=3)
@@ -152,8 +153,8 @@ def test_compile_fullgraph(compiler, device):
     inputs = move((base, expert, anti, bias, params, ids, integer_heads(31, B, V)), device)
     out = ptk.sample_hidden(*inputs[-1], temperature=3.0, seed=9)
     written = oracle.each(lambda t: torch.full_like(t, -7), out)
-    wanted = _public(*inputs, out=oracle.each(torch.clone, out))
-    for a, b in zip(compiled(*inputs, out=written), wanted, strict=True):
+    wanted = _public(inputs, oracle.each(torch.clone, out))
+    for a, b in zip(compiled(inputs, written), wanted, strict=True):
         assert torch.equal(oracle.bits(a), oracle.bits(b))
     oracle.assert_same(written, out)
 

@@ -150,14 +150,6 @@ def test_bias_and_mask(backend, vocab_size):
     check(out, np.where(allowed, x, -np.inf), 9, backend.tile_error)
 
 
-def test_one_is_the_greedy_token(backend):
-    rows = oracle.random_rows(7, sized(backend, 200, 30), 150)
-    rows.params["temperature"].zero_()
-    out = draw(backend, rows, 1)
-    assert torch.equal(out.top.token_ids[:, 0], out.token_ids)
-    assert torch.equal(out.top.logprobs[:, 0], out.raw_logprobs)
-
-
 def test_the_rest_of_the_output_does_not_change(backend):
     rows = oracle.random_rows(8, sized(backend, 100, 3), 700)
     out = draw(backend, rows, 12)
