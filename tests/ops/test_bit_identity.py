@@ -45,14 +45,14 @@ shapes = pytest.mark.parametrize(
 @shapes
 @pytest.mark.parametrize("top_logprobs", (0, 128))
 def test_batch_permuted_grown_and_split(backend, vocab_size, dtype, top_logprobs):
-    batch = sized(backend, 48, 4)
+    batch = sized(backend, 48, 3)
     rows, options = rows_of(vocab_size, dtype, batch), {"top_logprobs": top_logprobs}
     whole = run(backend, rows, **options)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(1))
     for index in sized(
         backend,
         (order, slice(0, 1), slice(17, 24), slice(batch - 1, batch), slice(0, 0), order.repeat(3)),
-        (order.repeat(2), slice(batch - 1, batch), slice(0, 0)),
+        (order, slice(batch - 1, batch), slice(0, 0)),
     ):
         assert_same(at(whole, index), run(backend, rows, index, **options))
 

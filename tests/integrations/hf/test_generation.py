@@ -61,7 +61,7 @@ class EveryThird(StoppingCriteria):
 
 ENDS = {"eos_token_id": list(range(60, 130)), "pad_token_id": 0}
 STRINGS = {"stop_strings": ["a", "e", "0"], "tokenizer": byte_tokenizer()}
-SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95, "min_p": 0.02}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95, "min_p": 0.15}
 GREEDY: dict[str, dict[str, Any]] = {
     "plain": {},
     "filters": {k: v for k, v in SAMPLED.items() if k != "do_sample"},
@@ -109,7 +109,7 @@ def test_tokens_are_those_of_the_decoder_by_seeds_of_the_global_generator(hf_tri
     got = generate(hf_model, batch, **SAMPLED, eos_token_id=None, alpha=1.5)
     set_seed(5)
     params = [
-        SamplingParams(alpha=1.5, temperature=0.8, top_k=20, top_p=0.95, min_p=0.02, seed=seed,
+        SamplingParams(alpha=1.5, temperature=0.8, top_k=20, top_p=0.95, min_p=0.15, seed=seed,
                        filter_order="hf", max_tokens=LONG, ignore_eos=True)
         for seed in draw_seeds(3).tolist()
     ]  # fmt: skip
