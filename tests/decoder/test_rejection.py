@@ -193,7 +193,7 @@ def assert_joint_law(token_ids: Tensor, target: list[Array]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(FILTERS)))
-def test_rejection_has_the_targets_joint_law(eight: Trio, make_decoder: Make, case: int) -> None:
+def test_rejection_has_the_targets_joint_law(eight, make_decoder, case):
     """More than 10^6 draws in all, prompts per role; and as much is accepted as can be."""
     driver, params = make_driver(make_decoder, eight, FILTERS[case], mode="rejection")
     draws = many(driver, BATCHES)
@@ -216,16 +216,14 @@ def test_rejection_has_the_targets_joint_law(eight: Trio, make_decoder: Make, ca
     ("drafter", "mode"),
     [("prompt_lookup", "rejection"), ("prompt_lookup", "coupled"), ("expert", "coupled")],
 )
-def test_the_other_modes_have_it_too(
-    eight: Trio, make_decoder: Make, drafter: str, mode: str
-) -> None:
+def test_the_other_modes_have_it_too(eight, make_decoder, drafter, mode):
     driver, params = make_driver(make_decoder, eight, FILTERS[1], drafter=drafter, mode=mode)
     draws = many(driver, 50)
     assert_joint_law(draws.token_ids, laws(eight, params).target)
     assert 0 < int(draws.accepted.sum()) < int(draws.drafted.sum())
 
 
-def test_draws_are_the_decoders(eight: Trio, make_decoder: Make) -> None:
+def test_draws_are_the_decoders(eight, make_decoder):
     """The same seeds through requests, in a smaller batch with refills."""
     for settings in ({"mode": "rejection"}, {"drafter": "prompt_lookup", "mode": "rejection"}):
         driver, params = make_driver(make_decoder, eight, FILTERS[1], **settings)

@@ -281,7 +281,7 @@ def close(logprob: Tensor, wanted: Tensor, scaled: Tensor, tile_error: float) ->
 
 
 @each_kernel
-@few(40)
+@few(30)
 @given(cases(), choices, st.booleans())
 def test_combine(name, case, choice, owned):
     kernel = choice.put_to_work(name)
@@ -322,7 +322,7 @@ def check_top(x: Tensor, top: ptk.TopLogprobs, tile_error: float) -> None:
 
 
 @each_or_cluster
-@few(30)
+@few(10)
 @given(cases(), choices, st.booleans(), st.sampled_from((0, 1, 5, 128)))
 def test_sample(name, case, choice, owned, n):
     kernel = choice.put_to_work(name)
@@ -362,7 +362,7 @@ def test_sample(name, case, choice, owned, n):
 
 
 @each_kernel
-@few(25)
+@few(20)
 @given(cases(positions=2), choices, st.booleans(), st.integers(0, 2**32 - 1))
 def test_score(name, case, choice, owned, seed):
     kernel = choice.put_to_work(name)
@@ -419,7 +419,7 @@ def guarded_verify(rows: int, positions: int) -> Guarded:
 
 
 @each_or_cluster
-@few(8)
+@few(2)
 @given(st.data(), choices, st.booleans(), st.lists(st.booleans(), max_size=2))
 def test_verify_coupled_is_plain_decoding(name, data, choice, owned, right):
     kernel = choice.put_to_work(name)
@@ -447,7 +447,7 @@ def test_verify_coupled_is_plain_decoding(name, data, choice, owned, right):
 
 
 @each_or_cluster
-@few(8)
+@few(3)
 @given(st.data(), choices, st.booleans(), st.lists(st.booleans(), max_size=2))
 def test_verify_rejection(name, data, choice, owned, right):
     kernel = choice.put_to_work(name)
