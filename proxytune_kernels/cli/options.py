@@ -7,9 +7,8 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from enum import StrEnum
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import typer
@@ -151,17 +150,6 @@ class TrioOptions(ModelOptions):
             return load_trio(source, **arguments)
 
 
-class _Drafter(StrEnum):
-    EXPERT = "expert"
-    PROMPT_LOOKUP = "prompt-lookup"
-
-
-class _Pair(StrEnum):
-    SHARED = "shared"
-    BATCHED = "batched"
-    SEPARATE = "separate"
-
-
 @dataclass(frozen=True)
 class DecoderOptions:
     """The options that say how a trio is decoded."""
@@ -177,7 +165,7 @@ class DecoderOptions:
         str | None, typer.Option(help="Of the sampling op; see `proxytune info`.")
     ] = None
     speculate: Annotated[
-        _Drafter | None,
+        Literal["expert", "prompt-lookup"] | None,
         typer.Option(
             help="Draft tokens and verify them, where that is faster; seeded tokens stay the same."
         ),
@@ -186,7 +174,7 @@ class DecoderOptions:
         int, typer.Option(help="With --speculate: drafts of a round at most.")
     ] = 16
     pair: Annotated[
-        _Pair | None,
+        Literal["shared", "batched", "separate"] | None,
         typer.Option(
             help="How expert and anti-expert run.", show_default="what is known to be fastest"
         ),
@@ -208,9 +196,8 @@ class DecoderOptions:
         settings["speculation"] = None
         if drafter is not None:
             with expected(ValueError, code=USAGE):
-                name = drafter.value.replace("-", "_")
+                name = drafter.replace("-", "_")
                 settings["speculation"] = Speculation(drafter=name, max_drafts=max_drafts)
-        settings["pair"] = None if self.pair is None else self.pair.value
         return settings
 
 

@@ -113,9 +113,11 @@ class SlotCache:
             positions = self.device_lengths[place][:, None] + self._span[offset : offset + width]
             write_index = (self._starts[place][:, None] + positions).flatten()
             ids = self._position_ids[positions] if clamped else positions
-        where = {"first_row": rows.start, "row_stride": rows.step}
-        span = self._span[:length]
-        return CacheStep(self, ids, positions, write_index, span, **where, ragged=not equal)
+        step = CacheStep(
+            self, ids, positions, write_index, self._span[:length], first_row=rows.start
+        )
+        step.row_stride, step.ragged = rows.step, not equal
+        return step
 
     def advance(self, rows: int, counts: Tensor | None) -> None:
         """Move the first rows' lengths on, if they are active, on the device.

@@ -112,7 +112,7 @@ def open_checkpoint(role: str, reference: str, options: LoadOptions) -> Any:
 
 
 def load_tokenizer(
-    name: str, reference: str, *, gguf_file: str | None, trust_remote_code: bool
+    name: str, reference: str, *, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> Any:
     """A tokenizer from a directory or hub name; ``name`` says whose in messages."""
     from transformers import AutoTokenizer

@@ -230,7 +230,7 @@ def _tokenizers(
 ) -> dict[str, Any]:
     trusted = options["base"].trust_remote_code
     if shared is not None:
-        one = load_tokenizer("tokenizer", str(shared), gguf_file=None, trust_remote_code=trusted)
+        one = load_tokenizer("tokenizer", str(shared), trust_remote_code=trusted)
         return dict.fromkeys(references, one)
     return {
         role: load_tokenizer(

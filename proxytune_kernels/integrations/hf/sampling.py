@@ -102,37 +102,19 @@ def read_processors(processors: Iterable[Any], *, do_sample: bool) -> OpSampling
     return sampling
 
 
-def _temperature(sampling: OpSampling, processor: Any) -> OpSampling:
-    return replace(sampling, temperature=processor.temperature)
-
-
-def _top_k(sampling: OpSampling, processor: Any) -> OpSampling:
-    # It is at least its min_tokens_to_keep already.
-    _check_filter(processor, 1)
-    return replace(sampling, top_k=processor.top_k)
-
-
-def _top_p(sampling: OpSampling, processor: Any) -> OpSampling:
-    _check_filter(processor, processor.min_tokens_to_keep)
-    if processor.top_p == 0:
+def _filter(sampling: OpSampling, processor: Any) -> OpSampling:
+    name = _option(processor)  # and of the processor's attribute, and of the op's argument
+    # top_k is at least its min_tokens_to_keep already; temperature has neither of the two.
+    least = 1 if name == "top_k" else getattr(processor, "min_tokens_to_keep", 1)
+    dropped = getattr(processor, "filter_value", -math.inf)
+    if least > 1:
+        raise NotInOp(f"{_describe(processor)} with min_tokens_to_keep {least} is not in the op")
+    if dropped != -math.inf:
+        raise NotInOp(f"{_describe(processor)} with filter_value {dropped} is not in the op")
+    if name == "top_p" and processor.top_p == 0:
         raise NotInOp("top_p 0.0 is not in the op, which takes (0, 1]")
-    return replace(sampling, top_p=processor.top_p)
-
-
-def _min_p(sampling: OpSampling, processor: Any) -> OpSampling:
-    _check_filter(processor, processor.min_tokens_to_keep)
-    return replace(sampling, min_p=processor.min_p)
-
-
-def _check_filter(processor: Any, min_tokens_to_keep: int) -> None:
-    if min_tokens_to_keep > 1:
-        raise NotInOp(
-            f"{_describe(processor)} with min_tokens_to_keep {min_tokens_to_keep} is not in the op"
-        )
-    if processor.filter_value != -math.inf:
-        raise NotInOp(
-            f"{_describe(processor)} with filter_value {processor.filter_value} is not in the op"
-        )
+    values: dict[str, Any] = {name: getattr(processor, name)}
+    return replace(sampling, **values)
 
 
 def _blocked(
@@ -189,10 +171,10 @@ _READERS: dict[type, tuple[int, _Reader]] = {
     hf.MinNewTokensLengthLogitsProcessor: (0, _min_new_tokens),
     hf.SequenceBiasLogitsProcessor: (0, _bias),
     hf.NoBadWordsLogitsProcessor: (0, _bias),
-    hf.TemperatureLogitsWarper: (1, _temperature),
-    hf.TopKLogitsWarper: (2, _top_k),
-    hf.TopPLogitsWarper: (3, _top_p),
-    hf.MinPLogitsWarper: (4, _min_p),
+    hf.TemperatureLogitsWarper: (1, _filter),
+    hf.TopKLogitsWarper: (2, _filter),
+    hf.TopPLogitsWarper: (3, _filter),
+    hf.MinPLogitsWarper: (4, _filter),
 }
 
 # Kind -> the option of GenerationConfig that makes it, and where it keeps that option's value.
@@ -412,12 +394,9 @@ class LogitsSampler:
         if active not in self._masks:
             pairs = zip(self.sampling.blocks, active, strict=True)
             blocked = frozenset[int]().union(*(block.token_ids for block, on in pairs if on))
-            self._masks[active] = self._pack(blocked) if blocked else None
+            mask = mask_without(blocked, self.vocab_size).to(self.alpha.device)
+            self._masks[active] = mask.repeat(self.batch_size, 1) if blocked else None
         return self._masks[active]
-
-    def _pack(self, blocked: frozenset[int]) -> Tensor:
-        mask = mask_without(blocked, self.vocab_size)
-        return mask.to(self._params.alpha.device).repeat(self.batch_size, 1)
 
 
 def draw_seeds(batch_size: int) -> Tensor:

@@ -287,10 +287,7 @@ def _width(settings: ProxyTuning, members: Mapping[str, Any]) -> int:
         place = config.tokenizer if role == "base" else config.model
         if _has_tokenizer(place):
             tokenizer = load_tokenizer(
-                f"tokenizer of {role}",
-                place,
-                gguf_file=None,
-                trust_remote_code=config.trust_remote_code,
+                f"tokenizer of {role}", place, trust_remote_code=config.trust_remote_code
             )
             vocabularies[role] = RoleVocabulary.of(tokenizer, widths[role])
     missing = [role for role in members if role not in vocabularies]
