@@ -24,58 +24,26 @@ inline void check(int code) {
   if (code != PROXYTUNE_OK) throw std::runtime_error(proxytune_error(code));
 }
 
-// Threads that wait for chunks of work. An engine that has a pool lends that one instead.
+// Starts threads for each run. An engine has a pool of its own, and lends that one instead.
 class Threads {
  public:
-  explicit Threads(int count) {
-    for (int i = 1; i < count; ++i) helpers_.emplace_back([this] { help(); });
-  }
-  Threads(const Threads&) = delete;
-  Threads& operator=(const Threads&) = delete;
-  ~Threads() {
-    body_ = nullptr;
-    wake();
-    for (std::thread& helper : helpers_) helper.join();
-  }
+  explicit Threads(int count) : count_(count) {}
 
-  int count() const { return static_cast<int>(helpers_.size()) + 1; }
+  int count() const { return count_; }
 
-  // body(i) for i in [0, chunks), in any order, on any threads; returns when all have. Not from
-  // within a body.
+  // body(i) for i in [0, chunks), in any order, on any threads; returns when all have.
   void run(int64_t chunks, const std::function<void(int64_t)>& body) {
-    body_ = &body;
-    chunks_ = chunks;
-    next_ = 0;
-    busy_ = static_cast<int>(helpers_.size());
-    wake();
+    std::atomic<int64_t> next = 0;
+    const auto work = [&] {
+      for (int64_t i; (i = next++) < chunks;) body(i);
+    };
+    std::vector<std::jthread> helpers;  // they are joined at the end of their lives
+    for (int i = 1; i < count_; ++i) helpers.emplace_back(work);
     work();
-    // A helper may still be in its last chunk, or not have looked yet: neither may see the next run.
-    for (int left; (left = busy_.load()) != 0;) busy_.wait(left);
   }
 
  private:
-  void wake() {
-    ++round_;
-    round_.notify_all();
-  }
-  void work() {
-    for (int64_t i; (i = next_++) < chunks_;) (*body_)(i);
-  }
-  void help() {
-    for (uint32_t seen = 0;; ++seen) {
-      round_.wait(seen);
-      if (!body_) return;
-      work();
-      if (--busy_ == 0) busy_.notify_one();
-    }
-  }
-
-  const std::function<void(int64_t)>* body_ = nullptr;
-  int64_t chunks_ = 0;
-  std::atomic<int64_t> next_ = 0;
-  std::atomic<int> busy_ = 0;
-  std::atomic<uint32_t> round_ = 0;
-  std::vector<std::thread> helpers_;  // last: they use all of the above
+  const int count_;
 };
 
 // How a request is steered and drawn; the defaults are plain proxy-tuning.

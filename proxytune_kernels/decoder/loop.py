@@ -51,9 +51,6 @@ class Scheduler:
     """Which request has which slot: first come, first served, over a fixed number of slots.
 
     Slots in use are always the first ones, so a step has no gaps.
-
-    Args:
-        max_batch_size: number of slots.
     """
 
     def __init__(self, max_batch_size: int) -> None:
@@ -151,8 +148,6 @@ class DecodingLoop:
     """Moves requests from the queue through the slots to their ends.
 
     Args:
-        stepper: runs the models.
-        max_batch_size: number of slots.
         controller: chooses how many drafts a round has; None never drafts.
         prefill_chunk: prompt tokens of each role between two steps, at most.
         run_ahead: steps launched before the results of the first are read.

@@ -28,12 +28,8 @@ class Runner:
     Args:
         models: role -> causal LM, in the order base, expert, anti; or base alone. They are not
             changed: the runner works on copies of their modules that share every weight.
-        max_batch_size: number of slots.
-        max_seq_len: tokens a slot can hold, for each role.
-        pair: how expert and anti run, one of :data:`~decoder.pair.PAIR_MODES`;
-            None chooses.
-        compile: run forwards of one token a slot through torch.compile.
-        pack_weights: hold the weights of linear layers once more, packed for the CPU.
+        max_batch_size, max_seq_len, pair, compile, pack_weights: as in
+            :class:`~proxytune_kernels.decoder.decoder.Decoder`.
         slack: places past ``max_seq_len`` for drafts that will be rolled back.
         exact: the host knows every length, as it does unless it runs ahead of the device.
         drafts: the expert also runs alone.

@@ -52,8 +52,8 @@ class Trio:
 
         Args:
             base, expert, anti: transformers causal LMs; expert and anti both, or neither. The
-                expert may be a PEFT model with a LoRA adapter: taken is the causal LM in it, a copy
-                that shares its tensors, the adapter's weights cast to the dtype of their layers.
+                expert may be a PEFT model with a LoRA adapter: its causal LM is taken, as a copy
+                that shares its tensors, with the adapter's weights in the dtype of their layers.
             tokenizer: one for all roles, or a mapping from role to tokenizer.
             prompts: role -> ``"plain"`` (default) or ``"chat"``.
 

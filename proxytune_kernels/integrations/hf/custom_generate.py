@@ -1,7 +1,7 @@
 """The decoder inside ``generate()``: reads a prepared call as requests, runs them, gives rows back.
 
 :class:`ProxyTunedForCausalLM` takes this way by itself where it can; ``custom_generate=`` takes it
-or says by an error why not.
+or raises an error that says why it can't.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sampling in transformers' words: what its logits processors ask, and a sampler that does it.
 
-Read are the processors themselves, by type, not the options that they were made from. So one that
+It reads the processors themselves, by type, not the options that they were made from. So one that
 is passed by hand, or that a later transformers adds, is never overlooked.
 """
 

@@ -29,7 +29,7 @@ LOGITS_BYTES = 64 * 2**20
 """Logits of all roles that exist at the same time, about; at least one row of each."""
 
 SHORT = 256
-"""Trunks of fewer tokens have more branches run at the same time: as many keys as of this many."""
+"""Tokens of a trunk. Behind a shorter one more branches run at once: they read as many keys."""
 
 _PROBE = 8
 """Tokens that a head is tried on before it is trusted."""
@@ -160,13 +160,7 @@ class Batch:
 
 
 class RoleStates:
-    """A causal LM that gives final states, and logits of them.
-
-    Args:
-        role: its name, for messages.
-        model: a transformers causal LM; it is not changed.
-        vocab_size: the agreed width; the head is tried on tokens below it.
-    """
+    """A causal LM that gives final states, and logits of them."""
 
     def __init__(self, role: str, model: Any, vocab_size: int) -> None:
         self.role = role
@@ -325,12 +319,7 @@ def _window(model: Any) -> int | None:
 
 
 class Scorer:
-    """Runs a trio's models over contexts and continuations.
-
-    Args:
-        trio: the models; they are not changed.
-        backend: of the ops; None is the fastest usable one.
-    """
+    """Runs a trio's models over contexts and continuations."""
 
     def __init__(self, trio: Trio, backend: str | None = None) -> None:
         self.vocab_size = trio.vocab_size
