@@ -6,8 +6,6 @@ are read again.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -46,15 +44,9 @@ from proxytune_kernels.kernels.selection import (
     trial_keys,
 )
 from proxytune_kernels.params import RowParams
+from proxytune_kernels.reference import TopLogprobs
 
 _WARPS = 8
-
-
-class TopOutputs(NamedTuple):
-    """Results, [B, n]."""
-
-    token_ids: Any  # int64
-    logprobs: Any  # fp32
 
 
 @triton.jit
@@ -123,7 +115,7 @@ def _top_logprobs_kernel(
 
 def launch_top_logprobs(
     logits: Logits, params: RowParams, tiles: ws.Tiles, workspace: ws.Workspace, drawn: ws.Outputs,
-    top: TopOutputs, vocab_size: int,
+    top: TopLogprobs, vocab_size: int,
 ) -> None:  # fmt: skip
     """Writes the n likeliest tokens of [B, V] rows; tiles, workspace and drawn are sample's."""
     rows, n = top.token_ids.shape

@@ -55,22 +55,13 @@ from proxytune_kernels.kernels.noise import (
 )
 from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.params import RowParams
+from proxytune_kernels.reference import VerifyOutput
 from proxytune_kernels.rng import STREAMS
 
 STREAM_ACCEPT = tl.constexpr(STREAMS["accept"])
 STREAM_RESIDUAL = tl.constexpr(STREAMS["residual"])
 PER = tl.constexpr(8)  # tokens a lane: 16 bytes of bf16
 _WARPS = 4
-
-
-class VerifyOutputs(NamedTuple):
-    """Results, T = k + 1."""
-
-    token_ids: Any  # int64 [B, T]
-    num_accepted: Any  # int32 [B]
-    logprobs: Any  # fp32 [B, T]
-    raw_logprobs: Any  # fp32 [B, T]
-    status: Any  # int32 [B]
 
 
 class Rows(NamedTuple):
@@ -262,7 +253,7 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
 
 
 def launch_coupled(
-    logits: Logits, draft_ids: Tensor, params: RowParams, out: VerifyOutputs, vocab_size: int
+    logits: Logits, draft_ids: Tensor, params: RowParams, out: VerifyOutput, vocab_size: int
 ) -> None:
     """Writes what plain decoding would draw, as far as the drafts agree with it.
 
@@ -283,7 +274,7 @@ def launch_coupled(
 
 def launch_rejection(
     logits: Logits, draft_ids: Tensor, draft_logits: Tensor | None, params: RowParams,
-    out: VerifyOutputs, vocab_size: int,
+    out: VerifyOutput, vocab_size: int,
 ) -> None:  # fmt: skip
     """Writes drafts as far as they are accepted, then a residual or a bonus token.
 
