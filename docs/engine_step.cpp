@@ -97,13 +97,7 @@ class Sampler {
   // The next token of each of these slots, to token_ids[slot]; -1 where its logits leave none (all
   // masked or NaN). Other slots' rows are not read.
   void sample(std::span<const int> slots, const Logits& logits, int64_t* token_ids) {
-    proxytune_sample_args args{};
-    args.inputs = inputs(logits, 1);
-    args.params = params(position_.data());
-    args.token_ids = token_ids;
-    each(slots, [&](int slot, void* workspace, const proxytune_parallel* lent) {
-      return proxytune_cpu_sample(&args, slot, slot + 1, workspace, lent);
-    });
+    draw(slots, logits, position_.data(), token_ids);
   }
 
   // The expert's draft of the token `offset` places ahead, from its logits [slots, 1, vocab_size]. It
@@ -111,13 +105,7 @@ class Sampler {
   void draft(std::span<const int> slots, const float* expert, int64_t offset, int64_t* token_ids) {
     std::vector<int64_t> position = position_;
     for (int64_t& place : position) place += offset;
-    proxytune_sample_args args{};
-    args.inputs = inputs({expert, nullptr, nullptr}, 1);
-    args.params = params(position.data());
-    args.token_ids = token_ids;
-    each(slots, [&](int slot, void* workspace, const proxytune_parallel* lent) {
-      return proxytune_cpu_sample(&args, slot, slot + 1, workspace, lent);
-    });
+    draw(slots, {expert, nullptr, nullptr}, position.data(), token_ids);
   }
 
   // Compares num_drafts drafts of each slot with what the target draws there: logits at num_drafts + 1
@@ -140,6 +128,16 @@ class Sampler {
   }
 
  private:
+  void draw(std::span<const int> slots, const Logits& logits, const int64_t* position, int64_t* token_ids) {
+    proxytune_sample_args args{};
+    args.inputs = inputs(logits, 1);
+    args.params = params(position);
+    args.token_ids = token_ids;
+    each(slots, [&](int slot, void* workspace, const proxytune_parallel* lent) {
+      return proxytune_cpu_sample(&args, slot, slot + 1, workspace, lent);
+    });
+  }
+
   proxytune_inputs inputs(const Logits& logits, int64_t positions) const {
     const auto role = [&](const float* data) {
       proxytune_logits made{};

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, Literal, get_type_hints
 
-import torch
 import typer
 
 from proxytune_kernels.decoder import Decoder, Speculation
 from proxytune_kernels.trio import Trio, load_trio
+from proxytune_kernels.trio.checkpoints import device_unusable
 from proxytune_kernels.trio.roles import ROLES
 
 FAILED = 1
@@ -144,8 +144,10 @@ class TrioOptions(ModelOptions):
         arguments["quantize"] = _by_role("--quantize", self.quantize)
         arguments["merge_adapter"] = False if keep_adapter else None  # None: what trio.json says
         quiet()
-        if self.device is not None:
-            _check_device(self.device)
+        reason = None if self.device is None else device_unusable(self.device)
+        if reason is not None:
+            wanted = "device must be one that torch can use here"
+            raise stop(f"{wanted}, got {self.device!r}: {reason}", FAILED)
         with expected(ValueError, OSError, RuntimeError):
             return load_trio(source, **arguments)
 
@@ -240,14 +242,3 @@ def _by_role(option: str, text: str | None) -> str | dict[str, str] | None:
             )
         values[role] = value
     return values
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    # torch built without CUDA answers with an AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise stop(
-            f"device must be one that torch can use here, got {device!r}: {reason}", FAILED
-        ) from error

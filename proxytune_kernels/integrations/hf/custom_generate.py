@@ -278,11 +278,7 @@ class EngineGenerate:
         min_lengths = [_min_length(block, eos_token_ids) for block in sampling.blocks]
         max_tokens = max(1, (max_length or generation_config.max_length) - width)
         params = SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            filter_order="hf",
+            **sampling.filters,
             max_tokens=max_tokens,
             min_tokens=min(max([width, *min_lengths]) - width, max_tokens),
             # Those past the vocabulary are never drawn.

@@ -63,6 +63,12 @@ class OpSampling:
     blocks: tuple[Block, ...] = ()
     bias: Mapping[int, float] = field(default_factory=dict)
 
+    @property
+    def filters(self) -> dict[str, Any]:
+        """The arguments that are one number a row."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return {name: getattr(self, name) for name in names} | {"filter_order": "hf"}
+
 
 def read_processors(processors: Iterable[Any], *, do_sample: bool) -> OpSampling:
     """What the op must do so that its tokens follow the law of these processors.
@@ -271,15 +277,7 @@ class LogitsSampler:
         self.vocab_size = vocab_size
         self.prompt_length = prompt_length
         self._params = RowParams.make(
-            batch_size,
-            device=device,
-            alpha=alpha,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            filter_order="hf",
-            seed=seeds,
+            batch_size, device=device, alpha=alpha, seed=seeds, **sampling.filters
         )
         self._position = 0
         self._bias = self._make_bias(device)
