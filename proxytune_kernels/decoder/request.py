@@ -127,9 +127,7 @@ class Request:
 
     Args:
         request_id: unique in its decoder.
-        index: its place among the prompts of its call.
-        prompt: as it was given.
-        prompt_token_ids: role -> the prompt's tokens.
+        index, prompt, prompt_token_ids: as in :class:`RequestOutput`.
         params: with a seed.
         rules: what ends it.
         tokenizer: decodes its output.

@@ -37,14 +37,7 @@ class StepResult(NamedTuple):
 
 
 class SlotSampler:
-    """Sampling parameters, position and last token of each slot.
-
-    Args:
-        max_batch_size: number of slots.
-        vocab_size: width of the shared vocabulary.
-        backend: of :func:`proxytune_kernels.sample`; None is the fastest usable one.
-        device: where the logits are.
-    """
+    """Sampling parameters, position and last token of each slot."""
 
     def __init__(
         self, max_batch_size: int, vocab_size: int, backend: str | None, device: torch.device

@@ -20,14 +20,7 @@ from proxytune_kernels.decoder.speculation import History, Speculation
 
 
 class Stepper:
-    """Runs steps over the first slots.
-
-    Args:
-        runner: the models.
-        sampler: the slots' parameters and last tokens.
-        speculation: how to draft; None never does.
-        graphs: replays captured steps; None runs each step anew.
-    """
+    """Runs steps over the first slots: from ``graphs`` where there are any, else each anew."""
 
     def __init__(
         self,

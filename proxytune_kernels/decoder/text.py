@@ -18,10 +18,6 @@ class Detokenizer:
 
     The pieces joined are the text of the whole. A piece that ends in the middle of a character
     waits for the rest of it, or for :meth:`flush`.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        prompt_token_ids: the tokens before the output.
     """
 
     def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int]) -> None:
@@ -62,12 +58,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text on until a stop string is complete, the first to be completed in the text.
-
-    Args:
-        stop: the strings, none empty.
-        include: let the stop string through at the end of the text.
-    """
+    """Passes text on until a stop string is complete, the first to be completed in the text."""
 
     def __init__(self, stop: Sequence[str], include: bool) -> None:
         self._stop = tuple(stop)
