@@ -48,7 +48,7 @@ class Inputs(Structure):
     )  # fmt: skip
 
 
-_PARAMS = ("temperature", "top_k", "top_p", "min_p", "filter_order", "seed", "position")
+_PARAMS = ptk.RowParams._fields[1:]  # alpha comes with the inputs
 
 
 class Params(Structure):
