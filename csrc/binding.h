@@ -175,7 +175,7 @@ inline Tensor new_tensor(const Tensor& like, ScalarType type, int64_t rows, int6
 }
 
 template <typename Args, typename T>
-NewTensor allocate(const Result<Args, T>& result, Args& args, const Tensor& like, int64_t rows,
+NewTensor allocate(const Result<T* Args::*>& result, Args& args, const Tensor& like, int64_t rows,
                    int64_t columns) {
   NewTensor made = empty(like, kTypeOf<T>, rows, result.has_columns ? columns : -1);
   void* data = nullptr;
@@ -185,7 +185,7 @@ NewTensor allocate(const Result<Args, T>& result, Args& args, const Tensor& like
 }
 
 template <typename Args, typename T>
-void attach(const Result<Args, T>& result, Args& args, const Tensor& given, int64_t rows,
+void attach(const Result<T* Args::*>& result, Args& args, const Tensor& given, int64_t rows,
             int64_t columns) {
   args.*result.field = values_of<T>(given, result.has_columns ? rows * columns : rows, result.name);
 }

@@ -34,10 +34,10 @@ struct Target {
 
 // A result of an operator, and the field of the C API's arguments that says where it goes: one value for
 // each row, or for each row and column.
-template <typename Args, typename T>
+template <typename Field>
 struct Result {
   const char* name;
-  T* Args::* field;
+  Field field;
   bool has_columns = false;
 };
 
