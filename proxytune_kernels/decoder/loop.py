@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels.decoder.request import Request, StreamEvent
-from proxytune_kernels.decoder.sampler import StepResult
+from proxytune_kernels.decoder.sampler import Needs, StepResult
 from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 
@@ -259,10 +259,9 @@ class DecodingLoop:
         slots = 1 + max(slot for slot, _ in rows)
         steered = any(len(request.roles) > 1 for request in running)
         roles = self._stepper.roles if steered else ("base",)
-        masked = any(request.params.min_tokens > request.launched for request in running)
         launched = time.perf_counter()
         drafts = self._stepper.at_hand(slots, self._choose(running))
-        result = self._stepper.run(slots, roles, drafts, masked)
+        result = self._stepper.run(slots, roles, drafts, Needs.of(running))
         for slot, request in rows:
             request.launched += 1
             # The most it can be; what was refused is subtracted when the host learns of it.

@@ -186,11 +186,6 @@ class Request:
             parts[role] = self.prompt_token_ids[role][start : start + most]
         return {role: part for role, part in parts.items() if part}
 
-    @property
-    def needs_mask(self) -> bool:
-        """Whether its next token may not be a stop token."""
-        return self.rules.allowed_mask is not None and len(self.token_ids) < self.params.min_tokens
-
     def extend(
         self, token_ids: Sequence[int], logprobs: Sequence[float], raw_logprobs: Sequence[float]
     ) -> StreamEvent:

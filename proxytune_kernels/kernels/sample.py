@@ -45,7 +45,6 @@ from proxytune_kernels.kernels.common import (
     exponent,
     exponential,
     finite_max,
-    is_valid,
     mass_target,
     order_key,
     row_mass,
@@ -76,6 +75,7 @@ from proxytune_kernels.kernels.selection import (
     guess_pivots,
     gumbel_max_candidates,
     is_unfiltered,
+    is_valid,
     keep_candidates,
     list_candidates,
     may_need_mass,
@@ -83,7 +83,6 @@ from proxytune_kernels.kernels.selection import (
     rank_candidates,
     search_row,
     shares_row,
-    top_k_of,
 )
 from proxytune_kernels.params import RowParams
 from proxytune_kernels.rng import STREAMS
@@ -141,15 +140,13 @@ def _scan_kernel(
             count = live + (tl.max((given != given).to(tl.int32), 1) << 8)
         tl.store(tiles.count + at, count.to(tl.int16))
         temperature = tl.load(row_params.temperature + b)
-        top_k, top_p = tl.load(row_params.top_k + b), tl.load(row_params.top_p + b)
-        min_p, order = tl.load(row_params.min_p + b), tl.load(row_params.filter_order + b)
-        top_k = top_k_of(top_k, vocab_size)
-        if may_need_mass(temperature, top_k, order):
+        unfiltered = is_unfiltered(row_params, b, vocab_size)
+        if may_need_mass(row_params, b, vocab_size):
             if temperature != 1.0:
                 log2e = tl.full([], LOG2E, tl.float32)
                 scaled = shifted * tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))
                 tl.store(tiles.scaled + at, tile_sums(tl.exp2(scaled)))
-            if is_unfiltered(0, top_k, top_p, min_p):
+            if unfiltered:
                 stream = stream_of(draft_ids, b, positions, stream)
                 noise = noise_key(row_params, b, t, stream)
                 words = tile_words(tile * TILE, noise, TILES)
@@ -315,9 +312,7 @@ def _select_kernel(
         raw_mass = row_mass(sums, shifted, e)
         tl.store(masses + ws.RAW, raw_mass)
         greedy, inv_t = temperature_of(row_params, b)
-        top_k = top_k_of(tl.load(row_params.top_k + b), vocab_size)
-        top_p, min_p = tl.load(row_params.top_p + b), tl.load(row_params.min_p + b)
-        if greedy | is_unfiltered(greedy, top_k, top_p, min_p):
+        if greedy | is_unfiltered(row_params, b, vocab_size):
             token = _draw_by_tiles(
                 logits, row_params, b, t, tiles, at, inside, shifted, row_max, inv_t, greedy,
                 stream, vocab_size, NT,

@@ -43,7 +43,6 @@ from proxytune_kernels.kernels.common import (
     exponent,
     exponential,
     finite_max,
-    is_valid,
     key_id,
     key_value,
     log_mass,
@@ -58,6 +57,7 @@ from proxytune_kernels.kernels.selection import (
     Amount,
     filters_of,
     gumbel_max_candidates,
+    is_valid,
     select_sorted,
     sorted_prefix,
 )

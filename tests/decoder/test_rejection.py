@@ -18,6 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder.sampler import Needs
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import noisy_copy, tiny_llama, word_tokenizer
@@ -134,7 +135,7 @@ class Driver:
         while int(counts.min()) < COUNT:
             for cache in self.runner._caches:
                 cache.lengths[:] = cache.device_lengths.tolist()
-            result = self.stepper.run(SLOTS, self.stepper.roles, K, False)
+            result = self.stepper.run(SLOTS, self.stepper.roles, K, Needs(masked=False))
             first = result if first is None else first
             places = counts[:, None] + torch.arange(K + 1)
             tokens.scatter_(1, places, result.token_ids)
@@ -149,7 +150,7 @@ class Driver:
         self.sampler.params.seed.copy_(first_seed + torch.arange(SLOTS))
         self.sampler.params.position.zero_()
         everyone = torch.arange(SLOTS)
-        first = self.sampler.draw(everyone, self.logits, False)
+        first = self.sampler.draw(everyone, self.logits, Needs(masked=False))
         self.sampler.take_first(everyone.tolist(), first)
         history = self.stepper._history
         if history is not None:

@@ -27,7 +27,6 @@ from proxytune_kernels.ops.backends import (
 )
 from tests.test_imports import WITHOUT
 
-NAMES = ["cpu", "triton", "cuda", "reference"]
 PACKAGE = sys.modules[resolve.__module__]  # the name in ops is that of a function
 V = 32_000
 WITHOUT_CUDA = "no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, very slowly)"
@@ -111,7 +110,7 @@ def check_reference(device: str, reason: str) -> None:
 
 def test_names_and_reasons():
     found = backends()
-    assert list(found) == NAMES and found["reference"] is None
+    assert found.keys() >= {"cpu", "triton", "cuda"} and found["reference"] is None
     for reason in found.values():
         assert reason is None or (reason == reason.strip() and "\n" not in reason)
 

@@ -239,11 +239,7 @@ def check_kept(x: Tensor, params: ptk.RowParams, num_kept: Tensor) -> np.ndarray
     """The kept sets' sizes are the oracle's within its bands; returns the order, [B, V]."""
     greedy = params.temperature < 2.0**-126
     columns = params._replace(temperature=params.temperature.masked_fill(greedy, 0))
-    names = ("temperature", "top_k", "top_p", "min_p", "filter_order")
-    filters = oracle.Filters(*(getattr(columns, n).double().numpy() for n in names))
-    filters = filters._replace(top_k=filters.top_k.astype(np.int64),
-                               filter_order=filters.filter_order.astype(np.int64))  # fmt: skip
-    kept = oracle.kept(x.numpy(), filters)
+    kept = oracle.kept(x.numpy(), oracle.Filters.of(columns._asdict()))
     assert (kept.low <= num_kept.numpy()).all() and (num_kept.numpy() <= kept.high).all()
     return kept.order
 

@@ -316,7 +316,7 @@ def good(kernel: Backend, op: str) -> tuple[Any, ...]:
         "shard_histogram": [lists[0], summaries, params[1], lists[1]],
         "shard_finish": [summaries, words, lists, *params, torch.ones(rows, 4).long(), 0],
         "shard_accept": [torch.zeros(rows, 2), torch.zeros(rows, 2).int(), torch.zeros(rows, 1),
-                         torch.zeros(rows, 1).long(), *params[6:]],
+                         torch.zeros(rows, 1).long(), *params[-2:]],
         "shard_residual": [torch.zeros(2 * rows, size), torch.cat([summaries, summaries], 1), two,
                            two, x, summaries, vector, vector, vector, *params, 0],
     }  # fmt: skip
