@@ -12,14 +12,19 @@ from typing import Annotated, NoReturn
 import typer
 
 from benchmarks.harness.options import parse_choices
-from benchmarks.harness.report import RESULTS, console
-from benchmarks.static.budgets import BUDGETS
-from benchmarks.static.figures import LIMITS, Stored, compare
+from benchmarks.harness.report import RESULTS, say
+from benchmarks.static.figures import (
+    LIMITS,
+    Figures,
+    Unit,
+    broken,
+    compare,
+    read_figures,
+    write_figures,
+)
 
 CLUSTER = "cluster"
 """All CUDA C++ kernels, in a choice of kernels."""
-
-TRITON_FILE, CLUSTER_FILE = "static.json", "static-cluster.json"
 
 
 def _stop(message: str, code: int = 2) -> NoReturn:
@@ -36,7 +41,7 @@ def main(
         bool, typer.Option("--check", help="Fail if a figure is worse than the stored one.")
     ] = False,
     write: Annotated[bool, typer.Option("--write", help="Store the figures.")] = False,
-    results: Annotated[Path, typer.Option(help="Where static.md and static.json are.")] = RESULTS,
+    file: Annotated[Path, typer.Option(help="The stored figures.")] = RESULTS / "static.csv",
 ) -> None:
     """Registers, memory accesses and instructions of the GPU kernels. Needs no GPU."""
     if find_spec("triton") is None:
@@ -45,55 +50,51 @@ def main(
 
     if triton.knobs.runtime.interpret:
         _stop("TRITON_INTERPRET is set, so that nothing is compiled: unset it")
-    from benchmarks.static import cluster, compiling, report
+    from benchmarks.static import cuda_kernels, triton_kernels
 
-    known = (*BUDGETS, CLUSTER)
+    known = (*triton_kernels.KERNELS, CLUSTER)
     chosen = known if kernels is None else parse_choices("--kernels", kernels, known, None)
     ccs = parse_choices("--cc", cc, LIMITS, None)
-    complete = set(ccs) == set(LIMITS) and set(chosen) - {CLUSTER} in (set(), set(BUDGETS))
-    if write and not complete:
-        raise typer.BadParameter(
-            "--write stores all figures: leave out --cc, and --kernels unless it is cluster"
-        )
-    measured: dict[str, Stored] = {}
-    complaints: list[str] = []
-    try:
-        if units := compiling.units(ccs, chosen):
-            figures = compiling.measure(units)
-            measured[TRITON_FILE] = Stored(f"Triton {triton.__version__}", figures)
-            report.print_tables(report.triton_tables(report.split_twins(figures)[0]))
-            complaints += compiling.broken_promises(figures)
-        if CLUSTER in chosen and (reason := cluster.missing()) is not None:
-            console.print(f"CUDA C++ kernels: not compiled: {reason}", soft_wrap=True)
-        elif CLUSTER in chosen:
-            figures = cluster.measure(cluster.units(ccs))
-            measured[CLUSTER_FILE] = Stored(cluster.version(), figures)
-            report.print_tables(report.cluster_tables(figures))
-            complaints += cluster.broken_promises(figures)
-    except RuntimeError as error:
-        _stop(str(error), 1)
-    if write:
-        for name, now in measured.items():
-            now.write(results / name)
-        stored = [Stored.read(results / name) for name in (TRITON_FILE, CLUSTER_FILE)]
-        (results / "static.md").write_text(report.page(*stored))
-        written = ", ".join(measured)
-        console.print(f"Wrote {results / 'static.md'} and {written}", soft_wrap=True)
-    for name, now in measured.items() if check else ():
+    reason = cuda_kernels.missing() if CLUSTER in chosen else None
+    complete = set(ccs) == set(LIMITS) and set(chosen) - {CLUSTER} in (set(), set(known[:-1]))
+    if write and (set(chosen) != set(known) or not complete):
+        raise typer.BadParameter("--write stores all figures: leave out --cc and --kernels")
+    if write and reason is not None:
+        _stop(f"--write stores the CUDA C++ kernels' figures too, and {reason}")
+    if reason is not None:
+        say(f"CUDA C++ kernels: not compiled: {reason}")
+    now, complaints = {}, []
+    for kind, units in (
+        (triton_kernels, triton_kernels.units(ccs, chosen)),
+        (cuda_kernels, cuda_kernels.units(ccs) if CLUSTER in chosen and reason is None else []),
+    ):
         try:
-            before = Stored.read(results / name)
+            figures = kind.measure(units) if units else {}
+        except RuntimeError as error:
+            _stop(str(error), 1)
+        for unit, one in figures.items():
+            complaints += [f"{unit}: {what}" for what in broken(one, kind.promise(unit))]
+        now |= figures
+    rows = [(*Unit._fields, *Figures._fields), *((*unit, *one) for unit, one in now.items())]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(f"{cell!s:<{n}}" for cell, n in zip(row, widths, strict=True)))
+    if write:
+        write_figures(file, now)
+        say(f"Wrote {file}")
+    if check:
+        try:
+            found, summaries = compare(now, read_figures(file), complete)
         except OSError as error:
             _stop(f"--check needs the stored figures: {error}")
-        found, summary = compare(now, before, complete)
         complaints += found
-        console.print(summary, soft_wrap=True)
+        for summary in summaries:
+            say(summary)
     for complaint in complaints:
         typer.echo(complaint, err=True)
     if complaints:
         _stop(f"{len(complaints)} figures are not what they should be", 1)
-    console.print(
-        f"{sum(len(one.figures) for one in measured.values())} kernels keep their budgets."
-    )
+    say(f"{len(now)} kernels keep their budgets.")
 
 
 if __name__ == "__main__":

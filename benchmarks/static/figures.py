@@ -1,14 +1,13 @@
-"""The figures of a compiled kernel, and the files that hold those of a commit."""
+"""The figures of a compiled kernel: counted, held to what is promised, stored and compared."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import csv
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from benchmarks.static.sass import Code, Instruction
+from benchmarks.static.sass import Instruction
 
 WARP = 32
 RESERVED_SHARED = 1024
@@ -55,8 +54,9 @@ def resident_warps(cc: int, registers: int, shared: int, warps: int) -> int:
 
 
 class Unit(NamedTuple):
-    """One kernel of one case for one compute capability."""
+    """One kernel of one case for one compute capability, by a version of a compiler."""
 
+    compiler: str
     case: str
     kernel: str
     cc: int
@@ -65,167 +65,154 @@ class Unit(NamedTuple):
         return f"{self.case}/{self.kernel} cc {self.cc}"
 
 
-@dataclass(frozen=True)
-class RouteFigures:
-    """What a thread does for a token on one route."""
+class Figures(NamedTuple):
+    """Counts are of instructions in the code, run or not.
 
-    instructions: float
-    logits_loads: float
-    logits_bytes: float
+    ``6x16 2x4`` in the last three: six accesses to global memory of 16 bytes a thread, two of 4.
+    """
 
-
-@dataclass(frozen=True)
-class Figures:
-    """One kernel for one compute capability. Counts are of instructions in the code, run or not."""
-
-    registers: int
-    stack: int
-    local: int
-    """Loads and stores of the stack."""
-    shared: int
-    resident_warps: int
-    instructions: int
-    logits_loads: dict[str, int]
-    """By bytes a thread, as the following two."""
-    other_loads: dict[str, int]
-    stores: dict[str, int]
-    atomics: int
-    barriers: int
-    routes: dict[str, RouteFigures]
-    blocks: int = 1
-    """Of a cluster."""
-
-    @property
-    def narrowest(self) -> int | None:
-        """Bytes of the narrowest load of logits; None where there is none."""
-        return min(map(int, self.logits_loads), default=None)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel for one compute capability."""
-
-    code: Code
     registers: int  # per thread
     stack: int  # bytes per thread: spilled registers and local arrays
-    shared: int = 0  # bytes per block
-    warps: int = 0  # per block
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What Triton's launcher passed by name: the kernel's constants and options."""
+    local: int  # loads and stores of the stack
+    shared: int  # bytes per block
+    blocks: int  # of a cluster; 1 where there is none
+    resident_warps: int
+    barriers: int
+    instructions: int
+    atomics: int
+    logits_loads: str
+    other_loads: str
+    stores: str
+
+
+def accesses(text: str) -> dict[int, int]:
+    """How many there are by bytes a thread, as :class:`Figures` writes them."""
+    pairs = (one.split("x") for one in text.split())
+    return {int(size): int(n) for n, size in pairs}
 
 
 def count(
-    compiled: Compiled,
+    code: Sequence[Instruction],
+    resources: Mapping[str, int],
     cc: int,
+    shared: int,
+    warps: int,
     reads_logits: Callable[[Instruction], object],
-    routes: dict[str, RouteFigures],
-    loads: tuple[str, ...] = ("LDG", "LD"),
-    stores: tuple[str, ...] = ("STG", "ST"),
+    *,
+    blocks: int = 1,
+    generic: bool = True,
 ) -> Figures:
-    """The figures of a kernel, given those of its routes.
+    """The figures of a kernel, given its resources by cuobjdump's names.
 
-    ``loads`` and ``stores`` are the instructions that reach global memory.
+    ``generic``: loads and stores whose name does not say where they go are of global memory.
     """
-    code = compiled.code
 
-    def widths(accesses: Iterable[Instruction]) -> dict[str, int]:
-        """How many there are by bytes a thread, the widest first."""
-        sizes = [i.access_bytes for i in accesses]
-        return {str(size): sizes.count(size) for size in sorted(set(sizes), reverse=True)}
+    def number(*stems: str) -> int:
+        return sum(i.stem in stems for i in code)
 
-    loading = [i for i in code.instructions if i.stem in loads]
+    def widths(instructions: Iterable[Instruction]) -> str:
+        sizes = [i.access_bytes for i in instructions]
+        return " ".join(f"{sizes.count(n)}x{n}" for n in sorted(set(sizes), reverse=True))
+
+    loads = [i for i in code if i.stem == "LDG" or (generic and i.stem == "LD")]
     return Figures(
-        registers=compiled.registers,
-        stack=compiled.stack,
-        local=code.count("LDL", "STL"),
-        shared=compiled.shared,
-        resident_warps=resident_warps(cc, compiled.registers, compiled.shared, compiled.warps),
-        instructions=len(code.instructions),
-        logits_loads=widths(i for i in loading if reads_logits(i)),
-        other_loads=widths(i for i in loading if not reads_logits(i)),
-        stores=widths(i for i in code.instructions if i.stem in stores),
-        atomics=code.count("ATOM", "ATOMG", "RED", "REDG"),
-        barriers=code.count("BAR"),
-        routes=routes,
+        registers=resources["REG"],
+        stack=resources["STACK"],
+        local=number("LDL", "STL"),
+        shared=shared,
+        blocks=blocks,
+        resident_warps=resident_warps(cc, resources["REG"], shared, warps),
+        barriers=number("BAR"),
+        instructions=len(code),
+        atomics=number("ATOM", "ATOMG", "RED", "REDG"),
+        logits_loads=widths(i for i in loads if reads_logits(i)),
+        other_loads=widths(i for i in loads if not reads_logits(i)),
+        stores=widths(i for i in code if i.stem == "STG" or (generic and i.stem == "ST")),
     )
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Figures, and the compiler that they were obtained with."""
+class Promise(NamedTuple):
+    """What a kernel may take, beside that it spills nothing.
 
-    compiler: str
-    figures: Mapping[Unit, Figures]
+    Spills go through the memory that the logits come from.
+    """
 
-    def write(self, path: Path) -> None:
-        """Write JSON: no date and no machine, so that the same code gives the same file."""
-        records = [{**unit._asdict(), **asdict(f)} for unit, f in self.figures.items()]
-        lines = ",\n".join(json.dumps(record) for record in records)
-        path.write_text(f'{{"compiler": "{self.compiler}", "kernels": [\n{lines}\n]}}\n')
-
-    @staticmethod
-    def read(path: Path) -> Stored:
-        """What :meth:`write` wrote."""
-        content: dict[str, Any] = json.loads(path.read_text())
-        figures = {}
-        for record in content["kernels"]:
-            unit = Unit(*(record.pop(field) for field in Unit._fields))
-            routes = {name: RouteFigures(**route) for name, route in record.pop("routes").items()}
-            figures[unit] = Figures(**record, routes=routes)
-        return Stored(content["compiler"], figures)
+    registers: int
+    shared: int
+    narrow: float | None
+    """Bytes of logits that the code may load by less than 16 a thread, for each that it loads by
+    16; None where 16-byte loads are not promised."""
 
 
-def _numbers(figures: Figures) -> dict[str, float]:
-    """By name, all that is compared and of which more is worse."""
-    plain = ("registers", "stack", "local", "shared", "atomics", "barriers")
-    numbers: dict[str, float] = {name: getattr(figures, name) for name in plain}
-    accesses = ("logits_loads", "other_loads", "stores")
-    numbers |= {name: sum(getattr(figures, name).values()) for name in accesses}
-    if figures.routes:  # by token, whatever a thread has of them
-        del numbers["logits_loads"]
-    for name, route in figures.routes.items():
-        numbers[f"{name}: instructions a token"] = route.instructions
-        numbers[f"{name}: loads of logits a token"] = route.logits_loads
-    return numbers
+def broken(figures: Figures, promise: Promise) -> Iterator[str]:
+    """What a kernel takes that it may not, and what it does not do as promised."""
+    budget = {"registers": promise.registers, "shared": promise.shared, "stack": 0, "local": 0}
+    for name, most in budget.items():
+        if (got := getattr(figures, name)) > most:
+            yield f"{name} {got}, the budget is {most}"
+    if promise.narrow is not None:
+        loaded = {size: size * n for size, n in accesses(figures.logits_loads).items()}
+        wide = loaded.pop(16, 0)
+        if not wide or sum(loaded.values()) > promise.narrow * wide:
+            yield f"logits are not read in loads of 16 bytes: {figures.logits_loads or 'none'}"
 
 
 def worse(now: Figures, before: Figures) -> Iterator[str]:
     """Each figure that got worse, with both values.
 
     No tolerance: one version of a compiler makes the same code of the same source wherever it runs.
-    The code's length is not compared: it is what it is where no route is counted.
+    The code's length is not compared.
     """
-    old = _numbers(before)
-    for name, value in _numbers(now).items():
-        if name in old and value > old[name]:
-            yield f"{name} {value:g}, was {old[name]:g}"
-    for name in ("resident_warps", "narrowest"):
-        new_value, old_value = getattr(now, name), getattr(before, name)
-        if None not in (new_value, old_value) and new_value < old_value:
-            yield f"{name.replace('_', ' ')} {new_value}, was {old_value}"
+    for name, new, old in zip(Figures._fields, now, before, strict=True):
+        if name in ("logits_loads", "other_loads", "stores"):
+            got_worse = sum(accesses(str(new)).values()) > sum(accesses(str(old)).values())
+        elif name == "resident_warps":
+            got_worse = int(new) < int(old)
+        else:
+            got_worse = name not in ("blocks", "instructions") and int(new) > int(old)
+        if got_worse:
+            yield f"{name} {new}, was {old}"
 
 
-def compare(now: Stored, stored: Stored, complete: bool) -> tuple[list[str], str]:
-    """What got worse or is on one side only, and a summary; ``complete``: all were compiled."""
-    if now.compiler != stored.compiler:
-        return [], (
-            f"The stored figures are {stored.compiler}'s, these are {now.compiler}'s: they are not "
-            "compared, budgets alone are checked."
+def compare(
+    now: Mapping[Unit, Figures], stored: Mapping[Unit, Figures], complete: bool
+) -> tuple[list[str], list[str]]:
+    """What got worse or is on one side only, and summaries; ``complete``: all were compiled."""
+    complaints, summaries = [], []
+    for compiler in dict.fromkeys(unit.compiler for unit in now):
+        new, old = (
+            {u: f for u, f in side.items() if u.compiler == compiler} for side in (now, stored)
         )
-    complaints, changed = [], 0
-    for unit, figures in now.figures.items():
-        if unit not in stored.figures:
-            complaints.append(f"{unit}: no figures are stored")
+        if not old:
+            summaries.append(f"No figures of {compiler} are stored: budgets alone are checked.")
             continue
-        changed += figures != stored.figures[unit]
-        complaints += [f"{unit}: {what}" for what in worse(figures, stored.figures[unit])]
-    if complete:
-        gone = stored.figures.keys() - now.figures.keys()
-        complaints += [f"{unit}: figures are stored, but there is no such kernel" for unit in gone]
-    summary = (
-        f"{len(now.figures)} kernels of {now.compiler} compared, {changed} have other figures than "
-        "stored."
-    )
-    if changed or complaints:
-        summary += " `python -m benchmarks.static --write` stores them."
-    return complaints, summary
+        complaints += [f"{unit}: no figures are stored" for unit in new.keys() - old.keys()]
+        if complete:
+            gone = old.keys() - new.keys()
+            complaints += [
+                f"{unit}: figures are stored, but there is no such kernel" for unit in gone
+            ]
+        both = [unit for unit in new if unit in old]
+        complaints += [f"{unit}: {what}" for unit in both for what in worse(new[unit], old[unit])]
+        changed = sum(new[unit] != old[unit] for unit in both)
+        summaries.append(
+            f"{len(both)} kernels of {compiler} compared, {changed} have other figures than stored."
+        )
+    return complaints, summaries
+
+
+def write_figures(path: Path, figures: Mapping[Unit, Figures]) -> None:
+    """Write CSV: no date and no machine, so that the same code gives the same file."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow((*Unit._fields, *Figures._fields))
+        rows.writerows((*unit, *one) for unit, one in figures.items())
+
+
+def read_figures(path: Path) -> dict[Unit, Figures]:
+    """What :func:`write_figures` wrote."""
+    with path.open(newline="") as file:
+        _, *rows = csv.reader(file)
+    cells = [[int(cell) if cell.isdigit() else cell for cell in row] for row in rows]
+    names = len(Unit._fields)
+    return {Unit._make(row[:names]): Figures._make(row[names:]) for row in cells}

@@ -1,134 +1,88 @@
-"""The check of what Triton compiles to: parsing, counting, budgets, comparison, the command."""
+"""The check of what Triton and nvcc compile to: parsing, counting, promises, the command."""
 
-from dataclasses import replace
-from typing import Any
+import os
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton, whose tools read the code, is not installed")
 
-import triton
-
-from benchmarks.harness.report import RESULTS
-from benchmarks.static import budgets, compiling, report
-from benchmarks.static.cases import Mark, Route
-from benchmarks.static.compiling import figures_of
+from benchmarks.harness.report import REPOSITORY, RESULTS
+from benchmarks.static import cuda_kernels, triton_kernels
 from benchmarks.static.figures import (
     LIMITS,
-    Compiled,
     Figures,
-    RouteFigures,
-    Stored,
+    Promise,
     Unit,
+    accesses,
+    broken,
     compare,
+    count,
+    read_figures,
     resident_warps,
     worse,
-)  # fmt: skip
-from benchmarks.static.sass import CannotFollow, Instruction, parse, parse_resources
-from tests.benchmarks.static_command import static
+    write_figures,
+)
+from benchmarks.static.sass import Instruction, parse, parse_resources
 
-# A kernel's first part masks its loads or does not; its second part is not for all rows.
 SOURCE = """\
 def combined(at, inside):
     base = tl.load(at, mask=inside)
     expert = tl.load(at, mask=inside)
     return expert - base
-
-
-def kernel(out):
-    x = combined(0, 1)
-    tl.store(out.first, x)
-    tl.store(out.second, x)
 """
 SASS = """\
 	.headerflags	@"EF_CUDA_SM90"
-        .type           _kernel,@function
 .text._kernel:
-	//## File "{file}", line 8
+	//## File "{file}", line 4
         /*0000*/                   S2R R1, SR_TID.X ;
-        /*0010*/                   ISETP.GT.AND P0, PT, R1, UR8, PT ;
-        /*0020*/               @P0 BRA `(.L_x_0) ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
 	//## File "{file}", line 2
-        /*0030*/                   LDG.E.128 R8, desc[UR6][R10.64] ;
-	//## File "{file}", line 3
-        /*0040*/                   LDG.E.128 R12, desc[UR6][R10.64] ;
-	//## File "{file}", line 8
-        /*0050*/                   BRA `(.L_x_1) ;
+        /*0020*/                   LDG.E.128 R8, desc[UR6][R10.64] ;
 .L_x_0:
-	//## File "{file}", line 2
-        /*0060*/              @!P1 LDG.E.U16 R8, desc[UR6][R10.64] ;
-        /*0070*/              @!P1 LDG.E.U16 R9, desc[UR6][R10.64+0x2] ;
-        /*0080*/                   MOV R12, R8 ;
-        /*0090*/                   MOV R13, R9 ;
-.L_x_1:
-	//## File "{file}", line 9
-        /*00a0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
-        /*00b0*/                   LDL R3, [R1] ;
-        /*00c0*/              @!P2 STG.E desc[UR6][R8.64], R33 ;
-        /*00d0*/              @!P3 EXIT ;
-	//## File "{file}", line 10
-        /*00e0*/                   LDG.E R4, desc[UR6][R2.64] ;
-        /*00f0*/                   ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR6][R2.64], R4 ;
-        /*0100*/                   STG.E.64 desc[UR6][R8.64], R34 ;
-        /*0110*/                   EXIT ;
+	//## File "{file}", line 3
+        /*0030*/              @!P1 LDG.E.U16 R8, desc[UR6][R10.64] ;
+        /*0040*/              @!P1 LDG.E.U16 R9, desc[UR6][R10.64+0x2] ;
+	//## File "{file}", line 4
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/                   LDL R3, [R1] ;
+        /*0070*/              @!P2 STG.E desc[UR6][R8.64], R33 ;
+        /*0080*/                   LD.E R4, [R2] ;
+        /*0090*/                   ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR6][R2.64], R4 ;
+        /*00a0*/                   STG.E.64 desc[UR6][R8.64], R34 ;
+        /*00b0*/                   EXIT ;
 .L_x_2:
-        /*0120*/                   BRA `(.L_x_2);
-        /*0130*/                   NOP;
-        /*0140*/                   NOP;
-.L_x_3:
+        /*00c0*/                   BRA `(.L_x_2);
+        /*00d0*/                   NOP;
 """
-ALL, SECOND = lambda arguments: arguments["BLOCK"], Mark("STG", "out.second")
+USAGE = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _scan_kernel:
+  REG:40 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:728 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+GOOD = Figures(40, 0, 0, 2048, 1, 48, 3, 100, 1, "6x16 48x2", "2x4", "1x4")
+UNIT = Unit("Triton 3.7.1", "sample", "scan", 90)
 
 
-def compiled(tmp_path, sass=SASS):
-    file = tmp_path / "kernel.py"
-    file.write_text(SOURCE)
-    code = parse(sass.replace("{file}", str(file)))
-    return Compiled(code, registers=40, stack=8, shared=2048, warps=2, arguments={"BLOCK": 512})
+def static(*arguments, **variables):
+    """``python -m benchmarks.static`` in a process of its own."""
+    environ = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.static", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def code_of(*lines):
-    """Instructions 16 bytes apart; a name with a colon is a label."""
-    rows, address = [], 0
-    for line in lines:
-        if line.endswith(":"):
-            rows.append(line)
-        else:
-            rows.append(f"        /*{address:04x}*/   {line} ;")
-            address += 16
-    return parse("\n".join(rows))
-
-
-def none(i):
-    return False
-
-
-def path_of(code, *required, excluded=none, unwanted=none):
-    return [i.opcode for i in code.longest_path(required, excluded, unwanted)]
-
-
-def figures(**changes):
-    route = RouteFigures(10.0, 0.375, 6.0)
-    widths: Any = {"logits_loads": {"16": 6}, "other_loads": {"4": 2}, "stores": {"4": 1}}
-    plain = Figures(40, 0, 0, 2048, 48, 100, **widths, atomics=1, barriers=3, routes={"all": route})
-    return replace(plain, **changes)
-
-
-def with_route(**changes):
-    return figures(routes={"all": replace(figures().routes["all"], **changes)})
-
-
-# Parsing
-
-
-def test_instructions_carry_predicate_width_and_source(tmp_path):
-    code = compiled(tmp_path).code
-    load = code.instructions[3]
-    assert (load.address, load.predicate, load.opcode) == (0x30, "", "LDG.E.128")
-    assert load.stem == "LDG"
-    assert load.source == "base = tl.load(at, mask=inside)"
-    assert code.instructions[6].predicate == "!P1"
-    assert code.labels[".L_x_1"] == 0xA0
+# Parsing and counting
 
 
 @pytest.mark.parametrize(
@@ -146,121 +100,26 @@ def test_instructions_carry_predicate_width_and_source(tmp_path):
     ],
 )
 def test_access_bytes(opcode, size):
-    assert Instruction(0, "", opcode, "", "", 0).access_bytes == size
-
-
-def test_resources():
-    text = """
-Resource usage:
- Common:
-  GLOBAL:0
- Function _scan_kernel:
-  REG:40 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:728 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-    resources = parse_resources(text)
-    assert (resources["REG"], resources["STACK"]) == (40, 16)
-    with pytest.raises(ValueError, match="names no resources"):
-        parse_resources("Common:\n GLOBAL:0")
-
-
-# Paths
-
-
-def test_longest_path_takes_the_longer_branch():
-    code = code_of(
-        "@P0 BRA `(.L_0)", "MOV", "BRA `(.L_1)", ".L_0:", "FADD", "FMUL", "FFMA", ".L_1:", "EXIT"
-    )
-    assert path_of(code) == ["BRA", "FADD", "FMUL", "FFMA", "EXIT"]
-    assert path_of(code, excluded=lambda i: i.opcode == "FMUL") == ["BRA", "MOV", "BRA", "EXIT"]
-    assert "MOV" in path_of(code, lambda i: i.opcode == "MOV")
-
-
-def test_a_path_has_the_fewest_unwanted_instructions_and_then_is_the_longest():
-    code = code_of(
-        "@P0 BRA `(.L_0)", "FADD", "FADD", "MOV", "BRA `(.L_1)", ".L_0:", "FADD", "@P1 BRA `(.L_1)",
-        "FMUL", ".L_1:", "EXIT",
-    )  # fmt: skip
-    assert path_of(code) == ["BRA", "FADD", "FADD", "MOV", "BRA", "EXIT"]
-    path = path_of(code, unwanted=lambda i: i.opcode == "FADD")
-    assert path == ["BRA", "FADD", "BRA", "FMUL", "EXIT"]
-
-
-def test_a_path_may_end_at_an_exit_that_is_not_for_all():
-    code = code_of("@P0 EXIT", "MOV", "EXIT")
-    assert path_of(code, excluded=lambda i: i.opcode == "MOV") == ["EXIT"]
-    assert path_of(code) == ["EXIT", "MOV", "EXIT"]
-
-
-def test_the_slow_form_for_diverged_warps_is_not_followed():
-    code = code_of("BRA.DIV UR4, `(.L_0)", "MOV", "EXIT", ".L_0:", "FADD", "FMUL", "FFMA", "EXIT")
-    assert path_of(code) == ["BRA.DIV", "MOV", "EXIT"]
-
-
-def test_slow_arithmetic_is_on_no_path():
-    code = code_of(
-        "@!P1 BRA `(.L_0)", "MOV", "CALL.REL.NOINC `($slow)", ".L_0:", "EXIT",
-        "$slow:", "FFMA", "RET.REL.NODEC R8 `(.L_0)",
-    )  # fmt: skip
-    assert path_of(code) == ["BRA", "EXIT"]
-
-
-@pytest.mark.parametrize(
-    ("lines", "reason"),
-    [
-        ((".L_0:", "MOV", "@P0 BRA `(.L_0)", "EXIT"), "loop"),
-        (("CALL.REL.NOINC `(.L_0)", "EXIT", ".L_0:", "EXIT"), "no path"),
-        (("RET.REL.NODEC R8 `(.L_0)", ".L_0:", "EXIT"), "RET"),
-        (("BRA `(.L_9)", "EXIT"), "BRA"),
-        (("MOV", "MOV"), "without an exit"),
-    ],
-)
-def test_code_that_cannot_be_followed(lines, reason):
-    with pytest.raises(CannotFollow, match=reason):
-        path_of(code_of(*lines))
-
-
-# Figures
+    assert Instruction(opcode).access_bytes == size
 
 
 def test_figures_of_a_kernel(tmp_path):
-    routes = (Route("first", ALL, avoids=(SECOND,)), Route("second", ALL, passes=(SECOND,)))
-    got = figures_of(compiled(tmp_path), 90, routes)
-    assert (got.registers, got.stack, got.local, got.shared) == (40, 8, 1, 2048)
-    assert got.logits_loads == {"16": 2, "2": 2}
-    assert (got.other_loads, got.stores) == ({"4": 1}, {"8": 1, "4": 1})
-    assert (got.atomics, got.barriers, got.instructions) == (1, 1, 18)
-    assert got.narrowest == 2
-    # 512 tokens for 64 threads; the masked loads, though longer, are on no route
-    first, second = got.routes["first"], got.routes["second"]
-    assert (first.instructions, second.instructions) == (10 / 8, 14 / 8)
-    for route in (first, second):
-        assert (route.logits_loads, route.logits_bytes) == (2 / 8, 32 / 8)
-
-
-def test_a_mark_that_marks_nothing_is_an_error(tmp_path):
-    route = Route("second", ALL, avoids=(Mark("STG", "out.renamed"),))
-    with pytest.raises(CannotFollow, match="no STG from 'out.renamed'"):
-        figures_of(compiled(tmp_path), 90, (route,))
-
-
-def test_loads_whose_branch_became_a_predicate_are_still_the_route(tmp_path):
-    masked = SASS.replace("     LDG.E.128 R8", "@!P0 LDG.E.128 R8")
-    route = figures_of(compiled(tmp_path, masked), 90, (Route("all", ALL),)).routes["all"]
-    assert (route.logits_loads, route.logits_bytes) == (2 / 8, 32 / 8)
-
-
-def test_what_is_seldom_needed_is_avoided_if_it_can_be(tmp_path):
-    kernel = compiled(tmp_path)
-    routes = (
-        Route("around", ALL, seldom=(SECOND,)),
-        Route("through", ALL, passes=(SECOND,), seldom=(SECOND,)),
-        Route("renamed", ALL, seldom=(Mark("STG", "out.renamed"),)),
+    """Logits' loads are told by their source lines; what fills up the code is not counted."""
+    file = tmp_path / "kernel.py"
+    file.write_text(SOURCE)
+    code, resources = parse(SASS.replace("{file}", str(file))), parse_resources(USAGE)
+    assert code[2].opcode == "LDG.E.128"
+    assert code[2].source == "base = tl.load(at, mask=inside)"
+    got = count(code, resources, 90, 2048, 4, triton_kernels.reads_logits)
+    assert got == Figures(40, 8, 1, 2048, 1, 48, 1, 12, 1, "1x16 2x2", "1x4", "1x8 1x4")
+    assert (
+        count(code, resources, 90, 0, 4, lambda i: False, generic=False).other_loads == "1x16 2x2"
     )
-    instructions = [r.instructions for r in figures_of(kernel, 90, routes).routes.values()]
-    assert instructions == [10 / 8, 14 / 8, 14 / 8]
-
-
-# Occupancy
+    assert accesses(got.logits_loads) == {16: 1, 2: 2} and accesses("") == {}
+    with pytest.raises(ValueError, match="no instruction"):
+        parse("nothing")
+    with pytest.raises(ValueError, match="names no resources"):
+        parse_resources("Common:\n GLOBAL:0")
 
 
 @pytest.mark.parametrize(
@@ -287,142 +146,196 @@ def test_resident_warps(kernel, warps):
     assert resident_warps(*kernel) == warps
 
 
-# Budgets and comparison
+# Promises and comparison
 
 
-def test_a_kernel_within_its_budget():
-    assert list(budgets.over_budget("combine", figures(), True, 6)) == []
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"registers": 65}, "registers 65, the budget is 64"),
+        ({"stack": 16}, "stack 16, the budget is 0"),
+        ({"local": 1}, "local 1, the budget is 0"),
+        ({"shared": 49_153}, "shared 49153, the budget is 49152"),
+        ({"logits_loads": "6x16 49x2"}, "logits are not read in loads of 16 bytes: 6x16 49x2"),
+        ({"logits_loads": "12x8"}, "logits are not read in loads of 16 bytes: 12x8"),
+        ({"logits_loads": ""}, "logits are not read in loads of 16 bytes: none"),
+    ],
+)
+def test_broken_promises(changes, complaint):
+    promise = Promise(64, 48 * 1024, narrow=1.0)
+    assert list(broken(GOOD, promise)) == []
+    assert list(broken(GOOD._replace(**changes), promise)) == [complaint]
+    assert not list(broken(GOOD._replace(logits_loads="9x2"), promise._replace(narrow=None)))
+    assert list(broken(GOOD, promise._replace(narrow=0.0)))
+
+
+def test_which_kernels_promise_what():
+    def narrow(case, kernel="scan"):
+        return triton_kernels.promise(Unit("", case, kernel, 90)).narrow
+
+    assert narrow("sample") == narrow("sample V=50257+15") == narrow("combine", "combine") == 1.0
     # where rows are not aligned, narrow loads break no promise
-    assert list(budgets.over_budget("combine", with_route(logits_loads=3.0), False, 6)) == []
+    assert narrow("sample V=50257") is None is narrow("sample", "draw")
+    assert triton_kernels.promise(UNIT)[:2] == (112, 48 * 1024)
+    assert cuda_kernels.promise(Unit("", "V=32000", "coupled", 90)).registers == 128
 
 
 @pytest.mark.parametrize(
-    ("changed", "complaint"),
+    ("changes", "complaint"),
     [
-        (figures(registers=65), "registers 65, the budget is 64"),
-        (figures(stack=16), "stack 16"),
-        (figures(local=1), "local 1"),
-        (figures(shared=48 * 1024 + 1), "shared 49153"),
-        (with_route(logits_bytes=12.0), "reads 12 bytes of logits a token, the roles hold 6"),
-        (with_route(logits_loads=3.0), "takes 3 loads a token, 0.375 would do"),
+        ({"registers": 41}, "registers 41, was 40"),
+        ({"stack": 8}, "stack 8, was 0"),
+        ({"local": 2}, "local 2, was 0"),
+        ({"shared": 4096}, "shared 4096, was 2048"),
+        ({"atomics": 2}, "atomics 2, was 1"),
+        ({"barriers": 4}, "barriers 4, was 3"),
+        ({"resident_warps": 40}, "resident_warps 40, was 48"),
+        ({"logits_loads": "12x8 48x2"}, "logits_loads 12x8 48x2, was 6x16 48x2"),
+        ({"other_loads": "1x16 2x4"}, "other_loads 1x16 2x4, was 2x4"),
+        ({"stores": "2x4"}, "stores 2x4, was 1x4"),
     ],
 )
-def test_broken_budgets(changed, complaint):
-    (found,) = budgets.over_budget("combine", changed, True, 6)
-    assert complaint in found
-
-
-@pytest.mark.parametrize(
-    ("now", "complaint"),
-    [
-        (figures(registers=41), "registers 41, was 40"),
-        (figures(stack=8), "stack 8, was 0"),
-        (figures(local=2), "local 2, was 0"),
-        (figures(shared=4096), "shared 4096, was 2048"),
-        (figures(atomics=2), "atomics 2, was 1"),
-        (figures(barriers=4), "barriers 4, was 3"),
-        (figures(resident_warps=40), "resident warps 40, was 48"),
-        (figures(logits_loads={"8": 6}), "narrowest 8, was 16"),
-        (figures(other_loads={"16": 1, "4": 2}), "other_loads 3, was 2"),
-        (figures(stores={"4": 2}), "stores 2, was 1"),
-        (with_route(instructions=10.125), "all: instructions a token 10.125, was 10"),
-        (with_route(logits_loads=0.75), "all: loads of logits a token 0.75, was 0.375"),
-    ],
-)
-def test_each_figure_that_got_worse_is_named(now, complaint):
-    assert list(worse(now, figures())) == [complaint]
-    assert list(worse(figures(), now)) == []
+def test_each_figure_that_got_worse_is_named(changes, complaint):
+    now = GOOD._replace(**changes)
+    assert list(worse(now, GOOD)) == [complaint]
+    assert list(worse(GOOD, now)) == []
     assert list(worse(now, now)) == []
 
 
-def test_loads_in_the_code_count_where_none_are_counted_by_token():
-    before, more = figures(routes={}), figures(routes={}, logits_loads={"16": 7})
-    assert list(worse(more, before)) == ["logits_loads 7, was 6"]
-    assert list(worse(figures(logits_loads={"16": 12}), figures())) == []
-
-
-UNIT = Unit("sample", "scan", 90)
-
-
-def stored():
-    return Stored("Triton 3.7.1", {UNIT: figures()})
-
-
-def test_comparison_names_the_kernel_and_what_is_on_one_side_only(tmp_path):
-    stored().write(tmp_path / "static.json")
-    kept = Stored.read(tmp_path / "static.json")
-    assert kept == stored()
-    now = Stored("Triton 3.7.1", {UNIT: figures(registers=41)})
-    complaints, summary = compare(now, kept, complete=True)
+def test_a_stored_file_is_compared_with_what_is_compiled_now(tmp_path):
+    other = UNIT._replace(cc=100)
+    write_figures(tmp_path / "static.csv", {UNIT: GOOD, other: GOOD._replace(logits_loads="")})
+    stored = read_figures(tmp_path / "static.csv")
+    assert stored == {UNIT: GOOD, other: GOOD._replace(logits_loads="")}
+    complaints, summaries = compare({**stored, UNIT: GOOD._replace(registers=41)}, stored, True)
     assert complaints == ["sample/scan cc 90: registers 41, was 40"]
-    assert "1 have other figures" in summary
-    elsewhere = Stored("Triton 3.7.1", {UNIT._replace(cc=100): figures()})
-    complaints, _ = compare(elsewhere, kept, complete=True)
-    assert [c.split(": ", 1)[0] for c in complaints] == ["sample/scan cc 100", str(UNIT)]
-    assert len(compare(elsewhere, kept, complete=False)[0]) == 1
-
-
-def test_another_triton_is_not_compared():
-    complaints, summary = compare(replace(stored(), compiler="Triton 3.6.0"), stored(), True)
+    assert summaries == ["2 kernels of Triton 3.7.1 compared, 1 have other figures than stored."]
+    now = {UNIT: GOOD, UNIT._replace(cc=80): GOOD}
+    one_sided = ["sample/scan cc 80: no figures are stored"]
+    assert compare(now, stored, complete=False)[0] == one_sided
+    gone = "sample/scan cc 100: figures are stored, but there is no such kernel"
+    assert compare(now, stored, complete=True)[0] == [*one_sided, gone]
+    complaints, summaries = compare({UNIT._replace(compiler="Triton 3.6.0"): GOOD}, stored, True)
     assert complaints == []
-    assert "are Triton 3.7.1's, these are Triton 3.6.0's" in summary
+    assert summaries == ["No figures of Triton 3.6.0 are stored: budgets alone are checked."]
 
 
-# The report
+def test_the_stored_figures_are_of_all_kernels():
+    stored = read_figures(RESULTS / "static.csv")
+    wanted = triton_kernels.units(LIMITS)
+    assert {unit[1:] for unit in wanted} == {u[1:] for u in stored if "Triton" in u.compiler}
+    cuda = {(u.case, u.kernel) for u in stored if "nvcc" in u.compiler}
+    assert len(cuda) == len(cuda_kernels.KERNELS) * 3 + 1
 
 
-def test_twins_are_listed_once():
-    twin = Unit("sample V=32000", "scan", 90)
-    other = Unit("sample fp32", "scan", 90)
-    kept, twins = report.split_twins({UNIT: figures(), twin: figures(), other: figures(stack=8)})
-    assert list(kept) == [UNIT, other]
-    assert twins == {"sample V=32000: scan": "sample: scan"}
+# The CUDA C++ kernels
+
+SYMBOLS = {
+    "sample": "_ZN3ptk4cuda1_13sample_kernelILb0EEEv21args",
+    "sample_top": "_ZN3ptk4cuda1_13sample_kernelILb1EEEv21args",
+    "coupled": "_ZN3ptk4cuda1_13verify_kernelILi0EEEv21args",
+    "rejection": "_ZN3ptk4cuda1_13verify_kernelILi1EEEv21args",
+}
+BODY = [
+    "LDG.E.NA.128.CONSTANT R8, desc[UR4][R10.64] ;",
+    "LDG.E R4, desc[UR6][R2.64] ;",
+    "LD.E R4, [R2] ;",
+    "EXIT ;",
+]
 
 
-def test_affordable_instructions():
-    # An H100 issues 132 * 4 * 32 * 1.98e9 a second and reads 3.35e12 bytes.
-    assert report.affordable(90, 6) == pytest.approx(6 / 3.35e12 * 132 * 128 * 1.98e9)
+def printed(names):
+    """What nvdisasm and cuobjdump print of a file with these kernels; each has another length."""
+    text, usage = ["	.target	sm_90a\n"], ["\nResource usage:\n Common:\n  GLOBAL:0"]
+    for n, symbol in enumerate(SYMBOLS[name] for name in names):
+        lines = ["MOV R1, R1 ;"] * n + BODY
+        code = (f"        /*{16 * i:04x}*/   {line}" for i, line in enumerate(lines))
+        text.append(f"//--------------------- .text.{symbol} --------------------------")
+        text.append(f"\t.section\t.text.{symbol}\n.text.{symbol}:\n" + "\n".join(code))
+        usage.append(f" Function {symbol}:\n  REG:{100 + n} STACK:{n} SHARED:1024 LOCAL:0")
+    text.append("//--------------------- .nv.shared.reserved.0 ----------------------")
+    return "\n".join(text), "\n".join(usage)
 
 
-def test_the_stored_page_is_that_of_the_stored_figures():
-    kept = Stored.read(RESULTS / "static.json")
-    cluster = Stored.read(RESULTS / "static-cluster.json")
-    assert (RESULTS / "static.md").read_text() == report.page(kept, cluster)
-    assert set(kept.figures) == set(compiling.units(LIMITS))
+def test_cuda_kernels_are_told_apart_by_their_symbols():
+    kernels = cuda_kernels.read(*printed(reversed(SYMBOLS)))
+    found = {name: (len(code), own["REG"], own["STACK"]) for name, (code, own) in kernels.items()}
+    assert found == {
+        "rejection": (4, 100, 0), "coupled": (5, 101, 1), "sample_top": (6, 102, 2),
+        "sample": (7, 103, 3),
+    }  # fmt: skip
+    code, resources = kernels["sample"]
+    figures = count(code, resources, 90, 0, 8, cuda_kernels.is_vector, blocks=8, generic=False)
+    assert (figures.logits_loads, figures.other_loads, figures.blocks) == ("1x16", "1x4", 8)
+    with pytest.raises(ValueError, match="no kernel verify_kernelILi0E"):
+        cuda_kernels.read(*printed(["sample", "sample_top", "rejection"]))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler (c++)")
+def test_clusters_are_those_that_the_launch_chooses():
+    """The sizes that the design states, and that a block's memory is no more than it may have."""
+    wanted = [
+        Unit("", case, kernel, cc)
+        for case in cuda_kernels.SHAPES
+        for kernel in cuda_kernels.KERNELS
+        for cc in cuda_kernels.LARGEST
+    ]
+    found = dict(zip((unit[1:] for unit in wanted), cuda_kernels.clusters(wanted), strict=True))
+    blocks = {unit: one[0] for unit, one in found.items()}
+    assert blocks["V=128256", "sample", 90] == blocks["V=151936", "coupled", 100] == 8
+    assert blocks["V=128256 B=1", "sample", 90] == 16
+    assert blocks["V=128256 B=1", "sample", 120] == 8
+    assert {blocks["V=32000", "sample", cc] for cc in cuda_kernels.LARGEST} == {2}
+    assert blocks["V=128256", "rejection", 120] == 0
+    most = {90: 227, 100: 227, 120: 99}
+    assert all(shared <= 1024 * most[unit[-1]] for unit, (_, _, shared) in found.items())
 
 
 # The command
 
 
-def test_the_command_refuses_the_interpreter():
-    done = static("--check", TRITON_INTERPRET="1")
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (("--check",), {"TRITON_INTERPRET": "1"}, "benchmarks.static: TRITON_INTERPRET is set"),
+        (("--write", "--kernels", "combine"), {}, "--write stores all figures"),
+        (("--write",), {"CUDA_HOME": "/nowhere"}, "figures too, and there is no nvcc"),
+    ],
+)
+def test_the_command_refuses(tmp_path, arguments, variables, message):
+    done = static(*arguments, "--file", tmp_path / "static.csv", **variables)
     assert done.returncode == 2
-    assert done.stderr.startswith("benchmarks.static: TRITON_INTERPRET is set")
-
-
-def test_only_all_figures_are_stored(tmp_path):
-    done = static("--write", "--kernels", "combine", "--results", str(tmp_path))
-    assert done.returncode == 2
-    assert "--write" in done.stderr
+    assert message in re.sub(r"[│\s]+", " ", done.stderr)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_nvcc_the_command_says_what_it_leaves_out():
+    done = static("--check", "--kernels", "cluster", CUDA_HOME="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert "CUDA C++ kernels: not compiled: there is no nvcc in /nowhere/bin" in done.stdout
 
 
 @pytest.mark.slow
 def test_check_compiles_and_compares(tmp_path):
     """Against figures one of which can't be reached, and the others can't be missed."""
-    unit = Unit("combine", "combine", 90)
-    high = {"registers": 255, "shared": 2**20, "atomics": 99, "barriers": 99, "resident_warps": 0}
-    routes = {"all": RouteFigures(1e6, 1e6, 6.0)}
-    easy = figures(**high, stack=99, local=99, other_loads={"4": 999}, routes=routes)
-    easy = replace(easy, logits_loads={"1": 999}, stores={"1": 999})
-    file, arguments = tmp_path / "static.json", ("--check", "--kernels", "combine", "--cc", "90")
-    Stored(f"Triton {triton.__version__}", {unit: replace(easy, registers=1)}).write(file)
-    done = static(*arguments, "--results", str(tmp_path))
+    unit, file = Unit(triton_kernels.COMPILER, "combine", "combine", 90), tmp_path / "static.csv"
+    easy = Figures(255, 99, 99, 2**20, 1, 0, 99, 0, 99, "999x1", "999x4", "999x1")
+    arguments = ("--check", "--kernels", "combine", "--cc", "90", "--file", file)
+    write_figures(file, {unit: easy._replace(registers=1)})
+    done = static(*arguments)
     assert done.returncode == 1, done.stderr
     complaint, *rest = done.stderr.strip().splitlines()
     assert complaint.startswith("combine/combine cc 90: registers ")
     assert rest == ["benchmarks.static: 1 figures are not what they should be"]
-    Stored(f"Triton {triton.__version__}", {unit: easy}).write(file)
-    done = static(*arguments, "--results", str(tmp_path))
+    write_figures(file, {unit: easy})
+    done = static(*arguments)
     assert done.returncode == 0, done.stderr
     assert "1 kernels keep their budgets" in done.stdout
+
+
+@pytest.mark.skipif(cuda_kernels.missing() is not None, reason=f"{cuda_kernels.missing()}")
+@pytest.mark.slow
+def test_the_cuda_kernels_keep_their_promises_on_hopper():
+    done = static("--kernels", "cluster", "--cc", "90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernels keep their budgets" in done.stdout
