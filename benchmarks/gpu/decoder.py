@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import proxytune_kernels as ptk
-from benchmarks.gpu import trace
 from benchmarks.gpu.device import Device, Journal, Record, release, say
 from benchmarks.harness.agreement import (
     CHECKED_PROMPT,
@@ -30,7 +28,6 @@ from benchmarks.harness.random_models import (
     TrioShape,
     build_trios,
     step_bytes,
-    weight_bytes,
     with_shared_pair,
 )
 from benchmarks.harness.report import (
@@ -38,7 +35,6 @@ from benchmarks.harness.report import (
     cells,
     decimals,
     fixed,
-    markdown_table,
     print_table,
     significant,
 )
@@ -49,10 +45,6 @@ from proxytune_kernels import Trio
 Trios = Mapping[str, Trio]
 
 NAIVE, OURS = "naive", "ours"
-PAPER = {"13b": 2.4, "70b": 1.5}
-"""Proxy-tuned over tuned model, per token, by trio: Liu et al. 2024, arXiv 2401.08565. A tuned
-model of the base's size costs what the base alone costs."""
-
 _PROMPT, _TOKENS = 32, 33
 """Short, so that the keys and values are under 1% of the weights at batch 1."""
 _MAX_SEQ_LEN = 80  # more than either needs
@@ -108,16 +100,13 @@ def run(
     device: Device, shapes: Sequence[TrioShape], batch_sizes: Sequence[int], output: Path,
     budget: float,
 ) -> int:  # fmt: skip
-    """Check, build, time, profile; the exit code is 1 where ours failed or was wrong."""
+    """Check, build, time; the exit code is 1 where ours failed or was wrong."""
     journal, end = Journal(output, device.describe()), time.monotonic() + budget
     check("cuda")
     journal.add([device.copy_record()])
     for shape in shapes:
         with journal.guarded(shape.name):
             trios = build_trios(shape, "cuda")
-            weights = weights_record(shape, trios)
-            journal.add([weights])
-            say(weights_line(weights))
             for batch_size in batch_sizes:
                 what = f"{shape.name}, batch {batch_size}"
                 if time.monotonic() > end:
@@ -130,10 +119,17 @@ def run(
             del trios
         release()
     timed = [r for r in journal.records if r["op"] == "decode"]
-    rows = [(heading, row) for heading, group in groups(timed) for row in group]
-    said = caption(journal)
-    print_table("The decoder on a GPU, random weights", [h for h, *_ in COLUMNS], said, rows)
-    return journal.conclude(markdown(journal.records, said))
+    columns = [heading for heading, *_ in COLUMNS]
+    rows = [(f"{r['title']}, batch {r['batch_size']}", cells(r, COLUMNS)) for r in timed]
+    caption = (
+        "token ms: mean time of a token after the first, in the caller's hands. GB: weights that a "
+        f"step reads. x bytes: time over what they take at the {journal.copy_rate / 1e9:,.0f} "
+        "GB/s, read and written, of a device-to-device copy in this run. x base only: over the "
+        "base alone. naive over it: how much longer the naive loop takes. step, round: median "
+        f"time from one arrival at a row's caller to the next. {journal.where}"
+    )
+    print_table("The decoder on a GPU, random weights", columns, caption, rows)
+    return journal.conclude()
 
 
 def check(device: str) -> None:
@@ -166,12 +162,6 @@ def measure(
         {**shared, **line, **floor(*made[line["provider"]], line, journal.copy_rate)}
         for line in lines
     ])  # fmt: skip
-    ours = made[OURS][1] if OURS in made else None
-    if batch_size == 1 and isinstance(ours, DecoderProvider):
-        with journal.guarded(f"{shape.name}: profile"):
-            record = trace.profile(ours, _PROMPT)
-            journal.add([{"trio": shape.name, **record}])
-            say(f"{shape.name}: no kernel runs in {record['idle_share']:.1%} of the time")
 
 
 def floor(mode: Mode, provider: Provider, line: Record, copy_rate: float) -> dict[str, Any]:
@@ -188,72 +178,12 @@ def floor(mode: Mode, provider: Provider, line: Record, copy_rate: float) -> dic
     return {"step_bytes": read, "floor_ms": floor_ms, "step_over_floor": over, "decoder": info}
 
 
-def weights_record(shape: TrioShape, trios: Trios) -> dict[str, Any]:
-    """A line of results: bytes of weights by role, and those that a step reads."""
-    by_name = {role: [model] for role, model in trios[SEPARATE].models.items()}
-    by_name["shared pair"] = [trios[SHARED].expert, trios[SHARED].anti]
-    return {
-        "op": "weights",
-        "title": shape.title,
-        "bytes": {name: weight_bytes(models) for name, models in by_name.items()},
-        "step_bytes": {name: step_bytes(models) for name, models in by_name.items()},
-    }
-
-
-def weights_line(record: Record) -> str:
-    """One sentence: bytes of weights by role."""
-    sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in record["bytes"].items())
-    return f"{record['title']}: weights of {sizes}."
-
-
-def _inverse(speed: float) -> str:
-    return fixed(1 / speed)
-
-
 COLUMNS: tuple[Column, ...] = (
     ("mode", "provider", str),
     ("token\nms", "token_ms/median", significant),
     ("\nGB", "step_bytes", decimals(1, 1e-9)),
     ("x\nbytes", "step_over_floor", fixed),
-    ("x base\nonly", "token_speed_over/base-only/median", _inverse),
+    ("x base\nonly", "token_speed_over/base-only/median", lambda speed: fixed(1 / speed)),
     ("naive\nover it", "token_speed_over/naive/median", fixed),
     ("step, round\nms", "arrival_ms/p50", significant),
 )
-
-
-def groups(timed: Sequence[Record]) -> list[tuple[str, list[list[str]]]]:
-    """Rows of modes measured together, under what they were measured on.
-
-    The paper's ratio stands below them at batch 1.
-    """
-    found = []
-    for (trio, title, batch_size), group in groupby(
-        timed, lambda r: (r["trio"], r["title"], r["batch_size"])
-    ):
-        rows = [cells(record, COLUMNS) for record in group]
-        if batch_size == 1 and trio in PAPER:
-            rows.append(["the paper", "", "", "", fixed(PAPER[trio]), "", ""])
-        found.append((f"{title}, batch {batch_size}", rows))
-    return found
-
-
-def caption(journal: Journal) -> str:
-    """What the columns mean, and what was measured on."""
-    return (
-        "token ms: mean time of a token after the first, in the caller's hands. GB: weights that a "
-        f"step reads. x bytes: time over what they take at the {journal.copy_rate / 1e9:,.0f} "
-        "GB/s, read and written, of a device-to-device copy in this run. x base only: over the "
-        "base alone. naive over it: how much longer the naive loop takes. step, round: median "
-        "time from one arrival at a row's caller to the next. the paper: proxy-tuned over tuned "
-        f"model, whose cost is the base's (Liu et al. 2024). {journal.where}"
-    )
-
-
-def markdown(lines: Sequence[Record], said: str) -> str:
-    """The same table for a document."""
-    page = [f"`python -m benchmarks.gpu --decoder`. {said}", ""]
-    page += [*(f"- {weights_line(r)}" for r in lines if r["op"] == "weights"), ""]
-    columns = [" ".join(heading.split()) for heading, *_ in COLUMNS]
-    for heading, rows in groups([r for r in lines if r["op"] == "decode"]):
-        page += [f"**{heading}**", "", *markdown_table(columns, rows), ""]
-    return "\n".join(page)

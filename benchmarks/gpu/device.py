@@ -40,8 +40,7 @@ def first_line(error: BaseException) -> str:
 
 def slug(name: str) -> str:
     """A device's name for a file name: ``NVIDIA H100 80GB HBM3`` is ``h100-80gb-hbm3``."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    return "-".join(word for word in words if word != "nvidia") or "unknown"
+    return re.sub("[^a-z0-9]+", "-", name.lower().removeprefix("nvidia")).strip("-") or "unknown"
 
 
 def find_device() -> Device:
@@ -64,7 +63,6 @@ class Device:
         self._properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.name: str = self._properties.name
         self.l2_bytes: int = self._properties.L2_cache_size
-        self.memory_bytes: int = self._properties.total_memory
 
     def describe(self) -> dict[str, Any]:
         """Fields of the environment record that tell of this device."""
@@ -77,7 +75,7 @@ class Device:
             "compute_capability": f"{self._properties.major}.{self._properties.minor}",
             "multiprocessors": self._properties.multi_processor_count,
             "l2_bytes": self.l2_bytes,
-            "device_memory_bytes": self.memory_bytes,
+            "device_memory_bytes": self._properties.total_memory,
         }
 
     def capture(self, calls: Sequence[Run]) -> Run:
@@ -187,11 +185,9 @@ class Journal:
         versions = f"torch {e['torch']}, triton {e['triton']}"
         return f"{e['device_name']}, driver {e['driver']}, {versions}, {revision}"
 
-    def conclude(self, page: str) -> int:
-        """Write a page beside the results; gives the command's exit code."""
-        self.output.with_suffix(".md").write_text(page)
-        for path in (self.output, self.output.with_suffix(".md")):
-            say(f"Wrote {path}")
+    def conclude(self) -> int:
+        """Say where the results are; gives the command's exit code."""
+        say(f"Wrote {self.output}")
         return int(self.failed)
 
 

@@ -1,25 +1,24 @@
-"""The operators timed: graphs of many calls, cold and warm, interleaved repeats; table and page."""
+"""The operators timed: graphs of many calls, cold and warm, interleaved repeats; the table."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu.cases import BACKENDS, MAIN_VOCAB_SIZE, Case, Inputs, Unit, make_inputs
+from benchmarks.gpu.cases import BACKENDS, Case, Inputs, Unit, make_inputs
 from benchmarks.gpu.device import CannotCapture, Device, Journal, Record, Run, release
 from benchmarks.gpu.peers import Prepared, absent, prepare
-from benchmarks.harness.measure import ratios, summary
+from benchmarks.harness.measure import in_turns, ratios, summary
 from benchmarks.harness.report import (
     Column,
     cells,
     decimals,
-    markdown_table,
     percent,
     print_table,
     progress_bar,
@@ -97,20 +96,22 @@ def time_all(device: Device, timed: Sequence[Timed]) -> list[list[float]]:
 
     A warm run follows one that is not timed: what ran before it has filled L2 with something else.
     """
-    replays, total = [], 0.0
-    for t in timed:
+    shots: dict[str, Callable[[int], float]] = {}
+    total = 0.0
+    for index, t in enumerate(timed):
         t.run()
         seconds = device.seconds(t.run, 1)
-        replays.append(max(1, math.ceil(_SAMPLE_SECONDS / seconds)))
-        total += seconds * (replays[-1] + (t.mode != "cold"))
-    fewest, most = _REPEATS
-    samples: list[list[float]] = [[] for _ in timed]
-    for _ in range(max(fewest, min(most, int(_UNIT_SECONDS / total)))):
-        for own, t, count in zip(samples, timed, replays, strict=True):
+        replays = max(1, math.ceil(_SAMPLE_SECONDS / seconds))
+        total += seconds * (replays + (t.mode != "cold"))
+
+        def shot(_: int, t: Timed = t, replays: int = replays) -> float:
             if t.mode != "cold":
                 t.run()
-            own.append(device.seconds(t.run, count) / t.calls)
-    return samples
+            return device.seconds(t.run, replays) / t.calls
+
+        shots[str(index)] = shot
+    fewest, most = _REPEATS
+    return list(in_turns(shots, max(fewest, min(most, int(_UNIT_SECONDS / total)))).values())
 
 
 def records(
@@ -162,7 +163,7 @@ def run(device: Device, units: Sequence[Unit], output: Path, budget: float) -> i
         )
     timed = [r for r in journal.records if "provider" in r]
     print_times(timed, journal.copy_rate, journal.where)
-    return journal.conclude(markdown(timed, journal.copy_rate, journal.where))
+    return journal.conclude()
 
 
 def measure(device: Device, case: Case, names: Sequence[str], journal: Journal) -> None:
@@ -213,34 +214,18 @@ def rows(records: Sequence[Record]) -> dict[tuple[Any, ...], list[str]]:
     return {case: cells(own, COLUMNS) for case, own in found.items()}
 
 
-def _caption(copy_rate: float, where: str) -> str:
-    return (
-        "us: median of a call of ours in graph replay, no input in L2 (warm: all of it). GB/s: the "
-        "three roles' logits counted once (sample_hidden: the heads' weights). copy: that over the "
-        f"{copy_rate / 1e9:,.0f} GB/s, read and written, of a device-to-device copy in this run. "
-        "The others: a provider's time over ours (CUDA: our CUDA C++ kernels, HF: transformers' "
-        f"warpers, FI: FlashInfer). *: not capturable, launched call by call. {where}"
-    )
-
-
 def print_times(records: Sequence[Record], copy_rate: float, where: str) -> None:
     """Table of all cases."""
     lines = []
     for (op, kind, filters, vocab_size, batch_size, positions), row in rows(records).items():
         size = f"B={batch_size}" + (f" x {positions}" if positions > 1 else "")
         lines.append((f"{op}, {kind}, V={vocab_size:,}", [f"{size} {filters}", *row]))
+    caption = (
+        "us: median of a call of ours in graph replay, no input in L2 (warm: all of it). GB/s: the "
+        "three roles' logits counted once (sample_hidden: the heads' weights). copy: that over the "
+        f"{copy_rate / 1e9:,.0f} GB/s, read and written, of a device-to-device copy in this run. "
+        "The others: a provider's time over ours (CUDA: our CUDA C++ kernels, HF: transformers' "
+        f"warpers, FI: FlashInfer). *: not capturable, launched call by call. {where}"
+    )
     columns = ("case", *(heading for heading, *_ in COLUMNS))
-    print_table("The operators on a GPU, bf16", columns, _caption(copy_rate, where), lines)
-
-
-def markdown(records: Sequence[Record], copy_rate: float, where: str) -> str:
-    """The main vocabulary's ``sample`` on peaked logits, for the README."""
-    by_size = {
-        (batch_size, filters): row
-        for (op, kind, filters, vocab_size, batch_size, _), row in rows(records).items()
-        if (op, kind, vocab_size) == ("sample", "peaked", MAIN_VOCAB_SIZE)
-    }
-    lines = [[f"{size}, {filters}", *row] for (size, filters), row in sorted(by_size.items())]
-    table = markdown_table(["batch, filters", *(heading for heading, *_ in COLUMNS)], lines)
-    title = f"`python -m benchmarks.gpu`: `sample`, bf16, V = {MAIN_VOCAB_SIZE:,}, peaked logits."
-    return "\n".join([title, "", *table, "", _caption(copy_rate, where), ""])
+    print_table("The operators on a GPU, bf16", columns, caption, lines)

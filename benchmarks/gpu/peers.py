@@ -4,11 +4,18 @@ None synchronises, so that a CUDA graph can hold it. FlashInfer, from its PyPI w
 and compiles its kernels on first use, with nvcc, for a minute or more. Read against
 flashinfer-python 0.7.2.post1, ``flashinfer/sampling.py``: everything takes fp32, seed and offset as
 tensors for CUDA graphs, and top-k before top-p as in vLLM.
+
+Before a peer is timed, what it draws is held to the contract, on the timed inputs: the filtered
+distribution, where it can be had, by total variation distance as on the CPU, and the draws. A check
+raises AssertionError, which says what is wrong. The operators' own tests on the device are
+tests/ops.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -17,9 +24,7 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from benchmarks.gpu import checks
 from benchmarks.gpu.cases import BACKENDS, Case, Inputs
-from benchmarks.gpu.checks import Sampler
 from benchmarks.harness.heads import check_heads, logits_apart
 from benchmarks.harness.logits import (
     ALPHA,
@@ -27,21 +32,47 @@ from benchmarks.harness.logits import (
     Candidates,
     Filters,
     Logits,
+    OpCase,
     Peer,
+    check_outputs,
+    check_peer,
+    contract_distribution,
+    ties_past_top_k,
     transformers_peer,
 )
+from proxytune_kernels import reference
 
 # Every shape is compiled on its own; at the default limit of 8 torch would fall back to eager.
 _RECOMPILES = 256
 _COMPILE_MODE = "max-autotune-no-cudagraphs"  # graphs are captured around all providers alike
-_FLASHINFER = "flashinfer-python"
+_REQUESTS = 2  # checked: the reference goes through verify's position by position
+_HEADS_ROWS = 4
+_ROWS = 32  # of a batch: rows are alike and independent
+_DRAWS = 1024  # at least, over all rows
+_PARTS = 16
+
+# Probabilities summed in fp32 in blocks, V = 151,936: relative errors of about 18 roundings of
+# 2^-24 in the sum, as much again in each term's exponential: 2e-6. Fifty times that, and still far
+# from what a wrong filter does.
+_SHARE_TOLERANCE = 1e-4
+_SIGMAS, _SMALL_COUNT = 5.0, 5.0  # the second for parts that few draws are due from
 
 
-class Prepared(NamedTuple):
-    """What to time, and how to tell that it is right: ``check`` raises AssertionError."""
+@dataclass(frozen=True)
+class Sampler:
+    """One token id per row from the three roles' logits."""
 
-    call: Callable[[Inputs], Any]
-    check: Callable[[Inputs], None]
+    name: str
+    sample: Callable[[Logits], Tensor]
+    reseed: Callable[[int], object]
+    """Makes the next call draw other numbers."""
+    peer: Peer | None = None
+    """Its two halves, where the filtered distribution can be had."""
+
+    @classmethod
+    def of(cls, peer: Peer) -> Sampler:
+        """What draws by torch's generator."""
+        return cls(peer.name, peer.sample, torch.manual_seed, peer)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,22 +166,12 @@ def flashinfer_sampler(filters: Filters, device: torch.device) -> Sampler:
     return Sampler("flashinfer", sample, seed.fill_)
 
 
-def _compiled_sampler(filters: Filters, device: torch.device) -> Sampler:
-    return Sampler("torch.compile", compiled(eager_peer(filters).sample), torch.manual_seed)
-
-
-def _of_peer(make: Callable[[Filters], Peer]) -> Callable[[Filters, torch.device], Sampler]:
-    def sampler(filters: Filters, device: torch.device) -> Sampler:
-        peer = make(filters)
-        return Sampler(peer.name, peer.sample, torch.manual_seed, peer)
-
-    return sampler
-
-
-SAMPLERS: Mapping[str, Callable[[Filters, torch.device], Sampler]] = {
-    "eager": _of_peer(eager_peer),
-    "torch.compile": _compiled_sampler,
-    "transformers": _of_peer(transformers_peer),
+PEERS: Mapping[str, Callable[[Filters, torch.device], Sampler]] = {
+    "eager": lambda filters, _: Sampler.of(eager_peer(filters)),
+    "torch.compile": lambda filters, _: Sampler(
+        "torch.compile", compiled(eager_peer(filters).sample), torch.manual_seed
+    ),
+    "transformers": lambda filters, _: Sampler.of(transformers_peer(filters)),
     "flashinfer": flashinfer_sampler,
 }
 
@@ -160,12 +181,87 @@ def absent() -> dict[str, str]:
     reasons = {
         "cuda": ptk.backends()[BACKENDS["cuda"]],
         "transformers": None if find_spec("transformers") else "transformers is not installed",
-        "flashinfer": None if find_spec("flashinfer") else f"{_FLASHINFER} is not installed",
+        "flashinfer": None if find_spec("flashinfer") else "flashinfer-python is not installed",
     }
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
+# The checks
+
+
+def check_sampler(case: OpCase, sampler: Sampler, logits: Logits) -> None:
+    """Hold a sampler to the contract's distribution of the first rows."""
+    target = contract_distribution(case, logits, _ROWS)
+    if sampler.peer is not None:
+        check_peer(case, sampler.peer, logits, target)
+    check_draws(case, sampler, logits, target)
+
+
+def check_draws(
+    case: OpCase, sampler: Sampler, logits: Logits, target: reference.Distribution
+) -> None:
+    """Compare many draws with a distribution: where they lie, and how often where.
+
+    A token past the kept set passes where rounding or ties explain it: with another 1e-4 on top_p,
+    and with all that are tied with the last of top_k, it is kept, or it is tied with one that is.
+    The kept set of each row, likeliest first, is cut into 16 parts of equal mass; each part's
+    number of draws over all rows is close to normal, or small. The seeds are fixed, so what passes
+    once passes again.
+    """
+    rows = len(target.kept)
+    tokens = []
+    for n in range(math.ceil(_DRAWS / rows)):
+        sampler.reseed(n)
+        tokens.append(sampler.sample(logits)[:rows].long().clone())
+    drawn = torch.stack(tokens, dim=1)
+    inside = (drawn >= 0) & (drawn < case.vocab_size)
+    allowed = inside & _allowed(case, logits, target).gather(-1, drawn * inside)
+    if not allowed.all():
+        row, column = (int(i) for i in (~allowed).nonzero()[0])
+        raise AssertionError(
+            f"{case}: {sampler.name} draws token {int(drawn[row, column])} in row {row}, which is "
+            "not in the kept set"
+        )
+    p = target.logprobs().exp()
+    ranked = p.gather(-1, target.order)
+    ranked_part = ((ranked.cumsum(-1) - ranked / 2) * _PARTS).long().clamp(max=_PARTS - 1)
+    part = torch.empty_like(ranked_part).scatter_(-1, target.order, ranked_part)
+    share = p.new_zeros(rows, _PARTS).scatter_add_(-1, part, p)
+    counted = target.kept.gather(-1, drawn)
+    number = counted.sum(-1, keepdim=True)
+    wanted, sigma = (number * share).sum(0), (number * share * (1 - share)).sum(0).sqrt()
+    got = torch.bincount(part.gather(-1, drawn)[counted], minlength=_PARTS)
+    if not ((got - wanted).abs() <= _SIGMAS * sigma + _SMALL_COUNT).all():
+        raise AssertionError(
+            f"{case}: {sampler.name} draws {got.tolist()} times from {_PARTS} parts of the kept "
+            f"set, likeliest first, where {[round(n) for n in wanted.tolist()]} are due"
+        )
+
+
+def _allowed(case: OpCase, logits: Logits, target: reference.Distribution) -> Tensor:
+    """Tokens a sampler may draw, bool [rows, V]: the kept set and what rounding may add."""
+    rows = len(target.kept)
+    params = case.row_params(logits[0].device).rows(slice(0, rows))
+    top_p = FILTERS[case.filters].top_p
+    if top_p < 1:
+        params.top_p.fill_(min(1.0, top_p + _SHARE_TOLERANCE))
+        extra, _ = ties_past_top_k(case, target)
+        params.top_k.add_(extra.int())
+        base, expert, anti = (role[:rows] for role in logits)
+        x = reference.combine(base, expert, anti, params.alpha)
+        target = reference.distribution(x, params)
+    lowest = target.shifted.masked_fill(~target.kept, torch.inf).amin(-1, keepdim=True)
+    return target.shifted >= lowest
+
+
 # Ours, and all of them
+
+
+class Prepared(NamedTuple):
+    """What to time, and how to tell that it is right: ``check`` raises AssertionError."""
+
+    call: Callable[[Inputs], Any]
+    check: Callable[[Inputs], None]
 
 
 def operator(case: Case, inputs: Inputs, params: ptk.RowParams, **given: Any) -> Any:
@@ -180,42 +276,46 @@ def operator(case: Case, inputs: Inputs, params: ptk.RowParams, **given: Any) ->
     return ptk.verify(base, expert, anti, inputs.token_ids, params, **given)
 
 
+def check_ours(case: Case, inputs: Inputs, params: ptk.RowParams, out: Any) -> None:
+    """Hold the first requests to the reference backend's: tokens, counts and logprobs."""
+    requests, rows = slice(0, _REQUESTS), slice(0, _REQUESTS * case.positions)
+    base, expert, anti = (role[rows] for role in inputs.logits)
+    few = Inputs((base, expert, anti), inputs.token_ids[requests])
+    wanted = operator(case, few, params.rows(requests), backend="reference")
+    check_outputs(str(case), out, wanted)
+
+
 def prepare(
     case: Case, name: str, inputs: Inputs, backends: Mapping[str, str] = BACKENDS
 ) -> Prepared:
     """A provider for a case, given one set of inputs to allocate outputs by; may compile."""
-    device, filters = inputs.token_ids.device, FILTERS[case.filters]
-    params = case.params(device)
+    device, params = inputs.token_ids.device, case.params(inputs.token_ids.device)
+    given: dict[str, Any] = {"backend": backends.get(name, backends["ours"])}
+
+    def call_ours(i: Inputs) -> Any:
+        return operator(case, i, params, **given)
+
+    def sample_logits(i: Inputs) -> Any:
+        assert i.heads is not None
+        return ptk.sample(*logits_apart(i.heads, case.vocab_size), params, **given)
+
+    def check_drawn(i: Inputs) -> None:
+        assert i.heads is not None
+        # Logits went through bf16, 2^-9 of up to 32 a role, so that x is off by at most 3/16.
+        rounding = 0.0 if name in backends else 3 / 16
+        check_heads(i.heads, case.vocab_size, params, call(i), _HEADS_ROWS, rounding)
+
     if name in backends:
-        given: dict[str, Any] = {"backend": backends[name]}
-        given["out"] = operator(case, inputs, params, **given)
-
-        def call(i: Inputs) -> Any:
-            return operator(case, i, params, **given)
-
-        def expected(i: Inputs, few: ptk.RowParams) -> Any:
-            return operator(case, i, few, backend="reference")
-
-        return Prepared(call, lambda i: checks.check_ours(case, i, params, call(i), expected))
+        given["out"] = call_ours(inputs)
     if case.op == "sample_hidden":
-
-        def call_heads(i: Inputs) -> ptk.SampleOutput:
-            assert i.heads is not None
-            return ptk.sample(
-                *logits_apart(i.heads, case.vocab_size), params, backend=backends["ours"]
-            )
-
-        def check(i: Inputs) -> None:
-            # Logits went through bf16, 2^-9 of up to 32 a role, so that x is off by at most 3/16.
-            assert i.heads is not None
-            out, rows = call_heads(i), checks.HEADS_ROWS
-            check_heads(i.heads, case.vocab_size, params, out, rows, rounding=3 / 16)
-
-        return Prepared(call_heads, check)
-    sampler = SAMPLERS[name](filters, device)
+        call = call_ours if name in backends else sample_logits
+        return Prepared(call, check_drawn)
+    if name in backends:
+        return Prepared(call_ours, lambda i: check_ours(case, i, params, call_ours(i)))
+    sampler = PEERS[name](FILTERS[case.filters], device)
 
     def draw(i: Inputs) -> Any:
         drawn = sampler.sample(i.logits)
         return drawn if case.op == "sample" else accept(drawn, i.token_ids)
 
-    return Prepared(draw, lambda i: checks.check_sampler(case.as_rows, sampler, i.logits))
+    return Prepared(draw, lambda i: check_sampler(case.as_rows, sampler, i.logits))

@@ -174,7 +174,7 @@ def adapted_model(model: Any, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    twin = copy.deepcopy(model, {id(tensor): tensor for _, tensor in _tensors(model)})
+    twin = copy.deepcopy(model, {id(t): t for t in _tensors(model)})
     settings = LoraConfig(
         r=LORA_RANK,
         lora_alpha=LORA_RANK,
@@ -188,17 +188,8 @@ def adapted_model(model: Any, seed: int) -> Any:
     return adapted.get_base_model().eval().requires_grad_(False)
 
 
-def _tensors(model: Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _unique(models: Sequence[Module]) -> dict[int, Tensor]:
-    return {id(t): t for model in models for _, t in _tensors(model)}
-
-
-def weight_bytes(models: Sequence[Module]) -> int:
-    """Bytes of all tensors of some models; those that they share count once."""
-    return sum(map(_bytes, _unique(models).values()))
+def _tensors(model: Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def step_bytes(models: Sequence[Any]) -> int:
@@ -209,7 +200,8 @@ def step_bytes(models: Sequence[Any]) -> int:
     """
     heads = {id(model.get_output_embeddings().weight) for model in models}
     embeddings = {id(model.get_input_embeddings().weight) for model in models} - heads
-    return sum(_bytes(t) for at, t in _unique(models).items() if at not in embeddings)
+    tensors = {id(t): t for model in models for t in _tensors(model)}
+    return sum(_bytes(t) for at, t in tensors.items() if at not in embeddings)
 
 
 def _bytes(tensor: Any) -> int:
