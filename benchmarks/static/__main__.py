@@ -56,14 +56,15 @@ def main(
     chosen = known if kernels is None else parse_choices("--kernels", kernels, known, None)
     ccs = parse_choices("--cc", cc, LIMITS, None)
     reason = cuda_kernels.missing() if CLUSTER in chosen else None
-    complete = set(ccs) == set(LIMITS) and set(chosen) - {CLUSTER} in (set(), set(known[:-1]))
-    if write and (set(chosen) != set(known) or not complete):
+    complete = set(ccs) == set(LIMITS) and set(chosen) == set(known)
+    if write and not complete:
         raise typer.BadParameter("--write stores all figures: leave out --cc and --kernels")
     if write and reason is not None:
         _stop(f"--write stores the CUDA C++ kernels' figures too, and {reason}")
     if reason is not None:
         say(f"CUDA C++ kernels: not compiled: {reason}")
-    now, complaints = {}, []
+    now: dict[Unit, Figures] = {}
+    complaints: list[str] = []
     for kind, units in (
         (triton_kernels, triton_kernels.units(ccs, chosen)),
         (cuda_kernels, cuda_kernels.units(ccs) if CLUSTER in chosen and reason is None else []),

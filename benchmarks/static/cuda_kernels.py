@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,7 +47,7 @@ SHAPES = {
 
 _SECTION = re.compile(r"^//-+ \.text\.(\S+) -+$", re.MULTILINE)
 
-Kernel = tuple[Sequence[sass.Instruction], Mapping[str, int]]
+Kernel = tuple[Sequence[sass.Instruction], dict[str, int]]
 """Code and resources."""
 
 
@@ -130,7 +130,7 @@ def clusters(wanted: Sequence[Unit]) -> list[list[int]]:
     for _, case, kernel, cc in wanted:
         vocab_size, rows = SHAPES[case]
         sms = next(g.sms for g in GPUS.values() if g.compute_capability == f"{cc / 10:.1f}")
-        kilobytes = (LIMITS[cc].shared - RESERVED_SHARED) // 1024
+        kilobytes = (LIMITS[cc][2] - RESERVED_SHARED) // 1024
         numbers = (vocab_size, rows, int(kernel == "rejection"), sms, kilobytes, LARGEST[cc])
         lines.append(" ".join(map(str, numbers)))
     with tempfile.TemporaryDirectory() as folder:
@@ -149,4 +149,4 @@ def is_vector(i: sass.Instruction) -> bool:
 
 def promise(unit: Unit) -> Promise:
     """What the design promises of a kernel; that shared memory suffices is up to blocks.h."""
-    return Promise(REGISTERS[unit.kernel], LIMITS[unit.cc].shared, narrow=0.0)
+    return Promise(REGISTERS[unit.kernel], LIMITS[unit.cc][2], narrow=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.static.sass import Instruction
 
@@ -18,22 +18,14 @@ _QUARTERS = 4  # a multiprocessor's parts, each with its own registers and sched
 _SHARED_UNIT = 128
 
 
-class Limits(NamedTuple):
-    """What a multiprocessor holds at most."""
-
-    warps: int
-    blocks: int
-    shared: int  # bytes
-
-
 LIMITS = {
-    80: Limits(64, 32, 164 * 1024),
-    90: Limits(64, 32, 228 * 1024),
-    100: Limits(64, 32, 228 * 1024),
-    120: Limits(48, 24, 100 * 1024),
+    80: (64, 32, 164 * 1024),
+    90: (64, 32, 228 * 1024),
+    100: (64, 32, 228 * 1024),
+    120: (48, 24, 100 * 1024),
 }
-"""By compute capability, as ``80`` for 8.0. Source: CUDA C++ Programming Guide, "Technical
-Specifications per Compute Capability"."""
+"""Warps, blocks and bytes of shared memory of a multiprocessor, by compute capability, as ``80``
+for 8.0. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"."""
 
 
 def resident_warps(cc: int, registers: int, shared: int, warps: int) -> int:
@@ -45,12 +37,12 @@ def resident_warps(cc: int, registers: int, shared: int, warps: int) -> int:
         shared: bytes per block, without :data:`RESERVED_SHARED`.
         warps: per block.
     """
-    limits = LIMITS[cc]
+    most_warps, most_blocks, most_shared = LIMITS[cc]
     for_warp = -(-registers * WARP // _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = _REGISTERS // _QUARTERS // for_warp * _QUARTERS // warps
     for_block = -(-(shared + RESERVED_SHARED) // _SHARED_UNIT) * _SHARED_UNIT
-    blocks = min(limits.blocks, limits.warps // warps, by_registers, limits.shared // for_block)
-    return warps * blocks
+    by_shared = most_shared // for_block
+    return warps * min(most_blocks, most_warps // warps, by_registers, by_shared)
 
 
 class Unit(NamedTuple):
@@ -163,35 +155,34 @@ def worse(now: Figures, before: Figures) -> Iterator[str]:
     No tolerance: one version of a compiler makes the same code of the same source wherever it runs.
     The code's length is not compared.
     """
-    for name, new, old in zip(Figures._fields, now, before, strict=True):
-        if name in ("logits_loads", "other_loads", "stores"):
-            got_worse = sum(accesses(str(new)).values()) > sum(accesses(str(old)).values())
-        elif name == "resident_warps":
-            got_worse = int(new) < int(old)
-        else:
-            got_worse = name not in ("blocks", "instructions") and int(new) > int(old)
-        if got_worse:
-            yield f"{name} {new}, was {old}"
+
+    def cost(figures: Figures, name: str) -> int:
+        value: Any = getattr(figures, name)
+        if isinstance(value, str):
+            return sum(accesses(value).values())
+        return -int(value) if name == "resident_warps" else int(value)
+
+    for name in Figures._fields:
+        if name not in ("blocks", "instructions") and cost(now, name) > cost(before, name):
+            yield f"{name} {getattr(now, name)}, was {getattr(before, name)}"
 
 
 def compare(
     now: Mapping[Unit, Figures], stored: Mapping[Unit, Figures], complete: bool
 ) -> tuple[list[str], list[str]]:
     """What got worse or is on one side only, and summaries; ``complete``: all were compiled."""
-    complaints, summaries = [], []
+    complaints: list[str] = []
+    summaries: list[str] = []
     for compiler in dict.fromkeys(unit.compiler for unit in now):
-        new, old = (
-            {u: f for u, f in side.items() if u.compiler == compiler} for side in (now, stored)
-        )
+        new = {unit: one for unit, one in now.items() if unit.compiler == compiler}
+        old = {unit: one for unit, one in stored.items() if unit.compiler == compiler}
         if not old:
             summaries.append(f"No figures of {compiler} are stored: budgets alone are checked.")
             continue
-        complaints += [f"{unit}: no figures are stored" for unit in new.keys() - old.keys()]
+        complaints += [f"{unit}: no figures are stored" for unit in new if unit not in old]
         if complete:
-            gone = old.keys() - new.keys()
-            complaints += [
-                f"{unit}: figures are stored, but there is no such kernel" for unit in gone
-            ]
+            gone = "figures are stored, but there is no such kernel"
+            complaints += [f"{unit}: {gone}" for unit in old if unit not in new]
         both = [unit for unit in new if unit in old]
         complaints += [f"{unit}: {what}" for unit in both for what in worse(new[unit], old[unit])]
         changed = sum(new[unit] != old[unit] for unit in both)

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -61,22 +62,6 @@ _WIDE = ("scan", "combine")
 which the code reads each token a second time, with a mask."""
 
 
-class _NoDevice:
-    """Triton's driver as far as compiling asks it; its devices are compute capabilities."""
-
-    def __init__(self, cc: int) -> None:
-        self._cc = cc
-
-    def get_current_device(self) -> int:
-        return self._cc
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._cc, WARP)
-
-
 def compile_kernel(launch: Callable[[], object], name: str, cc: int) -> Any:
     """Compile one of the kernels that a call launches; the first, where one is launched twice.
 
@@ -90,7 +75,12 @@ def compile_kernel(launch: Callable[[], object], name: str, cc: int) -> Any:
             # Warming up stops where the machine code is there.
             compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
 
-    driver.set_active(_NoDevice(cc))
+    no_device = SimpleNamespace(  # Triton's driver as far as compiling asks it
+        get_current_device=lambda: cc,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", cc, WARP),
+    )
+    driver.set_active(no_device)
     processors = mock.patch.object(common, "processors", lambda device: PROCESSORS)
     with mock.patch.object(JITFunction, "run", compile_it), processors:
         launch()

@@ -87,18 +87,10 @@ def static(*arguments, **variables):
 
 @pytest.mark.parametrize(
     ("opcode", "size"),
-    [
-        ("LDG.E.128", 16),
-        ("LDG.E.64.STRONG.GPU", 8),
-        ("LDG.E", 4),
-        ("LDG.E.U16.CONSTANT", 2),
-        ("LDG.E.S8", 1),
-        ("STG.E.U8", 1),
-        ("LDG.E.ENL2.256", 32),
-        ("LDG.E.LTC128B.64", 8),
-        ("LDG.E.LTC128B", 4),
-    ],
-)
+    [("LDG.E.128", 16), ("LDG.E.64.STRONG.GPU", 8), ("LDG.E", 4), ("LDG.E.U16.CONSTANT", 2),
+     ("LDG.E.S8", 1), ("STG.E.U8", 1), ("LDG.E.ENL2.256", 32), ("LDG.E.LTC128B.64", 8),
+     ("LDG.E.LTC128B", 4)],
+)  # fmt: skip
 def test_access_bytes(opcode, size):
     assert Instruction(opcode).access_bytes == size
 
@@ -124,23 +116,11 @@ def test_figures_of_a_kernel(tmp_path):
 
 @pytest.mark.parametrize(
     ("kernel", "warps"),
-    [
-        ((80, 40, 0, 4), 48),
-        ((80, 64, 16384, 8), 32),
-        ((80, 65, 0, 8), 24),
-        ((80, 255, 101376, 8), 8),
-        ((90, 41, 2048, 4), 40),
-        ((90, 128, 50000, 8), 16),
-        ((90, 168, 0, 4), 12),
-        ((90, 255, 0, 16), 0),
-        ((100, 96, 16384, 2), 20),
-        ((100, 32, 0, 1), 32),
-        ((120, 16, 0, 1), 24),
-        ((120, 64, 50000, 8), 16),
-        ((120, 168, 2048, 16), 0),
-        ((120, 255, 101376, 4), 4),
-    ],
-)
+    [((80, 40, 0, 4), 48), ((80, 64, 16384, 8), 32), ((80, 65, 0, 8), 24), ((80, 255, 101376, 8), 8),
+     ((90, 41, 2048, 4), 40), ((90, 128, 50000, 8), 16), ((90, 168, 0, 4), 12),
+     ((90, 255, 0, 16), 0), ((100, 96, 16384, 2), 20), ((100, 32, 0, 1), 32), ((120, 16, 0, 1), 24),
+     ((120, 64, 50000, 8), 16), ((120, 168, 2048, 16), 0), ((120, 255, 101376, 4), 4)],
+)  # fmt: skip
 def test_resident_warps(kernel, warps):
     """Compute capability, registers, shared memory, warps: what cuda_occupancy.h gives for them."""
     assert resident_warps(*kernel) == warps
