@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
@@ -104,9 +105,7 @@ def test_figures_of_a_kernel(tmp_path):
     assert code[2].source == "base = tl.load(at, mask=inside)"
     got = count(code, resources, 90, 2048, 4, triton_kernels.reads_logits)
     assert got == Figures(40, 8, 1, 2048, 1, 48, 1, 12, 1, "1x16 2x2", "1x4", "1x8 1x4")
-    assert (
-        count(code, resources, 90, 0, 4, lambda i: False, generic=False).other_loads == "1x16 2x2"
-    )
+    assert count(code, resources, 90, 0, 4, bool, generic=False).logits_loads == "1x16 2x2"
     assert accesses(got.logits_loads) == {16: 1, 2: 2} and accesses("") == {}
     with pytest.raises(ValueError, match="no instruction"):
         parse("nothing")
@@ -116,9 +115,10 @@ def test_figures_of_a_kernel(tmp_path):
 
 @pytest.mark.parametrize(
     ("kernel", "warps"),
-    [((80, 40, 0, 4), 48), ((80, 64, 16384, 8), 32), ((80, 65, 0, 8), 24), ((80, 255, 101376, 8), 8),
-     ((90, 41, 2048, 4), 40), ((90, 128, 50000, 8), 16), ((90, 168, 0, 4), 12),
-     ((90, 255, 0, 16), 0), ((100, 96, 16384, 2), 20), ((100, 32, 0, 1), 32), ((120, 16, 0, 1), 24),
+    [((80, 40, 0, 4), 48), ((80, 64, 16384, 8), 32), ((80, 65, 0, 8), 24),
+     ((80, 255, 101376, 8), 8), ((90, 41, 2048, 4), 40), ((90, 128, 50000, 8), 16),
+     ((90, 168, 0, 4), 12), ((90, 255, 0, 16), 0), ((100, 96, 16384, 2), 20),
+     ((100, 32, 0, 1), 32), ((120, 16, 0, 1), 24),
      ((120, 64, 50000, 8), 16), ((120, 168, 2048, 16), 0), ((120, 255, 101376, 4), 4)],
 )  # fmt: skip
 def test_resident_warps(kernel, warps):
@@ -254,12 +254,8 @@ def test_cuda_kernels_are_told_apart_by_their_symbols():
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler (c++)")
 def test_clusters_are_those_that_the_launch_chooses():
     """The sizes that the design states, and that a block's memory is no more than it may have."""
-    wanted = [
-        Unit("", case, kernel, cc)
-        for case in cuda_kernels.SHAPES
-        for kernel in cuda_kernels.KERNELS
-        for cc in cuda_kernels.LARGEST
-    ]
+    axes = product(cuda_kernels.SHAPES, cuda_kernels.KERNELS, cuda_kernels.LARGEST)
+    wanted = [Unit("", *values) for values in axes]
     found = dict(zip((unit[1:] for unit in wanted), cuda_kernels.clusters(wanted), strict=True))
     blocks = {unit: one[0] for unit, one in found.items()}
     assert blocks["V=128256", "sample", 90] == blocks["V=151936", "coupled", 100] == 8
