@@ -32,10 +32,9 @@ from benchmarks.harness.random_models import (
 )
 from benchmarks.harness.report import (
     Column,
-    cells,
     decimals,
     fixed,
-    print_table,
+    print_records,
     significant,
 )
 from benchmarks.harness.trios import make_prompts, quiet_loading
@@ -119,16 +118,20 @@ def run(
             del trios
         release()
     timed = [r for r in journal.records if r["op"] == "decode"]
-    columns = [heading for heading, *_ in COLUMNS]
-    rows = [(f"{r['title']}, batch {r['batch_size']}", cells(r, COLUMNS)) for r in timed]
     caption = (
         "token ms: mean time of a token after the first, in the caller's hands. GB: weights that a "
         f"step reads. x bytes: time over what they take at the {journal.copy_rate / 1e9:,.0f} "
         "GB/s, read and written, of a device-to-device copy in this run. x base only: over the "
         "base alone. naive over it: how much longer the naive loop takes. step, round: median "
-        f"time from one arrival at a row's caller to the next. {journal.where}"
+        "time from one arrival at a row's caller to the next. Host:"
     )
-    print_table("The decoder on a GPU, random weights", columns, caption, rows)
+    print_records(
+        f"The decoder on {device}, random weights",
+        caption,
+        timed,
+        COLUMNS,
+        section="{title}, batch {batch_size}".format_map,
+    )
     return journal.conclude()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import proxytune_kernels as ptk
-from benchmarks.harness.report import console, cpu_model, environment, write_json_lines
+from benchmarks.harness.report import console, cpu_model, write_json_lines
 from proxytune_kernels.kernels import interpreted
 
 Run = Callable[[], object]
@@ -63,6 +63,9 @@ class Device:
         self._properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.name: str = self._properties.name
         self.l2_bytes: int = self._properties.L2_cache_size
+
+    def __str__(self) -> str:
+        return f"{self.name}, driver {_driver_version()}"
 
     def describe(self) -> dict[str, Any]:
         """Fields of the environment record that tell of this device."""
@@ -174,16 +177,6 @@ class Journal:
         """Bytes per second, read and written, of the run's device-to-device copies."""
         [copy] = [r for r in self.records if r["op"] == "copy"]
         return median(copy["bytes_per_second"])
-
-    @property
-    def where(self) -> str:
-        """One line that says where the numbers come from."""
-        e = {**environment(), **self.device}
-        revision = "no git revision" if e["revision"] is None else e["revision"][:10]
-        if e["dirty"]:
-            revision += " with local changes"
-        versions = f"torch {e['torch']}, triton {e['triton']}"
-        return f"{e['device_name']}, driver {e['driver']}, {versions}, {revision}"
 
     def conclude(self) -> int:
         """Say where the results are; gives the command's exit code."""

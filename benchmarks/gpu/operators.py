@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,12 @@ from typing import Any
 from benchmarks.gpu.cases import BACKENDS, Case, Inputs, Unit, make_inputs
 from benchmarks.gpu.device import CannotCapture, Device, Journal, Record, Run, release
 from benchmarks.gpu.peers import Prepared, absent, prepare
-from benchmarks.harness.measure import in_turns, ratios, summary
+from benchmarks.harness.measure import ratios, summary
 from benchmarks.harness.report import (
     Column,
-    cells,
     decimals,
     percent,
-    print_table,
+    print_records,
     progress_bar,
     significant,
 )
@@ -96,22 +95,20 @@ def time_all(device: Device, timed: Sequence[Timed]) -> list[list[float]]:
 
     A warm run follows one that is not timed: what ran before it has filled L2 with something else.
     """
-    shots: dict[str, Callable[[int], float]] = {}
-    total = 0.0
-    for index, t in enumerate(timed):
+    replays, total = [], 0.0
+    for t in timed:
         t.run()
         seconds = device.seconds(t.run, 1)
-        replays = max(1, math.ceil(_SAMPLE_SECONDS / seconds))
-        total += seconds * (replays + (t.mode != "cold"))
-
-        def shot(_: int, t: Timed = t, replays: int = replays) -> float:
+        replays.append(max(1, math.ceil(_SAMPLE_SECONDS / seconds)))
+        total += seconds * (replays[-1] + (t.mode != "cold"))
+    fewest, most = _REPEATS
+    samples: list[list[float]] = [[] for _ in timed]
+    for _ in range(max(fewest, min(most, int(_UNIT_SECONDS / total)))):
+        for own, t, count in zip(samples, timed, replays, strict=True):
             if t.mode != "cold":
                 t.run()
-            return device.seconds(t.run, replays) / t.calls
-
-        shots[str(index)] = shot
-    fewest, most = _REPEATS
-    return list(in_turns(shots, max(fewest, min(most, int(_UNIT_SECONDS / total)))).values())
+            own.append(device.seconds(t.run, count) / t.calls)
+    return samples
 
 
 def records(
@@ -162,7 +159,20 @@ def run(device: Device, units: Sequence[Unit], output: Path, budget: float) -> i
             f"last: {'; '.join(dropped)}"
         )
     timed = [r for r in journal.records if "provider" in r]
-    print_times(timed, journal.copy_rate, journal.where)
+    caption = (
+        "us: median of a call of ours in graph replay, no input in L2 (warm: all of it). GB/s: the "
+        "three roles' logits counted once (sample_hidden: the heads' weights). copy: that over the "
+        f"{journal.copy_rate / 1e9:,.0f} GB/s, read and written, of a device-to-device copy in "
+        "this run. The others: a provider's time over ours (CUDA: our CUDA C++ kernels, HF: "
+        "transformers' warpers, FI: FlashInfer). *: not capturable, launched call by call. Host:"
+    )
+    print_records(
+        f"The operators on {device}, bf16",
+        caption,
+        by_case(timed),
+        COLUMNS,
+        section=lambda r: "{op}, {kind}, V={vocab_size:,}".format_map(r["case"]),
+    )
     return journal.conclude()
 
 
@@ -195,7 +205,13 @@ def _ratio(r: Record) -> str:
     return significant(r["time_over_ours"]["median"], "" if r["graph"] else "*")
 
 
+def _size(r: Record) -> str:
+    positions = f" x {r['positions']}" if r["positions"] > 1 else ""
+    return f"B={r['batch_size']}{positions} {r['filters']}"
+
+
 COLUMNS: tuple[Column, ...] = (
+    ("case", "case", _size),
     ("us", "ours/cold/microseconds/median", significant),
     ("warm", "ours/warm/microseconds/median", significant),
     ("GB/s", "ours/cold/gigabytes_per_second", decimals(0)),
@@ -204,28 +220,11 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def rows(records: Sequence[Record]) -> dict[tuple[Any, ...], list[str]]:
-    """Cells by case (:data:`_CASE`), in the order they were first timed."""
-    found: dict[tuple[Any, ...], dict[str, dict[str, Record]]] = {}
+def by_case(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Records by provider and mode, for each case in the order they were first timed."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in records:
-        case = found.setdefault(tuple(r[key] for key in _CASE), {})
+        case = found.setdefault(tuple(r[key] for key in _CASE), {"case": r})
         # ours may be timed again beside others
         case.setdefault(r["provider"], {}).setdefault(r["mode"], r)
-    return {case: cells(own, COLUMNS) for case, own in found.items()}
-
-
-def print_times(records: Sequence[Record], copy_rate: float, where: str) -> None:
-    """Table of all cases."""
-    lines = []
-    for (op, kind, filters, vocab_size, batch_size, positions), row in rows(records).items():
-        size = f"B={batch_size}" + (f" x {positions}" if positions > 1 else "")
-        lines.append((f"{op}, {kind}, V={vocab_size:,}", [f"{size} {filters}", *row]))
-    caption = (
-        "us: median of a call of ours in graph replay, no input in L2 (warm: all of it). GB/s: the "
-        "three roles' logits counted once (sample_hidden: the heads' weights). copy: that over the "
-        f"{copy_rate / 1e9:,.0f} GB/s, read and written, of a device-to-device copy in this run. "
-        "The others: a provider's time over ours (CUDA: our CUDA C++ kernels, HF: transformers' "
-        f"warpers, FI: FlashInfer). *: not capturable, launched call by call. {where}"
-    )
-    columns = ("case", *(heading for heading, *_ in COLUMNS))
-    print_table("The operators on a GPU, bf16", columns, caption, lines)
+    return list(found.values())

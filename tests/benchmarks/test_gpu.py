@@ -25,6 +25,7 @@ from benchmarks.harness.logits import (
     contract_distribution,
     transformers_peer,
 )
+from benchmarks.harness.report import cells
 
 BACKEND = "cpu" if ptk.backends()["cpu"] is None else "reference"
 OURS = {"ours": BACKEND}
@@ -95,8 +96,8 @@ def test_records_are_paired_by_repeat_and_mode():
     assert warm["time_over_ours"]["median"] == 1.0
     [alone] = operators.records(case, timed[2:], samples[2:], 6e9)
     assert alone["time_over_ours"] is None
-    [row] = operators.rows([ours, eager]).values()
-    assert row == ["2.00", "-", "3", "50.0%", "-", "20.0", "-", "-", "-"]
+    [row] = (cells(r, operators.COLUMNS) for r in operators.by_case([ours, eager]))
+    assert row == ["B=1 top_p", "2.00", "-", "3", "50.0%", "-", "20.0", "-", "-", "-"]
 
 
 def test_names():

@@ -126,7 +126,6 @@ def test_a_run_on_a_processor(trios, tmp_path):
     rows = [cells(record, decoder.COLUMNS) for record in journal.records[1:]]
     assert [row[0] for row in rows] == ["base-only", "ours", "ours-speculative-2"]
     assert rows[0][3] != "-" == rows[2][3]
-    assert "X9, driver 5" in journal.where
 
 
 def test_modes_are_right_on_a_processor(monkeypatch, trios):
