@@ -47,10 +47,9 @@ _STREAMS = dict.fromkeys(("combine", "shard_scan", "shard_keys", "shard_histogra
 _SPREAD = dict.fromkeys(("pivots", "residual", "shard_draw", "shard_residual"), 168)
 
 REGISTERS = {**_STREAMS, **_SPREAD, "scan": 112}
-"""Registers a thread. scan has 16 warps, but two loads a lane and role:
-16 KiB are under way when only base's are. Others may take all 255: kernels of one block a row,
-where a batch seldom fills the device, and draw, whose code holds routes for awkward rows that few
-blocks take."""
+"""Registers a thread. scan has 16 warps, but two loads a lane and role: 16 KiB are under way when
+only base's are. Others may take all 255: kernels of one block a row, where a batch seldom fills the
+device, and draw, whose code holds routes for awkward rows that few blocks take."""
 
 SHARED = {"sample_hidden": 99 * 1024}
 """Bytes of shared memory a block, where it is not the 48 KiB that a block gets without asking.
