@@ -33,10 +33,9 @@ def random_heads(
     device: str = "cpu",
     vocab_size: int | None = None,
 ) -> Heads:
-    """Heads whose logits spread by 4, as a real base's do; made where they are used.
+    """Heads whose logits spread by 4, as a real base's do, made on the device they are used on.
 
-    ``vocab_size`` is another than the shape's. The same seed gives other heads on another kind of
-    device.
+    ``vocab_size`` is another than the shape's.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shape_vocab_size, sizes = SHAPES[shape]
