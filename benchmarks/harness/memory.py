@@ -42,8 +42,8 @@ def peak_memory(run: Callable[[], object]) -> dict[str, int]:
     return {"total_bytes": total, "extra_bytes": max(0, total - before)}
 
 
-def in_fresh_process(function: Callable[..., T], **arguments: Any) -> T:
+def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
     """Call a module's function in a new interpreter; return its result."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, **arguments).result()
+        return pool.submit(function, *arguments).result()
