@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,8 @@ def make_trio(name: str, dtype: str | None, layers: int) -> Trio:
     from transformers import PreTrainedTokenizerFast
 
     weights = getattr(torch, dtype or "float32")
-    large = ModelShape(576, 1536, layers, 9, 3, VOCAB_SIZE, tied=True)
-    small = ModelShape(192, 512, 2, 3, 3, VOCAB_SIZE, tied=True)
+    large = ModelShape(576, 1536, layers, 9, 3, VOCAB_SIZE, tie_word_embeddings=True)
+    small = ModelShape(192, 512, 2, 3, 3, VOCAB_SIZE, tie_word_embeddings=True)
     base, expert, anti = (
         random_model(shape, "cpu", seed, dtype=weights)
         for seed, shape in enumerate((large, small, small))
@@ -232,42 +232,37 @@ TEXTS = ("docs/math.md", "proxytune_kernels/params.py")
 PLAIN = "plain"
 
 
-def _int4(model: Any, group: int, chosen: Callable[[Any, str], bool]) -> None:
-    """int4 as :func:`quantize` has it on a CPU, but for the size of a group or the layers."""
+def _quantize(
+    model: Any, kind: str | None = None, group: int | None = None, head: bool = False
+) -> None:
+    """As :func:`quantize` has it, but for the size of int4's groups; or with the output layer."""
+    if kind is None:
+        return
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-    from torchao.quantization import quantize_
-
-    config = PrototypeInt4WeightOnlyConfig(group_size=group)
-    config.set_inductor_config = False
-    quantize_(model, config, filter_fn=chosen)
-
-
-def _int4_groups(model: Any, group: int) -> None:
-    head = model.get_output_embeddings()
-    _int4(model, group, lambda m, _: isinstance(m, torch.nn.Linear) and m is not head)
-
-
-def _with_head(model: Any, kind: str) -> None:
-    """As :func:`quantize` has it, and the output layer too."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize(model, kind)
-    head = model.get_output_embeddings()
+    own = model.get_output_embeddings()
+    config: Any = Int8WeightOnlyConfig()
     if kind == "int4":
-        _int4(model, 32, lambda module, _: module is head)
+        config = PrototypeInt4WeightOnlyConfig(group_size=group or 32)
+    config.set_inductor_config = False
+    if group is None:
+        quantize(model, kind)
     else:
-        config = Int8WeightOnlyConfig(set_inductor_config=False)
-        quantize_(model, config, filter_fn=lambda module, _: module is head)
+        linear = torch.nn.Linear
+        quantize_(model, config, filter_fn=lambda m, _: isinstance(m, linear) and m is not own)
+    if head:
+        quantize_(model, config, filter_fn=lambda module, _: module is own)
 
 
-VARIANTS: Mapping[str, Callable[[Any], object]] = {
-    PLAIN: lambda model: None,
-    "int8": lambda model: quantize(model, "int8"),
-    "int8+head": lambda model: _with_head(model, "int8"),
-    "int4": lambda model: quantize(model, "int4"),
-    "int4+head": lambda model: _with_head(model, "int4"),
-    "int4/64": lambda model: _int4_groups(model, 64),
-    "int4/128": lambda model: _int4_groups(model, 128),
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    PLAIN: {},
+    "int8": {"kind": "int8"},
+    "int8+head": {"kind": "int8", "head": True},
+    "int4": {"kind": "int4"},
+    "int4+head": {"kind": "int4", "head": True},
+    "int4/64": {"kind": "int4", "group": 64},
+    "int4/128": {"kind": "int4", "group": 128},
 }
 """What is measured: as ``quantize`` does it, and what it could do instead."""
 
@@ -298,9 +293,9 @@ def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> 
     models: dict[str, Any] = {}
     records: list[Record] = []
     plain: dict[str, Tensor] = {}
-    for variant, apply in VARIANTS.items():
+    for variant, how in VARIANTS.items():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-        apply(model)
+        _quantize(model, **how)
         models[variant] = model
         found = {n: model(i[None]).logits[0].float().log_softmax(-1) for n, i in ids.items()}
         plain = plain or found

@@ -60,16 +60,10 @@ Calls = dict[str, Callable[[], object]]
 
 BATCH_SIZES = (1, 8, 64)
 DEFAULT_CASES: tuple[OpCase, ...] = (
-    OpCase(),
-    OpCase(dtype="bfloat16"),
-    OpCase(kind="flat"),
-    OpCase(kind="flat", dtype="bfloat16"),
-    OpCase(filters="none"),
-    OpCase(filters="top_k+top_p"),
-    OpCase(vocab_size=32_000),
-    OpCase(vocab_size=151_936),
-    OpCase(batch_size=8),
-    OpCase(batch_size=64),
+    *(OpCase(k, d) for k in KINDS for d in DTYPES),
+    *(OpCase(filters=name) for name in ("none", "top_k+top_p")),
+    *(OpCase(vocab_size=size) for size in (32_000, 151_936)),
+    *(OpCase(batch_size=rows) for rows in (8, 64)),
 )
 """A representative subset, each axis varied on its own."""
 
@@ -121,11 +115,6 @@ def torch_draw(candidates: Candidates) -> Tensor:
     return candidates.token_ids.gather(-1, column)[:, 0]
 
 
-def torch_peer(filters: Filters) -> Peer:
-    """Plain torch."""
-    return Peer("torch", partial(torch_distribution, filters=filters), torch_draw)
-
-
 def compiled_peer(filters: Filters) -> Peer:
     """``torch.compile`` of the plain torch form, draw included; for one case's shapes."""
     torch.compiler.reset()  # the shapes of earlier cases would count against the recompile limit
@@ -166,26 +155,28 @@ def _numpy_prefix(sorted_mass: Any, total: Any, filters: Filters) -> Any:
     return np.where(before < filters.top_p * total, sorted_mass, 0)
 
 
-def numpy_peer(filters: Filters) -> Peer:
-    """Numpy."""
-    generator = np.random.default_rng(0)
+_GENERATOR = np.random.default_rng(0)
 
-    def draw(candidates: Candidates) -> Any:
-        cumulative = candidates.probabilities.cumsum(-1)
-        targets = cumulative[:, -1] * (1 - generator.random(len(cumulative)))
-        columns = [np.searchsorted(c, t) for c, t in zip(cumulative, targets, strict=True)]
-        if candidates.token_ids is None:
-            return np.array(columns)
-        return candidates.token_ids[np.arange(len(columns)), columns]
 
-    return Peer("numpy", partial(numpy_distribution, filters=filters), draw)
+def numpy_draw(candidates: Candidates) -> Any:
+    """As :func:`torch_draw`."""
+    cumulative = candidates.probabilities.cumsum(-1)
+    targets = cumulative[:, -1] * (1 - _GENERATOR.random(len(cumulative)))
+    columns = [np.searchsorted(c, t) for c, t in zip(cumulative, targets, strict=True)]
+    if candidates.token_ids is None:
+        return np.array(columns)
+    return candidates.token_ids[np.arange(len(columns)), columns]
 
 
 PEERS: dict[str, Callable[[Filters], Peer]] = {
     "transformers": transformers_peer,
-    "torch": torch_peer,
+    "torch": lambda filters: Peer(
+        "torch", partial(torch_distribution, filters=filters), torch_draw
+    ),
     "torch.compile": compiled_peer,
-    "numpy": numpy_peer,
+    "numpy": lambda filters: Peer(
+        "numpy", partial(numpy_distribution, filters=filters), numpy_draw
+    ),
 }
 OURS, YARDSTICK = "ours", "softmax only"
 PROVIDERS = (OURS, YARDSTICK, *PEERS)
@@ -528,13 +519,11 @@ def main(
     if heads is not None:
         return run_heads(heads, dtypes, batch_sizes, repeats, accuracy, output)
     given = (kinds, dtypes, filters, vocab_sizes, batch_sizes)
-    values = [
+    axes = [
         known if full and text is None else parse_choices(f"--{name}", text, known, default)
         for text, (name, (known, default)) in zip(given, AXES.items(), strict=True)
     ]
-    cases = DEFAULT_CASES
-    if full or any(given):
-        cases = tuple(OpCase(*axes) for axes in product(*values))
+    cases = tuple(OpCase(*c) for c in product(*axes)) if full or any(given) else DEFAULT_CASES
     names = parse_choices("--providers", providers, PROVIDERS, OURS)
     overhead, records = time_overhead(repeats), measure_sample(cases, names, repeats, buffers)
     path = output or report.RESULTS / "kernels.jsonl"

@@ -30,9 +30,7 @@ from proxytune_kernels.decoder.packing import PackingError
 from proxytune_kernels.decoder.pair.shared import PairError
 
 _SPECULATION = {"speculation": Speculation()}
-_LOOKUP = {"speculation": Speculation(drafter="prompt_lookup")}
-_PACKED = {"pack_weights": True}
-_SHARED = {"pair": "shared"}
+_PACKED, _SHARED = {"pack_weights": True}, {"pair": "shared"}
 DECODERS: dict[str, dict[str, Any]] = {
     "base-only": {"roles": ("base",)},
     "ours": {},
@@ -40,7 +38,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "ours-batched-pair": {"pair": "batched"},
     "ours-speculative": _SPECULATION,
     "ours-shared-speculative": _SHARED | _SPECULATION,
-    "ours-lookup": _LOOKUP,
+    "ours-lookup": {"speculation": Speculation(drafter="prompt_lookup")},
     "ours-compiled": {"compile": True},
     "base-only-packed": {"roles": ("base",)} | _PACKED,
     "ours-packed": _PACKED,
@@ -113,11 +111,9 @@ def make_provider(
     """The provider of a name, with room for ``rows`` requests of ``length`` tokens."""
     if name == "naive":
         return decoding.NaiveLoop(forms.trio, sampling=sampling)
-    own = DECODERS[name]
+    own = {"max_batch_size": rows, "max_seq_len": length, **DECODERS[name]}
     trio = forms.unmerged if own.get("pair") == "shared" else forms.trio
-    return decoding.DecoderProvider(
-        name, trio, sampling, max_batch_size=rows, max_seq_len=length, **own
-    )
+    return decoding.DecoderProvider(name, trio, sampling, **own)
 
 
 def make_providers(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import proxytune_kernels as ptk
-from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P, Logits
+from benchmarks.harness.logits import ALPHA, Logits, OpCase
 from proxytune_kernels import reference
 
 Heads = tuple[ptk.Head, ptk.Head, ptk.Head]
@@ -59,14 +59,7 @@ def first_rows(heads: Heads, rows: int) -> Heads:
 
 def row_params(rows: int, device: str = "cpu") -> ptk.RowParams:
     """Parameters of what is timed; row i has seed i."""
-    return ptk.RowParams.make(
-        rows,
-        device=device,
-        alpha=ALPHA,
-        temperature=TEMPERATURE,
-        top_p=TOP_P,
-        seed=torch.arange(rows),
-    )
+    return OpCase(batch_size=rows).row_params(device)
 
 
 @torch.no_grad()

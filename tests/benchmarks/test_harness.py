@@ -21,7 +21,6 @@ from benchmarks.harness.logits import (
     check_peer,
     contract_distribution,
     make_logits,
-    transformers_peer,
 )
 from benchmarks.harness.measure import (
     Spent,
@@ -35,9 +34,9 @@ from benchmarks.harness.measure import (
 )
 from benchmarks.harness.memory import in_fresh_process, peak_memory
 from benchmarks.harness.options import parse_choices, parse_integers, user_errors
-from benchmarks.kernels import OURS, make_calls, numpy_peer, torch_peer
+from benchmarks.kernels import OURS, PEERS, make_calls
 
-EAGER_PEERS = [transformers_peer, torch_peer, numpy_peer]
+EAGER_PEERS = [PEERS[name] for name in ("transformers", "torch", "numpy")]
 
 
 def test_summary():
@@ -211,7 +210,7 @@ def test_wrong_filter_is_caught(make_peer, wrong):
 def test_swapped_models_and_one_token_too_few_are_caught():
     case = small()
     base, expert, anti = logits = case.logits()
-    target, peer = contract_distribution(case, logits), torch_peer(FILTERS["top_p"])
+    target, peer = contract_distribution(case, logits), PEERS["torch"](FILTERS["top_p"])
 
     def shorter(rows):
         mass, ids = peer.distribution(rows)
