@@ -136,8 +136,6 @@ def main(
     """Time generate() of a trio as one transformers model, side by side with what it replaces."""
     options.set_threads(threads)
     cases = decoding.parse_cases(batch_sizes, lengths)
-    if any(case.prompt_length is None for case in cases):
-        raise typer.BadParameter("--lengths must be prompt:output pairs, got own")
     sampling = GREEDY if greedy else Sampling()
     with options.user_errors():
         opened = trios.open_trio(trio, dtype)

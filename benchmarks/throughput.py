@@ -408,17 +408,6 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
         plot(records, output.with_suffix(".png"), title)
 
 
-def check_lengths(prompts: str, cases: Sequence[Case]) -> None:
-    """Text is cut to any length, prompts of the other kinds have lengths of their own."""
-    for case in cases:
-        if (case.prompt_length is None) != (prompts != "text"):
-            wanted = "prompt:output" if prompts == "text" else "own:output"
-            got = "own" if case.prompt_length is None else case.prompt_length
-            raise typer.BadParameter(
-                f"--lengths must be {wanted} with {prompts} prompts, got {got}:{case.output_length}"
-            )
-
-
 def result_stem(trio: str, prompts: str, sampling: Sampling, quick: bool) -> str:
     """A file name for each trio, kind of prompts and way to draw."""
     parts = ["throughput", Path(trio).name]
@@ -475,8 +464,7 @@ def main(
     if lengths is None:
         short = "8:32,32:8" if quick else "8:128,128:8,8:8"
         lengths = short if prompts == "text" else f"own:{trios.task_tokens(trio)}"
-    cases = decoding.parse_cases(batch_sizes or ("1" if quick else "1,4"), lengths)
-    check_lengths(prompts, cases)
+    cases = decoding.parse_cases(batch_sizes or ("1" if quick else "1,4"), lengths, prompts)
     wanted = set(options.parse_choices("--providers", providers, PROVIDERS, None))
     settings = Settings(
         trio=trio,

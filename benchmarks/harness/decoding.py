@@ -57,14 +57,20 @@ class Case:
         return f"B={self.batch_size} ({prompt}, {self.output_length})"
 
 
-def parse_cases(batch_sizes: str, lengths: str) -> tuple[Case, ...]:
-    """Cases of ``1,4`` and ``8:512,512:8``; ``own:32`` is prompts as long as they are."""
+def parse_cases(batch_sizes: str, lengths: str, prompts: str = "text") -> tuple[Case, ...]:
+    """Cases of ``1,4`` and ``8:512,512:8``.
+
+    Text is cut to any length. Other prompts are as long as they are: ``own:32``.
+    """
     sizes = parse_integers("--batch-sizes", batch_sizes, 1)
+    wanted = "prompt:output" if prompts == "text" else "own:output"
     pairs = []
     for pair in lengths.split(","):
         prompt, colon, output = pair.partition(":")
-        if not colon or ":" in output:
-            raise typer.BadParameter(f"--lengths must be prompt:output pairs, got {pair!r}")
+        if not colon or ":" in output or (prompt == "own") != (prompts != "text"):
+            raise typer.BadParameter(
+                f"--lengths must be {wanted} pairs with {prompts} prompts, got {pair!r}"
+            )
         prompt_length = None if prompt == "own" else parse_integers("--lengths", prompt, 1)[0]
         [output_length] = parse_integers("--lengths", output, 2)  # one step to time
         pairs.append((prompt_length, output_length))

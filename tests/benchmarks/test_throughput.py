@@ -24,7 +24,7 @@ from benchmarks.harness.decoding import (
     parse_cases,
 )
 from benchmarks.harness.trios import TrioForms, TrioMissing, make_prompts
-from benchmarks.throughput import Times, Work, check_lengths, make_provider, record_of, result_stem
+from benchmarks.throughput import Times, Work, make_provider, record_of, result_stem
 from proxytune_kernels import Trio, reference
 from proxytune_kernels.params import RowParams
 
@@ -257,23 +257,19 @@ def test_all_have_the_same_prompts_in_a_repeat(trio, prompts):
 
 
 def test_cases():
-    assert parse_cases("1,4", "8:16,own:8") == (
-        Case(1, 8, 16), Case(4, 8, 16), Case(1, None, 8), Case(4, None, 8),
-    )  # fmt: skip
-    for sizes, lengths, message in (
-        ("0", "8:8", "--batch-sizes"),
-        ("1", "8", "prompt:output"),
-        ("1", "8:1:1", "prompt:output"),
-        ("1", "8:1", "--lengths"),
-        ("1", "any:8", "--lengths"),
+    assert parse_cases("1,4", "8:16") == (Case(1, 8, 16), Case(4, 8, 16))
+    assert parse_cases("1", "own:8,own:9", "code") == (Case(1, None, 8), Case(1, None, 9))
+    for sizes, lengths, prompts, message in (
+        ("0", "8:8", "text", "--batch-sizes"),
+        ("1", "8", "text", "prompt:output"),
+        ("1", "8:1:1", "text", "prompt:output"),
+        ("1", "8:1", "text", "--lengths"),
+        ("1", "any:8", "text", "--lengths"),
+        ("1", "own:8", "text", "prompt:output pairs with text"),
+        ("1", "8:8", "code", "own:output pairs with code"),
     ):
         with pytest.raises(typer.BadParameter, match=message):
-            parse_cases(sizes, lengths)
-    check_lengths("text", parse_cases("1", "8:8"))
-    with pytest.raises(typer.BadParameter, match="prompt:output with text"):
-        check_lengths("text", parse_cases("1", "own:8"))
-    with pytest.raises(typer.BadParameter, match="own:output with code"):
-        check_lengths("code", parse_cases("1", "8:8"))
+            parse_cases(sizes, lengths, prompts)
 
 
 def settings(**changes):
