@@ -350,12 +350,14 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
     panels: dict[Case, list[Record]] = {}
     for record in records:
         panels.setdefault(case_of(record), []).append(record)
-    bars = 1 + max(map(len, panels.values()))
+    columns = len({case.batch_size for case in panels})
+    rows, bars = len(panels) // columns, 1 + max(map(len, panels.values()))
+    size = max(7.0, 1.1 * bars * columns), 0.6 + 2.6 * rows
     # Colours C0 to C9 that colour-blind readers tell apart.
     with style.context(["tableau-colorblind10", {"font.size": 9}]):
-        figure = Figure(figsize=(max(7.0, 1.1 * bars), 2.6 * len(panels)), layout="constrained")
-        grid = figure.subplots(len(panels), squeeze=False)[:, 0]
-        for axes, (case, own) in zip(grid, panels.items(), strict=True):
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, (case, own) in zip(grid.flat, panels.items(), strict=True):
             floor = own[0]["bare_forwards_ms"]["sum"]
             heights = [floor, *(record["token_ms"]["median"] for record in own)]
             labels = ["bare\nforwards", *(r["provider"].replace("-", "-\n") for r in own)]
