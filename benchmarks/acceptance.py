@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness import agreement, options, report, trios
-from benchmarks.harness.agreement import ComputedTwice, Mismatch
+from benchmarks.harness import options, report, trios
+from benchmarks.harness.agreement import find_mismatches
 from benchmarks.harness.decoding import (
     DecoderProvider,
     Generation,
@@ -45,9 +45,8 @@ def decode(
 ) -> Generation:
     """Sample without filters, past the end of the text; row i has seed i."""
     sampling, length = Sampling(temperature, 1.0), max(map(len, prompts)) + max_tokens
-    provider = DecoderProvider(
-        "", trio, sampling, max_batch_size=len(prompts), max_seq_len=length, speculation=speculation
-    )
+    room = {"max_batch_size": len(prompts), "max_seq_len": length}
+    provider = DecoderProvider("", trio, sampling, speculation=speculation, **room)
     return provider.generate(prompts, max_tokens)
 
 
@@ -87,23 +86,6 @@ def make_prompts(trio: Trio, name: str, kind: str, count: int, tokens: int) -> P
     return [prompt for [prompt] in trios.task_batches(trio, name, kind, 1, tokens, count)]
 
 
-def mismatches(
-    trio: Trio,
-    prompts: Prompts,
-    plain: Generation,
-    found: Generation,
-    name: str,
-    temperature: float,
-) -> list[Mismatch]:
-    """Where rows first leave plain decoding's tokens."""
-    wrong = []
-    for i, (want, have) in enumerate(zip(plain.token_ids, found.token_ids, strict=True)):
-        if want != have:
-            computed = ComputedTwice(NaiveLoop(trio), prompts[i], want)
-            wrong.append(agreement.first_mismatch(name, i, computed, have, temperature, i))
-    return wrong
-
-
 def measure(
     trio: Trio,
     kind: str,
@@ -125,15 +107,12 @@ def measure(
         rounds = [n for times in found.seconds for n in full_rounds(times, drafts)]
         wrong = None
         if mode == "coupled":
+            both = plain.token_ids, found.token_ids
             name = f"{kind}, {drafter}, {drafts} drafts"
-            wrong = mismatches(trio, prompts, plain, found, name, temperature)
+            wrong = find_mismatches(name, NaiveLoop(trio), prompts, *both, temperature)
         record: Record = {
-            "kind": kind,
-            "drafter": drafter,
-            "mode": mode,
-            "drafts": drafts,
-            "sequences": len(prompts),
-            "tokens": sum(map(len, found.token_ids)),
+            "kind": kind, "drafter": drafter, "mode": mode, "drafts": drafts,
+            "sequences": len(prompts), "tokens": sum(map(len, found.token_ids)),
             "drafted": found.counts["drafted"],
             "accepted": found.counts["accepted"],
             "rounds": len(rounds),
@@ -215,16 +194,15 @@ def main(
             given = make_prompts(opened, trio, kind, prompts, own)
             records += measure(opened, kind, given, own, temperature, counts, tick)
     name, of = options.trio_label(trio), trios.dtypes(opened)
-    output = output or report.RESULTS / f"acceptance-{name}.jsonl"
+    path = output or report.RESULTS / f"acceptance-{name}.jsonl"
     shared = {"trio": name, "dtype": of, "temperature": temperature}
-    report.write_json_lines(output, "acceptance", [{**shared, **record} for record in records])
+    report.write_results(path, "acceptance", shared, records)
     found = [m for record in records for m in record["mismatches"] or ()]
     for mismatch in found:
         report.say(mismatch["text"], "yellow" if mismatch["within_rounding"] else "red")
     kind = trios.dtype_label(opened)
     title = f"Drafts that are kept, trio {name}, {kind}, temperature {temperature:g}"
     print_records(records, counts, title)
-    report.say(f"Wrote {output}")
     if not all(mismatch["within_rounding"] for mismatch in found):
         report.say("Coupled tokens are not plain decoding's.", "red")
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.harness import options, report, trios
 from benchmarks.harness.measure import Spent, ratios, summary, time_in_turns
-from benchmarks.harness.memory import PeakMemory, in_fresh_process
+from benchmarks.harness.memory import in_fresh_process, peak_memory
 from benchmarks.harness.random_models import ModelShape, random_model
 from proxytune_kernels import Trio, quantize
 
@@ -68,8 +68,8 @@ def make_trio(name: str, dtype: str | None, layers: int) -> Trio:
     from transformers import PreTrainedTokenizerFast
 
     weights = getattr(torch, dtype or "float32")
-    large = ModelShape(576, 1536, layers, 9, 3, VOCAB_SIZE, tied=True)
-    small = ModelShape(192, 512, 2, 3, 3, VOCAB_SIZE, tied=True)
+    large = ModelShape(576, 1536, layers, 9, 3, VOCAB_SIZE, tie_word_embeddings=True)
+    small = ModelShape(192, 512, 2, 3, 3, VOCAB_SIZE, tie_word_embeddings=True)
     base, expert, anti = (
         random_model(shape, "cpu", seed, dtype=weights)
         for seed, shape in enumerate((large, small, small))
@@ -127,21 +127,25 @@ def answer(lm: Any, documents: Sequence[Document]) -> Answers:
     return found
 
 
+def blocks_of(documents: Sequence[Document]) -> list[Sequence[Document]]:
+    """At most :data:`BLOCKS` parts."""
+    size = -(-len(documents) // BLOCKS)
+    return [documents[first : first + size] for first in range(0, len(documents), size)]
+
+
 def measure(settings: Settings) -> tuple[list[Record], Record]:
     """Both providers over all documents, block by block in turn; a record each, and the check."""
     trio = make_trio(settings.trio, settings.dtype, settings.layers)
     documents = make_documents(settings.trio, settings.documents, settings.choices)
     lms = {name: make_lm(name, trio, settings.batch_size) for name in PROVIDERS}
-    size = -(-len(documents) // BLOCKS)
     answers: dict[str, Answers] = {name: [] for name in lms}
     spent: dict[str, list[Spent]] = {name: [] for name in lms}
     with report.progress_bar(2 * BLOCKS, settings.trio) as tick:
         for lm in lms.values():
             answer(lm, documents[:2])  # pages in what the first call needs
-        for first in range(0, len(documents), size):
+        for number, block in enumerate(blocks_of(documents)):
             # Each is first in half of the blocks.
-            for name in list(lms) if first // size % 2 else list(lms)[::-1]:
-                block = documents[first : first + size]
+            for name in list(lms) if number % 2 else list(lms)[::-1]:
                 found, took = Spent.by(partial(answer, lms[name], block))
                 answers[name] += found
                 spent[name].append(took)
@@ -176,39 +180,43 @@ def compare(ours: Answers, theirs: Answers, tokens: Sequence[int], close: float)
     }
 
 
-def peak(provider: str, **values: Any) -> dict[str, int]:
+def peak(provider: str, settings: Settings) -> dict[str, int]:
     """Peak memory of one provider over the first block; for a process of its own."""
-    settings = Settings(**values)
     torch.set_num_threads(settings.threads)
     trio = make_trio(settings.trio, settings.dtype, settings.layers)
     lm = make_lm(provider, trio, settings.batch_size)
     documents = make_documents(settings.trio, settings.documents, settings.choices)
     answer(lm, documents[:1])
-    with PeakMemory() as memory:
-        answer(lm, documents[: -(-len(documents) // BLOCKS)])
-    return {"total_bytes": memory.total_bytes, "extra_bytes": memory.extra_bytes}
+    return peak_memory(partial(answer, lm, blocks_of(documents)[0]))
 
 
-def print_answers(records: Sequence[Record], check: Record, settings: Settings) -> None:
-    """The table, and how far the answers are apart."""
+COLUMNS: tuple[report.Column, ...] = (
+    ("", "provider", str),
+    ("s", "seconds", report.decimals(1)),
+    ("x\nHFLM", "speed_over_hflm_seconds/median", report.fixed),
+    ("x HFLM\nCPU", "speed_over_hflm_cpu_seconds/median", report.fixed),
+    ("MB on\ntop", "memory/extra_bytes", report.decimals(0, 1e-6)),
+    ("MB in\nall", "memory/total_bytes", report.decimals(0, 1e-6)),
+)
+CAPTION = (
+    f"x HFLM: its time over ours, median of {BLOCKS} blocks that both ran in turn; CPU: of the "
+    "process's CPU time. MB: peak memory of a block, on top of weights and libraries, and in all."
+)
+
+
+def run(settings: Settings, output: Path | None) -> None:
+    """Measure, write and show one line per provider."""
+    records, check = measure(settings)
+    for record in records:
+        record["memory"] = in_fresh_process(peak, record["provider"], settings)
+    name = options.trio_label(settings.trio)
+    path = output or report.RESULTS / f"evaluation-{name}.jsonl"
+    report.write_results(path, "evaluation", {**asdict(settings), "trio": name, **check}, records)
     title = (
         f"loglikelihood of {settings.documents} documents of {settings.choices} choices, trio "
         f"{settings.trio}, batches of {settings.batch_size}"
     )
-    caption = (
-        f"x HFLM: its time over ours, median of {BLOCKS} blocks that both ran in turn; CPU: of the "
-        "process's CPU time. MB: peak memory of a block, on top of weights and libraries, and in "
-        "all."
-    )
-    columns: list[report.Column] = [
-        ("", "provider", str),
-        ("s", "seconds", report.decimals(1)),
-        ("x\nHFLM", "speed_over_hflm_seconds/median", report.fixed),
-        ("x HFLM\nCPU", "speed_over_hflm_cpu_seconds/median", report.fixed),
-        ("MB on\ntop", "memory/extra_bytes", report.decimals(0, 1e-6)),
-        ("MB in\nall", "memory/total_bytes", report.decimals(0, 1e-6)),
-    ]
-    report.print_records(title, caption, records, columns)
+    report.print_records(title, CAPTION, records, COLUMNS)
     report.say(
         "Log-likelihoods differ by "
         f"{check['difference_per_token']['median']:.1g} nats per token in the median, "
@@ -224,42 +232,37 @@ TEXTS = ("docs/math.md", "proxytune_kernels/params.py")
 PLAIN = "plain"
 
 
-def _int4(model: Any, group: int, chosen: Callable[[Any, str], bool]) -> None:
-    """int4 as :func:`quantize` has it on a CPU, but for the size of a group or the layers."""
+def _quantize(
+    model: Any, kind: str | None = None, group: int | None = None, head: bool = False
+) -> None:
+    """As :func:`quantize` has it, but for the size of int4's groups; or with the output layer."""
+    if kind is None:
+        return
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-    from torchao.quantization import quantize_
-
-    config = PrototypeInt4WeightOnlyConfig(group_size=group)
-    config.set_inductor_config = False
-    quantize_(model, config, filter_fn=chosen)
-
-
-def _int4_groups(model: Any, group: int) -> None:
-    head = model.get_output_embeddings()
-    _int4(model, group, lambda m, _: isinstance(m, torch.nn.Linear) and m is not head)
-
-
-def _with_head(model: Any, kind: str) -> None:
-    """As :func:`quantize` has it, and the output layer too."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize(model, kind)
-    head = model.get_output_embeddings()
+    own = model.get_output_embeddings()
+    config: Any = Int8WeightOnlyConfig()
     if kind == "int4":
-        _int4(model, 32, lambda module, _: module is head)
+        config = PrototypeInt4WeightOnlyConfig(group_size=group or 32)
+    config.set_inductor_config = False
+    if group is None:
+        quantize(model, kind)
     else:
-        config = Int8WeightOnlyConfig(set_inductor_config=False)
-        quantize_(model, config, filter_fn=lambda module, _: module is head)
+        linear = torch.nn.Linear
+        quantize_(model, config, filter_fn=lambda m, _: isinstance(m, linear) and m is not own)
+    if head:
+        quantize_(model, config, filter_fn=lambda module, _: module is own)
 
 
-VARIANTS: Mapping[str, Callable[[Any], object]] = {
-    PLAIN: lambda model: None,
-    "int8": lambda model: quantize(model, "int8"),
-    "int8+head": lambda model: _with_head(model, "int8"),
-    "int4": lambda model: quantize(model, "int4"),
-    "int4+head": lambda model: _with_head(model, "int4"),
-    "int4/64": lambda model: _int4_groups(model, 64),
-    "int4/128": lambda model: _int4_groups(model, 128),
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    PLAIN: {},
+    "int8": {"kind": "int8"},
+    "int8+head": {"kind": "int8", "head": True},
+    "int4": {"kind": "int4"},
+    "int4+head": {"kind": "int4", "head": True},
+    "int4/64": {"kind": "int4", "group": 64},
+    "int4/128": {"kind": "int4", "group": 128},
 }
 """What is measured: as ``quantize`` does it, and what it could do instead."""
 
@@ -290,9 +293,9 @@ def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> 
     models: dict[str, Any] = {}
     records: list[Record] = []
     plain: dict[str, Tensor] = {}
-    for variant, apply in VARIANTS.items():
+    for variant, how in VARIANTS.items():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-        apply(model)
+        _quantize(model, **how)
         models[variant] = model
         found = {n: model(i[None]).logits[0].float().log_softmax(-1) for n, i in ids.items()}
         plain = plain or found
@@ -309,24 +312,16 @@ def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> 
     return records
 
 
-def run_quantized(directory: str, dtype: str, tokens: int, repeats: int, output: Path) -> None:
-    """Measure, write and show one line per variant and text."""
-    records = measure_quantized(directory, dtype, tokens, repeats)
-    shared = {"model": directory, "dtype": dtype}
-    report.write_json_lines(output, "quantization", [{**shared, **record} for record in records])
-    rows = [{**record, **row} for record in records for row in record["quality"]]
-    columns: list[report.Column] = [
-        ("", "variant", str),
-        ("text", "text", str),
-        ("MB", "bytes", report.decimals(1, 1e-6)),
-        ("nll", "nll", report.decimals(4)),
-        ("agrees", "agreement", report.percent),
-        ("KL", "divergence", report.decimals(4)),
-        ("step, ms", "step/median", report.decimals(1, 1e3)),
-        ("of plain", "step_over_plain/median", report.fixed),
-    ]
-    report.print_records(f"Quantised weights of {directory}", "", rows, columns)
-    report.say(f"Wrote {output}")
+QUANTIZED_COLUMNS: tuple[report.Column, ...] = (
+    ("", "variant", str),
+    ("text", "text", str),
+    ("MB", "bytes", report.decimals(1, 1e-6)),
+    ("nll", "nll", report.decimals(4)),
+    ("agrees", "agreement", report.percent),
+    ("KL", "divergence", report.decimals(4)),
+    ("step, ms", "step/median", report.decimals(1, 1e3)),
+    ("of plain", "step_over_plain/median", report.fixed),
+)
 
 
 def main(
@@ -351,26 +346,18 @@ def main(
     output: options.Output = None,
 ) -> None:
     """Score multiple-choice documents with ours and with lm_eval's HFLM over the composite."""
-    if quantized is not None:
-        options.set_threads(threads or 1)
-        path = output or report.RESULTS / "quantization.jsonl"
-        return run_quantized(quantized, dtype or "bfloat16", tokens, repeats, path)
-    settings = Settings(
-        trio, dtype, layers, documents, choices, batch_size, options.set_threads(threads)
-    )
+    of_torch = options.set_threads(threads or (None if quantized is None else 1))
     with options.user_errors():
-        records, check = measure(settings)
-    for record in records:
-        record["memory"] = in_fresh_process(
-            "benchmarks.evaluation:peak", provider=record["provider"], **asdict(settings)
-        )
-    name = options.trio_label(trio)
-    path = output or report.RESULTS / f"evaluation-{name}.jsonl"
-    shared = {**asdict(settings), "trio": name, **check}
-    report.write_json_lines(path, "evaluation", [{**shared, **record} for record in records])
-    print_answers(records, check, settings)
-    report.say(f"Wrote {path}")
-    return None
+        if quantized is None:
+            settings = Settings(trio, dtype, layers, documents, choices, batch_size, of_torch)
+            return run(settings, output)
+    dtype = dtype or "bfloat16"
+    records = measure_quantized(quantized, dtype, tokens, repeats)
+    path = output or report.RESULTS / "quantization.jsonl"
+    report.write_results(path, "quantization", {"model": quantized, "dtype": dtype}, records)
+    rows = [{**record, **row} for record in records for row in record["quality"]]
+    title = f"Quantised weights of {quantized}"
+    return report.print_records(title, "", rows, QUANTIZED_COLUMNS)
 
 
 if __name__ == "__main__":

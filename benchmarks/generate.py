@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from benchmarks.harness import agreement, decoding, options, report, trios
 from benchmarks.harness.decoding import GREEDY, Case, Generation, Prompts, Provider, Sampling
 from benchmarks.harness.logits import ALPHA
-from benchmarks.harness.measure import Spent, in_turns, ratios, summary
+from benchmarks.harness.measure import Spent, in_turns, speed_over, summary
 from proxytune_kernels import Trio
 
 COMPARED = ("naive", "decoder")
@@ -45,17 +45,14 @@ class GenerateProvider:
 
     def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
         """See :class:`Provider`; all tokens come at the end."""
-        given = dict(self._given)
+        input_ids = torch.tensor(prompts)
+        given = {"attention_mask": torch.ones_like(input_ids), **self._given}
         if not greedy and self.sampling.temperature:
             given |= {"do_sample": True, "top_k": 0, **asdict(self.sampling)}
-        input_ids = torch.tensor(prompts)
         start = time.perf_counter()
+        # Without an end of the text there are exactly so many tokens.
         output = self._model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_tokens,
-            eos_token_id=None,  # exactly so many
-            **given,
+            input_ids, max_new_tokens=max_tokens, eos_token_id=None, **given
         )
         rows = output[:, input_ids.shape[1] :].tolist()
         seconds = time.perf_counter() - start
@@ -92,11 +89,11 @@ def time_case(trio: Trio, providers: list[Provider], case: Case, repeats: int) -
     with report.progress_bar(len(providers) * (repeats + 1)) as tick:
         calls = {p.name: partial(run, p) for p in providers}
         spent = in_turns(calls, repeats, lambda name: tick(f"{case}: {name}"), warm_up=True)
-    paths = {p.name: p.path for p in providers if isinstance(p, GenerateProvider)}
     return [
-        {"provider": name, **asdict(case), **speeds(case, spent, name), "path": paths.get(name, {})}
-        for name in spent
-    ]
+        {"provider": p.name, **asdict(case), **speeds(case, spent, p.name),
+         "path": getattr(p, "path", {})}
+        for p in providers
+    ]  # fmt: skip
 
 
 def speeds(case: Case, spent: dict[str, list[Spent]], name: str) -> Record:
@@ -104,32 +101,26 @@ def speeds(case: Case, spent: dict[str, list[Spent]], name: str) -> Record:
     tokens = case.batch_size * case.output_length
     clock = {other: [s.seconds for s in own] for other, own in spent.items()}
     processor = {other: [s.cpu_seconds for s in own] for other, own in spent.items()}
-    others = [other for other in COMPARED if other in spent and other != name]
     return {
         "repeats": len(clock[name]),
         "tokens_per_second": summary(tokens / seconds for seconds in clock[name]),
         "processor_ms_per_token": summary(processor[name], 1e3 / tokens),
-        "speed_over": {other: ratios(clock[other], clock[name]) for other in others},
-        "processor_speed_over": {
-            other: ratios(processor[other], processor[name]) for other in others
-        },
+        "speed_over": speed_over(name, clock, COMPARED),
+        "processor_speed_over": speed_over(name, processor, COMPARED),
     }
 
 
-def print_records(records: list[Record], title: str) -> None:
-    """Tokens/s, and the ratios to the naive loop and to the decoder."""
-    caption = (
-        "x: tokens/s over those of naive and of the decoder, paired by repeat; cpu x: the same of "
-        "processor time. Medians."
-    )
-    columns: list[report.Column] = [
-        ("provider", "provider", str),
-        ("tok\n/s", "tokens_per_second/median", report.significant),
-        *((f"x\n{o}", f"speed_over/{o}/median", report.fixed) for o in COMPARED),
-        ("cpu ms\n/ token", "processor_ms_per_token/median", report.significant),
-        *((f"cpu x\n{o}", f"processor_speed_over/{o}/median", report.fixed) for o in COMPARED),
-    ]
-    report.print_records(title, caption, records, columns, lambda r: f"B={r['batch_size']}")
+COLUMNS: tuple[report.Column, ...] = (
+    ("provider", "provider", str),
+    ("tok\n/s", "tokens_per_second/median", report.significant),
+    *((f"x\n{o}", f"speed_over/{o}/median", report.fixed) for o in COMPARED),
+    ("cpu ms\n/ token", "processor_ms_per_token/median", report.significant),
+    *((f"cpu x\n{o}", f"processor_speed_over/{o}/median", report.fixed) for o in COMPARED),
+)
+CAPTION = (
+    "x: tokens/s over those of naive and of the decoder, paired by repeat; cpu x: the same of "
+    "processor time. Medians."
+)
 
 
 def main(
@@ -145,25 +136,21 @@ def main(
     """Time generate() of a trio as one transformers model, side by side with what it replaces."""
     options.set_threads(threads)
     cases = decoding.parse_cases(batch_sizes, lengths)
-    if any(case.prompt_length is None for case in cases):
-        raise typer.BadParameter("--lengths must be prompt:output pairs, got own")
     sampling = GREEDY if greedy else Sampling()
     with options.user_errors():
         opened = trios.open_trio(trio, dtype)
     rows = max(agreement.CHECKED_ROWS, *(case.batch_size for case in cases))
-    lengths_needed = [(case.prompt_length or 0) + case.output_length for case in cases]
-    longest = max(agreement.CHECKED_PROMPT + agreement.CHECKED_TOKENS, *lengths_needed)
-    providers = make_providers(opened, sampling, rows, longest)
+    needed = [(case.prompt_length or 0) + case.output_length for case in cases]
+    providers = make_providers(opened, sampling, rows, max(agreement.CHECKED_LENGTH, *needed))
     agreement.check_greedy(providers)
     records = [r for case in cases for r in time_case(opened, providers, case, repeats)]
     name = options.trio_label(trio)
     path = output or report.RESULTS / f"generate-{name}{'-greedy' if greedy else ''}.jsonl"
     sampled = {"alpha": ALPHA, **asdict(sampling)}
     shared = {"trio": name, "dtype": trios.dtypes(opened), "sampling": sampled}
-    report.write_json_lines(path, "generate", [{**shared, **record} for record in records])
-    kind = trios.dtype_label(opened)
-    print_records(records, f"generate() of a trio, {name}, {kind}, {sampling}")
-    report.say(f"Wrote {path}")
+    report.write_results(path, "generate", shared, records)
+    title = f"generate() of a trio, {name}, {trios.dtype_label(opened)}, {sampling}"
+    report.print_records(title, CAPTION, records, COLUMNS, lambda r: f"B={r['batch_size']}")
 
 
 if __name__ == "__main__":

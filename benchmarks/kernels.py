@@ -6,10 +6,12 @@ docs/heads.md what the heads' mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle, product
+from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -48,7 +50,7 @@ from benchmarks.harness.logits import (
     make_logits,
     transformers_peer,
 )
-from benchmarks.harness.measure import Summary, ratios, summary, time_in_turns
+from benchmarks.harness.measure import no_tick, ratios, summary, time_in_turns
 from benchmarks.harness.options import parse_choices
 from proxytune_kernels import reference
 from proxytune_kernels.ops.table import OPERATORS
@@ -57,18 +59,11 @@ Record = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
 
 BATCH_SIZES = (1, 8, 64)
-_CHECKED_ROWS = 2  # rows are alike and independent; the reference sorts each in fp64
 DEFAULT_CASES: tuple[OpCase, ...] = (
-    OpCase(),
-    OpCase(dtype="bfloat16"),
-    OpCase(kind="flat"),
-    OpCase(kind="flat", dtype="bfloat16"),
-    OpCase(filters="none"),
-    OpCase(filters="top_k+top_p"),
-    OpCase(vocab_size=32_000),
-    OpCase(vocab_size=151_936),
-    OpCase(batch_size=8),
-    OpCase(batch_size=64),
+    *(OpCase(k, d) for k in KINDS for d in DTYPES),
+    *(OpCase(filters=name) for name in ("none", "top_k+top_p")),
+    *(OpCase(vocab_size=size) for size in (32_000, 151_936)),
+    *(OpCase(batch_size=rows) for rows in (8, 64)),
 )
 """A representative subset, each axis varied on its own."""
 
@@ -120,15 +115,10 @@ def torch_draw(candidates: Candidates) -> Tensor:
     return candidates.token_ids.gather(-1, column)[:, 0]
 
 
-def torch_peer(filters: Filters) -> Peer:
-    """Plain torch."""
-    return Peer("torch", lambda logits: torch_distribution(logits, filters), torch_draw)
-
-
 def compiled_peer(filters: Filters) -> Peer:
     """``torch.compile`` of the plain torch form, draw included; for one case's shapes."""
     torch.compiler.reset()  # the shapes of earlier cases would count against the recompile limit
-    distribution = torch.compile(lambda logits: torch_distribution(logits, filters), dynamic=False)
+    distribution = torch.compile(partial(torch_distribution, filters=filters), dynamic=False)
     return Peer("torch.compile", distribution, torch.compile(torch_draw, dynamic=False))
 
 
@@ -165,30 +155,57 @@ def _numpy_prefix(sorted_mass: Any, total: Any, filters: Filters) -> Any:
     return np.where(before < filters.top_p * total, sorted_mass, 0)
 
 
-def numpy_peer(filters: Filters) -> Peer:
-    """Numpy."""
-    generator = np.random.default_rng(0)
+_GENERATOR = np.random.default_rng(0)
 
-    def draw(candidates: Candidates) -> Any:
-        cumulative = candidates.probabilities.cumsum(-1)
-        targets = cumulative[:, -1] * (1 - generator.random(len(cumulative)))
-        columns = [np.searchsorted(c, t) for c, t in zip(cumulative, targets, strict=True)]
-        if candidates.token_ids is None:
-            return np.array(columns)
-        return candidates.token_ids[np.arange(len(columns)), columns]
 
-    return Peer("numpy", lambda logits: numpy_distribution(logits, filters), draw)
+def numpy_draw(candidates: Candidates) -> Any:
+    """As :func:`torch_draw`."""
+    cumulative = candidates.probabilities.cumsum(-1)
+    targets = cumulative[:, -1] * (1 - _GENERATOR.random(len(cumulative)))
+    columns = [np.searchsorted(c, t) for c, t in zip(cumulative, targets, strict=True)]
+    if candidates.token_ids is None:
+        return np.array(columns)
+    return candidates.token_ids[np.arange(len(columns)), columns]
 
 
 PEERS: dict[str, Callable[[Filters], Peer]] = {
     "transformers": transformers_peer,
-    "torch": torch_peer,
+    "torch": lambda filters: Peer(
+        "torch", partial(torch_distribution, filters=filters), torch_draw
+    ),
     "torch.compile": compiled_peer,
-    "numpy": numpy_peer,
+    "numpy": lambda filters: Peer(
+        "numpy", partial(numpy_distribution, filters=filters), numpy_draw
+    ),
 }
 OURS, YARDSTICK = "ours", "softmax only"
 PROVIDERS = (OURS, YARDSTICK, *PEERS)
 """In the order of tables."""
+
+
+def time_case(
+    about: Record,
+    calls: Calls,
+    repeats: int,
+    *,
+    ours: str = OURS,
+    size: int = 0,
+    unit: str = "microseconds",
+    tick: Callable[[str], object] = no_tick,
+) -> list[Record]:
+    """Time calls in turn: a record for each, over ours. ``size`` is the bytes that a call reads."""
+    seconds = time_in_turns(calls, repeats, tick)
+    return [
+        {
+            "provider": name,
+            **about,
+            unit: summary(times, {"microseconds": 1e6, "milliseconds": 1e3}[unit]),
+            "gigabytes_per_second": size / median(times) / 1e9,
+            "time_over_ours": ratios(times, seconds[ours]) if ours in seconds else None,
+        }
+        for name, times in seconds.items()
+    ]
+
 
 # sample
 
@@ -206,7 +223,7 @@ def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
         if name == YARDSTICK:
             return softmax_only
         if name == OURS:
-            base, expert, anti = (x[:_CHECKED_ROWS] for x in sets[0])
+            base, expert, anti = (x[: len(target.kept)] for x in sets[0])
             few = params.rows(slice(0, len(base)))
             wanted = ptk.sample(base, expert, anti, few, backend="reference")
             check_outputs(str(case), ptk.sample(*sets[0], params), wanted)
@@ -222,23 +239,18 @@ def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
     return {name: turning(checked(name)) for name in providers}
 
 
-def time_sample(
+def measure_sample(
     cases: Sequence[OpCase], providers: Sequence[str], repeats: int, buffers: int
-) -> Iterator[Record]:
+) -> list[Record]:
     """Check, then time every case; one record per case and provider."""
+    records = []
     with report.progress_bar(len(cases) * len(providers) * repeats) as tick:
         for case in cases:
-            seconds = time_in_turns(make_calls(case, providers, buffers), repeats, tick)
-            for name, times in seconds.items():
-                yield {
-                    "op": "sample",
-                    "provider": name,
-                    **asdict(case),
-                    "sampling": {"alpha": ALPHA, **asdict(FILTERS[case.filters])},
-                    "microseconds": summary(times, 1e6),
-                    "gigabytes_per_second": case.logits_bytes / Summary.of(times).median / 1e9,
-                    "time_over_ours": ratios(times, seconds[OURS]) if OURS in seconds else None,
-                }
+            sampling = {"alpha": ALPHA, **asdict(FILTERS[case.filters])}
+            about = {"op": "sample", **asdict(case), "sampling": sampling}
+            calls = make_calls(case, providers, buffers)
+            records += time_case(about, calls, repeats, size=case.logits_bytes, tick=tick)
+    return records
 
 
 def time_overhead(repeats: int) -> Record:
@@ -251,21 +263,18 @@ def time_overhead(repeats: int) -> Record:
     row = torch.zeros(1, 1)
     logits = (row, row.clone(), row.clone())
     params = ptk.RowParams.make(1, temperature=TEMPERATURE, top_p=TOP_P)
-    out = ptk.sample(*logits, params)
     calls: Calls = {
-        "sample": lambda: ptk.sample(*logits, params),
-        "sample, out given": lambda: ptk.sample(*logits, params, out=out),
+        "sample": partial(ptk.sample, *logits, params),
+        "sample, out given": partial(ptk.sample, *logits, params, out=ptk.sample(*logits, params)),
     }
     if ptk.backends()["cpu"] is None:
         arguments = (*logits, *params, None, None, 1, 0, 0)
         results = torch.ops.proxytune.sample(*arguments)
         outputs = dict(zip(OPERATORS["sample"].out_names, results, strict=True))
-        calls["bare operator"] = lambda: torch.ops.proxytune.sample_out(*arguments, **outputs)
-    seconds = time_in_turns(calls, repeats)
-    return {
-        "op": "sample overhead",
-        "microseconds": {name: summary(times, 1e6) for name, times in seconds.items()},
-    }
+        calls["bare operator"] = partial(torch.ops.proxytune.sample_out, *arguments, **outputs)
+    records = time_case({}, calls, repeats)
+    times = {record["provider"]: record["microseconds"] for record in records}
+    return {"op": "sample overhead", "microseconds": times}
 
 
 def print_times(title: str, records: Sequence[Record], unit: str, gigabytes: str) -> None:
@@ -294,36 +303,30 @@ FUSED, APART, PRODUCTS = "sample_hidden", "three heads, sample", "three heads al
 _ACCURACY_ROWS = 64
 
 
-def time_heads(
+def measure_heads(
     shapes: Sequence[str], dtypes: Sequence[str], batch_sizes: Sequence[int], repeats: int
-) -> Iterator[Record]:
+) -> list[Record]:
     """Check, then time heads and sampling, fused and apart; a record per case and provider."""
-    cases = list(product(shapes, dtypes, batch_sizes))
+    records, cases = [], list(product(shapes, dtypes, batch_sizes))
     with report.progress_bar(len(cases) * 3 * repeats) as tick:
         for shape, dtype, rows in cases:
             vocab_size, sizes = SHAPES[shape]
             heads, params = random_heads(shape, DTYPES[dtype], rows), row_params(rows)
-            check_heads(heads, vocab_size, params, ptk.sample_hidden(*heads, params=params), 2)
             calls: Calls = {
                 FUSED: partial(ptk.sample_hidden, *heads, params=params),
                 APART: partial(sample_apart, heads, params, vocab_size),
                 PRODUCTS: partial(logits_apart, heads, vocab_size),
             }
-            seconds = time_in_turns(calls, repeats, tick)
+            check_heads(heads, vocab_size, params, ptk.sample_hidden(*heads, params=params), 2)
+            about = {
+                "op": FUSED, "shape": shape, "dtype": dtype, "batch_size": rows,
+                "vocab_size": vocab_size, "hidden_sizes": sizes,
+            }  # fmt: skip
             size = vocab_size * sum(sizes) * DTYPES[dtype].itemsize
-            for name, times in seconds.items():
-                yield {
-                    "op": FUSED,
-                    "provider": name,
-                    "shape": shape,
-                    "dtype": dtype,
-                    "batch_size": rows,
-                    "vocab_size": vocab_size,
-                    "hidden_sizes": sizes,
-                    "milliseconds": summary(times, 1e3),
-                    "gigabytes_per_second": size / Summary.of(times).median / 1e9,
-                    "time_over_ours": ratios(times, seconds[FUSED]),
-                }
+            records += time_case(
+                about, calls, repeats, ours=FUSED, size=size, unit="milliseconds", tick=tick
+            )
+    return records
 
 
 def sample_apart(heads: Heads, params: ptk.RowParams, vocab_size: int) -> ptk.SampleOutput:
@@ -341,9 +344,8 @@ def errors_of(heads: Heads, vocab_size: int) -> Record:
     exact, error = exact_x(few, vocab_size)
     params = row_params(len(exact))
     wanted, drawn = reference.distribution(exact, params), reference.sample(exact, params)
-    found: Record = {
-        "rows": len(exact), "largest_x": float(exact.abs().max()), "bound": float(error.max())
-    }  # fmt: skip
+    bound, largest = float(error.max()), float(exact.abs().max())
+    found: Record = {"rows": len(exact), "largest_x": largest, "bound": bound}
     fused = [torch.empty(len(exact), vocab_size) for _ in few]
     for head, out in zip(few, fused, strict=True):
         hidden = head.hidden.float().contiguous()
@@ -386,23 +388,40 @@ def measure_accuracy() -> list[Record]:
     return [{"op": "heads accuracy", **record} for record in found]
 
 
-def print_accuracy(errors: Sequence[Record]) -> None:
-    """Table of errors."""
-    caption = (
-        "Against exact heads, fp64, at alpha 1. greedy, kept, drawn: rows whose likeliest token, "
-        "kept set (T 0.7, top_p 0.9) or draw of the same seed is another. bound: of sample_hidden."
+ACCURACY: tuple[report.Column, ...] = (
+    ("x in bf16 models", "name", str),
+    ("largest error", "largest_error", "{:.2g}".format),
+    ("rms", "rms_error", "{:.2g}".format),
+    ("greedy", "greedy_differs", str),
+    ("kept", "kept_differs", str),
+    ("drawn", "token_differs", str),
+    ("bound", "bound", "{:.2g}".format),
+)
+ACCURACY_CAPTION = (
+    "Against exact heads, fp64, at alpha 1. greedy, kept, drawn: rows whose likeliest token, "
+    "kept set (T 0.7, top_p 0.9) or draw of the same seed is another. bound: of sample_hidden."
+)
+
+
+def run_heads(
+    shapes: str, dtypes: str | None, rows: str | None, repeats: int, accuracy: bool,
+    output: Path | None,
+) -> None:  # fmt: skip
+    """Check, time, measure the error, write and show."""
+    records = measure_heads(
+        parse_choices("--heads", shapes, SHAPES, None),
+        parse_choices("--dtypes", dtypes or "bfloat16,float32", DTYPES, None),
+        options.parse_integers("--batch-sizes", rows or "1,4,16,64", 1),
+        repeats,
     )
-    columns: list[report.Column] = [
-        ("x in bf16 models", "name", str),
-        ("largest error", "largest_error", "{:.2g}".format),
-        ("rms", "rms_error", "{:.2g}".format),
-        ("greedy", "greedy_differs", str),
-        ("kept", "kept_differs", str),
-        ("drawn", "token_differs", str),
-        ("bound", "bound", "{:.2g}".format),
-    ]
-    rows = [{**r, **r[name], "name": name} for r in errors for name in (FUSED, APART)]
-    report.print_records("", caption, rows, columns, lambda r: f"{r['heads']}, {r['rows']} rows")
+    errors = measure_accuracy() if accuracy else []
+    path = output or report.RESULTS / "heads.jsonl"
+    report.write_results(path, "heads", {}, [*records, *errors])
+    print_times("From hidden states to tokens", records, "milliseconds", "weights")
+    if errors:
+        lines = [{**r, **r[name], "name": name} for r in errors for name in (FUSED, APART)]
+        where = "{heads}, {rows} rows".format_map
+        report.print_records("", ACCURACY_CAPTION, lines, ACCURACY, where)
 
 
 # How like a real trio's the peaked logits are
@@ -443,8 +462,8 @@ def print_statistics(name: str, length: int = 160) -> None:
     quantiles = torch.tensor([0.5, 0.1, 0.9])
     rows = []
     for what, values in row_statistics(real).items():
-        both = (values.float().quantile(quantiles), made[what].float().quantile(quantiles))
-        rows.append(("", (what, *(report.significant(float(q)) for side in both for q in side))))
+        both = torch.cat([x.float().quantile(quantiles) for x in (values, made[what])])
+        rows.append(("", (what, *map(report.significant, both.tolist()))))
     columns = ("", name, "p10", "p90", "peaked", "p10", "p90")
     caption = (
         f"Medians over {len(real)} rows, V = {trio.vocab_size:,}. Kept: at temperature "
@@ -498,40 +517,22 @@ def main(
         with options.user_errors():
             return print_statistics(statistics)
     if heads is not None:
-        records = list(
-            time_heads(
-                parse_choices("--heads", heads, SHAPES, None),
-                parse_choices("--dtypes", dtypes or "bfloat16,float32", DTYPES, None),
-                options.parse_integers("--batch-sizes", batch_sizes or "1,4,16,64", 1),
-                repeats,
-            )
-        )
-        errors = measure_accuracy() if accuracy else []
-        output = output or report.RESULTS / "heads.jsonl"
-        report.write_json_lines(output, "heads", [*records, *errors])
-        print_times("From hidden states to tokens", records, "milliseconds", "weights")
-        if errors:
-            print_accuracy(errors)
-        return report.say(f"Wrote {output}")
+        return run_heads(heads, dtypes, batch_sizes, repeats, accuracy, output)
     given = (kinds, dtypes, filters, vocab_sizes, batch_sizes)
-    values = [
+    axes = [
         known if full and text is None else parse_choices(f"--{name}", text, known, default)
         for text, (name, (known, default)) in zip(given, AXES.items(), strict=True)
     ]
-    cases = DEFAULT_CASES
-    if full or any(given):
-        cases = tuple(OpCase(*axes) for axes in product(*values))
+    cases = tuple(OpCase(*c) for c in product(*axes)) if full or any(given) else DEFAULT_CASES
     names = parse_choices("--providers", providers, PROVIDERS, OURS)
-    overhead = time_overhead(repeats)
-    records = list(time_sample(cases, names, repeats, buffers))
-    output = output or report.RESULTS / "kernels.jsonl"
-    report.write_json_lines(output, "kernels", [*records, overhead])
+    overhead, records = time_overhead(repeats), measure_sample(cases, names, repeats, buffers)
+    path = output or report.RESULTS / "kernels.jsonl"
+    report.write_results(path, "kernels", {}, [*records, overhead])
     print_times(
         "sample: combine, filter and draw a token per row", records, "microseconds", "logits"
     )
     medians = {name: f"{s['median']:.1f}" for name, s in overhead["microseconds"].items()}
-    report.say(f"Per call with nothing to do (B = 1, V = 1), us: {medians}")
-    return report.say(f"Wrote {output}")
+    return report.say(f"Per call with nothing to do (B = 1, V = 1), us: {medians}")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.harness import options, report, trios
+from benchmarks.harness.decoding import decode
 from benchmarks.harness.measure import in_turns, ratios, summary
 from proxytune_kernels import Decoder, SamplingParams, Trio
 
@@ -58,25 +59,22 @@ class Usage:
     counts: Counter[str]
     token_ids: list[list[int]]
 
+    @property
+    def useful(self) -> float:
+        """Share of the slot-steps in which a request got a token; NaN where there was no step."""
+        steps = self.counts["slot_steps"]
+        return self.counts["useful_slot_steps"] / steps if steps else math.nan
 
-def useful(counts: Mapping[str, int]) -> float:
-    """Share of the slot-steps in which a request got a token; NaN where there was no step."""
-    steps = counts["slot_steps"]
-    return counts["useful_slot_steps"] / steps if steps else math.nan
 
-
-def decode(decoder: Decoder, load: Load, at_once: int) -> Usage:
+def run(decoder: Decoder, load: Load, at_once: int) -> Usage:
     """Decode a load, so many requests at a time, each part to its end."""
-    token_ids: list[list[int]] = []
-    before, start = Counter(decoder.statistics()), time.perf_counter()
+    found, start = Usage(0.0, Counter(), []), time.perf_counter()
     for first in range(0, len(load), at_once):
-        part = load[first : first + at_once]
-        token_ids += [[] for _ in part]
-        for event in decoder.stream([p for p, _ in part], [params for _, params in part]):
-            token_ids[first + event.index].extend(event.token_ids)
-    seconds, after = time.perf_counter() - start, decoder.statistics()
-    counts = Counter({key: after[key] - before[key] for key in _COUNTS})
-    return Usage(seconds, counts, token_ids)
+        part = decode(decoder, *zip(*load[first : first + at_once], strict=True))
+        found.token_ids += part.token_ids
+        found.counts.update(part.counts)
+    found.seconds = time.perf_counter() - start
+    return found
 
 
 def useful_at_best(outputs: Iterable[int], slots: int) -> float:
@@ -99,11 +97,20 @@ def record_of(name: str, own: Sequence[Usage], batches: Sequence[Usage]) -> dict
         "provider": name,
         "repeats": len(own),
         "tokens": tokens,
-        **own[0].counts,
-        "useful": useful(own[0].counts),
+        **{count: own[0].counts[count] for count in _COUNTS},
+        "useful": own[0].useful,
         "tokens_per_second": summary(tokens / u.seconds for u in own),
         "speed_over_batches": ratios([u.seconds for u in batches], [u.seconds for u in own]),
     }
+
+
+COLUMNS: tuple[report.Column, ...] = (
+    ("slots", "provider", str),
+    ("steps", "base_forwards", str),
+    ("useful", "useful", report.percent),
+    ("tokens\n/s", "tokens_per_second/median", report.significant),
+    ("x\nbatches", "speed_over_batches/median", report.significant),
+)
 
 
 def main(
@@ -126,12 +133,10 @@ def main(
         opened = trios.open_trio(trio, dtype)
     load = make_load(opened, draw_lengths(requests, shortest, longest, seed))
     decoder = Decoder(opened, slots, 2 * longest)
-    ways: dict[str, Callable[[int], Usage]] = {
-        "refilled": lambda _: decode(decoder, load, requests),
-        "batches": lambda _: decode(decoder, load, slots),
-    }
+    ways = {"refilled": requests, "batches": slots}
+    calls = {way: lambda _, n=n: run(decoder, load, n) for way, n in ways.items()}
     with report.progress_bar(len(ways) * (repeats + 1)) as tick:
-        usages = in_turns(ways, repeats, tick, warm_up=True)
+        usages = in_turns(calls, repeats, tick, warm_up=True)
     pairs = zip(*(own[0].token_ids for own in usages.values()), strict=True)
     differing = sum(one != two for one, two in pairs)
 
@@ -145,9 +150,9 @@ def main(
         "longest": longest, "seed": seed, "dtype": trios.dtypes(opened), "differing": differing,
         "useful_at_best_here": at_best(seed), "useful_at_best": draws,
     }  # fmt: skip
-    records = [{**shared, **record_of(way, own, usages["batches"])} for way, own in usages.items()]
-    output = output or report.RESULTS / f"refill-{name}.jsonl"
-    report.write_json_lines(output, "refill", records)
+    records = [record_of(way, own, usages["batches"]) for way, own in usages.items()]
+    path = output or report.RESULTS / f"refill-{name}.jsonl"
+    report.write_results(path, "refill", shared, records)
     title = (
         f"{requests} requests, prompts and outputs of {shortest} to {longest} tokens, {slots} "
         f"slots, trio {name}"
@@ -156,21 +161,13 @@ def main(
         "useful: share of the slot-steps (slots x steps) that gave a request a token. batches: "
         f"{slots} at a time, each batch to its end. Medians."
     )
-    columns: list[report.Column] = [
-        ("slots", "provider", str),
-        ("steps", "base_forwards", str),
-        ("useful", "useful", report.percent),
-        ("tokens\n/s", "tokens_per_second/median", report.significant),
-        ("x\nbatches", "speed_over_batches/median", report.significant),
-    ]
-    report.print_records(title, caption, records, columns)
+    report.print_records(title, caption, records, COLUMNS)
     report.say(
         f"At best, sent in this order: {at_best(seed):.1%} useful; other draws of the lengths "
         f"{draws['p10']:.1%} to {draws['p90']:.1%}, median {draws['median']:.1%} ({_DRAWS} draws, "
         f"arithmetic)."
     )
     report.say(f"{requests - differing} of {requests} requests have the same tokens both ways.")
-    report.say(f"Wrote {output}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What the operators and their peers have to move on a GPU, and the least time it takes: a model.
+"""What `sample` and its peers have to move on a GPU, and the least time it takes: a model.
 
 ``python -m benchmarks.roofline --help``; docs/roofline.md derives it. Nothing is measured. Each
-algorithm below is a list of kernels with the bytes that they move per vocabulary entry of a row.
+algorithm is a list of kernels with the bytes that they move per vocabulary entry of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from itertools import product
 from math import ceil
 from typing import Annotated, NamedTuple
@@ -17,11 +16,12 @@ import typer
 from benchmarks.harness.options import parse_choices, parse_integers
 from benchmarks.harness.report import fixed, print_table, significant
 
-SM_BYTES_PER_CLOCK = 64  # that one SM takes from L2 at most; an assumption
+LAUNCH_US = 1.0  # from one kernel to the next in a CUDA graph; assumed, like the next two
+TRIP_US = 0.5  # of a load that others wait for
+SM_BYTES_PER_CLOCK = 64  # that one SM takes from L2 at most
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """What the model needs of a GPU, as published: memory in TB/s, L2 in MiB, clock in GHz."""
 
     name: str
@@ -39,18 +39,13 @@ GPUS = {
         Gpu("h200", "9.0", 132, 4.8, 50, 1.98),  # SXM, 141 GB HBM3e
         Gpu("a100-80", "8.0", 108, 2.039, 40, 1.41),  # SXM4, 80 GB HBM2e
         Gpu("b200", "10.0", 148, 8.0, 126, 1.98),  # SXM, "up to 8 TB/s" HBM3e
-        Gpu("l40s", "8.9", 142, 0.864, 96, 2.52),  # 48 GB GDDR6
-        Gpu("rtx-4090", "8.9", 128, 1.008, 72, 2.52),  # 24 GB GDDR6X
         Gpu("rtx-5090", "12.0", 170, 1.792, 96, 2.41),  # 32 GB GDDR7
     )
 }
 
 
-ROW = 6  # bytes per entry of a row: three roles in bf16
-
-
 class Case(NamedTuple):
-    """``rows`` rows of ``vocab_size`` logits of each role."""
+    """``rows`` rows of ``vocab_size`` logits of each role, in bf16."""
 
     rows: int = 1
     vocab_size: int = 128_256
@@ -59,21 +54,24 @@ class Case(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One kernel, or ``launches`` alike (memory sets too: each is a node of a CUDA graph)."""
+    """One kernel, or ``launches`` alike (memory sets too: each is a node of a CUDA graph).
+
+    ``moved`` is bytes per entry and launch, read and written, each counted once; ``again`` those
+    that it reads again itself, which a cache may hold. ``blocks`` work on a row: few leave most SMs
+    idle; None is enough for all. ``trips`` are loads that wait for what was loaded before.
+    """
 
     name: str
     moved: float
-    """Bytes per entry and launch, read and written, each counted once."""
     launches: int = 1
     again: float = 0.0
-    """Bytes per entry and launch that it reads again itself; a cache may hold them."""
     blocks: int | None = None
-    """That work on a row; few leave most SMs idle. None: enough for all SMs."""
     trips: float = 1.0
-    """Loads per launch, one after the other, that wait for what was loaded before."""
 
 
 Kernels = list[Kernel]
+ROW = 6  # bytes per entry of a row: three roles in bf16
+TOP_K = 50
 
 # Ours: tokens of a tile, which share a summary, and of a program of the scan; bytes of a summary;
 # and tiles read again of a row (1,002 at V = 128,256): the favourite of the noise, the fewest that
@@ -81,28 +79,18 @@ Kernels = list[Kernel]
 TILE, BLOCK = 128, 1024
 SUMMARY_BYTES = {"none": 18, "top_p": 14, "top_k+top_p": 10}
 TILES_AGAIN = {"none": 1, "top_p": 4, "top_k+top_p": 50}
-TOP_K = 50
 SAMPLED, SECTOR = 1024, 32  # a flat row's cutoff is guessed by so many tokens, of a sector each
-
-DRAW = "TopPSamplingFromProb"
-DRAW_PASSES = (1.03, 1.7, 4.3)
-"""Reads of a row in one top_p draw of FlashInfer's: least possible, mean and most of 64 draws."""
-
-
-def inputs_once(case: Case) -> Kernels:
-    """What no algorithm goes below: the logits once, one launch."""
-    return [Kernel("read", ROW)]
 
 
 def ours(case: Case) -> Kernels:
     """``ptk.sample``. The last two exit at once where few tiles can matter."""
-    row, summary = ROW, SUMMARY_BYTES[case.filters]
-    again, rest = row * TILE * TILES_AGAIN[case.filters] / case.vocab_size, 0
+    summary = SUMMARY_BYTES[case.filters] / TILE
+    again, rest = ROW * TILE * TILES_AGAIN[case.filters] / case.vocab_size, 0
     if case.kind == "flat" and case.filters == "top_p":
-        again, rest = 3 * SECTOR * SAMPLED / case.vocab_size, row
+        again, rest = 3 * SECTOR * SAMPLED / case.vocab_size, ROW
     return [
-        Kernel("scan", row + summary / TILE, blocks=ceil(case.vocab_size / BLOCK)),
-        Kernel("select", summary / TILE + again, blocks=1, trips=2),
+        Kernel("scan", ROW + summary, blocks=ceil(case.vocab_size / BLOCK)),
+        Kernel("select", summary + again, blocks=1, trips=2),
         Kernel("pivots", rest),
         Kernel("draw", rest),
     ]
@@ -112,33 +100,16 @@ def ours(case: Case) -> Kernels:
 # at least LEAST_VOCAB_SIZE entries: from there on topk takes many blocks a row, sort is a radix
 # sort and softmax reads three times. fp32 is 4 bytes, an index 8, a mask 1.
 LEAST_VOCAB_SIZE, MOST_VOCAB_SIZE = 20_000, 2**19
-SOFTMAX = Kernel("softmax", 8, again=8, blocks=1, trips=3)
-MASKED_FILL = [Kernel("clone", 8), Kernel("masked_fill", 9)]
-SCATTER = [Kernel("clone", 2), Kernel("scatter", 10)]
-MULTINOMIAL = [
-    Kernel("aminmax", 4), Kernel("verdict", 0, 4), Kernel("sum", 4), Kernel("verdict", 0, 4),
-    Kernel("exponential", 4), Kernel("div", 12), Kernel("argmax", 4),
-]  # fmt: skip
-
-
-def _cumsum(rows: int) -> Kernels:
-    one_row = [Kernel("scan init", 0), Kernel("cumsum", 8)]
-    return one_row if rows == 1 else [Kernel("cumsum", 8, blocks=1)]
-
-
-def _radix_sort(passes: int, key: int, value: int) -> Kernels:
-    sweep = Kernel("sweep of a digit", 2 * (key + value), passes)
-    return [Kernel("memset", 0, 2 + passes), Kernel("digits", key), Kernel("bins", 0), sweep]
 
 
 def _sort(rows: int) -> Kernels:
     """Values with indices: one row; all rows by value, then by row; or a block for each row."""
-    fill = Kernel("indices", 8)
-    if rows == 1:
-        return [fill, *_radix_sort(4, 4, 8)]
-    if rows < 128:
-        return [fill, *_radix_sort(4, 4, 8), *_radix_sort(1, 8, 0), Kernel("gather", 24)]
-    return [fill, Kernel("segmented sort", 24, 6, again=4, blocks=1, trips=2)]
+    fill, bins = Kernel("indices", 8), Kernel("bins", 0)
+    if rows >= 128:
+        return [fill, Kernel("segmented sort", 24, 6, again=4, blocks=1, trips=2)]
+    by_value = [Kernel("memset", 0, 6), Kernel("digits", 4), bins, Kernel("sweep", 24, 4)]
+    by_row = [Kernel("memset", 0, 3), Kernel("digits", 8), bins, Kernel("sweep", 16)]
+    return [fill, *by_value, *([] if rows == 1 else [*by_row, Kernel("gather", 24)])]
 
 
 def _topk(case: Case) -> Kernels:
@@ -147,122 +118,68 @@ def _topk(case: Case) -> Kernels:
     return [*select, Kernel("gather", 4 + out), Kernel("sort the k", 2 * out)]
 
 
-def transformers(case: Case) -> Kernels:
-    """Combination, transformers' warpers, softmax, multinomial."""
-    kernels = [Kernel("to fp32", ROW)] * 3
-    kernels += [Kernel("sub", 12), Kernel("mul", 8), Kernel("add", 12), Kernel("div", 8)]
-    if "top_k" in case.filters:
-        kernels += [*_topk(case), Kernel("lt", 5), *MASKED_FILL]
-    if "top_p" in case.filters:
-        kernels += [*_sort(case.rows), SOFTMAX, *_cumsum(case.rows), Kernel("le", 5)]
-        kernels += [Kernel("fill", 0), *SCATTER, *MASKED_FILL]
-    return [*kernels, SOFTMAX, *MULTINOMIAL]
-
-
-COMBINATION = [Kernel("to fp32", 6), Kernel("sub", 10), Kernel("add", 10)]
-"""torch widens mixed operands as it reads them."""
-
-
 def eager(case: Case) -> Kernels:
     """The fewest torch operations: a topk or a sort, softmax, Gumbel-max by exponential noise."""
-    top_k, top_p = "top_k" in case.filters, "top_p" in case.filters
-    share = TOP_K / case.vocab_size if top_k else 1.0
-    kernels = [*COMBINATION, Kernel("div", 8)]
-    if top_k:
-        kernels += [*_topk(case), Kernel("softmax of the k", 8 * share)]
-    else:
-        kernels += [*(_sort(case.rows) if top_p else []), SOFTMAX]
-    if top_p:
-        kernels += [Kernel("cumsum of the k", 8 * share)] if top_k else _cumsum(case.rows)
-        kernels += [Kernel("sub", 12 * share), Kernel("lt", 5 * share)]
-        kernels += [Kernel("scalar", 0), Kernel("where", 9 * share)]
-    kernels += [Kernel("exponential", 4 * share), Kernel("div", 12 * share)]
-    kernels += [Kernel("argmax", 4 * share)]
-    return [*kernels, *([Kernel("gather", 0)] if top_p else [])]
-
-
-def _reduction(case: Case, read: float) -> Kernels:
-    """As Inductor writes it: split where rows are fewer than about the SMs."""
-    if case.rows < 128:
-        return [Kernel("fused", read), Kernel("parts joined", 0)]
-    return [Kernel("fused", read, blocks=1)]
-
-
-def compiled(case: Case) -> Kernels:
-    """``torch.compile`` of the eager chain, assumed: each fused stage reads once, writes once."""
-    size = ROW
-    if "top_k" in case.filters:
-        return [Kernel("fused", size + 4), *_topk(case), Kernel("fused", 0, 2)]
-    if case.filters == "none":
-        return _reduction(case, size) * 2
-    fused = [Kernel("fused", size + 4), *_sort(case.rows), *_reduction(case, 4)]
-    return [*fused, Kernel("fused", 8), *_reduction(case, 8), Kernel("gather", 0)]
-
-
-# FlashInfer, from the sources of flashinfer-python 0.7.2.post1 (sampling.py, sampling.cuh,
-# topk.cuh). A draw is rounds of a search and a check, each of which reads the row.
-_DRAW = Kernel(DRAW, 4, again=4 * (DRAW_PASSES[1] - 1), blocks=1, trips=2)
-_GUMBEL = Kernel("SamplingFromLogits", 4, blocks=1)
-
-
-def _flashinfer_softmax(rows: int) -> Kernels:
-    if rows <= 128:
-        return [Kernel("OnlineSoftmaxMap", 4), Kernel("OnlineSoftmaxReduce", 8, blocks=1)]
-    return [Kernel("OnlineSoftmaxFused", 8, again=4, blocks=1, trips=2)]
+    kernels = [Kernel("to fp32", 6), Kernel("sub", 10), Kernel("add", 10), Kernel("div", 8)]
+    share, softmax = 1.0, Kernel("softmax", 8, again=8, blocks=1, trips=3)
+    cumsum = [Kernel("cumsum", 8, blocks=1)]
+    if case.rows == 1:
+        cumsum = [Kernel("scan init", 0), Kernel("cumsum", 8)]
+    if case.filters == "top_k+top_p":
+        share = TOP_K / case.vocab_size
+        softmax, cumsum = Kernel("softmax of the k", 8 * share), [Kernel("cumsum", 8 * share)]
+        kernels += _topk(case)
+    elif case.filters == "top_p":
+        kernels += _sort(case.rows)
+    kernels.append(softmax)
+    if case.filters != "none":
+        kernels += [*cumsum, Kernel("sub", 12 * share), Kernel("lt", 5 * share)]
+        kernels += [Kernel("scalar", 0), Kernel("where", 9 * share), Kernel("gather", 0)]
+    draw = [Kernel("exponential", 4 * share), Kernel("div", 12 * share)]
+    return [*kernels, *draw, Kernel("argmax", 4 * share)]
 
 
 def flashinfer(case: Case) -> Kernels:
-    """Combination in one kernel; filters the same for all rows, so that the k come first."""
-    combination = Kernel("fused", ROW + 4)
+    """The sources of flashinfer-python 0.7.2.post1, behind the combination in one kernel.
+
+    Filters are the same for all rows, so that the k come first. A draw is rounds of a search and a
+    check, which read the row 1.7 times on average (of 64 draws; the least is 1.03, the most 4.3).
+    """
+    combination = Kernel("combination", ROW + 4)
     if case.filters == "none":
-        return [combination, _GUMBEL]
+        return [combination, Kernel("SamplingFromLogits", 4, blocks=1)]
     if case.filters == "top_p":
-        return [combination, *_flashinfer_softmax(case.rows), _DRAW]
+        softmax = [Kernel("OnlineSoftmaxFused", 8, again=4, blocks=1, trips=2)]
+        if case.rows <= 128:
+            softmax = [Kernel("OnlineSoftmaxMap", 4), Kernel("OnlineSoftmaxReduce", 8, blocks=1)]
+        draw = Kernel("TopPSamplingFromProb", 4, again=4 * 0.7, blocks=1, trips=2)
+        return [combination, *softmax, draw]
+    select = [Kernel("FilteredTopK", 4, again=4, blocks=1, trips=2), Kernel("Finalize", 0)]
     if case.rows < min(64, max(16, case.vocab_size // 4096)):
         select = [Kernel("RadixTopK", 4, blocks=3, trips=5)]
-    else:
-        select = [Kernel("FilteredTopK", 4, again=4, blocks=1, trips=2), Kernel("Finalize", 0)]
     return [combination, *select, Kernel("sort the k", 0), Kernel("among the k", 0, 6)]
 
 
-def eager_flashinfer(case: Case) -> Kernels:
-    """Combination operation by operation; filters that differ by row, as in an engine."""
-    kernels = list(COMBINATION)
-    if case.filters == "top_p":
-        return [*kernels, *_flashinfer_softmax(case.rows), _DRAW]
-    kernels.append(Kernel("div", 8))
-    if case.filters == "none":
-        return [*kernels, _GUMBEL]
-    return [*kernels, Kernel("RadixTopKMask", 8, again=4, blocks=3, trips=6), SOFTMAX, _DRAW]
-
-
-ALGORITHMS: dict[str, Callable[[Case], Kernels]] = {
-    "inputs once": inputs_once,
+ALGORITHMS = {
+    "inputs once": lambda case: [Kernel("read", ROW)],  # no algorithm goes below
     "ours": ours,
     "flashinfer": flashinfer,
-    "eager + flashinfer": eager_flashinfer,
-    "torch.compile": compiled,
     "eager": eager,
-    "transformers": transformers,
 }
-"""Of ``sample``, in the order of tables."""
 
 
 class Floor(NamedTuple):
-    """Bytes per entry, launches, and microseconds: the roofline is the larger of two times."""
+    """Bytes per entry, launches, and microseconds: the floor is the larger of two times."""
 
     bytes_per_entry: float
     launches: int
-    bytes_us: float
-    """Every byte from device memory, at the rate that the kernel's blocks can draw."""
-    latency_us: float
-    """Launches and trips to memory, one after the other."""
+    bytes_us: float  # every byte from device memory, as fast as the kernel's blocks can draw
+    latency_us: float  # launches and trips to memory, one after the other
     floor_us: float
-    cached_floor_us: float
-    """The floor if L2 kept all it could: between two kernels it saves at most twice its size."""
+    cached_floor_us: float  # L2 kept all it could: between two kernels at most twice its size
 
 
-def floor(kernels: Kernels, case: Case, gpu: Gpu, launch_us: float, trip_us: float) -> Floor:
+def floor(kernels: Kernels, case: Case, gpu: Gpu) -> Floor:
     """The model of docs/roofline.md."""
     entries, memory = case.rows * case.vocab_size, gpu.bandwidth * 1e6  # bytes a microsecond
     bytes_us = drawn_us = 0.0
@@ -272,28 +189,13 @@ def floor(kernels: Kernels, case: Case, gpu: Gpu, launch_us: float, trip_us: flo
         drawn = sms * SM_BYTES_PER_CLOCK * gpu.clock * 1e3
         bytes_us += moved / min(memory, drawn)
         drawn_us += moved / drawn
-    once = [(k.moved, k.launches) for k in kernels if k.moved]
-    saved = 2 * gpu.l2_mib * 2**20 * (sum(launches for _, launches in once) - 1)
-    left = entries * sum(moved * launches for moved, launches in once) - saved
+    saved = 2 * gpu.l2_mib * 2**20 * (sum(k.launches for k in kernels if k.moved) - 1)
+    left = entries * sum(k.moved * k.launches for k in kernels) - saved
     cached_us = max(max(entries * ROW, left) / memory, drawn_us)
-    latency_us = sum(k.launches * (launch_us + k.trips * trip_us) for k in kernels)
-    return Floor(
-        sum(k.launches * (k.moved + k.again) for k in kernels),
-        sum(k.launches for k in kernels),
-        bytes_us,
-        latency_us,
-        max(bytes_us, latency_us),
-        max(cached_us, latency_us),
-    )
-
-
-def draw_range(kernels: Kernels) -> str:
-    """Least and most bytes per entry, where a draw of FlashInfer's decides."""
-    if not any(kernel.name == DRAW for kernel in kernels):
-        return ""
-    mean = sum(k.launches * (k.moved + k.again) for k in kernels)
-    least, most = (mean + 4 * (passes - DRAW_PASSES[1]) for passes in DRAW_PASSES[::2])
-    return f"{least:.0f}-{most:.0f}"
+    latency_us = sum(k.launches * (LAUNCH_US + k.trips * TRIP_US) for k in kernels)
+    per_entry = sum(k.launches * (k.moved + k.again) for k in kernels)
+    floors = max(bytes_us, latency_us), max(cached_us, latency_us)
+    return Floor(per_entry, sum(k.launches for k in kernels), bytes_us, latency_us, *floors)
 
 
 def main(
@@ -308,49 +210,39 @@ def main(
         float | None,
         typer.Option(min=0.001, help="TB/s of device memory, in place of the data sheet's."),
     ] = None,
-    launch_us: Annotated[
-        float, typer.Option(min=0, help="From one kernel to the next in a CUDA graph; assumed.")
-    ] = 1.0,
-    trip_us: Annotated[
-        float, typer.Option(min=0, help="Of a load that others wait for; assumed.")
-    ] = 0.5,
     terms: Annotated[bool, typer.Option("--terms", help="Also each kernel.")] = False,
 ) -> None:
     """Bytes, launches and least time of ours and of the peers' algorithms. Nothing is measured.
 
     Logits are bf16. Options take several values, separated by commas.
     """
-    cases = [
-        Case(*values)
-        for values in product(
-            parse_integers("--batch", batch, 1, 2**20),
-            parse_integers("--vocab", vocab, LEAST_VOCAB_SIZE, MOST_VOCAB_SIZE),
-            parse_choices("--filters", filters, SUMMARY_BYTES, None),
-            parse_choices("--kinds", kinds, ("peaked", "flat"), None),
-        )
-    ]
+    cases = product(
+        parse_integers("--batch", batch, 1, 2**20),
+        parse_integers("--vocab", vocab, LEAST_VOCAB_SIZE, MOST_VOCAB_SIZE),
+        parse_choices("--filters", filters, SUMMARY_BYTES, None),
+        parse_choices("--kinds", kinds, ("peaked", "flat"), None),
+    )
+    work = list(product(map(Case._make, cases), ALGORITHMS.items()))
     for name in parse_choices("--gpu", gpu, GPUS, None):
-        source = "data sheet" if bandwidth is None else "--bandwidth"
-        one = replace(GPUS[name], bandwidth=bandwidth or GPUS[name].bandwidth)
+        one = GPUS[name]._replace(bandwidth=bandwidth or GPUS[name].bandwidth)
         rows: list[tuple[str, Sequence[str]]] = []
-        for case, (algorithm, make) in product(cases, ALGORITHMS.items()):
-            what = f"{case.kind} {case.filters}"
-            section = f"{what}\nbf16 V={case.vocab_size:,} B={case.rows}"
+        for case, (algorithm, make) in work:
+            section = f"{case.kind} {case.filters}\nbf16 V={case.vocab_size:,} B={case.rows}"
             kernels = make(case)
-            f = floor(kernels, case, one, launch_us, trip_us)
-            count = fixed(f.bytes_per_entry, 1), draw_range(kernels), str(f.launches)
-            rows.append((section, (algorithm, *count, *map(significant, f[2:]))))
+            moved, launches, *times = floor(kernels, case, one)
+            cells = (algorithm, fixed(moved, 1), str(launches), *map(significant, times))
+            rows.append((section, cells))
             for k in kernels if terms else ():
-                moved = fixed(k.moved + k.again, 1)
-                rows.append((section, (f"  {k.name}", moved, "", str(k.launches))))
+                cells = (f"  {k.name}", fixed(k.moved + k.again, 1), str(k.launches))
+                rows.append((section, cells))
         caption = (
-            f"A model: nothing here is measured. {one.bandwidth:g} TB/s ({source}), {one.sms} SMs, "
-            f"L2 {one.l2_mib:g} MiB. Microseconds. bytes: all of them from device memory. latency: "
-            f"{launch_us:g} us a launch, {trip_us:g} us a dependent trip to memory (assumed). "
-            "floor: the larger of the two. in L2: the floor if L2 kept all it could. range: of "
-            "B/entry, by what is drawn."
+            f"A model: nothing here is measured. {one.bandwidth:g} TB/s "
+            f"({'data sheet' if bandwidth is None else '--bandwidth'}), {one.sms} SMs, L2 "
+            f"{one.l2_mib:g} MiB. Microseconds. bytes: all of them from device memory. latency: "
+            f"{LAUNCH_US:g} us a launch, {TRIP_US:g} us a dependent trip to memory (assumed). "
+            "floor: the larger of the two. in L2: the floor if L2 kept all it could."
         )
-        columns = ("", "B/entry", "range", "launches", "bytes", "latency", "floor", "in L2")
+        columns = ("", "B/entry", "launches", "bytes", "latency", "floor", "in L2")
         print_table(f"sample on {name}", columns, caption, rows)
 
 

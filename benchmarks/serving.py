@@ -17,14 +17,15 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import packages_distributions, version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import median
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.harness import report
-from benchmarks.harness.measure import Spent, Summary, in_turns, ratios, summary
+from benchmarks.harness.measure import Spent, in_turns, ratios, summary
 from benchmarks.harness.random_models import ModelShape, byte_tokenizer, random_model
 from proxytune_kernels.integrations.vllm_plugin.export import export
 from proxytune_kernels.trio.roles import ROLES
@@ -54,8 +55,7 @@ _LOG_CHARACTERS = 4000
 class Load:
     """Requests that start together and run for the same number of steps.
 
-    ``prompts`` are token ids, all of one length; ``output_length`` is at least 2; ``alphas`` is
-    None where the engine is not a trio.
+    ``prompts`` are token ids, all of one length; ``alphas`` is None where the engine is no trio.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -64,8 +64,7 @@ class Load:
     alphas: Sequence[float] | None = None
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What came out, and what each step took; the first runs the prompts."""
 
     token_ids: list[list[int]]
@@ -76,8 +75,7 @@ class Engine:
     """A directory opened by vLLM in a process of its own, which decodes on request.
 
     Several can be open at a time, so that what is compared alternates. One that is not asked waits
-    on a pipe and takes no time of the others. ``log`` holds what it says; ``settings`` are what
-    ``vllm.LLM`` takes.
+    on a pipe and takes no time of the others. ``log`` holds what it says.
     """
 
     def __init__(self, directory: Path, threads: int, log: Path, **settings: Any) -> None:
@@ -220,10 +218,10 @@ def make_members(trio: Path, folder: Path) -> dict[str, Path]:
 
 def make_load(vocab_size: int, settings: Settings) -> Load:
     """Prompts of token ids spread over the vocabulary; an alpha of its own for each."""
-    starts = [row * _PROMPT_STRIDE for row in range(settings.requests)]
-    steps = range(0, 31 * settings.prompt_length, 31)
+    steps, requests = range(0, 31 * settings.prompt_length, 31), range(settings.requests)
+    starts = [row * _PROMPT_STRIDE for row in requests]
     prompts = [[3 + (start + i) % (vocab_size - 3) for i in steps] for start in starts]
-    alphas = [row / max(1, settings.requests - 1) for row in range(settings.requests)]
+    alphas = [row / max(1, settings.requests - 1) for row in requests]
     return Load(prompts, settings.output_length, settings.temperature, alphas)
 
 
@@ -243,12 +241,11 @@ def record_of(trio: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     step, cpu, first = (
         {name: [of(run.steps) for run in own] for name, own in runs.items()}
         for of in (
-            lambda steps: Summary.of(s.seconds for s in steps[1:]).median,
-            lambda steps: Summary.of(s.cpu_seconds for s in steps[1:]).median,
+            lambda steps: median(s.seconds for s in steps[1:]),
+            lambda steps: median(s.cpu_seconds for s in steps[1:]),
             lambda steps: steps[0].seconds,
         )
     )
-
     for seconds in (step, cpu, first):
         seconds["sum"] = [sum(repeat) for repeat in zip(*(seconds[r] for r in ROLES), strict=True)]
     return {
@@ -261,26 +258,14 @@ def record_of(trio: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     }
 
 
-def print_records(records: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-    """The table."""
-    caption = (
-        "Milliseconds of a step that decodes, medians; / sum: the trio's over the members' sum, "
-        "paired by repeat; CPU: the same of the process's CPU time; prompts: the first step's. "
-        f"{_vllm_version()},"
-    )
-    title = (
-        f"vLLM, {settings.requests} requests, prompts of {settings.prompt_length} and outputs of "
-        f"{settings.output_length} tokens, temperature {settings.temperature:g}, {settings.dtype}"
-    )
-    columns: list[report.Column] = [
-        ("trio", "trio", str),
-        *((f"{r}\nalone", f"step_ms/{r}/median", report.significant) for r in (*ROLES, "sum")),
-        ("trio\nstep", "step_ms/trio/median", report.significant),
-        ("/ sum", "step_over_sum/median", report.significant),
-        ("CPU\n/ sum", "cpu_over_sum/median", report.significant),
-        ("prompts\n/ sum", "first_step_over_sum/median", report.significant),
-    ]
-    report.print_records(title, caption, records, columns)
+COLUMNS: tuple[report.Column, ...] = (
+    ("trio", "trio", str),
+    *((f"{r}\nalone", f"step_ms/{r}/median", report.significant) for r in (*ROLES, "sum")),
+    ("trio\nstep", "step_ms/trio/median", report.significant),
+    ("/ sum", "step_over_sum/median", report.significant),
+    ("CPU\n/ sum", "cpu_over_sum/median", report.significant),
+    ("prompts\n/ sum", "first_step_over_sum/median", report.significant),
+)
 
 
 def measure(name: str, settings: Settings) -> dict[str, Any]:
@@ -315,15 +300,8 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
             role: lambda _, role=role, engine=engine: engine.decode(loads[role])
             for role, engine in engines.items()
         }
-        return record_of(
-            name, in_turns(calls, settings.repeats, lambda r: tick(f"{name}: {r}"), warm_up=True)
-        )
-
-
-def _vllm_version() -> str:
-    """Of the package, which has another name where it is the CPU build."""
-    [package] = {*packages_distributions()["vllm"]}
-    return f"{package} {version(package)}"
+        runs = in_turns(calls, settings.repeats, lambda r: tick(f"{name}: {r}"), warm_up=True)
+        return record_of(name, runs)
 
 
 def main(
@@ -346,11 +324,20 @@ def main(
     settings = Settings(
         requests, prompt_length, output_length, temperature, dtype, repeats, threads
     )
-    shared = {**asdict(settings), "vllm": _vllm_version()}
-    records = [{**shared, **measure(name, settings)} for name in trios.split(",")]
-    report.write_json_lines(output, "serving", records)
-    print_records(records, settings)
-    report.say(f"Wrote {output}")
+    [package] = {*packages_distributions()["vllm"]}  # has another name where it is the CPU build
+    vllm = f"{package} {version(package)}"
+    records = [measure(name, settings) for name in trios.split(",")]
+    report.write_results(output, "serving", {**asdict(settings), "vllm": vllm}, records)
+    title = (
+        f"vLLM, {requests} requests, prompts of {prompt_length} and outputs of {output_length} "
+        f"tokens, temperature {temperature:g}, {dtype}"
+    )
+    caption = (
+        "Milliseconds of a step that decodes, medians; / sum: the trio's over the members' sum, "
+        "paired by repeat; CPU: the same of the process's CPU time; prompts: the first step's. "
+        f"{vllm},"
+    )
+    report.print_records(title, caption, records, COLUMNS)
 
 
 if __name__ == "__main__":

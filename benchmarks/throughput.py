@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,16 +23,14 @@ from transformers import DynamicCache
 from benchmarks.harness import agreement, decoding, options, report, trios
 from benchmarks.harness.decoding import GREEDY, Case, Generation, Prompts, Provider, Sampling
 from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
-from benchmarks.harness.measure import Summary, in_turns, ratios, summary
-from benchmarks.harness.memory import PeakMemory, in_fresh_process
+from benchmarks.harness.measure import in_turns, ratios, speed_over, summary
+from benchmarks.harness.memory import in_fresh_process, peak_memory
 from proxytune_kernels import Speculation, Trio
 from proxytune_kernels.decoder.packing import PackingError
 from proxytune_kernels.decoder.pair.shared import PairError
 
 _SPECULATION = {"speculation": Speculation()}
-_LOOKUP = {"speculation": Speculation(drafter="prompt_lookup")}
-_PACKED = {"pack_weights": True}
-_SHARED = {"pair": "shared"}
+_PACKED, _SHARED = {"pack_weights": True}, {"pair": "shared"}
 DECODERS: dict[str, dict[str, Any]] = {
     "base-only": {"roles": ("base",)},
     "ours": {},
@@ -40,7 +38,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "ours-batched-pair": {"pair": "batched"},
     "ours-speculative": _SPECULATION,
     "ours-shared-speculative": _SHARED | _SPECULATION,
-    "ours-lookup": _LOOKUP,
+    "ours-lookup": {"speculation": Speculation(drafter="prompt_lookup")},
     "ours-compiled": {"compile": True},
     "base-only-packed": {"roles": ("base",)} | _PACKED,
     "ours-packed": _PACKED,
@@ -95,8 +93,8 @@ def make_work(trio: Trio, settings: Settings) -> list[Work]:
         if case.prompt_length is not None:
             batches = [trios.make_prompts(trio, case.batch_size, case.prompt_length)]
         else:
-            sizes = case.batch_size, case.output_length, settings.repeats
-            batches = trios.task_batches(trio, settings.trio, settings.prompts, *sizes)
+            of = case.batch_size, case.output_length, settings.repeats
+            batches = trios.task_batches(trio, settings.trio, settings.prompts, *of)
         work = Work(case, batches)
         if work.longest > context:
             raise typer.BadParameter(
@@ -113,11 +111,9 @@ def make_provider(
     """The provider of a name, with room for ``rows`` requests of ``length`` tokens."""
     if name == "naive":
         return decoding.NaiveLoop(forms.trio, sampling=sampling)
-    own = DECODERS[name]
+    own = {"max_batch_size": rows, "max_seq_len": length, **DECODERS[name]}
     trio = forms.unmerged if own.get("pair") == "shared" else forms.trio
-    return decoding.DecoderProvider(
-        name, trio, sampling, max_batch_size=rows, max_seq_len=length, **own
-    )
+    return decoding.DecoderProvider(name, trio, sampling, **own)
 
 
 def make_providers(
@@ -129,9 +125,7 @@ def make_providers(
     there is no shared pair, two architectures are no batched one, and only bf16 is packed.
     """
     rows = max(work.case.batch_size for work in works)
-    length = max(
-        agreement.CHECKED_PROMPT + agreement.CHECKED_TOKENS, *(work.longest for work in works)
-    )
+    length = max(agreement.CHECKED_LENGTH, *(work.longest for work in works))
     made: list[Provider] = []
     for name in names:
         try:
@@ -183,23 +177,22 @@ def bare_forwards(models: Mapping[str, Any], prompts: Prompts, steps: int) -> Fo
 
 
 class Times:
-    """What one provider took, repeat by repeat; seconds.
-
-    ``totals`` is the time to the last token; ``first_tokens`` each row's to its first; ``arrivals``
-    the times between what a row's caller gets, where tokens that come together are one arrival;
-    ``token_means`` the mean time of a row's token after the first.
-    """
+    """What one provider took, repeat by repeat; seconds."""
 
     def __init__(self, generations: Sequence[Generation]) -> None:
         repeats = [generation.seconds for generation in generations]
         self.totals = [max(row[-1] for row in rows) for rows in repeats]
+        """Time to the last token."""
         self.first_tokens = [row[0] for rows in repeats for row in rows]
+        """Of each row."""
         self.arrivals = [
             [b - a for row in rows for a, b in pairwise(row) if b > a] for rows in repeats
         ]
+        """Times between what a row's caller gets; tokens that come together are one arrival."""
         self.token_means = [
             fmean((row[-1] - row[0]) / (len(row) - 1) for row in rows) for rows in repeats
         ]
+        """Mean time of a row's token after the first."""
         self.counts = sum((Counter(g.counts) for g in generations), Counter())
 
 
@@ -238,18 +231,15 @@ def record_of(
     case: Case, name: str, times: Mapping[str, Times], forwards: Sequence[Forwards]
 ) -> Record:
     """Plain values of one provider, for a line of results. Ratios are paired by repeat."""
-    own = times[name]
-    others = {o: times[o] for o in COMPARED if o in times and o != name}
-    tokens = case.batch_size * case.output_length
-    medians = [
-        {role: Summary.of(seconds).median for role, seconds in repeat.items()}
-        for repeat in forwards
-    ]
-    floor = {role: 1e3 * Summary.of(m[role] for m in medians).median for role in medians[0]}
+    own, tokens = times[name], case.batch_size * case.output_length
+    medians = [{role: median(s) for role, s in repeat.items()} for repeat in forwards]
+    floor = {role: 1e3 * median(m[role] for m in medians) for role in medians[0]}
     bare = bool(floor)
-    steps = [Summary.of(arrivals).median for arrivals in own.arrivals]
-    means = [sum(fmean(seconds) for seconds in repeat.values()) for repeat in forwards]
-    p50, p95 = np.percentile([1e3 * s for repeat in own.arrivals for s in repeat], (50, 95))
+    steps = [median(arrivals) for arrivals in own.arrivals]
+    means = [sum(map(fmean, repeat.values())) for repeat in forwards]
+    p50, p95 = 1e3 * np.percentile(list(chain(*own.arrivals)), (50, 95))
+    totals = {other: t.totals for other, t in times.items()}
+    token_means = {other: t.token_means for other, t in times.items()}
     drafted, rounds = own.counts["drafted"], own.counts["useful_slot_steps"]
     return {
         "provider": name,
@@ -262,8 +252,8 @@ def record_of(
         "bare_forwards_ms": {**floor, "sum": sum(floor.values())},
         "step_over_forwards": ratios(steps, [sum(m.values()) for m in medians]) if bare else None,
         "token_over_forwards": ratios(own.token_means, means) if bare else None,
-        "speed_over": {o: ratios(t.totals, own.totals) for o, t in others.items()},
-        "token_speed_over": {o: ratios(t.token_means, own.token_means) for o, t in others.items()},
+        "speed_over": speed_over(name, totals, COMPARED),
+        "token_speed_over": speed_over(name, token_means, COMPARED),
         "acceptance": own.counts["accepted"] / drafted if drafted else None,
         "tokens_per_base_forward": own.counts["emitted"] / rounds if rounds else None,
         "counts": dict(own.counts),
@@ -275,25 +265,20 @@ def peaks(
 ) -> list[dict[str, int]]:
     """Peak memory of a provider for each case (batch size, tokens of prompt, and of output).
 
-    Run it in a process of its own (:func:`benchmarks.harness.memory.in_fresh_process`). The weights
-    are loaded before, a one-token run has paged in the libraries, and each case starts with a new
-    provider; ``extra_bytes`` is therefore the case's caches, temporaries and, on first use, packed
-    weights. ``total_bytes`` is the whole process.
+    For a process of its own. The weights are loaded before, a one-token run has paged in the
+    libraries, and each case starts with a new provider; ``extra_bytes`` is therefore the case's
+    caches, temporaries and, on first use, packed weights.
     """
     torch.set_num_threads(threads)
-    forms, sampling = trios.TrioForms.open(trio, dtype), Sampling()
-    make_provider(provider, forms, sampling, 1, 16).generate(
-        trios.make_prompts(forms.trio, 1, 8), 1
-    )
-    found = []
-    for rows, prompt, output in cases:
+    forms = trios.TrioForms.open(trio, dtype)
+
+    def run(rows: int, prompt: int, output: int) -> None:
         prompts = trios.make_prompts(forms.trio, rows, prompt)
-        with PeakMemory() as peak:
-            made = make_provider(provider, forms, sampling, rows, prompt + output)
-            made.generate(prompts, output)
-        del made
-        found.append({"total_bytes": peak.total_bytes, "extra_bytes": peak.extra_bytes})
-    return found
+        made = make_provider(provider, forms, Sampling(), rows, prompt + output)
+        made.generate(prompts, output)
+
+    run(1, 8, 1)
+    return [peak_memory(partial(run, *case)) for case in cases]
 
 
 def measure(
@@ -305,21 +290,12 @@ def measure(
     with report.progress_bar(runs + len(providers) * settings.memory) as tick:
         for work in works:
             records += time_case(trio.models, providers, work, settings.repeats, tick)
-        shapes = [
-            (w.case.batch_size, w.longest - w.case.output_length, w.case.output_length)
-            for w in works
-        ]
+        outputs = [(w.case.batch_size, w.longest, w.case.output_length) for w in works]
+        cases = [(rows, longest - output, output) for rows, longest, output in outputs]
         for provider in providers if settings.memory else ():
-            found = in_fresh_process(
-                "benchmarks.throughput:peaks",
-                trio=settings.trio,
-                dtype=settings.dtype,
-                provider=provider.name,
-                cases=shapes,
-                threads=torch.get_num_threads(),
-            )
+            given = settings.trio, settings.dtype, provider.name, cases, torch.get_num_threads()
             own = (record for record in records if record["provider"] == provider.name)
-            for record, peak in zip(own, found, strict=True):
+            for record, peak in zip(own, in_fresh_process(peaks, *given), strict=True):
                 record["peak_memory"] = peak
             tick(f"memory: {provider.name}")
     return records
@@ -330,43 +306,40 @@ def case_of(record: Record) -> Case:
     return Case(record["batch_size"], record["prompt_length"], record["output_length"])
 
 
-def print_tables(records: Sequence[Record], title: str) -> None:
-    """Speed, then what speculation and memory came to."""
-    caption = (
-        "floor: the sum of the bare forwards of all roles, measured alone in the same run. x: "
-        "tokens/s over those of naive and of base-only, paired by repeat. token ms: mean time per "
-        "output token after the first; / floor: that over it. p50, p95: times between what a row's "
-        "caller gets, which may be several tokens. Medians over repeats."
-    )
-    fixed, significant = report.fixed, report.significant
-    columns: list[report.Column] = [
-        ("provider", "provider", str),
-        ("tok\n/s", "tokens_per_second/median", significant),
-        ("x\nnaive", "speed_over/naive/median", fixed),
-        ("x\nbase", "speed_over/base-only/median", fixed),
-        ("first\nms", "first_token_ms/median", significant),
-        ("token\nms", "token_ms/median", significant),
-        ("p50\nms", "arrival_ms/p50", significant),
-        ("p95\nms", "arrival_ms/p95", significant),
-        ("/\nfloor", "token_over_forwards/median", fixed),
-    ]
+SPEED: tuple[report.Column, ...] = (
+    ("provider", "provider", str),
+    ("tok\n/s", "tokens_per_second/median", report.significant),
+    ("x\nnaive", "speed_over/naive/median", report.fixed),
+    ("x\nbase", "speed_over/base-only/median", report.fixed),
+    ("first\nms", "first_token_ms/median", report.significant),
+    ("token\nms", "token_ms/median", report.significant),
+    ("p50\nms", "arrival_ms/p50", report.significant),
+    ("p95\nms", "arrival_ms/p95", report.significant),
+    ("/\nfloor", "token_over_forwards/median", report.fixed),
+)
+SPEED_CAPTION = (
+    "floor: the sum of the bare forwards of all roles, measured alone in the same run. x: tokens/s "
+    "over those of naive and of base-only, paired by repeat. token ms: mean time per output token "
+    "after the first; / floor: that over it. p50, p95: times between what a row's caller gets, "
+    "which may be several tokens. Medians over repeats."
+)
+DRAFTS_AND_MEMORY: tuple[report.Column, ...] = (
+    ("provider", "provider", str),
+    ("accepted", "acceptance", report.percent),
+    ("tokens a base\nforward", "tokens_per_base_forward", report.fixed),
+    ("peak\nMiB", "peak_memory/total_bytes", report.decimals(0, 2**-20)),
+    ("extra\nMiB", "peak_memory/extra_bytes", report.decimals(1, 2**-20)),
+)
+DRAFTS_AND_MEMORY_CAPTION = (
+    "accepted: share of the drafts that were kept. tokens a base forward: of one row, behind the "
+    "first. peak: of the process; extra: above what it held with the weights loaded."
+)
 
-    def floor(record: Record) -> str:
-        return f"{case_of(record)}, floor {significant(record['bare_forwards_ms']['sum'])} ms"
 
-    report.print_records(title, caption, records, columns, floor)
-    caption = (
-        "accepted: share of the drafts that were kept. tokens a base forward: of one row, behind "
-        "the first. peak: of the process; extra: above what it held with the weights loaded."
-    )
-    columns = [
-        ("provider", "provider", str),
-        ("accepted", "acceptance", report.percent),
-        ("tokens a base\nforward", "tokens_per_base_forward", fixed),
-        ("peak\nMiB", "peak_memory/total_bytes", report.decimals(0, 2**-20)),
-        ("extra\nMiB", "peak_memory/extra_bytes", report.decimals(1, 2**-20)),
-    ]
-    report.print_records("Drafts and memory", caption, records, columns, lambda r: str(case_of(r)))
+def floor_of(record: Record) -> str:
+    """The section of a record in the table of speeds."""
+    floor = report.significant(record["bare_forwards_ms"]["sum"])
+    return f"{case_of(record)}, floor {floor} ms"
 
 
 def plot(records: Sequence[Record], path: Path, title: str) -> None:
@@ -374,30 +347,29 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    cases = list(dict.fromkeys(case_of(record) for record in records))
-    sizes = sorted({case.batch_size for case in cases})
-    lengths = list(dict.fromkeys((case.prompt_length, case.output_length) for case in cases))
-    width = 1.1 * (len({r["provider"] for r in records}) + 1) * len(lengths)
-    shape = max(7.0, width), 0.6 + 2.6 * len(sizes)
+    panels: dict[Case, list[Record]] = {}
+    for record in records:
+        panels.setdefault(case_of(record), []).append(record)
+    columns = len({case.batch_size for case in panels})
+    rows, bars = len(panels) // columns, 1 + max(map(len, panels.values()))
+    size = max(7.0, 1.1 * bars * columns), 0.6 + 2.6 * rows
     # Colours C0 to C9 that colour-blind readers tell apart.
     with style.context(["tableau-colorblind10", {"font.size": 9}]):
-        figure = Figure(figsize=shape, layout="constrained")
-        grid = figure.subplots(len(sizes), len(lengths), squeeze=False, sharey="row")
-        for case in cases:
-            column = lengths.index((case.prompt_length, case.output_length))
-            axes = grid[sizes.index(case.batch_size)][column]
-            own = [record for record in records if case_of(record) == case]
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, (case, own) in zip(grid.flat, panels.items(), strict=True):
             floor = own[0]["bare_forwards_ms"]["sum"]
             heights = [floor, *(record["token_ms"]["median"] for record in own)]
             labels = ["bare\nforwards", *(r["provider"].replace("-", "-\n") for r in own)]
-            axes.bar(labels, heights, color=[f"C{i}" for i in range(len(heights))])
+            drawn = axes.bar(labels, heights, color=[f"C{i}" for i in range(bars)])
+            axes.bar_label(drawn, map(report.significant, heights))
+            axes.margins(y=0.12)
             axes.axhline(floor, color="black", linewidth=0.9, linestyle="--", zorder=0)
-            for i, height in enumerate(heights):
-                axes.text(i, height, report.significant(height), ha="center", va="bottom")
             axes.set_title(str(case), fontsize=9)
             axes.set_ylabel("ms per output token")
         figure.suptitle(title, fontsize=10)
         figure.savefig(path, dpi=150)
+    report.say(f"Wrote {path}")
 
 
 def run(settings: Settings, output: Path, draw: bool) -> None:
@@ -418,33 +390,24 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
     }
     for record in records:
         record["greedy_ties"] = [str(t) for t in ties if t.provider == record["provider"]]
-    report.write_json_lines(output, "throughput", [{**shared, **record} for record in records])
+    report.write_results(output, "throughput", shared, records)
     title = (
         f"Proxy-tuned decoding, trio {name}, {trios.dtype_label(trio)}, {settings.prompts}, "
         f"{settings.sampling}"
     )
-    print_tables(records, title)
+    report.print_records(title, SPEED_CAPTION, records, SPEED, floor_of)
+    report.print_records(
+        "Drafts and memory", DRAFTS_AND_MEMORY_CAPTION, records, DRAFTS_AND_MEMORY,
+        lambda record: str(case_of(record)),
+    )  # fmt: skip
     for provider in providers:
         if provider.set_up_seconds > 1:
             report.say(
                 f"{provider.name}: {provider.set_up_seconds:.0f} s to set up before its first "
                 "token, in none of the timings."
             )
-    report.say(f"Wrote {output}")
     if draw:
         plot(records, output.with_suffix(".png"), title)
-        report.say(f"Wrote {output.with_suffix('.png')}")
-
-
-def check_lengths(prompts: str, cases: Sequence[Case]) -> None:
-    """Text is cut to any length, prompts of the other kinds have lengths of their own."""
-    for case in cases:
-        if (case.prompt_length is None) != (prompts != "text"):
-            wanted = "prompt:output" if prompts == "text" else "own:output"
-            got = "own" if case.prompt_length is None else case.prompt_length
-            raise typer.BadParameter(
-                f"--lengths must be {wanted} with {prompts} prompts, got {got}:{case.output_length}"
-            )
 
 
 def result_stem(trio: str, prompts: str, sampling: Sampling, quick: bool) -> str:
@@ -503,8 +466,7 @@ def main(
     if lengths is None:
         short = "8:32,32:8" if quick else "8:128,128:8,8:8"
         lengths = short if prompts == "text" else f"own:{trios.task_tokens(trio)}"
-    cases = decoding.parse_cases(batch_sizes or ("1" if quick else "1,4"), lengths)
-    check_lengths(prompts, cases)
+    cases = decoding.parse_cases(batch_sizes or ("1" if quick else "1,4"), lengths, prompts)
     wanted = set(options.parse_choices("--providers", providers, PROVIDERS, None))
     settings = Settings(
         trio=trio,

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import torch
 import typer
-from torch import Tensor
-from transformers import DynamicCache
 
 from benchmarks.harness.decoding import NaiveLoop, Prompts, Provider, combined
 from benchmarks.harness.measure import no_tick
@@ -20,6 +16,7 @@ from proxytune_kernels import Trio, rng
 
 CHECKED_ROWS, CHECKED_PROMPT, CHECKED_TOKENS = 4, 12, 16
 """Prompts of :func:`check_greedy`, their length, and the tokens that are decoded of each."""
+CHECKED_LENGTH = CHECKED_PROMPT + CHECKED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,30 @@ class Mismatch:
         )
 
 
+def find_mismatches(
+    name: str,
+    naive: NaiveLoop,
+    prompts: Prompts,
+    expected: Sequence[Sequence[int]],
+    got: Sequence[Sequence[int]],
+    temperature: float = 0.0,
+) -> list[Mismatch]:
+    """The first mismatch of each prompt; what follows is not compared, as the texts differ there.
+
+    ``naive`` is of the models that were decoded. Row i was drawn with seed i, where the temperature
+    is above 0.
+    """
+    found = []
+    for row, (want, have) in enumerate(zip(expected, got, strict=True)):
+        if len(want) != len(have):
+            raise RuntimeError(f"{name} gave {len(have)} tokens of prompt {row}, not {len(want)}")
+        if want != have:
+            at = next(i for i, (a, b) in enumerate(zip(want, have, strict=True)) if a != b)
+            gap, rounding = lead(naive, prompts[row], want, at, have[at], temperature, row)
+            found.append(Mismatch(name, row, at, want[at], have[at], gap, rounding))
+    return found
+
+
 def greedy_mismatches(
     providers: Sequence[Provider],
     trio: Trio,
@@ -62,8 +83,7 @@ def greedy_mismatches(
 ) -> list[Mismatch]:
     """Hold every provider's greedy tokens to a naive loop's over the same roles.
 
-    Prompts are token ids of one length. Gives the first mismatch of each prompt of each provider;
-    what follows one is not compared, as the texts differ from there on.
+    Prompts are token ids of one length.
     """
     found = []
     expected: dict[tuple[str, ...], list[list[int]]] = {}
@@ -73,14 +93,7 @@ def greedy_mismatches(
         if provider.roles not in expected:
             expected[provider.roles] = naive.generate(prompts, max_tokens, greedy=True).token_ids
         got = provider.generate(prompts, max_tokens, greedy=True).token_ids
-        for row, (want, have) in enumerate(zip(expected[provider.roles], got, strict=True)):
-            if want != have:
-                if len(want) != len(have):
-                    raise RuntimeError(
-                        f"{provider.name} gave {len(have)} tokens of prompt {row}, not {len(want)}"
-                    )
-                computed = ComputedTwice(naive, prompts[row], want)
-                found.append(first_mismatch(provider.name, row, computed, have))
+        found += find_mismatches(provider.name, naive, prompts, expected[provider.roles], got)
     return found
 
 
@@ -113,84 +126,37 @@ def check_greedy(providers: Sequence[Provider]) -> list[Mismatch]:
     return mismatches
 
 
-class ComputedTwice:
-    """Combined logits along a text, by two computations that are equal in exact arithmetic.
-
-    The naive loop's own over prompt and generated tokens: the whole text in one forward, and token
-    by token over a cache. How far the two lie apart shows how far any two such computations may.
-    """
-
-    def __init__(self, naive: NaiveLoop, prompt: Sequence[int], generated: Sequence[int]) -> None:
-        self._naive = naive
-        self._prompt = list(prompt)
-        self.generated = list(generated)
-
-    @cached_property
-    def whole(self) -> dict[str, Tensor]:
-        """Role -> logits fp32 [n, V], of whose row i generated[i] was drawn; in one forward."""
-        return self._of_roles(self._in_one_forward)
-
-    @cached_property
-    def stepped(self) -> dict[str, Tensor]:
-        """The same token by token."""
-        return self._of_roles(self._step_by_step)
-
-    def gap(
-        self, position: int, other: int, temperature: float = 0.0, seed: int = 0
-    ) -> tuple[float, float]:
-        """By how much the token at a position leads another, and the gap that rounding explains.
-
-        Let d be the largest difference of a combined logit between the two computations (or, where
-        they happen to coincide, one ulp of a role's largest logit): with logits as they are, two
-        tokens can swap if their gap is at most 2 d, at a temperature T if it is at most 2 d / T.
-
-        ``seed`` is the noise's, where the temperature is above 0.
-        """
-        stepped = {role: x[position] for role, x in self.stepped.items()}
-        whole = {role: x[position] for role, x in self.whole.items()}
-        seen = float((combined(whole) - combined(stepped)).abs().max())
-        models = self._naive.models
-        ulps = [torch.finfo(models[r].dtype).eps * float(x.abs().max()) for r, x in stepped.items()]
-        rounding = 2 * max(seen, *ulps)
-        tokens = torch.tensor([self.generated[position], other])
-        scores = combined(stepped).cpu()[tokens].double()
-        if temperature:
-            at = torch.tensor([seed]), torch.tensor([position])
-            noise = rng.gumbel(*at, tokens, rng.STREAMS["sample"])[0]
-            scores, rounding = scores / temperature + noise, rounding / temperature
-        return float(scores[0] - scores[1]), rounding
-
-    @torch.inference_mode()
-    def _of_roles(self, compute: Any) -> dict[str, Tensor]:
-        return {role: compute(model) for role, model in self._naive.models.items()}
-
-    def _in_one_forward(self, model: Any) -> Tensor:
-        text = [*self._prompt, *self.generated[:-1]]
-        ids = torch.tensor([text], device=self._naive.device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
-        return logits[len(self._prompt) - 1 :, : self._naive.vocab_size].float()
-
-    def _step_by_step(self, model: Any) -> Tensor:
-        cache = DynamicCache(config=model.config)
-        new, rows = self._prompt, []
-        for token_id in self.generated:
-            ids = torch.tensor([new], device=self._naive.device)
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            rows.append(output.logits[0, -1, : self._naive.vocab_size].float())
-            new = [token_id]
-        return torch.stack(rows)
-
-
-def first_mismatch(
-    name: str,
-    row: int,
-    computed: ComputedTwice,
-    have: Sequence[int],
+def lead(
+    naive: NaiveLoop,
+    prompt: Sequence[int],
+    text: Sequence[int],
+    position: int,
+    other: int,
     temperature: float = 0.0,
     seed: int = 0,
-) -> Mismatch:
-    """The first place where tokens leave those of a text; both differ before the shorter ends."""
-    want = computed.generated
-    position = next(i for i, (a, b) in enumerate(zip(want, have, strict=False)) if a != b)
-    gap, rounding = computed.gap(position, have[position], temperature, seed)
-    return Mismatch(name, row, position, want[position], have[position], gap, rounding)
+) -> tuple[float, float]:
+    """By how much a text's token at a position leads another, and the gap that rounding explains.
+
+    The naive loop computes the logits twice: in one forward, and token by token over a cache. Let d
+    be the largest difference of a combined logit between the two (or, where they happen to
+    coincide, one ulp of a role's largest logit): with logits as they are, two tokens can swap if
+    their gap is at most 2 d, at a temperature T if it is at most 2 d / T.
+
+    ``seed`` is the noise's, where the temperature is above 0.
+    """
+    parts = [list(prompt), *([token] for token in text[:position])]
+    together = torch.tensor([[*prompt, *text[:position]]], device=naive.device)
+    whole = naive.logits(together, naive.caches())
+    caches = naive.caches()
+    for part in parts:
+        stepped = naive.logits(torch.tensor([part], device=naive.device), caches)
+    seen = float((combined(whole) - combined(stepped)).abs().max())
+    eps = {role: torch.finfo(model.dtype).eps for role, model in naive.models.items()}
+    rounding = 2 * max(seen, *(eps[role] * float(x.abs().max()) for role, x in stepped.items()))
+    tokens = torch.tensor([text[position], other])
+    scores = combined(stepped)[0].cpu()[tokens].double()
+    if temperature:
+        at = torch.tensor([seed]), torch.tensor([position])
+        noise = rng.gumbel(*at, tokens, rng.STREAMS["sample"])[0]
+        scores, rounding = scores / temperature + noise, rounding / temperature
+    return float(scores[0] - scores[1]), rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -57,14 +57,20 @@ class Case:
         return f"B={self.batch_size} ({prompt}, {self.output_length})"
 
 
-def parse_cases(batch_sizes: str, lengths: str) -> tuple[Case, ...]:
-    """Cases of ``1,4`` and ``8:512,512:8``; ``own:32`` is prompts as long as they are."""
+def parse_cases(batch_sizes: str, lengths: str, prompts: str = "text") -> tuple[Case, ...]:
+    """Cases of ``1,4`` and ``8:512,512:8``.
+
+    Text is cut to any length. Other prompts are as long as they are: ``own:32``.
+    """
     sizes = parse_integers("--batch-sizes", batch_sizes, 1)
+    wanted = "prompt:output" if prompts == "text" else "own:output"
     pairs = []
     for pair in lengths.split(","):
         prompt, colon, output = pair.partition(":")
-        if not colon or ":" in output:
-            raise typer.BadParameter(f"--lengths must be prompt:output pairs, got {pair!r}")
+        if not colon or ":" in output or (prompt == "own") != (prompts != "text"):
+            raise typer.BadParameter(
+                f"--lengths must be {wanted} pairs with {prompts} prompts, got {pair!r}"
+            )
         prompt_length = None if prompt == "own" else parse_integers("--lengths", prompt, 1)[0]
         [output_length] = parse_integers("--lengths", output, 2)  # one step to time
         pairs.append((prompt_length, output_length))
@@ -86,7 +92,7 @@ class Generation:
 class Provider(Protocol):
     """Decodes prompts of one length to exactly ``max_tokens`` tokens each.
 
-    ``trio`` is what it decodes, ``set_up_seconds`` what it took to make, compilation included.
+    ``set_up_seconds`` is what it took to make, compilation included.
     """
 
     name: str
@@ -112,12 +118,10 @@ class NaiveLoop:
     def __init__(
         self, trio: Trio, roles: Sequence[str] | None = None, sampling: Sampling | None = None
     ) -> None:
-        self.trio = trio
-        self.sampling = sampling or Sampling()
+        self.trio, self.sampling = trio, sampling or Sampling()
         self.roles = trio.roles if roles is None else tuple(roles)
         self.models = {role: trio.models[role] for role in self.roles}
         self.device = next(trio.base.parameters()).device
-        self.vocab_size = trio.vocab_size
         self.warpers = LogitsProcessorList()
         # As transformers' generate does: no warper for what is off.
         if self.sampling.temperature not in (0.0, 1.0):
@@ -125,44 +129,43 @@ class NaiveLoop:
         if self.sampling.top_p < 1.0:
             self.warpers.append(TopPLogitsWarper(self.sampling.top_p))
 
+    def caches(self) -> dict[str, DynamicCache]:
+        """An empty cache for each role."""
+        return {role: DynamicCache(config=model.config) for role, model in self.models.items()}
+
+    @torch.inference_mode()
+    def logits(self, new_ids: Tensor, caches: Mapping[str, DynamicCache]) -> dict[str, Tensor]:
+        """Each role's logits behind the new tokens [B, n], fp32 [B, V]."""
+        return {
+            role: model(input_ids=new_ids, past_key_values=caches[role], use_cache=True)
+            .logits[:, -1, : self.trio.vocab_size]
+            .float()
+            for role, model in self.models.items()
+        }
+
     @torch.inference_mode()
     def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
         """See :class:`Provider`."""
         greedy = greedy or self.sampling.temperature == 0.0
         start = time.perf_counter()
         seconds: list[float] = []
-        input_ids = torch.tensor(prompts, device=self.device)
-        caches = {role: DynamicCache(config=m.config) for role, m in self.models.items()}
-        new_ids = input_ids
+        new_ids = input_ids = torch.tensor(prompts, device=self.device)
+        caches = self.caches()
         for _ in range(max_tokens):
-            logits = {
-                role: model(input_ids=new_ids, past_key_values=caches[role], use_cache=True)
-                .logits[:, -1, : self.vocab_size]
-                .float()
-                for role, model in self.models.items()
-            }
-            scores = combined(logits)
+            scores = combined(self.logits(new_ids, caches))
             if greedy:
                 new_ids = scores.argmax(-1, keepdim=True)
             else:
                 warped: Any = self.warpers(cast(torch.LongTensor, input_ids), cast(Any, scores))
-                probabilities = torch.softmax(warped, dim=-1)
-                new_ids = torch.multinomial(probabilities, num_samples=1)
+                new_ids = torch.multinomial(torch.softmax(warped, dim=-1), num_samples=1)
             input_ids = torch.cat([input_ids, new_ids], dim=-1)
             # A loop that streams or looks for the end of the text reads its tokens every step.
             new_ids.tolist()
             seconds.append(time.perf_counter() - start)
         output = input_ids[:, -max_tokens:].tolist()
-        steps, rows = max_tokens - 1, len(output)
-        counts = dict.fromkeys(_COUNTS, 0) | {
-            "base_forwards": steps,
-            "emitted": steps * rows,
-            "useful_slot_steps": steps * rows,
-        }
-        return Generation(output, [seconds] * rows, counts)
-
-
-_COUNTS = ("base_forwards", "emitted", "useful_slot_steps", "drafted", "accepted")
+        steps, given = max_tokens - 1, (max_tokens - 1) * len(output)
+        counts = {"base_forwards": steps, "emitted": given, "useful_slot_steps": given}
+        return Generation(output, [seconds] * len(output), counts)
 
 
 def combined(logits: Mapping[str, Tensor]) -> Tensor:
@@ -172,15 +175,25 @@ def combined(logits: Mapping[str, Tensor]) -> Tensor:
     return logits["base"] + ALPHA * (logits["expert"] - logits["anti"])
 
 
+def decode(decoder: Decoder, prompts: Prompts, params: Sequence[SamplingParams]) -> Generation:
+    """Decode to the end, timed at the decoder's stream: a token counts when the caller has it."""
+    token_ids: list[list[int]] = [[] for _ in prompts]
+    seconds: list[list[float]] = [[] for _ in prompts]
+    before, start = decoder.statistics(), time.perf_counter()
+    for event in decoder.stream([list(prompt) for prompt in prompts], list(params)):
+        token_ids[event.index].extend(event.token_ids)
+        seconds[event.index].extend([time.perf_counter() - start] * len(event.token_ids))
+    after = decoder.statistics()
+    return Generation(token_ids, seconds, {key: after[key] - before[key] for key in after})
+
+
 class DecoderProvider:
-    """Our decoder, timed at its stream: a token counts when the caller has it."""
+    """Our decoder."""
 
     def __init__(
         self, name: str, trio: Trio, sampling: Sampling | None = None, **options: Any
     ) -> None:
-        self.name = name
-        self.trio = trio
-        self.sampling = sampling or Sampling()
+        self.name, self.trio, self.sampling = name, trio, sampling or Sampling()
         start = time.perf_counter()
         self.decoder = Decoder(trio, **options)
         self.decoder.warm_up()
@@ -188,25 +201,8 @@ class DecoderProvider:
         self.roles = self.decoder.roles
 
     def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
-        """See :class:`Provider`."""
-        sampling = GREEDY if greedy else self.sampling
-        before = self.decoder.statistics()
-        params = [
-            SamplingParams(
-                alpha=ALPHA,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=row,
-                max_tokens=max_tokens,
-                ignore_eos=True,
-            )
-            for row in range(len(prompts))
-        ]
-        token_ids: list[list[int]] = [[] for _ in prompts]
-        seconds: list[list[float]] = [[] for _ in prompts]
-        start = time.perf_counter()
-        for event in self.decoder.stream([list(prompt) for prompt in prompts], params):
-            token_ids[event.index].extend(event.token_ids)
-            seconds[event.index].extend([time.perf_counter() - start] * len(event.token_ids))
-        after = self.decoder.statistics()
-        return Generation(token_ids, seconds, {key: after[key] - before[key] for key in _COUNTS})
+        """See :class:`Provider`; row i has seed i."""
+        drawn = asdict(GREEDY if greedy else self.sampling)
+        own = {"alpha": ALPHA, "max_tokens": max_tokens, "ignore_eos": True, **drawn}
+        params = [SamplingParams(seed=row, **own) for row in range(len(prompts))]
+        return decode(self.decoder, prompts, params)

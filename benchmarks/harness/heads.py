@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import proxytune_kernels as ptk
-from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P, Logits
+from benchmarks.harness.logits import ALPHA, Logits, OpCase
 from proxytune_kernels import reference
 
 Heads = tuple[ptk.Head, ptk.Head, ptk.Head]
@@ -33,10 +33,9 @@ def random_heads(
     device: str = "cpu",
     vocab_size: int | None = None,
 ) -> Heads:
-    """Heads whose logits spread by 4, as a real base's do; made where they are used.
+    """Heads whose logits spread by 4, as a real base's do, made on the device they are used on.
 
-    ``vocab_size`` is another than the shape's. The same seed gives other heads on another kind of
-    device.
+    ``vocab_size`` is another than the shape's.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shape_vocab_size, sizes = SHAPES[shape]
@@ -60,14 +59,7 @@ def first_rows(heads: Heads, rows: int) -> Heads:
 
 def row_params(rows: int, device: str = "cpu") -> ptk.RowParams:
     """Parameters of what is timed; row i has seed i."""
-    return ptk.RowParams.make(
-        rows,
-        device=device,
-        alpha=ALPHA,
-        temperature=TEMPERATURE,
-        top_p=TOP_P,
-        seed=torch.arange(rows),
-    )
+    return OpCase(batch_size=rows).row_params(device)
 
 
 @torch.no_grad()

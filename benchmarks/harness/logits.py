@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,12 +37,7 @@ _LOGPROB_TOLERANCE = 1e-5
 
 
 def make_logits(
-    kind: str,
-    batch_size: int,
-    vocab_size: int,
-    dtype: torch.dtype,
-    seed: int = 0,
-    device: str = "cpu",
+    kind: str, rows: int, vocab_size: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
 ) -> Logits:
     """Logits of the three roles; another seed, or another kind of device, gives other rows.
 
@@ -50,7 +45,7 @@ def make_logits(
     ``"flat"`` ones are uniform noise in [0, 1), the worst case for pruning: most tokens are kept.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (batch_size, vocab_size)
+    shape = (rows, vocab_size)
 
     def normal() -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
@@ -108,16 +103,8 @@ class OpCase:
 
     def row_params(self, device: torch.device | str = "cpu") -> ptk.RowParams:
         """The filters as prepared parameters; row i has seed i."""
-        filters = FILTERS[self.filters]
-        return ptk.RowParams.make(
-            self.batch_size,
-            device=device,
-            alpha=ALPHA,
-            temperature=filters.temperature,
-            top_k=filters.top_k,
-            top_p=filters.top_p,
-            seed=torch.arange(self.batch_size),
-        )
+        seed, filters = torch.arange(self.batch_size), asdict(FILTERS[self.filters])
+        return ptk.RowParams.make(self.batch_size, device=device, alpha=ALPHA, seed=seed, **filters)
 
 
 class Candidates(NamedTuple):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,42 +19,30 @@ MAX_SHOTS = 16
 """Shots per sample; a sample is their median. Calls longer than a shot have fewer."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Median and spread of repeated measurements."""
-
-    median: float
-    p10: float
-    p90: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Summary:
-        """Summarise at least one value."""
-        array = np.asarray(list(values), dtype=np.float64)
-        if array.size == 0:
-            raise ValueError("values must hold at least one measurement, got none")
-        p10, median, p90 = np.percentile(array, (10, 50, 90))
-        return cls(float(median), float(p10), float(p90), int(array.size))
+def summary(values: Iterable[float], scale: float = 1.0) -> dict[str, Any]:
+    """Median and spread of at least one value, each times ``scale``."""
+    array = scale * np.asarray(list(values), dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("values must hold at least one measurement, got none")
+    p10, p50, p90 = map(float, np.percentile(array, (10, 50, 90)))
+    return {"median": p50, "p10": p10, "p90": p90, "count": array.size}
 
 
-def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Summary:
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
     """Summary of ``numerators[i] / denominators[i]``, both measured in repeat i.
 
     What slows the machine for a while slows both halves of a pair, and falls out of their ratio;
     it does not fall out of the ratio of two medians.
     """
-    return Summary.of(a / b for a, b in zip(numerators, denominators, strict=True))
+    return summary(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def summary(values: Iterable[float], scale: float = 1.0) -> dict[str, Any]:
-    """:class:`Summary` of the values times ``scale``, for a line of results."""
-    return asdict(Summary.of(scale * value for value in values))
-
-
-def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
-    """:func:`paired_ratios` for a line of results."""
-    return asdict(paired_ratios(numerators, denominators))
+def speed_over(
+    name: str, seconds: Mapping[str, Sequence[float]], others: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Ratios of what others that ran took to what this one took, by their names."""
+    ran = [other for other in others if other in seconds and other != name]
+    return {other: ratios(seconds[other], seconds[name]) for other in ran}
 
 
 def no_tick(name: str) -> None:
@@ -82,8 +69,7 @@ def in_turns(
     return {name: values[-repeats:] for name, values in found.items()}
 
 
-@dataclass(frozen=True)
-class Spent:
+class Spent(NamedTuple):
     """Seconds by the clock, and of the processor, which other programs move less."""
 
     seconds: float
@@ -104,32 +90,24 @@ def _seconds(call: Callable[[], object], loops: int) -> float:
     return (time.perf_counter() - start) / loops
 
 
-@dataclass(frozen=True)
-class Timer:
-    """Times one short call: the median of ``shots``, each the mean of ``loops`` calls."""
+def calibrate(call: Callable[[], object], warm_up_seconds: float = 0.05) -> tuple[int, int]:
+    """Warm a short call up, and choose the loops of a shot and the shots of a sample.
 
-    call: Callable[[], object]
-    loops: int
-    shots: int
+    Runs it at least twice: the first run may compile, allocate or page in.
+    """
+    call()
+    end = time.perf_counter() + warm_up_seconds
+    fastest = _seconds(call, 1)
+    while time.perf_counter() < end:
+        fastest = min(fastest, _seconds(call, 1))
+    loops = max(1, round(SHOT_SECONDS / fastest))
+    shots = max(1, min(MAX_SHOTS, round(MAX_SHOTS * SHOT_SECONDS / (loops * fastest))))
+    return loops, shots
 
-    @classmethod
-    def calibrated(cls, call: Callable[[], object], warm_up_seconds: float = 0.05) -> Timer:
-        """Warm a call up, and choose loops and shots by its fastest run.
 
-        Runs it at least twice: the first run may compile, allocate or page in.
-        """
-        call()
-        end = time.perf_counter() + warm_up_seconds
-        fastest = _seconds(call, 1)
-        while time.perf_counter() < end:
-            fastest = min(fastest, _seconds(call, 1))
-        loops = max(1, round(SHOT_SECONDS / fastest))
-        shots = max(1, min(MAX_SHOTS, round(MAX_SHOTS * SHOT_SECONDS / (loops * fastest))))
-        return cls(call, loops, shots)
-
-    def sample(self) -> float:
-        """Seconds per call."""
-        return median(_seconds(self.call, self.loops) for _ in range(self.shots))
+def sample_seconds(call: Callable[[], object], loops: int, shots: int) -> float:
+    """Seconds of a short call: the median of the shots, each the mean of its loops."""
+    return median(_seconds(call, loops) for _ in range(shots))
 
 
 def time_in_turns(
@@ -137,10 +115,13 @@ def time_in_turns(
     repeats: int,
     tick: Callable[[str], object] = no_tick,
 ) -> dict[str, list[float]]:
-    """Seconds per call of short calls, in turn: name -> ``repeats`` samples of a :class:`Timer`.
+    """Seconds per call of short calls, in turn: name -> ``repeats`` samples.
 
     All are warmed up before the first sample.
     """
-    timers = {name: Timer.calibrated(call) for name, call in calls.items()}
-    samples = {name: (lambda _, timer=timer: timer.sample()) for name, timer in timers.items()}
+    sizes = {name: calibrate(call) for name, call in calls.items()}
+    samples = {
+        name: (lambda _, call=call, size=sizes[name]: sample_seconds(call, *size))
+        for name, call in calls.items()
+    }
     return in_turns(samples, repeats, tick)

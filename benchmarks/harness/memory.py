@@ -1,21 +1,16 @@
-"""Peak memory, as the operating system counts it, in a process that does nothing else.
-
-:func:`in_fresh_process` runs ``python -m benchmarks.harness.memory MODULE:FUNCTION JSON``.
-"""
+"""Peak memory, as the operating system counts it, in a process that does nothing else."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
-import json
-import os
-import subprocess
-import sys
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from benchmarks.harness.report import REPOSITORY
+T = TypeVar("T")
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -23,55 +18,32 @@ _RESET_PEAK = "5"  # proc(5), /proc/pid/clear_refs: peak resident size := reside
 
 
 def _status_bytes(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no field {field}: peak memory needs Linux")
+    [line] = (x for x in _STATUS.read_text().splitlines() if x.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
 
 
-class PeakMemory:
-    """Context manager: highest resident size within, in bytes.
+def peak_memory(run: Callable[[], object]) -> dict[str, int]:
+    """Highest resident size during a call, in bytes.
 
     ``total_bytes`` is the whole process (weights, libraries), ``extra_bytes`` what came on top of
-    what was resident at entry. Freed memory that the allocator still held at entry is given back
-    first, or reusing it would not show. The kernel batches its counts: good to about 0.3 MB.
+    what was resident before. Freed memory that the allocator still held is given back first, or
+    reusing it would not show. The kernel batches its counts: good to about 0.3 MB.
     """
-
-    total_bytes: int
-    extra_bytes: int
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others return memory
-        if trim is not None:
-            trim(0)
-        if not _CLEAR_REFS.exists():
-            raise RuntimeError(f"{_CLEAR_REFS} is missing: peak memory needs Linux")
-        _CLEAR_REFS.write_text(_RESET_PEAK)
-        self._before = _status_bytes("VmRSS")
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.total_bytes = _status_bytes("VmHWM")
-        self.extra_bytes = max(0, self.total_bytes - self._before)
+    if not _CLEAR_REFS.exists():
+        raise RuntimeError(f"{_CLEAR_REFS} is missing: peak memory needs Linux")
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others return memory
+    if trim is not None:
+        trim(0)
+    _CLEAR_REFS.write_text(_RESET_PEAK)
+    before = _status_bytes("VmRSS")
+    run()
+    total = _status_bytes("VmHWM")
+    return {"total_bytes": total, "extra_bytes": max(0, total - before)}
 
 
-def in_fresh_process(function: str, **arguments: Any) -> Any:
-    """Call ``MODULE:FUNCTION`` with JSON arguments in a new interpreter; return its JSON result."""
-    command = [sys.executable, "-m", "benchmarks.harness.memory", function, json.dumps(arguments)]
-    # The new interpreter finds this package wherever it is started from.
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    environ = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"measuring memory with {function} failed with exit code {done.returncode}: "
-            f"{done.stderr.strip()[-2000:]}"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-if __name__ == "__main__":
-    module, name = sys.argv[1].split(":")
-    result = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
-    print("\n" + json.dumps(result))
+def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a module's function in a new interpreter; return its result."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()

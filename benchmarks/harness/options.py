@@ -32,9 +32,9 @@ def parse_choices(option: str, text: str | None, known: Iterable[Any], default: 
     if text is None:
         return [default]
     by_name = {str(value): value for value in known}
-    unknown = [name for name in text.split(",") if name not in by_name]
-    if unknown:
-        raise typer.BadParameter(f"{option} must be among {', '.join(by_name)}, got {unknown[0]!r}")
+    for name in text.split(","):
+        if name not in by_name:
+            raise typer.BadParameter(f"{option} must be among {', '.join(by_name)}, got {name!r}")
     return [by_name[name] for name in text.split(",")]
 
 

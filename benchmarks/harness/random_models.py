@@ -8,8 +8,8 @@ a time, so that a base that is quantised never takes the place of the same base 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -44,31 +44,19 @@ class ModelShape:
 
     hidden_size: int
     intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
     vocab_size: int = VOCAB_SIZE
     context: int = 4096
-    tied: bool = False
+    tie_word_embeddings: bool = False
 
     def config(self) -> Any:
         """The transformers configuration; embedding and head are one matrix where they are tied."""
         from transformers import LlamaConfig
 
-        return LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=self.context,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=self.tied,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
+        given: dict[str, Any] = {**asdict(self), "rms_norm_eps": 1e-5, "pad_token_id": 0}
+        return LlamaConfig(max_position_embeddings=given.pop("context"), **given)
 
 
 LLAMA_7B = ModelShape(4096, 11_008, 32, 32, 32)

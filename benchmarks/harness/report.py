@@ -10,7 +10,8 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,6 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 @functools.cache
 def _constant() -> dict[str, Any]:
     changed = _git("status", "--porcelain", "--untracked-files=no")
@@ -69,7 +63,7 @@ def _constant() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in _PACKAGES},
+        **{name: version(name) if find_spec(name) else None for name in _PACKAGES},
         "proxytune_kernels": proxytune_kernels.__version__,
         "backends": [name for name, reason in proxytune_kernels.backends().items() if not reason],
     }
@@ -79,8 +73,7 @@ def environment() -> dict[str, Any]:
     """What a measurement was taken on: revision, machine, versions; every line of results has it.
 
     ``revision`` and ``dirty`` (whether tracked files differ from it) are None outside a git
-    checkout. ``load`` is the system's one-minute load average: above the number of threads used,
-    something else was running.
+    checkout. ``load`` is the one-minute load average.
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -119,6 +112,14 @@ def write_json_lines(
     lines = [json.dumps({"benchmark": benchmark, **r, "environment": where}) for r in records]
     with path.open("a" if append else "w") as file:
         file.writelines(f"{line}\n" for line in lines)
+
+
+def write_results(
+    path: Path, benchmark: str, shared: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
+) -> None:
+    """Write a line for each record, with what all of them share, and say where."""
+    write_json_lines(path, benchmark, [{**shared, **record} for record in records])
+    say(f"Wrote {path}")
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -178,18 +179,15 @@ Column = tuple[str, str, Callable[[Any], str]]
 """A heading, where the value stands in a record (``"speed_over/naive/median"``), and its format."""
 
 
-def look_up(record: Mapping[str, Any], path: str) -> Any:
-    """What a record holds at a path of keys; None where it holds nothing there."""
-    value: Any = record
-    for key in path.split("/"):
-        value = None if value is None else value.get(key)
-    return value
-
-
 def cells(record: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
     """A record's text in each column; a dash for what it does not have."""
-    found = [(look_up(record, path), text) for _, path, text in columns]
-    return ["-" if value is None else text(value) for value, text in found]
+    found = []
+    for _, path, text in columns:
+        value: Any = record
+        for key in path.split("/"):
+            value = None if value is None else value.get(key)
+        found.append("-" if value is None else text(value))
+    return found
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -207,8 +205,7 @@ def print_records(
 ) -> None:
     """Print a row for each record, in the columns given; the caption ends with the machine."""
     rows = [(section(record), cells(record, columns)) for record in records]
-    headings = [heading for heading, _, _ in columns]
-    print_table(title, headings, f"{caption} {machine_line()}", rows)
+    print_table(title, [heading for heading, *_ in columns], f"{caption} {machine_line()}", rows)
 
 
 def percent(value: float) -> str:

@@ -38,21 +38,19 @@ class TrioMissing(ValueError):
 
 def find_trio(name: str) -> str:
     """What ``load_trio`` opens for ``shipped``, ``qwen`` or a directory."""
-    if name == "shipped":
-        shipped = REPOSITORY / "proxytune_kernels" / "data" / "trio" / "trio.json"
-        if not shipped.is_file():
-            raise TrioMissing("no shipped trio: make it with python scripts/train_trio.py")
-        return "shipped"
-    if name == "qwen":
-        for directory in (_QWEN, REPOSITORY / _QWEN):
-            if (directory / "trio.json").is_file():
-                return str(directory)
-        raise TrioMissing(f"no trio in {_QWEN}: make it with python scripts/qwen_trio.py")
-    if not (Path(name) / "trio.json").is_file():
-        raise TrioMissing(
-            f"trio must be shipped, qwen or a directory with a trio.json, got {name!r}"
-        )
-    return name
+    places = {
+        "shipped": [REPOSITORY / "proxytune_kernels" / "data" / "trio"],
+        "qwen": [_QWEN, REPOSITORY / _QWEN],
+    }.get(name, [Path(name)])
+    for directory in places:
+        if (directory / "trio.json").is_file():
+            return name if name == "shipped" else str(directory)
+    reasons = {
+        "shipped": "no shipped trio: make it with python scripts/train_trio.py",
+        "qwen": f"no trio in {_QWEN}: make it with python scripts/qwen_trio.py",
+    }
+    wrong = f"trio must be shipped, qwen or a directory with a trio.json, got {name!r}"
+    raise TrioMissing(reasons.get(name, wrong))
 
 
 def quiet_loading() -> None:
@@ -86,11 +84,10 @@ class AdapterMissing(ValueError):
 
 
 class TrioForms:
-    """A trio as it is loaded, and with the expert's LoRA adapter apart from the weights."""
+    """A trio, and the same with the expert's LoRA adapter apart from the weights."""
 
     def __init__(self, trio: Trio, adapter: Path) -> None:
-        self.trio = trio
-        self._adapter = adapter
+        self.trio, self._adapter = trio, adapter
 
     @classmethod
     def open(cls, name: str, dtype: str | None) -> TrioForms:
@@ -99,17 +96,17 @@ class TrioForms:
 
     @cached_property
     def unmerged(self) -> Trio:
-        """The same base and anti-expert; the expert is the anti-expert's tensors and the adapter.
+        """The expert is the anti-expert's tensors and the adapter.
 
         Its weights are the merged expert's but for rounding to their dtype after the merge.
         """
-        if not (self._adapter / "adapter_config.json").is_file():
+        trio, adapter = self.trio, self._adapter
+        if not (adapter / "adapter_config.json").is_file():
             raise AdapterMissing(
-                f"the expert has no adapter beside it ({self._adapter.name}/adapter_config.json)"
+                f"the expert has no adapter beside it ({adapter.name}/adapter_config.json)"
             )
-        expert = beside("expert", self.trio.anti, self._adapter)
-        tokenizers, prompts = self.trio.tokenizers, self.trio.prompts
-        return Trio.from_models(self.trio.base, expert, self.trio.anti, tokenizers, prompts=prompts)
+        expert = beside("expert", trio.anti, adapter)
+        return Trio.from_models(trio.base, expert, trio.anti, trio.tokenizers, prompts=trio.prompts)
 
 
 def make_prompts(trio: Trio, batch_size: int, length: int) -> list[list[int]]:

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+from benchmarks.harness.random_models import ModelShape, byte_tokenizer
 from proxytune_kernels import Trio
 
 VOCAB_SIZE = 259
@@ -21,34 +21,15 @@ def one_thread():
 
 def tiny_llama(seed: int, hidden: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    config = ModelShape(hidden, 2 * hidden, 2, 4, 2, VOCAB_SIZE, context=64).config()
+    config.initializer_range = 0.3
     return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")
 def trio() -> Trio:
-    special = ["<pad>", "<s>", "</s>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    return Trio.from_models(tiny_llama(0, 48), tiny_llama(1, 32), tiny_llama(2, 32), tokenizer)
+    models = tiny_llama(0, 48), tiny_llama(1, 32), tiny_llama(2, 32)
+    return Trio.from_models(*models, byte_tokenizer(VOCAB_SIZE))
 
 
 @pytest.fixture(scope="session")
@@ -70,5 +51,18 @@ def run_command():
         app = typer.Typer()
         app.command()(main)
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return run
+
+
+@pytest.fixture
+def records_of(run_command, tmp_path):
+    """Run a command that has to succeed; gives its lines of results, and what it said."""
+
+    def run(main, *arguments):
+        output = tmp_path / "out.jsonl"
+        result = run_command(main, *arguments, "--output", output)
+        assert result.exit_code == 0, result.output
+        return [json.loads(line) for line in output.read_text().splitlines()], result.output
 
     return run

@@ -1,6 +1,5 @@
 """benchmarks.acceptance: rounds, what should be kept, and whether coupled tokens are plain's."""
 
-import json
 import math
 
 import pytest
@@ -32,18 +31,16 @@ def test_rejection_keeps_what_the_overlap_says(trio):
 
 
 @pytest.fixture
-def arguments(trio_directory, tmp_path, monkeypatch):
+def arguments(trio_directory, monkeypatch):
     monkeypatch.setattr(acceptance, "_PROMPT_LENGTH", 10)
     return (
         acceptance.main, "--trio", trio_directory, "--kinds", "text", "--drafts", "1,3",
-        "--prompts", 3, "--tokens", 12, "--output", tmp_path / "out.jsonl",
+        "--prompts", 3, "--tokens", 12,
     )  # fmt: skip
 
 
-def test_command(run_command, arguments):
-    result = run_command(*arguments)
-    assert result.exit_code == 0, result.output
-    records = [json.loads(line) for line in arguments[-1].read_text().splitlines()]
+def test_command(records_of, arguments):
+    records, said = records_of(*arguments)
     assert [(r["drafter"], r["mode"], r["drafts"]) for r in records] == [
         (drafter, mode, drafts)
         for drafter in ("expert", "prompt_lookup")
@@ -54,10 +51,10 @@ def test_command(run_command, arguments):
         assert (record["sequences"], record["tokens"]) == (3, 36)
         assert 0 <= record["accepted"] <= record["drafted"]
         assert record["equal"] == (3 if record["mode"] == "coupled" else None)
-    assert "6/6" in result.output
+    assert "6/6" in said
 
 
-def test_command_fails_where_coupled_tokens_are_others(run_command, arguments, monkeypatch):
+def test_coupled_tokens_that_are_others(run_command, arguments, tmp_path, monkeypatch):
     """Coupled runs of a trio whose small models are swapped have other tokens, and it is no tie."""
 
     def wrong(trio, prompts, max_tokens, temperature, speculation=None):
@@ -66,7 +63,7 @@ def test_command_fails_where_coupled_tokens_are_others(run_command, arguments, m
         return decode(trio, prompts, max_tokens, temperature, speculation)
 
     monkeypatch.setattr(acceptance, "decode", wrong)
-    result = run_command(*arguments)
+    result = run_command(*arguments, "--output", tmp_path / "out.jsonl")
     assert result.exit_code == 1
     assert "more than rounding" in result.output
     assert "not plain decoding's" in result.output

@@ -1,6 +1,5 @@
 """benchmarks.evaluation: a difference is noticed, documents repeat, and what quality says."""
 
-import json
 import math
 import shutil
 from importlib.resources import files
@@ -45,16 +44,13 @@ def test_quality_is_what_the_probabilities_say():
     assert found["divergence"] == pytest.approx((first + second) / 3, rel=1e-5)
 
 
-def test_quantised_weights(run_command, tmp_path):
+def test_quantised_weights(records_of, tmp_path):
     pytest.importorskip("torchao")
     shutil.copytree(SHIPPED / "base", tmp_path, dirs_exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED / name, tmp_path)
-    output = tmp_path / "out.jsonl"
-    arguments = ("--quantized", tmp_path, "--tokens", 16, "--repeats", 2, "--output", output)
-    result = run_command(evaluation.main, *arguments)
-    assert result.exit_code == 0, result.output
-    records = [json.loads(line) for line in output.read_text().splitlines()]
+    arguments = ("--quantized", tmp_path, "--tokens", 16, "--repeats", 2)
+    records, _ = records_of(evaluation.main, *arguments)
     assert [record["variant"] for record in records] == list(evaluation.VARIANTS)
     size = {record["variant"]: record["bytes"] for record in records}
     # The embedding is tied to the output layer: quantised apart it comes on top.
@@ -64,14 +60,11 @@ def test_quantised_weights(run_command, tmp_path):
 
 
 @pytest.mark.slow
-def test_command(run_command, tmp_path):
-    output = tmp_path / "out.jsonl"
-    result = run_command(
+def test_command(records_of):
+    (ours, hflm), _ = records_of(
         evaluation.main, "--trio", "shipped", "--documents", 10, "--choices", 2, "--batch-size", 4,
-        "--threads", 1, "--output", output,
+        "--threads", 1,
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    ours, hflm = [json.loads(line) for line in output.read_text().splitlines()]
     assert (ours["provider"], hflm["provider"], ours["requests"]) == ("ours", "HFLM", 20)
     assert 0 < ours["worst_difference_per_token"] < 1e-4
     assert ours["block_seconds"]["count"] == evaluation.BLOCKS

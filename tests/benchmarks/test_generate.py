@@ -1,7 +1,5 @@
 """benchmarks.generate: what its providers run, and how figures come from times."""
 
-import json
-
 import pytest
 
 from benchmarks import generate
@@ -31,12 +29,9 @@ def test_ratios_are_paired_by_repeat():
     assert list(speeds(Case(2, 5, 6), spent, "naive")["speed_over"]) == ["decoder"]
 
 
-def test_command(run_command, trio_directory, tmp_path):
-    output = tmp_path / "lines.jsonl"
-    arguments = ("--trio", trio_directory, "--lengths", "4:5", "--repeats", 1, "--output", output)
-    done = run_command(generate.main, *arguments)
-    assert done.exit_code == 0, done.output
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
+def test_command(run_command, records_of, trio_directory):
+    arguments = ("--trio", trio_directory, "--lengths", "4:5", "--repeats", 1)
+    lines, _ = records_of(generate.main, *arguments)
     names = ["naive", "generate-warpers", "generate", "decoder"]
     assert [(r["batch_size"], r["provider"]) for r in lines] == [
         (rows, name) for rows in (1, 4) for name in names

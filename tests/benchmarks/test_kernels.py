@@ -1,7 +1,5 @@
 """benchmarks.kernels: a run at small sizes, and wrong heads are caught."""
 
-import json
-
 import pytest
 import torch
 
@@ -11,14 +9,11 @@ from benchmarks.harness.heads import check_heads, random_heads, row_params
 
 
 @pytest.mark.slow
-def test_command(run_command, tmp_path):
-    output = tmp_path / "out.jsonl"
-    result = run_command(
+def test_command(run_command, records_of):
+    records, _ = records_of(
         kernels.main, "--vocab-sizes", 32000, "--filters", "none,top_p", "--repeats", 1,
-        "--providers", "ours,softmax only,torch", "--output", output,
+        "--providers", "ours,softmax only,torch",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    records = [json.loads(line) for line in output.read_text().splitlines()]
     times = [(r["filters"], r["provider"]) for r in records if r["op"] == "sample"]
     assert times == [(f, p) for f in ("none", "top_p") for p in ("ours", "softmax only", "torch")]
     [overhead] = [r for r in records if r["op"] == "sample overhead"]
@@ -28,14 +23,11 @@ def test_command(run_command, tmp_path):
     assert "--kinds" in result.output
 
 
-def test_heads(run_command, tmp_path):
-    output = tmp_path / "out.jsonl"
-    result = run_command(
+def test_heads(records_of):
+    records, _ = records_of(
         kernels.main, "--heads", "shipped", "--dtypes", "bfloat16", "--batch-sizes", 2,
-        "--repeats", 1, "--no-accuracy", "--output", output,
+        "--repeats", 1, "--no-accuracy",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["provider"] for r in records] == [kernels.FUSED, kernels.APART, kernels.PRODUCTS]
     heads = random_heads("shipped", torch.bfloat16, 64)
     found = kernels.errors_of(heads, 1536)

@@ -1,13 +1,12 @@
 """benchmarks.refill on a tiny trio: loads, slot-steps, and what is counted."""
 
-import json
 import math
 from collections import Counter
 
 import pytest
 
 from benchmarks import refill
-from benchmarks.refill import Usage, decode, draw_lengths, record_of, useful, useful_at_best
+from benchmarks.refill import Usage, draw_lengths, record_of, run, useful_at_best
 from proxytune_kernels import Decoder, SamplingParams
 
 
@@ -45,25 +44,22 @@ def test_counts_of_a_refilled_load_and_of_batches(trio):
         for i, n in enumerate((7, 3, 2, 2))
     ]
     decoder = Decoder(trio, 2, 32)
-    usage = decode(decoder, load, 4)
+    usage = run(decoder, load, 4)
     # A prompt runs between two steps, so a slot is never left out of one.
     assert (usage.counts["base_forwards"], usage.counts["slot_steps"]) == (6, 12)
-    assert useful(usage.counts) == pytest.approx(10 / 12)
+    assert usage.useful == pytest.approx(10 / 12)
     assert [len(row) for row in usage.token_ids] == [7, 3, 2, 2]
     # Another run is counted by itself. Batches take 6 steps for two requests, 1 for the others.
-    batches = decode(decoder, load, 2)
+    batches = run(decoder, load, 2)
     assert batches.counts["slot_steps"] == 14
     assert batches.token_ids == usage.token_ids
 
 
-def test_command(run_command, trio_directory, tmp_path):
-    output = tmp_path / "out.jsonl"
-    result = run_command(
+def test_command(run_command, records_of, trio_directory):
+    (own, batches), _ = records_of(
         refill.main, "--trio", trio_directory, "--requests", 9, "--slots", 3, "--shortest", 2,
-        "--longest", 16, "--repeats", 2, "--output", output,
+        "--longest", 16, "--repeats", 2,
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    own, batches = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["provider"] for r in (own, batches)] == ["refilled", "batches"]
     outputs = [output for _, output in draw_lengths(9, 2, 16, 0)]
     for record in (own, batches):

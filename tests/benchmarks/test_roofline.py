@@ -30,7 +30,7 @@ def test_floor_is_arithmetic():
     """A row of 100,000 entries on one SM, then 4 launches that move nothing."""
     gpu, case = GPUS["h100"], Case(rows=1, vocab_size=100_000)
     kernels = [Kernel("one block", 10, again=2, blocks=1, trips=2), Kernel("nothing", 0, 4)]
-    found = floor(kernels, case, gpu, 1.0, 0.5)
+    found = floor(kernels, case, gpu)
     assert (found.bytes_per_entry, found.launches) == (12, 5)
     assert found.bytes_us == pytest.approx(1.2e6 / (64 * 1.98e3))
     assert found.latency_us == pytest.approx((1 + 2 * 0.5) + 4 * 1.5)

@@ -31,7 +31,8 @@ def weights(shape: ModelShape, kind: str) -> float:
 
 def cache_bytes(shape: ModelShape) -> int:
     """Bytes of one token's keys and values in bf16, all layers."""
-    return 2 * 2 * shape.layers * shape.kv_heads * (shape.hidden_size // shape.heads)
+    size = shape.hidden_size // shape.num_attention_heads
+    return 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * size
 
 
 def test_there_are_rows() -> None:

@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import json
 import re
 from importlib.resources import files
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import throughput
 from benchmarks.harness import agreement, trios
-from benchmarks.harness.agreement import ComputedTwice, Mismatch, greedy_mismatches
+from benchmarks.harness.agreement import Mismatch, greedy_mismatches, lead
 from benchmarks.harness.decoding import (
     GREEDY,
     Case,
@@ -25,7 +24,7 @@ from benchmarks.harness.decoding import (
     parse_cases,
 )
 from benchmarks.harness.trios import TrioForms, TrioMissing, make_prompts
-from benchmarks.throughput import Times, Work, check_lengths, make_provider, record_of, result_stem
+from benchmarks.throughput import Times, Work, make_provider, record_of, result_stem
 from proxytune_kernels import Trio, reference
 from proxytune_kernels.params import RowParams
 
@@ -172,15 +171,15 @@ def test_a_tie_is_within_rounding(trio, prompts):
 def test_a_sampled_tokens_lead(trio, prompts):
     """It is its logit over the temperature and its noise, less the other's."""
     text = NaiveLoop(trio).generate(prompts[:1], 4, greedy=True).token_ids[0]
-    computed = ComputedTwice(NaiveLoop(trio), prompts[0], text)
     other, temperature, seed = (text[2] + 1) % trio.vocab_size, 0.5, 11
-    gap, rounding = computed.gap(2, other, temperature, seed)
+    place = NaiveLoop(trio), prompts[0], text, 2, other
+    gap, rounding = lead(*place, temperature, seed)
     x = combined_logits(trio, [*prompts[0], *text[:2]])[None]
     params = RowParams.make(1, temperature=temperature, seed=seed, position=2)
     scores = reference.scores(reference.distribution(x, params), params, 0)[0]
     # As above, divided by the temperature.
     assert gap == pytest.approx(float(scores[text[2]] - scores[other]), abs=2e-4)
-    assert rounding == pytest.approx(computed.gap(2, other)[1] / temperature)
+    assert rounding == pytest.approx(lead(*place)[1] / temperature)
 
 
 def generation_of(seconds, **counts):
@@ -258,23 +257,19 @@ def test_all_have_the_same_prompts_in_a_repeat(trio, prompts):
 
 
 def test_cases():
-    assert parse_cases("1,4", "8:16,own:8") == (
-        Case(1, 8, 16), Case(4, 8, 16), Case(1, None, 8), Case(4, None, 8),
-    )  # fmt: skip
-    for sizes, lengths, message in (
-        ("0", "8:8", "--batch-sizes"),
-        ("1", "8", "prompt:output"),
-        ("1", "8:1:1", "prompt:output"),
-        ("1", "8:1", "--lengths"),
-        ("1", "any:8", "--lengths"),
+    assert parse_cases("1,4", "8:16") == (Case(1, 8, 16), Case(4, 8, 16))
+    assert parse_cases("1", "own:8,own:9", "code") == (Case(1, None, 8), Case(1, None, 9))
+    for sizes, lengths, prompts, message in (
+        ("0", "8:8", "text", "--batch-sizes"),
+        ("1", "8", "text", "prompt:output"),
+        ("1", "8:1:1", "text", "prompt:output"),
+        ("1", "8:1", "text", "--lengths"),
+        ("1", "any:8", "text", "--lengths"),
+        ("1", "own:8", "text", "prompt:output pairs with text"),
+        ("1", "8:8", "code", "own:output pairs with code"),
     ):
         with pytest.raises(typer.BadParameter, match=message):
-            parse_cases(sizes, lengths)
-    check_lengths("text", parse_cases("1", "8:8"))
-    with pytest.raises(typer.BadParameter, match="prompt:output with text"):
-        check_lengths("text", parse_cases("1", "own:8"))
-    with pytest.raises(typer.BadParameter, match="own:output with code"):
-        check_lengths("code", parse_cases("1", "8:8"))
+            parse_cases(sizes, lengths, prompts)
 
 
 def settings(**changes):
@@ -357,20 +352,16 @@ def test_absent_trio_names_the_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command(run_command, trio_directory, tmp_path):
-    output = tmp_path / "out.jsonl"
-    result = run_command(
+def test_command(records_of, trio_directory, tmp_path):
+    records, said = records_of(
         throughput.main, "--trio", trio_directory, "--lengths", "8:3", "--batch-sizes", "1,2",
         "--repeats", 2, "--providers", "ours,naive,base-only,ours-shared-pair,ours-speculative",
-        "--output", output,
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    records = [json.loads(line) for line in output.read_text().splitlines()]
     names = ["naive", "base-only", "ours", "ours-speculative"]
     assert [(r["batch_size"], r["provider"]) for r in records] == [
         (size, name) for size in (1, 2) for name in names
     ]
-    assert "ours-shared-pair is left out" in result.output
+    assert "ours-shared-pair is left out" in said
     for record in records:
         assert record["trio"] == trio_directory.name
         assert record["dtype"] == {"base": "float32", "expert": "float32", "anti": "float32"}
@@ -378,7 +369,7 @@ def test_command(run_command, trio_directory, tmp_path):
         assert record["greedy_ties"] == []
         assert record["sampling"] == {"alpha": 1.0, "temperature": 0.7, "top_p": 0.9}
         assert record["peak_memory"]["total_bytes"] > record["peak_memory"]["extra_bytes"] >= 0
-    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_refuses_to_time_wrong_tokens(run_command, trio_directory, tmp_path, monkeypatch):
