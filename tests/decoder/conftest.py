@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from proxytune_kernels.decoder import Decoder, StreamEvent
+from proxytune_kernels.decoder import Decoder, RequestOutput, StreamEvent
 from proxytune_kernels.ops.backends import backends
 from proxytune_kernels.trio import Trio
 
@@ -103,6 +103,16 @@ def by_request(events: Iterable[StreamEvent]) -> dict[int, list[StreamEvent]]:
     for event in events:
         by_index[event.index].append(event)
     return by_index
+
+
+def ended(events: Sequence[StreamEvent]) -> RequestOutput:
+    """A request's output: its events say once, at the last, that it ended, and add up to it."""
+    output = events[-1].output
+    assert output is not None
+    assert all(event.output is None for event in events[:-1])
+    assert [token_id for event in events for token_id in event.token_ids] == output.token_ids
+    assert "".join(event.text for event in events) == output.text
+    return output
 
 
 @pytest.fixture(scope="session")

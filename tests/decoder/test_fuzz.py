@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from proxytune_kernels.decoder import Decoder, RequestOutput, Speculation, StreamEvent
 from proxytune_kernels.params import SamplingParams
-from tests.decoder.conftest import BACKEND, near_trio
+from tests.decoder.conftest import BACKEND, ended, near_trio
 from tests.decoder.tape import make_decoder
 
 pytestmark = pytest.mark.slow
@@ -79,13 +79,7 @@ class _Sent:
 
     def check(self) -> None:
         """It has ended, once, with all that was given out."""
-        assert [event.output is not None for event in self.events[:-1]] == [False] * (
-            len(self.events) - 1
-        )
-        output = self.events[-1].output
-        assert output is not None
-        assert [t for event in self.events for t in event.token_ids] == output.token_ids
-        assert "".join(event.text for event in self.events) == output.text
+        output = ended(self.events)
         assert output.prompt_token_ids == by_role(self.prompt)
         wanted = alone(self.prompt, self.params)
         if self.cancelled:
