@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,21 +49,22 @@ def word_tokenizer(size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
+def kind(family: str, sizes: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
+    """A causal LM of transformers' and its configuration, by what their names begin with."""
+    named = {"Gemma3": ("ForCausalLM", "TextConfig"), "GPT2": ("LMHeadModel", "Config")}
+    model, config = named.get(family, ("ForCausalLM", "Config"))
+    made = getattr(transformers, family + config)(**{**sizes, **settings})
+    return getattr(transformers, family + model), made
+
+
 def tiny_llama(seed: int, hidden: int = 32, layers: int = 2, **settings: Any) -> Any:
     torch.manual_seed(seed)
     defaults: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+        "vocab_size": VOCAB_SIZE, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256, "initializer_range": 0.3,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings})).double().eval()
 
 

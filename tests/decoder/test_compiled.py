@@ -20,8 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:Deprec
 
 def sliding(seed: int) -> Any:
     """A window of 8 of one layer."""
-    sizes = {"vocab_size": 262, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    return make("mistral-window", seed, **sizes, max_position_embeddings=64, sliding_window=8)
+    sizes: dict[str, Any] = {
+        "vocab_size": 262, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "max_position_embeddings": 64, "sliding_window": 8,
+    }  # fmt: skip
+    return make("mistral-window", seed, **sizes)
 
 
 def test_compiled_tokens_equal_the_naive_loop(trio, make_decoder, greedy, monkeypatch):

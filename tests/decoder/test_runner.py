@@ -8,63 +8,42 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.deprecation import deprecate_kwarg
 
 from proxytune_kernels.decoder.cache import cache_keyword
 from proxytune_kernels.decoder.runner import Runner
+from tests.decoder.conftest import kind
 
 VOCAB_SIZE = 96
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 GEMMA2: dict[str, Any] = {
-    "head_dim": 8,
-    "sliding_window": 4,
-    "attn_logit_softcapping": 5.0,
-    "final_logit_softcapping": 7.0,
-    "query_pre_attn_scalar": 8,
-}
+    "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 7.0, "query_pre_attn_scalar": 8,
+}  # fmt: skip
 QWEN2: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "llama-mha": (LlamaForCausalLM, LlamaConfig(**{**SIZES, "num_key_value_heads": 4})),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16)),
-    "qwen2-mixed-window": (Qwen2ForCausalLM, Qwen2Config(**SIZES, **QWEN2)),
-    "mistral-window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=5)),
-    "gemma2-softcap": (Gemma2ForCausalLM, Gemma2Config(**SIZES, **GEMMA2)),
-    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4)),
+    "llama": kind("Llama", SIZES),
+    "llama-mha": kind("Llama", SIZES, num_key_value_heads=4),
+    "qwen3": kind("Qwen3", SIZES, head_dim=16),
+    "qwen2-mixed-window": kind("Qwen2", SIZES, **QWEN2),
+    "mistral-window": kind("Mistral", SIZES, sliding_window=5),
+    "gemma2-softcap": kind("Gemma2", SIZES, **GEMMA2),
+    "gemma3": kind("Gemma3", SIZES, head_dim=8, sliding_window=4),
 }
 # fp64 forwards differ by some 1e-15 of logits up to 30 here; the runner gives fp32, 2^-24 of them.
 # Gemma 2's own eager attention takes its softmax in fp32.
 TOLERANCE = {"gemma2-softcap": 1e-4}
 
 
-def make(architecture: str, seed: int = 0, **settings: Any) -> Any:
-    model_class, config = ARCHITECTURES[architecture]
+def make(
+    architecture: str, seed: int = 0, kinds: dict[str, Any] = ARCHITECTURES, **settings: Any
+) -> Any:
+    model_class, config = kinds[architecture]
     torch.manual_seed(seed)
     config = copy.deepcopy(config)
     for name, value in settings.items():

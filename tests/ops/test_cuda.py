@@ -98,14 +98,14 @@ def operators() -> dict[str, Callable[..., Any]]:
     roles, params = rows()
     stacked, drafts, draft_logits, few = requests()
     ids = torch.zeros((4, 4), dtype=torch.int64, device=CUDA)
-    heads = move(integer_heads(3, 16, VOCAB_SIZE), "cuda")
+    heads: Any = (*move(integer_heads(3, 16, VOCAB_SIZE), "cuda"), params)
     rejection: Any = {"mode": "rejection", "draft_logits": draft_logits}
     return {
         "sample": partial(ptk.sample, *roles, params),
         "top_logprobs": partial(ptk.sample, *roles, params, top_logprobs=20),
         "coupled": partial(ptk.verify, *stacked, drafts, few),
         "rejection": partial(ptk.verify, *stacked, drafts, few, **rejection),
-        "sample_hidden": partial(ptk.sample_hidden, *heads, params, top_logprobs=5),
+        "sample_hidden": partial(ptk.sample_hidden, *heads, top_logprobs=5),
         "combine": partial(ptk.combine, *roles, params.alpha),
         "score": partial(ptk.score, *stacked, ids, few.alpha),
     }

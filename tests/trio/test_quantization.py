@@ -212,7 +212,7 @@ def with_adapter() -> Any:
 
 
 # Its layers are not torch.nn.Linear.
-GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 2}
+GPT2: dict[str, Any] = {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 2}
 
 
 @pytest.mark.parametrize(
