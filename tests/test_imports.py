@@ -28,19 +28,9 @@ LAYERS = (
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 
 # What may import them at a module's top: nothing that `import proxytune_kernels` reaches.
-HEAVY = {
-    "transformers",
-    "triton",
-    "peft",
-    "accelerate",
-    "torchao",
-    "vllm",
-    "typer",
-    "rich",
-    "matplotlib",
-    "fastapi",
-    "lm_eval",
-}
+HEAVY = set(
+    "accelerate fastapi lm_eval matplotlib peft rich torchao transformers triton typer vllm".split()
+)
 HEAVY_AT_TOP = {"cli": {"typer", "rich"}, "kernels": {"triton"}, "integrations": HEAVY}
 
 MODULES = sorted(ROOT.rglob("*.py"))

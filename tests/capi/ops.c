@@ -33,10 +33,16 @@ static void check(int code) {
   if (code != PROXYTUNE_OK) fail(proxytune_error(code));
 }
 
-static void* must(void* memory) {
-  if (!memory) fail("out of memory");
-  return memory;
+/* Memory that main frees. Every array is an allocation of its own size, so that a checker sees a
+ * read past it; workspaces need more than malloc's alignment. */
+static struct { void* memory[64]; size_t count; } kept;
+
+static void* keep(void* memory) {
+  if (!memory || kept.count == sizeof kept.memory / sizeof *kept.memory) fail("out of memory");
+  return kept.memory[kept.count++] = memory;
 }
+
+#define ARRAY(n, type) ((type*)keep(malloc((size_t)(n) * sizeof(type))))
 
 static uint32_t bits_of(float value) {
   uint32_t bits;
@@ -44,13 +50,13 @@ static uint32_t bits_of(float value) {
   return bits;
 }
 
-/* The case. Every array is an allocation of its own size, so that a checker sees a read past it. */
+/* The case. */
 
 static void* read_array(FILE* file) {
   int64_t size;
   if (fread(&size, sizeof size, 1, file) != 1) fail("the case ends early");
   if (size == 0) return NULL;
-  void* data = must(malloc((size_t)size));
+  void* data = ARRAY(size, char);
   if (fread(data, 1, (size_t)size, file) != (size_t)size) fail("the case ends early");
   return data;
 }
@@ -64,8 +70,7 @@ static proxytune_logits read_logits(FILE* file, const test_case* c, int64_t posi
 static test_case read_case(const char* path) {
   FILE* file = fopen(path, "rb");
   if (!file) fail("the case can't be opened");
-  test_case c;
-  memset(&c, 0, sizeof c);
+  test_case c = {0};
   if (fread(&c, sizeof(int64_t), 5, file) != 5) fail("the case ends early");
   proxytune_inputs* in = &c.inputs;
   in->vocab_size = c.vocab_size;
@@ -94,15 +99,6 @@ static test_case read_case(const char* path) {
   return c;
 }
 
-static void free_case(test_case* c) {
-  const void* arrays[] = {
-      c->inputs.base.data, c->inputs.expert.data, c->inputs.anti.data, c->inputs.alpha,
-      c->inputs.bias,      c->inputs.allowed,     c->params.temperature, c->params.top_k,
-      c->params.top_p,     c->params.min_p,       c->params.filter_order, c->params.seed,
-      c->params.position,  c->token_ids,          c->draft_token_ids,    c->draft_logits.data};
-  for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; ++i) free((void*)arrays[i]);
-}
-
 /* The caller's threads. */
 
 typedef struct {
@@ -123,9 +119,7 @@ static void run_chunks(void* pool, int64_t chunks, void (*body)(void*, int64_t),
   (void)pool;
   if (chunks > MAX_THREADS) fail("more chunks than threads were offered");
   for (int64_t i = 0; i < chunks; ++i) {
-    parts[i].body = body;
-    parts[i].context = context;
-    parts[i].chunk = i;
+    parts[i] = (work){body, context, i};
     if (pthread_create(&threads[i], NULL, run_work, &parts[i])) fail("no thread could be started");
   }
   for (int64_t i = 0; i < chunks; ++i) pthread_join(threads[i], NULL);
@@ -140,7 +134,8 @@ typedef struct {
 /* One thread's share of the rows, in a workspace of its own. */
 static void sample_rows(void* context, int64_t thread) {
   const rows_work* w = context;
-  void* workspace = must(aligned_alloc(64, w->workspace_size));
+  void* workspace = aligned_alloc(64, w->workspace_size);
+  if (!workspace) fail("out of memory");
   check(proxytune_cpu_sample(w->args, thread * w->rows / w->threads,
                              (thread + 1) * w->rows / w->threads, workspace, NULL));
   free(workspace);
@@ -162,52 +157,41 @@ static void print_sample(const char* label, const proxytune_sample_args* a, int6
 }
 
 static void sample(const test_case* c, void* workspace, const proxytune_parallel* parallel) {
-  const size_t n = (size_t)c->rows;
-  proxytune_sample_args a;
-  memset(&a, 0, sizeof a);
-  a.inputs = c->inputs;
-  a.params = c->params;
-  a.noise_stream = PROXYTUNE_STREAM_SAMPLE;
-  a.token_ids = must(malloc(n * sizeof *a.token_ids));
+  const int64_t n = c->rows, num_top = n * NUM_TOP;
+  proxytune_sample_args a = {.inputs = c->inputs,
+                             .params = c->params,
+                             .noise_stream = PROXYTUNE_STREAM_SAMPLE,
+                             .token_ids = ARRAY(n, int64_t)};
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
   for (int64_t r = 0; r < c->rows; ++r) printf("ids %" PRId64 "\n", a.token_ids[r]);
-  a.logprobs = must(malloc(n * sizeof *a.logprobs));
-  a.raw_logprobs = must(malloc(n * sizeof *a.raw_logprobs));
-  a.num_kept = must(malloc(n * sizeof *a.num_kept));
-  a.status = must(malloc(n * sizeof *a.status));
+  a.logprobs = ARRAY(n, float);
+  a.raw_logprobs = ARRAY(n, float);
+  a.num_kept = ARRAY(n, int32_t);
+  a.status = ARRAY(n, int32_t);
   a.num_top = NUM_TOP;
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel)); /* with nowhere to put them */
-  const size_t num_top = n * NUM_TOP;
-  a.top_token_ids = must(malloc(num_top * sizeof *a.top_token_ids));
-  a.top_logprobs = must(malloc(num_top * sizeof *a.top_logprobs));
+  a.top_token_ids = ARRAY(num_top, int64_t);
+  a.top_logprobs = ARRAY(num_top, float);
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
   print_sample("sample", &a, c->rows);
 
   const int64_t threads = parallel ? parallel->chunks : 1;
   rows_work over = {&a, c->rows, threads, proxytune_cpu_workspace_size(c->vocab_size, 0)};
-  memset(a.token_ids, 0, n * sizeof *a.token_ids);
-  memset(a.top_token_ids, 0, num_top * sizeof *a.top_token_ids);
-  memset(a.top_logprobs, 0, num_top * sizeof *a.top_logprobs);
+  memset(a.token_ids, 0, (size_t)n * sizeof *a.token_ids);
+  memset(a.top_token_ids, 0, (size_t)num_top * sizeof *a.top_token_ids);
+  memset(a.top_logprobs, 0, (size_t)num_top * sizeof *a.top_logprobs);
   run_chunks(NULL, threads, sample_rows, &over);
   print_sample("rows", &a, c->rows);
 
-  memset(&a.params, 0, sizeof a.params);
+  a.params = (proxytune_params){0};
   a.inputs.alpha = NULL;
   a.noise_stream = PROXYTUNE_STREAM_DRAFT;
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
   print_sample("defaults", &a, c->rows);
-  free(a.token_ids);
-  free(a.logprobs);
-  free(a.raw_logprobs);
-  free(a.num_kept);
-  free(a.status);
-  free(a.top_token_ids);
-  free(a.top_logprobs);
 }
 
 static void combine(const test_case* c) {
-  const size_t n = (size_t)(c->rows * c->vocab_size);
-  const proxytune_combine_args a = {c->inputs, must(malloc(n * sizeof(float))), c->vocab_size};
+  const proxytune_combine_args a = {c->inputs, ARRAY(c->rows * c->vocab_size, float), c->vocab_size};
   check(proxytune_cpu_combine(&a, 0, c->rows));
   for (int64_t r = 0; r < c->rows; ++r) {
     printf("combine");
@@ -216,45 +200,39 @@ static void combine(const test_case* c) {
     }
     printf("\n");
   }
-  free(a.x);
 }
 
 static void score(const test_case* c, void* workspace, const proxytune_parallel* parallel) {
   const int64_t n = c->rows * c->positions;
-  proxytune_score_args a;
-  memset(&a, 0, sizeof a);
-  a.inputs = c->inputs;
+  proxytune_score_args a = {.inputs = c->inputs,
+                            .positions = c->positions,
+                            .token_ids = c->token_ids,
+                            .token_ids_row_stride = c->positions,
+                            .logprobs = ARRAY(n, float)};
   a.inputs.bias = NULL; /* scores are of the combined logits alone */
   a.inputs.allowed = NULL;
-  a.positions = c->positions;
-  a.token_ids = c->token_ids;
-  a.token_ids_row_stride = c->positions;
-  a.logprobs = must(malloc((size_t)n * sizeof(float)));
   /* In two calls: positions are as independent as rows. */
   check(proxytune_cpu_score(&a, 0, n / 2, workspace, parallel));
   check(proxytune_cpu_score(&a, n / 2, n, workspace, parallel));
   for (int64_t i = 0; i < n; ++i) printf("score %08" PRIx32 "\n", bits_of(a.logprobs[i]));
-  free(a.logprobs);
 }
 
 static void verify(const test_case* c, int32_t mode, void* workspace,
                    const proxytune_parallel* parallel) {
-  const size_t rows = (size_t)c->rows, n = rows * (size_t)c->positions;
-  proxytune_verify_args a;
-  memset(&a, 0, sizeof a);
-  a.inputs = c->inputs;
-  a.params = c->params;
-  a.num_drafts = c->positions - 1;
-  a.mode = mode;
-  a.draft_token_ids = c->draft_token_ids;
-  a.draft_token_ids_row_stride = c->positions - 1;
+  const int64_t n = c->rows * c->positions;
+  proxytune_verify_args a = {.inputs = c->inputs,
+                             .params = c->params,
+                             .num_drafts = c->positions - 1,
+                             .mode = mode,
+                             .draft_token_ids = c->draft_token_ids,
+                             .draft_token_ids_row_stride = c->positions - 1,
+                             .token_ids = ARRAY(n, int64_t),
+                             .num_accepted = ARRAY(c->rows, int32_t)};
   if (mode == PROXYTUNE_VERIFY_REJECTION) a.draft_logits = c->draft_logits;
-  a.token_ids = must(malloc(n * sizeof *a.token_ids));
-  a.num_accepted = must(malloc(rows * sizeof *a.num_accepted));
   check(proxytune_cpu_verify(&a, 0, c->rows, workspace, parallel)); /* with nowhere to put the rest */
-  a.logprobs = must(malloc(n * sizeof *a.logprobs));
-  a.raw_logprobs = must(malloc(n * sizeof *a.raw_logprobs));
-  a.status = must(malloc(rows * sizeof *a.status));
+  a.logprobs = ARRAY(n, float);
+  a.raw_logprobs = ARRAY(n, float);
+  a.status = ARRAY(c->rows, int32_t);
   check(proxytune_cpu_verify(&a, 0, c->rows, workspace, parallel));
   for (int64_t r = 0; r < c->rows; ++r) {
     printf("%s %" PRId32 " %" PRId32, mode == PROXYTUNE_VERIFY_COUPLED ? "coupled" : "rejection",
@@ -266,11 +244,6 @@ static void verify(const test_case* c, int32_t mode, void* workspace,
     }
     printf("\n");
   }
-  free(a.token_ids);
-  free(a.num_accepted);
-  free(a.logprobs);
-  free(a.raw_logprobs);
-  free(a.status);
 }
 
 /* Calls that must be refused. */
@@ -283,65 +256,42 @@ static void errors(void) {
   const float logits[4] = {0, 1, 2, 3};
   float head[3] = {7, 7, 7};
   int64_t token = 7;
-  proxytune_sample_args good, a;
-  memset(&good, 0, sizeof good);
-  good.inputs.vocab_size = 4;
-  good.inputs.base.data = logits;
-  good.inputs.base.row_stride = 4;
-  good.token_ids = &token;
-
-  refused("good", proxytune_cpu_sample(&good, 0, 1, NULL, NULL));
+  int32_t accepted = 7;
+  const proxytune_sample_args good = {
+      .inputs = {.vocab_size = 4, .base = {logits, 4, 0, PROXYTUNE_F32}}, .token_ids = &token};
+  proxytune_sample_args a;
+/* A call with a good one's arguments but for one change. */
+#define REFUSED(name, change) \
+  (a = good, change, refused(name, proxytune_cpu_sample(&a, 0, 1, NULL, NULL)))
+  REFUSED("good", (void)0);
+  REFUSED("no-base", a.inputs.base.data = NULL);
+  REFUSED("no-anti", a.inputs.expert = a.inputs.base);
+  REFUSED("no-vocabulary", a.inputs.vocab_size = 0);
+  REFUSED("wide-vocabulary", a.inputs.vocab_size = (1 << 19) + 1);
+  REFUSED("dtype", a.inputs.base.dtype = 3);
+  REFUSED("stream", a.noise_stream = 5);
+  REFUSED("negative-top", a.num_top = -1);
+  REFUSED("wide-top", a.num_top = PROXYTUNE_MAX_TOP + 1);
+  REFUSED("no-token-ids", a.token_ids = NULL);
+#undef REFUSED
   refused("no-arguments", proxytune_cpu_sample(NULL, 0, 1, NULL, NULL));
-  a = good, a.inputs.base.data = NULL;
-  refused("no-base", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.inputs.expert = a.inputs.base;
-  refused("no-anti", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.inputs.vocab_size = 0;
-  refused("no-vocabulary", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.inputs.vocab_size = (1 << 19) + 1;
-  refused("wide-vocabulary", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.inputs.base.dtype = 3;
-  refused("dtype", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.noise_stream = 5;
-  refused("stream", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.num_top = -1;
-  refused("negative-top", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.num_top = PROXYTUNE_MAX_TOP + 1;
-  refused("wide-top", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
-  a = good, a.token_ids = NULL;
-  refused("no-token-ids", proxytune_cpu_sample(&a, 0, 1, NULL, NULL));
   refused("begin", proxytune_cpu_sample(&good, -1, 1, NULL, NULL));
   refused("no-rows", proxytune_cpu_sample(&good, 1, 1, NULL, NULL));
 
-  int32_t accepted = 7;
-  proxytune_verify_args v;
-  memset(&v, 0, sizeof v);
-  v.inputs = good.inputs;
-  v.token_ids = &token;
-  v.num_accepted = &accepted;
-  v.mode = 2;
+  proxytune_verify_args v = {
+      .inputs = good.inputs, .token_ids = &token, .num_accepted = &accepted, .mode = 2};
   refused("mode", proxytune_cpu_verify(&v, 0, 1, NULL, NULL));
   v.mode = PROXYTUNE_VERIFY_REJECTION;
   v.num_drafts = 1;
   refused("no-drafts", proxytune_cpu_verify(&v, 0, 1, NULL, NULL));
   v.draft_token_ids = &token;
   refused("no-draft-logits", proxytune_cpu_verify(&v, 0, 1, NULL, NULL));
-  proxytune_score_args s;
-  memset(&s, 0, sizeof s);
-  s.inputs = good.inputs;
-  s.token_ids = &token;
+  const proxytune_score_args s = {.inputs = good.inputs, .token_ids = &token};
   refused("no-logprobs", proxytune_cpu_score(&s, 0, 1, NULL, NULL));
-  proxytune_combine_args x;
-  memset(&x, 0, sizeof x);
-  x.inputs = good.inputs;
+  const proxytune_combine_args x = {.inputs = good.inputs};
   refused("no-x", proxytune_cpu_combine(&x, 0, 1));
-  proxytune_head_logits_args h;
-  memset(&h, 0, sizeof h);
-  h.rows = 1;
-  h.size = 2;
-  h.hidden = logits;
-  h.weight.data = logits;
-  h.weight.row_stride = 2;
+  proxytune_head_logits_args h = {
+      .rows = 1, .size = 2, .hidden = logits, .weight = {.data = logits, .row_stride = 2}};
   refused("no-head-logits", proxytune_cpu_head_logits(&h, 0, 2));
   h.logits = head;
   h.weight.dtype = 3;
@@ -370,7 +320,7 @@ int main(int argc, char** argv) {
   const proxytune_parallel* parallel = threads > 1 ? &pool : NULL;
   void* workspace = NULL;
   if (strcmp(argv[3], "given") == 0) {
-    workspace = must(aligned_alloc(64, proxytune_cpu_workspace_size(c.vocab_size, 1)));
+    workspace = keep(aligned_alloc(64, proxytune_cpu_workspace_size(c.vocab_size, 1)));
   }
   const char* isa = proxytune_cpu_isa();
   if (!isa) fail(proxytune_error(PROXYTUNE_ERROR_ISA));
@@ -380,7 +330,6 @@ int main(int argc, char** argv) {
   score(&c, workspace, parallel);
   verify(&c, PROXYTUNE_VERIFY_COUPLED, workspace, parallel);
   verify(&c, PROXYTUNE_VERIFY_REJECTION, workspace, parallel);
-  free(workspace);
-  free_case(&c);
+  while (kept.count > 0) free(kept.memory[--kept.count]);
   return 0;
 }

@@ -7,17 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import (
-    POINTER,
-    Structure,
-    c_char_p,
-    c_int,
-    c_int32,
-    c_int64,
-    c_size_t,
-    c_uint64,
-    c_void_p,
-)
+from ctypes import Structure, c_int, c_int32, c_int64, c_size_t, c_void_p
 from typing import Any
 
 import torch
@@ -111,8 +101,8 @@ def _library(races: bool) -> ctypes.CDLL:
     assert [s.value for s in sizes] == [ctypes.sizeof(t) for t in (SampleArgs, VerifyArgs)]
     for name, args in (("cluster_sample", SampleArgs), ("cluster_verify", VerifyArgs)):
         call = getattr(library, name)
-        call.argtypes = [POINTER(args), c_int64, c_int, c_int, c_uint64]
-        call.restype = c_char_p
+        call.argtypes = [ctypes.POINTER(args), c_int64, c_int, c_int, ctypes.c_uint64]
+        call.restype = ctypes.c_char_p
     return library
 
 

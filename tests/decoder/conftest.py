@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from proxytune_kernels.decoder import Decoder, StreamEvent
+from proxytune_kernels.decoder import Decoder, RequestOutput, StreamEvent
 from proxytune_kernels.ops.backends import backends
 from proxytune_kernels.trio import Trio
 
@@ -48,21 +49,22 @@ def word_tokenizer(size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
+def kind(family: str, sizes: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
+    """A causal LM of transformers' and its configuration, by what their names begin with."""
+    named = {"Gemma3": ("ForCausalLM", "TextConfig"), "GPT2": ("LMHeadModel", "Config")}
+    model, config = named.get(family, ("ForCausalLM", "Config"))
+    made = getattr(transformers, family + config)(**{**sizes, **settings})
+    return getattr(transformers, family + model), made
+
+
 def tiny_llama(seed: int, hidden: int = 32, layers: int = 2, **settings: Any) -> Any:
     torch.manual_seed(seed)
     defaults: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+        "vocab_size": VOCAB_SIZE, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256, "initializer_range": 0.3,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings})).double().eval()
 
 
@@ -103,6 +105,16 @@ def by_request(events: Iterable[StreamEvent]) -> dict[int, list[StreamEvent]]:
     for event in events:
         by_index[event.index].append(event)
     return by_index
+
+
+def ended(events: Sequence[StreamEvent]) -> RequestOutput:
+    """A request's output: its events say once, at the last, that it ended, and add up to it."""
+    output = events[-1].output
+    assert output is not None
+    assert all(event.output is None for event in events[:-1])
+    assert [token_id for event in events for token_id in event.token_ids] == output.token_ids
+    assert "".join(event.text for event in events) == output.text
+    return output
 
 
 @pytest.fixture(scope="session")

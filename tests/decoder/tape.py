@@ -30,17 +30,10 @@ from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import BACKEND
 
 # Operators that wait for the device, or have outputs of a shape that only the device knows.
-_WAITING = {
-    "_local_scalar_dense",
-    "equal",
-    "is_nonzero",
-    "item",
-    "masked_select",
-    "nonzero",
-    "repeat_interleave.Tensor",
-    "unique_dim",
-    "_unique2",
-}
+_WAITING = set(
+    "_local_scalar_dense equal is_nonzero item masked_select nonzero repeat_interleave.Tensor "
+    "unique_dim _unique2".split()
+)
 # torch.tensor and its like: on a GPU a copy from memory that is not pinned.
 _MADE_ON_THE_HOST = {"lift", "lift_fresh", "lift_fresh_copy"}
 _BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -160,14 +153,9 @@ class Tape(Capture):
 
 
 def make_decoder(
-    monkeypatch: pytest.MonkeyPatch,
-    trio: Trio,
-    max_batch_size: int,
-    *,
-    taped: bool = False,
-    ahead: int = 0,
-    **options: Any,
-) -> Decoder:
+    monkeypatch: pytest.MonkeyPatch, trio: Trio, max_batch_size: int, *,
+    taped: bool = False, ahead: int = 0, **options: Any,
+) -> Decoder:  # fmt: skip
     """A decoder on the CPU whose steps are taped, or whose host runs ahead, as on a GPU.
 
     Graphs are made for 8 keys, 16, 32, ..., so that few tokens need several.

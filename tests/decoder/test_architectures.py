@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from proxytune_kernels.decoder import Speculation
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio, load_trio
 from tests.decoder.conftest import word_tokenizer
-from tests.decoder.test_runner import ARCHITECTURES, VOCAB_SIZE, random_ids
+from tests.decoder.test_runner import VOCAB_SIZE, make, random_ids
 
 pytestmark = pytest.mark.slow
 
@@ -67,22 +66,12 @@ ALPHAS = [1.0, 0.5, 2.0, 1.0, 0.0, -0.5]
 LENGTHS = [14, 3, 22, 9, 1, 12]
 
 
-def make_model(architecture: str, seed: int) -> Any:
-    model_class, config = ARCHITECTURES[architecture]
-    torch.manual_seed(seed)
-    model = model_class(copy.deepcopy(config)).double().eval()
-    if config.get_text_config().model_type == "gemma2":
-        # SDPA has no soft caps.
-        model.set_attn_implementation("eager")
-    return model
-
-
 class Case:
     """A trio, and what the naive loop says."""
 
     def __init__(self, name: str, greedy: Loop) -> None:
         base, pair = TRIOS[name]
-        models = make_model(base, 0), make_model(pair, 1), make_model(pair, 2)
+        models = make(base, 0), make(pair, 1), make(pair, 2)
         with torch.no_grad():
             # The expert says most of what comes out, so that some of its drafts are kept.
             for model in (models[0], models[2]):

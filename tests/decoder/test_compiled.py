@@ -8,31 +8,23 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import MistralConfig, MistralForCausalLM
 
 from proxytune_kernels.decoder.model import CompiledStep
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from tests.decoder.test_runner import make
 
 # Importing torch's own compiler calls what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 
 
 def sliding(seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = MistralConfig(
-        vocab_size=262,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        sliding_window=8,
-        eos_token_id=2,
-    )
-    return MistralForCausalLM(config).double().eval()
+    """A window of 8 of one layer."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 262, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "max_position_embeddings": 64, "sliding_window": 8,
+    }  # fmt: skip
+    return make("mistral-window", seed, **sizes)
 
 
 def test_compiled_tokens_equal_the_naive_loop(trio, make_decoder, greedy, monkeypatch):

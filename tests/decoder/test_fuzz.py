@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from proxytune_kernels.decoder import Decoder, RequestOutput, Speculation, StreamEvent
 from proxytune_kernels.params import SamplingParams
-from tests.decoder.conftest import BACKEND, near_trio
+from tests.decoder.conftest import BACKEND, ended, near_trio
 from tests.decoder.tape import make_decoder
 
 pytestmark = pytest.mark.slow
@@ -55,15 +55,12 @@ PARAMS = st.builds(
     stop=st.sampled_from([(), ("a", "ff")]),
     ignore_eos=st.just(True),
 )
-SPECULATIONS = st.sampled_from(
-    [
-        None,
-        None,
-        Speculation(max_drafts=3),
-        Speculation(max_drafts=3, adaptive=False),
-        Speculation(drafter="prompt_lookup", max_drafts=3, adaptive=False),
-        Speculation(max_drafts=2, adaptive=False, mode="rejection"),
-    ]
+SPECULATIONS = st.none() | st.builds(
+    Speculation,
+    drafter=st.sampled_from(["expert", "prompt_lookup"]),
+    mode=st.sampled_from(["coupled", "coupled", "coupled", "rejection"]),
+    max_drafts=st.sampled_from([2, 3]),
+    adaptive=st.booleans(),
 )
 
 
@@ -79,13 +76,7 @@ class _Sent:
 
     def check(self) -> None:
         """It has ended, once, with all that was given out."""
-        assert [event.output is not None for event in self.events[:-1]] == [False] * (
-            len(self.events) - 1
-        )
-        output = self.events[-1].output
-        assert output is not None
-        assert [t for event in self.events for t in event.token_ids] == output.token_ids
-        assert "".join(event.text for event in self.events) == output.text
+        output = ended(self.events)
         assert output.prompt_token_ids == by_role(self.prompt)
         wanted = alone(self.prompt, self.params)
         if self.cancelled:
@@ -110,26 +101,16 @@ class Traffic(RuleBasedStateMachine):
 
     @initialize(
         slots=st.integers(1, 4),
-        chunk=st.sampled_from([1, 4, 16, 64]),
         speculation=SPECULATIONS,
+        prefill_chunk=st.sampled_from([1, 4, 16, 64]),
         ahead=st.integers(0, 1),
         taped=st.sampled_from([False] * 3 + [BACKEND != "reference"]),
     )
-    def start(
-        self, slots: int, chunk: int, speculation: Speculation | None, ahead: int, taped: bool
-    ) -> None:
+    def start(self, slots: int, speculation: Speculation | None, **options: Any) -> None:
         self.greedy_only = speculation is not None and speculation.mode == "rejection"
+        options |= {"max_seq_len": MAX_SEQ_LEN, "speculation": speculation}
         with pytest.MonkeyPatch.context() as patch:
-            self.decoder = make_decoder(
-                patch,
-                tiny_trio(),
-                slots,
-                max_seq_len=MAX_SEQ_LEN,
-                prefill_chunk=chunk,
-                speculation=speculation,
-                ahead=ahead,
-                taped=taped,
-            )
+            self.decoder = make_decoder(patch, tiny_trio(), slots, **options)
         self.watch()
 
     def watch(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import BACKEND, VOCAB_SIZE, noisy_copy, tiny_llama
 from tests.decoder.tape import Tape, make_decoder
-from tests.decoder.test_runner import ARCHITECTURES
+from tests.decoder.test_runner import ARCHITECTURES, make
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,9 +74,24 @@ def check(outputs: list[RequestOutput], wanted: list[RequestOutput]) -> None:
         assert output.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-def replays(decoder: Decoder) -> int:
+def graphs(decoder: Decoder) -> Any:
     assert decoder._graphs is not None
-    tape = decoder._graphs._capture
+    return decoder._graphs
+
+
+def check_taped(
+    monkeypatch: pytest.MonkeyPatch, trio: Trio, slots: int, prompts: Any, params: Any,
+    **options: Any,
+) -> Decoder:  # fmt: skip
+    """The decoder that captures, which gave what the eager one of the same options gives."""
+    wanted = make_decoder(monkeypatch, trio, slots, **options).generate(prompts, params)
+    decoder = make_decoder(monkeypatch, trio, slots, taped=True, **options)
+    check(decoder.generate(prompts, params), wanted)
+    return decoder
+
+
+def replays(decoder: Decoder) -> int:
+    tape = graphs(decoder)._capture
     assert isinstance(tape, Tape)
     return tape.replays
 
@@ -87,70 +101,46 @@ def replays(decoder: Decoder) -> int:
 def test_tokens_equal_eager_ones(near, monkeypatch, speculation, ahead):
     """Ragged, refilled, prompts per role and in chunks, alpha 0 among others, min_tokens."""
     options: dict[str, Any] = {"speculation": SPECULATIONS[speculation], "prefill_chunk": 12}
-    prompts, params = requests(0, 10)
-    eager = make_decoder(monkeypatch, near, 5, ahead=ahead, **options)
-    wanted = eager.generate(prompts, params)
-    decoder = make_decoder(monkeypatch, near, 5, ahead=ahead, taped=True, **options)
-    check(decoder.generate(prompts, params), wanted)
+    decoder = check_taped(monkeypatch, near, 5, *requests(0, 10), ahead=ahead, **options)
     counts = decoder.statistics()
     # A last step that nobody waits for may still be on its way.
     steps = counts["plain_steps"] + counts["speculative_rounds"]
     assert steps <= replays(decoder) <= steps + ahead
     if speculation != "plain":
         assert counts["accepted"] > 0
-    assert decoder.info()["graphs"] == f"{count(decoder)} captured"
-    assert decoder._graphs is not None
-    keys: list[Any] = list(decoder._graphs._replays)
+    assert decoder.info()["graphs"] == f"{graphs(decoder).count} captured"
+    keys = list(graphs(decoder)._replays)
     assert {rows for rows, *_ in keys} <= {1, 2, 4, 5}
     assert {length for _, length, *_ in keys} <= {8, 16, 32, 64}
 
 
-def count(decoder: Decoder) -> int:
-    assert decoder._graphs is not None
-    return decoder._graphs.count
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_can_be_captured(tokenizer, monkeypatch, architecture):
-    kind, config = ARCHITECTURES[architecture]
-    config = copy.deepcopy(config)
-    config.vocab_size = VOCAB_SIZE
-    torch.manual_seed(0)
-    base = kind(config).double().eval()
+    base = make(architecture, vocab_size=VOCAB_SIZE)
     mixed = Trio.from_models(base, noisy_copy(base, 0.05, 1), tiny_llama(1, 16, 1), tokenizer)
-    prompts, params = requests(1, 4)
     # The expert runs token by token, the base several at once.
     options: dict[str, Any] = {"speculation": Speculation(max_drafts=2, adaptive=False)}
-    wanted = make_decoder(monkeypatch, mixed, 3, **options).generate(prompts, params)
-    decoder = make_decoder(monkeypatch, mixed, 3, taped=True, **options)
-    check(decoder.generate(prompts, params), wanted)
-    assert replays(decoder) > 0
+    assert replays(check_taped(monkeypatch, mixed, 3, *requests(1, 4), **options)) > 0
 
 
 def test_one_graph_for_each_doubling(trio, monkeypatch):
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-    wanted = make_decoder(monkeypatch, trio, 4).generate([[5, 6, 7]], params)
-    decoder = make_decoder(monkeypatch, trio, 4, taped=True)
-    check(decoder.generate([[5, 6, 7]], params), wanted)
+    decoder = check_taped(monkeypatch, trio, 4, [[5, 6, 7]], params)
     # From 4 keys to 62: one graph each for 8, 16, 32 and 64.
-    assert count(decoder) == 4
+    assert graphs(decoder).count == 4
     decoder.generate([[5, 6, 7]], params)
-    assert count(decoder) == 4
+    assert graphs(decoder).count == 4
     # Of 3 rows as of 4.
     decoder.generate([[8, 9]] * 3, params)
     decoder.generate([[8, 9]] * 4, params)
-    assert count(decoder) == 8
+    assert graphs(decoder).count == 8
 
 
 def test_no_graph_for_the_last_few_places(trio, monkeypatch):
     """33 places: where 32 would do, so do all."""
     params = SamplingParams(temperature=0, max_tokens=31, ignore_eos=True)
-    wanted = make_decoder(monkeypatch, trio, 1, max_seq_len=33).generate([[5, 6, 7]], params)
-    decoder = make_decoder(monkeypatch, trio, 1, max_seq_len=33, taped=True)
-    check(decoder.generate([[5, 6, 7]], params), wanted)
-    assert decoder._graphs is not None
-    keys: list[Any] = list(decoder._graphs._replays)
-    assert [length for _, length, *_ in keys] == [8, 16, 33]
+    decoder = check_taped(monkeypatch, trio, 1, [[5, 6, 7]], params, max_seq_len=33)
+    assert [length for _, length, *_ in graphs(decoder)._replays] == [8, 16, 33]
 
 
 @pytest.mark.parametrize("speculation", ["plain", "coupled", "lookup"])
@@ -177,17 +167,12 @@ def test_a_full_row_when_a_graph_is_made(trio, monkeypatch, speculation):
 
     Its row has no place for the tokens of two warm-ups one behind the other.
     """
-    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
-    prompts = [[6] * 3, [5] * 9]
+    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation], "max_seq_len": 16}
     params = [
         SamplingParams(temperature=0, max_tokens=14, min_tokens=8, stop_token_ids=[0]),
         SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
     ]
-    wanted = make_decoder(monkeypatch, trio, 2, max_seq_len=16, ahead=1, **options).generate(
-        prompts, params
-    )
-    decoder = make_decoder(monkeypatch, trio, 2, max_seq_len=16, ahead=1, taped=True, **options)
-    check(decoder.generate(prompts, params), wanted)
+    check_taped(monkeypatch, trio, 2, [[6] * 3, [5] * 9], params, ahead=1, **options)
 
 
 # PEFT asks a model for a property that transformers renamed.
@@ -197,24 +182,17 @@ def test_a_full_row_when_a_graph_is_made(trio, monkeypatch, speculation):
 def test_pairs(lora_trio, near, monkeypatch, pair, speculation):
     trio = lora_trio if pair == "shared" else near
     options: dict[str, Any] = {"pair": pair, "speculation": SPECULATIONS[speculation]}
-    prompts, params = requests(2, 5)
-    wanted = make_decoder(monkeypatch, trio, 3, **options).generate(prompts, params)
-    decoder = make_decoder(monkeypatch, trio, 3, taped=True, ahead=1, **options)
-    check(decoder.generate(prompts, params), wanted)
+    decoder = check_taped(monkeypatch, trio, 3, *requests(2, 5), ahead=1, **options)
     assert decoder.info()["pair"] == pair
     assert replays(decoder) > 0
 
 
 def test_a_model_that_waits_for_the_device_runs_eagerly(trio, monkeypatch):
     """Rope that grows with the longest position must know it on the host."""
-    base = tiny_llama(
-        0, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    )
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    base = tiny_llama(0, rope_parameters=rope)
     waiting = Trio.from_models(base, trio.expert, trio.anti, trio.tokenizer)
-    prompts, params = requests(3, 4)
-    wanted = make_decoder(monkeypatch, waiting, 3).generate(prompts, params)
-    decoder = make_decoder(monkeypatch, waiting, 3, taped=True)
-    check(decoder.generate(prompts, params), wanted)
+    decoder = check_taped(monkeypatch, waiting, 3, *requests(3, 4))
     assert decoder.info()["graphs"] == (
         "none: a step can't be captured: operation not permitted when stream is capturing: "
         "is_nonzero"
@@ -244,8 +222,7 @@ def test_a_failed_capture_harms_nothing(near, monkeypatch, speculation, works):
     prompts, params = requests(4, 6)
     wanted = make_decoder(monkeypatch, near, 3, **options).generate(prompts, params)
     decoder = make_decoder(monkeypatch, near, 3, taped=True, **options)
-    assert decoder._graphs is not None
-    decoder._graphs._capture = _Failing(works, RuntimeError("no\n  such thing"))
+    graphs(decoder)._capture = _Failing(works, RuntimeError("no\n  such thing"))
     check(decoder.generate(prompts, params), wanted)
     assert decoder.info()["graphs"] == "none: a step can't be captured: no such thing"
 
@@ -255,14 +232,13 @@ def test_other_errors_are_not_hidden(trio, monkeypatch):
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     [wanted] = make_decoder(monkeypatch, trio, 2).generate("hello", params)
     decoder = make_decoder(monkeypatch, trio, 2, taped=True)
-    assert decoder._graphs is not None
     error: type[BaseException]
     for error in (torch.OutOfMemoryError, ValueError, KeyboardInterrupt):
-        decoder._graphs._capture = _Failing(0, error("out of it"))
+        graphs(decoder)._capture = _Failing(0, error("out of it"))
         with pytest.raises(error, match="out of it"):
             decoder.generate("hello", params)
-        assert decoder._graphs.failed is None
-    decoder._graphs._capture = Tape()
+        assert graphs(decoder).failed is None
+    graphs(decoder)._capture = Tape()
     check(decoder.generate("hello", params), [wanted])
 
 

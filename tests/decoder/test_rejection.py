@@ -54,20 +54,9 @@ def eight() -> Trio:
     )
 
 
-def law(x: Array, params: SamplingParams) -> Array:
-    """Filtered probabilities [..., V] of logits."""
-    rows = x.reshape(-1, V)
-    ones = np.ones(len(rows))
-    order = oracle.ORDERS.index(params.filter_order)
-    filters = oracle.Filters(
-        ones * float(np.float32(params.temperature)), (ones * params.top_k).astype(int),
-        ones * float(np.float32(params.top_p)), ones * float(np.float32(params.min_p)),
-        (ones * order).astype(int),
-    )  # fmt: skip
-    kept = oracle.kept(rows, filters)
-    assert (kept.low == kept.high).all()
-    logs = oracle.log_probabilities(rows, filters.temperature, kept.order, kept.low)
-    return np.exp(logs).reshape(x.shape)
+def law(x: Tensor, params: SamplingParams) -> Array:
+    filters = params.temperature, params.top_k, params.top_p, params.min_p, params.filter_order
+    return oracle.law(x, *filters)
 
 
 class Laws(NamedTuple):
@@ -83,11 +72,11 @@ def laws(trio: Trio, params: SamplingParams) -> Laws:
     found = Laws([], [])
     for length in range(COUNT):
         texts = list(itertools.product(range(V), repeat=length))
-        x: dict[str, Array] = {}
+        x: dict[str, Tensor] = {}
         for role, model in trio.models.items():
             inputs = torch.tensor([[*PROMPTS[role], *text] for text in texts])
             logits = model(inputs, use_cache=False).logits[:, -1]
-            x[role] = logits.numpy().reshape(*[V] * (length + 1))
+            x[role] = logits.reshape(*[V] * (length + 1))
         combined = x["base"] + params.alpha * (x["expert"] - x["anti"])
         found.target.append(law(combined, params))
         found.draft.append(law(x["expert"], params))

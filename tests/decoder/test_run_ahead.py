@@ -10,7 +10,7 @@ import pytest
 from proxytune_kernels.decoder import Decoder, StreamEvent
 from proxytune_kernels.decoder.step import Stepper
 from proxytune_kernels.params import SamplingParams
-from tests.decoder.conftest import BACKEND, by_request, nan_token
+from tests.decoder.conftest import BACKEND, by_request, ended, nan_token
 from tests.decoder.tape import make_decoder
 from tests.decoder.test_graphs import SPECULATIONS, check, requests
 
@@ -40,18 +40,10 @@ def test_tokens_equal(near, monkeypatch, speculation, taped):
         params = [dataclasses.replace(p, temperature=0.0) for p in params]
     wanted = make_decoder(monkeypatch, near, 3, **options).generate(prompts, params)
     decoder = make_decoder(monkeypatch, near, 3, ahead=1, taped=taped, **options)
-    events = list(decoder.stream(prompts, params))
-    by_index = by_request(events)
-    outputs = [by_index[i][-1].output for i in range(len(prompts))]
-    check([output for output in outputs if output is not None], wanted)
+    by_index = by_request(decoder.stream(prompts, params))
+    # Nothing behind an end, nothing twice.
+    check([ended(by_index[i]) for i in range(len(prompts))], wanted)
     assert {output.finish_reason for output in wanted} == {"stop", "length"}
-    for index, output in enumerate(wanted):
-        # Nothing behind an end, nothing twice.
-        assert [e.output is None for e in by_index[index]][:-1] == [True] * (
-            len(by_index[index]) - 1
-        )
-        assert [t for e in by_index[index] for t in e.token_ids] == output.token_ids
-        assert "".join(e.text for e in by_index[index]) == output.text
     empty(decoder)
 
 
@@ -121,9 +113,7 @@ def test_cancelled_under_a_step_in_flight(near, monkeypatch, speculation):
             assert decoder._loop._pending
             decoder.cancel(next(e.request_id for e in events if e.index == 0))
     for index, seen in by_request(events).items():
-        output = seen[-1].output
-        assert output is not None
-        assert [t for e in seen for t in e.token_ids] == output.token_ids
+        output = ended(seen)
         assert output.token_ids == wanted[index].token_ids[: len(output.token_ids)]
         assert output.finish_reason == ("cancelled" if index == 0 else "length")
         assert index == 0 or len(output.token_ids) == 25

@@ -8,68 +8,56 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.deprecation import deprecate_kwarg
 
 from proxytune_kernels.decoder.cache import cache_keyword
 from proxytune_kernels.decoder.runner import Runner
+from tests.decoder.conftest import kind
 
 VOCAB_SIZE = 96
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 GEMMA2: dict[str, Any] = {
-    "head_dim": 8,
-    "sliding_window": 4,
-    "attn_logit_softcapping": 5.0,
-    "final_logit_softcapping": 7.0,
-    "query_pre_attn_scalar": 8,
-}
+    "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 7.0, "query_pre_attn_scalar": 8,
+}  # fmt: skip
 QWEN2: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "llama-mha": (LlamaForCausalLM, LlamaConfig(**{**SIZES, "num_key_value_heads": 4})),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16)),
-    "qwen2-mixed-window": (Qwen2ForCausalLM, Qwen2Config(**SIZES, **QWEN2)),
-    "mistral-window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=5)),
-    "gemma2-softcap": (Gemma2ForCausalLM, Gemma2Config(**SIZES, **GEMMA2)),
-    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4)),
+    "llama": kind("Llama", SIZES),
+    "llama-mha": kind("Llama", SIZES, num_key_value_heads=4),
+    "qwen3": kind("Qwen3", SIZES, head_dim=16),
+    "qwen2-mixed-window": kind("Qwen2", SIZES, **QWEN2),
+    "mistral-window": kind("Mistral", SIZES, sliding_window=5),
+    "gemma2-softcap": kind("Gemma2", SIZES, **GEMMA2),
+    "gemma3": kind("Gemma3", SIZES, head_dim=8, sliding_window=4),
 }
 # fp64 forwards differ by some 1e-15 of logits up to 30 here; the runner gives fp32, 2^-24 of them.
 # Gemma 2's own eager attention takes its softmax in fp32.
 TOLERANCE = {"gemma2-softcap": 1e-4}
 
 
-def make(architecture: str) -> Any:
-    model_class, config = ARCHITECTURES[architecture]
-    torch.manual_seed(0)
-    model = model_class(copy.deepcopy(config)).double().eval()
+def make(
+    architecture: str, seed: int = 0, kinds: dict[str, Any] = ARCHITECTURES, **settings: Any
+) -> Any:
+    model_class, config = kinds[architecture]
+    torch.manual_seed(seed)
+    config = copy.deepcopy(config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model = model_class(config).double().eval()
     if architecture == "gemma2-softcap":
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation("eager")  # SDPA has no soft caps
     return model
+
+
+def assert_plain(found: Tensor, model: Any, token_ids: list[int], architecture: str = "") -> None:
+    """Logits after these tokens are those of the plain forward."""
+    bound = TOLERANCE.get(architecture, 1e-6)
+    torch.testing.assert_close(found, plain(model, token_ids), rtol=1e-6, atol=bound)
 
 
 @torch.no_grad()
@@ -110,9 +98,7 @@ def test_logits_equal_the_plain_forward(architecture, lengths):
     logits = [prefill(runner, [slot], [row])[0] for slot, row in enumerate(rows)]
     for count in range(12):
         for row, row_logits in zip(rows, logits, strict=True):
-            torch.testing.assert_close(
-                row_logits, plain(model, row), rtol=1e-6, atol=TOLERANCE.get(architecture, 1e-6)
-            )
+            assert_plain(row_logits, model, row, architecture)
         token_ids = random_ids(len(rows), 100 + count)
         for row, token_id in zip(rows, token_ids, strict=True):
             row.append(token_id)
@@ -133,12 +119,7 @@ def test_several_tokens_at_once_and_their_rollback(architecture, lengths):
         logits = step(runner, tokens, kept=2)
         for row, new, row_logits in zip(rows, tokens, logits, strict=True):
             for j in range(4):
-                torch.testing.assert_close(
-                    row_logits[j],
-                    plain(model, [*row, *new[: j + 1]]),
-                    rtol=1e-6,
-                    atol=TOLERANCE.get(architecture, 1e-6),
-                )
+                assert_plain(row_logits[j], model, [*row, *new[: j + 1]], architecture)
             row += new[:2]
 
 
@@ -149,12 +130,7 @@ def test_a_prompt_in_chunks(architecture):
     row = random_ids(23, 0)
     for start in range(0, 23, 9):
         logits = runner.extend(1, {"base": row[start : start + 9]})["base"]
-        torch.testing.assert_close(
-            logits[0],
-            plain(model, row[: start + 9]),
-            rtol=1e-6,
-            atol=TOLERANCE.get(architecture, 1e-6),
-        )
+        assert_plain(logits[0], model, row[: start + 9], architecture)
 
 
 @pytest.mark.parametrize("lengths", [(8, 8, 8), (5, 12, 8)], ids=str)
@@ -164,7 +140,7 @@ def test_prompts_prefill_together(lengths):
     rows = [random_ids(length, seed) for seed, length in enumerate(lengths)]
     logits = prefill(runner, [3, 0, 2], rows)
     for row, row_logits in zip(rows, logits, strict=True):
-        torch.testing.assert_close(row_logits, plain(model, row), rtol=1e-6, atol=1e-6)
+        assert_plain(row_logits, model, row)
 
 
 def test_moved_and_reused_slots():
@@ -177,8 +153,8 @@ def test_moved_and_reused_slots():
     runner.move(1, 0)
     prefill(runner, [1], [new])
     logits = step(runner, [[7], [8]])[:, 0]
-    torch.testing.assert_close(logits[0], plain(model, [*short, 7]), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(logits[1], plain(model, [*new, 8]), rtol=1e-6, atol=1e-6)
+    assert_plain(logits[0], model, [*short, 7])
+    assert_plain(logits[1], model, [*new, 8])
 
 
 def test_nan_of_a_request_does_not_reach_the_next():
@@ -197,7 +173,7 @@ def test_nan_of_a_request_does_not_reach_the_next():
     prefill(runner, [1], [[5]])
     runner.forward(("base",), torch.tensor([[7], [8]]))
     logits = step(runner, [[7], [8]])[:, 0]
-    torch.testing.assert_close(logits[1], plain(model, [5, 8]), rtol=1e-6, atol=1e-6)
+    assert_plain(logits[1], model, [5, 8])
 
 
 def test_the_callers_model_is_left_as_it_was():
@@ -256,5 +232,5 @@ def test_a_cache_goes_by_the_name_that_the_model_takes():
     runner = Runner({"base": model}, 1, 64)
     row = random_ids(5, 0)
     # Warnings are errors here.
-    torch.testing.assert_close(prefill(runner, [0], [row])[0], plain(model, row))
-    torch.testing.assert_close(step(runner, [[7]])[0, 0], plain(model, [*row, 7]))
+    assert_plain(prefill(runner, [0], [row])[0], model, row)
+    assert_plain(step(runner, [[7]])[0, 0], model, [*row, 7])

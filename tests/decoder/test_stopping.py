@@ -10,7 +10,7 @@ import pytest
 from proxytune_kernels.decoder import Decoder, RequestOutput, StreamEvent
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import by_request
+from tests.decoder.conftest import by_request, ended
 
 
 def params(**settings: Any) -> SamplingParams:
@@ -88,10 +88,9 @@ def test_stop_string_across_tokens(trio, make_decoder, plain, include):
     events = list(
         make_decoder(trio).stream("hello", params(stop=[stop], include_stop_str_in_output=include))
     )
-    output = events[-1].output
-    assert output is not None
+    output = ended(events)
     assert (output.finish_reason, output.stop_reason) == ("stop", stop)
-    assert output.text == wanted == "".join(event.text for event in events)
+    assert output.text == wanted
     assert len(output.token_ids) < len(plain.token_ids)
     assert output.token_ids == plain.token_ids[: len(output.token_ids)]
     if not include:
@@ -115,15 +114,12 @@ def test_streaming_gives_what_generate_gives(trio, make_decoder):
     streamed = by_request(make_decoder(trio, 3).stream(prompts, settings))
     for output in outputs:
         events = streamed[output.index]
-        assert "".join(event.text for event in events) == output.text
-        assert [i for event in events for i in event.token_ids] == output.token_ids
+        final = ended(events)
+        assert final.token_ids == output.token_ids
+        assert (final.text, final.finish_reason) == (output.text, output.finish_reason)
         assert [p for event in events for p in event.logprobs] == pytest.approx(
             output.logprobs, abs=1e-5
         )
-        assert [event.output is not None for event in events[:-1]] == [False] * (len(events) - 1)
-        final = events[-1].output
-        assert final is not None
-        assert (final.text, final.finish_reason) == (output.text, output.finish_reason)
 
 
 def test_cancel_running_and_waiting(trio, make_decoder, plain):
@@ -137,19 +133,13 @@ def test_cancel_running_and_waiting(trio, make_decoder, plain):
             decoder.cancel(ids[0])
             decoder.cancel(ids[0] + 3)  # the fourth, which still waits
     streamed = by_request(events)
-    cancelled = streamed[0][-1].output
-    waiting = streamed[3][-1].output
-    assert cancelled is not None
-    assert waiting is not None
+    cancelled, waiting = ended(streamed[0]), ended(streamed[3])
     assert cancelled.finish_reason == waiting.finish_reason == "cancelled"
     assert cancelled.token_ids == plain.token_ids[: len(cancelled.token_ids)]
-    assert cancelled.text == "".join(event.text for event in streamed[0])
     assert waiting.token_ids == []
     for index, prompt in ((1, "a"), (2, "b")):
-        output = streamed[index][-1].output
-        assert output is not None
         [alone] = decoder.generate(prompt, params(ignore_eos=True))
-        assert output.token_ids == alone.token_ids
+        assert ended(streamed[index]).token_ids == alone.token_ids
     decoder.cancel(ids[0])  # finished: stays as it is
 
 
@@ -171,9 +161,8 @@ def test_two_streams_share_the_slots(trio, make_decoder, plain):
         for stream, seen in zip((first, second), events, strict=True):
             seen.extend(event for event in (next(stream, None),) if event is not None)
     assert [event.index for event in events[0]] == [0] * 20
-    for output in (events[0][-1].output, by_request(events[1])[1][-1].output):
-        assert output is not None
-        assert output.token_ids == plain.token_ids
+    for seen in (events[0], by_request(events[1])[1]):
+        assert ended(seen).token_ids == plain.token_ids
 
 
 @pytest.mark.parametrize(

@@ -86,26 +86,25 @@ def logits(directory: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(IDS).logits
 
 
+def steered(expert: Path | str, anti: Path | str) -> dict[str, Any]:
+    """What config.json, or its overrides, says of the shipped trio at alpha 0.5."""
+    return {
+        "architectures": ["ProxyTunedForCausalLM"],
+        "proxy_tuning": {
+            "expert": str(expert), "anti": str(anti), "alpha": 0.5,
+            "base_architectures": ["LlamaForCausalLM"], "vocab_size": 1536,
+        },
+    }  # fmt: skip
+
+
 def test_what_is_written(out):
     written = export(out, "shipped", alpha=0.5)
     base = json.loads((SHIPPED / "base" / "config.json").read_text())
-    assert json.loads((out / "config.json").read_text()) == {
-        **base,
-        "architectures": ["ProxyTunedForCausalLM"],
-        "proxy_tuning": {
-            "expert": "expert",
-            "anti": "anti",
-            "alpha": 0.5,
-            "base_architectures": ["LlamaForCausalLM"],
-            "vocab_size": 1536,
-        },
-    }
+    assert json.loads((out / "config.json").read_text()) == base | steered("expert", "anti")
     links = {name: target for name, target in contents(out).items() if isinstance(target, Path)}
-    assert links == {
-        "model.safetensors": SHIPPED / "base/model.safetensors",
-        "expert/model.safetensors": SHIPPED / "expert/model.safetensors",
-        "anti/model.safetensors": SHIPPED / "anti/model.safetensors",
-    }
+    folders = {"base": "", "expert": "expert/", "anti": "anti/"}
+    file = "model.safetensors"
+    assert links == {f"{at}{file}": SHIPPED / role / file for role, at in folders.items()}
     assert torch.equal(logits(out), logits(SHIPPED / "base"))
     for role in ("expert", "anti"):
         assert torch.equal(logits(out / role), logits(SHIPPED / role))
@@ -218,27 +217,16 @@ def test_a_hub_name_is_its_cached_snapshot(out, tmp_path, monkeypatch):
         export(tmp_path / "more", "shipped", base="some/other")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"expert": None, "anti": None}, "expert and anti must be given .* got base alone"),
-        ({"anti": None}, "anti must be given with the other of the pair"),
-        ({"prompts": {"expert": "chat"}}, "same for all roles.* base plain, expert chat"),
-        ({"quantize": {"base": "int8"}}, "quantize in trio.json .* which vLLM does not do"),
-        ({"gguf_file": {"bass": "x"}}, "gguf_file must have keys .* got 'bass'"),
-        ({"expert": "gone"}, "expert must be a directory or hub name, got 'gone'"),
-    ],
-)
-def test_trios_that_are_refused(out, trio, settings, message):
-    edit(trio / "trio.json", **settings)
-    with pytest.raises(ValueError, match=message):
-        export(out, trio)
-    assert not out.exists()
-
-
+# Settings of trio.json are a dictionary by that name.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"json": {"expert": None, "anti": None}}, "expert and anti must be given .* base alone"),
+        ({"json": {"anti": None}}, "anti must be given with the other of the pair"),
+        ({"json": {"prompts": {"expert": "chat"}}}, "same for all roles.* base plain, expert chat"),
+        ({"json": {"quantize": {"base": "int8"}}}, "quantize in trio.json .* vLLM does not do"),
+        ({"json": {"gguf_file": {"bass": "x"}}}, "gguf_file must have keys .* got 'bass'"),
+        ({"json": {"expert": "gone"}}, "expert must be a directory or hub name, got 'gone'"),
         ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),
         ({"alpha": "1"}, "alpha must be a finite number, got '1'"),
         # The kernels hold it in fp32.
@@ -247,9 +235,11 @@ def test_trios_that_are_refused(out, trio, settings, message):
         ({"source": "nowhere"}, "source must be 'shipped' or a directory .* got 'nowhere'"),
     ],
 )
-def test_arguments_that_are_refused(out, arguments, message):
+def test_what_is_refused(out, trio, arguments, message):
+    named = dict(arguments)
+    edit(trio / "trio.json", **named.pop("json", {}))
     with pytest.raises(ValueError, match=message):
-        export(out, **{"source": "shipped", **arguments})
+        export(out, **{"source": trio, **named})
     assert not out.exists()
 
 
@@ -406,16 +396,7 @@ def test_the_command_that_serves_it_where_it_lies():
         *("vllm", "serve", str(SHIPPED / "base")),
         *("--tokenizer", str(SHIPPED), "--hf-overrides"),
     ]
-    assert json.loads(overrides) == {
-        "architectures": ["ProxyTunedForCausalLM"],
-        "proxy_tuning": {
-            "expert": str(SHIPPED / "expert"),
-            "anti": str(SHIPPED / "anti"),
-            "alpha": 0.5,
-            "base_architectures": ["LlamaForCausalLM"],
-            "vocab_size": 1536,
-        },
-    }
+    assert json.loads(overrides) == steered(SHIPPED / "expert", SHIPPED / "anti")
 
 
 @pytest.mark.parametrize(

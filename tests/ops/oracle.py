@@ -130,13 +130,30 @@ def log_probabilities(x: Array, temperature: Array, order: Ints, size: Ints) -> 
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(x.shape[1])[None].repeat(len(x), 0), 1)
     inside = rank < size[:, None]
+    divisor = np.where(temperature == 0, 1.0, temperature)[:, None]
     with np.errstate(invalid="ignore"):
-        scaled = (x - x.max(-1, keepdims=True)) / np.where(temperature == 0, 1.0, temperature)[
-            :, None
-        ]
+        scaled = (x - x.max(-1, keepdims=True)) / divisor
     scaled = np.where(inside, scaled, -np.inf)
     with np.errstate(divide="ignore"):
         return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+
+
+def law(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    min_p: float = 0.0, filter_order: str = "vllm",
+) -> Array:  # fmt: skip
+    """Filtered probabilities of logits [..., V], by the same parameters in each row."""
+    x = exact(logits).reshape(-1, logits.shape[-1])
+    ones = np.ones(len(x))
+    f = Filters(
+        ones * float(np.float32(temperature)), (ones * top_k).astype(int),
+        ones * float(np.float32(top_p)), ones * float(np.float32(min_p)),
+        (ones * ORDERS.index(filter_order)).astype(int),
+    )  # fmt: skip
+    found = kept(x, f)
+    assert (found.low == found.high).all()
+    logs = log_probabilities(x, f.temperature, found.order, found.low)
+    return np.exp(logs).reshape(logits.shape)
 
 
 _MASK = 2**32 - 1

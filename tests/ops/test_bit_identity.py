@@ -123,7 +123,6 @@ def test_instruction_sets_agree_at_every_width(dtype):
             outs.append(run(backend, rows))
         for out in outs[1:]:
             assert_same(outs[0], out)
-    CPU[-1].use()
 
 
 @pytest.mark.skipif(len(CPU) < 2, reason="one instruction set runs here")
@@ -149,7 +148,6 @@ def test_instruction_sets_agree_on_wide_flat_rows():
         outs.append(verified)
     for i, out in enumerate(outs[4:]):
         assert_same(outs[i % 4], out)
-    CPU[-1].use()
 
 
 @pytest.mark.skipif(len(CPU) < 2, reason="one instruction set runs here")
@@ -173,7 +171,6 @@ def test_instruction_sets_agree_on_every_operator():
         for out in outs[1:]:
             for a, b in zip(outs[0], out, strict=True):
                 assert torch.equal(oracle.bits(a), oracle.bits(b))
-    CPU[-1].use()
 
 
 @pytest.mark.parametrize("mode", ("coupled", "rejection"))

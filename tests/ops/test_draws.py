@@ -26,19 +26,6 @@ def draw(backend, row, draws, **params):
     return backend.sample(row.expand(draws, -1), position=position, **params).token_ids.numpy()
 
 
-def probabilities(row, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, filter_order="vllm"):
-    one = np.ones(1)
-    code = oracle.ORDERS.index(filter_order)
-    f = oracle.Filters(
-        one * float(np.float32(temperature)), np.array([top_k]), one * float(np.float32(top_p)),
-        one * float(np.float32(min_p)), np.array([code]),
-    )  # fmt: skip
-    x = row.double().numpy()[None]
-    kept = oracle.kept(x, f)
-    assert kept.low[0] == kept.high[0]
-    return np.exp(oracle.log_probabilities(x, f.temperature, kept.order, kept.low))[0]
-
-
 def g_test(counts, expected):
     """p-value of the log-likelihood ratio; cells under 10 expected draws are pooled."""
     assert counts[expected == 0].sum() == 0  # no draw outside the kept set
@@ -70,7 +57,7 @@ def test_pooled_g_test(fast):
         row = torch.randn(case.pop("vocab_size"), generator=g) * case.pop("spread")
         tokens = draw(fast, row, draws, seed=1000 + i, **case)
         counts = np.bincount(tokens, minlength=len(row))
-        p_values.append(g_test(counts, draws * probabilities(row, **case)))
+        p_values.append(g_test(counts, draws * oracle.law(row, **case)))
     assert min(p_values) > SIGNIFICANCE / len(p_values), p_values
     assert stats.combine_pvalues(p_values).pvalue > SIGNIFICANCE, p_values
 
@@ -107,7 +94,7 @@ def test_tails_14_to_22_nats_down(fast):
 def test_p_values_of_200_seeds_are_uniform(fast):
     """Each seed's draws are a sample of its own: Kolmogorov-Smirnov over 200 chi-square tests."""
     row = torch.randn(24, generator=torch.Generator().manual_seed(3))
-    p = probabilities(row)
+    p = oracle.law(row)
     draws, p_values = 5000, []
     for seed in range(200):
         counts = np.bincount(draw(fast, row, draws, seed=seed), minlength=24)

@@ -6,7 +6,7 @@ The same examples each run. `make asan` runs them under AddressSanitizer and UBS
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,12 +96,16 @@ class Case(NamedTuple):
     allowed_mask: Tensor | None
     params: ptk.RowParams
     bad: Tensor  # bool [B]
+    drafter: tuple[Tensor, Layout] | None = None  # its logits
 
     def inputs(self, poison: float = math.nan) -> dict[str, Any]:
         roles = zip(self.values, self.layouts, strict=True)
         placed = [layout.place(values, poison) for values, layout in roles]
         keys = ("base", "expert", "anti")
         given = dict.fromkeys(keys) | dict(zip(keys, placed, strict=False))
+        if self.drafter is not None:
+            values, layout = self.drafter
+            given["draft_logits"] = layout.place(values, poison)
         return given | {"vocab_size": self.values[0].shape[-1]}
 
     @property
@@ -196,17 +200,28 @@ def widest_after() -> Iterator[None]:
 
 
 class Guarded:
-    """Outputs of the caller between guards that nothing may write to."""
+    """Outputs of the caller, as those of a call, between guards that nothing may write to."""
 
-    def __init__(self, kind: Any, **fields: tuple[tuple[int, ...], torch.dtype]) -> None:
-        self._flat = {n: torch.full((math.prod(s) + 2 * GUARD,), 77, dtype=d)
-                      for n, (s, d) in fields.items()}  # fmt: skip
-        views = {n: self._flat[n][GUARD:-GUARD].view(s) for n, (s, _) in fields.items()}
-        self.out: Any = kind(**views) if hasattr(kind, "_fields") else views["out"]
+    def __init__(self, like: Any) -> None:
+        self._flat: list[Tensor] = []
+        self.out: Any = oracle.each(self._guarded, like)
+
+    def _guarded(self, like: Tensor) -> Tensor:
+        self._flat.append(torch.full((like.numel() + 2 * GUARD,), 77, dtype=like.dtype))
+        return self._flat[-1][GUARD:-GUARD].view(like.shape)
 
     def check(self) -> None:
-        for name, flat in self._flat.items():
-            assert (flat[:GUARD] == 77).all() and (flat[-GUARD:] == 77).all(), name
+        for flat in self._flat:
+            assert (flat[:GUARD] == 77).all() and (flat[-GUARD:] == 77).all()
+
+
+def called(run: Callable[..., Any], case: Case, owned: bool, **arguments: Any) -> Any:
+    """What an operator gives, the same whatever lies around the logits and whose outputs it has."""
+    out = run(**case.inputs(), **arguments)
+    guarded = Guarded(out)
+    same(out, run(**case.inputs(1e4), **arguments, out=guarded.out if owned else None))
+    guarded.check()
+    return out
 
 
 def same(a: Any, b: Any) -> None:
@@ -280,15 +295,8 @@ def close(logprob: Tensor, wanted: Tensor, scaled: Tensor, tile_error: float) ->
 @few(30)
 @given(cases(), choices, st.booleans())
 def test_combine(name, case, choice, owned):
-    kernel = choice.put_to_work(name)
-    inputs, rows = case.inputs(), len(case.bad)
-    alpha = case.params.alpha
-    size = inputs["vocab_size"]
-    guarded = Guarded(Tensor, out=((rows, size), torch.float32))
-    out = guarded.out if owned else None
-    x = kernel.combine(**inputs, alpha=alpha, out=out, **case.constraints)
-    guarded.check()
-    same(x, kernel.combine(**case.inputs(1e4), alpha=alpha, **case.constraints))
+    kernel, alpha = choice.put_to_work(name), case.params.alpha
+    x = called(kernel.combine, case, owned, alpha=alpha, **case.constraints)
     base, expert, anti = [*case.values, None, None][:3]
     assert base is not None
     wanted = reference.combine(base, expert, anti, alpha, case.bias, case.allowed_mask)
@@ -322,22 +330,9 @@ def check_top(x: Tensor, top: ptk.TopLogprobs, tile_error: float) -> None:
 @given(cases(), choices, st.booleans(), st.sampled_from((0, 1, 5, 128)))
 def test_sample(name, case, choice, owned, n):
     kernel = choice.put_to_work(name)
-    inputs, rows = case.inputs(), len(case.bad)
-    guarded = Guarded(
-        ptk.SampleOutput, token_ids=((rows,), torch.int64), logprobs=((rows,), torch.float32),
-        raw_logprobs=((rows,), torch.float32), num_kept=((rows,), torch.int32),
-        status=((rows,), torch.int32),
-    )  # fmt: skip
-    guarded_top = Guarded(
-        ptk.TopLogprobs, token_ids=((rows, n), torch.int64), logprobs=((rows, n), torch.float32)
-    )
     arguments = {"params": case.params, "top_logprobs": n, **case.constraints}
-    given_out = guarded.out._replace(top=guarded_top.out if n else None)
-    out = kernel.sample(**inputs, **arguments, out=given_out if owned else None)
-    guarded.check()
-    guarded_top.check()
-    same(out, kernel.sample(**case.inputs(1e4), **arguments))
-    x = kernel.combine(**inputs, alpha=case.params.alpha, **case.constraints)
+    out = called(kernel.sample, case, owned, **arguments)
+    x = kernel.combine(**case.inputs(), alpha=case.params.alpha, **case.constraints)
     status = expected_status(x, case.bad)
     assert torch.equal(out.status.long(), status.long())
     drawn = (status & 12) == 0
@@ -367,11 +362,7 @@ def test_score(name, case, choice, owned, seed):
     ids = np.random.default_rng(seed).integers(-2, size + 2, (rows, 2))
     ids[np.random.default_rng(seed).random((rows, 2)) < 0.1] = 2**62
     token_ids = torch.from_numpy(ids)
-    guarded = Guarded(Tensor, out=((rows, 2), torch.float32))
-    given_out = guarded.out if owned else None
-    out = kernel.score(**inputs, token_ids=token_ids, alpha=alpha, out=given_out)
-    guarded.check()
-    same(out, kernel.score(**case.inputs(1e4), token_ids=token_ids, alpha=alpha))
+    out = called(kernel.score, case, owned, token_ids=token_ids, alpha=alpha)
     flat: dict[str, Any] = {
         n: v.flatten(0, 1) if isinstance(v, Tensor) else v for n, v in inputs.items()
     }
@@ -399,19 +390,12 @@ def plain_decoding(case: Case, kernel: Backend, j: int, stream: str) -> ptk.Samp
         values=tuple(v[:, j] for v in case.values),
         bias=None if case.bias is None else case.bias[:, j],
         allowed_mask=None if case.allowed_mask is None else case.allowed_mask[:, j],
+        drafter=None,
     )
     params = case.params._replace(position=case.params.position + j)
     out = kernel.sample(**at.inputs(), params=params, noise_stream=stream, **at.constraints)
     assert isinstance(out, ptk.SampleOutput)
     return out
-
-
-def guarded_verify(rows: int, positions: int) -> Guarded:
-    return Guarded(
-        ptk.VerifyOutput, token_ids=((rows, positions), torch.int64),
-        num_accepted=((rows,), torch.int32), logprobs=((rows, positions), torch.float32),
-        raw_logprobs=((rows, positions), torch.float32), status=((rows,), torch.int32),
-    )  # fmt: skip
 
 
 @each_or_cluster
@@ -423,11 +407,8 @@ def test_verify_coupled_is_plain_decoding(name, data, choice, owned, right):
     case = data.draw(cases(positions=len(right) + 1))
     rows, k = len(case.bad), len(right)
     ids = drafts(case, kernel, right)
-    guarded = guarded_verify(rows, k + 1)
     arguments = {"draft_token_ids": ids, "params": case.params, **case.constraints}
-    out = kernel.verify(**case.inputs(), **arguments, out=guarded.out if owned else None)
-    guarded.check()
-    same(out, kernel.verify(**case.inputs(1e4), **arguments))
+    out = called(kernel.verify, case, owned, **arguments)
     active = torch.ones(rows, dtype=torch.bool)
     accepted, status = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
     for j in range(k + 1):
@@ -454,14 +435,9 @@ def test_verify_rejection(name, data, choice, owned, right):
     generator = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     layout = Layout(3, 2, 1, data.draw(st.sampled_from(LOGIT_DTYPES)))
     values = data.draw(logits((rows, k, size), generator)).to(layout.dtype)
-    guarded = guarded_verify(rows, k + 1)
-    arguments = {"draft_token_ids": ids, "params": case.params, "mode": "rejection",
-                 **case.constraints}  # fmt: skip
-    out = kernel.verify(**case.inputs(), draft_logits=layout.place(values, math.nan), **arguments,
-                        out=guarded.out if owned else None)  # fmt: skip
-    guarded.check()
-    again = kernel.verify(**case.inputs(1e4), draft_logits=layout.place(values, 1e4), **arguments)
-    same(out, again)
+    case = case._replace(drafter=(values, layout))
+    arguments = {"draft_token_ids": ids, "params": case.params, **case.constraints}
+    out = called(kernel.verify, case, owned, mode="rejection", **arguments)
     for row in range(rows):
         accepted = int(out.num_accepted[row])
         assert torch.equal(out.token_ids[row, :accepted], ids[row, :accepted])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,40 +27,35 @@ def _cases(
     return found
 
 
+def check_inside(kept: oracle.Kept, out: ptk.SampleOutput) -> oracle.Ints:
+    """Sizes differ from the oracle's only inside its band, and tokens are of the kept sets."""
+    size = out.num_kept.numpy()
+    wrong = (size < kept.low) | (size > kept.high)
+    at = np.flatnonzero(wrong)
+    assert not wrong.any(), (at, size[wrong], kept.low[wrong], kept.high[wrong])
+    assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < size).all()
+    return size
+
+
 @pytest.mark.parametrize("order", oracle.ORDERS)
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
 def test_kept_sets_are_the_sort_oracles(backend, dtype, order):
-    """At least 3,000 rows; a size may differ from the oracle's only inside the band."""
+    """At least 3,000 rows."""
     total = undecided = cut_among_ties = 0
     # In the interpreter each width with one dtype.
     sizes = sized(backend, oracle.MANY, oracle.FEW[oracle.DTYPES.index(dtype) :: 3])
     for rows, kept, x in _cases(dtype, order, sizes):
-        out = backend.sample(
-            rows.base,
-            rows.expert,
-            rows.anti,
-            ptk.RowParams(**rows.params),
-            vocab_size=rows.vocab_size,
-        )
-        size, drawn = out.num_kept.numpy(), out.token_ids.numpy()
-        wrong = (size < kept.low) | (size > kept.high)
-        assert not wrong.any(), (
-            np.flatnonzero(wrong),
-            size[wrong],
-            kept.low[wrong],
-            kept.high[wrong],
-        )
+        params = ptk.RowParams(**rows.params)
+        out = backend.sample(*rows[:3], params, vocab_size=rows.vocab_size)
+        size = check_inside(kept, out)
         assert not out.status.any()
-        rank = (kept.order == drawn[:, None]).argmax(-1)
-        assert (rank < size).all()
-        found = out.logprobs.double().numpy()
+        found, drawn = out.logprobs.double().numpy(), out.token_ids.numpy()
         _check_logprobs(found, drawn, x, rows.filters, kept, size, backend.tile_error)
         total += len(size)
         undecided += int((kept.low != kept.high).sum())
         ordered = np.take_along_axis(x, kept.order, 1)
-        edge = np.take_along_axis(
-            ordered, np.stack([size - 1, np.minimum(size, x.shape[1] - 1)], 1), 1
-        )
+        ends = np.stack([size - 1, np.minimum(size, x.shape[1] - 1)], 1)
+        edge = np.take_along_axis(ordered, ends, 1)
         cut_among_ties += int(((edge[:, 0] == edge[:, 1]) & (size < x.shape[1])).sum())
     assert total == sum(rows for _, rows in sizes)
     assert cut_among_ties > sized(backend, 100, -1)  # ties at the cut are among the rows
@@ -209,9 +205,7 @@ def check_wide_rows(kernel, spread, order):
         min_p.double().numpy(), np.full(len(base), oracle.ORDERS.index(order)),
     )  # fmt: skip
     kept = oracle.kept(base.double().numpy(), f)
-    size = out.num_kept.numpy()
-    assert ((kept.low <= size) & (size <= kept.high)).all()
-    assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < size).all()
+    check_inside(kept, out)
     # Flat rows have thousands of tokens inside 1e-6 of the mass; the decided ones must not be few.
     assert (kept.high - kept.low <= 2 + 3e-6 * base.shape[1]).all()
 
@@ -227,9 +221,7 @@ def test_kept_sets_of_wide_peaked_rows(kernel):
     for vocab_size, batch in sized(kernel, [(20_000, 240)], [(8193, 5), (50_257, 1)]):
         rows, kept = _wide_cases(vocab_size, batch)
         out = kernel.sample(*rows[:3], ptk.RowParams(**rows.params), vocab_size=vocab_size)
-        size = out.num_kept.numpy()
-        assert ((kept.low <= size) & (size <= kept.high)).all()
-        assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < size).all()
+        check_inside(kept, out)
         assert (kept.low == kept.high).mean() >= 0.8  # flat rows have tokens of under 1e-6 each
 
 
@@ -239,10 +231,9 @@ def test_the_likeliest_tile_says_nothing_of_the_others(backend, below):
     x = 5.0 - below * torch.rand(1, 12_800, generator=torch.Generator().manual_seed(0))
     x[:, :128] = 5.0
     temperature = max(1.0, below)
-    wanted = ptk.sample(
-        x, None, None, temperature=temperature, top_p=0.9, seed=3, backend="reference"
-    )
-    out = backend.sample(x, None, None, temperature=temperature, top_p=0.9, seed=3)
+    given: Any = {"temperature": temperature, "top_p": 0.9, "seed": 3}
+    wanted = ptk.sample(x, backend="reference", **given)
+    out = backend.sample(x, **given)
     assert (out.token_ids, out.num_kept) == (wanted.token_ids, wanted.num_kept)
     assert int(out.num_kept) > 2048  # what a kernel sorts at once
 
@@ -253,18 +244,15 @@ def test_top_k_as_wide_as_the_row_is_off(backend):
     plain = rows.params | {"top_k": torch.zeros(batch, dtype=torch.int32)}
     for k in (-1, 77, 78, 2**31 - 1):
         wide = plain | {"top_k": torch.full((batch,), k, dtype=torch.int32)}
-        one, other = (
-            backend.sample(rows.base, rows.expert, rows.anti, ptk.RowParams(**p), vocab_size=77)
-            for p in (plain, wide)
-        )
-        oracle.assert_same(one, other)
+        made = (ptk.RowParams(**values) for values in (plain, wide))
+        oracle.assert_same(*(backend.sample(*rows[:3], p, vocab_size=77) for p in made))
 
 
 def test_greedy_is_the_first_maximum(backend):
     batch = sized(backend, 400, 60)
     rows = oracle.random_rows(7, batch, 150)
-    params = rows.params | {"temperature": torch.zeros(batch)}
-    out = backend.sample(rows.base, rows.expert, rows.anti, ptk.RowParams(**params), vocab_size=150)
+    params = ptk.RowParams(**rows.params | {"temperature": torch.zeros(batch)})
+    out = backend.sample(*rows[:3], params, vocab_size=150)
     assert out.token_ids.tolist() == rows.x.argmax(-1).tolist()  # numpy: the first of equals
     assert out.num_kept.tolist() == [1] * batch and out.logprobs.tolist() == [0.0] * batch
 
@@ -281,15 +269,11 @@ def test_extreme_temperatures(backend, temperature):
     batch = sized(backend, 64, 6)
     rows = oracle.random_rows(8, batch, 200)
     t = float(np.float32(temperature))
-    out = backend.sample(
-        rows.base, rows.expert, rows.anti, temperature=t, top_p=0.9, vocab_size=200,
-        position=torch.arange(batch),
-    )  # fmt: skip
-    base, expert, anti = (r[:, :200] for r in (rows.base, rows.expert, rows.anti))
+    given: Any = {"temperature": t, "top_p": 0.9, "position": torch.arange(batch)}
+    out = backend.sample(*rows[:3], vocab_size=200, **given)
+    base, expert, anti = (r[:, :200] for r in rows[:3])
     x = oracle.combined(base, expert, anti, torch.ones(batch))
     ones, zeros = np.ones(batch), np.zeros(batch, int)
     f = oracle.Filters(ones * t, zeros, ones * float(np.float32(0.9)), 0 * ones, zeros)
-    kept = oracle.kept(x, f)
-    assert ((kept.low <= out.num_kept.numpy()) & (out.num_kept.numpy() <= kept.high)).all()
-    assert ((kept.order == out.token_ids.numpy()[:, None]).argmax(-1) < out.num_kept.numpy()).all()
+    check_inside(oracle.kept(x, f), out)
     assert torch.isfinite(out.logprobs).all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -184,21 +183,24 @@ def test_out_is_written_and_returned(backend):
     few = params.rows(slice(0, B))
     ids = torch.zeros(B, T, dtype=torch.int64)
 
-    calls: list[Any] = [
-        (backend.sample, (*rows[:3], params)),
-        (functools.partial(backend.sample, top_logprobs=6), (*rows[:3], params)),
-        (backend.combine, (*rows[:3], params.alpha)),
-        (backend.score, (*stacked, ids, few.alpha)),
-        (backend.verify, (*stacked, ids[:, 1:], few)),
+    hidden = (*integer_heads(22, 4, 100), params_of(22, 4, 100))
+    calls: list[tuple[Any, Any, dict[str, int]]] = [
+        (backend.sample, (*rows[:3], params), {}),
+        (backend.sample, (*rows[:3], params), {"top_logprobs": 6}),
+        (backend.sample_hidden, hidden, {}),
+        (backend.sample_hidden, hidden, {"top_logprobs": 6}),
+        (backend.combine, (*rows[:3], params.alpha), {}),
+        (backend.score, (*stacked, ids, few.alpha), {}),
+        (backend.verify, (*stacked, ids[:, 1:], few), {}),
     ]
-    for op, args in calls:
-        plain = op(*args)
+    for op, args, options in calls:
+        plain = op(*args, **options)
         out = oracle.each(lambda t: torch.full_like(t, -7), plain)
-        assert op(*args, out=out) is out
+        assert op(*args, **options, out=out) is out
         oracle.assert_same(out, plain)
-        if getattr(out, "top", None) is not None:  # without top_logprobs it is left alone
+        if options:  # without top_logprobs it is left alone
             out.top.token_ids.fill_(-7)
-            assert backend.sample(*args, out=out) is out
+            assert op(*args, out=out) is out
             assert (out.top.token_ids == -7).all()
 
 

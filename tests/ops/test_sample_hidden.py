@@ -320,22 +320,6 @@ def test_x_on_the_cpu_is_the_same_bits_everywhere(dtype):
         part = [h._replace(hidden=h.hidden[rows]) for h in heads]
         x = cpu.combined((part[0], part[1], part[2]), alpha[rows], None, width)
         oracle.assert_same(x, whole[0][rows, :width])
-    CPUS[-1].use()
-
-
-@backends
-def test_out(backend):
-    heads, params = integer_heads(22, 4, 100), params_of(22, 4, 100)
-    plain = backend.sample_hidden(*heads, params, top_logprobs=3)
-    out = oracle.each(lambda t: torch.full_like(t, -7), plain)
-    assert backend.sample_hidden(*heads, params, top_logprobs=3, out=out) is out
-    oracle.assert_same(out, plain)
-    out.top.token_ids.fill_(-7)
-    assert backend.sample_hidden(*heads, params, out=out) is out
-    assert (out.top.token_ids == -7).all()
-    bare = oracle.each(lambda t: torch.full_like(t, -7), plain._replace(top=None))
-    backend.sample_hidden(*heads, params, out=bare)
-    oracle.assert_same(bare, plain._replace(top=None))
 
 
 @backends

@@ -138,22 +138,6 @@ def toy(seed):
     return target, target + torch.randn(K + 1, V + 1, V, generator=g) * 0.8
 
 
-def law(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, filter_order="vllm"):
-    """Filtered probabilities of each row: fp64 [..., V]."""
-    x = logits.double().numpy().reshape(-1, V)
-    ones = np.ones(len(x))
-    code = oracle.ORDERS.index(filter_order)
-    f = oracle.Filters(
-        ones * float(np.float32(temperature)), (ones * top_k).astype(int),
-        ones * float(np.float32(top_p)), ones * float(np.float32(min_p)), (ones * code).astype(int),
-    )  # fmt: skip
-    kept = oracle.kept(x, f)
-    assert (kept.low == kept.high).all()
-    return np.exp(oracle.log_probabilities(x, f.temperature, kept.order, kept.low)).reshape(
-        logits.shape
-    )
-
-
 def decode_three(backend, target, draft, draws, seed, filters):
     """The first three tokens of speculative decoding, and how many drafts were accepted."""
     position, start = torch.arange(draws) * 16, torch.full((draws,), V)
@@ -187,7 +171,7 @@ def test_rejection_has_the_targets_joint_law(fast, case):
     filters, draws = FILTERS[case], 400_000
     target, draft = toy(case)
     tokens, first, accepted = decode_three(fast, target, draft, draws, 100 + case, filters)
-    p = [law(target[j], **filters) for j in range(3)]
+    p = [oracle.law(target[j], **filters) for j in range(3)]
     joint = np.zeros((V, V, V))
     for a, b, c in itertools.product(range(V), repeat=3):
         joint[a, b, c] = p[0][V, a] * p[1][a, b] * p[2][b, c]
@@ -201,7 +185,7 @@ def test_rejection_has_the_targets_joint_law(fast, case):
     chi = ((observed - wanted)[wanted > 0] ** 2 / wanted[wanted > 0]).sum()
     assert stats.chi2.sf(chi, (wanted > 0).sum() - 1) > SIGNIFICANCE
 
-    q = law(draft[0], **filters)[V]
+    q = oracle.law(draft[0], **filters)[V]
     rate = np.minimum(p[0][V], q).sum()
     assert stats.binomtest(int((accepted > 0).sum()), draws, rate).pvalue > SIGNIFICANCE
     # By token: a draft t is accepted with probability min(1, p / q) of itself.
@@ -224,20 +208,12 @@ def test_the_bonus_after_a_full_acceptance_has_the_targets_law(fast):
     ]
     drafts = torch.stack([d.token_ids for d in drawn], 1)
     logits = row.expand(draws, K + 1, -1)
-    out = fast.verify(
-        logits,
-        None,
-        None,
-        drafts,
-        mode="rejection",
-        draft_logits=logits[:, :K],
-        position=position,
-        seed=1,
-    )
+    given = {"draft_logits": logits[:, :K], "position": position, "seed": 1}
+    out = fast.verify(logits, None, None, drafts, mode="rejection", **given)
     assert out.num_accepted.eq(K).all() and torch.equal(out.token_ids[:, :K], drafts)
     pairs = np.zeros((V, V))
     np.add.at(pairs, (out.token_ids[:, K - 1].numpy(), out.token_ids[:, K].numpy()), 1)
-    p = law(row[None])[0]
+    p = oracle.law(row)
     assert stats.chisquare(pairs.ravel(), draws * np.outer(p, p).ravel()).pvalue > SIGNIFICANCE
 
 

@@ -61,14 +61,9 @@ def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
     """A random model of widths that Q8_0 takes, which are multiples of 32."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
+        vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
     return Qwen2ForCausalLM(config).eval()
 
 

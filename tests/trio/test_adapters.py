@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +131,18 @@ def test_equal_weights_under_another_name_will_do(broken, tmp_path):
         load(broken)
 
 
-def test_an_adapter_for_another_model_is_refused(broken):
-    edit(broken / "adapter_config.json", base_model_name_or_path=str(SHIPPED / "base"))
-    with pytest.raises(LoadError, match=r"anti must be the model that expert's adapter names"):
-        load(broken)
-    edit(broken / "adapter_config.json", base_model_name_or_path="no/such-model")
-    with pytest.raises(LoadError, match=r"'no/such-model', or have its weights.* to compare them"):
-        load(broken)
-    edit(broken / "adapter_config.json", base_model_name_or_path=None)
-    with pytest.raises(
-        LoadError, match=r"expert must be an adapter that names its model, got .*None"
-    ):
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (str(SHIPPED / "base"), r"anti must be the model that expert's adapter names"),
+        ("no/such-model", r"'no/such-model', or have its weights.* to compare them"),
+        (None, r"expert must be an adapter that names its model, got .*None"),
+    ],
+    ids=["base", "unknown", "none"],
+)
+def test_an_adapter_for_another_model_is_refused(broken, named, message):
+    edit(broken / "adapter_config.json", base_model_name_or_path=named)
+    with pytest.raises(LoadError, match=message):
         load(broken)
 
 
@@ -251,8 +251,8 @@ def path_of(model: Any, module: Any) -> str:
 
 
 @pytest.fixture
-def peft_expert(adapter: Path) -> Iterator[Any]:
-    yield peft.PeftModel.from_pretrained(open_anti("bfloat16"), adapter)
+def peft_expert(adapter: Path) -> Any:
+    return peft.PeftModel.from_pretrained(open_anti("bfloat16"), adapter)
 
 
 @torch.no_grad()
@@ -272,19 +272,18 @@ def test_a_peft_model_is_taken_as_the_model_in_it(peft_expert, adapter):
     assert {t.dtype for name, t in before.items() if ".lora_" in name} == {torch.float32}
 
 
-def test_a_peft_model_without_a_lora_adapter_is_refused():
+def test_peft_models_that_are_no_pair_are_refused(peft_expert):
     shipped = load_trio("shipped")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    expert = peft.get_peft_model(open_anti("bfloat16"), config)
-    with pytest.raises(ValueError, match="expert must have a LoRA adapter .* got PROMPT_TUNING"):
-        Trio.from_models(shipped.base, expert, shipped.anti, shipped.tokenizer)
 
+    def refuse(expert: Any, anti: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Trio.from_models(shipped.base, expert, anti, shipped.tokenizer)
 
-def test_an_anti_with_the_adapter_in_it_is_refused(peft_expert):
-    shipped = load_trio("shipped")
     inner = peft_expert.get_base_model()
-    with pytest.raises(ValueError, match="anti must be the model without the adapter, got one"):
-        Trio.from_models(shipped.base, peft_expert, inner, shipped.tokenizer)
+    refuse(peft_expert, inner, "anti must be the model without the adapter, got one")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    prompts = peft.get_peft_model(open_anti("bfloat16"), config)
+    refuse(prompts, shipped.anti, "expert must have a LoRA adapter .* got PROMPT_TUNING")
 
 
 def test_an_adapter_with_biases_for_the_model_is_refused(tmp_path):

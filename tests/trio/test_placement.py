@@ -77,7 +77,6 @@ def test_a_device_is_for_the_roles_without_a_map():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cpu", "device_map": "auto"}, "device of base must not be given with a dev"),
         (
             {"device": {"base": "cpu"}, "device_map": {"base": "auto"}},
             "device of base must not be given with a device_map of base, got 'cpu' and 'auto'",

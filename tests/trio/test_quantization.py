@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import proxytune_kernels as ptk
 from proxytune_kernels.trio.adapters import copy_modules
@@ -51,21 +52,15 @@ def quantized_paths(model: Any) -> dict[str, Any]:
 @torch.no_grad()
 def weight_of(layer: Any) -> Tensor:
     """The weight [out, in] that a layer multiplies with."""
-    bias = 0 if layer.bias is None else layer.bias
-    columns = layer(torch.eye(layer.in_features, dtype=layer.weight.dtype)) - bias
-    return columns.T.contiguous()
-
-
-def without_bias(layer: Any) -> Any:
     twin = copy.copy(layer)
     twin._parameters = {**layer._parameters, "bias": None}
-    return twin
+    return twin(torch.eye(layer.in_features, dtype=layer.weight.dtype)).T.contiguous()
 
 
 def test_int8_weights_are_the_nearest_of_255_steps_of_their_row():
     model, plain = ptk.quantize(make_model(), "int8"), make_model()
     for path, layer in quantized_paths(plain).items():
-        got = weight_of(without_bias(model.get_submodule(path)))
+        got = weight_of(model.get_submodule(path))
         largest = layer.weight.detach().abs().amax(dim=1, keepdim=True)
         # Half of a step of 2 * largest / 255. The quotient's rounding, 2^-24 of up to 128 steps,
         # may take the next step instead of one just as near.
@@ -77,7 +72,7 @@ def test_int8_weights_are_the_nearest_of_255_steps_of_their_row():
 def test_int4_weights_are_the_nearest_of_16_of_their_group():
     model, plain = ptk.quantize(make_model(), "int4"), make_model()
     for path, layer in quantized_paths(plain).items():
-        got = weight_of(without_bias(model.get_submodule(path))).unflatten(1, (-1, 32))
+        got = weight_of(model.get_submodule(path)).unflatten(1, (-1, 32))
         wanted = layer.weight.detach().unflatten(1, (-1, 32))
         low, high = wanted.amin(dim=2, keepdim=True), wanted.amax(dim=2, keepdim=True)
         # Half of a step; a step is of the size of the weights, and their fp32 rounding 2^-24 of it.
@@ -96,7 +91,7 @@ def test_nothing_changes_but_those_weights(quantization):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len(parameters) == len(kept) + len(quantized_paths(plain))
     for path, layer in quantized_paths(plain).items():
-        layer.weight.copy_(weight_of(without_bias(model.get_submodule(path))))
+        layer.weight.copy_(weight_of(model.get_submodule(path)))
     # Sums of at most 96 products in another order: each layer's are within 96 * 2^-24 of the sum of
     # their magnitudes, here about 1, and fourteen layers stand in a row.
     torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=0, atol=14 * 96 * 2**-24)
@@ -191,54 +186,48 @@ def test_a_trio_file_may_say_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "arguments", "message"),
+    ("model", "quantization", "device", "message"),
     [
-        ({}, ("int3",), "quantization must be one of int8, int4, got 'int3'"),
-        (
-            {"dtype": torch.float64},
-            ("int8",),
-            "of float32, bfloat16 or float16, got float64 in model",
-        ),
-        (
-            {"hidden": 48},
-            ("int4",),
-            "multiple of 32 .* got model.layers.0.self_attn.q_proj with 48",
-        ),
-        ({"intermediate_size": 40}, ("int4",), "got .*gate_proj with 64 inputs and 40 outputs"),
-        ({}, ("int4", "meta"), "int4 runs on cpu and cuda, got .*q_proj on meta"),
-        ({}, ("int4", "cuda"), "int4 needs bfloat16 weights on cuda, got float32 in .*q_proj"),
+        ({}, "int3", None, "quantization must be one of int8, int4, got 'int3'"),
+        ({"dtype": torch.float64}, "int8", None, "or float16, got float64 in model"),
+        ({"hidden": 48}, "int4", None, "multiple of 32 .* got model.layers.0.self_attn.q_proj wi"),
+        ({"intermediate_size": 40}, "int4", None, "got .*gate_proj with 64 inputs and 40 outputs"),
+        ({}, "int4", "meta", "int4 runs on cpu and cuda, got .*q_proj on meta"),
+        ({}, "int4", "cuda", "int4 needs bfloat16 weights on cuda, got float32 in .*q_proj"),
     ],
 )
-def test_what_cannot_be_quantised(model, arguments, message):
+def test_what_cannot_be_quantised(model, quantization, device, message):
     made = make_model(**model)
-    quantization, *device = arguments
     with pytest.raises(QuantizationError, match=message):
-        ptk.quantize(made, quantization, device=device[0] if device else None)
+        ptk.quantize(made, quantization, device=device)
     # A model is quantised whole or not at all.
     assert quantization_of(made) is None
     assert {p.device.type for p in made.parameters()} == {"cpu"}
 
 
-def test_models_that_are_not_plain_are_refused():
-    model = ptk.quantize(make_model(), "int8")
-    with pytest.raises(QuantizationError, match=r"plain weights, got Int8Tensor in model.layers.0"):
-        ptk.quantize(model, "int8")
-    with pytest.raises(QuantizationError, match=r"in memory, got model.layers.0.* offloaded"):
-        ptk.quantize(make_model().to("meta"), "int8")
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    # Its layers are not torch.nn.Linear.
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(QuantizationError, match="must have linear layers .* got none"):
-        ptk.quantize(gpt2, "int8")
-
-
-def test_an_adapter_comes_after():
+def with_adapter() -> Any:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules="all-linear")
-    adapted = peft.inject_adapter_in_model(config, make_model())
-    with pytest.raises(QuantizationError, match=r"before an adapter is added, got .*lora_A"):
-        ptk.quantize(adapted, "int8")
+    return peft.inject_adapter_in_model(config, make_model())
+
+
+# Its layers are not torch.nn.Linear.
+GPT2: dict[str, Any] = {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ptk.quantize(make_model(), "int8"), r"plain weights, got Int8Tensor in model.lay"),
+        (lambda: make_model().to("meta"), r"in memory, got model.layers.0.* offloaded"),
+        (lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), "must have linear layers .* got none"),
+        (with_adapter, r"before an adapter is added, got .*lora_A"),
+    ],
+    ids=["quantised", "offloaded", "gpt2", "adapter"],
+)
+def test_models_that_are_not_plain_are_refused(make, message):
+    with pytest.raises(QuantizationError, match=message):
+        ptk.quantize(make(), "int8")
 
 
 def test_load_trio_names_the_role(monkeypatch):

@@ -18,6 +18,7 @@ from tests.vllm.trios import ask, generate, logits, save_model, save_trio, write
 
 PROMPT = list(b"hello world")
 # vLLM's int8 kernels for a CPU with AMX take two bytes only.
+NUMBERS = {"num_bits": 8, "type": "int", "symmetric": True}
 INT8 = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
@@ -25,20 +26,8 @@ INT8 = {
     "config_groups": {
         "group_0": {
             "targets": ["Linear"],
-            "weights": {
-                "num_bits": 8,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "channel",
-                "dynamic": False,
-            },
-            "input_activations": {
-                "num_bits": 8,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "token",
-                "dynamic": True,
-            },
+            "weights": {**NUMBERS, "strategy": "channel", "dynamic": False},
+            "input_activations": {**NUMBERS, "strategy": "token", "dynamic": True},
         }
     },
 }

@@ -24,33 +24,19 @@ def test_mixed_requests(make_llm, tmp_path):
     from vllm import SamplingParams
 
     trio = save_trio(tmp_path, "llama", alpha=0.3)
-    llm = make_llm(
-        trio,
-        max_num_batched_tokens=48,
-        num_gpu_blocks_override=BLOCKS,
-        block_size=BLOCK_SIZE,
-        disable_log_stats=False,
-    )
+    cache = {"num_gpu_blocks_override": BLOCKS, "block_size": BLOCK_SIZE}
+    llm = make_llm(trio, max_num_batched_tokens=48, disable_log_stats=False, **cache)
     rng = random.Random(7)
-    requests = [
-        (
-            [rng.randrange(3, 259) for _ in range(rng.randrange(1, 120))],
-            rng.choice(ALPHAS),
-            rng.randrange(1, 60),
-        )
-        for _ in range(24)
-    ]
+    requests = []
+    for _ in range(24):
+        prompt = [rng.randrange(3, 259) for _ in range(rng.randrange(1, 120))]
+        requests.append((prompt, rng.choice(ALPHAS), rng.randrange(1, 60)))
+    said_too = {"logprobs": 0, "prompt_logprobs": 0}
     params = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=length,
-            ignore_eos=True,
-            logprobs=0,
-            prompt_logprobs=0,
-            extra_args=None if alpha is None else {"alpha": alpha},
-        )
+        SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, **said_too,
+                       extra_args=None if alpha is None else {"alpha": alpha})
         for _, alpha, length in requests
-    ]
+    ]  # fmt: skip
     prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in requests]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert counter(llm, "vllm:num_preemptions") > 0

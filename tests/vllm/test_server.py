@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
@@ -22,7 +19,7 @@ import openai
 
 import proxytune_kernels as ptk
 from proxytune_kernels.integrations.vllm_plugin.export import export
-from tests.documents import ROOT, examples
+from tests.documents import examples, run_example
 from tests.vllm.server import Server
 
 SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
@@ -175,11 +172,5 @@ def test_metrics(client, server):
 
 def test_the_client_of_the_documentation(server, tmp_path):
     [code] = [block for block in examples("docs/vllm.md", "python") if "openai" in block]
-    (tmp_path / "client.py").write_text(code)
     address = {"OPENAI_BASE_URL": f"{server.address}/v1", "OPENAI_API_KEY": "none"}
-    done = subprocess.run(
-        [sys.executable, tmp_path / "client.py"], capture_output=True, text=True, timeout=60,
-        check=False, cwd=tmp_path, env={**os.environ, **address, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "3 + 4 = 7" in done.stdout
+    assert "3 + 4 = 7" in run_example(tmp_path, code, timeout=60, **address)

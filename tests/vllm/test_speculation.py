@@ -20,18 +20,11 @@ TOKENS = 32
 
 
 def drafters(root: Path) -> dict[str, dict[str, Any]]:
+    model = {"model": str(save_model(root, "expert"))}
+    lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
     return {
-        "ngram": {
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        },
-        "draft_model": {
-            "method": "draft_model",
-            "model": str(save_model(root, "expert")),
-            "num_speculative_tokens": 3,
-        },
+        method: {"method": method, "num_speculative_tokens": 3, **more}
+        for method, more in (("ngram", lookup), ("draft_model", model))
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed here: `make vllm` 
 
 import proxytune_kernels as ptk
 from tests.decoder.conftest import byte_tokenizer
+from tests.documents import ROOT
 from tests.vllm.trios import decode, greedy, rounding, save_model, save_trio
 
 PROMPTS = [list(b"hello world"), [97], list(b"proxy tuning " * 9), list(b"zz 123")]
@@ -32,14 +32,8 @@ TOKENS = 10
 def run_engine(directory: Path, trio: Path, batches: list[Any], **settings: Any) -> dict[str, Any]:
     requests = directory / "requests.json"
     requests.write_text(json.dumps({"model": str(trio), "settings": settings, "batches": batches}))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.vllm.v2_engine", str(requests)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-        env=dict(os.environ),
-    )
+    command = [sys.executable, "-W", "ignore", "-m", "tests.vllm.v2_engine", str(requests)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

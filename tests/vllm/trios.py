@@ -31,47 +31,33 @@ BASE |= {"num_attention_heads": 8, "num_key_value_heads": 4}
 PAIR = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
 PAIR |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", BASE),
-    "head-64": (
-        "Llama",
-        BASE | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+Model = tuple[str, dict[str, Any]]
+
+
+def _model(family: str, sizes: dict[str, Any] = BASE, **changes: Any) -> Model:
+    return family, sizes | changes
+
+
+MODELS: dict[str, Model] = {
+    "llama": _model("Llama"),
+    "head-64": _model("Llama", num_attention_heads=4, num_key_value_heads=2, head_dim=64),
+    "three-kv-heads": _model(
+        "Llama", hidden_size=192, num_attention_heads=6, num_key_value_heads=3
     ),
-    "three-kv-heads": (
-        "Llama",
-        BASE | {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "window": _model("Mistral", sliding_window=32),
+    "tied": _model("Qwen3", tie_word_embeddings=True, initializer_range=0.1, num_hidden_layers=3),
+    "softcap": _model(
+        "Gemma2", num_hidden_layers=2, sliding_window=32, final_logit_softcapping=5.0,
+        attn_logit_softcapping=4.0, query_pre_attn_scalar=32, tie_word_embeddings=True,
     ),
-    "window": ("Mistral", BASE | {"sliding_window": 32}),
-    "tied": (
-        "Qwen3",
-        BASE | {"tie_word_embeddings": True, "initializer_range": 0.1, "num_hidden_layers": 3},
+    "expert": _model("Llama", PAIR),
+    "anti": _model("Llama", PAIR),
+    "window-expert": _model("Mistral", PAIR, sliding_window=16),
+    "softcap-expert": _model(
+        "Gemma2", PAIR, sliding_window=16, final_logit_softcapping=3.0, query_pre_attn_scalar=32,
+        tie_word_embeddings=True,
     ),
-    "softcap": (
-        "Gemma2",
-        BASE
-        | {
-            "num_hidden_layers": 2,
-            "sliding_window": 32,
-            "final_logit_softcapping": 5.0,
-            "attn_logit_softcapping": 4.0,
-            "query_pre_attn_scalar": 32,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "expert": ("Llama", PAIR),
-    "anti": ("Llama", PAIR),
-    "window-expert": ("Mistral", PAIR | {"sliding_window": 16}),
-    "softcap-expert": (
-        "Gemma2",
-        PAIR
-        | {
-            "sliding_window": 16,
-            "final_logit_softcapping": 3.0,
-            "query_pre_attn_scalar": 32,
-            "tie_word_embeddings": True,
-        },
-    ),
-}
+}  # fmt: skip
 
 
 def save_model(root: Path, name: str, **changes: Any) -> Path:

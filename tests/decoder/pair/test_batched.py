@@ -8,39 +8,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from proxytune_kernels.decoder.model import call_directly
 from proxytune_kernels.decoder.pair.batched import batched_pair
 from proxytune_kernels.decoder.pair.shared import PairError
+from tests.decoder.conftest import kind
 from tests.decoder.pair.models import GPT2, SIZES, VOCAB_SIZE, logits, token_ids
 
-BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 OPT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48,
     "num_attention_heads": 4, "word_embed_proj_dim": 32,
 }  # fmt: skip
 # Biases; norms of heads; scaled, tied embeddings and norms by 1 + weight; layer norms.
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, **BIASES)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
-    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**SIZES, head_dim=8, tie_word_embeddings=True)),
-    "phi": (PhiForCausalLM, PhiConfig(**SIZES)),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2)),
-    "opt": (OPTForCausalLM, OPTConfig(**OPT)),
+    "llama": kind("Llama", SIZES, attention_bias=True, mlp_bias=True),
+    "qwen3": kind("Qwen3", SIZES, head_dim=8),
+    "gemma3": kind("Gemma3", SIZES, head_dim=8, tie_word_embeddings=True),
+    "phi": kind("Phi", SIZES),
+    "gpt2": kind("GPT2", GPT2),
+    "opt": kind("OPT", OPT),
 }
 
 

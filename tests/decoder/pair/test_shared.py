@@ -8,20 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 import proxytune_kernels as ptk
 from proxytune_kernels.decoder.model import call_directly
 from proxytune_kernels.decoder.pair.shared import PairError, has_lora, shared_pair
+from tests.decoder.conftest import kind
 from tests.decoder.pair.models import GPT2, SIZES, logits, token_ids
 
 peft = pytest.importorskip("peft")
@@ -30,10 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 LARGER: dict[str, Any] = {**SIZES, "head_dim": 8, "initializer_range": 0.3}
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "llama-biases": (LlamaForCausalLM, LlamaConfig(**LARGER, attention_bias=True)),
-    "gemma2-tied": (Gemma2ForCausalLM, Gemma2Config(**LARGER)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**LARGER)),
-    "gpt2-conv1d": (GPT2LMHeadModel, GPT2Config(**GPT2, initializer_range=0.3)),
+    "llama-biases": kind("Llama", LARGER, attention_bias=True),
+    "gemma2-tied": kind("Gemma2", LARGER),
+    "qwen3": kind("Qwen3", LARGER),
+    "gpt2-conv1d": kind("GPT2", GPT2, initializer_range=0.3),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 

@@ -20,6 +20,11 @@ PLAIN: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id
 """Greedy, to the full length."""
 
 
+def three() -> tuple[Any, Any, Any]:
+    """Of one small size, to be changed."""
+    return tiny_llama(0, 16, 1), tiny_llama(1, 16, 1), tiny_llama(2, 16, 1)
+
+
 @pytest.fixture(scope="session")
 def hf_trio() -> Trio:
     """The base has other sizes than the pair; fp64, where rounding can't change a token."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.documents import ROOT, examples
+from tests.documents import examples, run_example
 
 pytestmark = pytest.mark.slow
 
@@ -16,15 +13,7 @@ EXAMPLES = examples("docs/transformers.md", "python")
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_an_example_of_the_documentation(code, tmp_path):
-    script = tmp_path / "example.py"
-    script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=120,
-        check=False,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    assert run_example(tmp_path, code)
 
 
 def test_there_is_an_example():

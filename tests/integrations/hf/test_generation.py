@@ -23,7 +23,7 @@ from proxytune_kernels.integrations.hf import EngineGenerate, ProxyTunedForCausa
 from proxytune_kernels.integrations.hf.custom_generate import NotInDecoder
 from proxytune_kernels.integrations.hf.sampling import draw_seeds
 from tests.decoder.conftest import byte_tokenizer, tiny_llama
-from tests.integrations.hf.conftest import ALPHA, Recorder
+from tests.integrations.hf.conftest import ALPHA, Recorder, three
 
 DECODER = "proxytune_kernels.Decoder"
 LONG = 12
@@ -42,8 +42,7 @@ def one(hf_model):
 
 
 def tiny_model():
-    base, expert, anti = (tiny_llama(seed, 16, 1) for seed in range(3))
-    return ProxyTunedForCausalLM.from_models(base, expert, anti, byte_tokenizer(), alpha=ALPHA)
+    return ProxyTunedForCausalLM.from_models(*three(), byte_tokenizer(), alpha=ALPHA)
 
 
 def generate(model, inputs, seed=5, **options):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +12,7 @@ from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.vocabulary import VocabularyError
 from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama
-from tests.integrations.hf.conftest import PLAIN
-
-
-def three() -> tuple[Any, Any, Any]:
-    return tiny_llama(0, 16, 1), tiny_llama(1, 16, 1), tiny_llama(2, 16, 1)
+from tests.integrations.hf.conftest import PLAIN, three
 
 
 def whole(models, ids, alpha):

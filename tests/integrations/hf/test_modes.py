@@ -36,9 +36,8 @@ def new(output, inputs):
 
 def test_greedy_with_an_alpha_per_row_of_a_padded_batch(hf_model, hf_trio, loop, cache):
     inputs = hf_model.tokenize(PROMPTS)
-    output = hf_model.generate(
-        **inputs, **PLAIN, **cache, max_new_tokens=COUNT, alpha=torch.tensor(ALPHAS)
-    )
+    options = {**PLAIN, **cache, "max_new_tokens": COUNT, "alpha": torch.tensor(ALPHAS)}
+    output = hf_model.generate(**inputs, **options)
     wanted = [loop(hf_trio, p, COUNT, a) for p, a in zip(PROMPTS, ALPHAS, strict=True)]
     assert new(output, inputs) == wanted
 
@@ -66,11 +65,9 @@ def test_a_prompt_per_role(hf_model, hf_trio, loop, cache, prompts):
 @pytest.mark.parametrize("prompt", ["a b a b a b a b", OWN[0]], ids=["shared", "own"])
 def test_assisted_decoding(hf_model, hf_trio, loop, prompt, drafter):
     inputs = hf_model.tokenize(prompt)
-    draft = (
-        {"prompt_lookup_num_tokens": 3}
-        if drafter == "lookup"
-        else {"assistant_model": hf_trio.models[drafter]}
-    )
+    draft = {"assistant_model": hf_trio.models.get(drafter)}
+    if drafter == "lookup":
+        draft = {"prompt_lookup_num_tokens": 3}
     output = hf_model.generate(**inputs, **PLAIN, **draft, max_new_tokens=24, alpha=0.4)
     assert new(output, inputs) == [loop(hf_trio, prompt, 24, 0.4)]
 
@@ -79,13 +76,9 @@ def test_assisted_decoding(hf_model, hf_trio, loop, prompt, drafter):
 def test_beams_with_an_alpha_per_row(hf_model, hf_trio, steered, cache):
     inputs = hf_model.tokenize(PROMPTS)
     options = {
-        **PLAIN,
-        "num_beams": 3,
-        "num_return_sequences": 2,
-        "max_new_tokens": COUNT,
-        "output_scores": True,
-        "return_dict_in_generate": True,
-    }
+        **PLAIN, "num_beams": 3, "num_return_sequences": 2, "max_new_tokens": COUNT,
+        "output_scores": True, "return_dict_in_generate": True,
+    }  # fmt: skip
     ours = hf_model.generate(**inputs, **options, **CACHES[cache], alpha=torch.tensor(ALPHAS))
     theirs = steered(hf_trio, inputs, ALPHAS, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
@@ -138,15 +131,8 @@ def test_several_sequences_of_a_prompt_have_its_alpha(hf_model, hf_trio, loop, c
 
 def test_logits_and_scores_of_the_output(hf_model, hf_trio, cache):
     inputs = hf_model.tokenize(PROMPTS[0])
-    output = hf_model.generate(
-        **inputs,
-        **PLAIN,
-        **cache,
-        max_new_tokens=3,
-        output_logits=True,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
+    wanted_too = dict.fromkeys(("output_logits", "output_scores", "return_dict_in_generate"), True)
+    output = hf_model.generate(**inputs, **PLAIN, **cache, **wanted_too, max_new_tokens=3)
     with torch.no_grad():
         whole = output.sequences[:, :-1]
         base, expert, anti = (m(whole, use_cache=False).logits for m in hf_trio.models.values())
@@ -182,13 +168,8 @@ def test_a_padded_batch_goes_on_with_turns_of_several_lengths(hf_model, hf_trio,
     seen = torch.ones_like(one.sequences)
     seen[:, : first["input_ids"].shape[1]] = first["attention_mask"]
     mask = torch.cat([seen, more["attention_mask"]], 1)
-    two = hf_model.generate(
-        turn,
-        attention_mask=mask,
-        **options,
-        past_key_values=one.past_key_values,
-        max_new_tokens=COUNT,
-    )
+    options |= {"past_key_values": one.past_key_values, "max_new_tokens": COUNT}
+    two = hf_model.generate(turn, attention_mask=mask, **options)
     prompts = [row[keep.bool()].tolist() for row, keep in zip(turn, mask, strict=True)]
     wanted = [loop(hf_trio, prompt, COUNT) for prompt in prompts]
     assert two.sequences[:, turn.shape[1] :].tolist() == wanted
@@ -234,14 +215,8 @@ def test_a_static_cache_compiles_into_one_graph(hf_model, hf_trio, loop):
     inputs = hf_model.tokenize(PROMPTS)
     compiling: Any = CompileConfig(fullgraph=True, mode="default", backend="eager")
     compiling._compile_all_devices = True  # by itself generate() compiles on GPUs alone
-    output = hf_model.generate(
-        **inputs,
-        **PLAIN,
-        max_new_tokens=5,
-        alpha=torch.tensor(ALPHAS),
-        cache_implementation="static",
-        compile_config=compiling,
-    )
+    options: Any = {**PLAIN, **CACHES["static"], "compile_config": compiling, "max_new_tokens": 5}
+    output = hf_model.generate(**inputs, **options, alpha=torch.tensor(ALPHAS))
     wanted = [loop(hf_trio, p, 5, a) for p, a in zip(PROMPTS, ALPHAS, strict=True)]
     assert new(output, inputs) == wanted
 

@@ -44,13 +44,8 @@ def ids_of(rows, length=PROMPT):
 
 
 def drawn_by(chain, rows, seed=0, position=0, do_sample=True):
-    sampler = LogitsSampler(
-        read_processors(chain, do_sample=do_sample),
-        len(rows),
-        rows.shape[1],
-        seeds=torch.arange(len(rows)) + seed,
-        prompt_length=PROMPT,
-    )
+    given: Any = {"seeds": torch.arange(len(rows)) + seed, "prompt_length": PROMPT}
+    sampler = LogitsSampler(read_processors(chain, do_sample=do_sample), *rows.shape, **given)
     sampler.position = position
     return sampler.draw(rows)
 
@@ -243,12 +238,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_in_the_op_or_named(option):
     value, named = OPTIONS[option]
-    options: dict[str, Any] = {
-        "do_sample": True,
-        "max_length": 20,
-        "eos_token_id": EOS,
-        option: value,
-    }
+    options: Any = {"do_sample": True, "max_length": 20, "eos_token_id": EOS, option: value}
 
     def make():
         return LogitsSampler.from_config(**options, vocab_size=VOCAB_SIZE, prompt_length=PROMPT)
@@ -305,13 +295,8 @@ def test_a_loop_of_ones_own_draws_what_generate_draws(hf_model, options):
     set_seed(4)
     generated = hf_model.generate(**inputs, max_new_tokens=STEPS, **wanted)
     set_seed(4)
-    sampler = LogitsSampler.from_config(
-        **wanted,
-        vocab_size=MODEL_VOCAB_SIZE,
-        batch_size=2,
-        alpha=ALPHA,
-        prompt_length=inputs["input_ids"].shape[1],
-    )
+    wanted |= {"prompt_length": inputs["input_ids"].shape[1], "vocab_size": MODEL_VOCAB_SIZE}
+    sampler = LogitsSampler.from_config(**wanted, batch_size=2, alpha=ALPHA)
     # Rows that end go on here.
     assert own_loop(hf_model, sampler, inputs)[0][: generated.shape[1]] == generated[0].tolist()
 

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from proxytune_kernels.decoder.model import check_model
 from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM, scoring
 from proxytune_kernels.integrations.lm_eval_model.scoring import Scorer
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import word_tokenizer
+from tests.decoder import test_runner
+from tests.decoder.conftest import kind, word_tokenizer
 from tests.decoder.test_runner import ARCHITECTURES, SIZES, random_ids
 
 ALPHAS = (1.0, 0.0, -0.7)
@@ -48,26 +41,20 @@ class AllLogits(LlamaForCausalLM):
         return output
 
 
-TOKENS = {name: SIZES[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+GPT2 = {name: SIZES[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
 LLAMA = ARCHITECTURES["llama"][1]
 KINDS: dict[str, tuple[Any, Any]] = {
     **ARCHITECTURES,
-    "cohere-scale": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.3)),
-    "granite-divisor": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=3.0)),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **TOKENS)),
+    "cohere-scale": kind("Cohere", SIZES, logit_scale=0.3),
+    "granite-divisor": kind("Granite", SIZES, logits_scaling=3.0),
+    "gpt2": kind("GPT2", GPT2, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "unknown-head": (TripleLogits, LLAMA),
     "unknown-head-all-logits": (AllLogits, LLAMA),
 }
 UNKNOWN = {"unknown-head", "unknown-head-all-logits"}
 
 
-def make(kind: str, seed: int) -> Any:
-    model_class, config = KINDS[kind]
-    torch.manual_seed(seed)
-    model = model_class(copy.deepcopy(config)).double().eval()
-    if kind == "gemma2-softcap":
-        model.set_attn_implementation("eager")  # SDPA has no soft caps
-    return model
+make = functools.partial(test_runner.make, kinds=KINDS)
 
 
 def make_trio(base: str, pair: str) -> Trio:

@@ -71,19 +71,9 @@ def test_each_alpha_has_its_own_results_in_lm_evals_files(trio, folder, tmp_path
     lm = ProxyTuneLM(trio, batch_size=4)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     alphas = [0.0, 0.7]
-    found = dict(
-        evaluate_alphas(
-            lm,
-            alphas,
-            name="tiny",
-            output_path=str(tmp_path),
-            log_samples=True,
-            model_args={"base": "B"},
-            tasks=TASKS,
-            task_manager=manager,
-            bootstrap_iters=0,
-        )
-    )
+    written: Any = {"name": "tiny", "output_path": str(tmp_path), "log_samples": True}
+    asked: Any = {"tasks": TASKS, "task_manager": manager, "bootstrap_iters": 0}
+    found = dict(evaluate_alphas(lm, alphas, model_args={"base": "B"}, **written, **asked))
     assert list(found) == alphas
     for alpha in alphas:
         alone = run(ProxyTuneLM(trio, alpha=alpha, batch_size=4), folder)
