@@ -8,7 +8,7 @@ a time, so that a base that is quantised never takes the place of the same base 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
