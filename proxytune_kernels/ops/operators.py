@@ -65,9 +65,7 @@ def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None, vocab_size:
 
 
 def _sampled(results: Any, top_logprobs: int) -> SampleOutput:
-    *drawn, token_ids, logprobs = results
-    top = TopLogprobs(token_ids, logprobs) if top_logprobs else None
-    return SampleOutput._make((*drawn, top))
+    return SampleOutput(*results[:-2], TopLogprobs(*results[-2:]) if top_logprobs else None)
 
 
 @cache
