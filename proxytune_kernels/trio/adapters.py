@@ -9,7 +9,6 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -20,16 +19,24 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from proxytune_kernels.trio.checkpoints import LoadError, resolve
+from proxytune_kernels.trio.checkpoints import resolve
+from proxytune_kernels.trio.files import (
+    LoadError,
+    check_safetensors,
+    file_in,
+    local_directory,
+    read_object,
+    reason,
+)
 from proxytune_kernels.trio.quantization import plain_tensors
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def is_adapter(reference: str) -> bool:
-    """Whether a reference is a directory with an adapter."""
-    return (Path(reference) / _CONFIG_FILE).is_file()
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter."""
+    return (Path(directory) / _CONFIG_FILE).is_file()
 
 
 def named_checkpoint(role: str, directory: Path) -> str:
@@ -38,11 +45,15 @@ def named_checkpoint(role: str, directory: Path) -> str:
     Raises:
         LoadError: the adapter names none, or its weights are not in safetensors.
     """
-    if not (directory / _WEIGHTS_FILE).is_file():
+    weights = file_in(role, directory, _WEIGHTS_FILE)
+    if not weights.is_file():
         raise LoadError(
             f"{role} must have its adapter's weights in {_WEIGHTS_FILE}, got {directory} without it"
         )
-    named = json.loads((directory / _CONFIG_FILE).read_text()).get("base_model_name_or_path")
+    check_safetensors(role, weights)
+    path = file_in(role, directory, _CONFIG_FILE)
+    config = read_object(role, path)
+    named = config.get("base_model_name_or_path")
     if not isinstance(named, str):
         raise LoadError(
             f"{role} must be an adapter that names its model, got base_model_name_or_path "
@@ -53,8 +64,8 @@ def named_checkpoint(role: str, directory: Path) -> str:
 
 def tokenizer_directory(role: str, reference: str) -> str:
     """Where a role's tokenizer is: with an adapter that has none, with the model that it names."""
-    directory = Path(reference)
-    if not is_adapter(reference) or (directory / "tokenizer_config.json").is_file():
+    directory = local_directory(role, reference)
+    if not is_adapter(directory) or (directory / "tokenizer_config.json").is_file():
         return reference
     return resolve(named_checkpoint(role, directory), directory)
 
@@ -194,12 +205,11 @@ def _attaching(role: str, directory: Path) -> Iterator[None]:
             f"{role} is a LoRA adapter, which needs peft ({error}): "
             "pip install 'proxytune_kernels[lora]'"
         ) from error
-    except (RuntimeError, TypeError, ValueError, UserWarning) as error:
-        if isinstance(error, LoadError):
-            raise
-        reason = " ".join(str(error).split())
+    except (LoadError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # PEFT has no class of its own for what an adapter's files can cause
         raise LoadError(
-            f"{role} must be an adapter for this model, got {str(directory)!r}: {reason}"
+            f"{role} must be an adapter for this model, got {str(directory)!r}: {reason(error)}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import proxytune_kernels as ptk
 from proxytune_kernels.trio import Trio, load_trio
 from proxytune_kernels.trio.adapters import beside
-from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.files import LoadError
 from tests.decoder.conftest import tiny_llama
 from tests.trio.checkpoints import SHIPPED, edit, make_adapter
 

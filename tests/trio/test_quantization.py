@@ -16,7 +16,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels.trio.adapters import copy_modules
-from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.files import LoadError
 from proxytune_kernels.trio.quantization import QuantizationError, quantization_of, weight_bytes
 from tests.decoder.conftest import tiny_llama
 from tests.trio.checkpoints import SHIPPED

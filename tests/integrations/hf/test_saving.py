@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import proxytune_kernels as ptk
 from proxytune_kernels.integrations.hf import ProxyTunedConfig, ProxyTunedForCausalLM
 from proxytune_kernels.trio import Trio
-from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.files import LoadError
 from proxytune_kernels.trio.quantization import quantization_of
 from tests.decoder.conftest import byte_tokenizer, tiny_llama
 from tests.integrations.hf.conftest import PLAIN
