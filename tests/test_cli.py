@@ -389,7 +389,7 @@ def test_a_terminal_gets_no_control_characters(monkeypatch, capsys, expected):
     text = "a\x1b[2J\x9b\x07\r\tb\n"
     assert printable(text) == "a\\x1b[2J\\x9b\\x07\\x0d\tb\n"
     whole = replace(expected[0], index=0, prompt=text, text=text)
-    events = [StreamEvent(0, 0, text, [1], [0.0], whole)]
+    events = [StreamEvent(0, 0, text, (1,), (0.0,), whole)]
     requests = [CliRequest(text, PARAMS)]
     output.write_text(events, requests)
     assert capsys.readouterr().out == text + "\n"
