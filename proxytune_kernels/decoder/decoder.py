@@ -220,7 +220,9 @@ class Decoder:
             token_ids = self.trio.tokenize(prompt)
             prompt_token_ids = {role: token_ids[role] for role in self.roles}
             arguments.fits(prompt_token_ids, params.max_tokens, self.max_seq_len)
-            rules = StopRules.of(params, self.trio.eos_token_ids, self.trio.vocab_size)
+            rules = StopRules.of(
+                params, self.trio.eos_token_ids, self.trio.vocab_size, self.trio.tokenizer
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from error
         self._next_request_id += 1
