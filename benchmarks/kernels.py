@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle, product
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from benchmarks.harness import options, report
 from benchmarks.harness.heads import (
     SHAPES,
     Heads,
+    check_heads,
     exact_x,
     first_rows,
     logits_apart,
@@ -42,14 +42,13 @@ from benchmarks.harness.logits import (
     Logits,
     OpCase,
     Peer,
-    check_ours,
+    check_outputs,
     check_peer,
     contract_distribution,
     make_logits,
     transformers_peer,
 )
 from benchmarks.harness.measure import Summary, ratios, summary, time_in_turns
-from benchmarks.harness.memory import PeakMemory, in_fresh_process
 from benchmarks.harness.options import parse_choices
 from proxytune_kernels import reference
 from proxytune_kernels.ops.table import OPERATORS
@@ -58,6 +57,7 @@ Record = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
 
 BATCH_SIZES = (1, 8, 64)
+_CHECKED_ROWS = 2  # rows are alike and independent; the reference sorts each in fp64
 DEFAULT_CASES: tuple[OpCase, ...] = (
     OpCase(),
     OpCase(dtype="bfloat16"),
@@ -206,7 +206,10 @@ def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
         if name == YARDSTICK:
             return softmax_only
         if name == OURS:
-            check_ours(case, sets[0], target)
+            base, expert, anti = (x[:_CHECKED_ROWS] for x in sets[0])
+            few = params.rows(slice(0, len(base)))
+            wanted = ptk.sample(base, expert, anti, few, backend="reference")
+            check_outputs(str(case), ptk.sample(*sets[0], params), wanted)
             return lambda logits: ptk.sample(*logits, params)
         peer = PEERS[name](FILTERS[case.filters])
         check_peer(case, peer, sets[0], target)
@@ -265,45 +268,6 @@ def time_overhead(repeats: int) -> Record:
     }
 
 
-def peak(op: str, rows: int, vocab_size: int, dtype: str, threads: int) -> Record:
-    """Extra bytes of one call, outputs included; for a process of its own.
-
-    ``sample`` draws ``rows`` tokens (peaked, top_p 0.9), ``score`` has logits [1, rows, V] (flat),
-    and ``control`` writes one fp32 row: what this way of measuring can tell.
-    """
-    torch.set_num_threads(threads)
-
-    def call(width: int) -> Callable[[], object]:
-        if op == "control":
-            return lambda: torch.ones(width)
-        if op == "sample":
-            case = OpCase(dtype=dtype, vocab_size=width, batch_size=rows)
-            logits, params = case.logits(), case.row_params()
-            return lambda: ptk.sample(*logits, params)
-        base, expert, anti = (x[None] for x in make_logits("flat", rows, width, DTYPES[dtype]))
-        ids = torch.arange(rows)[None] % width
-        return lambda: ptk.score(base, expert, anti, ids)
-
-    call(64)()  # pages the code in, starts the threads
-    measured = call(vocab_size)
-    with PeakMemory() as memory:
-        measured()
-    extra, size = memory.extra_bytes, 3 * rows * vocab_size * DTYPES[dtype].itemsize
-    share = None if op == "control" else extra / size
-    return {"extra_bytes": extra, "extra_rows": extra / (4 * vocab_size), "share": share}
-
-
-def measure_memory(threads: int) -> list[Record]:
-    """Peak extra memory of the operators, each in a fresh process."""
-    where = {"vocab_size": 128_256, "dtype": "float32", "threads": threads}
-    calls = [*(("sample", rows) for rows in BATCH_SIZES), ("score", 512), ("control", 1)]
-    return [
-        {"op": f"{op} memory", "rows": rows, **where}
-        | in_fresh_process("benchmarks.kernels:peak", op=op, rows=rows, **where)
-        for op, rows in calls
-    ]
-
-
 def print_times(title: str, records: Sequence[Record], unit: str, gigabytes: str) -> None:
     """Table of times, a section for each case."""
     caption = (
@@ -324,71 +288,10 @@ def print_times(title: str, records: Sequence[Record], unit: str, gigabytes: str
     report.print_records(title, caption, records, columns, section)
 
 
-def print_memory(peaks: Sequence[Record]) -> None:
-    """Table of peak extra memory."""
-    caption = (
-        "V = 128,256, fp32, each in a fresh process. The control writes one row: how far its "
-        "figure is from 1 row is how far any of these may be."
-    )
-    columns: list[report.Column] = [
-        ("peak extra memory", "op", str),
-        ("rows", "rows", str),
-        ("MiB", "extra_bytes", report.decimals(2, 2**-20)),
-        ("fp32 rows", "extra_rows", report.decimals(1)),
-        ("share of logits", "share", report.percent),
-    ]
-    report.print_records("", caption, peaks, columns)
-
-
-def plot_sample(records: Sequence[Record], path: Path) -> None:
-    """Microseconds of every provider, one line of dots per case, on a logarithmic axis."""
-    from matplotlib.ticker import StrMethodFormatter
-
-    from benchmarks.harness.plots import panels
-
-    keys = ("kind", "dtype", "filters", "vocab_size", "batch_size")
-    cases = list(dict.fromkeys(tuple(r[k] for k in keys) for r in records))
-    title = "Combine, filter and draw one token per row, alpha 1, temperature 0.7"
-    with panels(path, 1, 1, (8.5, 1.6 + 0.34 * len(cases)), title) as (figure, [[axes]]):
-        for name in dict.fromkeys(record["provider"] for record in records):
-            own = [r for r in records if r["provider"] == name]
-            lines = [cases.index(tuple(r[k] for k in keys)) for r in own]
-            times = [r["microseconds"]["median"] for r in own]
-            axes.plot(times, lines, "k|" if name == YARDSTICK else "o", markersize=8, label=name)
-        labels = [f"{k}, {d}, {f}, V={v:,}, B={b}" for k, d, f, v, b in cases]
-        axes.set_yticks(range(len(cases)), labels)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_xlabel("microseconds per call (median, logarithmic)")
-        figure.legend(loc="outside lower center", ncols=6, frameon=False)
-
-
 # sample_hidden
 
 FUSED, APART, PRODUCTS = "sample_hidden", "three heads, sample", "three heads alone"
-HEAD_BATCH_SIZES = (1, 4, 16, 64)
 _ACCURACY_ROWS = 64
-
-
-def check_heads(heads: Heads, vocab_size: int) -> None:
-    """Compare ``sample_hidden``'s first rows with exact heads, fp64.
-
-    Hidden states and weights are no integers, so tokens may tie to the error of x: kept sets may
-    differ by one token, a token's raw logprob by twice the error.
-    """
-    few = first_rows(heads, 2)
-    params = row_params(len(few[0].hidden))
-    x, error = exact_x(few, vocab_size)
-    got = ptk.sample_hidden(*few, params=params)
-    wanted = reference.distribution(x, params)
-    kept = wanted.kept.sum(-1)
-    raw = wanted.raw_logprobs().gather(-1, got.token_ids[:, None])[:, 0]
-    off = (got.raw_logprobs - raw).abs()
-    if not ((got.num_kept - kept).abs() <= 1).all():
-        raise AssertionError(f"{FUSED} keeps {got.num_kept.tolist()}, not {kept.tolist()}")
-    if not (off <= 2 * error + 1e-5).all():
-        raise AssertionError(f"{FUSED} has raw logprobs off by {off.tolist()}")
 
 
 def time_heads(
@@ -400,7 +303,7 @@ def time_heads(
         for shape, dtype, rows in cases:
             vocab_size, sizes = SHAPES[shape]
             heads, params = random_heads(shape, DTYPES[dtype], rows), row_params(rows)
-            check_heads(heads, vocab_size)
+            check_heads(heads, vocab_size, params, ptk.sample_hidden(*heads, params=params), 2)
             calls: Calls = {
                 FUSED: partial(ptk.sample_hidden, *heads, params=params),
                 APART: partial(sample_apart, heads, params, vocab_size),
@@ -428,7 +331,7 @@ def sample_apart(heads: Heads, params: ptk.RowParams, vocab_size: int) -> ptk.Sa
     return ptk.sample(*logits_apart(heads, vocab_size), params)
 
 
-def accuracy(heads: Heads, vocab_size: int) -> Record:
+def errors_of(heads: Heads, vocab_size: int) -> Record:
     """How far x is from exact heads' by both ways, and what that does to tokens.
 
     Fused: fp32 accumulators, combined in fp32. Apart: logits rounded to the heads' dtype, combined
@@ -476,10 +379,10 @@ def measure_accuracy() -> list[Record]:
                 ptk.Head.of(model, model.base_model(ids).last_hidden_state.flatten(0, 1))
                 for model in trio.models.values()
             )
-        found.append({"heads": f"{name} trio", **accuracy((base, expert, anti), trio.vocab_size)})
+        found.append({"heads": f"{name} trio", **errors_of((base, expert, anti), trio.vocab_size)})
     heads = random_heads("llama-2", torch.bfloat16, _ACCURACY_ROWS)
     vocab_size, _ = SHAPES["llama-2"]
-    found.append({"heads": "llama-2 shape, random", **accuracy(heads, vocab_size)})
+    found.append({"heads": "llama-2 shape, random", **errors_of(heads, vocab_size)})
     return [{"op": "heads accuracy", **record} for record in found]
 
 
@@ -587,10 +490,7 @@ def main(
     ] = 4,
     threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
     output: options.Output = None,
-    plot: options.Plot = True,
-    memory: Annotated[
-        bool, typer.Option(help="Also peak memory; with --heads, the error of x.")
-    ] = True,
+    accuracy: Annotated[bool, typer.Option(help="With --heads: also the error of x.")] = True,
 ) -> None:
     """Time `sample` alone beside its peers. Naming any axis measures the product of the axes."""
     torch.set_num_threads(threads)
@@ -606,7 +506,7 @@ def main(
                 repeats,
             )
         )
-        errors = measure_accuracy() if memory else []
+        errors = measure_accuracy() if accuracy else []
         output = output or report.RESULTS / "heads.jsonl"
         report.write_json_lines(output, "heads", [*records, *errors])
         print_times("From hidden states to tokens", records, "milliseconds", "weights")
@@ -624,17 +524,14 @@ def main(
     names = parse_choices("--providers", providers, PROVIDERS, OURS)
     overhead = time_overhead(repeats)
     records = list(time_sample(cases, names, repeats, buffers))
-    peaks = measure_memory(threads) if memory else []
     output = output or report.RESULTS / "kernels.jsonl"
-    report.write_json_lines(output, "kernels", [*records, overhead, *peaks])
+    report.write_json_lines(output, "kernels", [*records, overhead])
     print_times(
         "sample: combine, filter and draw a token per row", records, "microseconds", "logits"
     )
     medians = {name: f"{s['median']:.1f}" for name, s in overhead["microseconds"].items()}
     report.say(f"Per call with nothing to do (B = 1, V = 1), us: {medians}")
-    print_memory(peaks)
-    draw = (lambda path: plot_sample(records, path)) if plot else None
-    return report.draw_picture(output, draw)
+    return report.say(f"Wrote {output}")
 
 
 if __name__ == "__main__":

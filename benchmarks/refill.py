@@ -11,9 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -22,39 +20,23 @@ from benchmarks.harness import options, report, trios
 from benchmarks.harness.measure import in_turns, ratios, summary
 from proxytune_kernels import Decoder, SamplingParams, Trio
 
-TARGET = 0.90
-"""Share of the slot-steps that should do useful work."""
-
 _DRAWS = 1000
 _COUNTS = ("slot_steps", "useful_slot_steps", "base_forwards", "prefill_forwards")
 
-Record = dict[str, Any]
 Load = Sequence[tuple[list[int], SamplingParams]]
 """Prompts and parameters, in the order they are sent."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to measure."""
-
-    trio: str
-    requests: int
-    slots: int
-    shortest: int
-    longest: int
-    seed: int
-    repeats: int
-
-
-def draw_lengths(settings: Settings, seed: int) -> list[tuple[int, int]]:
+def draw_lengths(requests: int, shortest: int, longest: int, seed: int) -> list[tuple[int, int]]:
     """Tokens of prompt and output of each request, log-uniform, each by itself."""
     rng = random.Random(seed)
     # From half below the least to half above the most, so that both ends are as likely as others.
-    ends = math.log(settings.shortest - 0.5), math.log(settings.longest + 0.5)
-    return [
-        (round(math.exp(rng.uniform(*ends))), round(math.exp(rng.uniform(*ends))))
-        for _ in range(settings.requests)
-    ]
+    ends = math.log(shortest - 0.5), math.log(longest + 0.5)
+
+    def length() -> int:
+        return round(math.exp(rng.uniform(*ends)))
+
+    return [(length(), length()) for _ in range(requests)]
 
 
 def make_load(trio: Trio, lengths: Sequence[tuple[int, int]]) -> Load:
@@ -70,19 +52,10 @@ def make_load(trio: Trio, lengths: Sequence[tuple[int, int]]) -> Load:
 
 @dataclass
 class Usage:
-    """What decoding a load took.
-
-    ``prefill_seconds`` is the time that ran prompts, when no slot takes a step. ``queued`` holds
-    what was counted, and the seconds, up to when the last request had its first token: the queue
-    was empty from there on. ``busy`` is how many slots did useful work, of each step.
-    """
+    """What decoding a load took."""
 
     seconds: float
-    prefill_seconds: float
     counts: Counter[str]
-    queued: Counter[str]
-    queued_seconds: float
-    busy: list[int]
     token_ids: list[list[int]]
 
 
@@ -92,53 +65,18 @@ def useful(counts: Mapping[str, int]) -> float:
     return counts["useful_slot_steps"] / steps if steps else math.nan
 
 
-def decode(decoder: Decoder, load: Load) -> Usage:
-    """Decode a load by a decoder without speculation: a step gives each request one token."""
-    token_ids: list[list[int]] = [[] for _ in load]
-    waiting = len(load)
-    before = Counter(decoder.statistics())
-
-    def counted() -> Counter[str]:
-        now = decoder.statistics()
-        return Counter({key: now[key] - before[key] for key in _COUNTS})
-
-    queued, queued_seconds, prefill = Counter[str](), 0.0, 0.0
-    steps: Counter[int] = Counter()
-    start = last = time.perf_counter()
-    for event in decoder.stream([prompt for prompt, _ in load], [params for _, params in load]):
-        now = time.perf_counter()
-        if token_ids[event.index]:
-            steps[decoder.statistics()["base_forwards"]] += 1
-        else:
-            # First tokens come from prompts, which run while no slot takes a step.
-            prefill += now - last
-            waiting -= 1
-            if not waiting:
-                queued, queued_seconds = counted(), now - start
-        token_ids[event.index].extend(event.token_ids)
-        last = now
-    busy = [count for _, count in sorted(steps.items())]
-    return Usage(last - start, prefill, counted(), queued, queued_seconds, busy, token_ids)
-
-
-def longest_first(load: Load) -> Load:
-    """Those with the longest outputs first, as a caller who knew them could send them."""
-    return sorted(load, key=lambda request: -request[1].max_tokens)
-
-
-def decode_in_batches(decoder: Decoder, load: Load, slots: int) -> Usage:
-    """Decode a load as many requests at a time as there are slots, each batch to its end."""
-    starts = range(0, len(load), slots)
-    parts = [decode(decoder, load[start : start + slots]) for start in starts]
-    return Usage(
-        sum(part.seconds for part in parts),
-        sum(part.prefill_seconds for part in parts),
-        sum((part.counts for part in parts), Counter()),
-        Counter(),
-        0.0,
-        [count for part in parts for count in part.busy],
-        [row for part in parts for row in part.token_ids],
-    )
+def decode(decoder: Decoder, load: Load, at_once: int) -> Usage:
+    """Decode a load, so many requests at a time, each part to its end."""
+    token_ids: list[list[int]] = []
+    before, start = Counter(decoder.statistics()), time.perf_counter()
+    for first in range(0, len(load), at_once):
+        part = load[first : first + at_once]
+        token_ids += [[] for _ in part]
+        for event in decoder.stream([p for p, _ in part], [params for _, params in part]):
+            token_ids[first + event.index].extend(event.token_ids)
+    seconds, after = time.perf_counter() - start, decoder.statistics()
+    counts = Counter({key: after[key] - before[key] for key in _COUNTS})
+    return Usage(seconds, counts, token_ids)
 
 
 def useful_at_best(outputs: Iterable[int], slots: int) -> float:
@@ -154,75 +92,18 @@ def useful_at_best(outputs: Iterable[int], slots: int) -> float:
     return sum(steps) / (slots * max(free)) if max(free) else math.nan
 
 
-def record_of(name: str, own: Sequence[Usage], batches: Sequence[Usage]) -> Record:
+def record_of(name: str, own: Sequence[Usage], batches: Sequence[Usage]) -> dict[str, Any]:
     """A line of results; ratios are paired by repeat, counts are the first repeat's."""
-    first = own[0]
-    tokens = sum(len(row) for row in first.token_ids)
-    record: Record = {
+    tokens = sum(len(row) for row in own[0].token_ids)
+    return {
         "provider": name,
         "repeats": len(own),
         "tokens": tokens,
-        **first.counts,
-        "useful": useful(first.counts),
+        **own[0].counts,
+        "useful": useful(own[0].counts),
         "tokens_per_second": summary(tokens / u.seconds for u in own),
-        "prefill_share": summary(u.prefill_seconds / u.seconds for u in own),
-        "busy": first.busy,
-    }
-    if name == "batches":
-        return record
-    steps, queued = first.counts["slot_steps"], first.queued["slot_steps"]
-    idle = steps - first.counts["useful_slot_steps"]
-    idle_while_queued = queued - first.queued["useful_slot_steps"]
-    return record | {
-        "useful_while_queued": useful(first.queued),
-        "slot_steps_while_queued": queued,
-        "idle_in_tail": (idle - idle_while_queued) / steps if steps else math.nan,
-        "tail_seconds_share": summary(1 - u.queued_seconds / u.seconds for u in own),
         "speed_over_batches": ratios([u.seconds for u in batches], [u.seconds for u in own]),
     }
-
-
-def print_records(records: Sequence[Record], settings: Settings, title: str) -> None:
-    """The table, and whether the target is met."""
-    caption = (
-        "useful: share of the slot-steps (slots x steps) that gave a request a token; while "
-        "queued: of those while requests were waiting. longest first: sent in that order. "
-        f"batches: {settings.slots} at a time, each batch to its end. prefill: share of the time "
-        "that ran prompts, when no slot takes a step. Medians."
-    )
-    columns: list[report.Column] = [
-        ("slots", "provider", str),
-        ("steps", "base_forwards", str),
-        ("useful", "useful", report.percent),
-        ("while\nqueued", "useful_while_queued", report.percent),
-        ("tokens\n/s", "tokens_per_second/median", report.significant),
-        ("prefill", "prefill_share/median", report.percent),
-        ("x\nbatches", "speed_over_batches/median", report.significant),
-    ]
-    report.print_records(title, caption, records, columns)
-    own, draws = records[0], records[0]["useful_at_best"]
-    report.say(
-        f"Useful: {own['useful']:.1%} of all slot-steps, target {TARGET:.0%}: "
-        f"{'met' if own['useful'] >= TARGET else 'missed'}. The tail, from when no request was "
-        f"left to refill a slot with, leaves {own['idle_in_tail']:.1%} of all slot-steps idle, and "
-        f"is {own['tail_seconds_share']['median']:.1%} of the time. At best, sent in this order: "
-        f"{own['useful_at_best_here']:.1%}; other draws of the lengths {draws['p10']:.1%} to "
-        f"{draws['p90']:.1%}, median {draws['median']:.1%} ({draws['count']} draws, arithmetic)."
-    )
-
-
-def plot_records(records: Sequence[Record], slots: int, path: Path, title: str) -> None:
-    """Slots that did useful work over the steps, a panel for each way to fill them."""
-    from benchmarks.harness.plots import panels
-
-    size = (8.5, 1.0 + 1.9 * len(records))
-    with panels(path, len(records), 1, size, title, sharex=True, sharey=True) as (_, grid):
-        for [axes], record in zip(grid, records, strict=True):
-            axes.stairs(record["busy"], fill=True, color="#D55E00")
-            axes.axhline(slots, color="black", linewidth=0.9, linestyle="--")
-            axes.set_title(f"{record['provider']}: {record['useful']:.1%} useful", fontsize=9)
-            axes.set_ylabel("slots at work")
-        grid[-1][0].set_xlabel("step")
 
 
 def main(
@@ -236,49 +117,60 @@ def main(
     threads: options.Threads = None,
     dtype: options.Dtype = None,
     output: options.Output = None,
-    plot: options.Plot = True,
 ) -> None:
     """Count the slot-steps that do useful work, and compare with batches that are not refilled."""
     options.set_threads(threads)
     if longest < shortest:
         raise typer.BadParameter(f"--longest must be at least --shortest {shortest}, got {longest}")
-    name = options.trio_label(trio)
-    settings = Settings(name, requests, slots, shortest, longest, seed, repeats)
     with options.user_errors():
         opened = trios.open_trio(trio, dtype)
-    lengths = draw_lengths(settings, seed)
-    load = make_load(opened, lengths)
+    load = make_load(opened, draw_lengths(requests, shortest, longest, seed))
     decoder = Decoder(opened, slots, 2 * longest)
-    ways: dict[str, Callable[[], Usage]] = {
-        "refilled": partial(decode, decoder, load),
-        "longest first": partial(decode, decoder, longest_first(load)),
-        "batches": partial(decode_in_batches, decoder, load, slots),
+    ways: dict[str, Callable[[int], Usage]] = {
+        "refilled": lambda _: decode(decoder, load, requests),
+        "batches": lambda _: decode(decoder, load, slots),
     }
     with report.progress_bar(len(ways) * (repeats + 1)) as tick:
-        calls = {way: lambda _, run=run: run() for way, run in ways.items()}
-        usages = in_turns(calls, repeats, tick, warm_up=True)
-    pairs = zip(usages["refilled"][0].token_ids, usages["batches"][0].token_ids, strict=True)
+        usages = in_turns(ways, repeats, tick, warm_up=True)
+    pairs = zip(*(own[0].token_ids for own in usages.values()), strict=True)
     differing = sum(one != two for one, two in pairs)
-    shared = {**asdict(settings), "dtype": trios.dtypes(opened), "differing": differing}
-    records = [{**shared, **record_of(way, own, usages["batches"])} for way, own in usages.items()]
 
     def at_best(seed: int) -> float:
-        return useful_at_best((output for _, output in draw_lengths(settings, seed)), slots)
+        lengths = draw_lengths(requests, shortest, longest, seed)
+        return useful_at_best((output for _, output in lengths), slots)
 
-    # What no decoder could exceed that takes requests in the order they were sent.
-    records[0]["useful_at_best_here"] = at_best(seed)
-    records[0]["useful_at_best"] = summary(at_best(seed) for seed in range(_DRAWS))
+    draws, name = summary(at_best(n) for n in range(_DRAWS)), options.trio_label(trio)
+    shared = {
+        "trio": name, "requests": requests, "slots": slots, "shortest": shortest,
+        "longest": longest, "seed": seed, "dtype": trios.dtypes(opened), "differing": differing,
+        "useful_at_best_here": at_best(seed), "useful_at_best": draws,
+    }  # fmt: skip
+    records = [{**shared, **record_of(way, own, usages["batches"])} for way, own in usages.items()]
     output = output or report.RESULTS / f"refill-{name}.jsonl"
     report.write_json_lines(output, "refill", records)
     title = (
         f"{requests} requests, prompts and outputs of {shortest} to {longest} tokens, {slots} "
         f"slots, trio {name}"
     )
-    print_records(records, settings, title)
-    report.say(f"{requests - differing} of {requests} requests have the same tokens both ways.")
-    report.draw_picture(
-        output, (lambda path: plot_records(records, slots, path, title)) if plot else None
+    caption = (
+        "useful: share of the slot-steps (slots x steps) that gave a request a token. batches: "
+        f"{slots} at a time, each batch to its end. Medians."
     )
+    columns: list[report.Column] = [
+        ("slots", "provider", str),
+        ("steps", "base_forwards", str),
+        ("useful", "useful", report.percent),
+        ("tokens\n/s", "tokens_per_second/median", report.significant),
+        ("x\nbatches", "speed_over_batches/median", report.significant),
+    ]
+    report.print_records(title, caption, records, columns)
+    report.say(
+        f"At best, sent in this order: {at_best(seed):.1%} useful; other draws of the lengths "
+        f"{draws['p10']:.1%} to {draws['p90']:.1%}, median {draws['median']:.1%} ({_DRAWS} draws, "
+        f"arithmetic)."
+    )
+    report.say(f"{requests - differing} of {requests} requests have the same tokens both ways.")
+    report.say(f"Wrote {output}")
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def ours(case: Case) -> Kernels:
     return [
         Kernel("scan", row + summary / TILE, blocks=ceil(case.vocab_size / BLOCK)),
         Kernel("select", summary / TILE + again, blocks=1, trips=2),
-        Kernel("narrow", rest),
-        Kernel("finish", rest),
+        Kernel("pivots", rest),
+        Kernel("draw", rest),
     ]
 
 

@@ -16,7 +16,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "common/params.h"
+#include "common/target.h"
 #include "include/proxytune.h"
 
 namespace ptk::binding {
@@ -27,10 +27,10 @@ using MaybeTensor = std::optional<Tensor>;
 
 // The arguments that schemas have in common, as parameters and as values.
 #define PTK_LOGITS const Tensor &base, const MaybeTensor &expert, const MaybeTensor &anti
-#define PTK_PARAMS                                                                          \
-  const Tensor &alpha, const Tensor &temperature, const Tensor &top_k, const Tensor &top_p, \
-      const Tensor &min_p, const Tensor &filter_order, const Tensor &seed, const Tensor &position
-#define PTK_PARAM_VALUES alpha, temperature, top_k, top_p, min_p, filter_order, seed, position
+#define PTK_PARAM_TENSOR(type, name, fallback) const Tensor& name
+#define PTK_PARAM_NAME(type, name, fallback) name
+#define PTK_PARAMS const Tensor &alpha, PTK_EACH_PARAM(PTK_PARAM_TENSOR)
+#define PTK_PARAM_VALUES alpha, PTK_EACH_PARAM(PTK_PARAM_NAME)
 #define PTK_CONSTRAINTS const MaybeTensor &bias, const MaybeTensor &allowed_mask, int64_t vocab_size
 #define PTK_CONSTRAINT_VALUES bias, allowed_mask, vocab_size
 #define PTK_SAMPLE PTK_LOGITS, PTK_PARAMS, PTK_CONSTRAINTS, int64_t noise_stream, int64_t top_logprobs
@@ -113,10 +113,9 @@ inline proxytune_inputs inputs_of(PTK_LOGITS, const Tensor& alpha, PTK_CONSTRAIN
 }
 
 inline proxytune_params params_of(int64_t rows, PTK_PARAMS) {
-  return {values_of<float>(temperature, rows, "temperature"), values_of<int32_t>(top_k, rows, "top_k"),
-          values_of<float>(top_p, rows, "top_p"),             values_of<float>(min_p, rows, "min_p"),
-          values_of<int32_t>(filter_order, rows, "filter_order"),
-          values_of<int64_t>(seed, rows, "seed"),             values_of<int64_t>(position, rows, "position")};
+#define PTK_PARAM_ADDRESS(type, name, fallback) values_of<type>(name, rows, #name)
+  return {PTK_EACH_PARAM(PTK_PARAM_ADDRESS)};
+#undef PTK_PARAM_ADDRESS
 }
 
 inline proxytune_sample_args sample_args(PTK_SAMPLE) {
@@ -175,43 +174,21 @@ inline Tensor new_tensor(const Tensor& like, ScalarType type, int64_t rows, int6
   return Tensor(empty(like, type, rows, columns).release());
 }
 
-// A result of an operator, and the field of the C API's arguments that says where it goes: one value for
-// each row, or for each row and column.
 template <typename Args, typename T>
-struct Result {
-  const char* name;
-  T* Args::* field;
-  bool has_columns = false;
+NewTensor allocate(const Result<T* Args::*>& result, Args& args, const Tensor& like, int64_t rows,
+                   int64_t columns) {
+  NewTensor made = empty(like, kTypeOf<T>, rows, result.has_columns ? columns : -1);
+  void* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(made.get(), &data));
+  args.*result.field = static_cast<T*>(data);
+  return made;
+}
 
-  NewTensor allocate(Args& args, const Tensor& like, int64_t rows, int64_t columns) const {
-    NewTensor made = empty(like, kTypeOf<T>, rows, has_columns ? columns : -1);
-    void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(made.get(), &data));
-    args.*field = static_cast<T*>(data);
-    return made;
-  }
-  void attach(Args& args, const Tensor& given, int64_t rows, int64_t columns) const {
-    args.*field = values_of<T>(given, has_columns ? rows * columns : rows, name);
-  }
-};
-
-// The results of each operator, in the order of its schema.
-inline constexpr std::tuple kSampleResults{
-    Result{"token_ids", &proxytune_sample_args::token_ids},
-    Result{"logprobs", &proxytune_sample_args::logprobs},
-    Result{"raw_logprobs", &proxytune_sample_args::raw_logprobs},
-    Result{"num_kept", &proxytune_sample_args::num_kept},
-    Result{"status", &proxytune_sample_args::status},
-    Result{"top_token_ids", &proxytune_sample_args::top_token_ids, true},
-    Result{"top_logprobs", &proxytune_sample_args::top_logprobs, true},
-};
-inline constexpr std::tuple kVerifyResults{
-    Result{"token_ids", &proxytune_verify_args::token_ids, true},
-    Result{"num_accepted", &proxytune_verify_args::num_accepted},
-    Result{"logprobs", &proxytune_verify_args::logprobs, true},
-    Result{"raw_logprobs", &proxytune_verify_args::raw_logprobs, true},
-    Result{"status", &proxytune_verify_args::status},
-};
+template <typename Args, typename T>
+void attach(const Result<T* Args::*>& result, Args& args, const Tensor& given, int64_t rows,
+            int64_t columns) {
+  args.*result.field = values_of<T>(given, result.has_columns ? rows * columns : rows, result.name);
+}
 
 template <size_t kCount>
 using NewTensors = std::array<NewTensor, kCount>;
@@ -221,7 +198,7 @@ NewTensors<sizeof...(Results)> allocate(const std::tuple<Results...>& results, A
                                         const Tensor& like, int64_t rows, int64_t columns) {
   return std::apply(
       [&](const Results&... each) {
-        return NewTensors<sizeof...(Results)>{each.allocate(args, like, rows, columns)...};
+        return NewTensors<sizeof...(Results)>{allocate(each, args, like, rows, columns)...};
       },
       results);
 }
@@ -229,7 +206,7 @@ NewTensors<sizeof...(Results)> allocate(const std::tuple<Results...>& results, A
 template <typename... Results, typename Args, typename... Tensors>
 void attach(const std::tuple<Results...>& results, Args& args, int64_t rows, int64_t columns,
             const Tensors&... given) {
-  std::apply([&](const Results&... each) { (each.attach(args, given, rows, columns), ...); }, results);
+  std::apply([&](const Results&... each) { (attach(each, args, given, rows, columns), ...); }, results);
 }
 
 // A function that returns new tensors, as torch calls it. They are handed over as they are: TORCH_BOX would

@@ -24,58 +24,26 @@ inline void check(int code) {
   if (code != PROXYTUNE_OK) throw std::runtime_error(proxytune_error(code));
 }
 
-// Threads that wait for chunks of work. An engine that has a pool lends that one instead.
+// Starts threads for each run. An engine has a pool of its own, and lends that one instead.
 class Threads {
  public:
-  explicit Threads(int count) {
-    for (int i = 1; i < count; ++i) helpers_.emplace_back([this] { help(); });
-  }
-  Threads(const Threads&) = delete;
-  Threads& operator=(const Threads&) = delete;
-  ~Threads() {
-    body_ = nullptr;
-    wake();
-    for (std::thread& helper : helpers_) helper.join();
-  }
+  explicit Threads(int count) : count_(count) {}
 
-  int count() const { return static_cast<int>(helpers_.size()) + 1; }
+  int count() const { return count_; }
 
-  // body(i) for i in [0, chunks), in any order, on any threads; returns when all have. Not from
-  // within a body.
+  // body(i) for i in [0, chunks), in any order, on any threads; returns when all have.
   void run(int64_t chunks, const std::function<void(int64_t)>& body) {
-    body_ = &body;
-    chunks_ = chunks;
-    next_ = 0;
-    busy_ = static_cast<int>(helpers_.size());
-    wake();
+    std::atomic<int64_t> next = 0;
+    const auto work = [&] {
+      for (int64_t i; (i = next++) < chunks;) body(i);
+    };
+    std::vector<std::jthread> helpers;  // they are joined at the end of their lives
+    for (int i = 1; i < count_; ++i) helpers.emplace_back(work);
     work();
-    // A helper may still be in its last chunk, or not have looked yet: neither may see the next run.
-    for (int left; (left = busy_.load()) != 0;) busy_.wait(left);
   }
 
  private:
-  void wake() {
-    ++round_;
-    round_.notify_all();
-  }
-  void work() {
-    for (int64_t i; (i = next_++) < chunks_;) (*body_)(i);
-  }
-  void help() {
-    for (uint32_t seen = 0;; ++seen) {
-      round_.wait(seen);
-      if (!body_) return;
-      work();
-      if (--busy_ == 0) busy_.notify_one();
-    }
-  }
-
-  const std::function<void(int64_t)>* body_ = nullptr;
-  int64_t chunks_ = 0;
-  std::atomic<int64_t> next_ = 0;
-  std::atomic<int> busy_ = 0;
-  std::atomic<uint32_t> round_ = 0;
-  std::vector<std::thread> helpers_;  // last: they use all of the above
+  const int count_;
 };
 
 // How a request is steered and drawn; the defaults are plain proxy-tuning.
@@ -129,13 +97,7 @@ class Sampler {
   // The next token of each of these slots, to token_ids[slot]; -1 where its logits leave none (all
   // masked or NaN). Other slots' rows are not read.
   void sample(std::span<const int> slots, const Logits& logits, int64_t* token_ids) {
-    proxytune_sample_args args{};
-    args.inputs = inputs(logits, 1);
-    args.params = params(position_.data());
-    args.token_ids = token_ids;
-    each(slots, [&](int slot, void* workspace, const proxytune_parallel* lent) {
-      return proxytune_cpu_sample(&args, slot, slot + 1, workspace, lent);
-    });
+    draw(slots, logits, position_.data(), token_ids);
   }
 
   // The expert's draft of the token `offset` places ahead, from its logits [slots, 1, vocab_size]. It
@@ -143,13 +105,7 @@ class Sampler {
   void draft(std::span<const int> slots, const float* expert, int64_t offset, int64_t* token_ids) {
     std::vector<int64_t> position = position_;
     for (int64_t& place : position) place += offset;
-    proxytune_sample_args args{};
-    args.inputs = inputs({expert, nullptr, nullptr}, 1);
-    args.params = params(position.data());
-    args.token_ids = token_ids;
-    each(slots, [&](int slot, void* workspace, const proxytune_parallel* lent) {
-      return proxytune_cpu_sample(&args, slot, slot + 1, workspace, lent);
-    });
+    draw(slots, {expert, nullptr, nullptr}, position.data(), token_ids);
   }
 
   // Compares num_drafts drafts of each slot with what the target draws there: logits at num_drafts + 1
@@ -172,6 +128,16 @@ class Sampler {
   }
 
  private:
+  void draw(std::span<const int> slots, const Logits& logits, const int64_t* position, int64_t* token_ids) {
+    proxytune_sample_args args{};
+    args.inputs = inputs(logits, 1);
+    args.params = params(position);
+    args.token_ids = token_ids;
+    each(slots, [&](int slot, void* workspace, const proxytune_parallel* lent) {
+      return proxytune_cpu_sample(&args, slot, slot + 1, workspace, lent);
+    });
+  }
+
   proxytune_inputs inputs(const Logits& logits, int64_t positions) const {
     const auto role = [&](const float* data) {
       proxytune_logits made{};

@@ -1,7 +1,7 @@
 """How well models answer: the likelihood of answers, and greedy ones, by one model or three mixed.
 
-On plain transformers, with nothing of this package, so that the figures are a yardstick for the
-decoder and do not depend on it.
+By transformers' own models and caches, so that the figures are a yardstick for the decoder and do
+not depend on it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
+
+from proxytune_kernels.decoder.model import Forward
+from proxytune_kernels.integrations.hf.inputs import left_padded, positions
 
 IGNORED = -100  # the label of a position that does not count in the loss, as cross_entropy wants it
 
@@ -88,30 +92,21 @@ def complete(
     models: Models, weights: Weights, prompts: Sequence[list[int]], end: int, max_tokens: int
 ) -> list[list[int]]:
     """Greedy completions of prompts, padded on the left to one length; without the ``end``."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    caches: dict[str, Any] = dict.fromkeys(weights)
+    ids, mask = left_padded(prompts, end)
+    caches = {name: DynamicCache(config=models[name].config) for name in weights}
     tokens: list[Tensor] = []
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     while len(tokens) < max_tokens and not ended.all():
+        places = positions(mask)[:, -ids.shape[1] :]
         logits = {}
-        for name in weights:
-            output = models[name](
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=caches[name],
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            caches[name] = output.past_key_values
-            logits[name] = output.logits[:, -1].float()
+        for name, cache in caches.items():
+            forward = Forward(models[name])
+            x = forward(ids, keep=1, cache=cache, attention_mask=mask, position_ids=places)
+            logits[name] = x[:, -1].float()
         token = torch.where(ended, end, mix(logits, weights).argmax(-1))
         ended |= token == end
         tokens.append(token)
-        ids, positions = token[:, None], positions[:, -1:] + 1
+        ids = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
     drawn = torch.stack(tokens, dim=1).tolist()
     return [row[: row.index(end)] if end in row else row for row in drawn]

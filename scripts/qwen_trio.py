@@ -148,16 +148,13 @@ def _measure(
     started = time.perf_counter()
     results = {}
     with _progress(MofNCompleteColumn()) as progress:
-        task = progress.add_task("answer NLL", total=count)
         nlls = evaluation.answer_nll(models, mixtures, pairs, end, BATCH)
-        for name, weights in mixtures.items():
-            progress.reset(task, description=f"completions, {name}", total=count)
-            texts: list[str] = []
+        for name in progress.track(mixtures, description="completions"):
+            rows: list[list[int]] = []
             for first in range(0, count, BATCH):
                 prompts = [prompt for prompt, _ in pairs[first : first + BATCH]]
-                rows = evaluation.complete(models, weights, prompts, end, max_tokens)
-                texts += tokenizer.batch_decode(rows, skip_special_tokens=True)
-                progress.update(task, completed=len(texts))
+                rows += evaluation.complete(models, mixtures[name], prompts, end, max_tokens)
+            texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
             answers = [evaluation.stated_answer(text) for text in texts]
             right = sum(a == p.answer for a, p in zip(answers, drawn, strict=True))
             results[name] = {

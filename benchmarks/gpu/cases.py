@@ -27,15 +27,13 @@ MAIN_VOCAB_SIZE = 128_256
 DTYPE = torch.bfloat16
 HEADS_SHAPE = "llama-2"
 
-_MEMORY_SHARE = 0.25  # of the device's for inputs; the eager chain's temporaries take the rest
-
 
 @dataclass(frozen=True)
 class Case:
     """One operator on one shape and kind of logits.
 
-    ``op`` is ``sample``, ``verify``, ``verify-rejection``, ``score``, ``combine`` or
-    ``sample_hidden``; ``positions`` are rows of a request: k + 1 for ``verify``, T for ``score``.
+    ``op`` is ``sample``, ``verify``, ``verify-rejection`` or ``sample_hidden``; ``positions`` are
+    rows of a request: k + 1 for ``verify``.
     """
 
     op: str = "sample"
@@ -47,8 +45,8 @@ class Case:
 
     def __str__(self) -> str:
         positions = f" x {self.positions}" if self.positions > 1 else ""
-        filters = "" if self.op in ("score", "combine") else f" {self.filters}"
-        return f"{self.op} {self.kind}{filters} V={self.vocab_size} B={self.batch_size}{positions}"
+        size = f"V={self.vocab_size} B={self.batch_size}{positions}"
+        return f"{self.op} {self.kind} {self.filters} {size}"
 
     @property
     def as_rows(self) -> OpCase:
@@ -64,8 +62,9 @@ class Case:
         return self.as_rows.logits_bytes
 
     def shaped(self, role: Tensor) -> Tensor:
-        """A role's rows as [B, positions, V]."""
-        return role.view(self.batch_size, self.positions, self.vocab_size)
+        """A role's rows as [requests, positions, V], or as they are where a request has one."""
+        verify = self.op.startswith("verify")
+        return role.view(-1, self.positions, self.vocab_size) if verify else role
 
     def params(self, device: torch.device | str) -> ptk.RowParams:
         """One row of parameters a request."""
@@ -76,11 +75,19 @@ class Case:
         sampling = {"alpha": ALPHA, **asdict(FILTERS[self.filters])}
         return {**asdict(self), "dtype": "bfloat16", "sampling": sampling}
 
+    def sets_needed(self, l2_bytes: int) -> int:
+        """Input sets to go through in turn so that none is left in L2 when its turn comes again.
+
+        Between two uses of a set at least twice L2 is read: a cache that does not evict strictly
+        by age would still hold some of it after once its size.
+        """
+        return 1 + math.ceil(2 * l2_bytes / self.logits_bytes)
+
 
 class Inputs(NamedTuple):
     """One set of inputs: logits [rows, V], and token ids int64 or, for ``sample_hidden``, heads.
 
-    Token ids are drafts [B, k] for ``verify``, tokens [B, T] for ``score``, else empty.
+    Token ids are drafts [B, k] for ``verify``, else empty.
     """
 
     logits: Logits
@@ -94,28 +101,8 @@ class Unit(NamedTuple):
     case: Case
     providers: tuple[str, ...]
 
-    @property
-    def compiles(self) -> bool:
-        """Whether it has to wait for torch.compile."""
-        return "torch.compile" in self.providers
-
     def __str__(self) -> str:
         return f"{self.case}: {', '.join(self.providers)}"
-
-
-def sets_needed(logits_bytes: int, l2_bytes: int) -> int:
-    """Input sets to go through in turn so that none is left in L2 when its turn comes again.
-
-    Between two uses of a set at least twice L2 is read: a cache that does not evict strictly by
-    age would still hold some of it after once its size.
-    """
-    return 1 + math.ceil(2 * l2_bytes / logits_bytes)
-
-
-def fits(case: Case, l2_bytes: int, memory_bytes: int) -> bool:
-    """Whether a device has the memory for a case's input sets."""
-    needed = sets_needed(case.logits_bytes, l2_bytes) * case.logits_bytes
-    return needed <= _MEMORY_SHARE * memory_bytes
 
 
 def make_inputs(
@@ -126,11 +113,11 @@ def make_inputs(
     Drafts are the expert's own draws, as in speculative decoding: with the request's noise for the
     coupled mode, with the drafter's for rejection.
     """
-    size, none = case.vocab_size, torch.empty(0, device=device)
+    size, none = case.vocab_size, torch.empty(0, dtype=torch.int64, device=device)
     if case.op == "sample_hidden":
         shape = (HEADS_SHAPE, DTYPE, case.batch_size)
         heads = (random_heads(*shape, n, device=device, vocab_size=size) for n in range(count))
-        return [Inputs((none, none, none), none.long(), three) for three in heads]
+        return [Inputs((none, none, none), none, three) for three in heads]
     stacked = make_logits(case.kind, count * case.as_rows.batch_size, size, DTYPE, device=device)
     chunks = zip(*(role.chunk(count) for role in stacked), strict=True)
     return [Inputs(logits, _token_ids(case, logits, backend)) for logits in chunks]
@@ -138,10 +125,6 @@ def make_inputs(
 
 def _token_ids(case: Case, logits: Logits, backend: str) -> Tensor:
     device = logits[0].device
-    if case.op == "score":
-        generator = torch.Generator(device).manual_seed(0)
-        shape = (case.batch_size, case.positions)
-        return torch.randint(case.vocab_size, shape, generator=generator, device=device)
     if not case.op.startswith("verify"):
         return torch.empty(0, dtype=torch.int64, device=device)
     stream = "draft" if case.op == "verify-rejection" else "sample"
@@ -161,12 +144,13 @@ def plan(
 ) -> list[Unit]:
     """Units in order of importance, those of these providers and sizes."""
     units = []
-    for unit in _all_units():
-        wanted = tuple(name for name in unit.providers if name in providers)
-        sized = unit.case.vocab_size in vocab_sizes and unit.case.batch_size in batch_sizes
-        alone = unit.compiles and "torch.compile" not in wanted  # ours was timed in an earlier unit
-        if wanted and sized and not alone:
-            units.append(Unit(unit.case, wanted))
+    for case, names in _all_units():
+        wanted = tuple(name for name in names if name in providers)
+        sized = case.vocab_size in vocab_sizes and case.batch_size in batch_sizes
+        # Ours was timed in an earlier unit, without the compiled chain.
+        again = "torch.compile" in names and "torch.compile" not in wanted
+        if wanted and sized and not again:
+            units.append(Unit(case, wanted))
     return units
 
 
@@ -180,29 +164,21 @@ def _all_units() -> list[Unit]:
         axes = product(DRAFTS, (64, 8, 1, 256))
         return [Unit(Case(op, kind, batch_size=b, positions=k + 1), providers) for k, b in axes]
 
-    others = [v for v in VOCAB_SIZES if v != MAIN_VOCAB_SIZE]
-    peers, compiled = ("eager", "transformers", "flashinfer"), ("ours", "torch.compile")
+    main, others = [MAIN_VOCAB_SIZE], [v for v in VOCAB_SIZES if v != MAIN_VOCAB_SIZE]
+    peers = (*BACKENDS, "eager", "transformers", "flashinfer")
+    verifiers, compiled = (*BACKENDS, "eager", "flashinfer"), ("ours", "torch.compile")
     heads = Case("sample_hidden", "random", vocab_size=SHAPES[HEADS_SHAPE][0])
-    dense = Case("combine", filters="none")
     # What needs no compiling comes first.
     return [
-        *samples("peaked", [MAIN_VOCAB_SIZE], *BACKENDS, *peers),
-        *samples("flat", [MAIN_VOCAB_SIZE], *BACKENDS, *peers),
-        *verifies("verify", "peaked", *BACKENDS, "eager", "flashinfer"),
+        *samples("peaked", main, *peers),
+        *samples("flat", main, *peers),
+        *verifies("verify", "peaked", *verifiers),
         *(Unit(replace(heads, batch_size=b), ("ours", "eager")) for b in (64, 256, 1, 8)),
-        *samples("peaked", others, *BACKENDS, *peers),
-        *samples("flat", others, *BACKENDS, *peers),
-        *samples("peaked", [MAIN_VOCAB_SIZE], *compiled),
-        *verifies("verify", "flat", *BACKENDS, "eager", "flashinfer"),
+        *samples("peaked", others, *peers),
+        *samples("flat", others, *peers),
+        *samples("peaked", main, *compiled),
+        *verifies("verify", "flat", *verifiers),
         *verifies("verify-rejection", "peaked", *BACKENDS),
-        *(
-            Unit(replace(dense, batch_size=b), ("ours", "eager", "torch.compile"))
-            for b in (256, 64)
-        ),
-        Unit(
-            Case("score", "peaked", "none", batch_size=8, positions=64),
-            ("ours", "eager", "torch.compile"),
-        ),
-        *samples("flat", [MAIN_VOCAB_SIZE], *compiled),
+        *samples("flat", main, *compiled),
         *samples("peaked", others, *compiled),
     ]

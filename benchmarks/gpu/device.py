@@ -1,19 +1,24 @@
-"""What is measured on: a CUDA device, its events, and its graphs."""
+"""A CUDA device: its graphs and events, and the journal of what was measured on it."""
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 import proxytune_kernels as ptk
-from benchmarks.harness.report import cpu_model
+from benchmarks.harness.report import console, cpu_model, environment, write_json_lines
 from proxytune_kernels.kernels import interpreted
 
 Run = Callable[[], object]
+Record = Mapping[str, Any]
 
 _WARM_UP = 2  # the first call compiles and allocates; the second is as all others
 _COPY_BYTES = 5 * 2**28  # of the yardstick's buffer: 1.25 GiB, many times L2
@@ -123,3 +128,79 @@ def _driver_version() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+
+
+class Journal:
+    """Lines of results, saved as they come: a run that is killed keeps what it measured.
+
+    Args:
+        output: where they go; the first replace what an earlier run left there.
+        device: fields of the environment record that tell what is measured on.
+    """
+
+    def __init__(self, output: Path, device: Record) -> None:
+        self.output, self.device = output, device
+        self.records: list[Record] = []
+        self.failed = False
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Add lines of results."""
+        write_json_lines(self.output, "gpu", records, self.device, append=bool(self.records))
+        self.records += records
+
+    def note(self, sentence: str, *, failed: bool = False) -> None:
+        """Say and keep a sentence; a failure makes the command's exit code 1."""
+        say(sentence)
+        self.failed |= failed
+        self.add([{"op": "note", "text": sentence, "failed": failed}])
+
+    @contextmanager
+    def guarded(self, what: str, *, ours: bool = True) -> Iterator[None]:
+        """Turn what goes wrong into a note: a failure where it is ours, but for lack of memory."""
+        try:
+            yield
+        except AssertionError as error:
+            self.note(f"{what}: wrong, not timed: {error}", failed=ours)
+        except torch.OutOfMemoryError:
+            self.note(f"{what}: not measured, the device's memory does not suffice")
+        except Exception as error:
+            self.note(f"{what}: failed: {first_line(error)}", failed=ours)
+        else:
+            return
+        # Only now: while it was handled, the error held on to all that its frames had made.
+        release()
+        torch.cuda.synchronize()  # raises where the device is lost
+
+    @property
+    def copy_rate(self) -> float:
+        """Bytes per second, read and written, of the run's device-to-device copies."""
+        [copy] = [r for r in self.records if r["op"] == "copy"]
+        return median(copy["bytes_per_second"])
+
+    @property
+    def where(self) -> str:
+        """One line that says where the numbers come from."""
+        e = {**environment(), **self.device}
+        revision = "no git revision" if e["revision"] is None else e["revision"][:10]
+        if e["dirty"]:
+            revision += " with local changes"
+        versions = f"torch {e['torch']}, triton {e['triton']}"
+        return f"{e['device_name']}, driver {e['driver']}, {versions}, {revision}"
+
+    def conclude(self, page: str) -> int:
+        """Write a page beside the results; gives the command's exit code."""
+        self.output.with_suffix(".md").write_text(page)
+        for path in (self.output, self.output.with_suffix(".md")):
+            say(f"Wrote {path}")
+        return int(self.failed)
+
+
+def release() -> None:
+    """Hand back what freed tensors held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def say(sentence: str) -> None:
+    """Print as it is: no markup, no wrapping."""
+    console.print(sentence, markup=False, highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 ``python -m benchmarks.gpu.driver profile PROVIDER FILTERS VOCAB_SIZE BATCH_SIZE`` calls ``sample``
 once between the profiler's start and stop, on peaked logits that are in no cache.
 ``python -m benchmarks.gpu.driver sanitize`` calls every operator on small, awkward logits.
+docs/benchmarks.md has the tools' command lines.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from itertools import product
 import torch
 
 import proxytune_kernels as ptk
-from benchmarks.gpu.cases import BACKENDS, Case, make_inputs
+from benchmarks.gpu.cases import BACKENDS, Case, Inputs, make_inputs
 from benchmarks.gpu.device import find_device
+from benchmarks.gpu.peers import operator
 from benchmarks.harness.logits import FILTERS, KINDS, Logits, make_logits
 
 _REQUESTS, _POSITIONS = 3, 3
@@ -29,12 +31,12 @@ def profile(provider: str, filters: str, vocab_size: int, batch_size: int) -> No
     case = Case("sample", "peaked", filters, vocab_size, batch_size)
     [inputs] = make_inputs(case, 1)
     params = case.params("cuda")
-    out = ptk.sample(*inputs.logits, params, backend=backend)  # compiles
+    out = operator(case, inputs, params, backend=backend)  # compiles
     # Written last, it takes the place of the logits in L2.
     torch.empty(4 * device.l2_bytes, dtype=torch.uint8, device="cuda").fill_(1)
     torch.cuda.synchronize()
     with torch.cuda.profiler.profile():
-        ptk.sample(*inputs.logits, params, backend=backend, out=out)
+        operator(case, inputs, params, backend=backend, out=out)
         torch.cuda.synchronize()
 
 
@@ -51,17 +53,17 @@ def awkward_logits(kind: str, rows: int, vocab_size: int, device: str) -> Logits
 def call_operators(device: str, backend: str, vocab_size: int, kind: str, *, every: bool) -> None:
     """``sample`` and ``verify`` with each filter, and ``every`` other operator, once."""
     rows = awkward_logits(kind, _REQUESTS * _POSITIONS, vocab_size, device)
-    base, expert, anti = (role.view(_REQUESTS, _POSITIONS, -1) for role in rows)
     ids = torch.zeros(_REQUESTS, _POSITIONS, dtype=torch.int64, device=device)
-    for filters in FILTERS:
-        params = Case("sample", kind, filters, vocab_size, _REQUESTS).params(device)
-        first = [role[:_REQUESTS] for role in rows]
-        ptk.sample(first[0], first[1], first[2], params, backend=backend)
-        verified = (base, expert, anti, ids[:, 1:], params)
-        ptk.verify(*verified, mode="coupled", backend=backend)
-        draft_logits = expert[:, :-1]
-        ptk.verify(*verified, mode="rejection", draft_logits=draft_logits, backend=backend)
+    cases = [
+        Case(op, kind, filters, vocab_size, _REQUESTS, _POSITIONS)
+        for op, filters in product(("verify", "verify-rejection"), FILTERS)
+    ]
+    cases += [Case("sample", kind, filters, vocab_size, len(rows[0])) for filters in FILTERS]
+    for case in cases:
+        inputs = Inputs(rows, ids[:, 1:] if case.op.startswith("verify") else ids)
+        operator(case, inputs, case.params(device), backend=backend)
     if every:
+        base, expert, anti = (role.view(_REQUESTS, _POSITIONS, -1) for role in rows)
         ptk.score(base, expert, anti, ids, backend=backend)
         ptk.combine(*rows, backend=backend)
 
@@ -76,18 +78,11 @@ def sanitize() -> None:
     torch.cuda.synchronize()
 
 
-def main(arguments: list[str]) -> None:
-    """Run what the arguments say."""
-    if arguments == ["sanitize"]:
-        sanitize()
-        return
-    what, provider, filters, vocab_size, batch_size = arguments
-    if what != "profile":
-        raise ValueError(f"the first argument must be profile or sanitize, got {what!r}")
-    if provider not in BACKENDS:
-        raise ValueError(f"the provider must be one of {tuple(BACKENDS)}, got {provider!r}")
-    profile(provider, filters, int(vocab_size), int(batch_size))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:] == ["sanitize"]:
+        sanitize()
+    else:
+        what, provider, filters, vocab_size, batch_size = sys.argv[1:]
+        if what != "profile":
+            raise ValueError(f"the first argument must be profile or sanitize, got {what!r}")
+        profile(provider, filters, int(vocab_size), int(batch_size))

@@ -1,25 +1,17 @@
 """What is timed: our operators, the eager chain, torch.compile of it, transformers, FlashInfer.
 
 None synchronises, so that a CUDA graph can hold it. FlashInfer, from its PyPI wheel, is optional
-and compiles its kernels on first use, with nvcc, for a minute or more: ``python -m
-benchmarks.gpu.peers`` does that in a process of its own (:class:`FlashInferBuild`), so that it can
-run beside the contract suite and be given up on. Read against flashinfer-python 0.7.2.post1,
-``flashinfer/sampling.py``: everything takes fp32, seed and offset as tensors for CUDA graphs, and
-top-k before top-p as in vLLM.
+and compiles its kernels on first use, with nvcc, for a minute or more. Read against
+flashinfer-python 0.7.2.post1, ``flashinfer/sampling.py``: everything takes fp32, seed and offset as
+tensors for CUDA graphs, and top-k before top-p as in vLLM.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
-import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +20,7 @@ import proxytune_kernels as ptk
 from benchmarks.gpu import checks
 from benchmarks.gpu.cases import BACKENDS, Case, Inputs
 from benchmarks.gpu.checks import Sampler
-from benchmarks.gpu.stages import run_process, tail
-from benchmarks.harness.heads import logits_apart
+from benchmarks.harness.heads import check_heads, logits_apart
 from benchmarks.harness.logits import (
     ALPHA,
     FILTERS,
@@ -40,113 +31,32 @@ from benchmarks.harness.logits import (
     transformers_peer,
 )
 
-COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-"""Modes of torch.compile that are tried; graphs are captured around all providers alike."""
-
 # Every shape is compiled on its own; at the default limit of 8 torch would fall back to eager.
 _RECOMPILES = 256
-# top_k_top_p_sampling_from_logits has another path, with another module to build, from here on.
-_BUILD_VOCAB_SIZES = (1024, 131_072)
+_COMPILE_MODE = "max-autotune-no-cudagraphs"  # graphs are captured around all providers alike
 _FLASHINFER = "flashinfer-python"
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """What to time, and how to tell that it is right: ``check`` raises AssertionError."""
 
     call: Callable[[Inputs], Any]
     check: Callable[[Inputs], None]
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Providers:
-    """Makes providers; remembers which mode of torch.compile was the faster one.
-
-    Args:
-        probe: seconds of a call, by which that is decided.
-        backends: of ours, by provider.
-    """
-
-    def __init__(
-        self,
-        probe: Callable[[Callable[[], object]], float],
-        backends: Mapping[str, str] = BACKENDS,
-    ) -> None:
-        self._probe, self._backends = probe, backends
-        self._microseconds: dict[str, dict[str, float]] = {}
-
-    def prepare(self, case: Case, name: str, inputs: Inputs) -> Prepared:
-        """A provider for a case, given one set of inputs to allocate outputs by; may compile."""
-        if case.op == "sample_hidden":
-            return _heads(case, name, inputs, self._backends["ours"])
-        if name in self._backends:
-            return _ours(case, name, inputs, self._backends[name])
-        if case.op in ("score", "combine"):
-            return self._dense(case, name, inputs)
-        filters = FILTERS[case.filters]
-        if name == "flashinfer":
-            sampler = flashinfer_sampler(filters, inputs.token_ids.device)
-        elif name == "torch.compile":
-            chain = eager_peer(filters).sample
-            sample, config = self._compile(f"sample {case.filters}", chain, inputs.logits)
-            sampler = Sampler(name, sample, torch.manual_seed, config=config)
-        else:
-            peer = eager_peer(filters) if name == "eager" else transformers_peer(filters)
-            sampler = Sampler(name, peer.sample, torch.manual_seed, peer)
-
-        def call(i: Inputs) -> Any:
-            drawn = sampler.sample(i.logits)
-            return drawn if case.op == "sample" else accept(drawn, i.token_ids)
-
-        def check(i: Inputs) -> None:
-            checks.check_sampler(case.as_rows, sampler, i.logits)
-
-        return Prepared(call, check, sampler.config)
-
-    def _dense(self, case: Case, name: str, inputs: Inputs) -> Prepared:
-        """``score`` and ``combine`` in torch, eager or compiled."""
-        function: Callable[..., Tensor] = torch_score if case.op == "score" else combine
-        count, config = 2 if case.op == "score" else 1, dict[str, Any]()
-        if name == "torch.compile":
-            function, config = self._compile(case.op, function, *inputs[:count])
-
-        def call(i: Inputs) -> Tensor:
-            return function(*i[:count])
-
-        return Prepared(call, lambda i: checks.check_dense(case, name, i, call(i)), config)
-
-    def _compile(
-        self, key: str, function: Callable[..., Any], *arguments: Any
-    ) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """A function compiled in the faster mode of its key, and its configuration for results."""
-
-        def microseconds(mode: str) -> float:
-            run = partial(_compiled(function, mode), *arguments)
-            run()
-            return 1e6 * self._probe(run)
-
-        if key not in self._microseconds:
-            self._microseconds[key] = {mode: microseconds(mode) for mode in COMPILE_MODES}
-        tried = self._microseconds[key]
-        mode = min(tried, key=tried.__getitem__)
-        return _compiled(function, mode), {"mode": mode, "mode_microseconds": tried}
-
-
-def _compiled(function: Callable[..., Any], mode: str = "default") -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled for each shape alone."""
     torch._dynamo.config.recompile_limit = _RECOMPILES
-    return torch.compile(function, mode=mode, dynamic=False)
+    return torch.compile(function, mode=_COMPILE_MODE, dynamic=False)
+
+
+# torch
 
 
 def combine(logits: Logits) -> Tensor:
     """Combined logits, fp32 [rows, V], in three kernels: torch widens mixed operands on the fly."""
     base, expert, anti = logits
     return torch.add(base, expert - anti.float(), alpha=ALPHA)
-
-
-def torch_score(logits: Logits, token_ids: Tensor) -> Tensor:
-    """Logprobs of given tokens [B, T] by torch's log-softmax, which writes all of [B, T, V]."""
-    logprobs = combine(logits).log_softmax(-1)
-    return logprobs.gather(-1, token_ids.view(-1, 1)).view(token_ids.shape)
 
 
 def eager_distribution(logits: Logits, filters: Filters) -> Candidates:
@@ -196,137 +106,116 @@ def accept(token_ids: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
     return drawn.masked_fill(positions > accepted[:, None], -1), accepted
 
 
-def _ours(case: Case, name: str, inputs: Inputs, backend: str) -> Prepared:
-    """An operator of ours, with prepared parameters, into outputs of its own."""
-    params = case.params(inputs.token_ids.device)
-    given: dict[str, Any] = {"backend": backend}
-
-    def call(i: Inputs) -> Any:
-        base, expert, anti = i.logits
-        if case.op == "sample":
-            return ptk.sample(base, expert, anti, params, **given)
-        if case.op == "combine":
-            return ptk.combine(base, expert, anti, params.alpha, **given)
-        base, expert, anti = map(case.shaped, i.logits)
-        if case.op == "score":
-            return ptk.score(base, expert, anti, i.token_ids, params.alpha, **given)
-        mode: dict[str, Any] = {}
-        if case.op == "verify-rejection":
-            mode = {"mode": "rejection", "draft_logits": expert[:, :-1]}
-        return ptk.verify(base, expert, anti, i.token_ids, params, **mode, **given)
-
-    given["out"] = call(inputs)
-
-    def check(i: Inputs) -> None:
-        if case.op in ("score", "combine"):
-            checks.check_dense(case, name, i, call(i), ours=True)
-        elif case.op == "sample":
-            sampler = Sampler(
-                name, lambda x: call(Inputs(x, x[0])).token_ids, params.position.fill_
-            )
-            checks.check_sampler(case.as_rows, sampler, i.logits, backend)
-            params.position.zero_()
-        else:
-            checks.check_verify(case, i, call(i))
-
-    return Prepared(call, check, {"backend": backend})
+# FlashInfer
 
 
-def _heads(case: Case, name: str, inputs: Inputs, backend: str) -> Prepared:
-    """``sample_hidden``, or three products by torch, which write their logits, then ``sample``."""
-    params = case.params(inputs.token_ids.device)
-    given: dict[str, Any] = {"params": params, "backend": backend}
+def flashinfer_sampler(filters: Filters, device: torch.device) -> Sampler:
+    """The combination compiled into one kernel, temperature included; then FlashInfer.
 
-    def call(i: Inputs) -> ptk.SampleOutput:
-        assert i.heads is not None
-        if name == "ours":
-            return ptk.sample_hidden(*i.heads, **given)
-        return ptk.sample(*logits_apart(i.heads, case.vocab_size), **given)
-
-    given["out"] = call(inputs)
-
-    def check(i: Inputs) -> None:
-        checks.check_heads(case, name, i, params, call(i))
-
-    return Prepared(call, check, {"backend": backend})
-
-
-def flashinfer_missing() -> str | None:
-    """Why FlashInfer can't be a peer, as far as can be told without compiling; None: it can."""
-    if find_spec("flashinfer") is None:
-        return f"{_FLASHINFER} is not installed (pip install {_FLASHINFER})"
-    return None
-
-
-def flashinfer_sampler(filters: Filters, device: torch.device | str) -> Sampler:
-    """The combination compiled into one kernel, temperature included; then FlashInfer."""
-    draw = _flashinfer_draw(filters)
-    seed, offset = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-    scaled = _compiled(lambda logits: combine(logits) / filters.temperature)
-
-    def sample(logits: Logits) -> Tensor:
-        return draw(scaled(logits), seed, offset)
-
-    config = {_FLASHINFER: version(_FLASHINFER)}
-    return Sampler("flashinfer", sample, seed.fill_, config=config)
-
-
-def _flashinfer_draw(filters: Filters) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Each filter by the function that FlashInfer's documentation names for it.
-
-    Filters are scalars, which is the faster of the two forms.
+    Each filter by the function that FlashInfer's documentation names for it. Filters are scalars,
+    which is the faster of the two forms.
     """
     sampling = import_module("flashinfer.sampling")
-    name, values = "sampling_from_logits", list[float]()
-    if filters.top_k:
-        name, values = "top_k_top_p_sampling_from_logits", [filters.top_k, filters.top_p]
-    elif filters.top_p < 1:
-        name, values = "top_p_sampling_from_probs", [filters.top_p]
-    function, softmax = getattr(sampling, name, None), getattr(sampling, "softmax", None)
-    if function is None or softmax is None or "seed" not in inspect.signature(function).parameters:
-        raise ImportError(
-            f"{_FLASHINFER} {version(_FLASHINFER)} has no sampling.softmax, or no sampling.{name} "
-            "that takes a seed: its draws can't be captured in a CUDA graph"
-        )
+    seed, offset = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+    scaled = compiled(lambda logits: combine(logits) / filters.temperature)
 
-    def draw(x: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
-        given = softmax(x) if name.endswith("from_probs") else x
-        tokens: Tensor = function(given, *values, seed=seed, offset=offset)
+    def sample(logits: Logits) -> Tensor:
+        x, noise = scaled(logits), {"seed": seed, "offset": offset}
+        tokens: Tensor
+        if filters.top_k:
+            k, p = filters.top_k, filters.top_p
+            tokens = sampling.top_k_top_p_sampling_from_logits(x, k, p, **noise)
+        elif filters.top_p < 1:
+            probabilities = sampling.softmax(x)
+            tokens = sampling.top_p_sampling_from_probs(probabilities, filters.top_p, **noise)
+        else:
+            tokens = sampling.sampling_from_logits(x, **noise)
         return tokens
 
-    return draw
+    return Sampler("flashinfer", sample, seed.fill_)
 
 
-class FlashInferBuild:
-    """FlashInfer's compilation, in the background; given up after ``limit_seconds`` from now."""
-
-    def __init__(self, limit_seconds: float) -> None:
-        self._limit = limit_seconds
-        self._ended: list[tuple[int | None, str]] = []
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        command = [sys.executable, "-m", "benchmarks.gpu.peers"]
-        self._ended.append(run_process(command, self._limit))
-
-    def wait(self) -> str | None:
-        """Wait for the end or the limit. None: it is built; else why not."""
-        self._thread.join()
-        [(code, output)] = self._ended
-        if code is None:
-            return f"{_FLASHINFER} did not build within {self._limit:.0f} s"
-        return None if code == 0 else f"{_FLASHINFER} does not build: {tail(output, 1) or code}"
+def _compiled_sampler(filters: Filters, device: torch.device) -> Sampler:
+    return Sampler("torch.compile", compiled(eager_peer(filters).sample), torch.manual_seed)
 
 
-def build_flashinfer() -> None:
-    """Run each of FlashInfer's functions that the benchmark uses once: that compiles them."""
-    seed = torch.zeros(1, dtype=torch.int64, device="cuda")
-    for filters in FILTERS.values():
-        for vocab_size in _BUILD_VOCAB_SIZES:
-            _flashinfer_draw(filters)(torch.randn(2, vocab_size, device="cuda"), seed, seed)
-    torch.cuda.synchronize()
+def _of_peer(make: Callable[[Filters], Peer]) -> Callable[[Filters, torch.device], Sampler]:
+    def sampler(filters: Filters, device: torch.device) -> Sampler:
+        peer = make(filters)
+        return Sampler(peer.name, peer.sample, torch.manual_seed, peer)
+
+    return sampler
 
 
-if __name__ == "__main__":
-    build_flashinfer()
+SAMPLERS: Mapping[str, Callable[[Filters, torch.device], Sampler]] = {
+    "eager": _of_peer(eager_peer),
+    "torch.compile": _compiled_sampler,
+    "transformers": _of_peer(transformers_peer),
+    "flashinfer": flashinfer_sampler,
+}
+
+
+def absent() -> dict[str, str]:
+    """Providers that can't run here, with the reason."""
+    reasons = {
+        "cuda": ptk.backends()[BACKENDS["cuda"]],
+        "transformers": None if find_spec("transformers") else "transformers is not installed",
+        "flashinfer": None if find_spec("flashinfer") else f"{_FLASHINFER} is not installed",
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+# Ours, and all of them
+
+
+def operator(case: Case, inputs: Inputs, params: ptk.RowParams, **given: Any) -> Any:
+    """Call the case's operator; ``given`` is its backend, and outputs to write to."""
+    if inputs.heads is not None:
+        return ptk.sample_hidden(*inputs.heads, params=params, **given)
+    base, expert, anti = map(case.shaped, inputs.logits)
+    if case.op == "sample":
+        return ptk.sample(base, expert, anti, params, **given)
+    if case.op == "verify-rejection":
+        given |= {"mode": "rejection", "draft_logits": expert[:, :-1]}
+    return ptk.verify(base, expert, anti, inputs.token_ids, params, **given)
+
+
+def prepare(
+    case: Case, name: str, inputs: Inputs, backends: Mapping[str, str] = BACKENDS
+) -> Prepared:
+    """A provider for a case, given one set of inputs to allocate outputs by; may compile."""
+    device, filters = inputs.token_ids.device, FILTERS[case.filters]
+    params = case.params(device)
+    if name in backends:
+        given: dict[str, Any] = {"backend": backends[name]}
+        given["out"] = operator(case, inputs, params, **given)
+
+        def call(i: Inputs) -> Any:
+            return operator(case, i, params, **given)
+
+        def expected(i: Inputs, few: ptk.RowParams) -> Any:
+            return operator(case, i, few, backend="reference")
+
+        return Prepared(call, lambda i: checks.check_ours(case, i, params, call(i), expected))
+    if case.op == "sample_hidden":
+
+        def call_heads(i: Inputs) -> ptk.SampleOutput:
+            assert i.heads is not None
+            return ptk.sample(
+                *logits_apart(i.heads, case.vocab_size), params, backend=backends["ours"]
+            )
+
+        def check(i: Inputs) -> None:
+            # Logits went through bf16, 2^-9 of up to 32 a role, so that x is off by at most 3/16.
+            assert i.heads is not None
+            out, rows = call_heads(i), checks.HEADS_ROWS
+            check_heads(i.heads, case.vocab_size, params, out, rows, rounding=3 / 16)
+
+        return Prepared(call_heads, check)
+    sampler = SAMPLERS[name](filters, device)
+
+    def draw(i: Inputs) -> Any:
+        drawn = sampler.sample(i.logits)
+        return drawn if case.op == "sample" else accept(drawn, i.token_ids)
+
+    return Prepared(draw, lambda i: checks.check_sampler(case.as_rows, sampler, i.logits))

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 import proxytune_kernels as ptk
 from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P, Logits
+from proxytune_kernels import reference
 
 Heads = tuple[ptk.Head, ptk.Head, ptk.Head]
 """Base, expert and anti."""
@@ -97,3 +98,28 @@ def exact_x(heads: Heads, vocab_size: int) -> tuple[Tensor, Tensor]:
         x[:, part] = base + ALPHA * (expert - anti)
         error = torch.maximum(error, terms.amax(-1))
     return x, error
+
+
+def check_heads(
+    heads: Heads,
+    vocab_size: int,
+    params: ptk.RowParams,
+    got: ptk.SampleOutput,
+    rows: int,
+    rounding: float = 0.0,
+) -> None:
+    """Compare the first rows of what was drawn with exact heads, fp64.
+
+    Tokens may tie to the error of x: kept sets may differ by one token, a token's raw logprob by
+    twice the error. ``rounding`` is what logits of a lower dtype add to the error of x.
+    """
+    x, error = exact_x(first_rows(heads, rows), vocab_size)
+    first = slice(0, len(x))
+    wanted = reference.distribution(x, params.rows(first))
+    raw = wanted.raw_logprobs().gather(-1, got.token_ids[first, None])[:, 0]
+    off = (got.raw_logprobs[first] - raw).abs()
+    kept = got.num_kept[first] - wanted.kept.sum(-1)
+    if not rounding and not (kept.abs() <= 1).all():
+        raise AssertionError(f"sample_hidden: kept sets differ by {kept.tolist()} tokens")
+    if not (off <= 2 * (error + rounding) + 1e-5).all():
+        raise AssertionError(f"sample_hidden: raw logprobs off by {off.tolist()}")

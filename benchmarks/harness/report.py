@@ -126,36 +126,22 @@ def say(text: str, style: str | None = None) -> None:
     console.print(text, style=style, soft_wrap=True)
 
 
-def draw_picture(output: Path, draw: Callable[[Path], None] | None) -> None:
-    """Say where the results are, and draw their picture beside them; None draws nothing."""
-    say(f"Wrote {output}")
-    if draw is not None:
-        picture = output.with_suffix(".png")
-        draw(picture)
-        say(f"Wrote {picture}")
-
-
 @contextmanager
 def progress_bar(total: int, description: str = "") -> Iterator[Callable[[str], None]]:
     """A progress bar over ``total`` steps; call what it gives after each, with what to show.
 
     It leaves nothing behind, and is on standard error, so that tables can be piped.
     """
-    with make_progress() as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda text: progress.update(task, advance=1, description=text)
-
-
-def make_progress() -> Progress:
-    """The bar of :func:`progress_bar`, for whoever moves it in another way."""
-    return Progress(
+    with Progress(
         TextColumn("{task.description:<50}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-    )
+    ) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda text: progress.update(task, advance=1, description=text)
 
 
 def make_table(title: str, columns: Sequence[str], caption: str) -> Table:
@@ -200,6 +186,18 @@ def look_up(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def cells(record: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
+    """A record's text in each column; a dash for what it does not have."""
+    found = [(look_up(record, path), text) for _, path, text in columns]
+    return ["-" if value is None else text(value) for value, text in found]
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table: text in the first column, numbers in the others."""
+    ruler = ["---", *["---:"] * (len(columns) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (columns, ruler, *rows)]
+
+
 def print_records(
     title: str,
     caption: str,
@@ -208,11 +206,7 @@ def print_records(
     section: Callable[[Any], str] = lambda record: "",
 ) -> None:
     """Print a row for each record, in the columns given; the caption ends with the machine."""
-    rows = [
-        (section(r), [fmt(value) if (value := look_up(r, path)) is not None else "-"
-                      for _, path, fmt in columns])
-        for r in records
-    ]  # fmt: skip
+    rows = [(section(record), cells(record, columns)) for record in records]
     headings = [heading for heading, _, _ in columns]
     print_table(title, headings, f"{caption} {machine_line()}", rows)
 
@@ -238,11 +232,3 @@ def significant(value: float | None, suffix: str = "") -> str:
         return "-"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return fixed(value, digits, suffix)
-
-
-def verdict(name: str, ratio: Mapping[str, float], least: float) -> str:
-    """Whether a paired ratio reaches its target, in words."""
-    return (
-        f"{name}: {ratio['median']:.2f} times ({ratio['p10']:.2f} to {ratio['p90']:.2f}), "
-        f"target {least:g}: {'met' if ratio['median'] >= least else 'missed'}."
-    )

@@ -61,7 +61,7 @@ def main(
         if units := compiling.units(ccs, chosen):
             figures = compiling.measure(units)
             measured[TRITON_FILE] = Stored(f"Triton {triton.__version__}", figures)
-            report.print_figures(figures)
+            report.print_tables(report.triton_tables(report.split_twins(figures)[0]))
             complaints += compiling.broken_promises(figures)
         if CLUSTER in chosen and (reason := cluster.missing()) is not None:
             console.print(f"CUDA C++ kernels: not compiled: {reason}", soft_wrap=True)

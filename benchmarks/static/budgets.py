@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from benchmarks.static.figures import Figures
 
 WIDE = 16
 """Bytes of the widest load that all of these GPUs have, and that the design promises."""
 
-
-class Budget(NamedTuple):
-    """The most that a kernel may take; never a stack, as spills go through the logits' memory."""
-
-    registers: int
-    shared: int = 48 * 1024
-    """Bytes: what a block gets without asking the driver for more."""
-
-
-_STREAMS = Budget(registers=64)
-"""For kernels that are bound by memory: 32 warps, half of what a multiprocessor can hold (cc 12.0:
-two thirds). When each of their lanes waits for one 16-byte load, 16 KiB are under way; an H100
-needs 13 KB a multiprocessor to draw 3.35 TB/s where a trip takes 0.5 us (docs/roofline.md)."""
-
-_SCAN = Budget(registers=112)
-"""16 warps, but two loads a lane and role: 16 KiB are under way when only base's are."""
-
-_SPREAD = Budget(registers=168)
-"""For kernels that read flat rows again, with more arithmetic a token: 12 warps."""
-
-_OTHERS = Budget(registers=255)
-"""As many as there are: for kernels of one block a row, where a batch seldom fills the device, and
-for draw, whose code holds routes for awkward rows that few blocks take."""
-
-_HEADS = Budget(registers=255, shared=99 * 1024)
-"""Two accumulators of 64 rows by 128 tokens, and four stages of both operands: what the smallest of
-these devices (cc 12.0) gives a block when asked."""
+# Registers of a kernel. Bound by memory: 32 warps, half of what a multiprocessor can hold (cc 12.0:
+# two thirds). When each of their lanes waits for one 16-byte load, 16 KiB are under way; an H100
+# needs 13 KB a multiprocessor to draw 3.35 TB/s where a trip takes 0.5 us (docs/roofline.md).
+_STREAMS = 64
+_SCAN = 112  # 16 warps, but two loads a lane and role: 16 KiB are under way when only base's are
+_SPREAD = 168  # for kernels that read flat rows again, with more arithmetic a token: 12 warps
+# As many as there are: for kernels of one block a row, where a batch seldom fills the device, and
+# for draw, whose code holds routes for awkward rows that few blocks take.
+_OTHERS = 255
 
 BUDGETS = {
     "scan": _SCAN,
@@ -45,7 +26,7 @@ BUDGETS = {
     "residual": _SPREAD,
     "draw": _OTHERS,
     "select": _OTHERS,
-    "sample_hidden": _HEADS,
+    "sample_hidden": _OTHERS,
     "top_logprobs": _OTHERS,
     "score": _OTHERS,
     "coupled": _OTHERS,
@@ -58,6 +39,12 @@ BUDGETS = {
     "shard_finish": _OTHERS,
     "shard_accept": _OTHERS,
 }
+"""Registers a thread by kernel; never a stack, as spills go through the logits' memory."""
+
+SHARED = {"sample_hidden": 99 * 1024}
+"""Bytes of shared memory a block, where it is not the 48 KiB that a block gets without asking.
+sample_hidden has two accumulators of 64 rows by 128 tokens, and four stages of both operands: what
+the smallest of these devices (cc 12.0) gives a block when asked."""
 
 
 def over_budget(
@@ -65,13 +52,12 @@ def over_budget(
 ) -> Iterator[str]:
     """What a kernel takes that it may not, and what it does not do as promised.
 
-    Args:
-        kernel: of :data:`BUDGETS`.
-        figures: its figures.
-        aligned: its rows start at multiples of 16 bytes.
-        bytes_per_token: of the roles' logits: a route reads each once.
+    ``aligned``: its rows start at multiples of 16 bytes. ``bytes_per_token`` of the roles' logits:
+    a route reads each once.
     """
-    for name, most in {**BUDGETS[kernel]._asdict(), "stack": 0, "local": 0}.items():
+    shared = SHARED.get(kernel, 48 * 1024)
+    budget = {"registers": BUDGETS[kernel], "shared": shared, "stack": 0, "local": 0}
+    for name, most in budget.items():
         if (got := getattr(figures, name)) > most:
             yield f"{name} {got}, the budget is {most}"
     for name, route in figures.routes.items():

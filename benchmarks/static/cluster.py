@@ -185,7 +185,7 @@ def reading(code: sass.Code) -> RouteFigures:
     loop = max(steered, key=lambda one: len(one) / steered[one])
     tokens = steered[loop] // _ROLES * _TOKENS
     per_token = steered[loop] / tokens
-    return RouteFigures(len(loop) / tokens, per_token, 16 * per_token, {})
+    return RouteFigures(len(loop) / tokens, per_token, 16 * per_token)
 
 
 def over_tiles(code: sass.Code) -> dict[str, RouteFigures]:
@@ -208,7 +208,7 @@ def over_tiles(code: sass.Code) -> dict[str, RouteFigures]:
         if name not in shortest:
             raise sass.CannotFollow(f"no loop over tiles is that of {name}")
     logits_bytes = float(_ROLES * 16 // _TOKENS)
-    return {name: RouteFigures(n, 0.0, logits_bytes, {}) for name, n in shortest.items()}
+    return {name: RouteFigures(n, 0.0, logits_bytes) for name, n in shortest.items()}
 
 
 def _figures(compiled: Compiled, cluster: Cluster, cc: int) -> Figures:

@@ -6,16 +6,13 @@ pass. Only the driver is replaced, by one that names a GPU which isn't there; no
 
 from __future__ import annotations
 
-import ast
 import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -121,12 +118,10 @@ def _route_figures(compiled: Compiled, route: Route) -> RouteFigures:
     path = follow(compiled.code, route)
     loads = [i for i in path if i.stem == "LDG" and reads_logits(i)]
     tokens = route.tokens(compiled.arguments) / (compiled.warps * WARP)
-    parts = Counter(function_at(i.file, i.line) for i in path)
     return RouteFigures(
         instructions=len(path) / tokens,
         logits_loads=len(loads) / tokens,
         logits_bytes=sum(i.access_bytes for i in loads) / tokens,
-        parts={name: count / tokens for name, count in parts.most_common()},
     )
 
 
@@ -144,23 +139,6 @@ def follow(code: Code, route: Route) -> Sequence[Instruction]:
         return any(mark.holds(i) for mark in route.avoids)
 
     return code.longest_path([mark.holds for mark in route.passes], excluded, unwanted)
-
-
-@cache
-def _functions(file: str) -> list[tuple[int, int, str]]:
-    """First line, last line and name of a source file's functions."""
-    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-    return [
-        (node.lineno, node.end_lineno or node.lineno, node.name)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-    ]
-
-
-def function_at(file: str, line: int) -> str:
-    """Name of the function that a line of a source file is in."""
-    around = [(first, name) for first, last, name in _functions(file) if first <= line <= last]
-    return max(around)[1] if around else "?"
 
 
 def units(ccs: Iterable[int], kernels: Iterable[str] | None = None) -> list[Unit]:

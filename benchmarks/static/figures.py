@@ -72,8 +72,6 @@ class RouteFigures:
     instructions: float
     logits_loads: float
     logits_bytes: float
-    parts: dict[str, float]
-    """Instructions by the source's function, most first."""
 
 
 @dataclass(frozen=True)

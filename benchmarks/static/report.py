@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.harness.report import console, fixed, make_table, significant
+from benchmarks.harness.report import console, make_table, markdown_table, significant
 from benchmarks.roofline import GPUS, Gpu
 from benchmarks.static.figures import LIMITS, WARP, Figures, Stored, Unit
 
 _SCHEDULERS = 4  # of a multiprocessor; each issues one warp's instruction a clock
-_PROFILED = ("sample", "scan")
-_LEAST_PART = 0.05  # of a route's instructions: functions with fewer are summed up
 
 
 class Table(NamedTuple):
@@ -59,20 +57,15 @@ def split_twins(figures: Mapping[Unit, Figures]) -> tuple[dict[Unit, Figures], d
     return kept, twins
 
 
-def _twin_line(twins: Mapping[str, str]) -> str:
-    return " ".join(f"{label} has the figures of {twin}." for label, twin in twins.items())
+def _cells(f: Figures) -> list[str]:
+    """What a kernel takes, and how it reaches memory.
 
-
-def _resources(f: Figures) -> list[str]:
+    ``6x16 2x4`` are six accesses of 16 bytes a thread and two of 4.
+    """
     numbers = (f.registers, f.stack, f.local, f.shared, f.resident_warps, f.barriers)
-    return [f"{number:,}" for number in (*numbers, f.instructions)]
-
-
-def _memory(f: Figures) -> list[str]:
-    """``6x16 2x4``: six accesses of 16 bytes a thread, two of 4."""
     kinds = (f.logits_loads, f.other_loads, f.stores)
     texts = (" ".join(f"{n}x{size}" for size, n in kind.items()) or "-" for kind in kinds)
-    return [*texts, str(f.atomics)]
+    return [*(f"{number:,}" for number in (*numbers, f.instructions)), *texts, str(f.atomics)]
 
 
 _RESOURCES = ("regs", "stack", "local", "shared", "warps", "bar", "code")
@@ -97,39 +90,14 @@ def route_table(figures: Mapping[Unit, Figures]) -> Table:
     return Table("Instructions a token", columns, lines)
 
 
-def part_table(figures: Mapping[Unit, Figures]) -> Table:
-    """What the instructions of scan's longest route were made for, by function of the source."""
-    by_cc = {
-        unit.cc: max(f.routes.values(), key=lambda route: route.instructions)
-        for unit, f in figures.items()
-        if (unit.case, unit.kernel) == _PROFILED
-    }
-    names = {
-        name: None
-        for route in by_cc.values()
-        for name, part in route.parts.items()
-        if part >= _LEAST_PART * route.instructions
-    }
-    rows = [
-        (name, *(fixed(route.parts.get(name, 0), 1) for route in by_cc.values())) for name in names
-    ]
-    rest = [sum(n for name, n in r.parts.items() if name not in names) for r in by_cc.values()]
-    if rows:
-        rows.append(("others", *(fixed(part, 1) for part in rest)))
-    columns = ("function", *map(_of_cc, by_cc))
-    return Table("Instructions of scan, by function", columns, rows)
-
-
 def triton_tables(figures: Mapping[Unit, Figures]) -> list[Table]:
-    """What each kernel takes, how it reaches memory, its routes, and what scan is made of."""
-    names = [(_label(unit), _of_cc(unit.cc), f) for unit, f in figures.items()]
-    resources = [(label, cc, *_resources(f)) for label, cc, f in names]
-    memory = [(label, cc, *_memory(f)) for label, cc, f in names]
+    """What each kernel takes, how it reaches memory, and its routes."""
+    rows = [((_label(unit), _of_cc(unit.cc)), _cells(f)) for unit, f in figures.items()]
+    taken = len(_RESOURCES)
     tables = (
-        Table("Resources", ("kernel", "cc", *_RESOURCES), resources),
-        Table("Global memory", ("kernel", "cc", *_MEMORY), memory),
+        Table("Resources", ("kernel", "cc", *_RESOURCES), [(*n, *c[:taken]) for n, c in rows]),
+        Table("Global memory", ("kernel", "cc", *_MEMORY), [(*n, *c[taken:]) for n, c in rows]),
         route_table(figures),
-        part_table(figures),
     )
     return [table for table in tables if table.rows]
 
@@ -137,25 +105,14 @@ def triton_tables(figures: Mapping[Unit, Figures]) -> list[Table]:
 def cluster_tables(figures: Mapping[Unit, Figures]) -> list[Table]:
     """What the CUDA C++ kernels take, and their loops: a kernel's code is that of every shape."""
     rows = [
-        (f"{unit.kernel} {unit.case}", _of_cc(unit.cc), str(f.blocks), *_resources(f), *_memory(f))
+        (f"{unit.kernel} {unit.case}", _of_cc(unit.cc), str(f.blocks), *_cells(f))
         for unit, f in figures.items()
     ]
     first = next((unit.case for unit in figures), None)
     once = {u._replace(case="CUDA C++"): one for u, one in figures.items() if u.case == first}
-    loops = route_table(once)
     columns = ("kernel", "cc", "blocks", *_RESOURCES, *_MEMORY)
-    return [
-        Table("CUDA C++", columns, rows),
-        loops._replace(title=f"CUDA C++: {loops.title.lower()}"),
-    ]
-
-
-def print_figures(figures: Mapping[Unit, Figures]) -> None:
-    """Tables of Triton's kernels on the terminal."""
-    kept, twins = split_twins(figures)
-    print_tables(triton_tables(kept))
-    if twins:
-        console.print(_twin_line(twins), highlight=False)
+    loops = route_table(once)._replace(title="CUDA C++: instructions a token")
+    return [Table("CUDA C++", columns, rows), loops]
 
 
 def print_tables(tables: Iterable[Table]) -> None:
@@ -180,20 +137,26 @@ def page(stored: Stored, cluster: Stored) -> str:
         cluster: the CUDA C++ ones.
     """
     kept, twins = split_twins(stored.figures)
+    limits = []
+    for cc in sorted({unit.cc for unit in kept}):
+        gpu = example_gpu(cc)
+        limits.append(
+            f"cc {_of_cc(cc)}: {LIMITS[cc].warps} warps; {gpu.name}, {gpu.sms} SMs at "
+            f"{gpu.clock:g} GHz, {gpu.bandwidth:g} TB/s."
+        )
     lines = [
         "# What the compiler made of the kernels",
         "",
         "Written by `python -m benchmarks.static --write`; docs/benchmarks.md says what the",
         f"columns mean. {stored.compiler}, {cluster.compiler}. Nothing here was measured on a GPU.",
         "",
-        _limits_line(sorted({unit.cc for unit in kept})),
+        " ".join(limits),
     ]
     if twins:
-        lines += ["", _twin_line(twins)]
+        same = (f"{label} has the figures of {twin}." for label, twin in twins.items())
+        lines += ["", " ".join(same)]
     for table in [*triton_tables(kept), *cluster_tables(cluster.figures)]:
-        ruler = ["---", *["---:"] * (len(table.columns) - 1)]
-        rows = (f"| {' | '.join(cells)} |" for cells in (table.columns, ruler, *table.rows))
-        lines += ["", f"## {table.title}", "", *rows]
+        lines += ["", f"## {table.title}", "", *markdown_table(table.columns, table.rows)]
     ccs = sorted({unit.cc for unit in cluster.figures})
     absent = [
         f"{kernel} {case} at {_of_cc(cc)}"
@@ -204,13 +167,3 @@ def page(stored: Stored, cluster: Stored) -> str:
     if absent:
         lines += ["", f"No cluster holds a row: {', '.join(absent)}."]
     return "\n".join(lines) + "\n"
-
-
-def _limits_line(ccs: Iterable[int]) -> str:
-    gpus = {cc: example_gpu(cc) for cc in ccs}
-    parts = [
-        f"cc {_of_cc(cc)}: {LIMITS[cc].warps} warps; {gpu.name}, {gpu.sms} SMs at {gpu.clock:g} "
-        f"GHz, {gpu.bandwidth:g} TB/s"
-        for cc, gpu in gpus.items()
-    ]
-    return ". ".join(parts) + "."

@@ -33,17 +33,20 @@ struct RawParams {
   int64_t seed, position;
 };
 
+// The fields of proxytune_params, in order: X(type, name, default). `alpha` comes before them, with the inputs.
+#define PTK_EACH_PARAM(X)                                                                    \
+  X(float, temperature, 1), X(int32_t, top_k, 0), X(float, top_p, 1), X(float, min_p, 0),    \
+      X(int32_t, filter_order, 0), X(int64_t, seed, 0), X(int64_t, position, 0)
+
 template <typename T>
 PTK_HOST_DEVICE T value_at(const T* values, int64_t row, T fallback) {
   return values ? values[row] : fallback;
 }
 
-// `alpha` comes with the inputs.
 PTK_HOST_DEVICE RawParams params_at(const float* alpha, const proxytune_params& p, int64_t row) {
-  return {value_at(alpha, row, 1.0f),         value_at(p.temperature, row, 1.0f),
-          value_at(p.top_k, row, int32_t(0)), value_at(p.top_p, row, 1.0f),
-          value_at(p.min_p, row, 0.0f),       value_at(p.filter_order, row, int32_t(0)),
-          value_at(p.seed, row, int64_t(0)),  value_at(p.position, row, int64_t(0))};
+#define PTK_VALUE_AT(type, name, fallback) value_at(p.name, row, type(fallback))
+  return {value_at(alpha, row, 1.0f), PTK_EACH_PARAM(PTK_VALUE_AT)};
+#undef PTK_VALUE_AT
 }
 
 // The parameters at a drafted position. Past 2^63 - 1 the position becomes negative, which is out of range.

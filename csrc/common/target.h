@@ -2,6 +2,8 @@
 // the CPU and of the CUDA kernels.
 #pragma once
 
+#include <tuple>
+
 #include "order.h"
 
 namespace ptk {
@@ -28,6 +30,33 @@ struct Target {
     return kept_logprob(x - row.max, p, kept.mass);
   }
   PTK_HOST_DEVICE float raw_logprob(float x) const { return whole_logprob(x - row.max, raw_mass); }
+};
+
+// A result of an operator, and the field of the C API's arguments that says where it goes: one value for
+// each row, or for each row and column.
+template <typename Field>
+struct Result {
+  const char* name;
+  Field field;
+  bool has_columns = false;
+};
+
+// The results of each operator, in the order of its schema.
+inline constexpr std::tuple kSampleResults{
+    Result{"token_ids", &proxytune_sample_args::token_ids},
+    Result{"logprobs", &proxytune_sample_args::logprobs},
+    Result{"raw_logprobs", &proxytune_sample_args::raw_logprobs},
+    Result{"num_kept", &proxytune_sample_args::num_kept},
+    Result{"status", &proxytune_sample_args::status},
+    Result{"top_token_ids", &proxytune_sample_args::top_token_ids, true},
+    Result{"top_logprobs", &proxytune_sample_args::top_logprobs, true},
+};
+inline constexpr std::tuple kVerifyResults{
+    Result{"token_ids", &proxytune_verify_args::token_ids, true},
+    Result{"num_accepted", &proxytune_verify_args::num_accepted},
+    Result{"logprobs", &proxytune_verify_args::logprobs, true},
+    Result{"raw_logprobs", &proxytune_verify_args::raw_logprobs, true},
+    Result{"status", &proxytune_verify_args::status},
 };
 
 // Writes what sample says of a row; token_id is -1, and x is not read, where nothing was drawn. In two

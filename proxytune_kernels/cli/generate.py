@@ -6,9 +6,8 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,14 +25,6 @@ from proxytune_kernels.cli.options import (
 from proxytune_kernels.cli.output import CliRequest
 from proxytune_kernels.params import SAMPLING_FIELDS, SamplingParams
 from proxytune_kernels.trio import Trio
-
-
-class Format(StrEnum):
-    """What is written to standard output."""
-
-    TEXT = "text"
-    JSONL = "jsonl"
-    SIDE_BY_SIDE = "side-by-side"
 
 
 @dataclass(frozen=True)
@@ -95,9 +86,9 @@ def generate(
         typer.Option("--jsonl/--lines", help="How to read FILE, or standard input as prompts."),
     ] = None,
     output_format: Annotated[
-        Format,
+        Literal["text", "jsonl", "side-by-side"],
         typer.Option("--format", help="side-by-side: the base alone beside the proxy-tuned."),
-    ] = Format.TEXT,
+    ] = "text",
     *,
     trio: TrioOptions,
     decoder: DecoderOptions,
@@ -118,18 +109,18 @@ def generate(
 
 
 def _write(
-    trio: Trio, requests: list[CliRequest], output_format: Format, settings: dict[str, Any]
+    trio: Trio, requests: list[CliRequest], output_format: str, settings: dict[str, Any]
 ) -> None:
-    if output_format is Format.SIDE_BY_SIDE and len(trio.roles) == 1:
+    if output_format == "side-by-side" and len(trio.roles) == 1:
         raise stop("--format side-by-side needs --expert and --anti", USAGE)
     tuned = open_decoder(trio, **settings)
-    if output_format is Format.SIDE_BY_SIDE:
+    if output_format == "side-by-side":
         alone = {**settings, "roles": ("base",), "speculation": None, "pair": None}
         base = open_decoder(trio, **alone)
         output.side_by_side(base, tuned, requests)
         return
     events = tuned.stream([r.prompt for r in requests], [r.params for r in requests])
-    if output_format is Format.JSONL:
+    if output_format == "jsonl":
         output.write_jsonl(events)
     else:
         output.write_text(events, requests)

@@ -8,15 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from enum import StrEnum
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-import torch
 import typer
 
 from proxytune_kernels.decoder import Decoder, Speculation
 from proxytune_kernels.trio import Trio, load_trio
+from proxytune_kernels.trio.checkpoints import device_unusable
 from proxytune_kernels.trio.roles import ROLES
 
 FAILED = 1
@@ -155,21 +154,12 @@ class TrioOptions(ModelOptions):
         arguments["quantize"] = _by_role("--quantize", self.quantize)
         arguments["merge_adapter"] = False if keep_adapter else None  # None: what trio.json says
         quiet()
-        if self.device is not None:
-            _check_device(self.device)
+        reason = None if self.device is None else device_unusable(self.device)
+        if reason is not None:
+            wanted = "device must be one that torch can use here"
+            raise stop(f"{wanted}, got {self.device!r}: {reason}", FAILED)
         with expected(ValueError, OSError, RuntimeError):
             return load_trio(source, **arguments)
-
-
-class _Drafter(StrEnum):
-    EXPERT = "expert"
-    PROMPT_LOOKUP = "prompt-lookup"
-
-
-class _Pair(StrEnum):
-    SHARED = "shared"
-    BATCHED = "batched"
-    SEPARATE = "separate"
 
 
 @dataclass(frozen=True)
@@ -187,7 +177,7 @@ class DecoderOptions:
         str | None, typer.Option(help="Of the sampling op; see `proxytune info`.")
     ] = None
     speculate: Annotated[
-        _Drafter | None,
+        Literal["expert", "prompt-lookup"] | None,
         typer.Option(
             help="Draft tokens and verify them, where that is faster; seeded tokens stay the same."
         ),
@@ -196,7 +186,7 @@ class DecoderOptions:
         int, typer.Option(help="With --speculate: drafts of a round at most.")
     ] = 16
     pair: Annotated[
-        _Pair | None,
+        Literal["shared", "batched", "separate"] | None,
         typer.Option(
             help="How expert and anti-expert run.", show_default="what is known to be fastest"
         ),
@@ -218,9 +208,8 @@ class DecoderOptions:
         settings["speculation"] = None
         if drafter is not None:
             with expected(ValueError, code=USAGE):
-                name = drafter.value.replace("-", "_")
+                name = drafter.replace("-", "_")
                 settings["speculation"] = Speculation(drafter=name, max_drafts=max_drafts)
-        settings["pair"] = None if self.pair is None else self.pair.value
         return settings
 
 
@@ -263,14 +252,3 @@ def _by_role(option: str, text: str | None) -> str | dict[str, str] | None:
             )
         values[role] = value
     return values
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    # torch built without CUDA answers with an AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise stop(
-            f"device must be one that torch can use here, got {device!r}: {reason}", FAILED
-        ) from error

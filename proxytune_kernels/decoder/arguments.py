@@ -27,19 +27,28 @@ def size(name: str, value: Any) -> int:
     return value
 
 
+def shortest_context(models: Mapping[str, Any]) -> tuple[int, str]:
+    """Tokens of the shortest context, and the role that has it."""
+    contexts = []
+    for role, model in models.items():
+        config = model.config.get_text_config(decoder=True)
+        if getattr(config, "max_position_embeddings", None) is None:
+            raise ValueError(
+                f"{role} must say its context's length (max_position_embeddings), "
+                f"got {type(model).__name__} without one"
+            )
+        contexts.append((config.max_position_embeddings, role))
+    return min(contexts, key=lambda context: context[0])
+
+
 def max_seq_len(models: Mapping[str, Any], value: Any) -> int:
     """Tokens that a slot holds: as asked for, or the shortest context, within bounds."""
-    contexts: dict[str, int] = {
-        role: model.config.get_text_config(decoder=True).max_position_embeddings
-        for role, model in models.items()
-    }
-    shortest = min(contexts, key=contexts.__getitem__)
+    context, role = shortest_context(models)
     if value is None:
-        return min(contexts[shortest], DEFAULT_MAX_SEQ_LEN)
-    if size("max_seq_len", value) > contexts[shortest]:
+        return min(context, DEFAULT_MAX_SEQ_LEN)
+    if size("max_seq_len", value) > context:
         raise ValueError(
-            f"max_seq_len must be at most {contexts[shortest]}, the context of {shortest}, "
-            f"got {value}"
+            f"max_seq_len must be at most {context}, the context of {role}, got {value}"
         )
     return int(value)
 

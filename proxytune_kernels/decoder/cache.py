@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -103,34 +104,20 @@ class SlotCache:
         equal = length is None and self.exact and min(host) == max(host)
         if length is None:
             length = longest + width
-            if equal and not indexed:
-                positions = self._span[longest:length].expand(len(rows), -1)
-                ids = positions
-                if self._position_ids is not self._span:
-                    ids = self._position_ids[longest:length].expand(len(rows), -1)
-                return CacheStep(
-                    self,
-                    ids,
-                    positions,
-                    None,
-                    self._span[:length],
-                    first_row=rows.start,
-                    row_stride=rows.step,
-                )
-        place = slice(rows.start, rows.stop, rows.step)
-        positions = self.device_lengths[place][:, None] + self._span[offset : offset + width]
-        write_index = (self._starts[place][:, None] + positions).flatten()
-        ids = positions if self._position_ids is self._span else self._position_ids[positions]
-        return CacheStep(
-            self,
-            ids,
-            positions,
-            write_index,
-            self._span[:length],
-            first_row=rows.start,
-            row_stride=rows.step,
-            ragged=not equal,
+        write_index, clamped = None, self._position_ids is not self._span
+        if equal and not indexed:
+            positions = self._span[longest:length].expand(len(rows), -1)
+            ids = self._position_ids[longest:length].expand(len(rows), -1) if clamped else positions
+        else:
+            place = slice(rows.start, rows.stop, rows.step)
+            positions = self.device_lengths[place][:, None] + self._span[offset : offset + width]
+            write_index = (self._starts[place][:, None] + positions).flatten()
+            ids = self._position_ids[positions] if clamped else positions
+        step = CacheStep(
+            self, ids, positions, write_index, self._span[:length], first_row=rows.start
         )
+        step.row_stride, step.ragged = rows.step, not equal
+        return step
 
     def advance(self, rows: int, counts: Tensor | None) -> None:
         """Move the first rows' lengths on, if they are active, on the device.
@@ -179,6 +166,7 @@ class SlotCache:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
 
+@dataclass(eq=False)
 class CacheStep:
     """One forward's view of a :class:`SlotCache`, in the place of a cache of transformers.
 
@@ -193,30 +181,18 @@ class CacheStep:
         ragged: the rows have different lengths.
     """
 
-    def __init__(
-        self,
-        cache: SlotCache,
-        position_ids: Tensor,
-        positions: Tensor,
-        write_index: Tensor | None,
-        span: Tensor,
-        *,
-        first_row: int,
-        row_stride: int = 1,
-        fresh: bool = False,
-        ragged: bool = False,
-    ) -> None:
-        self.cache = cache
-        self.position_ids = position_ids
-        self.positions = positions
-        self.write_index = write_index
-        self.span = span
-        self.first_row = first_row
-        self.row_stride = row_stride
-        self.fresh = fresh
-        self.ragged = ragged
-        self.masks: dict[tuple[int | None, int], Tensor] = {}
-        self._seq_lens: Tensor | None = None
+    cache: SlotCache
+    position_ids: Tensor
+    positions: Tensor
+    write_index: Tensor | None
+    span: Tensor
+    _: KW_ONLY
+    first_row: int
+    row_stride: int = 1
+    fresh: bool = False
+    ragged: bool = False
+    masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict, init=False)
+    _seq_lens: Tensor | None = field(default=None, init=False)
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object

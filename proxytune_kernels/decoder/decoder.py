@@ -190,7 +190,7 @@ class Decoder:
 
         The keys are the fields of :class:`proxytune_kernels.decoder.loop.Statistics`.
         """
-        return self._loop.counts()
+        return asdict(self._loop.statistics)
 
     def _make_graphs(self, wanted: bool | None) -> tuple[StepGraphs | None, str | None]:
         """The graphs, or why there are none."""
@@ -209,11 +209,9 @@ class Decoder:
         return None, reason
 
     def _graphs_info(self) -> str:
-        if self._graphs is None:
-            return f"none: {self._no_graphs}"
-        if self._graphs.failed is not None:
-            return f"none: {self._graphs.failed}"
-        return f"{self._graphs.count} captured"
+        if self._graphs is not None and self._graphs.failed is None:
+            return f"{self._graphs.count} captured"
+        return f"none: {self._no_graphs if self._graphs is None else self._graphs.failed}"
 
     def _make_request(self, index: int, prompt: Any, params: SamplingParams) -> Request:
         try:

@@ -54,11 +54,7 @@ class Capture(ABC):
 
 
 class CudaCapture(Capture):
-    """Captures into CUDA graphs, which share one pool of memory.
-
-    Args:
-        device: where the steps run.
-    """
+    """Captures into CUDA graphs, which share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -94,13 +90,7 @@ class CudaCapture(Capture):
 
 
 class StepGraphs:
-    """Runs steps from graphs, and makes those that are not there yet.
-
-    Args:
-        capture: makes a graph of a step.
-        max_batch_size: number of slots.
-        capacity: keys of a row at most.
-    """
+    """Runs steps from graphs, and makes those that are not there yet."""
 
     def __init__(self, capture: Capture, max_batch_size: int, capacity: int) -> None:
         self._capture = capture

@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from proxytune_kernels.decoder.request import Request, StreamEvent
-from proxytune_kernels.decoder.sampler import StepResult
+from proxytune_kernels.decoder.sampler import Needs, StepResult
 from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 
@@ -51,9 +51,6 @@ class Scheduler:
     """Which request has which slot: first come, first served, over a fixed number of slots.
 
     Slots in use are always the first ones, so a step has no gaps.
-
-    Args:
-        max_batch_size: number of slots.
     """
 
     def __init__(self, max_batch_size: int) -> None:
@@ -116,26 +113,19 @@ class Scheduler:
         return moves
 
 
+@dataclass
 class _Pending:
-    """A launched step on its way to the host.
+    """A launched step on its way to the host."""
 
-    Args:
-        requests: (row, request) of the rows that count.
-        result: on the device.
-        drafts: of each row; -1 for the first tokens after prompts.
-        launched: when, by ``time.perf_counter``.
-    """
+    requests: Sequence[tuple[int, Request]]
+    """(row, request) of the rows that count."""
+    result: InitVar[StepResult]
+    drafts: int
+    """Of each row; -1 for the first tokens after prompts."""
+    launched: float
+    """When, by ``time.perf_counter``."""
 
-    def __init__(
-        self,
-        requests: Sequence[tuple[int, Request]],
-        result: StepResult,
-        drafts: int,
-        launched: float,
-    ) -> None:
-        self.requests = requests
-        self.drafts = drafts
-        self.launched = launched
+    def __post_init__(self, result: StepResult) -> None:
         # The next step writes over a graph's tensors: they are copied before it is launched.
         device = result.token_ids.device
         self._host = [
@@ -158,8 +148,6 @@ class DecodingLoop:
     """Moves requests from the queue through the slots to their ends.
 
     Args:
-        stepper: runs the models.
-        max_batch_size: number of slots.
         controller: chooses how many drafts a round has; None never drafts.
         prefill_chunk: prompt tokens of each role between two steps, at most.
         run_ahead: steps launched before the results of the first are read.
@@ -212,10 +200,10 @@ class DecodingLoop:
         self._started = not self._started and self._prefill()
         if self._started:
             # Their first tokens are handed out before the next step is taken.
-            yield from self._take_all()
-            return
-        launched = self._launch()
-        while len(self._pending) > (self._run_ahead if launched else 0):
+            left = 0
+        else:
+            left = self._run_ahead if self._launch() else 0
+        while len(self._pending) > left:
             yield from self._take(self._pending.popleft())
 
     def _prefill(self) -> bool:
@@ -271,10 +259,9 @@ class DecodingLoop:
         slots = 1 + max(slot for slot, _ in rows)
         steered = any(len(request.roles) > 1 for request in running)
         roles = self._stepper.roles if steered else ("base",)
-        masked = any(request.params.min_tokens > request.launched for request in running)
         launched = time.perf_counter()
         drafts = self._stepper.at_hand(slots, self._choose(running))
-        result = self._stepper.run(slots, roles, drafts, masked)
+        result = self._stepper.run(slots, roles, drafts, Needs.of(running))
         for slot, request in rows:
             request.launched += 1
             # The most it can be; what was refused is subtracted when the host learns of it.
@@ -292,10 +279,6 @@ class DecodingLoop:
             can = self._stepper.can_draft(request)
             useful.append((request.acceptance, max(0, left) if can else 0))
         return self._controller.choose(useful)
-
-    def _take_all(self) -> Iterator[Progress]:
-        while self._pending:
-            yield from self._take(self._pending.popleft())
 
     def _take(self, pending: _Pending) -> Iterator[Progress]:
         """Hand the rows of a step to their requests; those that end leave their slots."""
@@ -319,33 +302,19 @@ class DecodingLoop:
                 self.statistics.emitted += len(emitted)
             if drafted:
                 self._observe(request, drafted[row], accepted[row], len(emitted))
-            yield from self._progress(
-                request, emitted, logprobs[row], raw_logprobs[row], accepted[row] if accepted else 0
-            )
-
-    def _progress(
-        self,
-        request: Request,
-        emitted: list[int],
-        logprobs: list[float],
-        raw_logprobs: list[float],
-        accepted: int,
-    ) -> Iterator[Progress]:
-        if emitted:
-            event = request.extend(emitted, logprobs, raw_logprobs)
-            if request.finish_reason is not None:
+            if emitted:
+                event = request.extend(emitted, logprobs[row], raw_logprobs[row])
+                if request.finish_reason is not None:
+                    self.remove(request)
+                yield request, event
+            if len(emitted) == (accepted[row] if accepted else 0) and not request.finish_reason:
+                # After the drafts that were kept, a row emits one token more.
                 self.remove(request)
-            yield request, event
-        if len(emitted) == accepted and request.finish_reason is None:
-            # After the drafts that were kept, a row emits one token more.
-            self.remove(request)
-            yield (
-                request,
-                DecodeError(
+                error = DecodeError(
                     f"prompts[{request.index}]: no token can be drawn at position "
                     f"{len(request.token_ids)}: its combined logits are all NaN or masked"
-                ),
-            )
+                )
+                yield request, error
 
     def _count(self, pending: _Pending, seconds: float) -> None:
         statistics = self.statistics
@@ -367,7 +336,3 @@ class DecodingLoop:
         request.speculation.emitted_per_round.append(emitted)
         self.statistics.drafted += drafted
         self.statistics.accepted += accepted
-
-    def counts(self) -> dict[str, int]:
-        """The statistics as plain values."""
-        return asdict(self.statistics)

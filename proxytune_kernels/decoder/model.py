@@ -54,11 +54,7 @@ def with_slot_attention(model: Module) -> Any:
 
 
 class Forward:
-    """A causal LM's forward: it gives logits, and takes all under the names that the model takes.
-
-    Args:
-        model: a causal LM of transformers.
-    """
+    """A causal LM's forward, which gives logits and takes all under the names of the model."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -7,7 +7,7 @@ inductor packs with the same operators where it freezes a graph.
 
 A result is as exact as ``F.linear``'s: sums in fp32, rounded once. Of the exact y = w x + b it is
 within 2^-8 |y| + (n + 2) 2^-24 (|b| + sum |w_i x_i|), for n features in. The order of the sums is
-oneDNN's own, so the bits may be others.
+oneDNN's own, so the bits may differ.
 
 Only bf16 is packed: in fp32 and fp16 ``F.linear`` multiplies one row straight from the weight.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -73,7 +73,8 @@ class DecoderPool:
             self._decoder, self._unserved, self._made_of = None, None, made_of
         if self._unserved is not None:
             raise NotImplementedError(self._unserved)
-        limit = arguments.max_seq_len(trio.models, self._max_seq_len or _context(trio.models))
+        context, _ = arguments.shortest_context(trio.models)
+        limit = arguments.max_seq_len(trio.models, self._max_seq_len or context)
         if tokens > limit:
             raise ValueError(f"texts of {tokens} tokens must fit in max_seq_len {limit}")
         slots = min(power_of_two(requests, 1), self._max_batch_size)
@@ -101,20 +102,6 @@ class DecoderPool:
             self._unserved = str(error)
             raise
         return decoder
-
-
-def _context(models: Mapping[str, Any]) -> int:
-    """Tokens of the shortest context."""
-    contexts = []
-    for role, model in models.items():
-        config = model.config.get_text_config(decoder=True)
-        if getattr(config, "max_position_embeddings", None) is None:
-            raise ValueError(
-                f"{role} must say its context's length (max_position_embeddings), "
-                f"got {type(model).__name__} without one"
-            )
-        contexts.append(config.max_position_embeddings)
-    return min(contexts)
 
 
 def _parts(model: Any) -> Iterator[Any]:

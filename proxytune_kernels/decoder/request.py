@@ -136,9 +136,7 @@ class Request:
 
     Args:
         request_id: unique in its decoder.
-        index: its place among the prompts of its call.
-        prompt: as it was given.
-        prompt_token_ids: role -> the prompt's tokens.
+        index, prompt, prompt_token_ids: as in :class:`RequestOutput`.
         params: with a seed.
         rules: what ends it.
         tokenizer: decodes its output.
@@ -196,11 +194,6 @@ class Request:
             start = self.prefilled.get(role, 0)
             parts[role] = self.prompt_token_ids[role][start : start + most]
         return {role: part for role, part in parts.items() if part}
-
-    @property
-    def needs_mask(self) -> bool:
-        """Whether its next token may not be a stop token."""
-        return self.rules.allowed_mask is not None and len(self.token_ids) < self.params.min_tokens
 
     def extend(
         self, token_ids: Sequence[int], logprobs: Sequence[float], raw_logprobs: Sequence[float]

@@ -28,12 +28,8 @@ class Runner:
     Args:
         models: role -> causal LM, in the order base, expert, anti; or base alone. They are not
             changed: the runner works on copies of their modules that share every weight.
-        max_batch_size: number of slots.
-        max_seq_len: tokens a slot can hold, for each role.
-        pair: how expert and anti run, one of :data:`~decoder.pair.PAIR_MODES`;
-            None chooses.
-        compile: run forwards of one token a slot through torch.compile.
-        pack_weights: hold the weights of linear layers once more, packed for the CPU.
+        max_batch_size, max_seq_len, pair, compile, pack_weights: as in
+            :class:`~proxytune_kernels.decoder.decoder.Decoder`.
         slack: places past ``max_seq_len`` for drafts that will be rolled back.
         exact: the host knows every length, as it does unless it runs ahead of the device.
         drafts: the expert also runs alone.
@@ -136,13 +132,12 @@ class Runner:
 
         The lengths stay (see :meth:`advance`); arguments as in :meth:`SlotModel.forward`.
         """
-        parts = self.parts(roles)
 
         def run(part: Roles) -> Tensor:
             model = self.models[part]
             return model.forward(token_ids.to(model.cache.device), offset, length)
 
-        return self._by_role(parts, self._side_by_side(run, parts))
+        return self._run(self.parts(roles), run)
 
     @torch.inference_mode()
     def prefill(
@@ -155,21 +150,13 @@ class Runner:
             prompts: per role B prompts; those of two roles may differ.
         """
         parts = self._parts_of(prompts)
-
-        def run(part: Roles) -> Tensor:
-            return self.models[part].prefill(slots, prompts[part[0]])
-
-        return self._by_role(parts, self._side_by_side(run, parts))
+        return self._run(parts, lambda part: self.models[part].prefill(slots, prompts[part[0]]))
 
     @torch.inference_mode()
     def extend(self, slot: int, prompts: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Run parts of prompts behind what a slot holds; per role the logits [1, V] after them."""
         parts = self._parts_of(prompts)
-
-        def run(part: Roles) -> Tensor:
-            return self.models[part].extend(slot, prompts[part[0]])
-
-        return self._by_role(parts, self._side_by_side(run, parts))
+        return self._run(parts, lambda part: self.models[part].extend(slot, prompts[part[0]]))
 
     def _parts_of(self, prompts: Mapping[str, Any]) -> list[Roles]:
         """As :meth:`parts`; roles with different prompts run apart."""
@@ -193,9 +180,10 @@ class Runner:
             result.record_stream(main)
         return results
 
-    def _by_role(self, parts: Sequence[Roles], logits: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _run(self, parts: Sequence[Roles], run: Callable[[Roles], Tensor]) -> dict[str, Tensor]:
+        """Run the parts; each role's logits, on the base's device."""
         found = {}
-        for part, x in zip(parts, logits, strict=True):
+        for part, x in zip(parts, self._side_by_side(run, parts), strict=True):
             local = x.to(self.device, non_blocking=True)
             for i, role in enumerate(part):
                 found[role] = local[i :: len(part)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +36,26 @@ class StepResult(NamedTuple):
         return StepResult(*columns)
 
 
-class SlotSampler:
-    """Sampling parameters, position and last token of each slot.
+class Needs(NamedTuple):
+    """What some of a step's requests ask of its draw, known to the host: it decides what is run."""
 
-    Args:
-        max_batch_size: number of slots.
-        vocab_size: width of the shared vocabulary.
-        backend: of :func:`proxytune_kernels.sample`; None is the fastest usable one.
-        device: where the logits are.
-    """
+    masked: bool
+    """Whether any of them may not stop yet."""
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Needs:
+        """Of the step that comes next."""
+        return cls(
+            masked=any(
+                request.rules.allowed_mask is not None
+                and request.params.min_tokens > request.launched
+                for request in requests
+            )
+        )
+
+
+class SlotSampler:
+    """Sampling parameters, position and last token of each slot."""
 
     def __init__(
         self, max_batch_size: int, vocab_size: int, backend: str | None, device: torch.device
@@ -86,13 +97,13 @@ class SlotSampler:
             self._first[slots] = self.params.rows(slice(0, slots))
         return self._first[slots]
 
-    def draw(self, slots: int | Tensor, logits: Mapping[str, Tensor], masked: bool) -> StepResult:
+    def draw(self, slots: int | Tensor, logits: Mapping[str, Tensor], needs: Needs) -> StepResult:
         """Draw the next token of some slots; :meth:`advance` moves them on.
 
         Args:
             slots: the first B, or which B.
             logits: per role [B, V_role], of all roles or of the base alone.
-            masked: whether any of them may not stop yet.
+            needs: of their requests.
         """
         params = self.first(slots) if isinstance(slots, int) else self.params.rows(slots)
         drawn = ops.sample(
@@ -100,7 +111,7 @@ class SlotSampler:
             logits.get("expert"),
             logits.get("anti"),
             params,
-            allowed_mask=self._allowed(slots, params.position) if masked else None,
+            allowed_mask=self._allowed(slots, params.position) if needs.masked else None,
             vocab_size=self.vocab_size,
             backend=self.backend,
         )
@@ -112,17 +123,19 @@ class SlotSampler:
         )
 
     def draft(
-        self, slots: int, logits: Tensor, offset: int, masked: bool, noise_stream: str
+        self, slots: int, logits: Tensor, offset: int, needs: Needs, noise_stream: str
     ) -> Tensor:
         """Draw a draft token [B, 1] for the first slots, ``offset`` places behind their position.
 
         Args:
             logits: [B, V], the drafter's.
-            masked: leave out what may not end the text yet, as the target will.
-            noise_stream: ``"sample"`` shares the target's noise, ``"draft"`` does not.
+            needs: of their requests.
+            noise_stream: ``"sample"`` shares the target's noise, and leaves out what may not end
+                the text yet, as the target will; ``"draft"`` does neither.
         """
         params = self.first(slots)
         params = params._replace(position=params.position + offset)
+        masked = needs.masked and noise_stream == "sample"
         drawn = ops.sample(
             logits,
             params=params,
@@ -141,7 +154,7 @@ class SlotSampler:
         draft_token_ids: Tensor,
         mode: str,
         draft_logits: Tensor | None,
-        masked: bool,
+        needs: Needs,
     ) -> StepResult:
         """Verify the drafts of the first slots; :meth:`advance` moves them on.
 
@@ -150,11 +163,11 @@ class SlotSampler:
             draft_token_ids: int64 [B, k], -1 behind a row's last.
             mode: of :func:`proxytune_kernels.verify`.
             draft_logits: [B, k, V], for rejection.
-            masked: whether any of them may not stop yet.
+            needs: of their requests.
         """
         params = self.first(slots)
         allowed_mask = None
-        if masked:
+        if needs.masked:
             ahead = torch.arange(logits["base"].shape[1], device=self.device)
             allowed_mask = self._allowed(slots, params.position[:, None] + ahead)
         verified = ops.verify(

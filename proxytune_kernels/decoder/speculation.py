@@ -99,11 +99,7 @@ class SpeculationStats:
 
 
 class Acceptance:
-    """The probability that a draft is kept if all drafts before it were, as lately seen.
-
-    Args:
-        prior: an estimate to begin with.
-    """
+    """The probability that a draft is kept if all drafts before it were, as lately seen."""
 
     def __init__(self, prior: Acceptance | None = None) -> None:
         rate = _PRIOR_ACCEPTANCE if prior is None else prior.rate
@@ -183,9 +179,6 @@ class DraftController:
     """Chooses how many drafts the next round has: what promises the most tokens a second.
 
     In coupled mode the choice changes no token, so it may depend on the clock.
-
-    Args:
-        speculation: the limits.
     """
 
     def __init__(self, speculation: Speculation) -> None:

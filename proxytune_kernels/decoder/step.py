@@ -15,19 +15,12 @@ from torch import Tensor
 from proxytune_kernels.decoder.graphs import StepGraphs
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
-from proxytune_kernels.decoder.sampler import SlotSampler, StepResult
+from proxytune_kernels.decoder.sampler import Needs, SlotSampler, StepResult
 from proxytune_kernels.decoder.speculation import History, Speculation
 
 
 class Stepper:
-    """Runs steps over the first slots.
-
-    Args:
-        runner: the models.
-        sampler: the slots' parameters and last tokens.
-        speculation: how to draft; None never does.
-        graphs: replays captured steps; None runs each step anew.
-    """
+    """Runs steps over the first slots: from ``graphs`` where there are any, else each anew."""
 
     def __init__(
         self,
@@ -59,9 +52,8 @@ class Stepper:
         slots = [request.slot for request in requests if request.slot is not None]
         for request in requests:
             self.sampler.start(request)
-        masked = any(request.needs_mask for request in requests)
         index = torch.tensor(slots, device=self.runner.device)
-        result = self.sampler.draw(index, logits, masked)
+        result = self.sampler.draw(index, logits, Needs.of(requests))
         self.sampler.take_first(slots, result)
         for request, slot in zip(requests, slots, strict=True):
             self.runner.start(slot, request.roles)
@@ -83,14 +75,14 @@ class Stepper:
         return int((self._history.lookup(slots, drafts) >= 0).sum(1).max())
 
     @torch.inference_mode()
-    def run(self, slots: int, roles: tuple[str, ...], drafts: int, masked: bool) -> StepResult:
+    def run(self, slots: int, roles: tuple[str, ...], drafts: int, needs: Needs) -> StepResult:
         """One step of the first slots.
 
         Args:
             slots: how many.
             roles: all, or the base alone where no running request is steered.
             drafts: of each row; 0 is a plain step.
-            masked: whether any request may not stop yet.
+            needs: of the running requests.
 
         Returns:
             B = ``slots`` rows; those whose slot is not running hold nothing of meaning.
@@ -98,13 +90,13 @@ class Stepper:
 
         def step(rows: int, length: int | None) -> StepResult:
             if drafts:
-                return self._round(rows, roles, drafts, masked, length)
-            return self._plain(rows, roles, masked, length)
+                return self._round(rows, roles, drafts, needs, length)
+            return self._plain(rows, roles, needs, length)
 
         if self.graphs is None:
             return step(slots, None)
         longest = self.runner.longest(slots) + 1 + drafts
-        return self.graphs.run(slots, longest, (roles, drafts, masked), step, self.state())
+        return self.graphs.run(slots, longest, (roles, drafts, needs), step, self.state())
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to an empty slot."""
@@ -120,16 +112,16 @@ class Stepper:
         return [*self.runner.state(), *self.sampler.state(), *history]
 
     def _plain(
-        self, rows: int, roles: tuple[str, ...], masked: bool, length: int | None
+        self, rows: int, roles: tuple[str, ...], needs: Needs, length: int | None
     ) -> StepResult:
         logits = self.runner.forward(roles, self.sampler.token_ids[:rows], length=length)
         last = {role: x[:, 0] for role, x in logits.items()}
-        result = self.sampler.draw(rows, last, masked)
+        result = self.sampler.draw(rows, last, needs)
         self._advance(rows, result)
         return result
 
     def _round(
-        self, rows: int, roles: tuple[str, ...], drafts: int, masked: bool, length: int | None
+        self, rows: int, roles: tuple[str, ...], drafts: int, needs: Needs, length: int | None
     ) -> StepResult:
         """Draft, score the drafts, verify them: 1 to drafts + 1 tokens a row."""
         assert self.speculation is not None
@@ -141,7 +133,7 @@ class Stepper:
             logits = self.runner.forward(roles, inputs, length=length)
             draft_logits = self._certain(token_ids) if rejection else None
         else:
-            token_ids, expert = self._draft(rows, drafts, masked and not rejection, length)
+            token_ids, expert = self._draft(rows, drafts, needs, length)
             inputs = torch.cat([start, token_ids], 1)
             others = tuple(role for role in roles if role != "expert")
             logits = self.runner.forward(others, inputs, length=length)
@@ -152,13 +144,13 @@ class Stepper:
         ahead = torch.arange(drafts, device=token_ids.device)
         token_ids = torch.where(ahead < useful, token_ids, -1)
         result = self.sampler.verify(
-            rows, logits, token_ids, self.speculation.mode, draft_logits, masked
+            rows, logits, token_ids, self.speculation.mode, draft_logits, needs
         )
         self._advance(rows, result)
         return result
 
     def _draft(
-        self, rows: int, drafts: int, masked: bool, length: int | None
+        self, rows: int, drafts: int, needs: Needs, length: int | None
     ) -> tuple[Tensor, Tensor]:
         """The expert's drafts [B, k], and its logits [B, k + 1, V] at them and behind the last."""
         assert self.speculation is not None
@@ -168,7 +160,7 @@ class Stepper:
             x = self.runner.forward(("expert",), tokens[-1], offset, length)["expert"]
             logits.append(x)
             if offset < drafts:
-                tokens.append(self.sampler.draft(rows, x[:, 0], offset, masked, noise_stream))
+                tokens.append(self.sampler.draft(rows, x[:, 0], offset, needs, noise_stream))
         return torch.cat(tokens[1:], 1), torch.cat(logits, 1)
 
     def _certain(self, token_ids: Tensor) -> Tensor:

@@ -113,12 +113,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text on until a stop string is complete, the first to be completed in the text.
-
-    Args:
-        stop: the strings, none empty.
-        include: let the stop string through at the end of the text.
-    """
+    """Passes text on until a stop string is complete, the first to be completed in the text."""
 
     def __init__(self, stop: Sequence[str], include: bool) -> None:
         self._stop = tuple(stop)

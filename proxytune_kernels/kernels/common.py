@@ -238,19 +238,6 @@ def block_x(logits, alpha, b, t, block, row_max, vocab_size, PER: tl.constexpr):
 
 
 @triton.jit
-def is_valid(row_params, b, t):
-    """Whether request b's parameters are in range at position t."""
-    alpha, temperature = tl.load(row_params.alpha + b), tl.load(row_params.temperature + b)
-    top_k, top_p = tl.load(row_params.top_k + b), tl.load(row_params.top_p + b)
-    min_p, order = tl.load(row_params.min_p + b), tl.load(row_params.filter_order + b)
-    # Comparisons are false for NaN.
-    valid = (alpha >= -FLT_MAX) & (alpha <= FLT_MAX) & (temperature >= 0)
-    valid = valid & (temperature <= FLT_MAX) & (top_k >= -1) & (top_p > 0) & (top_p <= 1)
-    valid = valid & (min_p >= 0) & (min_p <= 1) & (order >= 0) & (order <= 2)
-    return valid & (tl.load(row_params.position + b) + t >= 0)
-
-
-@triton.jit
 def temperature_of(row_params, b):
     """(greedy, 1 / T); 1 where greedy."""
     temperature = tl.load(row_params.temperature + b)

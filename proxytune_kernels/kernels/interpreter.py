@@ -1,4 +1,4 @@
-"""What Triton's interpreter has to be corrected in before it can stand in for a device.
+"""Corrections to Triton's interpreter, with which it can stand in for a device.
 
 ``TRITON_INTERPRET=1`` runs the kernels on CPU tensors in numpy: slowly, but operation by operation
 as they are written. Eight things differ from a device:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from proxytune_kernels.kernels import workspace as ws
 from proxytune_kernels.kernels.common import (
     INF,
     LANES,
@@ -44,7 +45,6 @@ from proxytune_kernels.kernels.common import (
     exponent,
     exponential,
     finite_max,
-    is_valid,
     mass_target,
     order_key,
     row_mass,
@@ -75,6 +75,7 @@ from proxytune_kernels.kernels.selection import (
     guess_pivots,
     gumbel_max_candidates,
     is_unfiltered,
+    is_valid,
     keep_candidates,
     list_candidates,
     may_need_mass,
@@ -82,44 +83,6 @@ from proxytune_kernels.kernels.selection import (
     rank_candidates,
     search_row,
     shares_row,
-    top_k_of,
-)
-from proxytune_kernels.kernels.workspace import (
-    ABOVE_COUNT,
-    ABOVE_MASS,
-    BEST,
-    COUNTERS_WIDTH,
-    COUNTS,
-    CUTOFF,
-    DONE,
-    DRAWS_DONE,
-    FLAT,
-    HIGH,
-    KEPT,
-    KEYS_WIDTH,
-    LOW,
-    MASSES,
-    MASSES_WIDTH,
-    MAX,
-    MAX_CANDIDATES,
-    MODE,
-    NUM_CANDIDATES,
-    NUMBERS_WIDTH,
-    PIVOTS,
-    PIVOTS_DONE,
-    RAW,
-    SEARCHED,
-    TARGET,
-    TILES_PER_PROGRAM,
-    TOTAL,
-    Outputs,
-    Tiles,
-    Workspace,
-    at_once,
-    tiles_of,
-    workspace_of,
-    write_drawn,
-    write_nothing,
 )
 from proxytune_kernels.params import RowParams
 from proxytune_kernels.rng import STREAMS
@@ -177,15 +140,13 @@ def _scan_kernel(
             count = live + (tl.max((given != given).to(tl.int32), 1) << 8)
         tl.store(tiles.count + at, count.to(tl.int16))
         temperature = tl.load(row_params.temperature + b)
-        top_k, top_p = tl.load(row_params.top_k + b), tl.load(row_params.top_p + b)
-        min_p, order = tl.load(row_params.min_p + b), tl.load(row_params.filter_order + b)
-        top_k = top_k_of(top_k, vocab_size)
-        if may_need_mass(temperature, top_k, order):
+        unfiltered = is_unfiltered(row_params, b, vocab_size)
+        if may_need_mass(row_params, b, vocab_size):
             if temperature != 1.0:
                 log2e = tl.full([], LOG2E, tl.float32)
                 scaled = shifted * tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))
                 tl.store(tiles.scaled + at, tile_sums(tl.exp2(scaled)))
-            if is_unfiltered(0, top_k, top_p, min_p):
+            if unfiltered:
                 stream = stream_of(draft_ids, b, positions, stream)
                 noise = noise_key(row_params, b, t, stream)
                 words = tile_words(tile * TILE, noise, TILES)
@@ -235,16 +196,16 @@ def _draw_by_tiles(
 @triton.jit
 def _hand_on(workspace, row, mode):
     """Leaves a row to the launches that follow."""
-    counters, masses = workspace.counters + row * COUNTERS_WIDTH, workspace.masses
-    tl.store(counters + MODE, mode)
-    tl.store(counters + PIVOTS_DONE, 0)
-    tl.store(counters + DRAWS_DONE, 0)
-    tl.store(counters + NUM_CANDIDATES, 0)
-    at, step = masses + row * MASSES_WIDTH, tl.arange(0, NUM_PIVOTS)
-    tl.store(at + TOTAL, tl.full([], 0, tl.int64))
-    tl.store(at + BEST, tl.full([], LOWEST, tl.int64))
-    tl.store(at + COUNTS + step, tl.zeros([NUM_PIVOTS], tl.int64))
-    tl.store(at + MASSES + step, tl.zeros([NUM_PIVOTS], tl.int64))
+    counters, masses = workspace.counters + row * ws.COUNTERS_WIDTH, workspace.masses
+    tl.store(counters + ws.MODE, mode)
+    tl.store(counters + ws.PIVOTS_DONE, 0)
+    tl.store(counters + ws.DRAWS_DONE, 0)
+    tl.store(counters + ws.NUM_CANDIDATES, 0)
+    at, step = masses + row * ws.MASSES_WIDTH, tl.arange(0, NUM_PIVOTS)
+    tl.store(at + ws.TOTAL, tl.full([], 0, tl.int64))
+    tl.store(at + ws.BEST, tl.full([], LOWEST, tl.int64))
+    tl.store(at + ws.COUNTS + step, tl.zeros([NUM_PIVOTS], tl.int64))
+    tl.store(at + ws.MASSES + step, tl.zeros([NUM_PIVOTS], tl.int64))
 
 
 @triton.jit
@@ -272,7 +233,7 @@ def _select_filtered(
     share = top_p.to(tl.float32) * 2.0**-32
     bound = cutoff_bound(shifted, live, sums, e.hi, top_k, share, of_row)
     least = tl.where(counts_below_min_p(filters), bound, tl.maximum(bound, min_p_shift))
-    keys = workspace.keys + row * KEYS_WIDTH
+    keys = workspace.keys + row * ws.KEYS_WIDTH
     n = list_candidates(
         logits, alpha, b, t, row, workspace, keys, live & (shifted >= least), row_max, least,
         vocab_size, NT,
@@ -298,7 +259,7 @@ def _select_filtered(
     else:
         # pivots and draw search once: for top_k alone, or for a share of the whole row's mass.
         searched = (min_p_shift > -INF) | ((top_p < TOP_P_OFF) & (of_row == 0))
-        _hand_on(workspace, row, tl.where(searched, SEARCHED, FLAT))
+        _hand_on(workspace, row, tl.where(searched, ws.SEARCHED, ws.FLAT))
         if searched == 0:
             weight = tl.where(live, tl.exp2(shifted * e.hi), 0.0)
             whole = tl.sum(tl.where(live, sums * weight, 0.0), 0)
@@ -310,8 +271,8 @@ def _select_filtered(
                 logits, tiles, alpha, b, t, row * num_tiles, row_max, shifted, weight, whole,
                 share, e.hi, of_row, vocab_size,
             )  # fmt: skip
-            numbers = workspace.numbers + row * NUMBERS_WIDTH
-            tl.store(numbers + PIVOTS + tl.arange(0, NUM_PIVOTS), pivots)
+            numbers = workspace.numbers + row * ws.NUMBERS_WIDTH
+            tl.store(numbers + ws.PIVOTS + tl.arange(0, NUM_PIVOTS), pivots)
     return token, low_count, kept_mass, cutoff
 
 
@@ -335,25 +296,23 @@ def _select_kernel(
     status = tl.where(row_max == INF, status | STATUS_POSITIVE_INF, status)
     status = tl.where(row_max == -INF, status | STATUS_EMPTY, status)
     status = tl.where(valid, status, STATUS_BAD_PARAMS)
-    tl.store(workspace.numbers + row * NUMBERS_WIDTH + MAX, row_max)
+    tl.store(workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX, row_max)
     if (status & (STATUS_EMPTY | STATUS_BAD_PARAMS)) != 0:
-        write_nothing(out, row, status)
-        tl.store(workspace.counters + row * COUNTERS_WIDTH + MODE, DONE)
+        ws.write_nothing(out, row, status)
+        tl.store(workspace.counters + row * ws.COUNTERS_WIDTH + ws.MODE, ws.DONE)
     elif row_max == INF:
         tl.store(out.status + row, status)
-        _hand_on(workspace, row, SEARCHED)
+        _hand_on(workspace, row, ws.SEARCHED)
     else:
         tl.store(out.status + row, status)
-        masses = workspace.masses + row * MASSES_WIDTH
+        masses = workspace.masses + row * ws.MASSES_WIDTH
         shifted = top - row_max
         e = exponent(tl.full([], 1.0, tl.float32))
         sums = tl.load(tiles.raw + at, mask=inside, other=0.0)
         raw_mass = row_mass(sums, shifted, e)
-        tl.store(masses + RAW, raw_mass)
+        tl.store(masses + ws.RAW, raw_mass)
         greedy, inv_t = temperature_of(row_params, b)
-        top_k = top_k_of(tl.load(row_params.top_k + b), vocab_size)
-        top_p, min_p = tl.load(row_params.top_p + b), tl.load(row_params.min_p + b)
-        if greedy | is_unfiltered(greedy, top_k, top_p, min_p):
+        if greedy | is_unfiltered(row_params, b, vocab_size):
             token = _draw_by_tiles(
                 logits, row_params, b, t, tiles, at, inside, shifted, row_max, inv_t, greedy,
                 stream, vocab_size, NT,
@@ -376,23 +335,23 @@ def _select_kernel(
         if token >= 0:
             alpha = tl.load(row_params.alpha + b)
             drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
-            write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, raw_mass)
-            tl.store(masses + CUTOFF, cutoff)
-            tl.store(masses + KEPT, kept_mass)
-            tl.store(workspace.counters + row * COUNTERS_WIDTH + MODE, DONE)
+            ws.write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, raw_mass)
+            tl.store(masses + ws.CUTOFF, cutoff)
+            tl.store(masses + ws.KEPT, kept_mass)
+            tl.store(workspace.counters + row * ws.COUNTERS_WIDTH + ws.MODE, ws.DONE)
 
 
 @triton.jit
 def _bracket_cutoff(row_params, workspace, row, b, vocab_size):
     """Finds the pivots that the last kept token lies between, and what is above them."""
     filters = filters_of(row_params, b, vocab_size)
-    at, step = workspace.masses + row * MASSES_WIDTH, tl.arange(0, NUM_PIVOTS)
+    at, step = workspace.masses + row * ws.MASSES_WIDTH, tl.arange(0, NUM_PIVOTS)
     # Other programs' sums: past the first-level cache, which does not see them.
-    total = tl.load(at + TOTAL, cache_modifier=".cg")
-    count = tl.load(at + COUNTS + step, cache_modifier=".cg")
-    held = tl.load(at + MASSES + step, cache_modifier=".cg")
-    numbers = workspace.numbers + row * NUMBERS_WIDTH
-    pivots = tl.load(numbers + PIVOTS + step)
+    total = tl.load(at + ws.TOTAL, cache_modifier=".cg")
+    count = tl.load(at + ws.COUNTS + step, cache_modifier=".cg")
+    held = tl.load(at + ws.MASSES + step, cache_modifier=".cg")
+    numbers = workspace.numbers + row * ws.NUMBERS_WIDTH
+    pivots = tl.load(numbers + ws.PIVOTS + step)
     target = mass_target(filters.top_p, total)
     met = (count >= filters.top_k) | (held >= target)
     first = tl.min(tl.where(met, step, NUM_PIVOTS), 0)
@@ -400,28 +359,31 @@ def _bracket_cutoff(row_params, workspace, row, b, vocab_size):
     above_count = tl.sum(tl.where(passed, count, 0), 0)
     inside = tl.sum(tl.where(step == first, count, 0), 0) - above_count
     high = tl.where(first > 0, tl.max(tl.where(passed, pivots, -INF), 0), INF)
-    tl.store(numbers + HIGH, high)
-    tl.store(numbers + LOW, tl.max(tl.where(step == first, pivots, -INF), 0))
-    tl.store(at + ABOVE_COUNT, above_count)
-    tl.store(at + ABOVE_MASS, tl.sum(tl.where(passed, held, 0), 0))
-    tl.store(at + TARGET, target)
-    if (first == NUM_PIVOTS) | (inside > MAX_CANDIDATES):  # the guess of select's was a bad one
-        tl.store(workspace.counters + row * COUNTERS_WIDTH + MODE, SEARCHED)
+    tl.store(numbers + ws.HIGH, high)
+    tl.store(numbers + ws.LOW, tl.max(tl.where(step == first, pivots, -INF), 0))
+    tl.store(at + ws.ABOVE_COUNT, above_count)
+    tl.store(at + ws.ABOVE_MASS, tl.sum(tl.where(passed, held, 0), 0))
+    tl.store(at + ws.TARGET, target)
+    if (first == NUM_PIVOTS) | (inside > ws.MAX_CANDIDATES):  # the guess of select's was a bad one
+        tl.store(workspace.counters + row * ws.COUNTERS_WIDTH + ws.MODE, ws.SEARCHED)
 
 
 @triton.jit(do_not_specialize=["vocab_size", "splits"])
 def _pivots_kernel(logits, row_params, workspace, vocab_size, positions, splits):
     """Grid [rows * splits]; the last program of a row picks the two pivots around the cutoff."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
-    counters = workspace.counters + row * COUNTERS_WIDTH
-    if tl.load(counters + MODE) == FLAT:
+    counters = workspace.counters + row * ws.COUNTERS_WIDTH
+    if tl.load(counters + ws.MODE) == ws.FLAT:
         b, t = row // positions, row % positions
         alpha = tl.load(row_params.alpha + b)
         e = exponent(tl.load(row_params.temperature + b))
-        numbers = workspace.numbers + row * NUMBERS_WIDTH
-        row_max = tl.load(numbers + MAX)
+        numbers = workspace.numbers + row * ws.NUMBERS_WIDTH
+        row_max = tl.load(numbers + ws.MAX)
         step = tl.arange(0, HALF)
-        upper, lower = tl.load(numbers + PIVOTS + step), tl.load(numbers + PIVOTS + HALF + step)
+        upper, lower = (
+            tl.load(numbers + ws.PIVOTS + step),
+            tl.load(numbers + ws.PIVOTS + HALF + step),
+        )
         upper_count = tl.zeros([HALF, LANES], tl.int32)
         lower_count = tl.zeros([HALF, LANES], tl.int32)
         upper_held = tl.zeros([HALF, LANES], tl.int64)
@@ -434,14 +396,14 @@ def _pivots_kernel(logits, row_params, workspace, vocab_size, positions, splits)
             q = (high, low)
             upper_count, upper_held = add_from(shifted, q, upper, upper_count, upper_held)
             lower_count, lower_held = add_from(shifted, q, lower, lower_count, lower_held)
-        at = workspace.masses + row * MASSES_WIDTH
-        tl.atomic_add(at + TOTAL, tl.sum(total, 0))
-        tl.atomic_add(at + COUNTS + step, tl.sum(upper_count, 1).to(tl.int64))
-        tl.atomic_add(at + COUNTS + HALF + step, tl.sum(lower_count, 1).to(tl.int64))
-        tl.atomic_add(at + MASSES + step, tl.sum(upper_held, 1))
-        tl.atomic_add(at + MASSES + HALF + step, tl.sum(lower_held, 1))
+        at = workspace.masses + row * ws.MASSES_WIDTH
+        tl.atomic_add(at + ws.TOTAL, tl.sum(total, 0))
+        tl.atomic_add(at + ws.COUNTS + step, tl.sum(upper_count, 1).to(tl.int64))
+        tl.atomic_add(at + ws.COUNTS + HALF + step, tl.sum(lower_count, 1).to(tl.int64))
+        tl.atomic_add(at + ws.MASSES + step, tl.sum(upper_held, 1))
+        tl.atomic_add(at + ws.MASSES + HALF + step, tl.sum(lower_held, 1))
         tl.debug_barrier()  # all of this program's sums before its arrival
-        if tl.atomic_add(counters + PIVOTS_DONE, 1) == splits - 1:
+        if tl.atomic_add(counters + ws.PIVOTS_DONE, 1) == splits - 1:
             _bracket_cutoff(row_params, workspace, row, b, vocab_size)
 
 
@@ -454,13 +416,13 @@ def _draw_searching(logits, row_params, b, t, workspace, out, row, stream, vocab
     greedy, inv_t = temperature_of(row_params, b)
     alpha = tl.load(row_params.alpha + b)
     noise = noise_key(row_params, b, t, stream)
-    row_max = tl.load(workspace.numbers + row * NUMBERS_WIDTH + MAX)
-    at = workspace.masses + row * MASSES_WIDTH
+    row_max = tl.load(workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
+    at = workspace.masses + row * ws.MASSES_WIDTH
     cutoff, least, count, kept_mass, live = search_row(
         logits, row_params, b, t, row_max, vocab_size
     )
     # Where +inf was there, the tokens left are alike.
-    raw_mass = tl.where(row_max == INF, live << 44, tl.load(at + RAW))
+    raw_mass = tl.where(row_max == INF, live << 44, tl.load(at + ws.RAW))
     best = tl.full([], LOWEST, tl.int64)
     last = tl.full([], NO_TARGET, tl.int64)
     for block in range(0, tl.cdiv(vocab_size, LANES * SEARCH_PER)):
@@ -472,10 +434,10 @@ def _draw_searching(logits, row_params, b, t, workspace, out, row, stream, vocab
         best = gumbel_max_block(best, shifted, kept, block, inv_t, noise, SEARCH_PER)
     token = winner(best)
     drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
-    write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, raw_mass)
-    tl.store(at + RAW, raw_mass)
-    tl.store(at + CUTOFF, last)
-    tl.store(at + KEPT, kept_mass)
+    ws.write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, raw_mass)
+    tl.store(at + ws.RAW, raw_mass)
+    tl.store(at + ws.CUTOFF, last)
+    tl.store(at + ws.KEPT, kept_mass)
 
 
 @triton.jit
@@ -486,13 +448,15 @@ def _settle(logits, row_params, b, t, workspace, out, row, stream, vocab_size):
     alpha = tl.load(row_params.alpha + b)
     noise = noise_key(row_params, b, t, stream)
     e = exponent(tl.load(row_params.temperature + b))
-    row_max = tl.load(workspace.numbers + row * NUMBERS_WIDTH + MAX)
-    at = workspace.masses + row * MASSES_WIDTH
-    target = tl.load(at + TARGET)
-    n = tl.load(workspace.counters + row * COUNTERS_WIDTH + NUM_CANDIDATES, cache_modifier=".cg")
-    keys = workspace.keys + row * KEYS_WIDTH
-    above = Amount(tl.load(at + ABOVE_COUNT), tl.load(at + ABOVE_MASS))
-    short, need = keys + MAX_CANDIDATES, Amount(filters.top_k, target)
+    row_max = tl.load(workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
+    at = workspace.masses + row * ws.MASSES_WIDTH
+    target = tl.load(at + ws.TARGET)
+    n = tl.load(
+        workspace.counters + row * ws.COUNTERS_WIDTH + ws.NUM_CANDIDATES, cache_modifier=".cg"
+    )
+    keys = workspace.keys + row * ws.KEYS_WIDTH
+    above = Amount(tl.load(at + ws.ABOVE_COUNT), tl.load(at + ws.ABOVE_MASS))
+    short, need = keys + ws.MAX_CANDIDATES, Amount(filters.top_k, target)
     copied, above = narrow_candidates(keys, n, short, MAX_SHORT // 4, row_max, e, above, need)
     rank, before = workspace.rank + row * MAX_SHORT, workspace.before + row * MAX_SHORT
     candidates = Candidates(short, copied, rank, before)
@@ -500,13 +464,13 @@ def _settle(logits, row_params, b, t, workspace, out, row, stream, vocab_size):
     count, _, kept_mass, cutoff = keep_candidates(
         candidates, row_max, e, above, filters, target, target
     )
-    best = tl.load(at + BEST, cache_modifier=".cg")
+    best = tl.load(at + ws.BEST, cache_modifier=".cg")
     listed = gumbel_max_candidates(keys, n, cutoff, row_max, inv_t, noise)
     token = winner(tl.maximum(best, listed))
     drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
-    write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, tl.load(at + RAW))
-    tl.store(at + CUTOFF, cutoff)
-    tl.store(at + KEPT, kept_mass)
+    ws.write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, tl.load(at + ws.RAW))
+    tl.store(at + ws.CUTOFF, cutoff)
+    tl.store(at + ws.KEPT, kept_mass)
 
 
 @triton.jit(do_not_specialize=["vocab_size", "splits", "stream"])
@@ -515,21 +479,21 @@ def _draw_kernel(
 ):
     """Grid [rows * splits]: tokens above the bracket are scored at once, those inside it listed."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
-    counters = workspace.counters + row * COUNTERS_WIDTH
-    mode = tl.load(counters + MODE)
+    counters = workspace.counters + row * ws.COUNTERS_WIDTH
+    mode = tl.load(counters + ws.MODE)
     b, t = row // positions, row % positions
     stream = stream_of(draft_ids, b, positions, stream)
-    if (mode == SEARCHED) & (split == 0):
+    if (mode == ws.SEARCHED) & (split == 0):
         _draw_searching(logits, row_params, b, t, workspace, out, row, stream, vocab_size)
-    if mode == FLAT:
+    if mode == ws.FLAT:
         alpha = tl.load(row_params.alpha + b)
         noise = noise_key(row_params, b, t, stream)
-        numbers = workspace.numbers + row * NUMBERS_WIDTH
-        row_max = tl.load(numbers + MAX)
-        high, low = tl.load(numbers + HIGH), tl.load(numbers + LOW)
+        numbers = workspace.numbers + row * ws.NUMBERS_WIDTH
+        row_max = tl.load(numbers + ws.MAX)
+        high, low = tl.load(numbers + ws.HIGH), tl.load(numbers + ws.LOW)
         _, inv_t = temperature_of(row_params, b)
         best = tl.full([], LOWEST, tl.int64)
-        keys = workspace.keys + row * KEYS_WIDTH
+        keys = workspace.keys + row * ws.KEYS_WIDTH
         for block in range(split, tl.cdiv(vocab_size, LANES * PER), splits):
             x = block_x(logits, alpha, b, t, block, row_max, vocab_size, PER)
             shifted = x - row_max
@@ -537,37 +501,38 @@ def _draw_kernel(
             taken = (shifted >= low) & (shifted < high) & (x > -INF)
             number = tl.sum(tl.ravel(taken.to(tl.int32)), 0)
             if number > 0:
-                start = tl.atomic_add(counters + NUM_CANDIDATES, number)
-                append(keys, start, x, block_ids(block, PER), taken, MAX_CANDIDATES)
-        tl.atomic_max(workspace.masses + row * MASSES_WIDTH + BEST, best)
+                start = tl.atomic_add(counters + ws.NUM_CANDIDATES, number)
+                append(keys, start, x, block_ids(block, PER), taken, ws.MAX_CANDIDATES)
+        tl.atomic_max(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, best)
         tl.debug_barrier()  # all of this program's tokens before its arrival
-        if tl.atomic_add(counters + DRAWS_DONE, 1) == splits - 1:
+        if tl.atomic_add(counters + ws.DRAWS_DONE, 1) == splits - 1:
             _settle(logits, row_params, b, t, workspace, out, row, stream, vocab_size)
 
 
 def launch_scan(
-    logits: Logits, params: Any, tiles: Tiles, vocab_size: int, positions: int,
+    logits: Logits, params: Any, tiles: ws.Tiles, vocab_size: int, positions: int,
     noise_stream: int, draft_ids: Tensor | None = None, draw: bool = True,
 ) -> None:  # fmt: skip
     """Writes the rows' summaries; without ``draw`` maxima and raw sums, and only alpha is read."""
     rows, width = tiles.maximum.shape
-    blocks = width // TILES_PER_PROGRAM
+    blocks = width // ws.TILES_PER_PROGRAM
     _scan_kernel[(rows, blocks)](
         logits, params, tiles, vocab_size, positions, blocks, noise_stream, draft_ids,
-        DRAW=draw, TILES=TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, **OPTIONS,
+        DRAW=draw, TILES=ws.TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS,
+        **OPTIONS,
     )  # fmt: skip
 
 
 def launch_selection(
-    logits: Logits, params: RowParams, tiles: Tiles, out: Outputs, vocab_size: int, positions: int,
-    noise_stream: int, draft_ids: Tensor | None = None,
-) -> Workspace:  # fmt: skip
+    logits: Logits, params: RowParams, tiles: ws.Tiles, out: ws.Outputs, vocab_size: int,
+    positions: int, noise_stream: int, draft_ids: Tensor | None = None,
+) -> ws.Workspace:  # fmt: skip
     """What comes after the tiles' summaries, whoever wrote them; arguments as in launch_sample."""
     device, rows = logits.base.device, out.token_ids.numel()
-    workspace, width = workspace_of(rows, device), tiles.maximum.shape[1]
+    workspace, width = ws.workspace_of(rows, device), tiles.maximum.shape[1]
     if rows == 0:
         return workspace
-    held = at_once(width)
+    held = ws.at_once(width)
     _select_kernel[(rows,)](
         logits, params, tiles, workspace, out, vocab_size, positions, width, noise_stream,
         draft_ids, NT=held, num_warps=SELECT_WARPS if held <= 2048 else 16,
@@ -585,9 +550,9 @@ def launch_selection(
 
 
 def launch_sample(
-    logits: Logits, params: RowParams, out: Outputs, vocab_size: int, positions: int,
+    logits: Logits, params: RowParams, out: ws.Outputs, vocab_size: int, positions: int,
     noise_stream: int, draft_ids: Tensor | None = None,
-) -> tuple[Tiles, Workspace]:  # fmt: skip
+) -> tuple[ws.Tiles, ws.Workspace]:  # fmt: skip
     """Draws one token for each of ``positions`` positions of each request.
 
     Args:
@@ -604,7 +569,7 @@ def launch_sample(
         The rows' summaries and workspace: their maxima and kept sets, for verify and top_logprobs.
     """
     rows = out.token_ids.numel()
-    tiles = tiles_of(rows, vocab_size, logits.base.device)
+    tiles = ws.tiles_of(rows, vocab_size, logits.base.device)
     if rows > 0:
         launch_scan(logits, params, tiles, vocab_size, positions, noise_stream, draft_ids)
     return tiles, launch_selection(

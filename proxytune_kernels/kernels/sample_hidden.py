@@ -22,7 +22,7 @@ from proxytune_kernels.heads import Head
 from proxytune_kernels.kernels.common import INF, LN2, LOG2E, OPTIONS, TILE, Logits, inputs
 from proxytune_kernels.kernels.noise import NoiseKey, noise_bound, noise_key, tile_words
 from proxytune_kernels.kernels.sample import launch_selection, tile_sums
-from proxytune_kernels.kernels.selection import is_unfiltered, may_need_mass, top_k_of
+from proxytune_kernels.kernels.selection import is_unfiltered, may_need_mass
 from proxytune_kernels.kernels.workspace import Outputs, Tiles, Workspace, tiles_of
 from proxytune_kernels.params import RowParams
 
@@ -141,11 +141,8 @@ def _summarise(
     count = tl.sum((x > -INF).to(tl.int32), 1) + (tl.max((given != given).to(tl.int32), 1) << 8)
     tl.store(tiles.count + at, count.to(tl.int16), mask=present)
     temperature = tl.load(row_params.temperature + rows)
-    top_k, top_p = tl.load(row_params.top_k + rows), tl.load(row_params.top_p + rows)
-    min_p, order = tl.load(row_params.min_p + rows), tl.load(row_params.filter_order + rows)
-    top_k = top_k_of(top_k, vocab_size)
-    whole = present & may_need_mass(temperature, top_k, order)
-    unfiltered = whole & is_unfiltered(0, top_k, top_p, min_p)
+    whole = present & may_need_mass(row_params, rows, vocab_size)
+    unfiltered = whole & is_unfiltered(row_params, rows, vocab_size)
     at_temperature = whole & (temperature != 1.0)
     log2e = tl.full(temperature.shape, LOG2E, tl.float32)
     scaled = shifted * tl.div_rn(log2e, tl.minimum(temperature, 2.0**120))[:, None]

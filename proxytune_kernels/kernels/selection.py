@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from proxytune_kernels.kernels.common import (
+    FLT_MAX,
     FLT_MIN,
     INF,
     LANES,
@@ -107,6 +108,19 @@ class Prefix(NamedTuple):
 
 
 @triton.jit
+def is_valid(row_params, b, t):
+    """Whether request b's parameters are in range at position t."""
+    alpha, temperature = tl.load(row_params.alpha + b), tl.load(row_params.temperature + b)
+    top_k, top_p = tl.load(row_params.top_k + b), tl.load(row_params.top_p + b)
+    min_p, order = tl.load(row_params.min_p + b), tl.load(row_params.filter_order + b)
+    # Comparisons are false for NaN.
+    valid = (alpha >= -FLT_MAX) & (alpha <= FLT_MAX) & (temperature >= 0)
+    valid = valid & (temperature <= FLT_MAX) & (top_k >= -1) & (top_p > 0) & (top_p <= 1)
+    valid = valid & (min_p >= 0) & (min_p <= 1) & (order >= 0) & (order <= 2)
+    return valid & (tl.load(row_params.position + b) + t >= 0)
+
+
+@triton.jit
 def filters_of(row_params, b, vocab_size):
     """The filters of request b."""
     temperature, top_k = tl.load(row_params.temperature + b), tl.load(row_params.top_k + b)
@@ -126,15 +140,19 @@ def top_k_of(top_k, vocab_size):
 
 
 @triton.jit
-def may_need_mass(temperature, top_k, order):
+def may_need_mass(row_params, b, vocab_size):
     """Whether the mass of the whole row at its temperature may be asked for."""
+    temperature, order = tl.load(row_params.temperature + b), tl.load(row_params.filter_order + b)
+    top_k = top_k_of(tl.load(row_params.top_k + b), vocab_size)
     return (temperature >= FLT_MIN) & ((top_k == TOP_K_OFF) | (order == ORDER_JOINT))
 
 
 @triton.jit
-def is_unfiltered(greedy, top_k, top_p, min_p):
-    """Whether the row draws from all its tokens: every tile's best score is then bounded."""
-    return (greedy == 0) & (top_k == TOP_K_OFF) & (top_p >= 1.0) & (min_p <= 0.0)
+def is_unfiltered(row_params, b, vocab_size):
+    """Whether the row, if not greedy, draws from all its tokens: tiles' best scores are bounded."""
+    top_k = top_k_of(tl.load(row_params.top_k + b), vocab_size)
+    top_p, min_p = tl.load(row_params.top_p + b), tl.load(row_params.min_p + b)
+    return (top_k == TOP_K_OFF) & (top_p >= 1.0) & (min_p <= 0.0)
 
 
 @triton.jit

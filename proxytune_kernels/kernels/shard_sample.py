@@ -43,7 +43,6 @@ from proxytune_kernels.kernels.common import (
     exponent,
     exponential,
     finite_max,
-    is_valid,
     key_id,
     key_value,
     log_mass,
@@ -58,10 +57,11 @@ from proxytune_kernels.kernels.selection import (
     Amount,
     filters_of,
     gumbel_max_candidates,
+    is_valid,
     select_sorted,
     sorted_prefix,
 )
-from proxytune_kernels.kernels.workspace import logprob_of, raw_logprob_of
+from proxytune_kernels.kernels.workspace import logprob_of, raw_logprob_of, write_nothing
 from proxytune_kernels.params import RowParams
 
 PER = tl.constexpr(4)  # fp32: 16 bytes a lane
@@ -434,16 +434,11 @@ def _floor(candidates, summaries, row, rows, world, length):
 
 @triton.jit
 def _write_nothing(out, row, status, undecided):
-    nan = float("nan")
-    tl.store(out.token_ids + row, tl.full([], -1, tl.int64))
-    tl.store(out.logprobs + row, nan)
-    tl.store(out.raw_logprobs + row, nan)
-    tl.store(out.num_kept + row, 0)
-    tl.store(out.status + row, status)
+    write_nothing(out, row, status)
     tl.store(out.cutoff + row, tl.full([], 0, tl.int64))
     tl.store(out.kept_mass + row, tl.full([], 0, tl.int64))
-    tl.store(out.wanted_logprobs + row, nan)
-    tl.store(out.wanted_raw_logprobs + row, nan)
+    tl.store(out.wanted_logprobs + row, float("nan"))
+    tl.store(out.wanted_raw_logprobs + row, float("nan"))
     tl.store(out.raw_mass + row, tl.full([], 0, tl.int64))
     tl.store(out.undecided + row, undecided)
 

@@ -19,12 +19,12 @@ from proxytune_kernels.kernels.common import (
     STATUS_EMPTY,
     exponent,
     finite_max,
-    is_valid,
     key_id,
     splits_of,
     temperature_of,
 )
 from proxytune_kernels.kernels.noise import NoiseKey, noise_key, score_of
+from proxytune_kernels.kernels.selection import is_valid
 from proxytune_kernels.kernels.shard_sample import (
     BEST,
     COUNT,

@@ -6,11 +6,10 @@ are read again.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from proxytune_kernels.kernels import workspace as ws
 from proxytune_kernels.kernels.common import (
     INF,
     LANES,
@@ -44,28 +43,10 @@ from proxytune_kernels.kernels.selection import (
     rank_candidates,
     trial_keys,
 )
-from proxytune_kernels.kernels.workspace import (
-    KEYS_WIDTH,
-    MASSES_WIDTH,
-    MAX,
-    MAX_CANDIDATES,
-    NUMBERS_WIDTH,
-    RAW,
-    Outputs,
-    Tiles,
-    Workspace,
-    at_once,
-)
 from proxytune_kernels.params import RowParams
+from proxytune_kernels.reference import TopLogprobs
 
 _WARPS = 8
-
-
-class TopOutputs(NamedTuple):
-    """Results, [B, n]."""
-
-    token_ids: Any  # int64
-    logprobs: Any  # fp32
 
 
 @triton.jit
@@ -98,8 +79,8 @@ def _top_logprobs_kernel(
     i = tl.arange(0, N)
     listed = tl.full([], 0, tl.int32)
     rank = workspace.rank + row * MAX_SHORT
-    keys = workspace.keys + row * KEYS_WIDTH + MAX_CANDIDATES
-    row_max = tl.load(workspace.numbers + row * NUMBERS_WIDTH + MAX)
+    keys = workspace.keys + row * ws.KEYS_WIDTH + ws.MAX_CANDIDATES
+    row_max = tl.load(workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
     if tl.load(drawn.status + row) < STATUS_EMPTY:
         tile = tl.arange(0, NT)
         maxima = tl.load(tiles.maximum + row * num_tiles + tile, mask=tile < num_tiles, other=-INF)
@@ -121,7 +102,7 @@ def _top_logprobs_kernel(
     absent = (i < n) & (i >= listed)
     tl.store(top.token_ids + row * n + i, tl.full([N], -1, tl.int64), mask=absent)
     tl.store(top.logprobs + row * n + i, tl.full([N], float("nan"), tl.float32), mask=absent)
-    raw = log_mass(tl.load(workspace.masses + row * MASSES_WIDTH + RAW))
+    raw = log_mass(tl.load(workspace.masses + row * ws.MASSES_WIDTH + ws.RAW))
     for start in range(0, listed, CHUNK):
         j = start + tl.arange(0, CHUNK)
         key = tl.load(keys + j, mask=j < listed, other=0)
@@ -133,8 +114,8 @@ def _top_logprobs_kernel(
 
 
 def launch_top_logprobs(
-    logits: Logits, params: RowParams, tiles: Tiles, workspace: Workspace, drawn: Outputs,
-    top: TopOutputs, vocab_size: int,
+    logits: Logits, params: RowParams, tiles: ws.Tiles, workspace: ws.Workspace, drawn: ws.Outputs,
+    top: TopLogprobs, vocab_size: int,
 ) -> None:  # fmt: skip
     """Writes the n likeliest tokens of [B, V] rows; tiles, workspace and drawn are sample's."""
     rows, n = top.token_ids.shape
@@ -143,5 +124,5 @@ def launch_top_logprobs(
     width = tiles.maximum.shape[1]
     _top_logprobs_kernel[(rows,)](
         logits, params, tiles, workspace, drawn, top, n, vocab_size, width,
-        NT=at_once(width), N=triton.next_power_of_2(n), num_warps=_WARPS, **OPTIONS,
+        NT=ws.at_once(width), N=triton.next_power_of_2(n), num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from proxytune_kernels.kernels import workspace as ws
 from proxytune_kernels.kernels.common import (
     FLT_MIN,
     INF,
@@ -53,20 +54,8 @@ from proxytune_kernels.kernels.noise import (
     winner,
 )
 from proxytune_kernels.kernels.sample import launch_sample
-from proxytune_kernels.kernels.workspace import (
-    CUTOFF,
-    KEPT,
-    MASSES_WIDTH,
-    MAX,
-    NUMBERS_WIDTH,
-    RAW,
-    Outputs,
-    Workspace,
-    logprob_of,
-    outputs_of,
-    raw_logprob_of,
-)
 from proxytune_kernels.params import RowParams
+from proxytune_kernels.reference import VerifyOutput
 from proxytune_kernels.rng import STREAMS
 
 STREAM_ACCEPT = tl.constexpr(STREAMS["accept"])
@@ -75,22 +64,12 @@ PER = tl.constexpr(8)  # tokens a lane: 16 bytes of bf16
 _WARPS = 4
 
 
-class VerifyOutputs(NamedTuple):
-    """Results, T = k + 1."""
-
-    token_ids: Any  # int64 [B, T]
-    num_accepted: Any  # int32 [B]
-    logprobs: Any  # fp32 [B, T]
-    raw_logprobs: Any  # fp32 [B, T]
-    status: Any  # int32 [B]
-
-
 class Rows(NamedTuple):
     """The target's or the drafter's rows, as sample left them."""
 
     logits: Logits
-    drawn: Outputs
-    workspace: Workspace
+    drawn: ws.Outputs
+    workspace: ws.Workspace
 
 
 class Kept(NamedTuple):
@@ -158,14 +137,14 @@ def residual_block(best, plain, kept, rest, shifted, ids, block, inv_t, noise, P
 @triton.jit
 def _logprobs_at(rows, alpha, b, t, row, token, inv_t, greedy, inside):
     """(kept, logprob, raw logprob) of one token of a row; nothing is kept where not ``inside``."""
-    row_max = tl.load(rows.workspace.numbers + row * NUMBERS_WIDTH + MAX)
-    at = rows.workspace.masses + row * MASSES_WIDTH
+    row_max = tl.load(rows.workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
+    at = rows.workspace.masses + row * ws.MASSES_WIDTH
     token = tl.where(inside, token, 0).to(tl.int32)
     x = x_at(rows.logits, alpha, b, t, token, row_max)
-    kept = inside & (x > -INF) & (order_key(x, token) >= tl.load(at + CUTOFF))
+    kept = inside & (x > -INF) & (order_key(x, token) >= tl.load(at + ws.CUTOFF))
     shifted = x - finite_max(row_max)
-    logprob = logprob_of(shifted, inv_t, greedy, log_mass(tl.load(at + KEPT)))
-    return kept, logprob, raw_logprob_of(shifted, tl.load(at + RAW))
+    logprob = ws.logprob_of(shifted, inv_t, greedy, log_mass(tl.load(at + ws.KEPT)))
+    return kept, logprob, ws.raw_logprob_of(shifted, tl.load(at + ws.RAW))
 
 
 @triton.jit
@@ -238,20 +217,22 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
         e = exponent(tl.load(row_params.temperature + b))
         row, draft_row = b * positions + j, b * (positions - 1) + j
         work, draft_work = target.workspace, draft.workspace
-        row_max = tl.load(work.numbers + row * NUMBERS_WIDTH + MAX)
-        draft_max = tl.load(draft_work.numbers + draft_row * NUMBERS_WIDTH + MAX)
+        row_max = tl.load(work.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
+        draft_max = tl.load(draft_work.numbers + draft_row * ws.NUMBERS_WIDTH + ws.MAX)
         drafts = tl.load(draft.drawn.status + draft_row) < STATUS_EMPTY
-        in_target = Kept(work.masses + CUTOFF, work.masses + KEPT)
-        in_draft = Kept(draft_work.masses + CUTOFF, draft_work.masses + KEPT)
+        in_target = Kept(work.masses + ws.CUTOFF, work.masses + ws.KEPT)
+        in_draft = Kept(draft_work.masses + ws.CUTOFF, draft_work.masses + ws.KEPT)
         best, plain = tl.full([], LOWEST, tl.int64), tl.full([], LOWEST, tl.int64)
         for block in range(split, tl.cdiv(vocab_size, LANES * PER), splits):
             ids = block_ids(block, PER)
             x = block_x(target.logits, alpha, b, j, block, row_max, vocab_size, PER)
-            kept, rest = share_of(in_target, row * MASSES_WIDTH, x, ids, row_max, e)
+            kept, rest = share_of(in_target, row * ws.MASSES_WIDTH, x, ids, row_max, e)
             if tl.max(tl.ravel(kept.to(tl.int32)), 0) != 0:
                 if drafts:
                     y = block_x(draft.logits, alpha, b, j, block, draft_max, vocab_size, PER)
-                    _, drafted = share_of(in_draft, draft_row * MASSES_WIDTH, y, ids, draft_max, e)
+                    _, drafted = share_of(
+                        in_draft, draft_row * ws.MASSES_WIDTH, y, ids, draft_max, e
+                    )
                     rest -= drafted
                 best, plain = residual_block(
                     best, plain, kept, rest, x - finite_max(row_max), ids, block, inv_t, noise, PER
@@ -272,7 +253,7 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
 
 
 def launch_coupled(
-    logits: Logits, draft_ids: Tensor, params: RowParams, out: VerifyOutputs, vocab_size: int
+    logits: Logits, draft_ids: Tensor, params: RowParams, out: VerifyOutput, vocab_size: int
 ) -> None:
     """Writes what plain decoding would draw, as far as the drafts agree with it.
 
@@ -286,14 +267,14 @@ def launch_coupled(
     batch_size, positions = out.token_ids.shape
     if batch_size == 0:
         return
-    drawn = outputs_of(batch_size * positions, out.token_ids.device)
+    drawn = ws.outputs_of(batch_size * positions, out.token_ids.device)
     launch_sample(logits, params, drawn, vocab_size, positions, STREAMS["sample"])
     _coupled_kernel[(batch_size,)](drawn, draft_ids, out, positions, num_warps=1, **OPTIONS)
 
 
 def launch_rejection(
     logits: Logits, draft_ids: Tensor, draft_logits: Tensor | None, params: RowParams,
-    out: VerifyOutputs, vocab_size: int,
+    out: VerifyOutput, vocab_size: int,
 ) -> None:  # fmt: skip
     """Writes drafts as far as they are accepted, then a residual or a bonus token.
 
@@ -305,7 +286,7 @@ def launch_rejection(
         return
 
     def rows(given: Logits, steps: int, noise_stream: str, ids: Tensor | None = None) -> Rows:
-        drawn, stream = outputs_of(batch_size * steps, device), STREAMS[noise_stream]
+        drawn, stream = ws.outputs_of(batch_size * steps, device), STREAMS[noise_stream]
         _, workspace = launch_sample(given, params, drawn, vocab_size, steps, stream, ids)
         return Rows(given, drawn, workspace)
 

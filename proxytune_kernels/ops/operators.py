@@ -1,7 +1,8 @@
 """The public operators: each resolves its backend, and calls it.
 
 Checking every argument takes longer than a small call, and what a backend runs checks them too. So
-the public functions call first, and find the words for the error when they are refused.
+the public functions call the backend first; when it refuses, the checks find the words for the
+error.
 """
 
 from __future__ import annotations

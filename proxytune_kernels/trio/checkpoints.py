@@ -87,16 +87,23 @@ def check_device_map(role: str, device_map: Any) -> Any:
     for place in device_map.values() if mapped else [device_map]:
         if mapped and place == "disk":
             continue
-        try:
-            torch.empty(0, device=place)
-        # torch built without CUDA answers with an AssertionError.
-        except (RuntimeError, TypeError, AssertionError) as error:
-            reason = str(error).split("\n")[0]
+        reason = device_unusable(place)
+        if reason is not None:
             raise ValueError(
                 f"device_map of {role} must be one of {', '.join(_SPREADS)}, a device, or a "
                 f"mapping from module names to devices or 'disk', got {device_map!r}: {reason}"
-            ) from error
+            )
     return device_map
+
+
+def device_unusable(device: Any) -> str | None:
+    """Why torch can't use a device here; None where it can."""
+    try:
+        torch.empty(0, device=device)
+    # torch built without CUDA answers with an AssertionError.
+    except (RuntimeError, TypeError, AssertionError) as error:
+        return str(error).split("\n")[0]
+    return None
 
 
 def open_checkpoint(role: str, reference: str, options: LoadOptions) -> Any:
@@ -186,7 +193,7 @@ def opening(name: str, what: str, reference: str) -> Iterator[None]:
 
 
 def load_tokenizer(
-    name: str, reference: str, *, gguf_file: str | None, trust_remote_code: bool
+    name: str, reference: str, *, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> Any:
     """A tokenizer from a directory or hub name; ``name`` says whose in messages."""
     from transformers import AutoTokenizer

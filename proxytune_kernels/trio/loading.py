@@ -114,10 +114,10 @@ def load_options(
     role: str,
     *,
     dtype: Any,
-    device: Any,
+    device: Any = None,
     device_map: Any,
     quantize: Mapping[str, str | None],
-    gguf_file: Mapping[str, str],
+    gguf_file: Mapping[str, str] | None = None,
     trust_remote_code: bool,
 ) -> LoadOptions:
     """What the arguments of ``load_trio`` say for one role.
@@ -133,7 +133,7 @@ def load_options(
         device=device,
         device_map=device_map,
         quantize=quantize.get(role),
-        gguf_file=gguf_file.get(role),
+        gguf_file=(gguf_file or {}).get(role),
         trust_remote_code=trust_remote_code,
     )
 

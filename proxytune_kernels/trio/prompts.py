@@ -30,9 +30,9 @@ def tokenize(
             or a mapping from every role to one of these.
         tokenizers: role -> tokenizer.
         styles: role -> ``"plain"`` or ``"chat"``. Chat turns a string into one user message and
-            applies the template with the assistant's turn opened. Plain takes text as it is, and of
-            messages their contents with a blank line between (the paper's untuned models see the
-            plain text). Token ids are taken as they are.
+            applies the template with the assistant's turn opened. Plain takes text as it is, and
+            joins the contents of messages with blank lines (the paper's untuned models see plain
+            text). Token ids are taken as they are.
         widths: role -> number of ids that the model can read.
 
     Raises:

@@ -53,8 +53,8 @@ class Trio:
 
         Args:
             base, expert, anti: transformers causal LMs; expert and anti both, or neither. The
-                expert may be a PEFT model with a LoRA adapter: taken is the causal LM in it, a copy
-                that shares its tensors, the adapter's weights cast to the dtype of their layers.
+                expert may be a PEFT model with a LoRA adapter: its causal LM is taken, as a copy
+                that shares its tensors, with the adapter's weights in the dtype of their layers.
             tokenizer: one for all roles, or a mapping from role to tokenizer.
             prompts: role -> ``"plain"`` (default) or ``"chat"``.
 
@@ -231,7 +231,7 @@ def _tokenizers(
 ) -> dict[str, Any]:
     trusted = options["base"].trust_remote_code
     if shared is not None:
-        one = load_tokenizer("tokenizer", str(shared), gguf_file=None, trust_remote_code=trusted)
+        one = load_tokenizer("tokenizer", str(shared), trust_remote_code=trusted)
         return dict.fromkeys(references, one)
     return {
         role: load_tokenizer(

@@ -37,7 +37,7 @@ def test_command(run_command, trio_directory, tmp_path):
     done = run_command(generate.main, *arguments)
     assert done.exit_code == 0, done.output
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    names = ["naive", "generate-warpers", "generate", "custom-generate", "decoder"]
+    names = ["naive", "generate-warpers", "generate", "decoder"]
     assert [(r["batch_size"], r["provider"]) for r in lines] == [
         (rows, name) for rows in (1, 4) for name in names
     ]

@@ -1,4 +1,4 @@
-"""The parts of ``python -m benchmarks.gpu`` that need no GPU: plan, times, options."""
+"""What ``python -m benchmarks.gpu`` computes of the operators, on a CPU: plan, checks, figures."""
 
 from collections import Counter
 from dataclasses import replace
@@ -6,104 +6,92 @@ from itertools import product
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 import benchmarks.gpu.__main__ as command
 import proxytune_kernels as ptk
-from benchmarks.gpu import report, timing
-from benchmarks.gpu.cases import BATCH_SIZES, Case, fits, make_inputs, plan, sets_needed
+from benchmarks.gpu import operators, peers
+from benchmarks.gpu.cases import BATCH_SIZES, Case, make_inputs, plan
+from benchmarks.gpu.checks import Sampler, check_draws, check_sampler
 from benchmarks.gpu.device import first_line, slug
-from benchmarks.gpu.session import Budget, Journal, Outcome
-from benchmarks.gpu.timing import Timed
-from benchmarks.harness.logits import FILTERS, KINDS, VOCAB_SIZES
+from benchmarks.gpu.driver import call_operators
+from benchmarks.gpu.operators import Timed
+from benchmarks.gpu.peers import combine, eager_peer
+from benchmarks.harness.heads import check_heads
+from benchmarks.harness.logits import (
+    FILTERS,
+    KINDS,
+    VOCAB_SIZES,
+    Candidates,
+    Filters,
+    OpCase,
+    contract_distribution,
+    transformers_peer,
+)
 
 BACKEND = "cpu" if ptk.backends()["cpu"] is None else "reference"
 PLAIN = ("ours", "cuda", "eager", "transformers", "flashinfer")
-DEVICE = "NVIDIA Test 1"
 
 
-class TestPlan:
-    def test_every_shape_has_the_peers_that_targets_name(self):
-        timed = {unit.case for unit in plan() if set(PLAIN) <= set(unit.providers)}
-        wanted = product(KINDS, FILTERS, VOCAB_SIZES, BATCH_SIZES)
-        assert timed == {Case("sample", *axes) for axes in wanted}
-        for op in ("verify", "verify-rejection"):
-            assert {unit.case.positions for unit in plan() if unit.case.op == op} == {5, 9}
-
-    def test_targets_first_compiling_last(self):
-        units = plan()
-        first = [unit.case for unit in units[:12]]
-        assert first[0] == Case("sample", "peaked", "top_p", 128_256, 256)
-        assert {(c.vocab_size, c.kind) for c in first} == {(128_256, "peaked")}
-        first_compiled = next(i for i, unit in enumerate(units) if unit.compiles)
-        assert max(i for i, u in enumerate(units) if u.providers == PLAIN) < first_compiled
-
-    def test_nothing_is_timed_twice_but_ours(self):
-        pairs = Counter((unit.case, name) for unit in plan() for name in unit.providers)
-        assert {name for (_, name), count in pairs.items() if count > 1} == {"ours"}
-        for unit in plan():
-            drawn = unit.case.op in ("sample", "verify", "verify-rejection") and not unit.compiles
-            assert ("cuda" in unit.providers) == drawn and "ours" in unit.providers
-
-    def test_selection(self):
-        units = plan(("ours", "eager"), [32_000], [1, 8])
-        assert {(u.case.vocab_size, u.case.batch_size) for u in units} == {(32_000, 1), (32_000, 8)}
-        assert {unit.providers for unit in units} == {("ours", "eager")}
-        assert Counter(unit.case for unit in units).most_common(1)[0][1] == 1
+def test_the_plan_has_the_peers_that_targets_name():
+    units = plan()
+    timed = {unit.case for unit in units if set(PLAIN) <= set(unit.providers)}
+    assert timed == {
+        Case("sample", *axes) for axes in product(KINDS, FILTERS, VOCAB_SIZES, BATCH_SIZES)
+    }
+    for op in ("verify", "verify-rejection"):
+        assert {unit.case.positions for unit in units if unit.case.op == op} == {5, 9}
+    assert units[0].case == Case("sample", "peaked", "top_p", 128_256, 256)
+    assert {(u.case.vocab_size, u.case.kind) for u in units[:12]} == {(128_256, "peaked")}
+    compiled = next(i for i, unit in enumerate(units) if "torch.compile" in unit.providers)
+    assert max(i for i, unit in enumerate(units) if unit.providers == PLAIN) < compiled
+    pairs = Counter((unit.case, name) for unit in units for name in unit.providers)
+    assert {name for (_, name), count in pairs.items() if count > 1} == {"ours"}
+    few = plan(("ours", "eager"), [32_000], [1, 8])
+    assert {(u.case.vocab_size, u.case.batch_size) for u in few} == {(32_000, 1), (32_000, 8)}
+    assert Counter(unit.case for unit in few).most_common(1)[0][1] == 1
 
 
-class TestInputs:
-    @pytest.mark.parametrize("logits_bytes", [1, 30, 49, 50, 51, 99, 100, 101, 10_000])
-    def test_twice_l2_is_read_between_two_uses(self, logits_bytes):
-        """The fewest sets with which what is read between two uses of one is 2 x 50 or more."""
-        count = sets_needed(logits_bytes, 50)
-        assert (count - 1) * logits_bytes >= 100
-        assert (count - 2) * logits_bytes < 100
-
-    def test_memory(self):
-        case = Case(vocab_size=1000, batch_size=1)  # 6,000 bytes
-        assert fits(case, 9_000, 4 * 24_000)
-        assert not fits(case, 9_000, 4 * 24_000 - 1)
-
-    def test_sets_are_other_rows_and_drafts_are_the_experts(self):
-        case = Case("verify", vocab_size=500, batch_size=3, positions=3)
-        assert case.logits_bytes == 3 * 9 * 500 * 2
-        one, other = make_inputs(case, 2, "cpu", BACKEND)
-        again, _ = make_inputs(case, 2, "cpu", BACKEND)
-        assert [(x.shape, x.dtype) for x in one.logits] == [((9, 500), torch.bfloat16)] * 3
-        assert not torch.equal(one.logits[0], other.logits[0])
-        assert torch.equal(one.logits[2], again.logits[2])
-        expert = one.logits[1].view(3, 3, 500)
-        for j in range(2):
-            params = case.params("cpu")._replace(position=torch.full((3,), j))
-            assert torch.equal(
-                one.token_ids[:, j], ptk.sample(expert[:, j], params=params).token_ids
-            )
-        rejection, _ = make_inputs(replace(case, op="verify-rejection"), 2, "cpu", BACKEND)
-        assert not torch.equal(rejection.token_ids, one.token_ids)
+@pytest.mark.parametrize("l2_bytes", [1, 30, 3000, 6000, 7000, 10**6])
+def test_twice_l2_is_read_between_two_uses(l2_bytes):
+    """The fewest sets with which what is read between two uses of one is twice L2 or more."""
+    case = Case(vocab_size=1000, batch_size=1)  # 6,000 bytes
+    count = case.sets_needed(l2_bytes)
+    assert (count - 1) * 6000 >= 2 * l2_bytes > (count - 2) * 6000
 
 
-def test_calls_in_a_graph_and_repeats():
-    assert timing.calls_in_run(1e-3, 3, "cold") == 6  # 4 ms, every set as often
-    assert timing.calls_in_run(1.0, 3, "cold") == 3
-    assert timing.calls_in_run(1e-3, 1, "warm") == 4
-    assert timing.calls_in_run(1e-9, 1, "warm") == 64
-    assert timing.calls_in_run(1e-9, 5, "single") == 1
-    assert [timing.repeats(seconds) for seconds in (100.0, 0.05, 1e-6)] == [5, 10, 25]
+def test_sets_are_other_rows_and_drafts_are_the_experts():
+    case = Case("verify", vocab_size=500, batch_size=3, positions=3)
+    one, other = make_inputs(case, 2, "cpu", BACKEND)
+    again, _ = make_inputs(case, 2, "cpu", BACKEND)
+    assert [(x.shape, x.dtype) for x in one.logits] == [((9, 500), torch.bfloat16)] * 3
+    assert not torch.equal(one.logits[0], other.logits[0])
+    assert torch.equal(one.logits[2], again.logits[2])
+    for j in range(2):
+        params = case.params("cpu")._replace(position=torch.full((3,), j))
+        drawn = ptk.sample(one.logits[1].view(3, 3, 500)[:, j], params=params).token_ids
+        assert torch.equal(one.token_ids[:, j], drawn)
+    rejection, _ = make_inputs(replace(case, op="verify-rejection"), 2, "cpu", BACKEND)
+    assert not torch.equal(rejection.token_ids, one.token_ids)
+
+
+def test_calls_in_a_graph():
+    assert operators.calls_in_run(1e-3, 3, "cold") == 6  # 4 ms, every set as often
+    assert operators.calls_in_run(1.0, 3, "cold") == 3
+    assert operators.calls_in_run(1e-3, 1, "warm") == 4
+    assert operators.calls_in_run(1e-9, 1, "warm") == 64
+    assert operators.calls_in_run(1e-9, 5, "single") == 1
     case = Case(vocab_size=1000, batch_size=1)
-    assert timing.modes(case, 6_000) == ("cold", "warm", "single")
-    assert timing.modes(replace(case, batch_size=8), 48_000) == ("cold", "warm")
-    assert timing.modes(case, 5_999) == ("cold",)
+    assert operators.modes(case, 6_000) == ("cold", "warm", "single")
+    assert operators.modes(replace(case, batch_size=8), 48_000) == ("cold", "warm")
+    assert operators.modes(case, 5_999) == ("cold",)
 
 
 def test_records_are_paired_by_repeat_and_mode():
     case = Case(vocab_size=1000, batch_size=1)
-    run = lambda: None  # noqa: E731
     names = (("ours", "cold"), ("ours", "warm"), ("eager", "cold"))
-    timed = [Timed(name, mode, run, 4, {"graph": True}) for name, mode in names]
+    timed = [Timed(name, mode, lambda: None, 4) for name, mode in names]
     samples = [[1e-6, 4e-6, 2e-6], [1e-6] * 3, [30e-6, 80e-6, 20e-6]]
-    ours, warm, eager = timing.records(case, timed, samples, 6e9, checked=True)
+    ours, warm, eager = operators.records(case, timed, samples, 6e9)
     assert ours["microseconds"] == pytest.approx(
         {"median": 2.0, "p10": 1.2, "p90": 3.6, "count": 3, "min": 1.0}
     )
@@ -111,71 +99,10 @@ def test_records_are_paired_by_repeat_and_mode():
     # 30, 20 and 10 times; not the 15 of the medians
     assert eager["time_over_ours"]["median"] == pytest.approx(20.0)
     assert warm["time_over_ours"]["median"] == 1.0
-    alone = timing.records(case, timed[2:], samples[2:], 6e9, checked=False)
-    assert (alone[0]["time_over_ours"], alone[0]["checked"]) == (None, False)
-
-
-def test_a_budget_learns_what_a_unit_takes():
-    now = [100.0]
-    budget = Budget(50, lambda: now[0])
-    for _ in range(20):
-        with budget.spending("plain"):
-            now[0] += 30.0
-        now[0] -= 30.0
-    assert budget.fits("plain")
-    assert not budget.fits("plain", reserved=21.0)
-    now[0] = 121.0
-    assert not budget.fits("plain")
-    assert budget.fits("compiled")
-    now[0] = 200.0
-    assert budget.left() == 0.0
-
-
-def test_what_fails_is_kept_in_the_journal(tmp_path):
-    journal = Journal(tmp_path / "gpu.jsonl", {"device_name": DEVICE, "driver": "5"})
-    journal.outcome("build", Outcome("Built.", fields={"built": True}))
-    with journal.guarded("fine"):
-        pass
-    assert not journal.failed
-    journal.note("wrong", failed=True)
-    page = "page"
-    journal.conclude(page, lambda path: path.touch())
-    assert journal.failed
-    lines = (tmp_path / "gpu.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and '"built": true' in lines[0] and f'"{DEVICE}"' in lines[1]
-    assert (tmp_path / "gpu.md").read_text() == "page"
-    assert (tmp_path / "gpu.png").exists()
-
-
-def timed_record(provider="ours", mode="cold", us=10.0, share=0.9, ratio=20.0, **axes):
-    return {
-        **Case("sample", **axes).record(), "provider": provider, "mode": mode,
-        "graph": provider != "transformers", "microseconds": {"median": us},
-        "share_of_copy": share, "gigabytes_per_second": 1234.0, "time_over_ours": {"median": ratio},
-    }  # fmt: skip
-
-
-def test_table_page_and_picture(tmp_path, capsys):
-    records = [
-        timed_record(us=12.34, share=0.745),
-        timed_record(mode="warm", us=5.6),
-        timed_record("cuda", ratio=0.875),
-        timed_record("transformers", ratio=101.0),
-        timed_record("torch.compile", ratio=7.7),
-        timed_record(us=99.0, vocab_size=32_000),
-        timed_record(us=98.0, kind="flat"),
-        timed_record(us=97.0),  # again: beside the compiled chain
-    ]
-    page = report.markdown(records, 3e12, "X9, driver 5")
-    rows = [line for line in page.splitlines() if line.startswith("| 256")]
-    assert rows == ["| 256, top_p | 12.3 | 5.60 | 1,234 | 74.5% | 0.88 | - | 7.70 | 101* | - |"]
-    assert "`python -m benchmarks.gpu` on X9, driver 5" in page and "3,000 GB/s" in page
-    report.print_times(records, 3e12, "X9")
-    shown = capsys.readouterr().out
-    assert "sample, flat, V=128,256" in shown and "B=256 top_p" in shown and "101*" in shown
-    pytest.importorskip("matplotlib")
-    report.draw(records, tmp_path / "times.png", "title")
-    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+    [alone] = operators.records(case, timed[2:], samples[2:], 6e9)
+    assert alone["time_over_ours"] is None
+    page = operators.markdown([ours | {"vocab_size": 128_256}], 6e9, "X9")
+    assert "| 1, top_p | 2.00 | - | 3 | 50.0% | - | - | - | - | - |" in page
 
 
 def test_names():
@@ -190,17 +117,169 @@ def test_names():
     [
         ([], "benchmarks.gpu: no CUDA device: torch "),
         (["--decoder"], "benchmarks.gpu: no CUDA device: torch "),
-        (["--stage", "check,tiem"], "--stage must be among build, contract, check"),
         (["--vocab-sizes", "7"], "--vocab-sizes must be among 32000"),
         (["--decoder", "--batch-sizes", "8"], "--batch-sizes must be among 1, 4, 16"),
-        (["--decoder", "--workers", "2"], "--workers does not go with --decoder"),
-        (["--trios", "13b"], "--trios goes with --decoder only"),
     ],
 )
-def test_command(monkeypatch, arguments, message):
+def test_command(run_command, monkeypatch, arguments, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    app = typer.Typer()
-    app.command()(command.main)
-    result = CliRunner().invoke(app, arguments)
+    result = run_command(command.main, *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", "").split())
+
+
+def rows_of(filters="top_p", kind="peaked", vocab_size=600, batch_size=4):
+    return OpCase(kind, "bfloat16", filters, vocab_size, batch_size)
+
+
+def sampler_of(peer, *, halves=True):
+    return Sampler("x", peer.sample, torch.manual_seed, peer if halves else None)
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_eager_and_transformers_are_the_contract(kind, filters):
+    """Flat bf16 rows have ties at the 50th token, which transformers all keeps."""
+    case = rows_of(filters, kind)
+    for make in (eager_peer, transformers_peer):
+        check_sampler(case, sampler_of(make(FILTERS[filters])), case.logits())
+
+
+def test_exponentials_draw_by_mass():
+    """20,000 draws: each frequency within 5 standard deviations; what has no mass is not drawn."""
+    p = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    torch.manual_seed(0)
+    ids = torch.tensor([7, 8, 9, 3])
+    draws = peers.draw_by_exponentials(Candidates(p.expand(20_000, -1), ids.expand(20_000, -1)))
+    frequency = torch.stack([(draws == i).float().mean() for i in ids])
+    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt()).all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Filters(),  # no filter
+        Filters(top_p=0.95),
+        Filters(top_p=0.85),
+        Filters(top_p=0.9, temperature=1.0),
+        Filters(top_p=0.9, temperature=0.5),
+        Filters(top_p=0.9, top_k=50),
+    ],
+)
+def test_draws_of_another_filter_are_caught(wrong):
+    """By draws alone, of flat rows, where nearly all tokens are kept."""
+    case = rows_of("top_p", "flat", batch_size=32)
+    logits = tuple(3 * role for role in case.logits())
+    target = contract_distribution(case, logits, 32)
+    with pytest.raises(AssertionError, match="parts of the kept set|not in the kept set"):
+        check_draws(case, sampler_of(eager_peer(wrong)), logits, target)
+    check_draws(case, sampler_of(eager_peer(FILTERS["top_p"])), logits, target)
+
+
+def test_greedy_and_tokens_outside_the_vocabulary_are_caught():
+    case = rows_of("none")
+    greedy = Sampler("x", lambda rows: combine(rows).argmax(-1), lambda n: None)
+    with pytest.raises(AssertionError, match="x draws .* parts of the kept set"):
+        check_sampler(case, greedy, case.logits())
+    for token in (-1, 600):
+        outside = replace(greedy, sample=lambda rows: torch.full((4,), token))  # noqa: B023
+        with pytest.raises(AssertionError, match=f"x draws token {token} in row 0"):
+            check_sampler(case, outside, case.logits())
+
+
+def test_ties_at_the_cut_may_be_drawn():
+    """Of 40 equal tokens top_p 0.9 keeps 36, but any may be drawn."""
+    case = rows_of(vocab_size=40, batch_size=2)
+    logits = (torch.zeros(2, 40, dtype=torch.bfloat16),) * 3
+    target = contract_distribution(case, logits, 2)
+    assert target.kept.sum(-1).tolist() == [36, 36]
+    any_of_them = Sampler("x", lambda rows: torch.randint(40, (2,)), torch.manual_seed)
+    check_draws(case, any_of_them, logits, target)
+
+
+def test_accept_is_coupled_verification():
+    """On our own draws at every position it is what ``verify`` says."""
+    case = Case("verify", vocab_size=300, batch_size=6, positions=4)
+    [inputs] = make_inputs(case, 1, "cpu", BACKEND)
+    base, expert, anti = map(case.shaped, inputs.logits)
+    params = case.params("cpu")
+    at = [params._replace(position=params.position + j) for j in range(4)]
+    drawn = torch.stack(
+        [ptk.sample(base[:, j], expert[:, j], anti[:, j], at[j]).token_ids for j in range(4)], dim=1
+    )
+    drafts = inputs.token_ids.clone()
+    drafts[:3] = drawn[:3, :-1]  # some are accepted to the end
+    wanted = ptk.verify(base, expert, anti, drafts, params)
+    tokens, accepted = peers.accept(drawn.flatten(), drafts)
+    assert torch.equal(tokens, wanted.token_ids)
+    assert torch.equal(accepted.int(), wanted.num_accepted)
+    assert max(accepted.tolist()) == 3 > min(accepted.tolist())
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("op", ["sample", "verify", "verify-rejection"])
+def test_ours_and_eager_pass_their_checks(op, filters):
+    case = Case(op, "flat", filters, 500, 3, 1 if op == "sample" else 4)
+    inputs, other = make_inputs(case, 2, "cpu", BACKEND)
+    for name in ("ours", "eager") if op != "verify-rejection" else ("ours",):
+        prepared = peers.prepare(case, name, inputs, {"ours": BACKEND})
+        for given in (inputs, other):
+            prepared.check(given)
+
+
+@pytest.mark.skipif(BACKEND == "reference", reason="needs a backend beside the reference")
+@pytest.mark.parametrize(
+    ("op", "field", "by"),
+    [("sample", "token_ids", 1), ("sample", "num_kept", 1), ("sample", "logprobs", 1e-4),
+     ("verify", "token_ids", 1), ("verify", "num_accepted", 1), ("verify", "status", 1),
+     ("verify", "logprobs", 1e-4)],
+)  # fmt: skip
+def test_what_is_wrong_is_caught(monkeypatch, op, field, by):
+    case = Case(
+        op,
+        "flat",
+        vocab_size=300,
+        batch_size=3,
+        positions=3 if (field and op != "sample") or op == "score" else 1,
+    )
+    [inputs] = make_inputs(case, 1, "cpu", BACKEND)
+    right = peers.operator
+
+    def wrong(case, given, params, **options):
+        out = right(case, given, params, **options)
+        if options["backend"] == BACKEND:
+            getattr(out, field).add_(by)
+        return out
+
+    monkeypatch.setattr(peers, "operator", wrong)
+    prepared = peers.prepare(case, "ours", inputs, {"ours": BACKEND})
+    with pytest.raises(AssertionError, match=field):
+        prepared.check(inputs)
+
+
+def test_heads():
+    case = Case("sample_hidden", "random", vocab_size=300, batch_size=2)
+    [inputs] = make_inputs(case, 1, "cpu", BACKEND)
+    for name in ("ours", "eager"):
+        prepared = peers.prepare(case, name, inputs, {"ours": BACKEND})
+        prepared.check(inputs)
+        out = prepared.call(inputs)
+        assert inputs.heads is not None
+        wrong = out._replace(raw_logprobs=out.raw_logprobs + 3.0)
+        with pytest.raises(AssertionError, match="raw logprobs off by"):
+            check_heads(inputs.heads, 300, case.params("cpu"), wrong, 2, rounding=3 / 16)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_the_compiled_chain_is_the_contract():
+    """What torch.compile makes of the chain, whole: one graph."""
+    case = Case("sample", vocab_size=600, batch_size=8)
+    [inputs] = make_inputs(case, 1, "cpu", BACKEND)
+    torch.compiler.reset()
+    peers.prepare(case, "torch.compile", inputs, {"ours": BACKEND}).check(inputs)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_what_the_sanitizers_watch_runs():
+    call_operators("cpu", BACKEND, 1000, "peaked", every=True)

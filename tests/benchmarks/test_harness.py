@@ -152,12 +152,6 @@ def test_tables(capsys):
     assert report.decimals(1, 1e3)(0.5) == "500.0"
 
 
-@pytest.mark.parametrize(("speed", "word"), [(1.5, "met"), (1.49, "missed")])
-def test_verdict(speed, word):
-    said = report.verdict("ours over naive", {"median": speed, "p10": 1.0, "p90": 2.0}, 1.5)
-    assert said.startswith("ours over naive: 1.") and said.endswith(f"target 1.5: {word}.")
-
-
 def test_options_name_what_is_wrong():
     assert parse_choices("--kinds", "b,a", ("a", "b"), None) == ["b", "a"]
     assert parse_choices("--sizes", None, (1, 2), 2) == [2]
@@ -233,11 +227,13 @@ def test_wrong_ours_is_caught(monkeypatch):
     case, right = small(), ptk.sample
 
     def unfiltered(base, expert, anti, params, **options):
+        if options.get("backend") == "reference":
+            return right(base, expert, anti, params, **options)
         return right(base, expert, anti, params._replace(top_p=torch.ones(len(base))), **options)
 
     make_calls(case, [OURS], buffers=2)[OURS]()
     monkeypatch.setattr("benchmarks.harness.logits.ptk.sample", unfiltered)
-    with pytest.raises(AssertionError, match="ours keeps"):
+    with pytest.raises(AssertionError, match="ours has (token_ids|num_kept)"):
         make_calls(case, [OURS], buffers=1)
 
 

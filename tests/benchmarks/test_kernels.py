@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+import proxytune_kernels as ptk
 from benchmarks import kernels
-from benchmarks.harness.heads import exact_x, random_heads
+from benchmarks.harness.heads import check_heads, random_heads, row_params
 
 
 @pytest.mark.slow
@@ -22,10 +23,6 @@ def test_command(run_command, tmp_path):
     assert times == [(f, p) for f in ("none", "top_p") for p in ("ours", "softmax only", "torch")]
     [overhead] = [r for r in records if r["op"] == "sample overhead"]
     assert overhead["microseconds"]["sample"]["median"] > 0
-    peaks = {r["op"]: r for r in records if r["op"].endswith("memory")}
-    assert 0.3 < peaks["control memory"]["extra_rows"] < 2
-    assert peaks["score memory"]["share"] < 0.05  # no [B, T, V] temporary
-    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     result = run_command(kernels.main, "--kinds", "round")
     assert result.exit_code == 2
     assert "--kinds" in result.output
@@ -35,25 +32,24 @@ def test_heads(run_command, tmp_path):
     output = tmp_path / "out.jsonl"
     result = run_command(
         kernels.main, "--heads", "shipped", "--dtypes", "bfloat16", "--batch-sizes", 2,
-        "--repeats", 1, "--no-memory", "--output", output,
+        "--repeats", 1, "--no-accuracy", "--output", output,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["provider"] for r in records] == [kernels.FUSED, kernels.APART, kernels.PRODUCTS]
     heads = random_heads("shipped", torch.bfloat16, 64)
-    found = kernels.accuracy(heads, 1536)
+    found = kernels.errors_of(heads, 1536)
     assert found[kernels.FUSED]["largest_error"] <= found["bound"]
     assert found[kernels.FUSED]["rms_error"] < found[kernels.APART]["rms_error"] / 100
 
 
-def test_wrong_heads_are_caught(monkeypatch):
-    heads = random_heads("shipped", torch.bfloat16, 4)
-    kernels.check_heads(heads, 1536)
+def test_wrong_heads_are_caught():
+    heads, params = random_heads("shipped", torch.bfloat16, 4), row_params(4)
     base, expert, anti = heads
-    swapped = exact_x((base, anti, expert), 1536)
-    monkeypatch.setattr(kernels, "exact_x", lambda few, size: tuple(t[:2] for t in swapped))
+    check_heads(heads, 1536, params, ptk.sample_hidden(*heads, params=params), 2)
+    swapped = ptk.sample_hidden(base, anti, expert, params=params)
     with pytest.raises(AssertionError, match="sample_hidden"):
-        kernels.check_heads(heads, 1536)
+        check_heads(heads, 1536, params, swapped, 2)
 
 
 def test_statistics(run_command):

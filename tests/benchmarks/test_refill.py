@@ -1,4 +1,4 @@
-"""benchmarks.refill on a tiny trio: loads, slot-steps, and what is counted when."""
+"""benchmarks.refill on a tiny trio: loads, slot-steps, and what is counted."""
 
 import json
 import math
@@ -7,31 +7,14 @@ from collections import Counter
 import pytest
 
 from benchmarks import refill
-from benchmarks.refill import (
-    Settings,
-    Usage,
-    decode,
-    decode_in_batches,
-    draw_lengths,
-    longest_first,
-    record_of,
-    useful,
-    useful_at_best,
-)
+from benchmarks.refill import Usage, decode, draw_lengths, record_of, useful, useful_at_best
 from proxytune_kernels import Decoder, SamplingParams
-
-# Prompts of three tokens, outputs of 7, 3, 2 and 2.
-LOAD = [
-    ([5 + i] * 3, SamplingParams(seed=i, max_tokens=n, ignore_eos=True))
-    for i, n in enumerate((7, 3, 2, 2))
-]
 
 
 def test_lengths_are_log_uniform_and_repeat():
     """Each length as often as the law says, the first and the last too: 5 standard deviations."""
-    settings = Settings("tiny", 20_000, 8, 4, 8, 0, 1)
-    lengths = draw_lengths(settings, 3)
-    assert lengths == draw_lengths(settings, 3) != draw_lengths(settings, 4)
+    lengths = draw_lengths(20_000, 4, 8, 3)
+    assert lengths == draw_lengths(20_000, 4, 8, 3) != draw_lengths(20_000, 4, 8, 4)
     for column in zip(*lengths, strict=True):
         for n in range(4, 9):
             share = math.log((n + 0.5) / (n - 0.5)) / math.log(8.5 / 3.5)
@@ -40,21 +23,12 @@ def test_lengths_are_log_uniform_and_repeat():
 
 
 def test_records_are_arithmetic():
-    """20 tokens: refilled in 2 s, a quarter of it prompts, the tail from 1.5 s; batches in 5 s."""
-    rows = [[1] * 12, [1] * 8]
-    counts = Counter(slot_steps=40, useful_slot_steps=18)
-    queued = Counter(slot_steps=10, useful_slot_steps=8)
-    own = [Usage(2.0, 0.5, counts, queued, 1.5, [], rows)]
-    batches = [Usage(5.0, 0.5, counts, Counter(), 0.0, [], rows)]
-    record = record_of("refilled", own, batches)
+    """20 tokens: refilled in 2 s, in batches in 5 s."""
+    rows, counts = [[1] * 12, [1] * 8], Counter(slot_steps=40, useful_slot_steps=18)
+    record = record_of("refilled", [Usage(2.0, counts, rows)], [Usage(5.0, counts, rows)])
     assert record["useful"] == pytest.approx(18 / 40)
-    assert record["useful_while_queued"] == pytest.approx(0.8)
-    assert record["idle_in_tail"] == pytest.approx(20 / 40)
-    assert record["tail_seconds_share"]["median"] == pytest.approx(0.25)
     assert record["tokens_per_second"]["median"] == pytest.approx(10)
-    assert record["prefill_share"]["median"] == pytest.approx(0.25)
     assert record["speed_over_batches"]["median"] == pytest.approx(2.5)
-    assert "speed_over_batches" not in record_of("batches", batches, batches)
 
 
 def test_useful_at_best():
@@ -65,23 +39,21 @@ def test_useful_at_best():
 
 
 def test_counts_of_a_refilled_load_and_of_batches(trio):
-    """Two slots: 6 steps and 2 + 1 + 1 beside them, the last request's from the fourth on."""
+    """Prompts of three tokens, outputs of 7, 3, 2 and 2; two slots: 6 steps, 2 + 1 + 1 beside."""
+    load = [
+        ([5 + i] * 3, SamplingParams(seed=i, max_tokens=n, ignore_eos=True))
+        for i, n in enumerate((7, 3, 2, 2))
+    ]
     decoder = Decoder(trio, 2, 32)
-    usage = decode(decoder, LOAD)
+    usage = decode(decoder, load, 4)
     # A prompt runs between two steps, so a slot is never left out of one.
     assert (usage.counts["base_forwards"], usage.counts["slot_steps"]) == (6, 12)
     assert useful(usage.counts) == pytest.approx(10 / 12)
-    assert usage.queued["slot_steps"] == 6
-    assert useful(usage.queued) == 1.0
-    assert usage.busy == [2, 2, 2, 2, 1, 1]
     assert [len(row) for row in usage.token_ids] == [7, 3, 2, 2]
-    assert 0 < usage.prefill_seconds < usage.queued_seconds < usage.seconds
     # Another run is counted by itself. Batches take 6 steps for two requests, 1 for the others.
-    batches = decode_in_batches(decoder, LOAD, 2)
+    batches = decode(decoder, load, 2)
     assert batches.counts["slot_steps"] == 14
-    assert batches.busy == [2, 2, 1, 1, 1, 1, 2]
     assert batches.token_ids == usage.token_ids
-    assert [params.max_tokens for _, params in longest_first(LOAD[::-1])] == [7, 3, 2, 2]
 
 
 def test_command(run_command, trio_directory, tmp_path):
@@ -91,18 +63,15 @@ def test_command(run_command, trio_directory, tmp_path):
         "--longest", 16, "--repeats", 2, "--output", output,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    own, first, batches = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [r["provider"] for r in (own, first, batches)] == [
-        "refilled", "longest first", "batches",
-    ]  # fmt: skip
-    outputs = [output for _, output in draw_lengths(Settings("", 9, 3, 2, 16, 0, 1), 0)]
-    for record in (own, first, batches):
+    own, batches = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [r["provider"] for r in (own, batches)] == ["refilled", "batches"]
+    outputs = [output for _, output in draw_lengths(9, 2, 16, 0)]
+    for record in (own, batches):
         assert record["tokens"] == sum(outputs)
-        assert record["useful_slot_steps"] == sum(record["busy"]) == sum(outputs) - 9
-        assert record["slot_steps"] == 3 * record["base_forwards"] == 3 * len(record["busy"])
+        assert record["useful_slot_steps"] == sum(outputs) - 9
+        assert record["slot_steps"] == 3 * record["base_forwards"]
         assert (record["repeats"], record["differing"]) == (2, 0)
     assert batches["useful"] < own["useful"] <= own["useful_at_best_here"]
     assert own["useful_at_best_here"] == pytest.approx(useful_at_best(outputs, 3))
-    assert f"target 90%: {'met' if own['useful'] >= 0.9 else 'missed'}" in result.output
     result = run_command(refill.main, "--shortest", 5, "--longest", 4)
     assert "--longest must be at least --shortest 5, got 4" in " ".join(result.output.split())

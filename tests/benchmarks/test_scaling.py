@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks.gpu.decoder.random_models import (
+from benchmarks.harness.random_models import (
     LLAMA_7B,
     LLAMA_13B,
     LLAMA_70B,

@@ -27,6 +27,7 @@ import proxytune_kernels as ptk
 from proxytune_kernels.ops import VERIFY_MODES
 from proxytune_kernels.ops.backends import BY_NAME
 from proxytune_kernels.ops.backends.backend import Backend, Implementation, from_writer
+from proxytune_kernels.ops.table import OPERATORS
 from tests.cluster import build
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -48,21 +49,23 @@ class Inputs(Structure):
     )  # fmt: skip
 
 
-_PARAMS = ("temperature", "top_k", "top_p", "min_p", "filter_order", "seed", "position")
+_PARAMS = ptk.RowParams._fields[1:]  # alpha comes with the inputs
 
 
 class Params(Structure):
     _fields_ = tuple((name, c_void_p) for name in _PARAMS)
 
 
+*_DRAWN, _token_ids, _logprobs = ((o.name, c_void_p) for o in OPERATORS["sample"].outputs)
+_TOP = (_token_ids, _logprobs)
+
+
 class SampleArgs(Structure):
     """proxytune_sample_args of csrc/include/proxytune.h, as the structures above are its parts."""
 
     _fields_ = (
-        ("inputs", Inputs), ("params", Params), ("noise_stream", c_int32), ("token_ids", c_void_p),
-        ("logprobs", c_void_p), ("raw_logprobs", c_void_p), ("num_kept", c_void_p),
-        ("status", c_void_p), ("num_top", c_int32), ("top_token_ids", c_void_p),
-        ("top_logprobs", c_void_p),
+        ("inputs", Inputs), ("params", Params), ("noise_stream", c_int32), *_DRAWN,
+        ("num_top", c_int32), *_TOP,
     )  # fmt: skip
 
 

@@ -239,24 +239,6 @@ def test_zeros_of_both_signs_are_equal_in_head_and_tail():
 
 
 @each_cluster
-def test_dtypes_strides_masks_and_padding(blocks):
-    rows = oracle.random_rows(blocks, 12, 777, padding=5)
-    dtypes = ((0, 1, 2), (2, 0, 0), (1, 1, 2), (2, 2, 2))
-    generator = torch.Generator().manual_seed(blocks)
-    bias = torch.randn(12, 777, generator=generator)
-    bias[:, ::7] = -INF
-    mask = torch.randint(-(2**31), 2**31, (12, 25), generator=generator).int()
-    params = ptk.RowParams(**rows.params)
-    for chosen in dtypes:
-        roles = [t.to(oracle.DTYPES[d]) for t, d in zip(rows[:3], chosen, strict=True)]
-        roles[1] = torch.cat([roles[1], roles[1]], 1)[:, : roles[1].shape[1]]  # another stride
-        roles[2] = roles[2][:1].expand(12, -1)
-        for keywords in (dict(), dict(bias=bias), dict(bias=bias, allowed_mask=mask)):
-            case = Case(tuple(roles), params, keywords | {"vocab_size": 777, "top_logprobs": 3})
-            check(sample(Model(blocks), case), case)
-
-
-@each_cluster
 @pytest.mark.parametrize("mode", ("coupled", "rejection"))
 def test_verify(mode, blocks):
     """All positions of all requests in any order; the last to finish joins them."""

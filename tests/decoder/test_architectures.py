@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder import Speculation
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio, load_trio
 from tests.decoder.conftest import word_tokenizer
@@ -17,7 +17,6 @@ from tests.decoder.test_runner import ARCHITECTURES, VOCAB_SIZE, random_ids
 
 pytestmark = pytest.mark.slow
 
-Make = Callable[..., Decoder]
 Loop = Callable[..., list[int]]
 
 TRIOS = {
@@ -114,9 +113,7 @@ def make_case(greedy: Loop) -> Callable[[str], Case]:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", TRIOS)
-def test_greedy_equals_the_naive_loop(
-    make_case: Callable[[str], Case], make_decoder: Make, name: str, options: str
-) -> None:
+def test_greedy_equals_the_naive_loop(make_case, make_decoder, name, options):
     """Ragged, refilled (six prompts in three slots), with prompts per role."""
     case = make_case(name)
     for max_batch_size in (3, 1):
@@ -130,7 +127,7 @@ def test_greedy_equals_the_naive_loop(
 
 
 @pytest.mark.parametrize("name", TRIOS)
-def test_base_alone(make_case: Callable[[str], Case], make_decoder: Make, name: str) -> None:
+def test_base_alone(make_case, make_decoder, name):
     case = make_case(name)
     for speculation in (None, SPECULATION["prompt_lookup-coupled"]):
         decoder = make_decoder(case.trio, 2, roles=("base",), speculation=speculation)
@@ -139,7 +136,7 @@ def test_base_alone(make_case: Callable[[str], Case], make_decoder: Make, name: 
 
 
 @pytest.mark.parametrize("speculation", ["plain", "expert-coupled", "prompt_lookup-coupled"])
-def test_shipped_trio(make_decoder: Make, greedy: Loop, speculation: str) -> None:
+def test_shipped_trio(make_decoder, greedy, speculation):
     trio = load_trio("shipped", dtype="float64")
     decoder = make_decoder(trio, 2, speculation=SPECULATION[speculation])
     prompts = ["2 + 2 =", "The sum of 14 and 3 is", "Once"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import MistralConfig, MistralForCausalLM
 
-from proxytune_kernels.decoder import Decoder
 from proxytune_kernels.decoder.model import CompiledStep
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
@@ -37,12 +35,7 @@ def sliding(seed: int) -> Any:
     return MistralForCausalLM(config).double().eval()
 
 
-def test_compiled_tokens_equal_the_naive_loop(
-    trio: Trio,
-    make_decoder: Callable[..., Decoder],
-    greedy: Callable[..., list[int]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_compiled_tokens_equal_the_naive_loop(trio, make_decoder, greedy, monkeypatch):
     """One row and several, equally long and ragged, from within a window to past it."""
     # Which graphs there are is decided before code is generated, which takes a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -60,9 +53,7 @@ def test_compiled_tokens_equal_the_naive_loop(
 
 
 @pytest.mark.slow
-def test_generated_code_gives_the_same_tokens(
-    trio: Trio, make_decoder: Callable[..., Decoder], greedy: Callable[..., list[int]]
-) -> None:
+def test_generated_code_gives_the_same_tokens(trio, make_decoder, greedy):
     alone = Trio.from_models(sliding(7), tokenizer=trio.tokenizer)
     decoder = make_decoder(alone, 2, max_seq_len=7, compile=True)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -71,7 +62,7 @@ def test_generated_code_gives_the_same_tokens(
             assert output.token_ids == greedy(alone.models, output.prompt_token_ids, 1.0, 4)
 
 
-def test_every_length_fits_its_slot() -> None:
+def test_every_length_fits_its_slot():
     step = CompiledStep(lambda token_ids, step: token_ids, [None, 8, 40])
     assert step.warm_up_lengths(4, 64) == [(5,), (9,), (41,), (5, 4)]
     assert step.warm_up_lengths(1, 20) == [(5,), (9,)]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from proxytune_kernels import reference
-from proxytune_kernels.decoder import Decoder
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import nan_token
-
-Make = Callable[..., Decoder]
-Loop = Callable[..., list[int]]
 
 PROMPTS: list[Any] = [
     "hello",
@@ -37,9 +32,7 @@ def greedy_params(alpha: float = 1.0, **settings: Any) -> SamplingParams:
 
 @pytest.mark.parametrize("max_batch_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("pair", ["separate", "batched"])
-def test_greedy_equals_the_naive_loop(
-    trio: Trio, make_decoder: Make, greedy: Loop, pair: str, max_batch_size: int
-) -> None:
+def test_greedy_equals_the_naive_loop(trio, make_decoder, greedy, pair, max_batch_size):
     """Ragged, refilled (more prompts than slots, of different lengths), prompts per role."""
     params = [greedy_params(a, max_tokens=4 + 5 * (i % 3)) for i, a in enumerate(ALPHAS)]
     decoder = make_decoder(trio, max_batch_size, pair=pair)
@@ -53,7 +46,7 @@ def test_greedy_equals_the_naive_loop(
     assert not any(any(decoder._runner.lengths(role)) for role in decoder.roles)
 
 
-def test_sampled_tokens_equal_the_naive_loop(trio: Trio, make_decoder: Make, naive: Loop) -> None:
+def test_sampled_tokens_equal_the_naive_loop(trio, make_decoder, naive):
     """The reference draws from the naive loop's logits, at the positions of the contract."""
     params = SamplingParams(
         alpha=0.7, temperature=1.3, top_p=0.95, top_k=50, seed=2**64 - 5, ignore_eos=True
@@ -69,7 +62,7 @@ def test_sampled_tokens_equal_the_naive_loop(trio: Trio, make_decoder: Make, nai
     assert output.token_ids == naive(trio.models, output.prompt_token_ids, 16, pick)
 
 
-def test_alpha_0_is_the_base(trio: Trio, make_decoder: Make) -> None:
+def test_alpha_0_is_the_base(trio, make_decoder):
     params = SamplingParams(alpha=0, seed=3, max_tokens=24, top_p=0.9)
     steered = make_decoder(trio).generate(PROMPTS[:4], params)
     base = make_decoder(trio, roles=("base",)).generate(PROMPTS[:4], params)
@@ -82,26 +75,7 @@ def test_alpha_0_is_the_base(trio: Trio, make_decoder: Make) -> None:
             assert list(other.prompt_token_ids) == ["base"]
 
 
-def test_expert_that_is_the_anti_gives_the_base(trio: Trio, make_decoder: Make) -> None:
-    same = Trio.from_models(trio.base, trio.anti, trio.anti, trio.tokenizer)
-    params = SamplingParams(alpha=1.7, seed=3, max_tokens=24)
-    steered = make_decoder(same).generate(PROMPTS[:4], params)
-    base = make_decoder(trio, roles=("base",)).generate(PROMPTS[:4], params)
-    assert [o.token_ids for o in steered] == [o.token_ids for o in base]
-
-
-def test_base_that_is_the_anti_gives_the_expert(trio: Trio, make_decoder: Make) -> None:
-    same = Trio.from_models(trio.anti, trio.expert, trio.anti, trio.tokenizer)
-    expert = Trio.from_models(trio.expert, tokenizer=trio.tokenizer)
-    params = greedy_params(alpha=1.0, max_tokens=24)
-    steered = make_decoder(same).generate(PROMPTS[:4], params)
-    alone = make_decoder(expert).generate(PROMPTS[:4], params)
-    assert [o.token_ids for o in steered] == [o.token_ids for o in alone]
-
-
-def test_seeded_tokens_do_not_depend_on_what_shares_the_batch(
-    trio: Trio, make_decoder: Make
-) -> None:
+def test_seeded_tokens_do_not_depend_on_what_shares_the_batch(trio, make_decoder):
     params = SamplingParams(seed=11, max_tokens=20, top_p=0.95, ignore_eos=True)
     [alone] = make_decoder(trio, 1).generate(["hello"], params)
     assert alone.seed == 11
@@ -119,7 +93,7 @@ def test_seeded_tokens_do_not_depend_on_what_shares_the_batch(
         assert outputs[2].token_ids == outputs[4].token_ids == alone.token_ids
 
 
-def test_a_drawn_seed_is_reported_and_repeats_the_output(trio: Trio, make_decoder: Make) -> None:
+def test_a_drawn_seed_is_reported_and_repeats_the_output(trio, make_decoder):
     decoder = make_decoder(trio)
     first, second = decoder.generate(["hello", "hello"], SamplingParams(max_tokens=20))
     assert first.seed != second.seed
@@ -128,7 +102,7 @@ def test_a_drawn_seed_is_reported_and_repeats_the_output(trio: Trio, make_decode
     assert again.token_ids == first.token_ids
 
 
-def test_logprobs(trio: Trio, make_decoder: Make) -> None:
+def test_logprobs(trio, make_decoder):
     params = SamplingParams(seed=5, temperature=0.8, top_k=3, max_tokens=6, ignore_eos=True)
     [output] = make_decoder(trio).generate("hello", params)
     sequences = {role: list(ids) for role, ids in output.prompt_token_ids.items()}
@@ -149,14 +123,14 @@ def test_logprobs(trio: Trio, make_decoder: Make) -> None:
             sequence.append(token_id)
 
 
-def test_metrics_are_in_order(trio: Trio, make_decoder: Make) -> None:
+def test_metrics_are_in_order(trio, make_decoder):
     first, second = make_decoder(trio, 1).generate(["a", "b"], greedy_params())
     for output in (first, second):
         assert 0 <= output.metrics.queued <= output.metrics.first_token <= output.metrics.total
     assert second.metrics.queued > first.metrics.queued
 
 
-def test_a_row_with_nothing_to_draw_fails_alone(trio: Trio, make_decoder: Make) -> None:
+def test_a_row_with_nothing_to_draw_fails_alone(trio, make_decoder):
     broken = Trio.from_models(trio.base, tokenizer=trio.tokenizer)
     decoder = make_decoder(broken)
     good = decoder.stream("hello", greedy_params())

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder import Speculation
 from proxytune_kernels.decoder.speculation import Acceptance, DraftController, SpeculationStats
-from proxytune_kernels.trio import Trio
-
-Make = Callable[..., Decoder]
 
 
 @pytest.mark.parametrize(
@@ -30,12 +25,12 @@ Make = Callable[..., Decoder]
         ({"adaptive": 1}, "adaptive must be True or False, got 1"),
     ],
 )
-def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Speculation(**settings)
 
 
-def test_what_a_decoder_refuses(trio: Trio, make_decoder: Make) -> None:
+def test_what_a_decoder_refuses(trio, make_decoder):
     with pytest.raises(TypeError, match="speculation must be a Speculation or None, got 'expert'"):
         make_decoder(trio, speculation="expert")
     with pytest.raises(ValueError, match="must have the expert among the roles, got base"):
@@ -43,7 +38,7 @@ def test_what_a_decoder_refuses(trio: Trio, make_decoder: Make) -> None:
     make_decoder(trio, roles=("base",), speculation=Speculation(drafter="prompt_lookup"))
 
 
-def test_stats_without_drafts_have_no_acceptance() -> None:
+def test_stats_without_drafts_have_no_acceptance():
     assert SpeculationStats(4, 3, [4]).acceptance == 0.75
     assert SpeculationStats().acceptance != SpeculationStats().acceptance  # NaN
 
@@ -54,7 +49,7 @@ def kept(rng: random.Random, rate: float, drafts: int) -> int:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.7, 0.95, 1.0])
-def test_acceptance_finds_the_rate(rate: float) -> None:
+def test_acceptance_finds_the_rate(rate):
     """On average: what lies behind a refusal tells nothing, and counts as nothing."""
     rng, acceptance, seen = random.Random(0), Acceptance(), []
     for _ in range(20_000):
@@ -64,7 +59,7 @@ def test_acceptance_finds_the_rate(rate: float) -> None:
     assert sum(seen[100:]) / len(seen[100:]) == pytest.approx(rate, abs=0.015)
 
 
-def test_acceptance_forgets() -> None:
+def test_acceptance_forgets():
     acceptance = Acceptance()
     for _ in range(1000):
         acceptance.observe(4, 4)
@@ -78,7 +73,7 @@ def test_acceptance_forgets() -> None:
     assert acceptance.rate > 0.94
 
 
-def test_acceptance_begins_with_its_prior() -> None:
+def test_acceptance_begins_with_its_prior():
     other = Acceptance()
     for _ in range(100):
         other.observe(8, 0)
@@ -91,7 +86,7 @@ def test_acceptance_begins_with_its_prior() -> None:
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 32))
-def test_expected_tokens(yes: int, no: int, drafts: int) -> None:
+def test_expected_tokens(yes, no, drafts):
     acceptance = Acceptance()
     for _ in range(yes):
         acceptance.observe(1, 1)
@@ -134,9 +129,7 @@ COSTS = st.lists(st.floats(0.001, 3.0), min_size=8, max_size=8)
 
 
 @given(ROWS, COSTS)
-def test_chooses_the_most_tokens_a_second(
-    rows: list[tuple[Acceptance, int]], costs: list[float]
-) -> None:
+def test_chooses_the_most_tokens_a_second(rows, costs):
     """Against every number of drafts, each with a time of its own; drafts that promise less than
     2% over plain decoding are not worth the risk."""
     controller = DraftController(Speculation(max_drafts=7))
@@ -157,7 +150,7 @@ def test_chooses_the_most_tokens_a_second(
 @given(
     st.sampled_from([0.3, 0.6, 0.9, 0.98]), st.floats(0.2, 3), st.floats(0.01, 2), st.integers(1, 9)
 )
-def test_times_lie_on_a_line(rate: float, fixed: float, each: float, measured: int) -> None:
+def test_times_lie_on_a_line(rate, fixed, each, measured):
     """Two measurements are enough where a draft more takes always the same."""
     rows = [(settled(rate), 20)]
     controller = DraftController(Speculation(max_drafts=12))
@@ -199,7 +192,7 @@ class World:
         return chosen, tokens / time
 
 
-def test_is_near_the_best_there_is() -> None:
+def test_is_near_the_best_there_is():
     """On worlds of several acceptances and costs: at least 90% of the best fixed number's speed,
     plain decoding among them."""
     for rate in (0.1, 0.5, 0.8, 0.95, 1.0):
@@ -214,7 +207,7 @@ def test_is_near_the_best_there_is() -> None:
             assert found > 0.95
 
 
-def test_turns_itself_off_and_asks_again() -> None:
+def test_turns_itself_off_and_asks_again():
     world = World([1 + 2.0 * n for n in range(9)])
     chosen, speed_when_dear = world.run(2000, 0.9)
     late = chosen[200:]
@@ -230,7 +223,7 @@ def test_turns_itself_off_and_asks_again() -> None:
     assert speed_when_cheap > 2
 
 
-def test_one_slow_round_is_forgiven() -> None:
+def test_one_slow_round_is_forgiven():
     """The first round of all may be slow: code and weights are cold."""
     world = World([1 + 0.1 * n for n in range(9)])
     quick, world.seconds = world.seconds, [1.0, *[50.0] * 8]
@@ -241,7 +234,7 @@ def test_one_slow_round_is_forgiven() -> None:
     assert min(chosen[20:]) > 2
 
 
-def test_a_new_request_asks_again_soon() -> None:
+def test_a_new_request_asks_again_soon():
     """Its text may be of a kind that the drafter knows."""
     world = World([1 + 0.3 * n for n in range(9)])
     world.run(1000, 0.0)
@@ -250,7 +243,7 @@ def test_a_new_request_asks_again_soon() -> None:
     assert min(chosen[40:]) > 2
 
 
-def test_drafts_follow_acceptance() -> None:
+def test_drafts_follow_acceptance():
     world = World([1 + 0.1 * n for n in range(9)])
     means = []
     for rate in (0.97, 0.5, 0.0, 0.97):
@@ -264,7 +257,7 @@ def test_drafts_follow_acceptance() -> None:
     assert means[3] > 6.5
 
 
-def test_fixed_number_of_drafts() -> None:
+def test_fixed_number_of_drafts():
     controller = DraftController(Speculation(max_drafts=5, adaptive=False))
     controller.observe_time(1, 0, 1.0)
     controller.observe_time(1, 5, 1000.0)
@@ -276,7 +269,7 @@ def test_fixed_number_of_drafts() -> None:
     assert controller.choose([]) == 0
 
 
-def test_rows_that_cannot_draft_do_not_count_for_drafts() -> None:
+def test_rows_that_cannot_draft_do_not_count_for_drafts():
     """Among many unsteered rows one that drafts must pay for the time of all."""
     controller = DraftController(Speculation(max_drafts=4))
     for rows in (1, 8):
@@ -287,7 +280,7 @@ def test_rows_that_cannot_draft_do_not_count_for_drafts() -> None:
     assert controller.choose([(good, 9), *[(good, 0)] * 7]) == 0
 
 
-def test_other_numbers_of_rows_take_the_shape_of_the_nearest() -> None:
+def test_other_numbers_of_rows_take_the_shape_of_the_nearest():
     """A batch shrinks as requests end: what drafts cost is not asked anew for each size."""
     controller = DraftController(Speculation(max_drafts=4))
     controller.observe_time(8, 0, 1.0)
@@ -298,7 +291,7 @@ def test_other_numbers_of_rows_take_the_shape_of_the_nearest() -> None:
     assert controller.choose(rows[:5]) == 4
 
 
-def test_a_text_without_drafts_counts_as_refused() -> None:
+def test_a_text_without_drafts_counts_as_refused():
     """prompt_lookup: a round that had nothing to verify must not look like a good one."""
     controller = DraftController(Speculation(drafter="prompt_lookup"))
     acceptance = controller.new_request()

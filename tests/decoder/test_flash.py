@@ -98,12 +98,7 @@ def runners(architecture: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Runner,
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("lengths", [(9, 3, 14), (7, 7, 7), (11,)], ids=str)
-def test_logits_equal_those_of_sdpa(
-    kernel: _Kernel,
-    monkeypatch: pytest.MonkeyPatch,
-    architecture: str,
-    lengths: tuple[int, ...],
-) -> None:
+def test_logits_equal_those_of_sdpa(kernel, monkeypatch, architecture, lengths):
     """One token a row and several, of which some are taken back; windows and soft caps."""
     both = runners(architecture, monkeypatch)
     for slot, length in enumerate(lengths):
@@ -128,9 +123,7 @@ def test_logits_equal_those_of_sdpa(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral-window", "gemma2-softcap"])
-def test_a_prompt_in_chunks(
-    kernel: _Kernel, monkeypatch: pytest.MonkeyPatch, architecture: str
-) -> None:
+def test_a_prompt_in_chunks(kernel, monkeypatch, architecture):
     both = runners(architecture, monkeypatch)
     prompt = random_ids(23, 0)
     for start in range(0, 23, 9):
@@ -142,7 +135,7 @@ def test_a_prompt_in_chunks(
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2-mixed-window", "gemma2-softcap"])
 @pytest.mark.parametrize("length", [None, 40])
-def test_every_second_row(kernel: _Kernel, architecture: str, length: int | None) -> None:
+def test_every_second_row(kernel, architecture, length):
     """As an expert's rows lie between its anti-expert's; and with the fixed length of a graph."""
     register_attention()
     twins = [with_slot_attention(make(architecture)) for _ in range(2)]
@@ -165,9 +158,7 @@ def test_every_second_row(kernel: _Kernel, architecture: str, length: int | None
     assert kernel.calls
 
 
-def test_what_lies_behind_a_row_is_not_read(
-    kernel: _Kernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_lies_behind_a_row_is_not_read(kernel, monkeypatch):
     _, runner = runners("llama", monkeypatch)
     for slot, length in enumerate([9, 3]):
         prefill(runner, [slot], [random_ids(length, slot)])
@@ -179,7 +170,7 @@ def test_what_lies_behind_a_row_is_not_read(
     assert torch.equal(runner.forward(("base",), torch.tensor([[7], [8]]))["base"], wanted)
 
 
-def test_why_flash_attn_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_flash_attn_is_not_used(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     # As if it were not installed, wherever this runs.
     monkeypatch.setitem(sys.modules, "flash_attn", None)

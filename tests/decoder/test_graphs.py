@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from proxytune_kernels.decoder import Decoder, RequestOutput, Speculation
-from proxytune_kernels.decoder.graphs import StepGraphs
 from proxytune_kernels.decoder.sampler import StepResult
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
@@ -86,9 +84,7 @@ def replays(decoder: Decoder) -> int:
 
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("speculation", SPECULATIONS)
-def test_tokens_equal_eager_ones(
-    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str, ahead: int
-) -> None:
+def test_tokens_equal_eager_ones(near, monkeypatch, speculation, ahead):
     """Ragged, refilled, prompts per role and in chunks, alpha 0 among others, min_tokens."""
     options: dict[str, Any] = {"speculation": SPECULATIONS[speculation], "prefill_chunk": 12}
     prompts, params = requests(0, 10)
@@ -115,9 +111,7 @@ def count(decoder: Decoder) -> int:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_can_be_captured(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, architecture: str
-) -> None:
+def test_every_architecture_can_be_captured(tokenizer, monkeypatch, architecture):
     kind, config = ARCHITECTURES[architecture]
     config = copy.deepcopy(config)
     config.vocab_size = VOCAB_SIZE
@@ -133,7 +127,7 @@ def test_every_architecture_can_be_captured(
     assert replays(decoder) > 0
 
 
-def test_one_graph_for_each_doubling(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_for_each_doubling(trio, monkeypatch):
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     wanted = make_decoder(monkeypatch, trio, 4).generate([[5, 6, 7]], params)
     decoder = make_decoder(monkeypatch, trio, 4, taped=True)
@@ -148,7 +142,7 @@ def test_one_graph_for_each_doubling(trio: Trio, monkeypatch: pytest.MonkeyPatch
     assert count(decoder) == 8
 
 
-def test_no_graph_for_the_last_few_places(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_graph_for_the_last_few_places(trio, monkeypatch):
     """33 places: where 32 would do, so do all."""
     params = SamplingParams(temperature=0, max_tokens=31, ignore_eos=True)
     wanted = make_decoder(monkeypatch, trio, 1, max_seq_len=33).generate([[5, 6, 7]], params)
@@ -160,9 +154,7 @@ def test_no_graph_for_the_last_few_places(trio: Trio, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("speculation", ["plain", "coupled", "lookup"])
-def test_each_kind_of_step_has_its_graph(
-    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
-) -> None:
+def test_each_kind_of_step_has_its_graph(near, monkeypatch, speculation):
     """The same shape first without the small models, then with them, then with a mask."""
     stops = tuple(range(0, VOCAB_SIZE, 2))
     kinds = [
@@ -180,9 +172,7 @@ def test_each_kind_of_step_has_its_graph(
 
 
 @pytest.mark.parametrize("speculation", SPECULATIONS)
-def test_a_full_row_when_a_graph_is_made(
-    trio: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str
-) -> None:
+def test_a_full_row_when_a_graph_is_made(trio, monkeypatch, speculation):
     """The step behind a request's last one is the first without a mask, and needs a graph.
 
     Its row has no place for the tokens of two warm-ups one behind the other.
@@ -202,31 +192,20 @@ def test_a_full_row_when_a_graph_is_made(
 
 # PEFT asks a model for a property that transformers renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_the_shared_pair(lora_trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts, params = requests(2, 5)
-    for speculation in (None, SPECULATIONS["coupled"]):
-        options: dict[str, Any] = {"pair": "shared", "speculation": speculation}
-        wanted = make_decoder(monkeypatch, lora_trio, 3, **options).generate(prompts, params)
-        decoder = make_decoder(monkeypatch, lora_trio, 3, taped=True, ahead=1, **options)
-        check(decoder.generate(prompts, params), wanted)
-        assert decoder.info()["pair"] == "shared"
-        assert replays(decoder) > 0
-
-
 @pytest.mark.parametrize("speculation", ["plain", "coupled"])
-def test_the_batched_pair(near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str) -> None:
-    options: dict[str, Any] = {"pair": "batched", "speculation": SPECULATIONS[speculation]}
+@pytest.mark.parametrize("pair", ["shared", "batched"])
+def test_pairs(lora_trio, near, monkeypatch, pair, speculation):
+    trio = lora_trio if pair == "shared" else near
+    options: dict[str, Any] = {"pair": pair, "speculation": SPECULATIONS[speculation]}
     prompts, params = requests(2, 5)
-    wanted = make_decoder(monkeypatch, near, 3, **options).generate(prompts, params)
-    decoder = make_decoder(monkeypatch, near, 3, taped=True, ahead=1, **options)
+    wanted = make_decoder(monkeypatch, trio, 3, **options).generate(prompts, params)
+    decoder = make_decoder(monkeypatch, trio, 3, taped=True, ahead=1, **options)
     check(decoder.generate(prompts, params), wanted)
-    assert decoder.info()["pair"] == "batched"
+    assert decoder.info()["pair"] == pair
     assert replays(decoder) > 0
 
 
-def test_a_model_that_waits_for_the_device_runs_eagerly(
-    trio: Trio, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_waits_for_the_device_runs_eagerly(trio, monkeypatch):
     """Rope that grows with the longest position must know it on the host."""
     base = tiny_llama(
         0, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -260,9 +239,7 @@ class _Failing(Tape):
 
 @pytest.mark.parametrize("works", [0, 2])
 @pytest.mark.parametrize("speculation", ["plain", "rejection", "lookup"])
-def test_a_failed_capture_harms_nothing(
-    near: Trio, monkeypatch: pytest.MonkeyPatch, speculation: str, works: int
-) -> None:
+def test_a_failed_capture_harms_nothing(near, monkeypatch, speculation, works):
     options: dict[str, Any] = {"speculation": SPECULATIONS[speculation]}
     prompts, params = requests(4, 6)
     wanted = make_decoder(monkeypatch, near, 3, **options).generate(prompts, params)
@@ -273,7 +250,7 @@ def test_a_failed_capture_harms_nothing(
     assert decoder.info()["graphs"] == "none: a step can't be captured: no such thing"
 
 
-def test_other_errors_are_not_hidden(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_hidden(trio, monkeypatch):
     """A device without memory is no reason to go on; nor is an interrupt."""
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     [wanted] = make_decoder(monkeypatch, trio, 2).generate("hello", params)
@@ -289,7 +266,7 @@ def test_other_errors_are_not_hidden(trio: Trio, monkeypatch: pytest.MonkeyPatch
     check(decoder.generate("hello", params), [wanted])
 
 
-def test_why_there_are_no_graphs(trio: Trio) -> None:
+def test_why_there_are_no_graphs(trio):
     with pytest.raises(ValueError, match="graphs can't be True here: CUDA graphs need a CUDA dev"):
         Decoder(trio, 2, graphs=True)
     reasons: dict[bool | None, str] = {
@@ -298,64 +275,3 @@ def test_why_there_are_no_graphs(trio: Trio) -> None:
     }
     for graphs, reason in reasons.items():
         assert Decoder(trio, 2, graphs=graphs).info()["graphs"] == f"none: {reason}"
-
-
-def result(token_ids: Tensor) -> StepResult:
-    nothing = torch.zeros(token_ids.shape[0])
-    return StepResult(token_ids, nothing, nothing, nothing)
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda x: x.sum().item(),
-        lambda x: int(x[0, 0]),
-        lambda x: bool((x > 0).all()),
-        lambda x: x.tolist(),
-        lambda x: x.numpy(),
-        lambda x: x[: x[0, 0]],
-        lambda x: x.nonzero(),
-        lambda x: x[x > 0],
-        lambda x: torch.where(x > 0),
-        lambda x: torch.equal(x, x + 1),
-        lambda x: x.repeat_interleave(x[:, 0], 0),
-        lambda x: x.unique(),
-        lambda x: x + torch.tensor([3, 4]),
-        lambda x: x[:, torch.tensor([1])],
-        lambda x: x[:, [1]],
-        lambda x: x + torch.as_tensor([3, 4]),
-    ],
-)
-def test_a_tape_refuses_what_a_capture_does(read: Callable[[Tensor], Any]) -> None:
-    x = torch.tensor([[1, 2], [3, 4]])
-
-    def step() -> StepResult:
-        read(x)
-        x.add_(1)
-        return result(x + 1)
-
-    graphs = StepGraphs(Tape(), 2, 8)
-    assert graphs.run(2, 1, "kind", lambda rows, length: step(), [x]).token_ids[0, 0] == 3
-    assert graphs.failed is not None and graphs.count == 0
-    assert x.tolist() == [[2, 3], [4, 5]]
-
-
-def test_a_tape_runs_no_python() -> None:
-    """What comes from the host stays as it was recorded; what lies in tensors does not."""
-    x = torch.tensor([[1], [2]])
-    added = [10]
-
-    def step(rows: int, length: int | None) -> StepResult:
-        y = x[:rows] * 2
-        y[0] += 100
-        x[:rows] += 1
-        return result(y + added[0])
-
-    graphs = StepGraphs(Tape(), 2, 8)
-    seen: list[tuple[list[int], int]] = []
-    for added[0] in (10, 20, 30):
-        taken = graphs.run(2, 1, "kind", step, [x])
-        assert taken.token_ids.data_ptr() == (seen[0][1] if seen else taken.token_ids.data_ptr())
-        seen.append((taken.token_ids.flatten().tolist(), taken.token_ids.data_ptr()))
-    assert [tokens for tokens, _ in seen] == [[112, 14], [114, 16], [116, 18]]
-    assert graphs.run(1, 1, "kind", step, [x]).token_ids.tolist() == [[138]]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from proxytune_kernels.decoder import Decoder, StreamEvent
 from proxytune_kernels.params import SamplingParams
-from proxytune_kernels.trio import Trio
-
-Make = Callable[..., Decoder]
-Greedy = Callable[..., list[int]]
 
 
 class Log:
@@ -56,9 +52,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9, 10, 512])
-def test_tokens_do_not_depend_on_the_chunks(
-    trio: Trio, make_decoder: Make, greedy: Greedy, chunk: int
-) -> None:
+def test_tokens_do_not_depend_on_the_chunks(trio, make_decoder, greedy, chunk):
     """Prompts shorter than a chunk, as long, of several, with a rest of one token; per role."""
     prompts: list[Any] = [prompt(n, n) for n in (1, 4, 5, 9, 10, 18, 19)]
     prompts += [
@@ -71,9 +65,7 @@ def test_tokens_do_not_depend_on_the_chunks(
         assert output.token_ids == greedy(trio.models, output.prompt_token_ids, 1.0, 6)
 
 
-def test_others_get_tokens_while_a_long_prompt_runs(
-    trio: Trio, make_decoder: Make, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_others_get_tokens_while_a_long_prompt_runs(trio, make_decoder, greedy, monkeypatch):
     decoder = make_decoder(trio, 3, prefill_chunk=8)
     log = Log(decoder, monkeypatch)
     long = {"base": prompt(50), "expert": prompt(20), "anti": prompt(3)}
@@ -88,9 +80,7 @@ def test_others_get_tokens_while_a_long_prompt_runs(
     assert outputs[1].token_ids == greedy(trio.models, long, 1.0, 6)
 
 
-def test_many_prompts_are_one_chunk_apart(
-    trio: Trio, make_decoder: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_prompts_are_one_chunk_apart(trio, make_decoder, monkeypatch):
     """Prompts that start at once wait for the others' steps as the parts of a long one do."""
     decoder = make_decoder(trio, 6, prefill_chunk=10)
     log = Log(decoder, monkeypatch)
@@ -101,9 +91,7 @@ def test_many_prompts_are_one_chunk_apart(
     assert began == [0, 2, 5, 9, 14]
 
 
-def test_prompts_share_a_forward_within_the_budget(
-    trio: Trio, make_decoder: Make, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_share_a_forward_within_the_budget(trio, make_decoder, greedy, monkeypatch):
     """Equal and unequal lengths; a forward is as wide as its longest prompt, padding included."""
     decoder = make_decoder(trio, 9, prefill_chunk=16)
     log = Log(decoder, monkeypatch)
@@ -114,9 +102,7 @@ def test_prompts_share_a_forward_within_the_budget(
         assert output.token_ids == greedy(trio.models, output.prompt_token_ids, 1.0, 6)
 
 
-def test_prompts_of_other_roles_run_apart(
-    trio: Trio, make_decoder: Make, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_of_other_roles_run_apart(trio, make_decoder, greedy, monkeypatch):
     """A request that is not steered runs in the base alone; it need not wait behind the rest."""
     decoder = make_decoder(trio, 4, prefill_chunk=64)
     log = Log(decoder, monkeypatch)
@@ -127,7 +113,7 @@ def test_prompts_of_other_roles_run_apart(
         assert output.token_ids == greedy(trio.models, output.prompt_token_ids, alpha, 6)
 
 
-def test_a_prompt_that_fills_its_slot(trio: Trio, make_decoder: Make, greedy: Greedy) -> None:
+def test_a_prompt_that_fills_its_slot(trio, make_decoder, greedy):
     """While its last chunk waits for another role's, others' steps must not write behind it."""
     decoder = make_decoder(trio, 3, max_seq_len=16, prefill_chunk=4)
     prompts: list[Any] = [
@@ -142,9 +128,7 @@ def test_a_prompt_that_fills_its_slot(trio: Trio, make_decoder: Make, greedy: Gr
         assert output.token_ids == greedy(trio.models, output.prompt_token_ids, 1.0, count)
 
 
-def test_a_prompt_that_never_fits_disturbs_nobody(
-    trio: Trio, make_decoder: Make, greedy: Greedy
-) -> None:
+def test_a_prompt_that_never_fits_disturbs_nobody(trio, make_decoder, greedy):
     decoder = make_decoder(trio, 2, max_seq_len=16, prefill_chunk=4)
     running = decoder.stream([prompt(5)], params(max_tokens=12))
     events = [next(running)]
@@ -161,9 +145,7 @@ def test_a_prompt_that_never_fits_disturbs_nobody(
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])
-def test_a_prompt_that_is_given_up_between_its_chunks(
-    trio: Trio, make_decoder: Make, greedy: Greedy, how: str
-) -> None:
+def test_a_prompt_that_is_given_up_between_its_chunks(trio, make_decoder, greedy, how):
     decoder = make_decoder(trio, 2, prefill_chunk=4)
     stream: Any = decoder.stream([prompt(4), prompt(90)], params(max_tokens=12))
     events: list[StreamEvent] = [next(stream) for _ in range(5)]

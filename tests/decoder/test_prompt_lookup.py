@@ -47,7 +47,7 @@ def search(text: list[int], width: int) -> list[int]:
         ([1], [-1, -1, -1]),
     ],
 )
-def test_lookup(text: list[int], wanted: list[int]) -> None:
+def test_lookup(text, wanted):
     assert search(text, 3) == wanted
     history = History(1, 16, CPU)
     history.start(0, text)
@@ -55,7 +55,7 @@ def test_lookup(text: list[int], wanted: list[int]) -> None:
 
 
 @given(st.lists(TEXT, min_size=1, max_size=4), st.lists(TOKEN, min_size=CAPACITY), WIDTH)
-def test_lookup_is_the_naive_search(texts: list[list[int]], garbage: list[int], width: int) -> None:
+def test_lookup_is_the_naive_search(texts, garbage, width):
     """Lengths from one token to the capacity; what lies behind them is never read."""
     history = History(len(texts) + 1, CAPACITY, CPU)
     for slot, text in enumerate(texts):
@@ -69,9 +69,7 @@ ROUNDS = st.lists(st.tuples(st.lists(TOKEN, min_size=3, max_size=3), st.integers
 
 
 @given(TEXT, st.lists(TOKEN, min_size=1, max_size=CAPACITY - 1), ROUNDS, WIDTH)
-def test_text_grows_by_what_rounds_emit(
-    first: list[int], second: list[int], rounds: list[tuple[list[int], int]], width: int
-) -> None:
+def test_text_grows_by_what_rounds_emit(first, second, rounds, width):
     """Of three tokens the first 0 to 3 count. The slot beside it does not run: it is written to
     behind its end, and does not grow."""
     history = History(3, CAPACITY, CPU)

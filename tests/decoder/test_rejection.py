@@ -18,6 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder.sampler import Needs
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import noisy_copy, tiny_llama, word_tokenizer
@@ -134,7 +135,7 @@ class Driver:
         while int(counts.min()) < COUNT:
             for cache in self.runner._caches:
                 cache.lengths[:] = cache.device_lengths.tolist()
-            result = self.stepper.run(SLOTS, self.stepper.roles, K, False)
+            result = self.stepper.run(SLOTS, self.stepper.roles, K, Needs(masked=False))
             first = result if first is None else first
             places = counts[:, None] + torch.arange(K + 1)
             tokens.scatter_(1, places, result.token_ids)
@@ -149,7 +150,7 @@ class Driver:
         self.sampler.params.seed.copy_(first_seed + torch.arange(SLOTS))
         self.sampler.params.position.zero_()
         everyone = torch.arange(SLOTS)
-        first = self.sampler.draw(everyone, self.logits, False)
+        first = self.sampler.draw(everyone, self.logits, Needs(masked=False))
         self.sampler.take_first(everyone.tolist(), first)
         history = self.stepper._history
         if history is not None:
@@ -193,7 +194,7 @@ def assert_joint_law(token_ids: Tensor, target: list[Array]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(FILTERS)))
-def test_rejection_has_the_targets_joint_law(eight: Trio, make_decoder: Make, case: int) -> None:
+def test_rejection_has_the_targets_joint_law(eight, make_decoder, case):
     """More than 10^6 draws in all, prompts per role; and as much is accepted as can be."""
     driver, params = make_driver(make_decoder, eight, FILTERS[case], mode="rejection")
     draws = many(driver, BATCHES)
@@ -216,16 +217,14 @@ def test_rejection_has_the_targets_joint_law(eight: Trio, make_decoder: Make, ca
     ("drafter", "mode"),
     [("prompt_lookup", "rejection"), ("prompt_lookup", "coupled"), ("expert", "coupled")],
 )
-def test_the_other_modes_have_it_too(
-    eight: Trio, make_decoder: Make, drafter: str, mode: str
-) -> None:
+def test_the_other_modes_have_it_too(eight, make_decoder, drafter, mode):
     driver, params = make_driver(make_decoder, eight, FILTERS[1], drafter=drafter, mode=mode)
     draws = many(driver, 50)
     assert_joint_law(draws.token_ids, laws(eight, params).target)
     assert 0 < int(draws.accepted.sum()) < int(draws.drafted.sum())
 
 
-def test_draws_are_the_decoders(eight: Trio, make_decoder: Make) -> None:
+def test_draws_are_the_decoders(eight, make_decoder):
     """The same seeds through requests, in a smaller batch with refills."""
     for settings in ({"mode": "rejection"}, {"drafter": "prompt_lookup", "mode": "rejection"}):
         driver, params = make_driver(make_decoder, eight, FILTERS[1], **settings)

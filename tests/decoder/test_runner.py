@@ -103,7 +103,7 @@ def step(runner: Runner, token_ids: list[list[int]], kept: int | None = None) ->
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("lengths", [(9, 3, 14), (7, 7, 7), (11,)], ids=str)
-def test_logits_equal_the_plain_forward(architecture: str, lengths: tuple[int, ...]) -> None:
+def test_logits_equal_the_plain_forward(architecture, lengths):
     model = make(architecture)
     runner = Runner({"base": model}, 4, 64)
     rows = [random_ids(length, seed) for seed, length in enumerate(lengths)]
@@ -121,9 +121,7 @@ def test_logits_equal_the_plain_forward(architecture: str, lengths: tuple[int, .
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("lengths", [(9, 3, 14), (7, 7, 7), (11,)], ids=str)
-def test_several_tokens_at_once_and_their_rollback(
-    architecture: str, lengths: tuple[int, ...]
-) -> None:
+def test_several_tokens_at_once_and_their_rollback(architecture, lengths):
     """Of four tokens two stay; what was written behind them must not be seen again."""
     model = make(architecture)
     runner = Runner({"base": model}, 4, 64, slack=3)
@@ -145,7 +143,7 @@ def test_several_tokens_at_once_and_their_rollback(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_prompt_in_chunks(architecture: str) -> None:
+def test_a_prompt_in_chunks(architecture):
     model = make(architecture)
     runner = Runner({"base": model}, 2, 64)
     row = random_ids(23, 0)
@@ -160,7 +158,7 @@ def test_a_prompt_in_chunks(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("lengths", [(8, 8, 8), (5, 12, 8)], ids=str)
-def test_prompts_prefill_together(lengths: tuple[int, ...]) -> None:
+def test_prompts_prefill_together(lengths):
     model = make("mistral-window")
     runner = Runner({"base": model}, 4, 64)
     rows = [random_ids(length, seed) for seed, length in enumerate(lengths)]
@@ -169,7 +167,7 @@ def test_prompts_prefill_together(lengths: tuple[int, ...]) -> None:
         torch.testing.assert_close(row_logits, plain(model, row), rtol=1e-6, atol=1e-6)
 
 
-def test_moved_and_reused_slots() -> None:
+def test_moved_and_reused_slots():
     model = make("llama")
     runner = Runner({"base": model}, 3, 64)
     long, short, new = random_ids(20, 0), random_ids(5, 1), random_ids(3, 2)
@@ -183,7 +181,7 @@ def test_moved_and_reused_slots() -> None:
     torch.testing.assert_close(logits[1], plain(model, [*new, 8]), rtol=1e-6, atol=1e-6)
 
 
-def test_nan_of_a_request_does_not_reach_the_next() -> None:
+def test_nan_of_a_request_does_not_reach_the_next():
     model = make("llama")
     runner = Runner({"base": model}, 2, 64, slack=3)
     prefill(runner, [0], [random_ids(12, 0)])
@@ -202,7 +200,7 @@ def test_nan_of_a_request_does_not_reach_the_next() -> None:
     torch.testing.assert_close(logits[1], plain(model, [5, 8]), rtol=1e-6, atol=1e-6)
 
 
-def test_the_callers_model_is_left_as_it_was() -> None:
+def test_the_callers_model_is_left_as_it_was():
     model = make("llama")
     before = plain(model, [3, 4, 5])
     twin = Runner({"base": model}, 2, 64).models["base",].model
@@ -212,7 +210,7 @@ def test_the_callers_model_is_left_as_it_was() -> None:
     assert {id(p) for p in twin.parameters()} == shared
 
 
-def test_layers_that_a_slot_cache_cannot_serve_are_refused() -> None:
+def test_layers_that_a_slot_cache_cannot_serve_are_refused():
     model = make("gemma3")
     model.config.layer_types = ["full_attention", "chunked_attention", "linear_attention"]
     wanted = r"expert must have layers of .*, got Gemma3ForCausalLM with chunked.*, linear.*"
@@ -220,12 +218,12 @@ def test_layers_that_a_slot_cache_cannot_serve_are_refused() -> None:
         Runner({"base": make("llama"), "expert": model, "anti": model}, 2, 64)
 
 
-def test_models_that_hide_their_attention_are_refused() -> None:
+def test_models_that_hide_their_attention_are_refused():
     with pytest.raises(ValueError, match=r"anti must be a model whose attention .* got Linear"):
         Runner({"base": make("llama"), "anti": torch.nn.Linear(2, 2)}, 2, 64)
 
 
-def test_unknown_attention_terms_are_refused() -> None:
+def test_unknown_attention_terms_are_refused():
     model = make("llama")
     ours = Runner({"base": model}, 2, 64).models["base",]
     fresh = ours.cache.fresh_step([0], 2)
@@ -248,7 +246,7 @@ class _Renamed(LlamaForCausalLM):
         return super().forward(input_ids, **{name: cache}, **keywords)
 
 
-def test_a_cache_goes_by_the_name_that_the_model_takes() -> None:
+def test_a_cache_goes_by_the_name_that_the_model_takes():
     assert cache_keyword(_Renamed.forward) == "cache"
     assert cache_keyword(lambda past_key_values, cache: None) == "past_key_values"
     torch.manual_seed(0)

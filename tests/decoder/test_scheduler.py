@@ -20,16 +20,14 @@ class _Job:
 
 ACTIONS = st.lists(
     st.one_of(
-        st.just(("add", 0)),
-        st.tuples(st.just("remove"), st.integers(0, 50)),
-        st.just(("step", 0)),
+        st.just(("add", 0)), st.tuples(st.just("remove"), st.integers(0, 50)), st.just(("step", 0))
     ),
     max_size=80,
 )
 
 
 @given(size=st.integers(1, 5), actions=ACTIONS)
-def test_random_traffic(size: int, actions: list[tuple[str, int]]) -> None:
+def test_random_traffic(size, actions):
     scheduler = Scheduler(size)
     alive: list[Any] = []
     contents: dict[int, Any] = {}  # what a cache would hold by slot

@@ -6,19 +6,13 @@ differ by some 1e-15, which the rounding hides but for about one logit in 10^8.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder import Speculation
 from proxytune_kernels.params import SamplingParams
-from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import nan_token
 from tests.decoder.random_requests import assert_same, random_requests, total_tokens
-
-Make = Callable[..., Decoder]
-
 
 # Twelve cases of at least 8,500 tokens each: more than 10^5 in all.
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -39,9 +33,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_coupled_tokens_are_plain_decodings(
-    trios: dict[str, Trio], make_decoder: Make, case: int
-) -> None:
+def test_coupled_tokens_are_plain_decodings(trios, make_decoder, case):
     kind, settings = CASES[case]
     prompts, params = random_requests(case, 180, 230)
     plain = make_decoder(trios[kind], 64).generate(prompts, params)
@@ -56,9 +48,7 @@ def test_coupled_tokens_are_plain_decodings(
     assert kind == "same" or counts["accepted"] < counts["drafted"]
 
 
-def test_drafts_leave_out_what_may_not_end_the_text_yet(
-    trios: dict[str, Trio], make_decoder: Make
-) -> None:
+def test_drafts_leave_out_what_may_not_end_the_text_yet(trios, make_decoder):
     """With nearly every token a stop token before min_tokens, too, the same is drafted as drawn."""
     speculation = Speculation(max_drafts=4, adaptive=False)
     decoder = make_decoder(trios["same"], 2, speculation=speculation)
@@ -76,9 +66,9 @@ def test_drafts_leave_out_what_may_not_end_the_text_yet(
 
 @pytest.mark.parametrize(("cost", "pays"), [(0.1, True), (3.0, False)])
 def test_drafts_follow_the_clock_and_tokens_do_not(
-    trios: dict[str, Trio], make_decoder: Make, monkeypatch: pytest.MonkeyPatch,
-    cost: float, pays: bool,
-) -> None:  # fmt: skip
+    trios, make_decoder, monkeypatch,
+    cost, pays,
+):  # fmt: skip
     """On a clock on which a draft takes ``cost`` plain steps."""
     params = [SamplingParams(max_tokens=160, seed=i, ignore_eos=True) for i in range(2)]
     plain = make_decoder(trios["same"], 2).generate(["hello", "a"], params)
@@ -107,9 +97,7 @@ DRAFTERS = ("expert", "prompt_lookup")
 
 @pytest.mark.parametrize("mode", ["coupled", "rejection"])
 @pytest.mark.parametrize("drafter", DRAFTERS)
-def test_tokens_do_not_depend_on_what_shares_the_batch(
-    trios: dict[str, Trio], make_decoder: Make, mode: str, drafter: str
-) -> None:
+def test_tokens_do_not_depend_on_what_shares_the_batch(trios, make_decoder, mode, drafter):
     """Nor on alpha 0 and near ends, where a row has fewer drafts than the others, or none."""
     speculation = Speculation(drafter=drafter, mode=mode, max_drafts=4, adaptive=False)
     prompts, params = random_requests(77, 24, 24)
@@ -128,7 +116,7 @@ def test_tokens_do_not_depend_on_what_shares_the_batch(
 
 
 @pytest.mark.parametrize("mode", ["coupled", "rejection"])
-def test_a_request_that_just_fits(trios: dict[str, Trio], make_decoder: Make, mode: str) -> None:
+def test_a_request_that_just_fits(trios, make_decoder, mode):
     """The last drafts are written past max_seq_len; beside it, a slot starts anew."""
     speculation = Speculation(mode=mode, max_drafts=8, adaptive=False)
     decoder = make_decoder(trios["same"], 2, max_seq_len=24, speculation=speculation)
@@ -142,9 +130,7 @@ def test_a_request_that_just_fits(trios: dict[str, Trio], make_decoder: Make, mo
         assert output.finish_reason == "length"
 
 
-def test_unsteered_requests_rest_the_pair(
-    trios: dict[str, Trio], make_decoder: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsteered_requests_rest_the_pair(trios, make_decoder, monkeypatch):
     """Alpha 0 has no expert to draft; the text's own drafts go on."""
     params = SamplingParams(alpha=0.0, temperature=0.0, max_tokens=40, ignore_eos=True)
     for drafter in DRAFTERS:
@@ -161,32 +147,3 @@ def test_unsteered_requests_rest_the_pair(
         stats = output.speculation
         assert stats is not None
         assert (stats.drafted > 0) == (drafter == "prompt_lookup")
-
-
-@pytest.mark.parametrize("mode", ["coupled", "rejection"])
-def test_a_row_with_nothing_to_draw_fails_alone(
-    trios: dict[str, Trio], make_decoder: Make, mode: str
-) -> None:
-    """In a round, at the latest where plain decoding would: NaN of a draft reaches the queries
-    before it, too (its weight is 0, and 0 * NaN is NaN)."""
-    trio = trios["near"]
-    params = SamplingParams(alpha=0.3, temperature=0, max_tokens=30, ignore_eos=True)
-    first, second = make_decoder(trio).generate(["hello", "a"], params)
-    at = next(
-        i for i, token_id in enumerate(first.token_ids)
-        if i > 2 and token_id not in [*first.token_ids[:i], *second.token_ids]
-    )  # fmt: skip
-    speculation = Speculation(mode=mode, max_drafts=5, adaptive=False)
-    decoder = make_decoder(trio, 2, speculation=speculation)
-    good, bad = decoder.stream("a", params), decoder.stream("hello", params)
-    next(good)
-    emitted: list[int] = []
-    with nan_token(trio, first.token_ids[at]):
-        with pytest.raises(RuntimeError, match=r"prompts\[0\]: no token can be drawn at pos"):
-            for event in bad:
-                emitted += event.token_ids
-        rest = list(good)
-    assert 0 < len(emitted) <= at + 1
-    assert emitted == first.token_ids[: len(emitted)]
-    assert rest[-1].output is not None
-    assert rest[-1].output.token_ids == second.token_ids

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder import Speculation
 from proxytune_kernels.params import SamplingParams
-from proxytune_kernels.trio import Trio
 from tests.decoder.random_requests import random_requests, total_tokens
-
-Make = Callable[..., Decoder]
 
 
 @pytest.mark.parametrize("mode", ["coupled", "rejection"])
 @pytest.mark.parametrize("drafts", [1, 2, 5, 8])
-def test_a_drafter_that_is_the_target_is_always_right(
-    trios: dict[str, Trio], make_decoder: Make, mode: str, drafts: int
-) -> None:
+def test_a_drafter_that_is_the_target_is_always_right(trios, make_decoder, mode, drafts):
     """Acceptance 1: every round gives its drafts and one token more; the last what was left."""
     speculation = Speculation(mode=mode, max_drafts=drafts, adaptive=False)
     decoder = make_decoder(trios["same"], 3, speculation=speculation)
@@ -40,7 +33,7 @@ def test_a_drafter_that_is_the_target_is_always_right(
         assert len(output.token_ids) == n
 
 
-def test_the_last_token_needs_no_drafts(trios: dict[str, Trio], make_decoder: Make) -> None:
+def test_the_last_token_needs_no_drafts(trios, make_decoder):
     """1 token of the prompt, two whole rounds, and 1 that is left: a plain step."""
     speculation = Speculation(max_drafts=4, adaptive=False)
     decoder = make_decoder(trios["same"], 1, speculation=speculation)
@@ -51,9 +44,7 @@ def test_the_last_token_needs_no_drafts(trios: dict[str, Trio], make_decoder: Ma
     assert counts["base_forwards"] == counts["slot_steps"] == counts["useful_slot_steps"] == 3
 
 
-def test_unrelated_models_accept_little_and_near_ones_more(
-    trios: dict[str, Trio], make_decoder: Make
-) -> None:
+def test_unrelated_models_accept_little_and_near_ones_more(trios, make_decoder):
     rates = {}
     for kind, trio in trios.items():
         speculation = Speculation(max_drafts=3, adaptive=False)
@@ -68,9 +59,7 @@ def test_unrelated_models_accept_little_and_near_ones_more(
 @pytest.mark.parametrize("mode", ["coupled", "rejection"])
 @pytest.mark.parametrize("drafter", ["expert", "prompt_lookup"])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_statistics_add_up(
-    trios: dict[str, Trio], make_decoder: Make, mode: str, drafter: str, adaptive: bool
-) -> None:
+def test_statistics_add_up(trios, make_decoder, mode, drafter, adaptive):
     speculation = Speculation(drafter=drafter, mode=mode, max_drafts=3, adaptive=adaptive)
     decoder = make_decoder(trios["near"], 4, speculation=speculation)
     prompts, params = random_requests(5, 20, 60)
@@ -103,7 +92,7 @@ def test_statistics_add_up(
     assert total_tokens(outputs) <= counts["emitted"] + len(outputs)
 
 
-def test_streamed_events_hold_whole_rounds(trios: dict[str, Trio], make_decoder: Make) -> None:
+def test_streamed_events_hold_whole_rounds(trios, make_decoder):
     speculation = Speculation(max_drafts=3, adaptive=False)
     decoder = make_decoder(trios["same"], 1, speculation=speculation)
     params = SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
@@ -115,7 +104,7 @@ def test_streamed_events_hold_whole_rounds(trios: dict[str, Trio], make_decoder:
     assert [p for event in events for p in event.logprobs] == output.logprobs
 
 
-def test_no_speculation_no_statistics(trios: dict[str, Trio], make_decoder: Make) -> None:
+def test_no_speculation_no_statistics(trios, make_decoder):
     decoder = make_decoder(trios["near"], 1)
     [output] = decoder.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))
     assert output.speculation is None

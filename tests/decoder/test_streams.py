@@ -78,9 +78,7 @@ class _Result:
 
 @pytest.mark.parametrize("capturing", [False, True])
 @pytest.mark.parametrize("parts", [[("base",), ("expert",), ("anti",)], [("base",), ("pair",)]])
-def test_the_pair_runs_beside_the_base(
-    monkeypatch: pytest.MonkeyPatch, capturing: bool, parts: list[tuple[str, ...]]
-) -> None:
+def test_the_pair_runs_beside_the_base(monkeypatch, capturing, parts):
     runner = Runner({"base": make("llama")}, 1, 8)
     cuda = _Cuda(monkeypatch)
     cuda.capturing = capturing
@@ -106,7 +104,7 @@ def test_the_pair_runs_beside_the_base(
     assert cuda.current is cuda.main
 
 
-def test_one_model_needs_no_other_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_model_needs_no_other_stream(monkeypatch):
     runner = Runner({"base": make("llama")}, 1, 8)
     cuda = _Cuda(monkeypatch)
     monkeypatch.setattr(runner, "_side", _Stream("side", cuda.log))
@@ -115,7 +113,7 @@ def test_one_model_needs_no_other_stream(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cuda.log == ["base on main"]
 
 
-def test_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture(monkeypatch):
     """Two runs that are not recorded, each from the state that was; then the one that is."""
     cuda = _Cuda(monkeypatch)
     state = torch.tensor([5])
@@ -138,9 +136,7 @@ def test_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("where", ["warm-up", "capture"])
-def test_a_failed_capture_leaves_stream_and_state(
-    monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_a_failed_capture_leaves_stream_and_state(monkeypatch, where):
     cuda = _Cuda(monkeypatch)
     cuda.graph_fails = where == "capture"
     state = torch.tensor([5])
@@ -170,7 +166,7 @@ class _OnDevice:
         return torch.tensor([[3]])
 
 
-def test_a_result_is_read_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_read_when_it_is_there(monkeypatch):
     """An event is behind the copies, on their stream, and waited for before they are read."""
     log: list[str] = []
 

@@ -86,7 +86,7 @@ def logits(directory: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(IDS).logits
 
 
-def test_what_is_written(out: Path) -> None:
+def test_what_is_written(out):
     written = export(out, "shipped", alpha=0.5)
     base = json.loads((SHIPPED / "base" / "config.json").read_text())
     assert json.loads((out / "config.json").read_text()) == {
@@ -116,7 +116,7 @@ def test_what_is_written(out: Path) -> None:
     assert (written.directory, written.vocab_size, written.notes) == (out, 1536, ())
 
 
-def test_copies_are_self_contained(tmp_path: Path, trio: Path) -> None:
+def test_copies_are_self_contained(tmp_path, trio):
     export(tmp_path / "here" / "out", trio, copy=True)
     moved = tmp_path / "there"
     shutil.move(tmp_path / "here" / "out", moved)
@@ -128,15 +128,13 @@ def test_copies_are_self_contained(tmp_path: Path, trio: Path) -> None:
     assert list(tmp_path.joinpath("here").iterdir()) == []
 
 
-def test_links_hold_wherever_the_command_ran(
-    tmp_path: Path, trio: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_links_hold_wherever_the_command_ran(tmp_path, trio, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export(Path("some") / "where" / "out", trio.name)
     assert_same(weights(tmp_path / "some" / "where" / "out"), weights(trio / "base"))
 
 
-def test_dtype(out: Path, trio: Path) -> None:
+def test_dtype(out, trio):
     edit(trio / "base" / "config.json", dtype=None, torch_dtype="float16")
     written = export(out, trio, dtype="float32")
     config = json.loads((out / "config.json").read_text())
@@ -144,7 +142,7 @@ def test_dtype(out: Path, trio: Path) -> None:
     assert any("--dtype float32" in note for note in written.notes)
 
 
-def test_weights_in_parts(out: Path, trio: Path) -> None:
+def test_weights_in_parts(out, trio):
     base = AutoModelForCausalLM.from_pretrained(trio / "base")
     (trio / "base" / "model.safetensors").unlink()
     base.save_pretrained(trio / "base", max_shard_size="1MB")
@@ -161,7 +159,7 @@ def test_weights_in_parts(out: Path, trio: Path) -> None:
 # peft 0.21 asks transformers 5.23 for an attribute by its old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("role", ["expert", "base"])
-def test_an_adapter_is_merged(out: Path, trio: Path, role: str) -> None:
+def test_an_adapter_is_merged(out, trio, role):
     pytest.importorskip("peft")
     # The expert's is over the anti, the base's over the base.
     over = {"expert": "anti", "base": "base"}[role]
@@ -182,7 +180,7 @@ def test_an_adapter_is_merged(out: Path, trio: Path, role: str) -> None:
     assert adapter.is_dir()
 
 
-def test_gguf_is_unpacked(out: Path, tmp_path: Path) -> None:
+def test_gguf_is_unpacked(out, tmp_path):
     pytest.importorskip("gguf")
     for seed, role in enumerate(ROLES):
         (tmp_path / role).mkdir()
@@ -206,9 +204,7 @@ def test_gguf_is_unpacked(out: Path, tmp_path: Path) -> None:
         export(tmp_path / "refused", tmp_path, tokenizer=tmp_path / "tokenizer")
 
 
-def test_a_hub_name_is_its_cached_snapshot(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_name_is_its_cached_snapshot(out, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "hub" / "models--some--base"
@@ -233,9 +229,7 @@ def test_a_hub_name_is_its_cached_snapshot(
         ({"expert": "gone"}, "expert must be a directory or hub name, got 'gone'"),
     ],
 )
-def test_trios_that_are_refused(
-    out: Path, trio: Path, settings: dict[str, Any], message: str
-) -> None:
+def test_trios_that_are_refused(out, trio, settings, message):
     edit(trio / "trio.json", **settings)
     with pytest.raises(ValueError, match=message):
         export(out, trio)
@@ -253,13 +247,13 @@ def test_trios_that_are_refused(
         ({"source": "nowhere"}, "source must be 'shipped' or a directory .* got 'nowhere'"),
     ],
 )
-def test_arguments_that_are_refused(out: Path, arguments: dict[str, Any], message: str) -> None:
+def test_arguments_that_are_refused(out, arguments, message):
     with pytest.raises(ValueError, match=message):
         export(out, **{"source": "shipped", **arguments})
     assert not out.exists()
 
 
-def test_checkpoints_that_are_refused(out: Path, trio: Path) -> None:
+def test_checkpoints_that_are_refused(out, trio):
     (trio / "anti" / "model.safetensors").rename(trio / "anti" / "pytorch_model.bin")
     with pytest.raises(LoadError, match="anti must have its weights in safetensors .* without"):
         export(out, trio)
@@ -277,7 +271,7 @@ def test_checkpoints_that_are_refused(out: Path, trio: Path) -> None:
         export(trio.parent / "again", "shipped", base=out)
 
 
-def test_vocabularies_agree_as_in_load_trio(out: Path, trio: Path) -> None:
+def test_vocabularies_agree_as_in_load_trio(out, trio):
     edit(trio / "base" / "config.json", vocab_size=1600)
     written = export(out, trio)
     said = json.loads((out / "config.json").read_text())
@@ -293,7 +287,7 @@ def test_vocabularies_agree_as_in_load_trio(out: Path, trio: Path) -> None:
     assert export(out.parent / "other", trio, tokenizer=SHIPPED).vocab_size == 1536
 
 
-def test_an_end_that_not_every_role_has_is_refused(out: Path, trio: Path) -> None:
+def test_an_end_that_not_every_role_has_is_refused(out, trio):
     edit(trio / "base" / "config.json", vocab_size=1600)
     edit(trio / "base" / "generation_config.json", eos_token_id=1590)
     edit(trio / "tokenizer_config.json", eos_token=None)
@@ -301,7 +295,7 @@ def test_an_end_that_not_every_role_has_is_refused(out: Path, trio: Path) -> Non
         export(out, trio)
 
 
-def test_chat_needs_one_template(out: Path, trio: Path) -> None:
+def test_chat_needs_one_template(out, trio):
     give_tokenizers(trio)
     for role in ROLES:
         (trio / role / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
@@ -313,7 +307,7 @@ def test_chat_needs_one_template(out: Path, trio: Path) -> None:
         export(out.parent / "other", trio)
 
 
-def test_force_replaces_an_earlier_export_and_nothing_else(out: Path, trio: Path) -> None:
+def test_force_replaces_an_earlier_export_and_nothing_else(out, trio):
     base = AutoModelForCausalLM.from_pretrained(trio / "base")
     base.save_pretrained(trio / "base", max_shard_size="1MB")
     export(out, trio)
@@ -333,7 +327,7 @@ def test_force_replaces_an_earlier_export_and_nothing_else(out: Path, trio: Path
 @pytest.mark.parametrize(
     "change", ["edited", "relinked", "in the way", "folder", "empty folder", "outside"]
 )
-def test_force_refuses_what_it_did_not_write(out: Path, trio: Path, change: str) -> None:
+def test_force_refuses_what_it_did_not_write(out, trio, change):
     export(out, "shipped")
     if change == "edited":
         (out / "tokenizer_config.json").write_text("{}")
@@ -361,7 +355,7 @@ def test_force_refuses_what_it_did_not_write(out: Path, trio: Path, change: str)
     assert contents(out.parent) == before
 
 
-def test_other_peoples_directories_are_refused(tmp_path: Path, trio: Path) -> None:
+def test_other_peoples_directories_are_refused(tmp_path, trio):
     before = contents(trio)
     for force in (False, True):
         with pytest.raises(LoadError, match="out must be new, empty, or an earlier export"):
@@ -375,9 +369,7 @@ def test_other_peoples_directories_are_refused(tmp_path: Path, trio: Path) -> No
     export(tmp_path / "empty", "shipped")
 
 
-def test_nothing_is_left_of_what_fails(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_left_of_what_fails(out, tmp_path, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -390,7 +382,7 @@ def test_nothing_is_left_of_what_fails(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path):
     target = tmp_path / "a trio"
     settings = ["--alpha", "0.25", "--dtype", "float32"]
     result = invoke("export-vllm", "--trio", "shipped", *settings, target)
@@ -406,7 +398,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.stdout.startswith("base: copied from ")
 
 
-def test_the_command_that_serves_it_where_it_lies() -> None:
+def test_the_command_that_serves_it_where_it_lies():
     result = invoke("export-vllm", "--trio", "shipped", "--print-overrides", "--alpha", "0.5")
     assert result.exit_code == 0, result.output
     *command, overrides = shlex.split(result.stdout)
@@ -438,15 +430,13 @@ def test_the_command_that_serves_it_where_it_lies() -> None:
         (["--trio", "shipped", "--alpha", "inf", "out"], 1, "alpha must be a finite number"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(
-    arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_users_mistake_is_one_sentence(arguments, code, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_one_sentence(invoke("export-vllm", *arguments), code, words)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_of_the_documentation(tmp_path, monkeypatch):
     [line] = examples("docs/vllm.md", "sh")
     program, command, *arguments = shlex.split(line)
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ kernels, not with each other's code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -37,6 +37,12 @@ class Filters(NamedTuple):
     top_p: Array
     min_p: Array
     filter_order: Ints
+
+    @classmethod
+    def of(cls, params: Mapping[str, Tensor]) -> Filters:
+        """Those among the rows' parameters by name."""
+        columns = [params[name] for name in cls._fields]
+        return cls(*((t.double() if t.is_floating_point() else t.long()).numpy() for t in columns))
 
 
 def exact(t: Tensor) -> Array:
@@ -176,9 +182,7 @@ class Rows(NamedTuple):
 
     @property
     def filters(self) -> Filters:
-        f = {n: self.params[n].double().numpy() for n in ("temperature", "top_p", "min_p")}
-        ints = {n: self.params[n].long().numpy() for n in ("top_k", "filter_order")}
-        return Filters(**f, **ints)
+        return Filters.of(self.params)
 
     @property
     def x(self) -> Array:

@@ -100,35 +100,6 @@ def test_sample(dtype):
     assert undecided <= 1 + total // 100 and differ <= 1 + total // 1000
 
 
-@pytest.mark.parametrize("mode", ("coupled", "rejection"))
-def test_verify(mode):
-    """Drafts that plain decoding, or the drafter, would draw: some accepted, some not."""
-    batch, k, vocab_size = sized(TRITON, 300, 8), 3, 200
-    rows = oracle.random_rows(7100, batch * (k + 1), vocab_size, padding=0)
-    roles = [t.view(batch, k + 1, vocab_size) for t in rows[:3]]
-    params = ptk.RowParams(**rows.params).rows(slice(0, batch))
-    near = roles[0][:, :k] + 0.3 * torch.randn(
-        batch, k, vocab_size, generator=torch.Generator().manual_seed(1)
-    )
-    stream = "sample" if mode == "coupled" else "draft"
-    drawn = [
-        REFERENCE.sample(
-            near[:, j], params=params._replace(position=params.position + j), noise_stream=stream
-        )
-        for j in range(k)
-    ]
-    drafts = torch.stack([d.token_ids for d in drawn], 1)
-    extra = {} if mode == "coupled" else {"draft_logits": near}
-    wanted = REFERENCE.verify(*roles, drafts, params, mode=mode, **extra)
-    for kernel in KERNELS:
-        out = kernel.verify(*roles, drafts, params, mode=mode, **extra)
-        for name in ("token_ids", "num_accepted", "status"):
-            assert torch.equal(getattr(out, name), getattr(wanted, name)), name
-        # at these depths, under 130 nats: 2^-23 * 130, twice, and the masses
-        torch.testing.assert_close(out.logprobs, wanted.logprobs, rtol=0, atol=4e-5, equal_nan=True)
-    assert 0 < wanted.num_accepted.sum() < batch * k
-
-
 def test_score_and_top_logprobs():
     """Tokens of the order are equal; logprobs lie within two bounds of each other."""
     batch, n, vocab_size = sized(TRITON, 200, 6), 20, 700

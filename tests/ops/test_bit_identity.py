@@ -16,8 +16,7 @@ CPU = [backend for backend in KERNELS if backend.name == "cpu"]
 
 
 def run(backend, rows, index=None, **kwargs):
-    params = ptk.RowParams(**rows.params)
-    roles = rows.base, rows.expert, rows.anti
+    params, roles = ptk.RowParams(**rows.params), rows[:3]
     if index is not None:
         params, roles = params.rows(index), tuple(t[index] for t in roles)
     return backend.sample(*roles, params, vocab_size=rows.vocab_size, **kwargs)
@@ -32,24 +31,33 @@ def rows_of(vocab_size, dtype=torch.float32, batch=48):
     return oracle.random_rows(vocab_size, batch, vocab_size, dtype)
 
 
-WIDTHS = (5, 300, 2048)
+def with_roles(rows, roles):
+    base, expert, anti = roles
+    return rows._replace(base=base, expert=expert, anti=anti)
 
 
-@pytest.mark.parametrize("vocab_size", WIDTHS)
-@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
-def test_batch_permuted_grown_and_split(backend, vocab_size, dtype):
-    batch = sized(backend, 48, 6)
-    rows = rows_of(vocab_size, dtype, batch)
-    whole = run(backend, rows)
+# Of one tile, of some, and of several programs a row; each dtype with one of them.
+shapes = pytest.mark.parametrize(
+    ("vocab_size", "dtype"), list(zip((5, 300, 2048), oracle.DTYPES, strict=True)), ids=str
+)
+
+
+@shapes
+@pytest.mark.parametrize("top_logprobs", (0, 128))
+def test_batch_permuted_grown_and_split(backend, vocab_size, dtype, top_logprobs):
+    batch = sized(backend, 48, 3)
+    rows, options = rows_of(vocab_size, dtype, batch), {"top_logprobs": top_logprobs}
+    whole = run(backend, rows, **options)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(1))
-    assert_same(at(whole, order), run(backend, rows, order))
-    for part in (slice(0, 1), slice(17, 24), slice(batch - 1, batch), slice(0, 0)):
-        assert_same(at(whole, part), run(backend, rows, part))
-    assert_same(at(whole, order.repeat(3)), run(backend, rows, order.repeat(3)))
+    for index in sized(
+        backend,
+        (order, slice(0, 1), slice(17, 24), slice(batch - 1, batch), slice(0, 0), order.repeat(3)),
+        (order, slice(batch - 1, batch), slice(0, 0)),
+    ):
+        assert_same(at(whole, index), run(backend, rows, index, **options))
 
 
-@pytest.mark.parametrize("vocab_size", WIDTHS)
-@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
+@shapes
 def test_strided_and_misaligned_rows(backend, vocab_size, dtype):
     """Views whose rows start at odd addresses, far apart, or (stride 0) are one row."""
     rows = rows_of(vocab_size, dtype, sized(backend, 48, 5))
@@ -62,12 +70,10 @@ def test_strided_and_misaligned_rows(backend, vocab_size, dtype):
         return strided.copy_(role)
 
     places = ((1, 1), (3, 0), (7, 65))
-    views = [view(r, *p) for r, p in zip((rows.base, rows.expert, rows.anti), places, strict=True)]
-    assert_same(plain, run(backend, rows._replace(base=views[0], expert=views[1], anti=views[2])))
-    one = rows._replace(
-        **{r: getattr(rows, r)[:1].expand_as(getattr(rows, r)) for r in ("base", "expert", "anti")}
-    )
-    copied = one._replace(**{r: getattr(one, r).contiguous() for r in ("base", "expert", "anti")})
+    views = [view(r, *p) for r, p in zip(rows[:3], places, strict=True)]
+    assert_same(plain, run(backend, with_roles(rows, views)))
+    one = with_roles(rows, [r[:1].expand_as(r) for r in rows[:3]])
+    copied = with_roles(rows, [r.contiguous() for r in one[:3]])
     assert_same(run(backend, one), run(backend, copied))
 
 
@@ -85,10 +91,10 @@ def test_thread_counts(backend, vocab_size):
     for batch in [2] if backend.name == "reference" else [1, 2, 7]:
         rows = rows_of(vocab_size, batch=batch)
         torch.set_num_threads(1)
-        alone = run(backend, rows)
+        alone = run(backend, rows, top_logprobs=50)
         for threads in (2, 3, 8):
             torch.set_num_threads(threads)
-            assert_same(alone, run(backend, rows))
+            assert_same(alone, run(backend, rows, top_logprobs=50))
 
 
 @pytest.mark.parametrize("kernel", CPU, ids=str, indirect=True)
@@ -125,13 +131,7 @@ def test_instruction_sets_agree_on_wide_flat_rows():
     """Histogram, ties over 4,096, two values, one value: the rare paths of the selection."""
     g = torch.Generator().manual_seed(8)
     noise = torch.randn(130_000, generator=g)
-    kinds = [
-        noise * 1e-3,
-        noise,
-        (noise * 2).round() / 2,
-        (noise > 1).float(),
-        torch.zeros(130_000),
-    ]
+    kinds = noise * 1e-3, noise, (noise * 2).round() / 2, (noise > 1).float(), noise * 0
     base = torch.stack(kinds).repeat_interleave(6, 0)
     params = ptk.RowParams.make(
         30, top_p=torch.tensor([1.0, 0.9, 0.3, 1.0, 0.99, 1e-5]).repeat(5),
@@ -141,14 +141,14 @@ def test_instruction_sets_agree_on_wide_flat_rows():
     outs = []
     for backend in CPU:
         backend.use()
-        outs.append(backend.sample(base, params=params))
+        outs += [backend.sample(base, params=params, top_logprobs=n) for n in (1, 33, 128)]
         verified = backend.verify(
             base[:10].view(2, 5, -1), None, None, torch.full((2, 4), 3), params.rows(slice(0, 2)),
             mode="rejection", draft_logits=base[10:18].view(2, 4, -1),
         )  # fmt: skip
         outs.append(verified)
-    for i, out in enumerate(outs[2:]):
-        assert_same(outs[i % 2], out)
+    for i, out in enumerate(outs[4:]):
+        assert_same(outs[i % 4], out)
     CPU[-1].use()
 
 
@@ -162,21 +162,13 @@ def test_instruction_sets_agree_on_every_operator():
         outs = []
         for backend in CPU:
             backend.use()
-            combined = backend.combine(
-                rows.base, rows.expert, rows.anti, rows.params["alpha"], vocab_size=vocab_size
-            )
-            scored = backend.score(
-                *roles, torch.zeros(6, 4, dtype=torch.int64), params.alpha, vocab_size=vocab_size
-            )
-            coupled = backend.verify(*roles, drafts, params, vocab_size=vocab_size)
-            rejected = backend.verify(
-                *roles,
-                drafts,
-                params,
-                mode="rejection",
-                draft_logits=roles[1][:, :3],
-                vocab_size=vocab_size,
-            )
+            size: dict[str, int] = {"vocab_size": vocab_size}
+            combined = backend.combine(*rows[:3], rows.params["alpha"], **size)
+            ids = torch.zeros(6, 4, dtype=torch.int64)
+            scored = backend.score(*roles, ids, params.alpha, **size)
+            coupled = backend.verify(*roles, drafts, params, **size)
+            given = {"mode": "rejection", "draft_logits": roles[1][:, :3]}
+            rejected = backend.verify(*roles, drafts, params, **given, **size)
             outs.append((combined, scored, *coupled, *rejected))
         for out in outs[1:]:
             for a, b in zip(outs[0], out, strict=True):

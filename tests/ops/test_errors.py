@@ -37,20 +37,12 @@ SHARED = {
     "expert ints": ((X, X.int(), X), ValueError, "expert must be float32, bfloat16 or float16, got torch.int32"),
 }  # fmt: skip
 KEYWORDS = {
-    "vocab wide": (
-        dict(vocab_size=9),
-        ValueError,
-        "vocab_size must be at most the narrowest role's width 8, got 9",
-    ),
+    "vocab wide": (dict(vocab_size=9), ValueError, "vocab_size must be at most the narrowest role's width 8, got 9"),
     "vocab 0": (dict(vocab_size=0), ValueError, "vocab_size must be in [1, 2^19], got 0"),
     "vocab bool": (dict(vocab_size=True), TypeError, "vocab_size must be an integer, got True"),
     "vocab float": (dict(vocab_size=4.0), TypeError, "vocab_size must be an integer, got 4.0"),
-    "backend": (
-        dict(backend="gpu"),
-        ValueError,
-        "backend must be one of ['cpu', 'cuda', 'reference'",
-    ),
-}
+    "backend": (dict(backend="gpu"), ValueError, "backend must be one of ['cpu', 'cuda', 'reference'"),
+}  # fmt: skip
 BIAS_AND_MASK = {
     "bias dtype": (dict(bias=X.half()), ValueError, "bias must be torch.float32 of shape [2, 8], got torch.float16"),
     "bias shape": (dict(bias=X[:, :7]), ValueError, "bias must be torch.float32 of shape [2, 8], got torch.float32 of shape [2, 7]"),
@@ -68,6 +60,12 @@ PARAMS = {
     "position": (dict(position=-1), ValueError, "position must be an integer of at least 0, got -1"),
     "tensor shape": (dict(top_p=torch.ones(3)), ValueError, "top_p must have shape [2], one value per row, got [3]"),
     "tensor kind": (dict(top_k=torch.ones(2)), ValueError, "top_k must be convertible to torch.int32, got torch.float32"),
+    "alpha": (dict(alpha=float("inf")), ValueError, "alpha must"),
+    "alpha past fp32": (dict(alpha=1e300), ValueError, "alpha must"),
+    "temperature past fp32": (dict(temperature=1e300), ValueError, "temperature must"),
+    "top_k past int32": (dict(top_k=2**40), ValueError, "top_k must"),
+    "position past int64": (dict(position=2**63), ValueError, "position must"),
+    "seeds of fp32": (dict(seed=torch.zeros(2)), ValueError, "seed must be convertible to torch.int64, got torch.float32"),
     "both": (dict(params=ROWS, top_p=0.5), TypeError, "give params or single parameters, not both; got params and ['top_p']"),
     "params type": (dict(params={"top_p": 1}), TypeError, "params must be RowParams, SamplingParams or a sequence of the latter, got dict"),
     "params dtype": (dict(params=ROWS._replace(top_p=ROWS.top_p.double())), ValueError, "params.top_p must be torch.float32 of shape [2], got torch.float64"),
@@ -95,224 +93,63 @@ TOP_OUT: list[Any] = [
 ]  # fmt: skip
 
 
+VERIFY = (XT, None, None, DRAFTS)
+REJECTION: dict[str, Any] = dict(mode="rejection")
+OWN: list[tuple[str, str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    ("sample", "one entry", (X,), dict(params=[ptk.SamplingParams(seed=1)]), ValueError, "params must have one entry per row (2), got 1"),
+    ("sample", "noise stream", (X,), dict(noise_stream="noise"), ValueError, "noise_stream must be one of ['sample', 'draft'"),
+    ("sample", "out type", (X,), dict(out=X), TypeError, "out must be a SampleOutput, got Tensor"),
+    ("sample", "out shape", (X,), dict(out=OUT._replace(status=OUT.status[:1])), ValueError, "out.status must be contiguous torch.int32 of shape [2]"),
+    ("combine", "alpha", (X, X, X, "1"), {}, ValueError, "alpha must be a finite number, got '1'"),
+    ("combine", "alpha nan", (X, X, X, float("nan")), {}, ValueError, "alpha must be a finite number, got nan"),
+    ("combine", "alpha fp64", (X, X, X, torch.ones(2).double()), {}, ValueError, "alpha must be a number or torch.float32 of shape [2], got torch.float64"),
+    ("combine", "out", (X, X, X), dict(out=X[:, :7]), ValueError, "out must be contiguous torch.float32 of shape [2, 8]"),
+    ("score", "dims", (X, None, None, IDS), {}, ValueError, "base must have shape [B, T, V], got [2, 8]"),
+    ("score", "ids dtype", (XT, None, None, IDS.int()), {}, ValueError, "token_ids must be torch.int64 of shape [2, 3], got torch.int32"),
+    ("score", "ids shape", (XT, None, None, IDS[:, :2]), {}, ValueError, "token_ids must be torch.int64 of shape [2, 3]"),
+    ("score", "alpha", (XT, XT, XT, IDS, torch.ones(3)), {}, ValueError, "alpha must be a number or torch.float32 of shape [2]"),
+    ("score", "positions", (XT[:, :0], None, None, IDS[:, :0]), {}, ValueError, "base must have at least one position"),
+    ("score", "out", (XT, None, None, IDS), dict(out=X), ValueError, "out must be contiguous torch.float32 of shape [2, 3]"),
+    ("verify", "drafts", (XT, None, None, IDS), {}, ValueError, "draft_token_ids must be torch.int64 of shape [2, 2]"),
+    ("verify", "mode", VERIFY, dict(mode="typical"), ValueError, "mode must be one of ['coupled', 'rejection'], got 'typical'"),
+    ("verify", "no draft logits", VERIFY, REJECTION, ValueError, "draft_logits must be given in mode 'rejection', got None"),
+    ("verify", "draft logits", VERIFY, dict(draft_logits=XT), ValueError, "draft_logits must be None in mode 'coupled'"),
+    ("verify", "draft shape", VERIFY, dict(draft_logits=XT) | REJECTION, ValueError, "draft_logits must have shape [2, 2, 'V'] with V at least 8, got [2, 3, 8]"),
+    ("verify", "draft width", VERIFY, dict(draft_logits=XT[:, :2, :7]) | REJECTION, ValueError, "draft_logits must have shape"),
+    ("verify", "bias", VERIFY, dict(bias=X), ValueError, "bias must be torch.float32 of shape [2, 3, 8]"),
+    ("verify", "params", VERIFY, dict(params=ptk.RowParams.make(1)), ValueError, "params.alpha must be torch.float32 of shape [2]"),
+    ("verify", "one entry", VERIFY, dict(params=[ptk.SamplingParams(seed=1)]), ValueError, "params must have one entry per row (2), got 1"),
+    ("verify", "out", VERIFY, dict(out=VERIFIED._replace(token_ids=IDS[:, 1:])), ValueError, "out.token_ids must be contiguous torch.int64 of shape [2, 3]"),
+]  # fmt: skip
+
+
 def _cases():
-    ops = {"sample": (X, None, None), "combine": (X, None, None, 1.0)}
-    for op in ops:
-        for name, (args, error, text) in SHARED.items():
-            tail = (1.0,) if op == "combine" else ()
-            yield op, name, (*args, *tail), {}, error, f"{op}: {text}"
-        for name, (kwargs, error, text) in {**KEYWORDS, **BIAS_AND_MASK}.items():
-            yield op, name, ops[op], kwargs, error, f"{op}: {text}"
-    for name, (kwargs, error, text) in PARAMS.items():
-        yield "sample", name, (X,), kwargs, error, text
-    yield (
-        "sample",
-        "one entry",
-        (X,),
-        dict(params=[ptk.SamplingParams(seed=1)]),
-        ValueError,
-        ("sample: params must have one entry per row (2), got 1"),
-    )
-    yield (
-        "sample",
-        "noise stream",
-        (X,),
-        dict(noise_stream="noise"),
-        ValueError,
-        "sample: noise_stream must be one of ['sample', 'draft'",
-    )
-    yield (
-        "sample",
-        "out type",
-        (X,),
-        dict(out=X),
-        TypeError,
-        "sample: out must be a SampleOutput, got Tensor",
-    )
+    calls = {"sample": (X, None, None), "combine": (X, None, None, 1.0), "score": (XT, None, None, IDS), "verify": VERIFY}  # fmt: skip
+    for op, call in calls.items():
+        for name, (kwargs, error, text) in KEYWORDS.items():
+            yield op, name, call, kwargs, error, f"{op}: {text}"
+    for op in ("sample", "combine"):
+        for name, (roles, error, text) in SHARED.items():
+            yield op, name, (*roles, *calls[op][3:]), {}, error, f"{op}: {text}"
+        for name, (kwargs, error, text) in BIAS_AND_MASK.items():
+            yield op, name, calls[op], kwargs, error, f"{op}: {text}"
+    for op in ("score", "verify"):
+        for name, roles in (("half a pair", (XT, XT, None)), ("other half", (XT, None, XT))):
+            yield op, name, (*roles, *calls[op][3:]), {}, ValueError, f"{op}: {SHARED[name][2]}"
+    for op in ("sample", "verify"):
+        for name, (kwargs, error, text) in PARAMS.items():
+            yield op, name, calls[op], kwargs, error, text.replace("sample()", f"{op}()")
     for name, value, error, text in TOP_LOGPROBS:
         yield "sample", f"top {name}", (X,), dict(top_logprobs=value), error, f"sample: {text}"
     for name, top, error, text in TOP_OUT:
-        out = OUT._replace(top=top)
-        yield (
-            "sample",
-            f"out.top {name}",
-            (X,),
-            dict(top_logprobs=3, out=out),
-            error,
-            f"sample: {text}",
-        )
-    short = OUT._replace(status=OUT.status[:1])
-    yield (
-        "sample",
-        "out shape",
-        (X,),
-        dict(out=short),
-        ValueError,
-        "sample: out.status must be contiguous torch.int32 of shape [2]",
-    )
-    yield (
-        "combine",
-        "alpha",
-        (X, X, X, "1"),
-        {},
-        ValueError,
-        "combine: alpha must be a finite number, got '1'",
-    )
-    yield (
-        "combine",
-        "alpha nan",
-        (X, X, X, float("nan")),
-        {},
-        ValueError,
-        "combine: alpha must be a finite number, got nan",
-    )
-    yield (
-        "combine",
-        "alpha fp64",
-        (X, X, X, torch.ones(2).double()),
-        {},
-        ValueError,
-        "combine: alpha must be a number or torch.float32 of shape [2], got torch.float64",
-    )
-    yield (
-        "combine",
-        "out",
-        (X, X, X),
-        dict(out=X[:, :7]),
-        ValueError,
-        "combine: out must be contiguous torch.float32 of shape [2, 8]",
-    )
-    yield (
-        "score",
-        "dims",
-        (X, None, None, IDS),
-        {},
-        ValueError,
-        "score: base must have shape [B, T, V], got [2, 8]",
-    )
-    yield (
-        "score",
-        "ids dtype",
-        (XT, None, None, IDS.int()),
-        {},
-        ValueError,
-        "score: token_ids must be torch.int64 of shape [2, 3], got torch.int32",
-    )
-    yield (
-        "score",
-        "ids shape",
-        (XT, None, None, IDS[:, :2]),
-        {},
-        ValueError,
-        "score: token_ids must be torch.int64 of shape [2, 3]",
-    )
-    yield (
-        "score",
-        "alpha",
-        (XT, XT, XT, IDS, torch.ones(3)),
-        {},
-        ValueError,
-        "score: alpha must be a number or torch.float32 of shape [2]",
-    )
-    yield (
-        "score",
-        "positions",
-        (XT[:, :0], None, None, IDS[:, :0]),
-        {},
-        ValueError,
-        "score: base must have at least one position",
-    )
-    yield (
-        "score",
-        "out",
-        (XT, None, None, IDS),
-        dict(out=X),
-        ValueError,
-        "score: out must be contiguous torch.float32 of shape [2, 3]",
-    )
-    verify = (XT, None, None, DRAFTS)
-    yield (
-        "verify",
-        "drafts",
-        (XT, None, None, IDS),
-        {},
-        ValueError,
-        "verify: draft_token_ids must be torch.int64 of shape [2, 2]",
-    )
-    yield (
-        "verify",
-        "mode",
-        verify,
-        dict(mode="typical"),
-        ValueError,
-        "verify: mode must be one of ['coupled', 'rejection'], got 'typical'",
-    )
-    yield (
-        "verify",
-        "no draft logits",
-        verify,
-        dict(mode="rejection"),
-        ValueError,
-        "verify: draft_logits must be given in mode 'rejection', got None",
-    )
-    yield (
-        "verify",
-        "draft logits",
-        verify,
-        dict(draft_logits=XT),
-        ValueError,
-        "verify: draft_logits must be None in mode 'coupled'",
-    )
-    yield (
-        "verify",
-        "draft shape",
-        verify,
-        dict(mode="rejection", draft_logits=XT),
-        ValueError,
-        "verify: draft_logits must have shape [2, 2, 'V'] with V at least 8, got [2, 3, 8]",
-    )
-    yield (
-        "verify",
-        "draft width",
-        verify,
-        dict(mode="rejection", draft_logits=XT[:, :2, :7]),
-        ValueError,
-        "verify: draft_logits must have shape",
-    )
-    yield (
-        "verify",
-        "bias",
-        verify,
-        dict(bias=X),
-        ValueError,
-        "verify: bias must be torch.float32 of shape [2, 3, 8]",
-    )
-    yield (
-        "verify",
-        "params",
-        verify,
-        dict(params=ptk.RowParams.make(1)),
-        ValueError,
-        "verify: params.alpha must be torch.float32 of shape [2]",
-    )
-    yield (
-        "verify",
-        "out",
-        verify,
-        dict(out=VERIFIED._replace(token_ids=IDS[:, 1:])),
-        ValueError,
-        "verify: out.token_ids must be contiguous torch.int64 of shape [2, 3]",
-    )
+        given = dict(top_logprobs=3, out=OUT._replace(top=top))
+        yield "sample", f"out.top {name}", (X,), given, error, f"sample: {text}"
+    for op, name, args, kwargs, error, text in OWN:
+        yield op, name, args, kwargs, error, f"{op}: {text}"
     for name, reason in backends().items():
         if reason is not None:
-            yield (
-                "sample",
-                name,
-                (X,),
-                dict(backend=name),
-                RuntimeError,
-                f"sample: backend {name!r} can't run: {reason}",
-            )
+            text = f"sample: backend {name!r} can't run: {reason}"
+            yield "sample", name, (X,), dict(backend=name), RuntimeError, text
 
 
 CASES = list(_cases())

@@ -239,11 +239,7 @@ def check_kept(x: Tensor, params: ptk.RowParams, num_kept: Tensor) -> np.ndarray
     """The kept sets' sizes are the oracle's within its bands; returns the order, [B, V]."""
     greedy = params.temperature < 2.0**-126
     columns = params._replace(temperature=params.temperature.masked_fill(greedy, 0))
-    names = ("temperature", "top_k", "top_p", "min_p", "filter_order")
-    filters = oracle.Filters(*(getattr(columns, n).double().numpy() for n in names))
-    filters = filters._replace(top_k=filters.top_k.astype(np.int64),
-                               filter_order=filters.filter_order.astype(np.int64))  # fmt: skip
-    kept = oracle.kept(x.numpy(), filters)
+    kept = oracle.kept(x.numpy(), oracle.Filters.of(columns._asdict()))
     assert (kept.low <= num_kept.numpy()).all() and (num_kept.numpy() <= kept.high).all()
     return kept.order
 
@@ -281,7 +277,7 @@ def close(logprob: Tensor, wanted: Tensor, scaled: Tensor, tile_error: float) ->
 
 
 @each_kernel
-@few(40)
+@few(30)
 @given(cases(), choices, st.booleans())
 def test_combine(name, case, choice, owned):
     kernel = choice.put_to_work(name)
@@ -322,7 +318,7 @@ def check_top(x: Tensor, top: ptk.TopLogprobs, tile_error: float) -> None:
 
 
 @each_or_cluster
-@few(30)
+@few(10)
 @given(cases(), choices, st.booleans(), st.sampled_from((0, 1, 5, 128)))
 def test_sample(name, case, choice, owned, n):
     kernel = choice.put_to_work(name)
@@ -362,7 +358,7 @@ def test_sample(name, case, choice, owned, n):
 
 
 @each_kernel
-@few(25)
+@few(20)
 @given(cases(positions=2), choices, st.booleans(), st.integers(0, 2**32 - 1))
 def test_score(name, case, choice, owned, seed):
     kernel = choice.put_to_work(name)
@@ -419,7 +415,7 @@ def guarded_verify(rows: int, positions: int) -> Guarded:
 
 
 @each_or_cluster
-@few(8)
+@few(2)
 @given(st.data(), choices, st.booleans(), st.lists(st.booleans(), max_size=2))
 def test_verify_coupled_is_plain_decoding(name, data, choice, owned, right):
     kernel = choice.put_to_work(name)
@@ -447,7 +443,7 @@ def test_verify_coupled_is_plain_decoding(name, data, choice, owned, right):
 
 
 @each_or_cluster
-@few(8)
+@few(3)
 @given(st.data(), choices, st.booleans(), st.lists(st.booleans(), max_size=2))
 def test_verify_rejection(name, data, choice, owned, right):
     kernel = choice.put_to_work(name)

@@ -60,7 +60,7 @@ def finished(
 
 
 @fuzz.each_kernel
-@fuzz.few(12)
+@fuzz.few(7)
 @given(st.data(), fuzz.choices, st.integers(1, 40))
 def test_parts_draw_as_the_whole_row(name, data, choice, length):
     kernel = choice.put_to_work(name)
@@ -148,7 +148,7 @@ WRONG = {
                           for at, how in one.items()], ids=str
 )  # fmt: skip
 def test_direct_callers_stay_in_bounds(widest, op, at, how):
-    arguments = good(widest, op)
+    arguments = list(good(widest, op))
     widest.operator(op)(*arguments)
     value = arguments[at]
     if isinstance(how, int):

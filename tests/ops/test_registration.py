@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,17 +14,22 @@ from proxytune_kernels.ops.backends import BY_NAME
 from proxytune_kernels.ops.table import OPERATORS
 from tests.ops import oracle
 from tests.ops.conftest import NEEDS_CUDA, WIDEST, move
-
-# Triton's interpreter runs on tensors of the CPU, for which torch calls the C++ kernels. The CUDA
-# C++ kernels' operators are not those of the public functions' default.
-on_device = pytest.mark.parametrize(
-    "device",
-    [pytest.param(k.device, id=k.name) for k in WIDEST if not k.interpreted and k.name != "cuda"],
-)
+from tests.ops.test_sample_hidden import integer_heads, params_of
 
 OPS = torch.ops.proxytune
+CUDA_OPS = torch.ops.proxytune_cuda
+CUDA_NAMES = BY_NAME["cuda"].operators
 B, T, V = 3, 4, 70
-NAMES = ("sample", "combine", "score", "verify")
+NAMES = ("sample", "combine", "score", "verify", "sample_hidden")
+# Triton's interpreter runs on tensors of the CPU, for which torch calls the C++ kernels.
+DEVICES = [k for k in WIDEST if not k.interpreted and k.name != "cuda"]
+on_device = pytest.mark.parametrize("device", [pytest.param(k.device, id=k.name) for k in DEVICES])
+# The CUDA C++ kernels' operators are not those of the public functions' default.
+CALLS = [
+    *(pytest.param(OPS, name, k.device, id=f"{name}-{k.name}") for name in NAMES for k in DEVICES),
+    *(pytest.param(CUDA_OPS, name, "cuda", id=f"{name}-cuda", marks=NEEDS_CUDA)
+      for name in CUDA_NAMES),
+]  # fmt: skip
 
 
 def arguments(name: str, optional: bool, device: str) -> tuple[Any, ...]:
@@ -38,7 +44,7 @@ def _arguments(name: str, optional: bool) -> tuple[Any, ...]:
         return torch.randn(*shape, generator=g)
 
     params = ptk.RowParams(**oracle.random_params(g, B, V))
-    flat = name in ("sample", "combine")
+    flat = name in ("sample", "combine", "sample_hidden")
     shape = (B, V) if flat else (B, T, V)
     base = randn(*shape)
     pair = (randn(*shape).half(), randn(*shape).half()) if optional else (None, None)
@@ -48,6 +54,13 @@ def _arguments(name: str, optional: bool) -> tuple[Any, ...]:
         return (base, *pair, *params, bias, mask, V, 0, 5 * optional)
     if name == "combine":
         return (base, *pair, params.alpha, bias, mask, V)
+    if name == "sample_hidden":
+        first, expert, anti = integer_heads(30, B, V)
+        absent: Any = ptk.Head(None, None)  # type: ignore[arg-type]
+        anti = anti._replace(bias=torch.arange(float(V)), logit_scale=0.5, soft_cap=9.0)
+        others = (*expert, *anti) if optional else (*absent, *absent)
+        row = params_of(30, B, V)
+        return (*first, *others, *row, bias, mask, V, 0, 5 * optional)
     if name == "score":
         return (base, *pair, torch.zeros(B, T, dtype=torch.int64), params.alpha, V)
     # Drafts that are accepted, so that no output is NaN: opcheck takes that for a difference.
@@ -64,46 +77,31 @@ def _arguments(name: str, optional: bool) -> tuple[Any, ...]:
     return (base, *pair, drafts, draft_logits, *params, bias, mask, V, int(optional))
 
 
-def results(name: str, given: tuple[Any, ...]) -> dict[str, torch.Tensor]:
-    out = getattr(OPS, name)(*given)
-    out = out if isinstance(out, (tuple, list)) else (out,)
-    return dict(zip(OPERATORS[name].out_names, out, strict=True))
+def listed(out: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
 
-@on_device
-@pytest.mark.parametrize("optional", (False, True))
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, optional, device):
-    given = arguments(name, optional, device)
-    torch.library.opcheck(getattr(OPS, name).default, given)
-    outs = {n: torch.empty_like(t) for n, t in results(name, given).items()}
-    torch.library.opcheck(getattr(OPS, f"{name}_out").default, given, outs)
-
-
-@on_device
-@pytest.mark.parametrize("name", NAMES)
-def test_out_twins_write_the_same(name, device):
-    given = arguments(name, True, device)
-    plain = results(name, given)
-    outs = {n: torch.full_like(t, -7) for n, t in plain.items()}
-    assert getattr(OPS, f"{name}_out")(*given, **outs) is None
-    for n, t in plain.items():
-        assert torch.equal(oracle.bits(outs[n]), oracle.bits(t))
-
-
-@on_device
-@pytest.mark.parametrize("name", NAMES)
-def test_meta_shapes(name, device):
-    given = arguments(name, True, device)
+def assert_fakes(run: Any, given: tuple[Any, ...], wanted: Any) -> None:
+    """What a call on meta tensors gives has the shapes and dtypes of the results."""
     meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in given]
-    fake = getattr(OPS, name)(*meta)
-    fake = fake if isinstance(fake, (tuple, list)) else (fake,)
-    for f, t in zip(fake, results(name, given).values(), strict=True):
-        assert (f.shape, f.dtype, f.device.type) == (t.shape, t.dtype, "meta")
+    for fake, value in zip(listed(run(*meta)), wanted, strict=True):
+        assert (fake.shape, fake.dtype, fake.device.type) == (value.shape, value.dtype, "meta")
 
 
-CUDA_OPS = torch.ops.proxytune_cuda
-CUDA_NAMES = BY_NAME["cuda"].operators
+@pytest.mark.parametrize("optional", (False, True))
+@pytest.mark.parametrize(("operators", "name", "device"), CALLS)
+def test_opcheck_fakes_and_out_twin(operators, name, device, optional):
+    given = arguments(name, optional, device)
+    run, twin = (getattr(operators, n).default for n in (name, f"{name}_out"))
+    torch.library.opcheck(run, given)
+    results = listed(run(*given))
+    assert_fakes(run, given, results)
+    names = OPERATORS[name].out_names
+    outs = {n: torch.full_like(t, -7) for n, t in zip(names, results, strict=True)}
+    torch.library.opcheck(twin, given, outs)
+    assert twin(*given, **outs) is None
+    for written, value in zip(outs.values(), results, strict=True):
+        assert torch.equal(oracle.bits(written), oracle.bits(value))
 
 
 @pytest.mark.parametrize("name", [f"{name}{twin}" for name in CUDA_NAMES for twin in ("", "_out")])
@@ -114,43 +112,32 @@ def test_the_cuda_operators_are_defined_as_the_others(name):
 
 @pytest.mark.parametrize("optional", (False, True))
 @pytest.mark.parametrize("name", CUDA_NAMES)
-def test_meta_shapes_of_the_cuda_operators(name, optional):
+def test_fakes_of_the_cuda_operators(name, optional):
     given = arguments(name, optional, "cpu")
-    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in given]
-    fake, wanted = getattr(CUDA_OPS, name)(*meta), getattr(OPS, name)(*meta)
-    assert [(f.shape, f.dtype, f.device) for f in fake] == [
-        (w.shape, w.dtype, w.device) for w in wanted
-    ]
+    assert_fakes(getattr(CUDA_OPS, name), given, listed(getattr(OPS, name)(*given)))
 
 
-@NEEDS_CUDA
-@pytest.mark.parametrize("optional", (False, True))
-@pytest.mark.parametrize("name", CUDA_NAMES)
-def test_opcheck_of_the_cuda_operators(name, optional):
-    given = arguments(name, optional, "cuda")
-    run, twin = (getattr(CUDA_OPS, n).default for n in (name, f"{name}_out"))
-    torch.library.opcheck(run, given)
-    names = OPERATORS[name].out_names
-    outs = {n: torch.full_like(t, -7) for n, t in zip(names, run(*given), strict=True)}
-    torch.library.opcheck(twin, given, outs)
-    twin(*given, **outs)
-    for written, plain in zip(outs.values(), run(*given), strict=True):
-        assert torch.equal(oracle.bits(written), oracle.bits(plain))
-
-
-def _public(base, expert, anti, bias, params, ids):
-    """All four public operators, in one graph with operations of torch around them."""
+def _public(inputs, out):
+    """All public operators, in one graph with operations of torch around them."""
+    base, expert, anti, bias, params, ids, heads = inputs
     x = ptk.combine(base * 2, expert, anti, params.alpha)
     drawn = ptk.sample(base * 2, expert, anti, params, bias=bias)
-    listed = ptk.sample(base * 2, expert, anti, params, top_logprobs=3)
+    likely = ptk.sample(base * 2, expert, anti, params, top_logprobs=3)
     b, e, a = (torch.stack([t, t + 1, t], 1) for t in (base, expert, anti))
     scored = ptk.score(b, e, a, ids, params.alpha)
     coupled = ptk.verify(b, e, a, drawn.token_ids[:, None].expand(-1, 2).contiguous(), params)
     rejected = ptk.verify(
         b, e, a, ids[:, :2].contiguous(), params, mode="rejection", draft_logits=b[:, :2]
     )
-    assert drawn.top is None and listed.top is not None
-    return (x + 1, *drawn[:-1], *listed[:-1], *listed.top, scored, *coupled, *rejected)
+    first, second, third = heads
+    first = first._replace(hidden=first.hidden * 1)
+    hidden = ptk.sample_hidden(first, second, third, params, top_logprobs=2)
+    again = ptk.sample_hidden(first, second, third, temperature=3.0, seed=9, out=out)
+    assert drawn.top is None and likely.top is not None and hidden.top is not None
+    return (
+        *(x + 1, *drawn[:-1], *likely[:-1], *likely.top, scored, *coupled, *rejected),
+        *(*hidden[:-1], *hidden.top, again.logprobs + 1),
+    )
 
 
 # torch's own, at the import of its compiler
@@ -163,9 +150,13 @@ def test_compile_fullgraph(compiler, device):
     params = ptk.RowParams(**oracle.random_params(g, B, V))
     ids = torch.randint(V, (B, 3), generator=g)
     compiled = torch.compile(_public, fullgraph=True, backend=compiler)
-    inputs = move((base, expert, anti, bias, params, ids), device)
-    for a, b in zip(compiled(*inputs), _public(*inputs), strict=True):
+    inputs = move((base, expert, anti, bias, params, ids, integer_heads(31, B, V)), device)
+    out = ptk.sample_hidden(*inputs[-1], temperature=3.0, seed=9)
+    written = oracle.each(lambda t: torch.full_like(t, -7), out)
+    wanted = _public(inputs, oracle.each(torch.clone, out))
+    for a, b in zip(compiled(inputs, written), wanted, strict=True):
         assert torch.equal(oracle.bits(a), oracle.bits(b))
+    oracle.assert_same(written, out)
 
 
 @on_device
@@ -195,6 +186,7 @@ def test_out_is_written_and_returned(backend):
 
     calls: list[Any] = [
         (backend.sample, (*rows[:3], params)),
+        (functools.partial(backend.sample, top_logprobs=6), (*rows[:3], params)),
         (backend.combine, (*rows[:3], params.alpha)),
         (backend.score, (*stacked, ids, few.alpha)),
         (backend.verify, (*stacked, ids[:, 1:], few)),
@@ -204,6 +196,10 @@ def test_out_is_written_and_returned(backend):
         out = oracle.each(lambda t: torch.full_like(t, -7), plain)
         assert op(*args, out=out) is out
         oracle.assert_same(out, plain)
+        if getattr(out, "top", None) is not None:  # without top_logprobs it is left alone
+            out.top.token_ids.fill_(-7)
+            assert backend.sample(*args, out=out) is out
+            assert (out.top.token_ids == -7).all()
 
 
 def test_results_share_no_memory_between_calls(backend):

@@ -150,26 +150,6 @@ def test_roles_of_different_dtypes(backend):
         oracle.assert_same(out, wide)
 
 
-def test_alpha_identities(backend):
-    """alpha 0 gives the base; expert = anti gives the base; base = anti with alpha 1 the expert."""
-    g = torch.Generator().manual_seed(62)
-    batch = sized(backend, 64, 8)
-    # Quarters: base + (expert - base) is then exact.
-    base, expert, anti = ((torch.randn(batch, 200, generator=g) * 8).round() / 4 for _ in range(3))
-    params = ptk.RowParams(**oracle.random_params(g, batch, 200))
-
-    def draws(*roles, alpha):
-        out = backend.sample(*roles, params=params._replace(alpha=torch.full((batch,), alpha)))
-        return [oracle.bits(t).tolist() for t in oracle.tensors(out).values()]
-
-    plain = draws(base, alpha=1.0)
-    assert draws(base, expert, anti, alpha=0.0) == plain
-    assert draws(base, expert, anti, alpha=-0.0) == plain
-    assert draws(base, expert, expert, alpha=1.7) == plain
-    assert draws(anti, expert, anti, alpha=1.0) == draws(expert, alpha=1.0)
-    assert draws(base, expert, anti, alpha=1.0) != plain
-
-
 def test_alpha_0_does_not_look_at_expert_and_anti(backend):
     base = torch.randn(4, 50, generator=torch.Generator().manual_seed(63))
     plain = backend.sample(base)

@@ -5,6 +5,7 @@ Small integers make every product and sum of a head exact in fp32, in any order:
 contract, and the result must be ``sample``'s bit for bit.
 """
 
+# ruff: noqa: E501 (a table: one case a line)
 from __future__ import annotations
 
 import re
@@ -17,14 +18,7 @@ from torch import Tensor
 import proxytune_kernels as ptk
 from proxytune_kernels.ops.backends import cpu
 from tests.ops import oracle
-from tests.ops.conftest import (
-    BACKENDS,
-    KERNELS,
-    WIDEST,
-    Backend,
-    move,
-    sized,
-)
+from tests.ops.conftest import BACKENDS, KERNELS, WIDEST, Backend, move, sized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (72, 40, 33)  # hidden sizes of the three roles: not multiples of a block, and an odd one
@@ -367,107 +361,27 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "not a head": ({"base": GOOD.hidden}, TypeError, "base must be a Head, got Tensor"),
     "half a pair": ({"anti": None}, ValueError, "anti must be given with the other of the pair"),
     "other half": ({"expert": None}, ValueError, "expert must be given with the other of"),
-    "no tensor": (
-        {"expert": GOOD._replace(weight=NOTHING)},
-        TypeError,
-        "expert.weight must be a tensor, got NoneType",
-    ),
-    "dimensions": (
-        {"base": GOOD._replace(hidden=torch.zeros(4))},
-        ValueError,
-        "base.hidden must have shape [B, H], got [4]",
-    ),
-    "dtype": (
-        {"base": GOOD._replace(hidden=torch.zeros(2, 4).double())},
-        ValueError,
-        "base.hidden must be float32, bfloat16 or float16, got torch.float64",
-    ),
-    "two dtypes": (
-        {"anti": GOOD._replace(weight=torch.zeros(9, 4).half())},
-        ValueError,
-        "anti.weight must be torch.float32 of shape ['V', 4] like anti.hidden, got torch.float16",
-    ),
-    "hidden size": (
-        {"expert": GOOD._replace(weight=torch.zeros(9, 5))},
-        ValueError,
-        "expert.weight must be torch.float32 of shape ['V', 4] like expert.hidden",
-    ),
-    "columns": (
-        {"base": GOOD._replace(weight=torch.zeros(4, 9).T)},
-        ValueError,
-        "base.weight must be contiguous in its last dimension, got stride 9",
-    ),
-    "batch": (
-        {"expert": GOOD._replace(hidden=torch.zeros(3, 4))},
-        ValueError,
-        "expert.hidden must have shape [2, 'H'] like base.hidden, got [3, 4]",
-    ),
-    "device": (
-        {"expert": GOOD._replace(hidden=META)},
-        ValueError,
-        "expert.weight must be on meta like base, got cpu",
-    ),
-    "bias": (
-        {"base": GOOD._replace(bias=torch.zeros(8))},
-        ValueError,
-        "base.bias must be float32, bfloat16 or float16 of shape [9], got torch.float32 of shape",
-    ),
-    "bias stride": (
-        {"base": GOOD._replace(bias=torch.zeros(18)[::2])},
-        ValueError,
-        "base.bias must be contiguous, got stride 2",
-    ),
-    "cap": (
-        {"anti": GOOD._replace(soft_cap=0.0)},
-        ValueError,
-        "anti.soft_cap must be a positive finite number or None, got 0.0",
-    ),
-    "scale": (
-        {"base": GOOD._replace(logit_scale=torch.inf)},
-        ValueError,
-        "base.logit_scale must be a finite number or None, got inf",
-    ),
-    "vocab_size": (
-        {"vocab_size": 10},
-        ValueError,
-        "vocab_size must be at most the narrowest role's width 9, got 10",
-    ),
-    "top_logprobs": (
-        {"top_logprobs": 129},
-        ValueError,
-        "top_logprobs must be in [0, 128], got 129",
-    ),
-    "noise stream": (
-        {"noise_stream": "main"},
-        ValueError,
-        "noise_stream must be one of ['sample', 'draft'",
-    ),
-    "params": (
-        {"params": [ptk.SamplingParams(seed=1)]},
-        ValueError,
-        "params must have one entry per row (2), got 1",
-    ),
-    "both": (
-        {"params": ptk.RowParams.make(2), "alpha": 1.0},
-        TypeError,
-        "give params or single parameters, not both; got params and ['alpha']",
-    ),
-    "rows": (
-        {"params": ptk.RowParams.make(3)},
-        ValueError,
-        "params.alpha must be torch.float32 of shape [2], got torch.float32 of shape [3]",
-    ),
-    "constraint": (
-        {"bias": torch.zeros(2, 8)},
-        ValueError,
-        "bias must be torch.float32 of shape [2, 9]",
-    ),
-    "out": (
-        {"out": ptk.sample(torch.zeros(3, 9))},
-        ValueError,
-        "out.token_ids must be contiguous torch.int64 of shape [2], got torch.int64 of shape [3]",
-    ),
-}
+    "no tensor": ({"expert": GOOD._replace(weight=NOTHING)}, TypeError, "expert.weight must be a tensor, got NoneType"),
+    "dimensions": ({"base": GOOD._replace(hidden=torch.zeros(4))}, ValueError, "base.hidden must have shape [B, H], got [4]"),
+    "dtype": ({"base": GOOD._replace(hidden=torch.zeros(2, 4).double())}, ValueError, "base.hidden must be float32, bfloat16 or float16, got torch.float64"),
+    "two dtypes": ({"anti": GOOD._replace(weight=torch.zeros(9, 4).half())}, ValueError, "anti.weight must be torch.float32 of shape ['V', 4] like anti.hidden, got torch.float16"),
+    "hidden size": ({"expert": GOOD._replace(weight=torch.zeros(9, 5))}, ValueError, "expert.weight must be torch.float32 of shape ['V', 4] like expert.hidden"),
+    "columns": ({"base": GOOD._replace(weight=torch.zeros(4, 9).T)}, ValueError, "base.weight must be contiguous in its last dimension, got stride 9"),
+    "batch": ({"expert": GOOD._replace(hidden=torch.zeros(3, 4))}, ValueError, "expert.hidden must have shape [2, 'H'] like base.hidden, got [3, 4]"),
+    "device": ({"expert": GOOD._replace(hidden=META)}, ValueError, "expert.weight must be on meta like base, got cpu"),
+    "bias": ({"base": GOOD._replace(bias=torch.zeros(8))}, ValueError, "base.bias must be float32, bfloat16 or float16 of shape [9], got torch.float32 of shape"),
+    "bias stride": ({"base": GOOD._replace(bias=torch.zeros(18)[::2])}, ValueError, "base.bias must be contiguous, got stride 2"),
+    "cap": ({"anti": GOOD._replace(soft_cap=0.0)}, ValueError, "anti.soft_cap must be a positive finite number or None, got 0.0"),
+    "scale": ({"base": GOOD._replace(logit_scale=torch.inf)}, ValueError, "base.logit_scale must be a finite number or None, got inf"),
+    "vocab_size": ({"vocab_size": 10}, ValueError, "vocab_size must be at most the narrowest role's width 9, got 10"),
+    "top_logprobs": ({"top_logprobs": 129}, ValueError, "top_logprobs must be in [0, 128], got 129"),
+    "noise stream": ({"noise_stream": "main"}, ValueError, "noise_stream must be one of ['sample', 'draft'"),
+    "params": ({"params": [ptk.SamplingParams(seed=1)]}, ValueError, "params must have one entry per row (2), got 1"),
+    "both": ({"params": ptk.RowParams.make(2), "alpha": 1.0}, TypeError, "give params or single parameters, not both; got params and ['alpha']"),
+    "rows": ({"params": ptk.RowParams.make(3)}, ValueError, "params.alpha must be torch.float32 of shape [2], got torch.float32 of shape [3]"),
+    "constraint": ({"bias": torch.zeros(2, 8)}, ValueError, "bias must be torch.float32 of shape [2, 9]"),
+    "out": ({"out": ptk.sample(torch.zeros(3, 9))}, ValueError, "out.token_ids must be contiguous torch.int64 of shape [2], got torch.int64 of shape [3]"),
+}  # fmt: skip
 
 
 @backends
@@ -481,65 +395,3 @@ def test_errors(backend, name):
 
 def move_all(given: dict[str, Any], device: str) -> dict[str, Any]:
     return {name: move(value, device) for name, value in given.items()}
-
-
-# Triton's interpreter runs on tensors of the CPU, for which torch calls the CPU's operator.
-on_device = pytest.mark.parametrize(
-    "device",
-    [pytest.param(k.device, id=k.name) for k in WIDEST if not k.interpreted and k.name != "cuda"],
-)
-OPS = torch.ops.proxytune
-
-
-def arguments(optional: bool, number: int, device: str) -> tuple[Any, ...]:
-    """Of the operator, flat; ``optional``: with all of those that may be absent."""
-    heads = integer_heads(30, 3, 70)
-    absent = ptk.Head(NOTHING, NOTHING)
-    base, expert, anti = heads if optional else (heads[0], absent, absent)
-    bias = mask = None
-    if optional:
-        anti = anti._replace(bias=torch.arange(70.0), logit_scale=0.5, soft_cap=9.0)
-        bias, mask = torch.arange(210.0).view(3, 70), torch.full((3, 3), -1, dtype=torch.int32)
-    flat = (*base, *expert, *anti, *params_of(30, 3, 70), bias, mask, 70, 0, number)
-    return move(flat, device)
-
-
-@on_device
-@pytest.mark.parametrize("number", (0, 5))
-@pytest.mark.parametrize("optional", (False, True))
-def test_opcheck_and_out_twin(optional, number, device):
-    given = arguments(optional, number, device)
-    torch.library.opcheck(OPS.sample_hidden.default, given)
-    results = OPS.sample_hidden(*given)
-    schema = OPS.sample_hidden_out.default._schema
-    names = [a.name for a in schema.arguments if a.kwarg_only]
-    outs = {n: torch.full_like(t, -7) for n, t in zip(names, results, strict=True)}
-    torch.library.opcheck(OPS.sample_hidden_out.default, given, outs)
-    assert OPS.sample_hidden_out(*given, **outs) is None
-    for written, value in zip(outs.values(), results, strict=True):
-        assert torch.equal(oracle.bits(written), oracle.bits(value))
-    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in given]
-    for fake, value in zip(OPS.sample_hidden(*meta), results, strict=True):
-        assert (fake.shape, fake.dtype) == (value.shape, value.dtype)
-
-
-# torch's own, at the import of its compiler
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@on_device
-@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
-def test_compile_fullgraph(compiler, device):
-    heads, params = move((integer_heads(31, 3, 90), params_of(31, 3, 90)), device)
-
-    def step(hidden, out):
-        base, expert, anti = heads[0]._replace(hidden=hidden * 1), heads[1], heads[2]
-        drawn: Any = ptk.sample_hidden(base, expert, anti, params, top_logprobs=2)
-        again = ptk.sample_hidden(base, expert, anti, temperature=3.0, seed=9, out=out)
-        return (drawn.token_ids + 1, *drawn[1:-1], *drawn.top, again.logprobs + 1)
-
-    out = ptk.sample_hidden(*heads, temperature=3.0, seed=9)
-    wanted = step(heads[0].hidden, oracle.each(torch.clone, out))
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    written = oracle.each(lambda t: torch.full_like(t, -7), out)
-    for a, b in zip(compiled(heads[0].hidden, written), wanted, strict=True):
-        assert torch.equal(oracle.bits(a), oracle.bits(b))
-    oracle.assert_same(written, out)

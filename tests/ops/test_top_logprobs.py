@@ -10,7 +10,7 @@ import torch
 
 import proxytune_kernels as ptk
 from tests.ops import oracle
-from tests.ops.conftest import KERNELS, on_threads, registered, sized
+from tests.ops.conftest import registered, sized
 
 INF = torch.inf
 MOST = 128
@@ -56,15 +56,15 @@ def draw(backend: Any, rows: oracle.Rows, n: int, index: Any = slice(None), **kw
     return backend.sample(*roles, params, vocab_size=rows.vocab_size, top_logprobs=n, **kwargs)
 
 
-def at(out: Any, index: Any) -> Any:
-    return oracle.each(lambda t: t[index], out)
-
-
 @pytest.mark.parametrize("vocab_size", (1, 5, 127, 128, 129, 1000, 2085))
-@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
-def test_tokens_are_the_sorts(backend, dtype, vocab_size):
-    """Whatever the filters keep; a third of the rows has ties, a third -inf tokens."""
-    batch, numbers = sized(backend, (60, (1, 2, 20, MOST)), (4, (2, MOST)))
+def test_tokens_are_the_sorts(backend, vocab_size):
+    """Whatever the filters keep; a third of the rows has ties, a third -inf tokens.
+
+    A dtype is what a role is read as, whatever the width: each of them at two widths or three.
+    """
+    few = (2,) if vocab_size % 2 else (MOST,)
+    batch, numbers = sized(backend, (60, (1, 2, 20, MOST)), (3, few))
+    dtype = oracle.DTYPES[vocab_size % 3]
     rows = oracle.random_rows(300 + vocab_size, batch, vocab_size, dtype)
     for n in numbers:
         check(draw(backend, rows, n), rows.x, n, backend.tile_error)
@@ -81,7 +81,7 @@ def test_the_rows_above_have_ties_at_the_cut_and_too_few_tokens():
 @pytest.mark.parametrize("spread", (1e-3, 1.0, 6.0))
 def test_wide_rows(kernel, vocab_size, spread):
     """Flat to peaked, and one with thousands of ties: where a kernel can't sort what is left."""
-    vocab_size = sized(kernel, vocab_size, vocab_size // 24)
+    vocab_size = sized(kernel, vocab_size, vocab_size // 36)
     g = torch.Generator().manual_seed(vocab_size)
     row = torch.randn(1, vocab_size, generator=g) * spread
     base = torch.cat([row, (row * 2).round() / 2, (row > 2 * spread).float()])
@@ -151,23 +151,15 @@ def test_bias_and_mask(backend, vocab_size):
     check(out, np.where(allowed, x, -np.inf), 9, backend.tile_error)
 
 
-def test_one_is_the_greedy_token(backend):
-    rows = oracle.random_rows(7, sized(backend, 200, 30), 150)
-    rows.params["temperature"].zero_()
-    out = draw(backend, rows, 1)
-    assert torch.equal(out.top.token_ids[:, 0], out.token_ids)
-    assert torch.equal(out.top.logprobs[:, 0], out.raw_logprobs)
-
-
 def test_the_rest_of_the_output_does_not_change(backend):
-    rows = oracle.random_rows(8, sized(backend, 100, 6), 700)
+    rows = oracle.random_rows(8, sized(backend, 100, 3), 700)
     out = draw(backend, rows, 12)
     oracle.assert_same(out._replace(top=None), draw(backend, rows, 0))
 
 
 @registered
 def test_logprobs_are_the_bits_of_raw_logprobs_and_score(backend):
-    batch = sized(backend, 100, 8)
+    batch = sized(backend, 100, 5)
     rows = oracle.random_rows(9, batch, 700)
     out = draw(backend, rows, 30)
     drawn = out.top.token_ids == out.token_ids[:, None]
@@ -180,58 +172,16 @@ def test_logprobs_are_the_bits_of_raw_logprobs_and_score(backend):
 
 
 @pytest.mark.parametrize("vocab_size", (5, 300, 2048))
-def test_the_same_bits_in_any_batch_for_any_n(backend, vocab_size):
-    batch = sized(backend, 48, 3)
-    rows = oracle.random_rows(vocab_size, batch, vocab_size, torch.bfloat16)
-    whole = draw(backend, rows, MOST)
-    order = torch.randperm(batch, generator=torch.Generator().manual_seed(1))
-    for index in (order, slice(17, 24), slice(batch - 1, batch), slice(0, 0)):
-        part = draw(backend, rows, MOST, index)
-        oracle.assert_same(part, at(whole, index))
+def test_fewer_are_the_first_of_more(backend, vocab_size):
+    rows = oracle.random_rows(vocab_size, sized(backend, 48, 2), vocab_size, torch.bfloat16)
+    whole = draw(backend, rows, MOST).top
     for n in sized(backend, (1, 3, 40, 127), (3, 40)):
-        oracle.assert_same(draw(backend, rows, n).top, at(whole.top, (slice(None), slice(n))))
+        few = ptk.TopLogprobs(whole.token_ids[:, :n], whole.logprobs[:, :n])
+        oracle.assert_same(draw(backend, rows, n).top, few)
 
 
-@on_threads
-def test_the_same_bits_with_any_number_of_threads(backend):
-    rows = oracle.random_rows(10, 2, 17_000)
-    torch.set_num_threads(1)
-    alone = draw(backend, rows, 50)
-    torch.set_num_threads(3)
-    oracle.assert_same(alone, draw(backend, rows, 50))
-
-
-@pytest.mark.skipif(sum(k.name == "cpu" for k in KERNELS) < 2, reason="one instruction set here")
-def test_instruction_sets_agree():
-    """Peaked, flat, two values, one value: every path of the selection."""
-    noise = torch.randn(70_000, generator=torch.Generator().manual_seed(8))
-    base = torch.stack([noise * 4, noise * 1e-3, (noise > 1).float(), noise * 0])
-    outs = []
-    for backend in (k for k in KERNELS if k.name == "cpu"):
-        backend.use()
-        outs.append([backend.sample(base, top_logprobs=n) for n in (1, 33, MOST)])
-    for other in outs[1:]:
-        for a, b in zip(outs[0], other, strict=True):
-            oracle.assert_same(a, b)
-
-
-def test_out(backend):
-    """Written and returned; without top_logprobs ``out.top`` is left alone."""
-    rows = oracle.random_rows(11, 20, 90)
-    plain = draw(backend, rows, 6)
-    out = oracle.each(lambda t: torch.full_like(t, -7), plain)
-    assert draw(backend, rows, 6, out=out) is out
-    oracle.assert_same(out, plain)
-    out.top.token_ids.fill_(-7)
-    assert draw(backend, rows, 0, out=out) is out
-    assert (out.top.token_ids == -7).all()
-
-
-def test_no_rows(backend):
+def test_no_rows_and_off(backend):
     top = backend.sample(torch.zeros(0, 7), top_logprobs=9).top
     assert (top.token_ids.shape, top.logprobs.shape) == ((0, 9), (0, 9))
-
-
-def test_off_gives_none(backend):
     assert backend.sample(torch.zeros(1, 7)).top is None
     assert backend.sample(torch.zeros(1, 7), top_logprobs=0).top is None

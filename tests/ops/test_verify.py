@@ -38,11 +38,10 @@ def plain(backend, roles, params, **kwargs):
     return ptk.SampleOutput._make([*(torch.stack(column, 1) for column in columns), None])
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("k", "vocab_size"), [(0, 9), (1, 1), (3, 20), (4, 300), (7, 2)])
-def test_coupled_is_plain_decoding(backend, k, vocab_size, dtype):
+def test_coupled_is_plain_decoding(backend, k, vocab_size):
     """Token for token, logprob for logprob, whatever the drafts: right, wrong, missing, absurd."""
-    batch = sized(backend, 60, 4)
+    batch, dtype = sized(backend, 60, 3), oracle.DTYPES[k % 3]
     roles, params = block(70 + k, batch, k, vocab_size, dtype)
     wanted = plain(backend, roles, params)
     tokens, status = wanted.token_ids, wanted.status
@@ -79,13 +78,13 @@ def test_coupled_never_accepts_a_missing_draft_of_an_empty_row(backend):
 @pytest.mark.parametrize("k", (1, 4))
 def test_is_the_references(kernel, mode, k):
     """Token for token but where fp32 scores tie (see test_sample): not in these rows."""
-    batch = sized(kernel, 400, 12)
+    batch = sized(kernel, 400, 6)
     roles, params = block(80 + k, batch, k, 50)
-    g = torch.Generator().manual_seed(81)
+    g, stream = torch.Generator().manual_seed(81), "sample" if mode == "coupled" else "draft"
     draft_logits = roles[0][:, :k] + 0.5 * torch.randn(batch, k, 50, generator=g)
     steps = [params._replace(position=params.position + j) for j in range(k)]
     drawn = [
-        kernel.sample(draft_logits[:, j], params=p, noise_stream="draft")
+        kernel.sample(draft_logits[:, j], params=p, noise_stream=stream)
         for j, p in enumerate(steps)
     ]
     drafts = torch.stack([d.token_ids for d in drawn], 1)
@@ -270,7 +269,7 @@ def test_acceptance_does_not_reuse_the_draft_noise(fast):
 
 
 def test_greedy_rejection_is_argmax_equality(backend):
-    batch = sized(backend, 120, 12)
+    batch = sized(backend, 120, 8)
     roles, params = block(91, batch, 3, 30)
     params = params._replace(temperature=torch.zeros(batch))
     x = oracle.combined(roles[0], roles[1], roles[2], params.alpha)
@@ -297,18 +296,19 @@ def test_drafts_outside_a_kept_set(backend):
     draws = sized(backend, 300, 32)  # the less likely token has 0.26: missed in 32 with 6e-5
     x = torch.tensor([3.0, 2.0, 1.0, 0.0]).expand(draws, 2, -1)
     apart = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(draws, 1, -1)  # keeps 2 and 3
-    drafts = torch.full((draws, 1), 2)
-    for bad in (2, 3, 4, 10**12):
+    for bad, some in ((2, draws), *((bad, sized(backend, draws, 3)) for bad in (3, 4, 10**12))):
         out = backend.verify(
-            x, None, None, torch.full_like(drafts, bad), mode="rejection", draft_logits=apart,
-            top_k=2, position=torch.arange(draws) * 2,
+            x[:some], None, None, torch.full((some, 1), bad), mode="rejection",
+            draft_logits=apart[:some], top_k=2, position=torch.arange(some) * 2,
         )  # fmt: skip
-        assert not out.num_accepted.any() and set(out.token_ids[:, 0].tolist()) == {0, 1}
+        tokens = set(out.token_ids[:, 0].tolist())
+        assert not out.num_accepted.any()
+        assert tokens == {0, 1} or (some < draws and tokens < {0, 1})
         assert out.token_ids[:, 1].eq(-1).all()
     # A draft that the drafter's own kept set lacks has probability 0 there: target / 0, accepted.
     out = backend.verify(
-        x, None, None, torch.zeros_like(drafts), mode="rejection",
-        draft_logits=torch.tensor([0.0, 0.0, 5.0, 6.0]).expand(draws, 1, -1), top_k=2,
+        x[:3], None, None, torch.zeros(3, 1, dtype=torch.int64), mode="rejection",
+        draft_logits=torch.tensor([0.0, 0.0, 5.0, 6.0]).expand(3, 1, -1), top_k=2,
     )  # fmt: skip
     assert out.num_accepted.eq(1).all()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def storages(*models: Any) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @torch.no_grad()
-def test_the_expert_is_pefts_and_its_weights_are_the_antis(adapter: Path, dtype: str) -> None:
+def test_the_expert_is_pefts_and_its_weights_are_the_antis(adapter, dtype):
     trio = load(adapter, dtype=dtype)
     wanted = peft.PeftModel.from_pretrained(open_anti(dtype), adapter).eval()
     assert torch.equal(trio.expert(IDS).logits, wanted(IDS).logits)
@@ -90,9 +90,7 @@ def test_the_expert_is_pefts_and_its_weights_are_the_antis(adapter: Path, dtype:
     assert not trio.expert.training
 
 
-def test_the_decoder_gives_the_greedy_tokens(
-    adapter: Path, plain_greedy: Callable[..., list[int]]
-) -> None:
+def test_the_decoder_gives_the_greedy_tokens(adapter, plain_greedy):
     trio = load(adapter)
     params = ptk.SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     [output] = ptk.Decoder(trio).generate([PROMPT], params)
@@ -106,9 +104,7 @@ def test_the_decoder_gives_the_greedy_tokens(
     assert output.token_ids == plain_greedy(merged, PROMPT, 16)
 
 
-def test_merging_is_the_default_and_a_trio_file_may_say_otherwise(
-    adapter: Path, tmp_path: Path
-) -> None:
+def test_merging_is_the_default_and_a_trio_file_may_say_otherwise(adapter, tmp_path):
     def kept(trio: Any) -> int:
         return trio.info()["roles"]["expert"]["adapter_parameters"]
 
@@ -123,7 +119,7 @@ def test_merging_is_the_default_and_a_trio_file_may_say_otherwise(
     assert kept(load_trio(tmp_path, merge_adapter=True)) == 0
 
 
-def test_equal_weights_under_another_name_will_do(broken: Path, tmp_path: Path) -> None:
+def test_equal_weights_under_another_name_will_do(broken, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(SHIPPED / "anti", other)
     edit(broken / "adapter_config.json", base_model_name_or_path="../other")
@@ -136,7 +132,7 @@ def test_equal_weights_under_another_name_will_do(broken: Path, tmp_path: Path) 
         load(broken)
 
 
-def test_an_adapter_for_another_model_is_refused(broken: Path) -> None:
+def test_an_adapter_for_another_model_is_refused(broken):
     edit(broken / "adapter_config.json", base_model_name_or_path=str(SHIPPED / "base"))
     with pytest.raises(LoadError, match=r"anti must be the model that expert's adapter names"):
         load(broken)
@@ -152,7 +148,7 @@ def test_an_adapter_for_another_model_is_refused(broken: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # else pytest's would do
 @pytest.mark.parametrize("merge_adapter", [False, True])
-def test_an_adapter_that_lacks_weights_is_refused(broken: Path, merge_adapter: bool) -> None:
+def test_an_adapter_that_lacks_weights_is_refused(broken, merge_adapter):
     file = broken / "adapter_model.safetensors"
     weights = load_file(file)
     removed = min(weights)
@@ -161,7 +157,7 @@ def test_an_adapter_that_lacks_weights_is_refused(broken: Path, merge_adapter: b
         load(broken, merge_adapter=merge_adapter)
 
 
-def test_an_adapter_with_other_weights_is_refused(broken: Path) -> None:
+def test_an_adapter_with_other_weights_is_refused(broken):
     file = broken / "adapter_model.safetensors"
     weights = load_file(file)
     key = min(weights)
@@ -175,14 +171,14 @@ def test_an_adapter_with_other_weights_is_refused(broken: Path) -> None:
         load(broken)
 
 
-def test_an_adapter_that_sets_the_models_weights_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_that_sets_the_models_weights_is_refused(tmp_path):
     # PiSSA starts from the largest singular values, and takes them off the weights.
     directory = make_adapter(tmp_path / "expert", SHIPPED / "anti", init_lora_weights="pissa")
     with pytest.raises(LoadError, match=r"leaves the model's own weights as they are, .*merge it"):
         load(directory)
 
 
-def test_an_adapter_that_is_not_lora_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_lora_is_refused(tmp_path):
     config = peft.LoHaConfig(r=2, target_modules=["q_proj"])
     peft.get_peft_model(open_anti(), config).save_pretrained(tmp_path)
     edit(tmp_path / "adapter_config.json", base_model_name_or_path=str(SHIPPED / "anti"))
@@ -199,16 +195,14 @@ def test_an_adapter_that_is_not_lora_is_refused(tmp_path: Path) -> None:
         ({"device_map": {"expert": "auto"}}, "device of expert must be that of anti"),
     ],
 )
-def test_what_is_said_of_the_expert_must_be_said_of_the_anti(
-    adapter: Path, options: dict[str, Any], message: str
-) -> None:
+def test_what_is_said_of_the_expert_must_be_said_of_the_anti(adapter, options, message):
     arguments: dict[str, Any] = {"expert": adapter, "merge_adapter": False, **options}
     with pytest.raises(LoadError, match=message):
         load_trio("shipped", **arguments)
 
 
 @pytest.mark.parametrize("merge_adapter", [False, True])
-def test_offloaded_weights_take_no_adapter(adapter: Path, merge_adapter: bool) -> None:
+def test_offloaded_weights_take_no_adapter(adapter, merge_adapter):
     places = {"model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     offloaded = {**places, "model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     maps = {"expert": offloaded, "anti": offloaded}
@@ -217,7 +211,7 @@ def test_offloaded_weights_take_no_adapter(adapter: Path, merge_adapter: bool) -
 
 
 @torch.no_grad()
-def test_a_merged_expert_may_have_a_device_map(adapter: Path) -> None:
+def test_a_merged_expert_may_have_a_device_map(adapter):
     plain = load(adapter, merge_adapter=True)
     placed = load(adapter, merge_adapter=True, device_map={"": "cpu"})
     assert torch.equal(placed.expert(IDS).logits, plain.expert(IDS).logits)
@@ -225,7 +219,7 @@ def test_a_merged_expert_may_have_a_device_map(adapter: Path) -> None:
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @torch.no_grad()
-def test_the_adapter_stands_beside_quantised_weights(quantization: str, tmp_path: Path) -> None:
+def test_the_adapter_stands_beside_quantised_weights(quantization, tmp_path):
     pytest.importorskip("torchao")
     # The shipped pair is too narrow for int4: an anti of the base's shape instead.
     make_adapter(tmp_path, SHIPPED / "base")
@@ -242,9 +236,7 @@ def test_the_adapter_stands_beside_quantised_weights(quantization: str, tmp_path
     assert torch.equal(trio.expert(IDS).logits, wanted(IDS).logits)
 
 
-def test_a_quantised_pair_decodes_alike(
-    adapter: Path, plain_greedy: Callable[..., list[int]]
-) -> None:
+def test_a_quantised_pair_decodes_alike(adapter, plain_greedy):
     pytest.importorskip("torchao")
     trio = load(adapter, quantize="int8")
     params = ptk.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -264,7 +256,7 @@ def peft_expert(adapter: Path) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def test_a_peft_model_is_taken_as_the_model_in_it(peft_expert: Any, adapter: Path) -> None:
+def test_a_peft_model_is_taken_as_the_model_in_it(peft_expert, adapter):
     shipped = load_trio("shipped")
     before = {name: tensor for name, tensor in peft_expert.named_parameters()}
     trio = Trio.from_models(shipped.base, peft_expert, shipped.anti, shipped.tokenizer)
@@ -280,7 +272,7 @@ def test_a_peft_model_is_taken_as_the_model_in_it(peft_expert: Any, adapter: Pat
     assert {t.dtype for name, t in before.items() if ".lora_" in name} == {torch.float32}
 
 
-def test_a_peft_model_without_a_lora_adapter_is_refused() -> None:
+def test_a_peft_model_without_a_lora_adapter_is_refused():
     shipped = load_trio("shipped")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     expert = peft.get_peft_model(open_anti("bfloat16"), config)
@@ -288,14 +280,14 @@ def test_a_peft_model_without_a_lora_adapter_is_refused() -> None:
         Trio.from_models(shipped.base, expert, shipped.anti, shipped.tokenizer)
 
 
-def test_an_anti_with_the_adapter_in_it_is_refused(peft_expert: Any) -> None:
+def test_an_anti_with_the_adapter_in_it_is_refused(peft_expert):
     shipped = load_trio("shipped")
     inner = peft_expert.get_base_model()
     with pytest.raises(ValueError, match="anti must be the model without the adapter, got one"):
         Trio.from_models(shipped.base, peft_expert, inner, shipped.tokenizer)
 
 
-def test_an_adapter_with_biases_for_the_model_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_with_biases_for_the_model_is_refused(tmp_path):
     model, other = (tiny_llama(0, 16, 1, attention_bias=True).float() for _ in range(2))
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all")
     peft.get_peft_model(other, config).save_pretrained(tmp_path)

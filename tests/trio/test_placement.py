@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,7 +36,7 @@ def load(**options: Any) -> Any:
     ids=str,
 )
 @torch.no_grad()
-def test_on_one_device_it_is_the_model(device_map: Any) -> None:
+def test_on_one_device_it_is_the_model(device_map):
     placed, plain = load(device_map=device_map), load()
     for role, model in placed.models.items():
         assert torch.equal(model(IDS).logits, plain.models[role](IDS).logits)
@@ -48,9 +47,7 @@ def test_on_one_device_it_is_the_model(device_map: Any) -> None:
 @pytest.mark.parametrize(
     "device_map", [EMBEDDING_IN_MEMORY, EMBEDDING_ON_DISK], ids=["layers", "embedding-too"]
 )
-def test_offloaded_layers_decode_alike(
-    device_map: dict[str, str], plain_greedy: Callable[..., list[int]]
-) -> None:
+def test_offloaded_layers_decode_alike(device_map, plain_greedy):
     trio = load(device_map={"base": device_map})
     offloaded = {name for name, p in trio.base.named_parameters() if p.device.type == "meta"}
     assert any(name.startswith("model.layers.1.") for name in offloaded)
@@ -63,13 +60,13 @@ def test_offloaded_layers_decode_alike(
     assert [output.token_ids for output in outputs] == [wanted, wanted]
 
 
-def test_offloaded_layers_are_not_compiled() -> None:
+def test_offloaded_layers_are_not_compiled():
     trio = load(device_map={"base": EMBEDDING_IN_MEMORY}, device="cpu")
     with pytest.raises(ValueError, match=r"compile must be False where .* as those of base are"):
         ptk.Decoder(trio, compile=True)
 
 
-def test_a_device_is_for_the_roles_without_a_map() -> None:
+def test_a_device_is_for_the_roles_without_a_map():
     trio = load(device={"expert": "cpu", "anti": "cpu"}, device_map={"base": EMBEDDING_IN_MEMORY})
     places = [role["device"] for role in trio.info()["roles"].values()]
     assert places == ["cpu, offloaded to disk", "cpu", "cpu"]
@@ -96,24 +93,24 @@ def test_a_device_is_for_the_roles_without_a_map() -> None:
         ),
     ],
 )
-def test_bad_device_maps(options: dict[str, Any], message: str) -> None:
+def test_bad_device_maps(options, message):
     with pytest.raises(ValueError, match=message):
         load(**options)
 
 
-def test_accelerate_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
     with pytest.raises(LoadError, match="device_map of base needs accelerate: pip install accel"):
         load(device_map="auto")
 
 
-def test_offloaded_weights_are_not_quantised() -> None:
+def test_offloaded_weights_are_not_quantised():
     with pytest.raises(LoadError, match=r"quantize of base: .*in memory, got model.layers.1.*"):
         load(device_map={"base": EMBEDDING_IN_MEMORY}, quantize="int8")
 
 
 @torch.no_grad()
-def test_the_hooks_of_a_sharing_copy_act_on_the_copy() -> None:
+def test_the_hooks_of_a_sharing_copy_act_on_the_copy():
     from accelerate import cpu_offload
 
     model = tiny_llama(0, 16).float()

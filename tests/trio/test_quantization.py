@@ -6,8 +6,6 @@ import copy
 import gc
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +62,7 @@ def without_bias(layer: Any) -> Any:
     return twin
 
 
-def test_int8_weights_are_the_nearest_of_255_steps_of_their_row() -> None:
+def test_int8_weights_are_the_nearest_of_255_steps_of_their_row():
     model, plain = ptk.quantize(make_model(), "int8"), make_model()
     for path, layer in quantized_paths(plain).items():
         got = weight_of(without_bias(model.get_submodule(path)))
@@ -76,7 +74,7 @@ def test_int8_weights_are_the_nearest_of_255_steps_of_their_row() -> None:
         assert error.max() > 0
 
 
-def test_int4_weights_are_the_nearest_of_16_of_their_group() -> None:
+def test_int4_weights_are_the_nearest_of_16_of_their_group():
     model, plain = ptk.quantize(make_model(), "int4"), make_model()
     for path, layer in quantized_paths(plain).items():
         got = weight_of(without_bias(model.get_submodule(path))).unflatten(1, (-1, 32))
@@ -89,7 +87,7 @@ def test_int4_weights_are_the_nearest_of_16_of_their_group() -> None:
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @torch.no_grad()
-def test_nothing_changes_but_those_weights(quantization: str) -> None:
+def test_nothing_changes_but_those_weights(quantization):
     model, plain = make_model(), make_model()
     kept = {name: p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name}
     assert ptk.quantize(model, quantization) is model
@@ -108,9 +106,7 @@ def test_nothing_changes_but_those_weights(quantization: str) -> None:
 @pytest.mark.parametrize(
     ("quantization", "bits", "scale_group"), [("int8", 8, None), ("int4", 4, 32)]
 )
-def test_the_bytes_are_those_of_the_packed_weights(
-    quantization: str, bits: int, scale_group: int | None, dtype: torch.dtype
-) -> None:
+def test_the_bytes_are_those_of_the_packed_weights(quantization, bits, scale_group, dtype):
     model = make_model(dtype=dtype)
     layers = quantized_paths(model).values()
     rest = weight_bytes(model) - sum(layer.weight.nbytes for layer in layers)
@@ -125,13 +121,13 @@ def test_the_bytes_are_those_of_the_packed_weights(
     assert model(IDS).logits.dtype == dtype
 
 
-def test_a_layer_is_quantised_where_it_goes() -> None:
+def test_a_layer_is_quantised_where_it_goes():
     model = ptk.quantize(make_model(), "int8", device="meta")
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert quantization_of(model) == "int8"
 
 
-def test_inductors_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductors_settings_stay(monkeypatch):
     def forbidden() -> None:
         raise AssertionError("settings of the whole process")
 
@@ -148,7 +144,7 @@ def packed_tensors() -> int:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_a_sharing_copy_holds_the_packed_tensors(quantization: str) -> None:
+def test_a_sharing_copy_holds_the_packed_tensors(quantization):
     model = ptk.quantize(make_model(), quantization)
     twin = copy_modules(model)
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
@@ -161,9 +157,7 @@ def test_a_sharing_copy_holds_the_packed_tensors(quantization: str) -> None:
     ["int8", {"base": "int4"}, {"base": "int4", "expert": "int8", "anti": "int8"}],
     ids=["all-int8", "base-int4", "mixed"],
 )
-def test_the_decoder_gives_the_greedy_tokens_of_the_quantised_models(
-    quantize: Any, plain_greedy: Callable[..., list[int]]
-) -> None:
+def test_the_decoder_gives_the_greedy_tokens_of_the_quantised_models(quantize, plain_greedy):
     trio = ptk.load_trio("shipped", dtype="float32", quantize=quantize)
     packed = packed_tensors()
     decoder = ptk.Decoder(trio, max_batch_size=2)
@@ -174,7 +168,7 @@ def test_the_decoder_gives_the_greedy_tokens_of_the_quantised_models(
     assert [o.token_ids for o in outputs] == [plain_greedy(trio, p, 8) for p in PROMPTS]
 
 
-def test_a_trio_says_what_is_quantised() -> None:
+def test_a_trio_says_what_is_quantised():
     roles = ptk.load_trio("shipped", quantize={"base": "int4", "anti": "int8"}).info()["roles"]
     assert [roles[role]["quantized"] for role in roles] == ["int4", None, "int8"]
     assert roles["anti"]["bytes"] < roles["expert"]["bytes"]
@@ -182,7 +176,7 @@ def test_a_trio_says_what_is_quantised() -> None:
     assert {roles[role]["dtype"] for role in roles} == {"bfloat16"}
 
 
-def test_a_trio_file_may_say_it(tmp_path: Path) -> None:
+def test_a_trio_file_may_say_it(tmp_path):
     named = {role: str(SHIPPED / role) for role in ("base", "expert", "anti")}
     settings = {"format": 1, **named, "quantize": {"base": "int8", "anti": "int8"}}
     (tmp_path / "trio.json").write_text(json.dumps(settings))
@@ -215,9 +209,7 @@ def test_a_trio_file_may_say_it(tmp_path: Path) -> None:
         ({}, ("int4", "cuda"), "int4 needs bfloat16 weights on cuda, got float32 in .*q_proj"),
     ],
 )
-def test_what_cannot_be_quantised(
-    model: dict[str, Any], arguments: tuple[str, ...], message: str
-) -> None:
+def test_what_cannot_be_quantised(model, arguments, message):
     made = make_model(**model)
     quantization, *device = arguments
     with pytest.raises(QuantizationError, match=message):
@@ -227,7 +219,7 @@ def test_what_cannot_be_quantised(
     assert {p.device.type for p in made.parameters()} == {"cpu"}
 
 
-def test_models_that_are_not_plain_are_refused() -> None:
+def test_models_that_are_not_plain_are_refused():
     model = ptk.quantize(make_model(), "int8")
     with pytest.raises(QuantizationError, match=r"plain weights, got Int8Tensor in model.layers.0"):
         ptk.quantize(model, "int8")
@@ -241,7 +233,7 @@ def test_models_that_are_not_plain_are_refused() -> None:
         ptk.quantize(gpt2, "int8")
 
 
-def test_an_adapter_comes_after() -> None:
+def test_an_adapter_comes_after():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules="all-linear")
     adapted = peft.inject_adapter_in_model(config, make_model())
@@ -249,7 +241,7 @@ def test_an_adapter_comes_after() -> None:
         ptk.quantize(adapted, "int8")
 
 
-def test_load_trio_names_the_role(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_trio_names_the_role(monkeypatch):
     with pytest.raises(LoadError, match=r"quantize of expert: int4 needs .*down_proj with 176"):
         ptk.load_trio("shipped", quantize="int4")
     with pytest.raises(ValueError, match=r"quantize of base must be one of int8, int4, got 'int3'"):

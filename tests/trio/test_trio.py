@@ -38,7 +38,7 @@ def write(root: Path, settings: Mapping[str, Any]) -> None:
     (root / "trio.json").write_text(json.dumps({**named, **settings}))
 
 
-def test_a_trio_directory(saved: Path) -> None:
+def test_a_trio_directory(saved):
     trio = load_trio(saved)
     info = trio.info()
     assert trio.roles == ("base", "expert", "anti")
@@ -50,7 +50,7 @@ def test_a_trio_directory(saved: Path) -> None:
     assert json.loads(json.dumps(info)) == info
 
 
-def test_weights_are_those_of_their_role(saved: Path) -> None:
+def test_weights_are_those_of_their_role(saved):
     trio = load_trio(saved, dtype={"base": "float64", "expert": torch.bfloat16, "anti": "auto"})
     for seed, role in enumerate(trio.roles):
         wanted = make_model(seed, 272 if role == "expert" else 259).lm_head.weight
@@ -61,7 +61,7 @@ def test_weights_are_those_of_their_role(saved: Path) -> None:
     assert not any(model.training for model in trio.models.values())
 
 
-def test_roles_by_directory_and_a_replaced_one(saved: Path) -> None:
+def test_roles_by_directory_and_a_replaced_one(saved):
     named = load_trio(base=saved / "base", expert=saved / "expert", anti=str(saved / "anti"))
     assert named.prompts["expert"] == "plain"
     replaced = load_trio(saved, anti=saved / "base")
@@ -70,7 +70,7 @@ def test_roles_by_directory_and_a_replaced_one(saved: Path) -> None:
     assert (alone.roles, alone.expert, alone.anti) == (("base",), None, None)
 
 
-def test_one_tokenizer_for_all(saved: Path, tmp_path: Path) -> None:
+def test_one_tokenizer_for_all(saved, tmp_path):
     for role in ("base", "expert", "anti"):
         (tmp_path / role).symlink_to(saved / role)
     make_tokenizer(extra=("<extra>",)).save_pretrained(tmp_path)
@@ -82,7 +82,7 @@ def test_one_tokenizer_for_all(saved: Path, tmp_path: Path) -> None:
     assert "base: 1 tokens from id 259 on are never produced" in " ".join(trio.agreement.notes)
 
 
-def test_the_plain_roles_and_the_chat_role_read_a_prompt_their_way(saved: Path) -> None:
+def test_the_plain_roles_and_the_chat_role_read_a_prompt_their_way(saved):
     trio = load_trio(saved)
 
     def text(prompt: Any) -> dict[str, str]:
@@ -113,19 +113,19 @@ def test_the_plain_roles_and_the_chat_role_read_a_prompt_their_way(saved: Path) 
         ({"base": "a", "expert": 4, "anti": "a"}, "prompt of expert must be .* got 4"),
     ],
 )
-def test_bad_prompts(saved: Path, prompt: Any, message: str) -> None:
+def test_bad_prompts(saved, prompt, message):
     with pytest.raises((ValueError, TypeError), match=message):
         load_trio(saved).tokenize(prompt)
 
 
-def test_chat_without_a_template_is_refused() -> None:
+def test_chat_without_a_template_is_refused():
     tokenizer = make_tokenizer(chat=False)
     trio = Trio.from_models(make_model(0), tokenizer=tokenizer, prompts={"base": "chat"})
     with pytest.raises(ValueError, match=r"prompts of base must be 'plain' .* got 'chat'"):
         trio.tokenize("hi")
 
 
-def test_other_tokens_are_refused() -> None:
+def test_other_tokens_are_refused():
     tokenizers = {
         "base": make_tokenizer(),
         "expert": make_tokenizer(swap=True),
@@ -138,7 +138,7 @@ def test_other_tokens_are_refused() -> None:
         Trio.from_models(make_model(0), make_model(1), make_model(2), tokenizers)
 
 
-def test_eos_is_the_bases() -> None:
+def test_eos_is_the_bases():
     several = Trio.from_models(make_model(0, eos=[7, 2, 9]), tokenizer=make_tokenizer())
     assert several.eos_token_ids == (7, 2, 9)
     tokenizer = make_tokenizer()
@@ -147,7 +147,7 @@ def test_eos_is_the_bases() -> None:
     assert both.eos_token_ids == (2, 3)
 
 
-def test_an_end_that_not_every_role_has_is_refused() -> None:
+def test_an_end_that_not_every_role_has_is_refused():
     chatty = make_tokenizer(extra=("<end>",))
     chatty.eos_token = "<end>"
     tokenizers = {"base": chatty, "expert": make_tokenizer(), "anti": make_tokenizer()}
@@ -156,7 +156,7 @@ def test_an_end_that_not_every_role_has_is_refused() -> None:
         Trio.from_models(base, expert, anti, tokenizers)
 
 
-def test_pickled_weights_are_refused(saved: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_refused(saved, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((saved / "base" / name).read_bytes())
     torch.save(make_model(0).state_dict(), tmp_path / "pytorch_model.bin")
@@ -164,7 +164,7 @@ def test_pickled_weights_are_refused(saved: Path, tmp_path: Path) -> None:
         load_trio(base=tmp_path)
 
 
-def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
     config = json.loads((saved / "base" / "config.json").read_text())
     config |= {
         "model_type": "other",
@@ -192,9 +192,7 @@ def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
         ({"base": "/no/such/place"}, "base must be a directory or hub name, got '/no/such/place'"),
     ],
 )
-def test_bad_arguments(
-    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_arguments(arguments, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=message):
         load_trio(**arguments)
@@ -210,21 +208,21 @@ def test_bad_arguments(
         ('{"format": 1, "base": "base", "prompts": {"base": "loud"}}', "got 'loud'"),
     ],
 )
-def test_bad_trio_files(saved: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_bad_trio_files(saved, tmp_path, text, message):
     (tmp_path / "base").symlink_to(saved / "base")
     (tmp_path / "trio.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_trio(tmp_path)
 
 
-def test_a_pickled_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_a_pickled_adapter_is_refused(saved, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(LoadError, match=r"expert must have .* adapter_model.safetensors"):
         load_trio(saved, expert=tmp_path)
 
 
-def test_gguf_is_unpacked(tmp_path: Path) -> None:
+def test_gguf_is_unpacked(tmp_path):
     pytest.importorskip("gguf")
     model = tiny_qwen2()
     write_gguf(tmp_path / "tiny.gguf", model, make_tokenizer())

@@ -31,7 +31,7 @@ def params(alpha: Any) -> Any:
     return SimpleNamespace(extra_args=None if alpha is None else {"alpha": alpha})
 
 
-def test_the_table_follows_the_batch() -> None:
+def test_the_table_follows_the_batch():
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
     from proxytune_kernels.integrations.vllm_plugin.alpha import AlphaProcessor, table
@@ -60,7 +60,7 @@ def test_the_table_follows_the_batch() -> None:
     assert processor.apply(logits) is logits
 
 
-def test_an_engine_without_a_table_does_not_find_anothers() -> None:
+def test_an_engine_without_a_table_does_not_find_anothers():
     from proxytune_kernels.integrations.vllm_plugin.alpha import AlphaProcessor, table
 
     first, second = settings(), settings()
@@ -69,7 +69,7 @@ def test_an_engine_without_a_table_does_not_find_anothers() -> None:
 
 
 @pytest.mark.parametrize("alpha", ["0.5", True, float("nan"), float("inf"), [1.0]])
-def test_what_is_no_finite_number_is_refused(alpha: Any) -> None:
+def test_what_is_no_finite_number_is_refused(alpha):
     from vllm.exceptions import VLLMValidationError
 
     from proxytune_kernels.integrations.vllm_plugin.alpha import AlphaCheck, AlphaProcessor
@@ -80,7 +80,7 @@ def test_what_is_no_finite_number_is_refused(alpha: Any) -> None:
             processor.validate_params(params(alpha))
 
 
-def test_prompts_per_role_are_refused() -> None:
+def test_prompts_per_role_are_refused():
     from vllm.exceptions import VLLMValidationError
 
     from proxytune_kernels.integrations.vllm_plugin.alpha import check_request
@@ -89,6 +89,6 @@ def test_prompts_per_role_are_refused() -> None:
         check_request(SimpleNamespace(extra_args={"prompts": {"expert": "Hello"}}))
 
 
-def test_processors_of_no_other_model_are_registered() -> None:
+def test_processors_of_no_other_model_are_registered():
     """The group is for all models, and the V2 runner refuses processors of the V1 kind in it."""
     assert not [e for e in entry_points(group="vllm.logits_processors") if "proxytune" in e.value]

@@ -74,14 +74,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("widths", "agreed", "count", "gathers"), CASES.values(), ids=CASES)
-def test_every_rank_has_the_whole_combination(
-    widths: tuple[int, ...],
-    agreed: int,
-    count: int,
-    gathers: int,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_rank_has_the_whole_combination(widths, agreed, count, gathers, dtype, monkeypatch):
     from proxytune_kernels.integrations.vllm_plugin import model
 
     torch.manual_seed(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def methods(model: Any) -> dict[str, str]:
     }
 
 
-def test_the_expert_is_quantised(make_llm: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_expert_is_quantised(make_llm, tmp_path):
     anti = save_model(tmp_path, "anti")
     expert = quantised(save_model(tmp_path, "expert"), tmp_path / "int8")
     [alone] = generate(make_llm(expert, dtype="bfloat16"), [PROMPT], [None], 16)
@@ -83,9 +82,7 @@ def test_the_expert_is_quantised(make_llm: Callable[..., Any], tmp_path: Path) -
     assert steered == alone != base
 
 
-def test_the_base_is_quantised_and_weights_are_dummies(
-    make_llm: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_the_base_is_quantised_and_weights_are_dummies(make_llm, tmp_path):
     members = {role: save_model(tmp_path, role) for role in ("expert", "anti")}
     base = quantised(save_model(tmp_path, "llama"), tmp_path / "int8")
     trio = write_trio(tmp_path / "trio", {"base": base, **members})
@@ -98,7 +95,7 @@ def test_the_base_is_quantised_and_weights_are_dummies(
     assert len(generate(llm, [PROMPT], [None], 16)[0]) == 16
 
 
-def test_a_dtype_of_two_bytes(make_llm: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_dtype_of_two_bytes(make_llm, tmp_path):
     """Alpha's bits travel in two columns; what it gives is near the fp32 reference."""
     trio = save_trio(tmp_path, "llama")
     llm = make_llm(trio, dtype="bfloat16")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ def counter(llm: Any, name: str) -> int:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
-def test_mixed_requests(make_llm: Callable[..., Any], tmp_path: Path) -> None:
+def test_mixed_requests(make_llm, tmp_path):
     """Tokens are the argmax, and logprobs those, of forwards over the whole text at its alpha."""
     from vllm import SamplingParams
 
@@ -71,9 +69,7 @@ def test_mixed_requests(make_llm: Callable[..., Any], tmp_path: Path) -> None:
         assert float((best - chosen).max()) <= 2 * error
 
 
-def test_a_prefix_in_the_cache_serves_another_alpha(
-    make_llm: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_prefix_in_the_cache_serves_another_alpha(make_llm, tmp_path):
     """The cache holds each member's keys and values, which alpha does not change."""
     trio = save_trio(tmp_path, "llama")
     llm = make_llm(trio, enable_prefix_caching=True, block_size=32, disable_log_stats=False)

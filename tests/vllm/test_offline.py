@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,9 +19,7 @@ PROMPT = "Question: Ann has 2 pens and buys 5 more. How many pens does Ann have 
 ALPHAS = (0.0, 0.5, 1.0)
 
 
-def test_the_example_of_the_documentation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
     [code] = [block for block in examples("docs/vllm.md", "python") if "import LLM" in block]
     script = tmp_path / "offline.py"
     script.write_text(code)
@@ -41,9 +36,7 @@ def expected() -> list[list[int]]:
     return [output.token_ids for output in decoder.generate(prompts, greedy(ALPHAS, 16))]
 
 
-def test_overrides_steer_a_base_where_it_lies(
-    make_llm: Callable[..., Any], expected: list[list[int]]
-) -> None:
+def test_overrides_steer_a_base_where_it_lies(make_llm, expected):
     command = serve_command("shipped", alpha=0.5)
     options = dict(zip(command[3::2], command[4::2], strict=True))
     llm = make_llm(
@@ -55,12 +48,7 @@ def test_overrides_steer_a_base_where_it_lies(
     assert generate(llm, [PROMPT] * len(asked), asked, 16) == wanted
 
 
-def test_a_directory_of_copies_opens_wherever_it_is(
-    make_llm: Callable[..., Any],
-    expected: list[list[int]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_directory_of_copies_opens_wherever_it_is(make_llm, expected, tmp_path, monkeypatch):
     export(tmp_path / "here", "shipped", copy=True)
     (tmp_path / "here").rename(tmp_path / "there")
     monkeypatch.chdir(tmp_path)

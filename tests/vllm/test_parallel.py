@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs these")
@@ -20,12 +16,7 @@ WIDTH, SHARD = 300, 160
 
 
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
-def test_two_processes(
-    kind: str,
-    make_llm: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_two_processes(kind, make_llm, tmp_path, monkeypatch):
     # vLLM's own choice wants a NUMA node for each.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     members = {

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed here: `make vllm` runs these")
@@ -31,9 +27,7 @@ TRIOS = {
 
 
 @pytest.mark.parametrize("members", TRIOS.values(), ids=TRIOS)
-def test_tokens_are_the_decoders(
-    members: tuple[str, ...], make_llm: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_tokens_are_the_decoders(members, make_llm, tmp_path):
     trio = save_trio(tmp_path, *members)
     got = generate(make_llm(trio), PROMPTS, ALPHAS, TOKENS)
     assert got == decode(trio, PROMPTS, greedy(ALPHAS, TOKENS))
@@ -44,7 +38,7 @@ def test_tokens_are_the_decoders(
         assert float((best[:, 0] - best[:, 1]).min()) > 2 * error
 
 
-def test_the_shipped_trio(make_llm: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_shipped_trio(make_llm, tmp_path):
     exported = export(tmp_path / "served", "shipped").directory
     trio = ptk.load_trio("shipped", dtype="float32")
     prompt = "Question: Ann has 2 pens and buys 5 more. How many pens does Ann have now?\nAnswer:"

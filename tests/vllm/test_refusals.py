@@ -77,7 +77,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("settings", "sentence"), SETTINGS.values(), ids=SETTINGS)
-def test_settings(trio: Path, settings: dict[str, Any], sentence: str) -> None:
+def test_settings(trio, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         engine_config(trio, **settings)
 
@@ -101,14 +101,12 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize(("edit", "sentence"), CONFIGS.values(), ids=CONFIGS)
-def test_what_config_json_says(
-    trio: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], None], sentence: str
-) -> None:
+def test_what_config_json_says(trio, tmp_path, edit, sentence):
     with pytest.raises(ValueError, match=sentence):
         engine_config(edited(trio, tmp_path / "edited", edit))
 
 
-def test_the_base_may_not_be_the_trio_itself(trio: Path, tmp_path: Path) -> None:
+def test_the_base_may_not_be_the_trio_itself(trio, tmp_path):
     def edit(config: dict[str, Any]) -> None:
         del config["proxy_tuning"]["base"]
 
@@ -116,7 +114,7 @@ def test_the_base_may_not_be_the_trio_itself(trio: Path, tmp_path: Path) -> None
         engine_config(edited(trio, tmp_path / "edited", edit))
 
 
-def test_eagle(trio: Path, root: Path) -> None:
+def test_eagle(trio, root):
     eagle = {**DRAFT, "method": "eagle", "model": str(root / "expert")}
     with pytest.raises(ValueError, match="'eagle', which reads the hidden states"):
         engine_config(trio, speculative_config=eagle)
@@ -141,7 +139,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_members_of_other_kinds(kind: str) -> None:
+def test_members_of_other_kinds(kind):
     from proxytune_kernels.integrations.vllm_plugin.config import check_member
 
     check_member("anti", SimpleNamespace(**ORDINARY))
@@ -150,7 +148,7 @@ def test_members_of_other_kinds(kind: str) -> None:
         check_member("anti", SimpleNamespace(**{**ORDINARY, kind: value}))
 
 
-def test_a_state_space_base(members: dict[str, Path], root: Path, tmp_path: Path) -> None:
+def test_a_state_space_base(members, root, tmp_path):
     members["base"] = tmp_path / "mamba"
     shutil.copytree(root / "llama", members["base"])
     transformers.MambaConfig(
@@ -163,7 +161,7 @@ def test_a_state_space_base(members: dict[str, Path], root: Path, tmp_path: Path
         engine_config(write_trio(tmp_path / "trio", members))
 
 
-def test_tokenizers_that_differ(members: dict[str, Path], tmp_path: Path) -> None:
+def test_tokenizers_that_differ(members, tmp_path):
     """Same width, other tokens: refused whether the width is given or not."""
     other = tmp_path / "other"
     shutil.copytree(members["expert"], other)
@@ -176,7 +174,7 @@ def test_tokenizers_that_differ(members: dict[str, Path], tmp_path: Path) -> Non
             engine_config(trio)
 
 
-def test_tokens_that_not_every_member_has(members: dict[str, Path], tmp_path: Path) -> None:
+def test_tokens_that_not_every_member_has(members, tmp_path):
     members["expert"] = Path(shutil.copytree(members["expert"], tmp_path / "fewer"))
     file = members["expert"] / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -191,7 +189,7 @@ def test_tokens_that_not_every_member_has(members: dict[str, Path], tmp_path: Pa
     assert found.model_config.hf_config.proxy_tuning["vocab_size"] == shared
 
 
-def test_neither_a_tokenizer_nor_a_width(members: dict[str, Path], tmp_path: Path) -> None:
+def test_neither_a_tokenizer_nor_a_width(members, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(members["anti"] / "config.json", bare)
@@ -200,9 +198,7 @@ def test_neither_a_tokenizer_nor_a_width(members: dict[str, Path], tmp_path: Pat
         engine_config(trio)
 
 
-def test_the_length_is_the_shortest_members(
-    members: dict[str, Path], root: Path, tmp_path: Path
-) -> None:
+def test_the_length_is_the_shortest_members(members, root, tmp_path):
     members["expert"] = save_model(root, "expert", max_position_embeddings=96)
     config = engine_config(write_trio(tmp_path / "trio", members), max_model_len=None)
     assert config.model_config.max_model_len == 96
@@ -210,6 +206,6 @@ def test_the_length_is_the_shortest_members(
         engine_config(tmp_path / "trio", max_model_len=97)
 
 
-def test_other_models_are_left_alone(root: Path) -> None:
+def test_other_models_are_left_alone(root):
     config = engine_config(save_model(root, "llama"), enable_lora=True)
     assert not config.model_config.logits_processors

@@ -82,7 +82,7 @@ def decode(prompts: Sequence[str], alphas: Sequence[float], **more: Any) -> list
     return ptk.Decoder(ptk.load_trio("shipped", dtype="float32")).generate(list(prompts), params)
 
 
-def test_concurrent_requests_have_an_alpha_each(client: openai.OpenAI, server: Server) -> None:
+def test_concurrent_requests_have_an_alpha_each(client, server):
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         answers = list(pool.map(lambda p, a: complete(client, server, p, a), PROMPTS, ALPHAS))
     wanted = decode(PROMPTS, ALPHAS)
@@ -96,14 +96,14 @@ def test_concurrent_requests_have_an_alpha_each(client: openai.OpenAI, server: S
     assert len({tuple(ids) for ids in one}) > 1
 
 
-def test_without_an_alpha_it_is_the_directorys(client: openai.OpenAI, server: Server) -> None:
+def test_without_an_alpha_it_is_the_directorys(client, server):
     [wanted] = decode([PROMPTS[1]], [1.0], ignore_eos=False, max_tokens=40)
     answer = complete(client, server, PROMPTS[1], None, max_tokens=40, extra_body={})
     assert answer.choices[0].text == wanted.text == " 1 + 8 = 9\n#### 9"
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_chat(client: openai.OpenAI, server: Server) -> None:
+def test_chat(client, server):
     answer = client.chat.completions.create(
         model=server.model,
         messages=[{"role": "user", "content": PROMPTS[2]}],
@@ -115,14 +115,14 @@ def test_chat(client: openai.OpenAI, server: Server) -> None:
     assert answer.choices[0].message.content == wanted.text
 
 
-def test_streaming(client: openai.OpenAI, server: Server) -> None:
+def test_streaming(client, server):
     stream = complete(client, server, PROMPTS[3], 0.75, stream=True)
     parts = [chunk.choices[0].text for chunk in stream]
     assert len(parts) > 1
     assert "".join(parts) == decode([PROMPTS[3]], [0.75])[0].text
 
 
-def test_a_seed_repeats_the_draws(client: openai.OpenAI, server: Server) -> None:
+def test_a_seed_repeats_the_draws(client, server):
     drawn = [
         complete(client, server, PROMPTS[4], 0.5, temperature=1.0, seed=seed).choices[0].token_ids
         for seed in (7, 7, 8)
@@ -141,7 +141,7 @@ def raw_logprobs(prompt: str, token_ids: Sequence[int], alpha: float, dtype: str
     return scored.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
 
 
-def test_logprobs(client: openai.OpenAI, server: Server) -> None:
+def test_logprobs(client, server):
     choice = complete(client, server, PROMPTS[5], 0.5, logprobs=2).choices[0]
     exact = raw_logprobs(PROMPTS[5], choice.token_ids, 0.5, "float64")
     # vLLM's fp32 sums run in another order than transformers': errors of one size, 8 times allowed.
@@ -152,7 +152,7 @@ def test_logprobs(client: openai.OpenAI, server: Server) -> None:
 
 
 @pytest.mark.parametrize("alpha", ["strong", [1.0, 2.0]])
-def test_a_bad_alpha_is_refused(client: openai.OpenAI, server: Server, alpha: Any) -> None:
+def test_a_bad_alpha_is_refused(client, server, alpha):
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, server, PROMPTS[0], alpha)
     assert caught.value.status_code == 400
@@ -161,7 +161,7 @@ def test_a_bad_alpha_is_refused(client: openai.OpenAI, server: Server, alpha: An
     assert complete(client, server, PROMPTS[0], 1.0).choices[0].finish_reason == "length"
 
 
-def test_metrics(client: openai.OpenAI, server: Server) -> None:
+def test_metrics(client, server):
     def generated() -> float:
         [value] = re.findall(
             r"^vllm:generation_tokens_total{.*} (\S+)$", server.read("/metrics"), re.M
@@ -173,7 +173,7 @@ def test_metrics(client: openai.OpenAI, server: Server) -> None:
     assert generated() - before == TOKENS
 
 
-def test_the_client_of_the_documentation(server: Server, tmp_path: Path) -> None:
+def test_the_client_of_the_documentation(server, tmp_path):
     [code] = [block for block in examples("docs/vllm.md", "python") if "openai" in block]
     (tmp_path / "client.py").write_text(code)
     address = {"OPENAI_BASE_URL": f"{server.address}/v1", "OPENAI_API_KEY": "none"}

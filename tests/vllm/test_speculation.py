@@ -45,7 +45,7 @@ def speculating(
     return trio, make_llm(trio, speculative_config=config, disable_log_stats=False)
 
 
-def test_greedy_tokens(speculating: tuple[Path, Any]) -> None:
+def test_greedy_tokens(speculating):
     trio, llm = speculating
     got = generate(llm, PROMPTS, [None] * len(PROMPTS), TOKENS)
     assert got == decode(trio, PROMPTS, greedy([0.5] * len(PROMPTS), TOKENS))
@@ -53,7 +53,7 @@ def test_greedy_tokens(speculating: tuple[Path, Any]) -> None:
     assert drafted["vllm:spec_decode_num_draft_tokens"] > 0
 
 
-def test_an_alpha_that_would_be_dropped_is_refused(speculating: tuple[Path, Any]) -> None:
+def test_an_alpha_that_would_be_dropped_is_refused(speculating):
     from vllm.exceptions import VLLMValidationError
 
     _, llm = speculating

@@ -96,12 +96,12 @@ def ours(alpha: float, **sampling: Any) -> ptk.SamplingParams:
     )
 
 
-def test_it_is_the_v2_runner_with_our_sampler(results: dict[str, Any]) -> None:
+def test_it_is_the_v2_runner_with_our_sampler(results):
     assert results["runner"] == "vllm.v1.worker.cpu.model_runner"
     assert results["sampler"] == "FusedSampler"
 
 
-def test_greedy_tokens_and_logprobs(trio: Path, results: dict[str, Any]) -> None:
+def test_greedy_tokens_and_logprobs(trio, results):
     batch = results["batches"][0]
     assert tokens(batch) == decode(trio, PROMPTS, greedy(ALPHAS, TOKENS))
     for prompt, alpha, output in zip(PROMPTS, ALPHAS, batch, strict=True):
@@ -111,36 +111,36 @@ def test_greedy_tokens_and_logprobs(trio: Path, results: dict[str, Any]) -> None
         assert (exact - exact.new_tensor(output["logprobs"])).abs().max() <= 2 * error
 
 
-def test_seeded_draws_are_the_decoders(trio: Path, results: dict[str, Any]) -> None:
+def test_seeded_draws_are_the_decoders(trio, results):
     params = [ours(a, **s) for a, s in zip(ALPHAS, SAMPLING, strict=True)]
     assert tokens(results["batches"][1]) == decode(trio, PROMPTS, params)
 
 
-def test_what_a_neighbour_asks_of_vllm_changes_no_draw(results: dict[str, Any]) -> None:
+def test_what_a_neighbour_asks_of_vllm_changes_no_draw(results):
     seeded, allowed, penalised = tokens(results["batches"][2])
     assert seeded == tokens(results["batches"][1])[0]
     assert allowed == [65] * TOKENS
     assert len(set(penalised)) == TOKENS
 
 
-def test_a_grammar_masks_what_our_sampler_draws_from(results: dict[str, Any]) -> None:
+def test_a_grammar_masks_what_our_sampler_draws_from(results):
     (chosen,) = tokens(results["batches"][6])
     assert byte_tokenizer().decode(chosen, skip_special_tokens=True) in ("yes", "no")
 
 
-def test_bad_requests_are_refused(results: dict[str, Any]) -> None:
+def test_bad_requests_are_refused(results):
     assert "alpha must be a finite number, got 'high'" in results["batches"][3]
     assert "prompts per role need proxytune_kernels.Decoder" in results["batches"][4]
 
 
-def test_a_preempted_request_goes_on_with_its_draws(trio: Path, results: dict[str, Any]) -> None:
+def test_a_preempted_request_goes_on_with_its_draws(trio, results):
     assert results["preemptions"] > 0
     prompts = [[97 + i] * 60 for i in range(5)]
     params = [ours(0.25 * i, temperature=0.8, seed=i, max_tokens=40) for i in range(5)]
     assert tokens(results["batches"][5]) == decode(trio, prompts, params)
 
 
-def test_each_alpha_holds_under_speculation(trio: Path, tmp_path: Path) -> None:
+def test_each_alpha_holds_under_speculation(trio, tmp_path):
     drafter = {
         "method": "draft_model",
         "model": str(save_model(trio.parent, "expert")),

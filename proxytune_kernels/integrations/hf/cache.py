@@ -1,4 +1,4 @@
-"""Transformers' own caches, one per role, and the models as they are over them."""
+"""Transformers' own caches, one per role, and forwards of the unchanged models over them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def cache_maker(implementation: str | None, max_length: int) -> Maker:
 class RoleCaches(Cache):
     """A transformers cache for each role; what is done to one is done to all.
 
-    A role may have read another prompt than the base, so its cache may be longer or shorter. Its
-    face to ``generate()`` is the base's.
+    A role may have read another prompt than the base, so its cache may be longer or shorter.
+    What ``generate()`` sees of it is the base's.
 
     Args:
         caches: role -> cache, the base's first.

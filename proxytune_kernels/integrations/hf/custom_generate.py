@@ -1,7 +1,7 @@
 """The decoder inside ``generate()``: reads a prepared call as requests, runs them, gives rows back.
 
 :class:`ProxyTunedForCausalLM` takes this way by itself where it can; ``custom_generate=`` takes it
-or says by an error why not.
+or raises an error that says why it can't.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria
+from transformers import EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -32,15 +32,13 @@ from proxytune_kernels.integrations.hf.inputs import (
 from proxytune_kernels.integrations.hf.sampling import (
     Block,
     NotInOp,
+    OpSampling,
     draw_seeds,
     read_processors,
 )
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.vocabulary import Agreement
-
-if TYPE_CHECKING:
-    from proxytune_kernels.integrations.hf.modeling import ProxyTunedForCausalLM
 
 
 class NotInDecoder(ValueError):
@@ -153,7 +151,7 @@ class EngineGenerate:
 
     def __init__(
         self,
-        source: Trio | ProxyTunedForCausalLM | None = None,
+        source: Trio | PreTrainedModel | None = None,
         *,
         max_batch_size: int = 16,
         max_seq_len: int | None = None,
@@ -276,13 +274,16 @@ class EngineGenerate:
                 token_ids[role] = _unpadded(f"{role}_attention_mask", *prompt)
         strength = checked_alpha(own_alpha if alpha is None else alpha, rows)
         max_length, eos_token_ids, criteria = _sorted_criteria(stopping_criteria)
-        params = _params(
-            logits_processor,
-            do_sample=generation_config.do_sample,
-            prompt_length=width,
-            max_tokens=max(1, (max_length or generation_config.max_length) - width),
-            eos_token_ids=eos_token_ids,
-            vocab_size=trio.vocab_size,
+        sampling = _sampling(logits_processor, generation_config.do_sample)
+        min_lengths = [_min_length(block, eos_token_ids) for block in sampling.blocks]
+        max_tokens = max(1, (max_length or generation_config.max_length) - width)
+        params = SamplingParams(
+            **sampling.filters,
+            max_tokens=max_tokens,
+            min_tokens=min(max([width, *min_lengths]) - width, max_tokens),
+            # Those past the vocabulary are never drawn.
+            stop_token_ids=sorted(i for i in eos_token_ids if i < trio.vocab_size),
+            ignore_eos=True,
         )
         pad = generation_config._pad_token_tensor
         return Call(
@@ -420,34 +421,14 @@ def _sorted_criteria(criteria: Iterable[Any]) -> tuple[int | None, set[int], tup
     return min(lengths, default=None), eos_token_ids, tuple(others)
 
 
-def _params(
-    logits_processor: Any,
-    *,
-    do_sample: bool,
-    prompt_length: int,
-    max_tokens: int,
-    eos_token_ids: set[int],
-    vocab_size: int,
-) -> SamplingParams:
+def _sampling(logits_processor: Any, do_sample: bool) -> OpSampling:
     try:
         sampling = read_processors(logits_processor, do_sample=do_sample)
     except NotInOp as reason:
         raise NotInDecoder(str(reason)) from reason
     if sampling.bias:
         raise NotInDecoder("sequence_bias is not in the decoder")
-    min_lengths = [_min_length(block, eos_token_ids) for block in sampling.blocks]
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        filter_order="hf",
-        max_tokens=max_tokens,
-        min_tokens=min(max([prompt_length, *min_lengths]) - prompt_length, max_tokens),
-        # Those past the vocabulary are never drawn.
-        stop_token_ids=sorted(i for i in eos_token_ids if i < vocab_size),
-        ignore_eos=True,
-    )
+    return sampling
 
 
 def _min_length(block: Block, eos_token_ids: set[int]) -> int:

@@ -1,6 +1,6 @@
 """``generate()`` of a model of three: through the decoder where it can, else transformers' loops.
 
-Which of them a call took, and why, it leaves in ``notes``.
+``notes`` says which of them a call took, and why.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sampling in transformers' words: what its logits processors ask, and a sampler that does it.
 
-Read are the processors themselves, by type, not the options that they were made from. So one that
+It reads the processors themselves, by type, not the options that they were made from. So one that
 is passed by hand, or that a later transformers adds, is never overlooked.
 """
 
@@ -63,6 +63,12 @@ class OpSampling:
     blocks: tuple[Block, ...] = ()
     bias: Mapping[int, float] = field(default_factory=dict)
 
+    @property
+    def filters(self) -> dict[str, Any]:
+        """The arguments that are one number a row."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return {name: getattr(self, name) for name in names} | {"filter_order": "hf"}
+
 
 def read_processors(processors: Iterable[Any], *, do_sample: bool) -> OpSampling:
     """What the op must do so that its tokens follow the law of these processors.
@@ -102,37 +108,19 @@ def read_processors(processors: Iterable[Any], *, do_sample: bool) -> OpSampling
     return sampling
 
 
-def _temperature(sampling: OpSampling, processor: Any) -> OpSampling:
-    return replace(sampling, temperature=processor.temperature)
-
-
-def _top_k(sampling: OpSampling, processor: Any) -> OpSampling:
-    # It is at least its min_tokens_to_keep already.
-    _check_filter(processor, 1)
-    return replace(sampling, top_k=processor.top_k)
-
-
-def _top_p(sampling: OpSampling, processor: Any) -> OpSampling:
-    _check_filter(processor, processor.min_tokens_to_keep)
-    if processor.top_p == 0:
+def _filter(sampling: OpSampling, processor: Any) -> OpSampling:
+    name = _option(processor)  # and of the processor's attribute, and of the op's argument
+    # top_k is at least its min_tokens_to_keep already; temperature has neither of the two.
+    least = 1 if name == "top_k" else getattr(processor, "min_tokens_to_keep", 1)
+    dropped = getattr(processor, "filter_value", -math.inf)
+    if least > 1:
+        raise NotInOp(f"{_describe(processor)} with min_tokens_to_keep {least} is not in the op")
+    if dropped != -math.inf:
+        raise NotInOp(f"{_describe(processor)} with filter_value {dropped} is not in the op")
+    if name == "top_p" and processor.top_p == 0:
         raise NotInOp("top_p 0.0 is not in the op, which takes (0, 1]")
-    return replace(sampling, top_p=processor.top_p)
-
-
-def _min_p(sampling: OpSampling, processor: Any) -> OpSampling:
-    _check_filter(processor, processor.min_tokens_to_keep)
-    return replace(sampling, min_p=processor.min_p)
-
-
-def _check_filter(processor: Any, min_tokens_to_keep: int) -> None:
-    if min_tokens_to_keep > 1:
-        raise NotInOp(
-            f"{_describe(processor)} with min_tokens_to_keep {min_tokens_to_keep} is not in the op"
-        )
-    if processor.filter_value != -math.inf:
-        raise NotInOp(
-            f"{_describe(processor)} with filter_value {processor.filter_value} is not in the op"
-        )
+    values: dict[str, Any] = {name: getattr(processor, name)}
+    return replace(sampling, **values)
 
 
 def _blocked(
@@ -189,10 +177,10 @@ _READERS: dict[type, tuple[int, _Reader]] = {
     hf.MinNewTokensLengthLogitsProcessor: (0, _min_new_tokens),
     hf.SequenceBiasLogitsProcessor: (0, _bias),
     hf.NoBadWordsLogitsProcessor: (0, _bias),
-    hf.TemperatureLogitsWarper: (1, _temperature),
-    hf.TopKLogitsWarper: (2, _top_k),
-    hf.TopPLogitsWarper: (3, _top_p),
-    hf.MinPLogitsWarper: (4, _min_p),
+    hf.TemperatureLogitsWarper: (1, _filter),
+    hf.TopKLogitsWarper: (2, _filter),
+    hf.TopPLogitsWarper: (3, _filter),
+    hf.MinPLogitsWarper: (4, _filter),
 }
 
 # Kind -> the option of GenerationConfig that makes it, and where it keeps that option's value.
@@ -289,15 +277,7 @@ class LogitsSampler:
         self.vocab_size = vocab_size
         self.prompt_length = prompt_length
         self._params = RowParams.make(
-            batch_size,
-            device=device,
-            alpha=alpha,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            filter_order="hf",
-            seed=seeds,
+            batch_size, device=device, alpha=alpha, seed=seeds, **sampling.filters
         )
         self._position = 0
         self._bias = self._make_bias(device)
@@ -412,12 +392,9 @@ class LogitsSampler:
         if active not in self._masks:
             pairs = zip(self.sampling.blocks, active, strict=True)
             blocked = frozenset[int]().union(*(block.token_ids for block, on in pairs if on))
-            self._masks[active] = self._pack(blocked) if blocked else None
+            mask = mask_without(blocked, self.vocab_size).to(self.alpha.device)
+            self._masks[active] = mask.repeat(self.batch_size, 1) if blocked else None
         return self._masks[active]
-
-    def _pack(self, blocked: frozenset[int]) -> Tensor:
-        mask = mask_without(blocked, self.vocab_size)
-        return mask.to(self._params.alpha.device).repeat(self.batch_size, 1)
 
 
 def draw_seeds(batch_size: int) -> Tensor:

@@ -237,17 +237,13 @@ def _tokenizers_to_write(trio: Any) -> Iterator[tuple[str, Any]]:
     base = trio.tokenizers["base"]
     yield ".", base
     for role, tokenizer in trio.tokenizers.items():
-        if not _same_tokenizer(tokenizer, base):
+        if tokenizer is not base and _parts(tokenizer) != _parts(base):
             yield f"{role}_tokenizer", tokenizer
 
 
-def _same_tokenizer(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    mine, theirs = (
-        (type(t), t.get_vocab(), t.chat_template, t.special_tokens_map) for t in (one, other)
-    )
-    return mine == theirs
+def _parts(t: Any) -> tuple[Any, ...]:
+    """What tells a tokenizer from another."""
+    return type(t), t.get_vocab(), t.chat_template, t.special_tokens_map
 
 
 def _open(
@@ -266,33 +262,17 @@ def _open(
     """
     references = {r: resolve(config.checkpoints[r], directory) for r in ROLES}
     kinds = {**(config.quantize or {}), **(quantize or {})}
-    options = {
-        role: load_options(
-            role,
-            dtype=dtype,
-            device=None,
-            device_map=device_map,
-            quantize=kinds,
-            gguf_file={},
-            trust_remote_code=trust_remote_code,
-        )
-        for role in ROLES
-    }
-    models = load_models(references, options, merge_adapter=_merges(config, references))
+    said = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    options = {role: load_options(role, quantize=kinds, **said) for role in ROLES}
+    merges = bool(config.merge_adapter) or not is_adapter(references["expert"])
+    models = load_models(references, options, merge_adapter=merges)
     tokenizers = {}
     if (directory / "tokenizer_config.json").is_file():
         for role in ROLES:
             own = directory / f"{role}_tokenizer"
-            place = own if own.is_dir() else directory
+            place = str(own if own.is_dir() else directory)
             tokenizers[role] = load_tokenizer(
-                f"tokenizer of {role}",
-                str(place),
-                gguf_file=None,
-                trust_remote_code=trust_remote_code,
+                f"tokenizer of {role}", place, trust_remote_code=trust_remote_code
             )
     saved = (directory / "generation_config.json").is_file()
     return models, tokenizers, GenerationConfig.from_pretrained(directory) if saved else None
-
-
-def _merges(config: Any, references: Mapping[str, str]) -> bool:
-    return bool(config.merge_adapter) or not is_adapter(references["expert"])

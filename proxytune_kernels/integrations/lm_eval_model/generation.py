@@ -113,14 +113,7 @@ def request_seed(seed: int, context: str, gen_kwargs: Mapping[str, Any], repeat:
 
 
 class Generator:
-    """Decodes requests for several alphas, all in one run of the decoder.
-
-    Args:
-        trio: the models.
-        max_batch_size: requests that run at the same time.
-        max_length: tokens of prompt and output at most.
-        backend: of the sampling op.
-    """
+    """Decodes requests for several alphas, all in one run of the decoder."""
 
     def __init__(
         self, trio: Trio, max_batch_size: int, max_length: int, backend: str | None

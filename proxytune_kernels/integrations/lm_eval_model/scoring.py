@@ -29,7 +29,7 @@ LOGITS_BYTES = 64 * 2**20
 """Logits of all roles that exist at the same time, about; at least one row of each."""
 
 SHORT = 256
-"""Trunks of fewer tokens have more branches run at the same time: as many keys as of this many."""
+"""Tokens of a trunk. Behind a shorter one more branches run at once: they read as many keys."""
 
 _PROBE = 8
 """Tokens that a head is tried on before it is trusted."""
@@ -160,13 +160,7 @@ class Batch:
 
 
 class RoleStates:
-    """A causal LM that gives final states, and logits of them.
-
-    Args:
-        role: its name, for messages.
-        model: a transformers causal LM; it is not changed.
-        vocab_size: the agreed width; the head is tried on tokens below it.
-    """
+    """A causal LM that gives final states, and logits of them."""
 
     def __init__(self, role: str, model: Any, vocab_size: int) -> None:
         self.role = role
@@ -325,12 +319,7 @@ def _window(model: Any) -> int | None:
 
 
 class Scorer:
-    """Runs a trio's models over contexts and continuations.
-
-    Args:
-        trio: the models; they are not changed.
-        backend: of the ops; None is the fastest usable one.
-    """
+    """Runs a trio's models over contexts and continuations."""
 
     def __init__(self, trio: Trio, backend: str | None = None) -> None:
         self.vocab_size = trio.vocab_size
@@ -380,19 +369,13 @@ class Scorer:
             max_length: tokens that are run for a request at most (:func:`make_trees`).
             scored: takes a request's place in the list, and its score for each alpha.
         """
-        roles = self._running(alphas)
+        roles = self._roles if any(alphas) else {"base": self._roles["base"]}
         share = all(states.contexts_apart is None for states in roles.values())
         trees = make_trees(requests, max_length, share=share)
         windows = [states.window for states in roles.values() if states.window is not None]
         for batch in _batches(trees, batch_size, min(windows, default=None)):
             rows = {role: states.rows(batch, batch_size) for role, states in roles.items()}
             self._finish(batch, rows, alphas, scored)
-
-    def _running(self, alphas: Sequence[float]) -> dict[str, RoleStates]:
-        """The roles that any alpha needs."""
-        if any(alphas):
-            return self._roles
-        return {"base": self._roles["base"]}
 
     def _finish(
         self,
@@ -446,24 +429,18 @@ class Scorer:
             by_count.setdefault(len(row), []).append(i)
         for count, places in by_count.items():
             ids = torch.tensor([targets[i] for i in places], device=base.device)
-            found = ops.score(
-                _repeated(base, places, count),
-                None if expert is None else _repeated(expert, places, count),
-                None if anti is None else _repeated(anti, places, count),
-                ids,
-                alpha,
-                **settings,
+            # The rows for several targets each, [n, count, V], read in place.
+            base_rows, expert_rows, anti_rows = (
+                None if x is None else x[places][:, None].expand(-1, count, -1)
+                for x in (base, expert, anti)
             )
+            assert base_rows is not None
+            found = ops.score(base_rows, expert_rows, anti_rows, ids, alpha, **settings)
             # Tokens that not every role has are never produced.
             found = found.masked_fill(ids.ge(self.vocab_size), -math.inf)
             for i, values in zip(places, found.tolist(), strict=True):
                 logprobs[i] = values
         return logprobs, drawn.token_ids.tolist()
-
-
-def _repeated(x: Tensor, rows: Sequence[int], count: int) -> Tensor:
-    """Chosen rows of logits [B, V] for several targets each, [n, count, V], read in place."""
-    return x[rows][:, None].expand(-1, count, -1)
 
 
 def _batches(trees: Sequence[Tree], size: int, window: int | None) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 """What a trio's config.json says of its members, and what vLLM asks before it makes an engine.
 
 vLLM has two hooks: one for the ModelConfig, in every process that makes one, and one for the whole
-VllmConfig. Both run before any weight is read. What does not go is refused with a sentence.
+VllmConfig. Both run before any weight is read. What can't work is refused with a sentence.
 """
 
 from __future__ import annotations
@@ -164,11 +164,7 @@ class ProxyTunedConfig(VerifyAndUpdateConfig):  # type: ignore[misc]  # vllm is 
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Check the members and what they share; set the width, the length and the base's place.
-
-        Raises:
-            ValueError: a sentence on what does not go, and what to do.
-        """
+        """Check the members and what they share; set the width, the length and the base's place."""
         settings = ProxyTuning.read(model_config)
         _check_model(model_config)
         members = member_configs(model_config, settings, max_model_len=None)
@@ -187,11 +183,7 @@ class ProxyTunedConfig(VerifyAndUpdateConfig):  # type: ignore[misc]  # vllm is 
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check how the engine runs; see that alpha gets to the model, or is refused.
-
-        Raises:
-            ValueError: a sentence on what does not go, and what to do.
-        """
+        """Check how the engine runs; see that alpha gets to the model, or is refused."""
         _check_engine(vllm_config)
         if vllm_config.use_v2_model_runner:
             _add_processor(vllm_config.model_config, f"{_ALPHA}:AlphaCheck")
@@ -287,10 +279,7 @@ def _width(settings: ProxyTuning, members: Mapping[str, Any]) -> int:
         place = config.tokenizer if role == "base" else config.model
         if _has_tokenizer(place):
             tokenizer = load_tokenizer(
-                f"tokenizer of {role}",
-                place,
-                gguf_file=None,
-                trust_remote_code=config.trust_remote_code,
+                f"tokenizer of {role}", place, trust_remote_code=config.trust_remote_code
             )
             vocabularies[role] = RoleVocabulary.of(tokenizer, widths[role])
     missing = [role for role in members if role not in vocabularies]

@@ -252,12 +252,7 @@ def _open_sources(
     }
     packed = {} if tokenizer is not None else gguf
     tokenizers = {
-        role: load_tokenizer(
-            f"tokenizer of {role}",
-            str(home),
-            gguf_file=packed.get(role),
-            trust_remote_code=False,
-        )
+        role: load_tokenizer(f"tokenizer of {role}", str(home), gguf_file=packed.get(role))
         for role, home in homes.items()
     }
     _check_prompts(settings.get("prompts", {}), tokenizers)
@@ -370,7 +365,7 @@ def _write_tokenizer(sources: _Sources, directory: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (home / name).is_file():
             place(file_in("tokenizer", home, name), directory / name, copy=True)
-    opened = load_tokenizer("tokenizer", str(directory), gguf_file=None, trust_remote_code=False)
+    opened = load_tokenizer("tokenizer", str(directory))
     if opened.get_vocab() != sources.tokenizer.get_vocab():
         raise LoadError(
             f"tokenizer must be the same beside the base's config.json, got another vocabulary for "

@@ -12,6 +12,7 @@ from proxytune_kernels.heads import Head
 from proxytune_kernels.kernels import interpreted
 from proxytune_kernels.ops.backends.backend import Implementation, from_writer
 from proxytune_kernels.params import RowParams
+from proxytune_kernels.reference import TopLogprobs, VerifyOutput
 
 if interpreted():
     from proxytune_kernels.kernels import interpreter
@@ -23,8 +24,8 @@ from proxytune_kernels.kernels.common import inputs
 from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
 from proxytune_kernels.kernels.score import launch_score
-from proxytune_kernels.kernels.top_logprobs import TopOutputs, launch_top_logprobs
-from proxytune_kernels.kernels.verify import VerifyOutputs, launch_coupled, launch_rejection
+from proxytune_kernels.kernels.top_logprobs import launch_top_logprobs
+from proxytune_kernels.kernels.verify import launch_coupled, launch_rejection
 from proxytune_kernels.kernels.workspace import Outputs
 from proxytune_kernels.ops.backends.triton_shards import SHARD_IMPLEMENTATIONS
 
@@ -40,7 +41,7 @@ def _sample(
     logits = inputs(base, expert, anti, bias, allowed_mask)
     tiles, workspace = launch_sample(logits, params, drawn, vocab_size, 1, noise_stream)
     if top_logprobs:
-        likeliest = TopOutputs(top_token_ids, top)
+        likeliest = TopLogprobs(top_token_ids, top)
         launch_top_logprobs(logits, params, tiles, workspace, drawn, likeliest, vocab_size)
 
 
@@ -54,7 +55,7 @@ def _sample_hidden(
         (base, expert, anti), (bias, allowed_mask), params, drawn, vocab_size, noise_stream
     )
     if top_logprobs:
-        likeliest = TopOutputs(top_token_ids, top)
+        likeliest = TopLogprobs(top_token_ids, top)
         launch_top_logprobs(logits, params, tiles, workspace, drawn, likeliest, vocab_size)
 
 
@@ -79,7 +80,7 @@ def _verify(
     params: RowParams, bias: Any, allowed_mask: Any, vocab_size: int, mode: str, out: Out,
 ) -> None:  # fmt: skip
     logits = inputs(base, expert, anti, bias, allowed_mask)
-    ids, verified = draft_token_ids.contiguous(), VerifyOutputs(*out)
+    ids, verified = draft_token_ids.contiguous(), VerifyOutput(*out)
     if mode == "coupled":
         launch_coupled(logits, ids, params, verified, vocab_size)
     else:

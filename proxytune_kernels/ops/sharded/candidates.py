@@ -7,7 +7,7 @@
    among the 51-bit order keys: counts and masses above 1,024 edges are added up over all ranks, and
    the cut lies between two of them. The first edges are keys sampled from all ranks, which part any
    row into about equal pieces; where few tokens are left between two edges, those are the next
-   edges, and the search ends. A row that samples tell little of is parted evenly by key: 1,024
+   edges, and the search ends. A row of which samples tell little is parted evenly by key: 1,024
    pieces a round, so at most six more rounds.
 """
 
@@ -210,10 +210,8 @@ class _Keys:
     """Some rows' tokens, in order, by all ranks' order keys: :class:`reference.Order`.
 
     Args:
-        shard: this rank's part.
-        keys: its order keys, int64 [B, n].
+        keys: this rank's, int64 [B, n].
         summaries: all ranks', [W, B].
-        temperature: [B].
         whole, likely: all tokens, and those that min_p keeps.
     """
 

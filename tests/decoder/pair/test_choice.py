@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder import Speculation
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import tiny_llama
 
 # PEFT asks a model what transformers has since renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-Make = Callable[..., Decoder]
-Loop = Callable[..., list[int]]
 
 PROMPTS: list[Any] = [
     "hello",
@@ -53,9 +49,7 @@ def settings(sampled: bool) -> list[SamplingParams]:
     ],
     ids=["plain", "speculative", "lookup", "chunked", "separate"],
 )
-def test_greedy_equals_the_naive_loop(
-    lora_trio: Trio, make_decoder: Make, greedy: Loop, options: dict[str, Any], max_batch_size: int
-) -> None:
+def test_greedy_equals_the_naive_loop(lora_trio, make_decoder, greedy, options, max_batch_size):
     decoder = make_decoder(lora_trio, max_batch_size, **options)
     assert decoder.info()["pair"] == options.get("pair", "shared")
     params = settings(sampled=False)
@@ -67,9 +61,7 @@ def test_greedy_equals_the_naive_loop(
 @pytest.mark.parametrize(
     "speculation", [None, Speculation(adaptive=False)], ids=["plain", "drafts"]
 )
-def test_sampled_tokens_are_the_separate_models(
-    lora_trio: Trio, make_decoder: Make, speculation: Speculation | None
-) -> None:
+def test_sampled_tokens_are_the_separate_models(lora_trio, make_decoder, speculation):
     shared = make_decoder(lora_trio, 3, speculation=speculation)
     apart = make_decoder(lora_trio, 3, pair="separate")
     params = settings(sampled=True)
@@ -81,14 +73,14 @@ def test_sampled_tokens_are_the_separate_models(
 
 # Importing torch's own compiler calls what torch has deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
-def test_small_checkpoints_of_one_shape_run_as_one_batch(trio: Trio, make_decoder: Make) -> None:
+def test_small_checkpoints_of_one_shape_run_as_one_batch(trio, make_decoder):
     assert make_decoder(trio).info()["pair"] == "batched"
     assert make_decoder(trio, compile=True).info()["pair"] == "separate"
     other = Trio.from_models(trio.base, trio.expert, tiny_llama(4, layers=1), trio.tokenizer)
     assert make_decoder(other).info()["pair"] == "separate"
 
 
-def test_weights_are_held_once(lora_trio: Trio, make_decoder: Make) -> None:
+def test_weights_are_held_once(lora_trio, make_decoder):
     decoder = make_decoder(lora_trio, 2)
     pointers = {p.data_ptr() for p in lora_trio.anti.parameters()}
     small = [m for roles, m in decoder._runner.models.items() if roles != ("base",)]
@@ -99,7 +91,7 @@ def test_weights_are_held_once(lora_trio: Trio, make_decoder: Make) -> None:
         assert all(p.data_ptr() in pointers for p in large)
 
 
-def test_pairs_that_cannot_run_so_are_refused(trio: Trio, make_decoder: Make) -> None:
+def test_pairs_that_cannot_run_so_are_refused(trio, make_decoder):
     with pytest.raises(ValueError, match=r"pair='shared' takes an expert .* LlamaForCausalLM"):
         make_decoder(trio, pair="shared")
     with pytest.raises(ValueError, match=r"pair must be one of shared, .*, got 'joint'"):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 from typing import Any
 
 import pytest
 import torch
-from scipy.stats import chisquare
 from transformers import (
-    GenerationMixin,
     LogitsProcessor,
     MaxLengthCriteria,
     StoppingCriteria,
@@ -22,14 +19,10 @@ from transformers import (
 from proxytune_kernels import Decoder, SamplingParams, Speculation
 from proxytune_kernels.decoder import DecodeError
 from proxytune_kernels.decoder.request import StreamEvent
-from proxytune_kernels.integrations.hf import (
-    EngineGenerate,
-    ProxyTunedForCausalLM,
-    engine_generate,
-)
+from proxytune_kernels.integrations.hf import EngineGenerate, ProxyTunedForCausalLM, engine_generate
 from proxytune_kernels.integrations.hf.custom_generate import NotInDecoder
 from proxytune_kernels.integrations.hf.sampling import draw_seeds
-from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama
+from tests.decoder.conftest import byte_tokenizer, tiny_llama
 from tests.integrations.hf.conftest import ALPHA, Recorder
 
 DECODER = "proxytune_kernels.Decoder"
@@ -68,7 +61,7 @@ class EveryThird(StoppingCriteria):
 
 ENDS = {"eos_token_id": list(range(60, 130)), "pad_token_id": 0}
 STRINGS = {"stop_strings": ["a", "e", "0"], "tokenizer": byte_tokenizer()}
-SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95, "min_p": 0.02}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95, "min_p": 0.15}
 GREEDY: dict[str, dict[str, Any]] = {
     "plain": {},
     "filters": {k: v for k, v in SAMPLED.items() if k != "do_sample"},
@@ -104,28 +97,6 @@ def test_likeliest_tokens_are_those_of_transformers_loop(hf_model, batch, case):
     assert got.tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize(
-    "filters",
-    [{"temperature": 1.3, "top_k": 12, "top_p": 0.9}, {"temperature": 1.3, "min_p": 0.1}],
-    ids=["top_p", "min_p"],
-)
-def test_first_tokens_follow_the_law_of_the_warpers(hf_model, filters):
-    inputs = hf_model.tokenize("of two")
-    options = {"do_sample": True, "alpha": 0.5, **filters}
-    drawn = generate(hf_model, inputs, 3, max_new_tokens=1, num_return_sequences=2000, **options)
-    config, _ = hf_model._prepare_generation_config(None, **options)
-    warpers = GenerationMixin._get_logits_processor(
-        hf_model, config, input_ids_seq_length=inputs["input_ids"].shape[1]
-    )
-    with torch.no_grad():
-        logits = hf_model(**inputs, alpha=0.5).logits[:, -1]
-    probabilities = warpers(inputs["input_ids"], logits.double()).softmax(-1)[0]
-    counts = drawn[:, -1].bincount(minlength=VOCAB_SIZE).double()
-    kept = probabilities > 0
-    assert 2 < kept.sum() < 13 and counts[~kept].sum() == 0
-    assert chisquare(counts[kept], probabilities[kept] * 2000).pvalue > 1e-3
-
-
 def test_transformers_default_of_50_candidates_holds_unless_told(hf_model):
     inputs = hf_model.tokenize("of two")
     options = {"max_new_tokens": 1, "num_return_sequences": 400, "do_sample": True,
@@ -138,20 +109,13 @@ def test_tokens_are_those_of_the_decoder_by_seeds_of_the_global_generator(hf_tri
     got = generate(hf_model, batch, **SAMPLED, eos_token_id=None, alpha=1.5)
     set_seed(5)
     params = [
-        SamplingParams(alpha=1.5, temperature=0.8, top_k=20, top_p=0.95, min_p=0.02, seed=seed,
+        SamplingParams(alpha=1.5, temperature=0.8, top_k=20, top_p=0.95, min_p=0.15, seed=seed,
                        filter_order="hf", max_tokens=LONG, ignore_eos=True)
         for seed in draw_seeds(3).tolist()
     ]  # fmt: skip
     prompts = [ids[mask == 1].tolist() for ids, mask in zip(*batch.values(), strict=True)]
     outputs = Decoder(hf_trio, 4).generate(prompts, params)
     assert got[:, -LONG:].tolist() == [output.token_ids for output in outputs]
-
-
-def test_set_seed_repeats_a_call(hf_model, batch):
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": LONG}
-    first, again, other = (generate(hf_model, batch, s, **options) for s in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert not torch.equal(hf_model.generate(**batch, **options), other)
 
 
 def test_a_row_draws_the_same_whatever_comes_behind_it(hf_model):
@@ -370,27 +334,6 @@ def test_models_that_the_decoder_can_not_run_go_through_transformers(one, change
     change(model)
     assert torch.equal(generate(model, one), wanted)
     assert model.info()["sampling"].startswith(f"transformers' loop: {reason}")
-
-
-def test_changed_weights_are_seen_by_the_next_call(one):
-    model = tiny_model()
-    before = generate(model, one)
-    assert "batched" in model.info()["cache"]  # both models' weights are copied into a stack
-    with torch.no_grad():
-        model.expert.lm_head.weight.mul_(-3.0)
-    after = generate(model, one)
-    assert torch.equal(after, generate(model, one, use_cache=False))
-    assert not torch.equal(after, before)
-
-
-def test_a_copy_of_the_model_makes_its_own_decoder(one):
-    model = tiny_model()
-    wanted = generate(model, one)
-    twin = copy.deepcopy(model)
-    before: Any = twin.engine.decoder
-    assert torch.equal(generate(twin, one), wanted)
-    after: Any = twin.engine.decoder
-    assert before is None and after.trio.base is twin.base is not model.base
 
 
 def test_threads_take_turns(hf_model, batch, one):

@@ -132,10 +132,7 @@ def test_ids_past_the_shared_vocabulary_are_never_produced():
     # The assistant would draft the ids that only it has.
     for do_sample in (False, True):
         drafted = model.generate(
-            **inputs,
-            **{**PLAIN, "do_sample": do_sample},
-            assistant_model=expert,
-            max_new_tokens=12,
+            **inputs, **{**PLAIN, "do_sample": do_sample}, assistant_model=expert, max_new_tokens=12
         )
         assert int(drafted.max()) < VOCAB_SIZE
         assert do_sample or torch.equal(drafted, plain)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, TextIteratorStreamer, pipeline, set_seed
+from transformers import CompileConfig, pipeline, set_seed
 
 from tests.integrations.hf.conftest import ALPHA, PLAIN
 
@@ -52,23 +51,15 @@ def test_an_alpha_per_call(hf_model, hf_trio, loop, alpha, cache):
     assert new(output, inputs) == [loop(hf_trio, PROMPTS[0], COUNT, value)]
 
 
-def test_a_prompt_per_role(hf_model, hf_trio, loop, cache):
-    inputs = hf_model.tokenize(OWN)
-    output = hf_model.generate(**inputs, **PLAIN, **cache, max_new_tokens=COUNT)
-    assert new(output, inputs) == [loop(hf_trio, prompt, COUNT) for prompt in OWN]
+FOR_THE_EXPERT = {"base": "hello", "expert": "[user] hello [assistant]", "anti": "hello"}
 
 
-def test_a_prompt_for_the_expert_alone(hf_model, hf_trio, loop, cache):
-    prompt = {"base": "hello", "expert": "[user] hello [assistant]", "anti": "hello"}
-    inputs = hf_model.tokenize(prompt)
-    assert set(inputs) == {
-        "input_ids",
-        "attention_mask",
-        "expert_input_ids",
-        "expert_attention_mask",
-    }
+@pytest.mark.parametrize("prompts", [OWN, [FOR_THE_EXPERT]], ids=["roles", "expert"])
+def test_a_prompt_per_role(hf_model, hf_trio, loop, cache, prompts):
+    inputs = hf_model.tokenize(prompts)
+    assert ("anti_input_ids" in inputs) == (prompts is OWN)
     output = hf_model.generate(**inputs, **PLAIN, **cache, max_new_tokens=COUNT)
-    assert new(output, inputs) == [loop(hf_trio, prompt, COUNT)]
+    assert new(output, inputs) == [loop(hf_trio, prompt, COUNT) for prompt in prompts]
 
 
 @pytest.mark.parametrize("drafter", ["lookup", "expert", "base"])
@@ -82,12 +73,6 @@ def test_assisted_decoding(hf_model, hf_trio, loop, prompt, drafter):
     )
     output = hf_model.generate(**inputs, **PLAIN, **draft, max_new_tokens=24, alpha=0.4)
     assert new(output, inputs) == [loop(hf_trio, prompt, 24, 0.4)]
-
-
-def test_chunks_of_a_prompt(hf_model, hf_trio, loop):
-    inputs = hf_model.tokenize("a prompt of some length")
-    output = hf_model.generate(**inputs, **PLAIN, max_new_tokens=COUNT, prefill_chunk_size=4)
-    assert new(output, inputs) == [loop(hf_trio, "a prompt of some length", COUNT)]
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "none"])
@@ -242,19 +227,6 @@ def test_a_pipeline_takes_one_prompt_a_batch_and_a_chat(hf_model, hf_trio, loop)
     chat = [{"role": "user", "content": "hi"}]
     [answer] = generate(chat, **options)
     assert answer["generated_text"] == wanted("hi|")
-
-
-def test_a_streamer_gets_the_text_as_it_comes(hf_model, hf_trio, loop):
-    inputs = hf_model.tokenize(PROMPTS[0])
-    streamer = TextIteratorStreamer(hf_trio.tokenizer, skip_prompt=True)
-    thread = threading.Thread(
-        target=hf_model.generate,
-        kwargs={**inputs, **PLAIN, "streamer": streamer, "max_new_tokens": COUNT},
-    )
-    thread.start()
-    text = "".join(streamer)
-    thread.join()
-    assert text == hf_trio.tokenizer.decode(loop(hf_trio, PROMPTS[0], COUNT))
 
 
 def test_a_static_cache_compiles_into_one_graph(hf_model, hf_trio, loop):

@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from scipy.stats import chisquare
-from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, set_seed
+from transformers import GenerationMixin, LogitsProcessorList, set_seed
 
 from proxytune_kernels.integrations.hf import LogitsSampler, sampling
 from proxytune_kernels.integrations.hf.sampling import NotInOp, draw_seeds, read_processors
-from proxytune_kernels.ops import combine
 from tests.decoder.conftest import VOCAB_SIZE as MODEL_VOCAB_SIZE
 from tests.integrations.hf.conftest import ALPHA
 
@@ -106,12 +104,6 @@ def test_masked_tokens_stay_masked():
         assert_same_law(warpers(*settings), rows)
 
 
-def test_rows_of_one_token():
-    rows = torch.full((8, VOCAB_SIZE), -math.inf)
-    rows[:, 11] = 1.0
-    assert drawn_by(warpers(0.7, 5, 0.9, 0.1), rows).token_ids.tolist() == [11] * 8
-
-
 def test_of_equal_logits_top_k_keeps_the_lowest_ids_where_transformers_keeps_all():
     rows = torch.zeros(400, VOCAB_SIZE)
     rows[:, 5] = 1.0
@@ -136,18 +128,6 @@ def test_min_p_keeps_equal_logits_together():
     rows = torch.tensor([[0.0, 2.0, 0.0, 2.0, 0.0]])
     for min_p in (0.1, 0.2, 1.0):
         assert_same_law(warpers(min_p=min_p), rows, ordered=False)
-
-
-def test_draws_follow_the_law():
-    row = torch.tensor([1.1, 0.2, -0.5, 2.0, 1.9, -3.0, 0.9, 0.1, 1.4, -1.0, 0.0, 0.4])
-    chain = warpers(0.8, 9, 0.93, 0.05)
-    rows = row.expand(40_000, -1)
-    counts = drawn_by(chain, rows).token_ids.bincount(minlength=len(row)).double()
-    probabilities = chain(ids_of(1), row[None].double()).softmax(-1)[0]
-    kept = probabilities > 0
-    assert counts[~kept].sum() == 0
-    expected = probabilities[kept] * counts.sum()
-    assert chisquare(counts[kept], expected).pvalue > 1e-3
 
 
 def eos():
@@ -346,23 +326,6 @@ def test_a_config_is_read_as_generate_reads_it():
     assert LogitsSampler.from_config(vocab_size=100).sampling.temperature == 0
 
 
-def test_combined_logits_draw_the_same():
-    base, expert, anti = rows_of_logits()
-    options: dict[str, Any] = {
-        "do_sample": True,
-        "top_k": 0,
-        "vocab_size": 100,
-        "batch_size": 2,
-        "seed": 7,
-    }
-    three = LogitsSampler.from_config(**options, alpha=0.5)
-    one = LogitsSampler.from_config(**options)
-    x = combine(base, expert, anti, 0.5)
-    for _ in range(20):
-        got, wanted = one.draw(x), three.draw(base, expert, anti)
-        assert got.token_ids.tolist() == wanted.token_ids.tolist()
-
-
 def test_a_position_can_be_drawn_again():
     base, expert, anti = rows_of_logits()
     sampler = LogitsSampler.from_config(
@@ -394,39 +357,6 @@ def test_rows_have_seeds_of_their_own_unless_told():
     assert drawn.unique().numel() > 1
     drawn = LogitsSampler.from_config(**options, seed=7).draw(base, expert, anti).token_ids
     assert drawn.unique().numel() == 1
-
-
-class SmallModels(hf.LogitsProcessor):
-    """Proxy-tuning as it is often written: the small models' caches in a logits processor."""
-
-    def __init__(self, model):
-        self.model = model
-        self.caches = [DynamicCache(config=m.config) for m in (model.expert, model.anti)]
-
-    def __call__(self, input_ids, scores):
-        new = input_ids[:, -1:] if self.caches[0].get_seq_length() else input_ids
-        expert, anti = (
-            small(input_ids=new, past_key_values=cache).logits[:, -1]
-            for small, cache in zip((self.model.expert, self.model.anti), self.caches, strict=True)
-        )
-        return scores + self.model.alpha * (expert - anti)
-
-
-def test_a_processor_with_caches_of_its_own_is_wrong_where_drafts_are_refused(hf_model):
-    inputs = hf_model.tokenize("stop the stop the sum of the sum of the")
-    options = {"max_new_tokens": 24, "eos_token_id": None}
-    drafts = {"prompt_lookup_num_tokens": 4}
-    wanted = hf_model.generate(**inputs, **options).tolist()
-
-    def processed(**given):
-        processors = LogitsProcessorList([SmallModels(hf_model)])
-        return hf_model.base.generate(
-            **inputs, **options, **given, logits_processor=processors
-        ).tolist()
-
-    assert processed() == wanted
-    assert hf_model.generate(**inputs, **options, **drafts).tolist() == wanted
-    assert processed(**drafts) != wanted
 
 
 def test_what_can_not_be_drawn_is_named():

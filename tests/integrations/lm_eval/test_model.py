@@ -41,11 +41,7 @@ def forwards(trio: Trio) -> Iterator[dict[str, int]]:
 
 
 def ask(lm: Any) -> list[Any]:
-    return [
-        lm.loglikelihood(SCORED),
-        lm.loglikelihood_rolling(TEXTS),
-        lm.generate_until(CONTINUED),
-    ]
+    return [lm.loglikelihood(SCORED), lm.loglikelihood_rolling(TEXTS), lm.generate_until(CONTINUED)]
 
 
 def test_several_alphas_share_the_forwards(trio):

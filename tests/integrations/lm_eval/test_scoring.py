@@ -54,10 +54,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     **ARCHITECTURES,
     "cohere-scale": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.3)),
     "granite-divisor": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=3.0)),
-    "gpt2": (
-        GPT2LMHeadModel,
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **TOKENS),
-    ),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **TOKENS)),
     "unknown-head": (TripleLogits, LLAMA),
     "unknown-head-all-logits": (AllLogits, LLAMA),
 }
@@ -128,11 +125,7 @@ def scores(
 ) -> list[tuple[tuple[float, bool], ...]]:
     found: dict[int, tuple[tuple[float, bool], ...]] = {}
     Scorer(trio).score(
-        REQUESTS,
-        alphas,
-        batch_size=batch_size,
-        max_length=MAX_LENGTH,
-        scored=found.__setitem__,
+        REQUESTS, alphas, batch_size=batch_size, max_length=MAX_LENGTH, scored=found.__setitem__
     )
     assert sorted(found) == list(range(len(REQUESTS)))
     return [found[i] for i in range(len(REQUESTS))]

@@ -8,18 +8,17 @@ a time, so that a base that is quantised never takes the place of the same base 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Embedding, Linear, Module, Parameter
+from torch.nn import Embedding, Linear, Module, Parameter, Sequential
 
 from proxytune_kernels import Trio
 
 VOCAB_SIZE = 32_000
-BATCH_SIZES = (1, 4, 16)
 DTYPE = torch.bfloat16
 LORA_RANK = 16
 
@@ -50,9 +49,10 @@ class ModelShape:
     kv_heads: int
     vocab_size: int = VOCAB_SIZE
     context: int = 4096
+    tied: bool = False
 
     def config(self) -> Any:
-        """The transformers configuration; embedding and head are two matrices."""
+        """The transformers configuration; embedding and head are one matrix where they are tied."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -64,7 +64,7 @@ class ModelShape:
             num_key_value_heads=self.kv_heads,
             max_position_embeddings=self.context,
             rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
+            tie_word_embeddings=self.tied,
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
@@ -86,16 +86,6 @@ class TrioShape:
     base: ModelShape
     pair: ModelShape
     int8_base: bool = False
-
-    def planned_bytes(self) -> int:
-        """Bytes of the weights of a pair of two models, before anything is built.
-
-        The scales of int8 weights are left out.
-        """
-        base, pair = empty_model(self.base), empty_model(self.pair)
-        numbers = sum(p.numel() for model in (base, pair, pair) for p in model.parameters())
-        saved = sum(layer.weight.numel() for layer in _quantisable(base).values())
-        return DTYPE.itemsize * numbers - saved * self.int8_base
 
 
 TRIOS = {
@@ -126,19 +116,11 @@ def with_shared_pair(trio: Trio) -> dict[str, Trio]:
 
 def int8_linear(layer: Module) -> Module:
     """A linear layer with its weights in int8, a scale a row, as torchao has them."""
-    from proxytune_kernels.trio.quantization import quantize
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    class Alone(Module):
-        """A layer where a causal LM is expected, one without a head."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def get_output_embeddings(self) -> None:
-            """There is none."""
-
-    return quantize(Alone(), "int8").layer
+    holder = Sequential(layer)
+    quantize_(holder, Int8WeightOnlyConfig(set_inductor_config=False))
+    return holder[0]
 
 
 def empty_model(shape: ModelShape) -> Any:
@@ -151,16 +133,6 @@ def empty_model(shape: ModelShape) -> Any:
         return model.to(DTYPE).eval()
 
 
-def _quantisable(model: Any) -> dict[str, Linear]:
-    """The linear layers but the head, by their names in the model."""
-    head = model.get_output_embeddings()
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, Linear) and layer is not head
-    }
-
-
 def random_model(
     shape: ModelShape,
     device: str | torch.device,
@@ -171,47 +143,28 @@ def random_model(
 ) -> Any:
     """A Llama with random weights on a device, in evaluation mode.
 
-    Args:
-        shape: its dimensions.
-        device: where its weights are made.
-        seed: of the weights.
-        quantize: given each linear layer but the head as soon as it has weights; the layer it
-            returns takes its place. None leaves them.
-        dtype: of all weights that are not quantised.
+    ``quantize`` is given each linear layer but the head as soon as it has weights, and gives the
+    layer that takes its place.
     """
     model = empty_model(shape)
     generator = torch.Generator(device).manual_seed(seed)
     head = model.get_output_embeddings()
-    quantised = set() if quantize is None else set(_quantisable(model))
     # By name: a list of the layers would keep all that were quantised in memory.
     for name in [name for name, _ in model.named_modules()]:
         layer = model.get_submodule(name)
         std = _LOGITS_STD * shape.hidden_size**-0.5 if layer is head else _WEIGHT_STD
-        _fill(layer, device, dtype, std, generator)
-        if quantize is not None and name in quantised:
+        for own, parameter in list(layer.named_parameters(recurse=False)):
+            filled = torch.ones(parameter.shape, dtype=dtype, device=device)
+            if isinstance(layer, Linear | Embedding):  # norms' weights are 1
+                filled.normal_(0.0, std, generator=generator)
+            setattr(layer, own, Parameter(filled, requires_grad=False))
+        if quantize is not None and isinstance(layer, Linear) and layer is not head:
             model.set_submodule(name, quantize(layer))
     # Its buffers are computed, not loaded: a filled "meta" tensor would be a wrong angle.
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    left = [name for name, t in _tensors(model) if t.device.type == "meta"]
-    if left:
-        raise RuntimeError(f"a random model must have all its weights, {left[0]} has none")
+    model.tie_weights()
     return model.requires_grad_(False)
-
-
-def _fill(
-    layer: Module,
-    device: str | torch.device,
-    dtype: torch.dtype,
-    std: float,
-    generator: torch.Generator,
-) -> None:
-    """Give a layer its parameters: matrices are normal, norms' weights 1."""
-    for name, parameter in list(layer.named_parameters(recurse=False)):
-        filled = torch.ones(parameter.shape, dtype=dtype, device=device)
-        if isinstance(layer, Linear | Embedding):
-            filled.normal_(0.0, std, generator=generator)
-        setattr(layer, name, Parameter(filled, requires_grad=False))
 
 
 def adapted_model(model: Any, seed: int) -> Any:
@@ -267,31 +220,12 @@ def _bytes(tensor: Any) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def weights_record(shape: TrioShape, trios: Mapping[str, Trio]) -> dict[str, Any]:
-    """A line of results: bytes of weights by role, and those that a step reads."""
-    groups = {role: [model] for role, model in trios[SEPARATE].models.items()}
-    groups["shared pair"] = [trios[SHARED].expert, trios[SHARED].anti]
-    return {
-        "op": "weights",
-        "trio": shape.name,
-        "title": shape.title,
-        "bytes": {name: weight_bytes(models) for name, models in groups.items()},
-        "step_bytes": {name: step_bytes(models) for name, models in groups.items()},
-    }
-
-
 def byte_tokenizer(vocab_size: int) -> Any:
-    """A tokenizer made in memory: a token for each byte, and names for the ids that are left.
-
-    Args:
-        vocab_size: ids in all, at least 259.
-    """
+    """A tokenizer made in memory: a token for each byte, and names for the ids that are left."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     named = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    if vocab_size < len(named):
-        raise ValueError(f"vocab_size must be at least {len(named)}, got {vocab_size}")
     tokens = named + [f"<{i}>" for i in range(len(named), vocab_size)]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

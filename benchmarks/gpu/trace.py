@@ -8,18 +8,17 @@ stream among its arguments.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from benchmarks.gpu.device import first_line
 from benchmarks.harness.decoding import DecoderProvider
 from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
 from benchmarks.harness.trios import make_prompts
@@ -38,39 +37,6 @@ _WAITS = frozenset(
 """Calls that return when the device has come so far."""
 
 
-class Kernel(NamedTuple):
-    """One kernel; times are microseconds by the trace's clock."""
-
-    start: float
-    end: float
-    stream: int
-    name: str
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What was profiled."""
-
-    kernels: Sequence[Kernel]
-    """In the order they started."""
-    waits: Counter[str]
-    """How often the host called each function that waits for the device."""
-
-
-def read(path: Path) -> Trace:
-    """Kernels and waits of an exported profile."""
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
-    kernels = [
-        Kernel(
-            float(e["ts"]), float(e["ts"]) + float(e["dur"]), int(e["args"]["stream"]), e["name"]
-        )
-        for e in events
-        if e.get("cat") == "kernel"
-    ]
-    calls = (e["name"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver"))
-    return Trace(sorted(kernels), Counter(name for name in calls if name in _WAITS))
-
-
 def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The union of intervals as disjoint ones, in order; those that touch become one."""
     union: list[tuple[float, float]] = []
@@ -82,15 +48,19 @@ def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]
     return union
 
 
-def trace_record(trace: Trace) -> dict[str, Any]:
-    """A line of results of a profile of :data:`STEPS` steps.
+def trace_record(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A line of results of the events of a profile of :data:`STEPS` steps.
 
     Idle is the time without a kernel on any stream, from the first kernel's start to the last one's
     end. The tracer itself widens the gaps: the share is a bound.
     """
-    if not trace.kernels:
+    complete = [e for e in events if e.get("ph") == "X"]
+    kernels = [e for e in complete if e.get("cat") == "kernel"]
+    calls = (e["name"] for e in complete if e.get("cat") in ("cuda_runtime", "cuda_driver"))
+    waits = Counter(name for name in calls if name in _WAITS)
+    if not kernels:
         raise ValueError("the profile has no kernel in it")
-    busy = merged((k.start, k.end) for k in trace.kernels)
+    busy = merged((float(k["ts"]), float(k["ts"]) + float(k["dur"])) for k in kernels)
     gaps = [following[0] - before[1] for before, following in pairwise(busy)]
     whole = busy[-1][1] - busy[0][0]
     return {
@@ -100,33 +70,32 @@ def trace_record(trace: Trace) -> dict[str, Any]:
         "idle_share": sum(gaps) / whole,
         "longest_gap_us": max(gaps, default=0.0),
         "gaps": len(gaps),
-        "kernels_per_step": len(trace.kernels) / STEPS,
-        "streams": sorted({k.stream for k in trace.kernels}),
-        "waits_per_step": {name: count / STEPS for name, count in trace.waits.items()},
+        "kernels_per_step": len(kernels) / STEPS,
+        "streams": sorted({int(k["args"]["stream"]) for k in kernels}),
+        "waits_per_step": {name: count / STEPS for name, count in waits.items()},
     }
 
 
-def record(run: Callable[[], object], path: Path, activity: ProfilerActivity) -> Trace:
-    """Profile what ``run`` does, and keep the trace at ``path``.
-
-    ``ProfilerActivity.CUDA`` records kernels and the calls to the driver.
-    """
+def profiled(run: Callable[[], object], activity: ProfilerActivity) -> list[dict[str, Any]]:
+    """The events of what ``run`` does; ``ProfilerActivity.CUDA`` records kernels and the driver."""
     # The first profile of a process sets the tracer up, which takes longer than a step.
     with torch.profiler.profile(activities=[activity]):
         pass
     with torch.profiler.profile(activities=[activity]) as profiler:
         run()
-    profiler.export_chrome_trace(str(path))
-    return read(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
 
 
 @contextmanager
-def _decoding(provider: DecoderProvider, prompt_length: int) -> Iterator[Callable[[], None]]:
+def decoding(provider: DecoderProvider, prompt_length: int) -> Iterator[Callable[[], None]]:
     """A request that has decoded a few steps; what is given decodes :data:`STEPS` more.
 
     The request is over when the context is left: the slot is free for the next.
     """
-    prompts = make_prompts(provider.trio, 1, prompt_length)
     params = SamplingParams(
         alpha=ALPHA,
         temperature=TEMPERATURE,
@@ -135,7 +104,7 @@ def _decoding(provider: DecoderProvider, prompt_length: int) -> Iterator[Callabl
         max_tokens=_BEFORE + STEPS + 4,  # it does not end, nor run out of steps to run ahead to
         ignore_eos=True,
     )
-    events = provider.decoder.stream(prompts, params)
+    events = provider.decoder.stream(make_prompts(provider.trio, 1, prompt_length), params)
 
     def steps() -> None:
         done = sum(1 for _ in islice(events, STEPS))
@@ -149,28 +118,9 @@ def _decoding(provider: DecoderProvider, prompt_length: int) -> Iterator[Callabl
         pass
 
 
-def profile(provider: DecoderProvider, prompt_length: int, path: Path) -> dict[str, Any]:
-    """Profile :data:`STEPS` steps at batch 1; keep the trace at ``path``."""
-    with _decoding(provider, prompt_length) as steps:
+def profile(provider: DecoderProvider, prompt_length: int) -> dict[str, Any]:
+    """Profile :data:`STEPS` steps at batch 1."""
+    with decoding(provider, prompt_length) as steps:
         # The decoder runs a step ahead: that one's end would be in the trace.
         torch.cuda.synchronize()
-        return trace_record(record(steps, path, ProfilerActivity.CUDA))
-
-
-def synchronisation_record(provider: DecoderProvider, prompt_length: int) -> dict[str, Any]:
-    """Decode with every call of torch that synchronises made an error.
-
-    What is not one: waiting for an event, as the host does for the step before the last.
-    """
-    raised, before = None, torch.cuda.get_sync_debug_mode()
-    with _decoding(provider, prompt_length) as steps:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            steps()
-        except RuntimeError as error:
-            raised = first_line(error)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    graphs: str = provider.decoder.info()["graphs"]
-    captured = not graphs.startswith("none")
-    return {"op": "synchronisation", "captured": captured, "graphs": graphs, "raised": raised}
+        return trace_record(profiled(steps, ProfilerActivity.CUDA))

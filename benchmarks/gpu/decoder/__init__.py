@@ -1,1 +1,0 @@
-"""The decoder on a GPU: trios of true shapes with random weights, timed against their bytes."""
