@@ -13,7 +13,7 @@ from proxytune_kernels.decoder.speculation import Acceptance, SpeculationStats
 from proxytune_kernels.decoder.text import Detokenizer, StopStrings, special_tokens
 from proxytune_kernels.params import SamplingParams, mask_without
 
-FINISH_REASONS = ("stop", "length", "cancelled")
+FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,15 @@ class RequestOutput:
         text: output text, without the token or string that ended it (unless asked for).
         logprobs: per output token, log of the probability it was drawn with.
         raw_logprobs: per output token, its log-softmax at temperature 1, no filter.
-        finish_reason: ``"stop"`` (a stop token or string), ``"length"`` (max_tokens) or
-            ``"cancelled"``.
+        finish_reason: ``"stop"`` (a stop token or string), ``"length"`` (max_tokens),
+            ``"cancelled"``, or ``"error"``: its logits left no token to draw.
         stop_reason: the token id or string that ended it, else None.
         seed: of its noise; with the same parameters it gives the same tokens again.
         status: what the sampler reported, or-ed over the tokens: 0, or the bits of
             :class:`proxytune_kernels.reference.SampleOutput`.
         metrics: its times.
         speculation: drafts and what became of them; None where the decoder doesn't speculate.
+        error: what went wrong, with finish_reason ``"error"``; else None.
     """
 
     index: int
@@ -63,6 +64,7 @@ class RequestOutput:
     status: int
     metrics: RequestMetrics
     speculation: SpeculationStats | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class StreamEvent:
         index: the request's place among the prompts of its call.
         text: new text; may be empty while a character or a stop string is incomplete.
         token_ids: new tokens, several where drafts were accepted; none in the event of a
-            cancellation.
+            cancellation or an error.
         logprobs: per new token.
         output: the whole output, in the request's last event; None before.
     """
@@ -130,7 +132,7 @@ class StopRules:
         return cls(token_ids, mask_without(token_ids, vocab_size), special)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # a prompt has no place in a message
 class Request:
     """A request in the decoder; made by :class:`~proxytune_kernels.decoder.decoder.Decoder`.
 
@@ -163,6 +165,7 @@ class Request:
     text: str = ""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
     status: int = 0
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -215,7 +218,15 @@ class Request:
 
     def cancel(self) -> StreamEvent:
         """End the request where it is."""
-        text = self._ended("cancelled", None)
+        return self._cut("cancelled")
+
+    def fail(self, error: str) -> StreamEvent:
+        """End the request, which can't go on."""
+        self.error = error
+        return self._cut("error")
+
+    def _cut(self, reason: str) -> StreamEvent:
+        text = self._ended(reason, None)
         self.text += text
         return self._event(text, (), ())
 
@@ -288,4 +299,5 @@ class Request:
                 queued - self.submitted, first - self.submitted, now - self.submitted
             ),
             speculation=self.speculation,
+            error=self.error,
         )

@@ -63,7 +63,7 @@ def _token_ids(role: str, part: Any, tokenizer: Any, style: str, width: int) -> 
     if isinstance(part, str):
         messages = [{"role": "user", "content": part}]
         ids = _templated(role, messages, tokenizer) if style == "chat" else tokenizer.encode(part)
-    elif _is_messages(part):
+    elif is_messages(part):
         if style == "chat":
             ids = _templated(role, part, tokenizer)
         else:
@@ -151,7 +151,7 @@ def _texts(part: Any) -> list[str]:
     """The strings in a prompt."""
     if isinstance(part, str):
         return [part]
-    return [message["content"] for message in part] if _is_messages(part) else []
+    return [message["content"] for message in part] if is_messages(part) else []
 
 
 def _is_unicode(text: str) -> bool:
@@ -162,7 +162,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _is_messages(part: Any) -> bool:
+def is_messages(part: Any) -> bool:
+    """Whether a prompt is chat messages: dicts with ``role`` and text as ``content``."""
     return (
         _is_list(part)
         and bool(part)
