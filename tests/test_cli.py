@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import proxytune_kernels as ptk
 from proxytune_kernels.cli import output
+from proxytune_kernels.cli.generate import read_requests
+from proxytune_kernels.cli.options import printable
 from proxytune_kernels.cli.output import CliRequest
 from proxytune_kernels.decoder import StreamEvent
 from proxytune_kernels.ops.backends import Choice
@@ -332,6 +336,55 @@ def test_an_interrupt_ends_it_quietly_with_130():
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert errors == b""
+
+
+@pytest.mark.parametrize(
+    ("shell", "data", "code", "words"),
+    [
+        ("> /dev/full", b"", 1, "No space left on device"),
+        (">&-", b"", 1, ""),
+        ("<&-", b"", 2, "standard input is closed"),
+        ("", b"a\xff", 1, "must be UTF-8 text"),
+        ("--jsonl", b'{"prompt": "\\ud800"}', 1, "prompts[0]: prompt of base must be text"),
+        ("--jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", 2, "line 1 must be a JSON object"),
+        ("--jsonl", b"[" * 100_000, 2, "line 1 must be a JSON object"),
+        ("--jsonl", b'\n{"prompt": "x", "seed": "a"}', 2, "line 2: seed must be"),
+        ("--seed " + "1" * 5000, b"", 2, "--seed"),
+        ("$'a\\xff'", b"", 1, "lone surrogate"),
+    ],
+)
+@pytest.mark.slow
+def test_no_input_or_output_makes_a_traceback(shell, data, code, words):
+    command = [*PROXYTUNE, *SHIPPED, "--max-tokens", "2"]
+    prompt = [] if data or "<&-" in shell or shell.startswith("$") else ["hi"]
+    line = f"{shlex.join([*command, *prompt])} {shell}"
+    done = subprocess.run(["bash", "-c", line], input=data, capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (code, False)
+    assert words in done.stderr.decode()
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa\u2028b\x0cc\x85d\r\n\n\x1ce\n".encode())
+    requests = read_requests((), str(file), None, PARAMS)
+    assert [r.prompt for r in requests] == ["a\u2028b\x0cc\x85d", "\x1ce"]
+
+
+def test_a_terminal_gets_no_control_characters(monkeypatch, capsys, expected):
+    text = "a\x1b[2J\x9b\x07\r\tb\n"
+    assert printable(text) == "a\\x1b[2J\\x9b\\x07\\x0d\tb\n"
+    whole = replace(expected[0], index=0, prompt=text, text=text)
+    events = [StreamEvent(0, 0, text, (1,), (0.0,), whole)]
+    requests = [CliRequest(text, PARAMS)]
+    output.write_text(events, requests)
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    output.write_text(events, requests)
+    assert capsys.readouterr().out == printable(text) + "\n"
+    output.write_jsonl(events)
+    line = capsys.readouterr().out
+    assert json.loads(line)["text"] == text
+    assert printable(line) == line
 
 
 def test_without_transformers_it_says_what_to_install():

@@ -1,8 +1,4 @@
-"""The ``proxytune`` command.
-
-Exit codes: 0 done, 1 failed while running (a trio that does not open, a prompt that does not fit),
-2 wrong usage, 130 interrupted.
-"""
+"""The ``proxytune`` command."""
 
 from proxytune_kernels.cli.app import app, main
 

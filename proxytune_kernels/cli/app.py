@@ -15,6 +15,7 @@ from proxytune_kernels.cli.evaluate import evaluate
 from proxytune_kernels.cli.export import export_vllm
 from proxytune_kernels.cli.generate import generate
 from proxytune_kernels.cli.info import info
+from proxytune_kernels.cli.options import FAILED, printable, stop
 
 # Without rich markup, errors stay plain lines that scripts can read.
 app = typer.Typer(
@@ -47,22 +48,58 @@ def options(
 
 
 def main() -> None:
-    """Run the command line, and leave with its exit code."""
+    """Run the command line, and leave with its exit code; never with a traceback.
+
+    Exit codes: 0 done, 1 failed while running (a trio that does not open, a prompt that does not
+    fit, output that can't be written), 2 wrong usage, 130 interrupted. PROXYTUNE_TRACEBACK=1 lets
+    an unexpected error through, with its traceback.
+    """
     warnings.showwarning = _show_warning
+    if sys.stdout is None or sys.stderr is None:
+        # Its descriptor is closed: there is nobody to say it to.
+        raise SystemExit(FAILED)
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal's encoding lacks is shown by its code.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    code = _run()
+    if (problem := _flush()) is not None and code == 0:
+        code = stop(f"standard output can't be written: {problem}", FAILED).exit_code
+    raise SystemExit(code)
+
+
+def _run() -> int:
+    """Run the command that the arguments name; returns its exit code."""
     try:
         app(prog_name="proxytune")
-    finally:
-        _flush()
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else FAILED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return FAILED  # the reader has gone away, which is no mistake to be told of
+    except OSError as error:
+        return stop(error, FAILED).exit_code
+    except Exception as error:
+        if os.environ.get("PROXYTUNE_TRACEBACK") == "1":
+            raise
+        return stop(
+            f"unexpected {type(error).__name__}: {error} (please report it; PROXYTUNE_TRACEBACK=1 "
+            "shows where)",
+            FAILED,
+        ).exit_code
+    return 0
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"Warning: {message}", file=sys.stderr)
+    typer.echo(f"Warning: {printable(' '.join(str(message).split()))}", err=True)
 
 
-def _flush() -> None:
-    """Flush standard output while a reader that has gone away can still be dealt with."""
+def _flush() -> OSError | None:
+    """Flush standard output; what is wrong with it, if it can't be."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         # The interpreter flushes once more as it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return None if isinstance(error, BrokenPipeError) else error
+    return None

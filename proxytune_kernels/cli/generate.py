@@ -142,13 +142,17 @@ def read_requests(
         raise stop("give prompts as arguments or with --file, not both", USAGE)
     if prompts:
         return [CliRequest(prompt, params) for prompt in prompts]
+    if file in (None, "-") and sys.stdin is None:
+        raise stop("standard input is closed: give prompts as arguments or with --file", USAGE)
     if file is None and sys.stdin.isatty():
         raise stop("no prompt: give one as an argument, with --file, or on standard input", USAGE)
     name = "standard input" if file in (None, "-") else str(file)
     as_jsonl = name.endswith(".jsonl") if jsonl is None else jsonl
     text = _read(file, name)
     whole = file is None and jsonl is None
-    pieces = [text.removesuffix("\n")] if whole else text.splitlines()
+    # Unicode has more ends of lines (U+2028, form feed), which in a prompt are text.
+    lines_of = [line.removesuffix("\r") for line in text.split("\n")]
+    pieces = [text.removesuffix("\n")] if whole else lines_of
     lines = [(i, piece) for i, piece in enumerate(pieces, 1) if piece.strip()]
     if as_jsonl:
         requests = [_from_json(f"{name}, line {i}", line, params) for i, line in lines]
@@ -163,7 +167,7 @@ def _read(file: str | None, name: str) -> str:
     with expected(OSError):
         data = sys.stdin.buffer.read() if file in (None, "-") else Path(name).read_bytes()
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise stop(f"{name} must be UTF-8 text: {error}", FAILED) from error
 
@@ -171,7 +175,8 @@ def _read(file: str | None, name: str) -> str:
 def _from_json(where: str, line: str, params: SamplingParams) -> CliRequest:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    # An integer of thousands of digits is a ValueError, thousands of brackets are the other.
+    except (ValueError, RecursionError) as error:
         raise stop(f"{where} must be a JSON object: {error}", USAGE) from error
     if not isinstance(value, dict) or "prompt" not in value:
         raise stop(f'{where} must be a JSON object with "prompt", got {line:.80}', USAGE)
@@ -182,5 +187,5 @@ def _from_json(where: str, line: str, params: SamplingParams) -> CliRequest:
         raise stop(f"{where} has unknown key {unknown[0]!r}; known are prompt, {known}", USAGE)
     try:
         return CliRequest(prompt, replace(params, **value))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise stop(f"{where}: {error}", USAGE) from error

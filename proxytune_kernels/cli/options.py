@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -20,13 +21,22 @@ from proxytune_kernels.trio.roles import ROLES
 FAILED = 1
 USAGE = 2
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _NAMED = "Directory or hub name of the {}."
 
 
 def stop(message: object, code: int) -> typer.Exit:
     """Say what is wrong on one line of standard error; returns what to raise."""
-    typer.echo(f"Error: {' '.join(str(message).split())}", err=True)
+    typer.echo(f"Error: {printable(' '.join(str(message).split()))}", err=True)
     return typer.Exit(code)
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, but for tab and newline, are written as their codes.
+
+    A terminal obeys them: text from a model or a file must not move its cursor or set its title.
+    """
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 @contextmanager

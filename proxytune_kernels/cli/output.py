@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +16,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from proxytune_kernels.cli.options import printable
 from proxytune_kernels.decoder import Decoder, RequestOutput, StreamEvent
 from proxytune_kernels.params import SamplingParams
 
 BASE_ALONE = "base alone"
 PROXY_TUNED = "proxy-tuned"
+# Controls that JSON leaves as they are.
+_C1 = re.compile(r"[\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def write_text(events: Iterable[StreamEvent], requests: Sequence[CliRequest]) ->
         waiting[event.index] += event.text
         finished[event.index] |= event.output is not None
         while current < len(requests):
-            print(waiting[current], end="", flush=True)
+            print(_shown(waiting[current]), end="", flush=True)
             waiting[current] = ""
             if not finished[current]:
                 break
@@ -54,10 +58,15 @@ def write_text(events: Iterable[StreamEvent], requests: Sequence[CliRequest]) ->
             _heading(requests, current)
 
 
+def _shown(text: str) -> str:
+    """A text as it is; without control characters where a terminal would obey them."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
 def _heading(requests: Sequence[CliRequest], index: int) -> None:
     if len(requests) > 1 and index < len(requests):
         label = " ".join(requests[index].label.split())
-        print(f"{'' if index == 0 else chr(10)}==> {label} <==", flush=True)
+        print(f"{'' if index == 0 else chr(10)}==> {printable(label)} <==", flush=True)
 
 
 def write_jsonl(events: Iterable[StreamEvent]) -> None:
@@ -68,7 +77,8 @@ def write_jsonl(events: Iterable[StreamEvent]) -> None:
         if event.output is not None:
             outputs[event.index] = event.output
         while current in outputs:
-            print(json.dumps(_record(outputs.pop(current)), ensure_ascii=False), flush=True)
+            line = json.dumps(_record(outputs.pop(current)), ensure_ascii=False)
+            print(_C1.sub(lambda match: f"\\u00{ord(match[0]):02x}", line), flush=True)
             current += 1
 
 
@@ -136,7 +146,7 @@ def _table(batch: Sequence[CliRequest], rows: Sequence[Sequence[str]]) -> Table:
     table.add_column(BASE_ALONE, ratio=1)
     table.add_column(PROXY_TUNED, ratio=1, style="bold")
     for request, row in zip(batch, rows, strict=True):
-        table.add_row(Text(request.label), *(Text(text.strip()) for text in row))
+        table.add_row(*(Text(printable(text.strip())) for text in (request.label, *row)))
     return table
 
 
@@ -148,6 +158,6 @@ def _show_plain(
         rows = latest
     for request, (base, tuned) in zip(batch, rows, strict=True):
         for name, text in (("prompt", request.label), (BASE_ALONE, base), (PROXY_TUNED, tuned)):
-            print(f"{name}:\n{textwrap.indent(text.strip(), '    ')}", flush=True)
+            print(f"{name}:\n{textwrap.indent(_shown(text.strip()), '    ')}", flush=True)
         print(flush=True)
     return rows

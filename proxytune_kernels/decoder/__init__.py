@@ -1,7 +1,6 @@
 """Batched proxy-tuned decoding: the decoder, its loop, step, models and caches, a module each."""
 
-from proxytune_kernels.decoder.decoder import Decoder
-from proxytune_kernels.decoder.loop import DecodeError
+from proxytune_kernels.decoder.decoder import DecodeError, Decoder, EventStream
 from proxytune_kernels.decoder.request import (
     FINISH_REASONS,
     RequestMetrics,
@@ -14,6 +13,7 @@ __all__ = [
     "FINISH_REASONS",
     "DecodeError",
     "Decoder",
+    "EventStream",
     "RequestMetrics",
     "RequestOutput",
     "Speculation",

@@ -8,6 +8,7 @@ from typing import Any
 from proxytune_kernels.decoder.speculation import Speculation
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.prompts import is_messages
 
 DEFAULT_MAX_SEQ_LEN = 4096
 
@@ -68,8 +69,8 @@ def speculation(value: Any, roles: Sequence[str]) -> Speculation | None:
 
 
 def prompts(value: Any) -> Sequence[Any]:
-    """A list of prompts; a string is a list of one."""
-    if isinstance(value, str):
+    """A list of prompts; a string is a list of one, and so are the messages of one chat."""
+    if isinstance(value, str) or is_messages(value):
         return [value]
     if not isinstance(value, Sequence) or isinstance(value, bytes):
         raise TypeError(

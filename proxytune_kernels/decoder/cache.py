@@ -153,12 +153,27 @@ class SlotCache:
             layer[row, :end] = 0
         self.set_length(row, 0)
 
+    def reset(self) -> None:
+        """Empty all rows, whatever was written where."""
+        self.lengths[:] = [0] * self.rows
+        self.device_lengths.zero_()
+        self.active.zero_()
+        if self.device.type == "cpu":
+            # New memory is zeros that take no room until they are written.
+            self.keys.clear()
+            self.values.clear()
+        for layer in (*self.keys, *self.values):
+            layer.zero_()  # where it is: captured graphs know the place
+
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, [rows, capacity, kv_heads, D]; made at the first call."""
         while len(self.keys) <= index:
             shape = (self.rows, self.capacity)
-            self.keys.append(key.new_zeros(*shape, key.shape[1], key.shape[3]))
-            self.values.append(value.new_zeros(*shape, value.shape[1], value.shape[3]))
+            new_keys = key.new_zeros(*shape, key.shape[1], key.shape[3])
+            new_values = value.new_zeros(*shape, value.shape[1], value.shape[3])
+            # The keys say how many layers there are: a fault before they are kept leaves none.
+            self.values[len(self.keys) :] = [new_values]
+            self.keys.append(new_keys)
         return self.keys[index], self.values[index]
 
     def nbytes(self) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
+from threading import Condition, get_ident
 from typing import Any
 
 import torch
 
 from proxytune_kernels.decoder import arguments
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
-from proxytune_kernels.decoder.loop import DecodeError, DecodingLoop
+from proxytune_kernels.decoder.loop import DecodingLoop
 from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler
@@ -28,7 +31,9 @@ class Decoder:
     :func:`proxytune_kernels.sample`; with ``speculation`` a round of drafts, then one
     :func:`proxytune_kernels.verify`. Finished requests' slots are refilled at once, long prompts
     run chunk by chunk between the steps of the others, and while no running request is steered
-    (alpha 0) the small models rest. Not for use from several threads at a time.
+    (alpha 0) the small models rest. It may be used from several threads: calls take turns, and each
+    gets the tokens that it would get alone. After a fault (an interrupt, no memory) the requests
+    that ran are gone, and the decoder is as new.
 
     Args:
         trio: the models; they are not changed.
@@ -109,8 +114,11 @@ class Decoder:
             stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
         )
         self._requests: dict[int, Request] = {}
-        self._queues: dict[int, deque[StreamEvent | DecodeError]] = {}
-        self._next_request_id = 0
+        self._queues: dict[int, deque[StreamEvent]] = {}
+        self._submitted: deque[StreamEvent] = deque()
+        self._ids = count(1)
+        self._turns = Turns()
+        self._broken = False
 
     def generate(
         self,
@@ -119,9 +127,10 @@ class Decoder:
     ) -> list[RequestOutput]:
         """Decode prompts to their ends; outputs in the order of the prompts.
 
-        Arguments and errors as in :meth:`stream`.
+        Arguments and errors as in :meth:`stream`, except that a request whose logits leave no token
+        to draw has its output too, with the finish_reason ``"error"``.
         """
-        events = self.stream(prompts, params)
+        events = EventStream(self, self._make_requests(prompts, params), raises=False)
         outputs = [event.output for event in events if event.output is not None]
         return sorted(outputs, key=lambda output: output.index)
 
@@ -129,7 +138,7 @@ class Decoder:
         self,
         prompts: Any,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[StreamEvent]:
+    ) -> EventStream:
         """Decode prompts, giving each token as it comes, from any of the requests.
 
         Nothing runs before the first event is asked for. Closing the iterator before its end drops
@@ -146,19 +155,52 @@ class Decoder:
 
         Raises:
             ValueError, TypeError: a prompt or parameter that can never run; raised by the call.
-            DecodeError: a row's logits left no token to draw.
+            DecodeError: a request's logits left no token to draw; raised by the iterator, which
+                goes on with the others when it is asked again.
         """
-        listed = arguments.prompts(prompts)
-        each = arguments.params_per_prompt(params, len(listed))
-        pairs = enumerate(zip(listed, each, strict=True))
-        return self._drain([self._make_request(i, p, s) for i, (p, s) in pairs])
+        return EventStream(self, self._make_requests(prompts, params), raises=True)
+
+    def submit(self, prompt: Any, params: SamplingParams | None = None) -> int:
+        """Queue a prompt, for engines with a loop of their own; its events come from :meth:`step`.
+
+        Returns:
+            The request's id, for :meth:`cancel`; its events have it too.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter that can never run.
+        """
+        [request] = self._make_requests([prompt], params)
+        with self._turn():
+            self._add([request], self._submitted)
+        return request.request_id
+
+    def step(self) -> list[StreamEvent]:
+        """Run one step of all requests; the events of those that were submitted.
+
+        Where another thread runs a step, this waits for it. A request that fails ends with the
+        finish_reason ``"error"``. After a fault the next step gives the events of what was lost,
+        with ``"cancelled"``.
+        """
+        if not self._submitted and self.unfinished:
+            self._advance(self._submitted)
+        events = []
+        while self._submitted:
+            events.append(self._submitted.popleft())
+        return events
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a submitted request has events to come."""
+        own = any(queue is self._submitted for queue in list(self._queues.values()))
+        return bool(self._submitted) or own
 
     def cancel(self, request_id: int) -> None:
         """End a request; its last event follows in its stream. A finished one stays as it is."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._queues[request_id].append(request.cancel())
-            self._remove(request)
+        with self._turn():
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._queues[request_id].append(request.cancel())
+                self._remove(request)
 
     def warm_up(self) -> None:
         """With ``compile=True``: compile now, so that no request waits for it; else nothing."""
@@ -213,18 +255,27 @@ class Decoder:
             return f"{self._graphs.count} captured"
         return f"none: {self._no_graphs if self._graphs is None else self._graphs.failed}"
 
+    def _make_requests(
+        self, prompts: Any, params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        listed = arguments.prompts(prompts)
+        each = arguments.params_per_prompt(params, len(listed))
+        pairs = enumerate(zip(listed, each, strict=True))
+        return [self._make_request(i, p, s) for i, (p, s) in pairs]
+
     def _make_request(self, index: int, prompt: Any, params: SamplingParams) -> Request:
         try:
             token_ids = self.trio.tokenize(prompt)
             prompt_token_ids = {role: token_ids[role] for role in self.roles}
             arguments.fits(prompt_token_ids, params.max_tokens, self.max_seq_len)
-            rules = StopRules.of(params, self.trio.eos_token_ids, self.trio.vocab_size)
+            rules = StopRules.of(
+                params, self.trio.eos_token_ids, self.trio.vocab_size, self.trio.tokenizer
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from error
-        self._next_request_id += 1
         controller = self._controller
         return Request(
-            request_id=self._next_request_id,
+            request_id=next(self._ids),
             index=index,
             prompt=prompt,
             prompt_token_ids=prompt_token_ids,
@@ -235,41 +286,51 @@ class Decoder:
             acceptance=None if controller is None else controller.new_request(),
         )
 
-    def _drain(self, requests: list[Request]) -> Iterator[StreamEvent]:
+    def _add(self, requests: Sequence[Request], queue: deque[StreamEvent]) -> None:
+        """Put requests into the loop; their events go into ``queue``."""
         self.warm_up()
-        queue: deque[StreamEvent | DecodeError] = deque()
         for request in requests:
             self._requests[request.request_id] = request
             self._queues[request.request_id] = queue
             self._loop.add(request)
-        left = len(requests)
-        try:
-            while left:
-                while queue:
-                    event = queue.popleft()
-                    if isinstance(event, DecodeError):
-                        raise event
-                    left -= event.output is not None
-                    yield event
-                if left:
-                    self._step()
-        finally:
-            for request in requests:
-                self._remove(request)
 
-    def _step(self) -> None:
-        """Run the loop once, and queue what comes of it."""
-        try:
+    def _advance(self, queue: deque[StreamEvent]) -> None:
+        """Run the loop once, unless another thread's step fills the queue meanwhile."""
+        if not self._turns.take(lambda: bool(queue)):
+            return
+        with self._turn(taken=True):
             for request, event in self._loop.step():
-                queue = self._queues[request.request_id]
-                queue.append(event)
-                if isinstance(event, DecodeError) or event.output is not None:
+                self._queues[request.request_id].append(event)
+                if event.output is not None:
                     self._forget(request)
+
+    @contextmanager
+    def _turn(self, taken: bool = False) -> Iterator[None]:
+        """Have the loop for oneself; whatever is raised meanwhile, it is whole afterwards."""
+        if not taken:
+            self._turns.take()
+        try:
+            self._mend()
+            yield
         except BaseException:
             # Interrupted between two roles' forwards, the slots no longer hold the same tokens.
-            for request_id in list(self._requests):
-                self.cancel(request_id)
+            self._broken = True
+            self._mend()
             raise
+        finally:
+            self._turns.give()
+
+    def _mend(self) -> None:
+        """After a fault: end all requests, and empty the slots."""
+        if not self._broken:
+            return
+        for request_id, request in list(self._requests.items()):
+            if request.finish_reason is None and request_id in self._queues:
+                self._queues[request_id].append(request.cancel())
+        self._requests.clear()
+        self._queues.clear()
+        self._loop.reset()
+        self._broken = False  # an interrupt of this very code leaves it to the next turn
 
     def _remove(self, request: Request) -> None:
         """Take a request out, wherever it is; nothing if it is gone already."""
@@ -280,6 +341,112 @@ class Decoder:
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
         del self._queues[request.request_id]
+
+
+class EventStream:
+    """The events of one call's requests, as an iterator: see :meth:`Decoder.stream`.
+
+    Args:
+        decoder: runs them, from the first event that is asked for.
+        requests: in the order of the prompts.
+        raises: raise a :class:`DecodeError` where a request fails.
+    """
+
+    def __init__(self, decoder: Decoder, requests: Sequence[Request], raises: bool) -> None:
+        self._decoder = decoder
+        self._requests = requests
+        self._raises = raises
+        self._queue: deque[StreamEvent] = deque()
+        self._left: int | None = None  # requests that have not ended; None before they run
+
+    def __iter__(self) -> EventStream:
+        return self
+
+    def __next__(self) -> StreamEvent:
+        try:
+            event = self._next()
+        except BaseException:
+            self.close()
+            raise
+        if event is None:
+            raise StopIteration
+        if event.finish_reason == "error" and self._raises:
+            raise DecodeError(event)
+        return event
+
+    def _next(self) -> StreamEvent | None:
+        if self._left is None:
+            self._left = len(self._requests)
+            with self._decoder._turn():
+                self._decoder._add(self._requests, self._queue)
+        while self._left and not self._queue:
+            if any(r.request_id in self._decoder._requests for r in self._requests):
+                self._decoder._advance(self._queue)
+            elif not self._queue:  # looked at again: a request's event comes before it is gone
+                self._left = 0  # lost to faults of another thread's step
+        if not self._left:
+            return None
+        event = self._queue.popleft()
+        self._left -= event.output is not None
+        return event
+
+    def close(self) -> None:
+        """Drop the requests that have not ended."""
+        if self._left:
+            self._left = 0
+            with self._decoder._turn():
+                for request in self._requests:
+                    self._decoder._remove(request)
+
+    def __del__(self) -> None:
+        if getattr(self, "_left", None) and self._decoder._turns.free:
+            self.close()
+
+
+class DecodeError(RuntimeError):
+    """A request cannot go on.
+
+    Args:
+        event: its last event, with its output.
+    """
+
+    def __init__(self, event: StreamEvent) -> None:
+        assert event.output is not None
+        super().__init__(event.output.error)
+        self.event = event
+
+
+class Turns:
+    """Lets one thread at a time run the loop; others wait for their turn, or for their events."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._owner: int | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether nobody has it."""
+        return self._owner is None
+
+    def take(self, enough: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for one's turn and take it; False once ``enough`` says that it isn't needed.
+
+        A thread that seems to have it already was interrupted while it gave it back.
+        """
+        me = get_ident()
+        with self._changed:
+            while not enough():
+                if self._owner in (None, me):
+                    self._owner = me
+                    return True
+                self._changed.wait()
+        return False
+
+    def give(self) -> None:
+        """Give it back, and wake who waits."""
+        with self._changed:
+            self._owner = None
+            self._changed.notify_all()
 
 
 def run_ahead(device: torch.device) -> int:

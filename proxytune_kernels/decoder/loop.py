@@ -21,13 +21,6 @@ from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 
 
-class DecodeError(RuntimeError):
-    """A request cannot go on."""
-
-
-Progress = tuple[Request, StreamEvent | DecodeError]
-
-
 @dataclass
 class Statistics:
     """What a decoder has done since it was made; counts."""
@@ -95,6 +88,13 @@ class Scheduler:
         else:
             self._slots[slot] = None
         return slot
+
+    def reset(self) -> None:
+        """Take all requests out."""
+        for request in self.running:
+            request.slot = None
+        self._slots.clear()
+        self.waiting.clear()
 
     def compact(self) -> list[tuple[int, int]]:
         """Move the last requests into free slots below them; returns the moves, (from, to)."""
@@ -187,7 +187,14 @@ class DecodingLoop:
         if slot is not None:
             self._runner.release(slot)
 
-    def step(self) -> Iterator[Progress]:
+    def reset(self) -> None:
+        """Forget all requests and empty all slots, whatever state a fault left them in."""
+        self._scheduler.reset()
+        self._pending.clear()
+        self._started = False
+        self._runner.reset()
+
+    def step(self) -> Iterator[tuple[Request, StreamEvent]]:
         """Run a chunk of a prompt, if one waits, and a step; give what came of them.
 
         A request that ended or failed has left its slot when its last event is given.
@@ -280,7 +287,7 @@ class DecodingLoop:
             useful.append((request.acceptance, max(0, left) if can else 0))
         return self._controller.choose(useful)
 
-    def _take(self, pending: _Pending) -> Iterator[Progress]:
+    def _take(self, pending: _Pending) -> Iterator[tuple[Request, StreamEvent]]:
         """Hand the rows of a step to their requests; those that end leave their slots."""
         token_ids, logprobs, raw_logprobs, status, drafted, accepted = pending.lists()
         now = time.perf_counter()
@@ -310,11 +317,13 @@ class DecodingLoop:
             if len(emitted) == (accepted[row] if accepted else 0) and not request.finish_reason:
                 # After the drafts that were kept, a row emits one token more.
                 self.remove(request)
-                error = DecodeError(
-                    f"prompts[{request.index}]: no token can be drawn at position "
-                    f"{len(request.token_ids)}: its combined logits are all NaN or masked"
+                yield (
+                    request,
+                    request.fail(
+                        f"prompts[{request.index}]: no token can be drawn at position "
+                        f"{len(request.token_ids)}: its combined logits are all NaN or masked"
+                    ),
                 )
-                yield request, error
 
     def _count(self, pending: _Pending, seconds: float) -> None:
         statistics = self.statistics

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from proxytune_kernels.decoder.speculation import Acceptance, SpeculationStats
-from proxytune_kernels.decoder.text import Detokenizer, StopStrings
+from proxytune_kernels.decoder.text import Detokenizer, StopStrings, special_tokens
 from proxytune_kernels.params import SamplingParams, mask_without
 
-FINISH_REASONS = ("stop", "length", "cancelled")
+FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,15 @@ class RequestOutput:
         text: output text, without the token or string that ended it (unless asked for).
         logprobs: per output token, log of the probability it was drawn with.
         raw_logprobs: per output token, its log-softmax at temperature 1, no filter.
-        finish_reason: ``"stop"`` (a stop token or string), ``"length"`` (max_tokens) or
-            ``"cancelled"``.
+        finish_reason: ``"stop"`` (a stop token or string), ``"length"`` (max_tokens),
+            ``"cancelled"``, or ``"error"``: its logits left no token to draw.
         stop_reason: the token id or string that ended it, else None.
         seed: of its noise; with the same parameters it gives the same tokens again.
         status: what the sampler reported, or-ed over the tokens: 0, or the bits of
             :class:`proxytune_kernels.reference.SampleOutput`.
         metrics: its times.
         speculation: drafts and what became of them; None where the decoder doesn't speculate.
+        error: what went wrong, with finish_reason ``"error"``; else None.
     """
 
     index: int
@@ -63,6 +64,7 @@ class RequestOutput:
     status: int
     metrics: RequestMetrics
     speculation: SpeculationStats | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class StreamEvent:
         index: the request's place among the prompts of its call.
         text: new text; may be empty while a character or a stop string is incomplete.
         token_ids: new tokens, several where drafts were accepted; none in the event of a
-            cancellation.
+            cancellation or an error.
         logprobs: per new token.
         output: the whole output, in the request's last event; None before.
     """
@@ -99,29 +101,38 @@ class StopRules:
     Args:
         token_ids: tokens that end the request.
         allowed_mask: int32 [ceil(vocab_size / 32)], every token but those; None without min_tokens.
+        special: token -> the stop string that it is. Special tokens have no text to be found in.
     """
 
     token_ids: frozenset[int]
     allowed_mask: Tensor | None
+    special: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int) -> StopRules:
+    def of(
+        cls, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int, tokenizer: Any
+    ) -> StopRules:
         """The rules of a request; ValueError if min_tokens leaves no token to draw."""
         eos = () if params.ignore_eos else eos_token_ids
-        token_ids = frozenset((*params.stop_token_ids, *eos))
+        special = {
+            i: s
+            for i, s in (special_tokens(tokenizer) if params.stop else {}).items()
+            if s in params.stop and i < vocab_size
+        }
+        token_ids = frozenset((*params.stop_token_ids, *special, *eos))
         outside = [i for i in params.stop_token_ids if i >= vocab_size]
         if outside:
             raise ValueError(
                 f"stop_token_ids must be below the vocabulary's size {vocab_size}, got {outside[0]}"
             )
         if not params.min_tokens or not token_ids:
-            return cls(token_ids, None)
+            return cls(token_ids, None, special)
         if len(token_ids) == vocab_size:
             raise ValueError("min_tokens must be 0 where every token is a stop token")
-        return cls(token_ids, mask_without(token_ids, vocab_size))
+        return cls(token_ids, mask_without(token_ids, vocab_size), special)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # a prompt has no place in a message
 class Request:
     """A request in the decoder; made by :class:`~proxytune_kernels.decoder.decoder.Decoder`.
 
@@ -154,6 +165,7 @@ class Request:
     text: str = ""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
     status: int = 0
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -206,7 +218,15 @@ class Request:
 
     def cancel(self) -> StreamEvent:
         """End the request where it is."""
-        text = self._ended("cancelled", None)
+        return self._cut("cancelled")
+
+    def fail(self, error: str) -> StreamEvent:
+        """End the request, which can't go on."""
+        self.error = error
+        return self._cut("error")
+
+    def _cut(self, reason: str) -> StreamEvent:
+        text = self._ended(reason, None)
         self.text += text
         return self._event(text, (), ())
 
@@ -214,27 +234,44 @@ class Request:
         """The text that the last token lets out; it may be the end."""
         if token_id not in self.rules.token_ids:
             return self._read(token_id)
-        text = self._ended("stop", token_id)
-        if self.params.include_stop_str_in_output:
-            text += self._detokenizer.push(token_id) + self._detokenizer.flush()
-        return text
+        reason = self.rules.special.get(token_id, token_id)
+        text = self._ended("stop", reason)
+        if self.stop_reason != reason or not self.params.include_stop_str_in_output:
+            return text
+        if isinstance(reason, str):
+            return text + reason
+        return text + self._detokenizer.push(token_id) + self._detokenizer.flush()
 
     def _read(self, token_id: int) -> str:
-        piece = self._detokenizer.push(token_id)
-        stop: str | None = None
-        # A stop string must lie in the text after the first min_tokens tokens.
-        if len(self.token_ids) > self.params.min_tokens:
-            piece, stop = self._stop.push(piece)
-        if stop is not None:
-            self.finish_reason, self.stop_reason = "stop", stop
-        elif len(self.token_ids) >= self.params.max_tokens:
-            piece += self._ended("length", None)
+        piece = self._stopped(self._detokenizer.push(token_id))
+        if self.finish_reason is None:
+            if self._may_stop and self._stop.completes(self._detokenizer.waiting()):
+                piece += self._stopped(self._detokenizer.flush())
+            elif len(self.token_ids) >= self.params.max_tokens:
+                piece += self._ended("length", None)
         return piece
 
-    def _ended(self, reason: str, stop_reason: int | None) -> str:
-        """Set why the request ended; the text that was held back."""
-        self.finish_reason, self.stop_reason = reason, stop_reason
-        return self._stop.flush() + self._detokenizer.flush()
+    @property
+    def _may_stop(self) -> bool:
+        """Whether a stop string counts: it must lie in the text behind min_tokens tokens."""
+        return len(self.token_ids) > self.params.min_tokens
+
+    def _stopped(self, piece: str) -> str:
+        """What of a piece can go out; ends the request where a stop string is complete."""
+        if not self._may_stop:
+            return piece
+        piece, stop = self._stop.push(piece)
+        if stop is not None:
+            self.finish_reason, self.stop_reason = "stop", stop
+        return piece
+
+    def _ended(self, reason: str, stop_reason: int | str | None) -> str:
+        """End the request, by the stop string that the held text has if it has one; that text."""
+        piece = self._stopped(self._detokenizer.flush())
+        if self.finish_reason is None:
+            self.finish_reason, self.stop_reason = reason, stop_reason
+            piece += self._stop.flush()
+        return piece
 
     def _event(
         self, text: str, token_ids: tuple[int, ...], logprobs: tuple[float, ...]
@@ -262,4 +299,5 @@ class Request:
                 queued - self.submitted, first - self.submitted, now - self.submitted
             ),
             speculation=self.speculation,
+            error=self.error,
         )

@@ -249,6 +249,12 @@ class Runner:
             cache.release(first + slot * stride)
             self.active[role][slot] = 0
 
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Empty all slots, whatever they hold."""
+        for cache in self._caches:
+            cache.reset()
+
     def lengths(self, role: str) -> list[int]:
         """Tokens of each slot in a role, as far as the host knows."""
         cache, first, stride = self._rows[role]

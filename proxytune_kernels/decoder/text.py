@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 _CONTEXT = 5
-"""Prompt tokens decoded along with the output, so that a tokenizer which strips a text's first
-space doesn't strip the output's."""
+"""Prompt tokens decoded along with the output, at least: what a tokenizer writes for a token can
+depend on the one before, and one that strips a text's first space must not strip the output's."""
 
 _INCOMPLETE = "\ufffd"
 """What decoders put for bytes that aren't a character, or not yet."""
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""The tokens of bytes in SentencePiece vocabularies. Their decoder reads a run of them as a whole:
+one stray byte turns all the run's characters into replacement characters."""
+
+
+@lru_cache(maxsize=16)
+def special_tokens(tokenizer: Any) -> Mapping[int, str]:
+    """Token -> its string, for those that stand for no text, such as the end of a turn."""
+    named = {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
+    return named | {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
 
 class Detokenizer:
-    """Turns a request's tokens into text piece by piece; special tokens have none.
+    """Turns a request's tokens into text piece by piece.
 
-    The pieces joined are the text of the whole. A piece that ends in the middle of a character
-    waits for the rest of it, or for :meth:`flush`.
+    The pieces joined are decode(prompt + output) behind what it has in common with decode(prompt).
+    A piece waits while its last character lacks bytes, or its last token is one of a run of bytes,
+    for the token that ends it or for :meth:`flush`.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt_token_ids: the tokens before the output.
     """
 
     def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        context = list(prompt_token_ids[-_CONTEXT:])
-        if self._decode(context).endswith(_INCOMPLETE):
-            context = []
+        self._special = special_tokens(tokenizer)
+        self._in_run = False  # the last token that has a text is one of a run of bytes
         # Of _ids the first _read are already out, as _text; older tokens have been dropped.
-        self._ids = context
-        self._read = len(context)
-        self._text = self._decode(context)
+        self._ids = self._context(prompt_token_ids)
+        self._read = len(self._ids)
+        self._text = self._decode(self._ids)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        return "" if text.endswith(_INCOMPLETE) else self._advance(text)
+        if token_id not in self._special:
+            self._in_run = self._is_byte(token_id)
+        if text.endswith(_INCOMPLETE) or self._in_run:
+            return ""
+        return self._advance(text)
+
+    def waiting(self) -> str:
+        """The whole characters that would come if the text ended here."""
+        if self._read == len(self._ids):
+            return ""
+        return self._behind(self._decode(self._ids)).rstrip(_INCOMPLETE)
 
     def flush(self) -> str:
         """The text of what still waits, with replacement characters for what never completed."""
         return self._advance(self._decode(self._ids))
 
     def _advance(self, text: str) -> str:
-        piece = text[len(self._text) :]
+        piece = self._behind(text)
         if piece:
             # What was read last stays as context: a token's spelling depends on the one before.
             self._ids = self._ids[self._read :]
@@ -49,10 +76,38 @@ class Detokenizer:
         self._read = len(self._ids)
         return piece
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def _behind(self, text: str) -> str:
+        """A text without what is out.
+
+        The output's first bytes may make another character of the prompt's last one, which then
+        comes with them.
+        """
+        out = self._text
+        while not text.startswith(out):
+            out = out[:-1]
+        return text[len(out) :]
+
+    def _context(self, token_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, from where they are read as within all of it."""
+        start = max(len(token_ids) - _CONTEXT, 0)
+        while start and not self._stands_alone(token_ids, start):
+            start -= 1
+        return list(token_ids[start:])
+
+    def _stands_alone(self, token_ids: Sequence[int], start: int) -> bool:
+        """Whether what is before ``start`` changes nothing in the text from there on."""
+        if token_ids[start] in self._special or self._is_byte(token_ids[start]):
+            return False
+        text = self._decode(token_ids[start:])
+        return bool(text) and not text.startswith(_INCOMPLETE)
+
+    def _is_byte(self, token_id: int) -> bool:
+        return _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id) or "") is not None
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
         # Cleaning up spaces would change text that is already out.
         text: str = self._tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
@@ -76,6 +131,10 @@ class StopStrings:
         kept = max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept], None
+
+    def completes(self, piece: str) -> bool:
+        """Whether a stop string would be complete with this piece, which is not taken."""
+        return any(s in self._held + piece for s in self._stop)
 
     def flush(self) -> str:
         """Text held back as the possible start of a stop string that will not come."""

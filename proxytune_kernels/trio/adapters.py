@@ -9,7 +9,6 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,18 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch.nn import Module, Parameter
 
-from proxytune_kernels.trio.checkpoints import LoadError, resolve
+from proxytune_kernels.trio.checkpoints import resolve
+from proxytune_kernels.trio.files import (
+    LoadError,
+    check_safetensors,
+    file_in,
+    local_directory,
+    read_object,
+    reason,
+)
 from proxytune_kernels.trio.quantization import plain_tensors
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def is_adapter(reference: str) -> bool:
-    """Whether a reference is a directory with an adapter."""
-    return (Path(reference) / _CONFIG_FILE).is_file()
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter."""
+    return (Path(directory) / _CONFIG_FILE).is_file()
 
 
 def named_checkpoint(role: str, directory: Path) -> str:
@@ -38,11 +46,15 @@ def named_checkpoint(role: str, directory: Path) -> str:
     Raises:
         LoadError: the adapter names none, or its weights are not in safetensors.
     """
-    if not (directory / _WEIGHTS_FILE).is_file():
+    weights = file_in(role, directory, _WEIGHTS_FILE)
+    if not weights.is_file():
         raise LoadError(
             f"{role} must have its adapter's weights in {_WEIGHTS_FILE}, got {directory} without it"
         )
-    named = json.loads((directory / _CONFIG_FILE).read_text()).get("base_model_name_or_path")
+    check_safetensors(role, weights)
+    path = file_in(role, directory, _CONFIG_FILE)
+    config = read_object(role, path)
+    named = config.get("base_model_name_or_path")
     if not isinstance(named, str):
         raise LoadError(
             f"{role} must be an adapter that names its model, got base_model_name_or_path "
@@ -53,8 +65,8 @@ def named_checkpoint(role: str, directory: Path) -> str:
 
 def tokenizer_directory(role: str, reference: str) -> str:
     """Where a role's tokenizer is: with an adapter that has none, with the model that it names."""
-    directory = Path(reference)
-    if not is_adapter(reference) or (directory / "tokenizer_config.json").is_file():
+    directory = local_directory(role, reference)
+    if not is_adapter(directory) or (directory / "tokenizer_config.json").is_file():
         return reference
     return resolve(named_checkpoint(role, directory), directory)
 
@@ -68,13 +80,58 @@ def merged(role: str, model: Any, directory: Path) -> Any:
         directory: of the adapter.
 
     Raises:
-        LoadError: PEFT is missing, the adapter is not for this model, or the model is offloaded.
+        LoadError: PEFT is missing, the adapter is not for this model or can't be merged into it, or
+            the model is offloaded.
     """
     _check_in_memory(role, model)
+    plain = _probe(model)
     with _attaching(role, directory):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, directory).merge_and_unload()
+        adapted = PeftModel.from_pretrained(model, directory).eval()
+        wanted = _probe(adapted)
+        whole = adapted.merge_and_unload()
+    _check_merged(role, directory, plain, wanted, _probe(whole), whole.dtype)
+    return whole
+
+
+@torch.no_grad()
+def _probe(model: Any) -> torch.Tensor:
+    """Logits of eight ids from all over the vocabulary, in fp32."""
+    width = model.get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(0, width - 1, 8, device=model.device).long()[None]
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return logits
+
+
+def _check_merged(
+    role: str,
+    directory: Path,
+    plain: torch.Tensor,
+    wanted: torch.Tensor,
+    got: torch.Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Check that merging an adapter made the model that PEFT runs with the adapter apart.
+
+    Adapters of tied embeddings and of layers that stand for several are merged without an error,
+    and wrongly. Rounding merged weights moves logits by some units in the last place; what goes
+    wrong moves them by about as much as the adapter does.
+    """
+    if got.shape != wanted.shape:
+        raise LoadError(
+            f"{role} must be an adapter that can be merged, got {str(directory)!r}, which changes "
+            "the number of logits"
+        )
+    off = float((got - wanted).abs().max())
+    effect = float((wanted - plain).abs().max()) if plain.shape == wanted.shape else 0.0
+    rounding = 4 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    if not off <= 0.1 * effect + rounding:
+        raise LoadError(
+            f"{role} must be an adapter that can be merged, got {str(directory)!r}, whose merged "
+            f"model is off by {off:.3g} in a logit (the adapter itself changes them by "
+            f"{effect:.3g}): PEFT can't merge it, as with tied embeddings or replicated layers"
+        )
 
 
 def beside(role: str, model: Any, directory: Path) -> Any:
@@ -103,6 +160,12 @@ def beside(role: str, model: Any, directory: Path) -> Any:
 
         config = PeftConfig.from_pretrained(str(directory))
         _check_lora(role, str(config.peft_type.value), directory)
+        _check_lora_alone(role, directory)
+        if getattr(config, "alora_invocation_tokens", None):
+            raise LoadError(
+                f"{role} must have an adapter that acts on every token, got one with "
+                f"alora_invocation_tokens in {directory}"
+            )
         config.inference_mode = True
         inject_adapter_in_model(config, twin)
         _set_adapter_dtypes(twin)
@@ -194,12 +257,11 @@ def _attaching(role: str, directory: Path) -> Iterator[None]:
             f"{role} is a LoRA adapter, which needs peft ({error}): "
             "pip install 'proxytune_kernels[lora]'"
         ) from error
-    except (RuntimeError, TypeError, ValueError, UserWarning) as error:
-        if isinstance(error, LoadError):
-            raise
-        reason = " ".join(str(error).split())
+    except (LoadError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # PEFT has no class of its own for what an adapter's files can cause
         raise LoadError(
-            f"{role} must be an adapter for this model, got {str(directory)!r}: {reason}"
+            f"{role} must be an adapter for this model, got {str(directory)!r}: {reason(error)}"
         ) from error
 
 
@@ -217,10 +279,29 @@ def _check_lora(role: str, kind: str, where: object) -> None:
         raise LoadError(f"{role} must have a LoRA adapter to keep it apart, got {kind} in {where}")
 
 
+def _check_lora_alone(role: str, directory: Path) -> None:
+    with safe_open(directory / _WEIGHTS_FILE, framework="pt") as file:
+        others = [name for name in file.keys() if ".lora_" not in name]  # noqa: SIM118
+    if others:
+        raise LoadError(
+            f"{role} must have nothing but LoRA weights to keep them apart, got "
+            f"{others[0].removeprefix('base_model.model.')} in {directory}: merge it"
+        )
+
+
 def _contents(model: Any) -> list[tuple[int, int]]:
-    """Where each tensor of a model lies and how often it was written to."""
+    """Where each tensor of a model lies, and the sum of its bytes.
+
+    Some ways to initialise an adapter (OLoRA) write to the weights unseen by autograd.
+    """
     tensors = (plain for t in (*model.parameters(), *model.buffers()) for plain in plain_tensors(t))
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    return [(tensor.data_ptr(), _sum_of_bytes(tensor)) for tensor in tensors]
+
+
+def _sum_of_bytes(tensor: torch.Tensor) -> int:
+    flat = tensor.detach().contiguous().reshape(-1)
+    words = flat.view(torch.int32 if flat.numel() * flat.element_size() % 4 == 0 else torch.uint8)
+    return int(words.sum(dtype=torch.int64))
 
 
 def _set_adapter_dtypes(model: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,13 +11,29 @@ from typing import Any
 
 import torch
 
+from proxytune_kernels.trio.files import (
+    LoadError,
+    check_field,
+    check_gguf,
+    file_in,
+    local_directory,
+    read_object,
+    reason,
+    weight_files,
+)
+
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # What accelerate spreads over all devices by itself.
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-class LoadError(ValueError):
-    """A model or tokenizer cannot be opened."""
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+# Ends of the names of classes whose checkpoints lack the output layer of a language model.
+_OTHER_TASKS = tuple(
+    f"For{task}"
+    for task in (
+        *("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"),
+        *("MaskedLM", "RewardModel"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,11 @@ class LoadOptions:
     quantize: str | None = None
     gguf_file: str | None = None
     trust_remote_code: bool = False
+
+    def files(self) -> list[str]:
+        """Patterns of what a hub name must have beside the files of every checkpoint."""
+        named = [] if self.gguf_file is None else [self.gguf_file]
+        return [*named, *(["*.py"] if self.trust_remote_code else [])]
 
 
 def resolve(reference: str | Path, directory: Path | None) -> str:
@@ -97,7 +119,14 @@ def open_checkpoint(role: str, reference: str, options: LoadOptions) -> Any:
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    directory = local_directory(role, reference, *options.files())
+    if options.gguf_file is None:
+        read_config(role, directory)
+        weight_files(role, directory)
+    else:
+        check_gguf(role, file_in(role, directory, options.gguf_file))
     named: dict[str, Any] = {
+        "output_loading_info": True,
         "dtype": options.dtype,
         "trust_remote_code": options.trust_remote_code,
     }
@@ -111,11 +140,56 @@ def open_checkpoint(role: str, reference: str, options: LoadOptions) -> Any:
             "gguf_file": options.gguf_file,
             "quantization_config": GgufConfig(dequantize=True),
         }
+    placed = " that its device_map can place" if options.device_map is not None else ""
+    with opening(role, f"a causal LM{placed}", reference):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **named)
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise LoadError(
+            f"{role} must have all weights of {type(model).__name__}, got {reference!r} without "
+            f"{missing[0]} ({len(missing)} in all)"
+        )
+    model.config._name_or_path = reference
+    return model
+
+
+def read_config(role: str, directory: Path) -> dict[str, Any]:
+    """What the config.json of a causal LM holds.
+
+    Raises:
+        LoadError: it or generation_config.json is no object, or it is of a model for another task.
+    """
+    path = file_in(role, directory, "config.json")
+    config = read_object(role, path)
+    given = config.get("architectures")
+    names = [] if given is None else given
+    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    check_field(role, path, config, "architectures", "a list of names", fits)
+    check_field(
+        *(role, path, config, "architectures", "those of a causal LM"),
+        not any(name.endswith(_OTHER_TASKS) for name in names),
+    )
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        read_object(role, file_in(role, directory, generation.name))
+    return config
+
+
+@contextmanager
+def opening(name: str, what: str, reference: str) -> Iterator[None]:
+    """Turn what transformers raises into one sentence.
+
+    A file from outside can make it raise anything, from a TypeError to a RecursionError, so all
+    kinds are meant, except that there is no memory.
+    """
     try:
-        return AutoModelForCausalLM.from_pretrained(reference, **named)
-    except (OSError, ValueError, KeyError) as error:
-        placed = " that its device_map can place" if options.device_map is not None else ""
-        raise _load_error(role, f"a causal LM{placed}", reference, error) from error
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise LoadError(
+            f"{name} must be {what} (a directory or hub name), got {reference!r}: {reason(error)}"
+        ) from error
 
 
 def load_tokenizer(
@@ -124,17 +198,20 @@ def load_tokenizer(
     """A tokenizer from a directory or hub name; ``name`` says whose in messages."""
     from transformers import AutoTokenizer
 
-    options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    try:
-        return AutoTokenizer.from_pretrained(
-            reference, trust_remote_code=trust_remote_code, **options
+    options = LoadOptions(gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    directory = local_directory(name, reference, *options.files())
+    named = {} if gguf_file is None else {"gguf_file": file_in(name, directory, gguf_file).name}
+    for file in directory.iterdir():
+        if file.suffix in _TOKENIZER_SUFFIXES:
+            file_in(name, directory, file.name)
+    settings = directory / "tokenizer_config.json"
+    if settings.is_file():
+        files = read_object(name, settings).get("fast_tokenizer_files")
+        for file_name in files if isinstance(files, list) else ():
+            file_in(name, directory, file_name)
+    with opening(name, "a tokenizer", reference):
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, **named
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise _load_error(name, "a tokenizer", reference, error) from error
-
-
-def _load_error(name: str, what: str, reference: str, error: Exception) -> LoadError:
-    reason = " ".join(str(error).split())
-    return LoadError(
-        f"{name} must be {what} (a directory or hub name), got {reference!r}: {reason}"
-    )
+    tokenizer.name_or_path = reference
+    return tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.resources import files
@@ -11,19 +10,33 @@ from typing import Any
 
 from proxytune_kernels.trio import adapters
 from proxytune_kernels.trio.checkpoints import (
-    LoadError,
     LoadOptions,
     check_device_map,
     check_dtype,
     open_checkpoint,
     resolve,
 )
+from proxytune_kernels.trio.files import LoadError, file_in, local_directory, read_object
 from proxytune_kernels.trio.quantization import QuantizationError, check_quantization, quantize
 from proxytune_kernels.trio.roles import PAIR, ROLES, check_known, check_roles, per_role
 
 TRIO_FILE = "trio.json"
 TRIO_FORMAT = 1
-_KEYS = {"format", *ROLES, "tokenizer", "gguf_file", "merge_adapter", "prompts", "quantize"}
+# Key of trio.json -> what it wants.
+_KEYS = {
+    "format": "number",
+    **dict.fromkeys((*ROLES, "tokenizer"), "text"),
+    "merge_adapter": "flag",
+    **dict.fromkeys(("gguf_file", "prompts"), "each"),
+    "quantize": "either",
+}
+_WORDS = {
+    "number": "an integer",
+    "text": "a string",
+    "flag": "true or false",
+    "each": "an object of a string for each role",
+    "either": "a string, or an object of one for each role",
+}
 # The expert beside the anti's weights is where and what these are.
 _SHARED = ("dtype", "device", "device_map", "quantize")
 
@@ -35,7 +48,8 @@ def read_source(source: str | Path | None) -> tuple[Path | None, dict[str, Any]]
         source: ``"shipped"``, or a directory with a trio.json.
 
     Raises:
-        ValueError: there is no such file, or it says what is not known.
+        ValueError: there is no such file.
+        LoadError: it says what is not known, or a value is of another type than it must be.
     """
     if source is None:
         return None, {}
@@ -49,18 +63,27 @@ def read_source(source: str | Path | None) -> tuple[Path | None, dict[str, Any]]
         raise ValueError(
             f"source must be 'shipped' or a directory with a {TRIO_FILE}, got {str(source)!r}"
         )
-    try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must hold JSON: {error}") from error
-    if not isinstance(settings, dict) or settings.get("format") != TRIO_FORMAT:
-        raise ValueError(f"{path} must be an object of format {TRIO_FORMAT}")
-    unknown = sorted(set(settings) - _KEYS)
-    if unknown:
-        raise ValueError(
-            f"{path} must have keys among {', '.join(sorted(_KEYS))}, got {unknown[0]!r}"
-        )
+    settings = read_object("trio", file_in("trio", directory, TRIO_FILE))
+    if settings.get("format") != TRIO_FORMAT:
+        raise LoadError(f"{path} must be an object of format {TRIO_FORMAT}")
+    for name, value in settings.items():
+        if name not in _KEYS:
+            raise LoadError(
+                f"{path} must have keys among {', '.join(sorted(_KEYS))}, got {name!r:.80}"
+            )
+        wanted = _KEYS[name]
+        if not _is(value, wanted):
+            raise LoadError(f"{name} in {path} must be {_WORDS[wanted]}, got {value!r:.80}")
     return directory, settings
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a value of trio.json is of the kind that its key wants."""
+    if kind == "each" and isinstance(value, dict):
+        return all(item is None or isinstance(item, str) for item in value.values())
+    if kind == "either":
+        return isinstance(value, str) or _is(value, "each")
+    return isinstance(value, {"number": int, "text": str, "flag": bool}.get(kind, ()))
 
 
 def named_models(
@@ -159,7 +182,7 @@ def load_models(
     if merge_adapter:
         return {role: _load(role, ref, options[role]) for role, ref in references.items()}
     expert = references.get("expert")
-    if expert is None or not adapters.is_adapter(expert):
+    if expert is None or not adapters.is_adapter(local_directory("expert", expert)):
         raise LoadError(
             f"merge_adapter=False needs expert to be a directory with a LoRA adapter, "
             f"got {expert!r}"
@@ -172,7 +195,8 @@ def load_models(
                 f"merge_adapter=False, got {ours!r} and {theirs!r}"
             )
     loaded = {r: _load(r, ref, options[r]) for r, ref in references.items() if r == "base"}
-    loaded |= _load_pair(Path(expert), references["anti"], options["anti"])
+    directory = local_directory("expert", expert)
+    loaded |= _load_pair(directory, references["anti"], options["anti"])
     return {role: loaded[role] for role in references}
 
 
@@ -188,9 +212,9 @@ def _load_pair(directory: Path, reference: str, options: LoadOptions) -> dict[st
 
 
 def _open(role: str, reference: str, options: LoadOptions) -> Any:
-    if not adapters.is_adapter(reference):
+    directory = local_directory(role, reference, *options.files())
+    if not adapters.is_adapter(directory):
         return open_checkpoint(role, reference, options)
-    directory = Path(reference)
     named = resolve(adapters.named_checkpoint(role, directory), directory)
     model = open_checkpoint(role, named, replace(options, gguf_file=None))
     return adapters.merged(role, model, directory)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from proxytune_kernels.trio.files import reason
 
 PROMPT_STYLES = ("plain", "chat")
 """How a role reads a prompt: ``"plain"`` text, or through its tokenizer's ``"chat"`` template."""
 
+# The templates of today's chat models take tens for each message. 0.5 s.
+_TEMPLATE_LINES = 2_000_000
 _WANTED = "a string, a list of token ids, chat messages, or a mapping from role to one of these"
 
 
@@ -48,10 +54,16 @@ def tokenize(
 
 
 def _token_ids(role: str, part: Any, tokenizer: Any, style: str, width: int) -> list[int]:
+    for text in _texts(part):
+        if not _is_unicode(text):
+            raise ValueError(
+                f"prompt of {role} must be text that UTF-8 can write, got a lone surrogate in "
+                f"{text!a:.80}"
+            )
     if isinstance(part, str):
         messages = [{"role": "user", "content": part}]
         ids = _templated(role, messages, tokenizer) if style == "chat" else tokenizer.encode(part)
-    elif _is_messages(part):
+    elif is_messages(part):
         if style == "chat":
             ids = _templated(role, part, tokenizer)
         else:
@@ -73,13 +85,85 @@ def _templated(role: str, messages: Sequence[Mapping[str, str]], tokenizer: Any)
         raise ValueError(
             f"prompts of {role} must be 'plain' for a tokenizer without a chat template, got 'chat'"
         )
-    ids = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    _check_no_powers(role, tokenizer.chat_template)
+    try:
+        with _bounded():
+            ids = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+    # A template comes from outside and can raise anything, by raise_exception on purpose.
+    except Exception as error:
+        raise ValueError(
+            f"prompt of {role} must fit the chat template of its tokenizer, got: {reason(error)}"
+        ) from error
     return list(ids)
 
 
-def _is_messages(part: Any) -> bool:
+class _TemplateTimeoutError(Exception):
+    """A chat template runs for longer than one does that ends."""
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Stop a chat template after `_TEMPLATE_LINES` lines of it.
+
+    jinja compiles a template to Python, so a tracing function sees its lines. It is of this thread
+    alone, and costs the other code one call for each call.
+    """
+    lines = 0
+
+    def line(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        if lines > _TEMPLATE_LINES:
+            raise _TemplateTimeoutError(f"it did not end within {_TEMPLATE_LINES:,} lines")
+        return line
+
+    def call(frame: Any, event: str, argument: Any) -> Any:
+        return line if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _check_no_powers(role: str, templates: str | Mapping[str, str]) -> None:
+    """Refuse ``**``: one line with it, such as 9 ** 9 ** 9, can take for ever."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+
+    for text in [templates] if isinstance(templates, str) else templates.values():
+        if "**" not in text:
+            continue
+        try:
+            parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+        except TemplateSyntaxError:
+            continue  # it will not render either
+        if parsed.find(nodes.Pow):
+            raise ValueError(
+                f"prompt of {role} must have a chat template without powers, got one with **"
+            )
+
+
+def _texts(part: Any) -> list[str]:
+    """The strings in a prompt."""
+    if isinstance(part, str):
+        return [part]
+    return [message["content"] for message in part] if is_messages(part) else []
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_messages(part: Any) -> bool:
+    """Whether a prompt is chat messages: dicts with ``role`` and text as ``content``."""
     return (
         _is_list(part)
         and bool(part)

@@ -11,6 +11,7 @@ import torch
 
 from proxytune_kernels.trio.adapters import adapter_parameters, tokenizer_directory, unwrapped
 from proxytune_kernels.trio.checkpoints import LoadOptions, load_tokenizer, resolve
+from proxytune_kernels.trio.files import LoadError
 from proxytune_kernels.trio.loading import load_models, load_options, named_models, read_source
 from proxytune_kernels.trio.prompts import PROMPT_STYLES, tokenize
 from proxytune_kernels.trio.quantization import quantization_of, weight_bytes
@@ -258,10 +259,17 @@ def eos_token_ids(generation_config: Any, tokenizer: Any, agreement: Agreement) 
     """Tokens that end a request: those of the base's generation_config (or None) and tokenizer.
 
     Raises:
+        LoadError: one is no token id.
         VocabularyError: there are some, and no role can produce any of them.
     """
     named = generation_config.eos_token_id if generation_config is not None else None
-    listed = [named] if isinstance(named, int) else list(named or ())
+    listed = list(named) if isinstance(named, (list, tuple)) else [] if named is None else [named]
+    wrong = [i for i in listed if not isinstance(i, int) or isinstance(i, bool) or i < 0]
+    if wrong:
+        raise LoadError(
+            "eos_token_id in the generation config of base must be token ids, of 0 and more, got "
+            f"{wrong[0]!r:.80}"
+        )
     if tokenizer.eos_token_id is not None:
         listed.append(tokenizer.eos_token_id)
     eos = tuple(dict.fromkeys(listed))

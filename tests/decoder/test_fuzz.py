@@ -145,9 +145,11 @@ class Traffic(RuleBasedStateMachine):
         if self.greedy_only:
             # Rejection's tokens are another draw from the same law; the likeliest is the same.
             requests = [(p, s) for p, s in requests if s.temperature == 0]
-        first = self.decoder._next_request_id + 1
-        sent = [_Sent(first + i, *request) for i, request in enumerate(requests)]
         stream = self.decoder.stream([by_role(p) for p, _ in requests], [s for _, s in requests])
+        sent = [
+            _Sent(made.request_id, *request)
+            for made, request in zip(stream._requests, requests, strict=True)
+        ]
         self.streams.append((stream, sent))
 
     @precondition(lambda self: self.streams)

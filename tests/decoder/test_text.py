@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules
 from proxytune_kernels.decoder.text import Detokenizer, StopStrings
+from proxytune_kernels.params import SamplingParams
+from tests.trio.checkpoints import ALPHABET, make_tokenizer
 
 
 @given(text=st.text(max_size=20))
@@ -38,11 +45,81 @@ def test_what_never_completes_is_replaced_at_the_end(tokenizer):
     assert detokenizer.flush() == "\ufffd"
 
 
+WORDS = (
+    *("<s>", "</s>", "<unk>", "\u2581", "\u2581Hello", "\u2581world", "!", "a", "\u20ac"),
+    "\ufffd",
+)
+
+
+def byte_fallback() -> Any:
+    """A tokenizer such as Llama 2's: words of SentencePiece, and bytes for what no word has."""
+    tokens = [*WORDS, *(f"<0x{i:02X}>" for i in range(256))]
+    backend = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(tokens)}, [], byte_fallback=True, unk_token="<unk>")
+    )
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def metaspace() -> Any:
+    """A SentencePiece tokenizer without bytes."""
+    backend = Tokenizer(models.Unigram([(t, -1.0) for t in WORDS], unk_id=2))
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+# Whole characters of one to four bytes, parts of them, and bytes that are in no character.
+BYTES = "\n a!\u00e9\u20ac\U0001f642".encode() + b"\xf0\x9f\x80\xbf\xff\xc0\xed\xa0"
+KINDS = {
+    "byte level": (
+        make_tokenizer,
+        [1, *(3 + ALPHABET.index(bytes_to_unicode()[b]) for b in BYTES)],
+    ),
+    "byte fallback": (byte_fallback, [*range(10), *(10 + b for b in BYTES)]),
+    "metaspace": (metaspace, list(range(10))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=600, deadline=None)
+@given(data=st.data())
+def test_the_stream_is_the_text_behind_the_prompt(kind, data):
+    make, ids = KINDS[kind]
+    tokenizer = _made(make)
+    tokens = st.lists(st.sampled_from(ids), max_size=14)
+    prompt, output = data.draw(tokens), data.draw(tokens)
+    detokenizer = Detokenizer(tokenizer, prompt)
+    streamed = ""
+    for token_id in output:
+        streamed += detokenizer.push(token_id)
+        assert not streamed.endswith("\ufffd")
+    streamed += detokenizer.flush()
+    whole = tokenizer.decode(prompt + output, skip_special_tokens=True)
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    shared = sum(accumulate((a == b for a, b in zip(before, whole, strict=False)), min))
+    assert streamed == whole[shared:]
+
+
+_MADE: dict[Any, Any] = {}
+
+
+def _made(make: Any) -> Any:
+    if make not in _MADE:
+        _MADE[make] = make()
+    return _MADE[make]
+
+
 def test_a_prompt_that_ends_within_a_character(tokenizer):
-    first, *rest = tokenizer.encode("€")
+    first, *rest = tokenizer.encode("\u20ac")
     detokenizer = Detokenizer(tokenizer, [first])
-    text = "".join(detokenizer.push(i) for i in rest) + detokenizer.flush()
-    assert text == tokenizer.decode(rest)
+    assert "".join(detokenizer.push(i) for i in rest) + detokenizer.flush() == "\u20ac"
+
+
+def test_a_space_after_characters_of_several_tokens(tokenizer):
+    prompt = tokenizer.encode("Hello\U0001f642\U0001f642")
+    detokenizer = Detokenizer(tokenizer, prompt)
+    assert "".join(detokenizer.push(i) for i in tokenizer.encode(" world !")) == " world !"
 
 
 def test_special_tokens_have_no_text(tokenizer):
@@ -85,3 +162,44 @@ def test_nothing_of_a_stop_string_leaks():
 @pytest.mark.parametrize(("include", "text"), [(False, "x"), (True, "xab")])
 def test_of_two_that_end_together_the_longer_counts(include, text):
     assert run(("b", "ab"), ["xab", "y"], include) == (text, "ab")
+
+
+def extended(tokenizer: Any, token_ids: list[int], **settings: Any) -> RequestOutput:
+    """What becomes of a request that draws these tokens."""
+    params = SamplingParams(**{"seed": 1, "max_tokens": len(token_ids), **settings})
+    rules = StopRules.of(params, [], len(tokenizer), tokenizer)
+    request = Request(0, 0, "p", {"base": tokenizer.encode("p")}, params, rules, tokenizer)
+    texts, output = "", None
+    for token_id in token_ids:
+        event = request.extend([token_id], [0.0], [0.0])
+        texts, output = texts + event.text, event.output
+        if output is not None:
+            break
+    assert output is not None and output.text == texts
+    return output
+
+
+def test_a_stop_string_in_what_waits_ends_the_request():
+    """A byte of a character may follow it, or never come."""
+    tokenizer = make_tokenizer()
+    lines = tokenizer.encode("a\nb")
+    stray = tokenizer.encode("\U0001f642")[0]
+    output = extended(tokenizer, [lines[0], stray, lines[1], lines[2]], stop=["\n"])
+    assert (output.text, output.finish_reason, output.stop_reason) == ("a\ufffd", "stop", "\n")
+    tokenizer = byte_fallback()
+    newline, euro = 10 + 10, 10 + 0xE2
+    output = extended(tokenizer, [7, newline, euro], stop=["\n"])
+    assert (output.text, output.token_ids, output.stop_reason) == ("a", [7, newline], "\n")
+    output = extended(tokenizer, [7, euro, newline], stop=["\ufffd\ufffd"])
+    assert (output.text, output.stop_reason) == ("a", "\ufffd\ufffd")
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_that_is_a_special_token(include):
+    tokenizer = make_tokenizer(extra=("<turn>",))
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    ids = [*tokenizer.encode("ab"), turn, *tokenizer.encode("c")]
+    output = extended(tokenizer, ids, stop=["<turn>"], include_stop_str_in_output=include)
+    assert output.text == ("ab<turn>" if include else "ab")
+    assert (output.finish_reason, output.stop_reason) == ("stop", "<turn>")
+    assert output.token_ids == ids[:3]

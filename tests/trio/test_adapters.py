@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import proxytune_kernels as ptk
 from proxytune_kernels.trio import Trio, load_trio
 from proxytune_kernels.trio.adapters import beside
-from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.files import LoadError
 from tests.decoder.conftest import tiny_llama
 from tests.trio.checkpoints import SHIPPED, edit, make_adapter
 
@@ -290,5 +290,69 @@ def test_an_adapter_with_biases_for_the_model_is_refused(tmp_path):
     model, other = (tiny_llama(0, 16, 1, attention_bias=True).float() for _ in range(2))
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all")
     peft.get_peft_model(other, config).save_pretrained(tmp_path)
-    with pytest.raises(LoadError, match=r"leaves the model's own weights as they are"):
+    with pytest.raises(LoadError, match=r"nothing but LoRA weights to keep them apart, got .*bias"):
         beside("expert", model, tmp_path)
+
+
+WRONG_MERGE, SETS_WEIGHTS, MORE = (
+    "can be merged",
+    "leaves the model's own weights",
+    "nothing but LoRA",
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "merged", "kept"),
+    [
+        ({}, None, None),
+        ({"use_rslora": True}, None, None),
+        ({"use_dora": True}, None, None),
+        ({"init_lora_weights": "gaussian"}, None, None),
+        ({"init_lora_weights": "orthogonal"}, None, None),
+        ({"init_lora_weights": "olora"}, None, SETS_WEIGHTS),
+        ({"init_lora_weights": "pissa"}, None, SETS_WEIGHTS),
+        ({"target_modules": ["embed_tokens"]}, WRONG_MERGE, MORE),
+        ({"target_modules": ["lm_head"]}, WRONG_MERGE, MORE),
+        ({"layer_replication": [[0, 2], [0, 2]]}, WRONG_MERGE, None),
+        ({"modules_to_save": ["lm_head"]}, None, MORE),
+        ({"modules_to_save": ["norm"]}, None, MORE),
+        ({"trainable_token_indices": [5, 6]}, None, MORE),
+        ({"alora_invocation_tokens": [5]}, "does not support merging", "acts on every token"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_every_kind_is_what_peft_runs_or_refused(
+    tmp_path: Path, settings: dict[str, Any], merged: str | None, kept: str | None
+) -> None:
+    """PEFT's own unmerged forward is the right one; the anti stays what it was."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    trio, directory = SHIPPED, tmp_path / "adapter"
+    torch.manual_seed(3)
+    named = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(trio / "anti", dtype="float32"), LoraConfig(**named)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                scale = 0.02 if "lora_" in name else 0.3
+                parameter.add_(scale * torch.randn_like(parameter))
+    model.save_pretrained(str(directory))
+    edit(directory / "adapter_config.json", base_model_name_or_path=str(trio / "anti"))
+    ids = torch.tensor([[5, 6, 7, 200, 1000]])
+    plain = AutoModelForCausalLM.from_pretrained(trio / "anti", dtype="float32")
+    with torch.no_grad():
+        anti = plain(ids).logits
+        wanted = PeftModel.from_pretrained(plain, str(directory)).eval()(ids).logits
+        for merge, refusal in ((True, merged), (False, kept)):
+            if refusal is not None:
+                with pytest.raises(LoadError, match=refusal):
+                    load_trio(trio, expert=directory, merge_adapter=merge, dtype="float32")
+                continue
+            opened = load_trio(trio, expert=directory, merge_adapter=merge, dtype="float32")
+            assert torch.equal(opened.anti(ids).logits, anti)
+            # Of sums of some hundred fp32 products; kept apart, the products are PEFT's own.
+            bound = 64 * torch.finfo(torch.float32).eps * float(wanted.abs().max()) if merge else 0
+            assert float((opened.expert(ids).logits - wanted).abs().max()) <= bound

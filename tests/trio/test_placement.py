@@ -10,7 +10,7 @@ import torch
 import proxytune_kernels as ptk
 from proxytune_kernels.trio import checkpoints
 from proxytune_kernels.trio.adapters import copy_modules
-from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.files import LoadError
 from tests.decoder.conftest import tiny_llama
 
 pytest.importorskip("accelerate")

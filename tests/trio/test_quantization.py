@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import proxytune_kernels as ptk
 from proxytune_kernels.trio.adapters import copy_modules
-from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.files import LoadError
 from proxytune_kernels.trio.quantization import QuantizationError, quantization_of, weight_bytes
 from tests.decoder.conftest import tiny_llama
 from tests.trio.checkpoints import SHIPPED

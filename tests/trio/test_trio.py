@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from proxytune_kernels.trio import Trio, load_trio
-from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.files import LoadError
 from proxytune_kernels.trio.vocabulary import VocabularyError
 from tests.decoder.conftest import tiny_llama
 from tests.trio.checkpoints import ALPHABET, make_tokenizer, tiny_qwen2, write_gguf
@@ -160,7 +160,7 @@ def test_pickled_weights_are_refused(saved, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((saved / "base" / name).read_bytes())
     torch.save(make_model(0).state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(LoadError, match=r"base must be a causal LM .* got "):
+    with pytest.raises(LoadError, match=r"base must have its weights in safetensors .*got "):
         load_trio(base=tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(LoadError, match="base must be a causal LM"):
+    with pytest.raises(LoadError, match="base must have its weights in safetensors"):
         load_trio(base=tmp_path)
 
 
@@ -189,7 +189,7 @@ def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
         ({"base": "b", "dtype": {"anti": "auto"}}, "dtype must have an entry for base, got anti"),
         ({"base": "b", "device": {"bass": "cpu"}}, "device must have keys among .* got 'bass'"),
         ({"base": "b", "gguf_file": {"bass": "x"}}, "gguf_file must have keys .* got 'bass'"),
-        ({"base": "/no/such/place"}, "base must be a causal LM .* got '/no/such/place'"),
+        ({"base": "/no/such/place"}, "base must be a directory or hub name, got '/no/such/place'"),
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch):
@@ -201,9 +201,9 @@ def test_bad_arguments(arguments, message, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "trio.json must hold JSON"),
+        ("{", "trio.json of trio must hold an object in JSON"),
         ('{"format": 9}', "trio.json must be an object of format 1"),
-        ("[]", "trio.json must be an object of format 1"),
+        ("[]", "trio.json of trio must hold an object in JSON"),
         ('{"format": 1, "bass": "b"}', "trio.json must have keys among .* got 'bass'"),
         ('{"format": 1, "base": "base", "prompts": {"base": "loud"}}', "got 'loud'"),
     ],

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -386,6 +387,13 @@ def notes(decoder: Decoder, how: str = "") -> dict[str, str]:
 
 class _NoText:
     """In place of tokenizers: nobody here asks for text."""
+
+    all_special_ids: tuple[int, ...] = ()
+    added_tokens_decoder: Mapping[int, Any] = MappingProxyType({})
+
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        """Nothing."""
+        return ""
 
     def decode(self, token_ids: Any, **options: Any) -> str:
         """Nothing."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.files import LoadError
 
 RECORD = "proxytune_export.json"
 

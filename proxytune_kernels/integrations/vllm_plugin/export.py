@@ -24,19 +24,25 @@ from proxytune_kernels.params import check_alpha
 from proxytune_kernels.trio import eos_token_ids
 from proxytune_kernels.trio.adapters import is_adapter, tokenizer_directory
 from proxytune_kernels.trio.checkpoints import (
-    LoadError,
     LoadOptions,
     check_dtype,
     load_tokenizer,
+    opening,
+    read_config,
     resolve,
+)
+from proxytune_kernels.trio.files import (
+    INDEX_FILE,
+    LoadError,
+    file_in,
+    local_directory,
+    weight_files,
 )
 from proxytune_kernels.trio.loading import load_models, named_models, read_source
 from proxytune_kernels.trio.roles import PAIR, ROLES, check_known
 from proxytune_kernels.trio.vocabulary import Agreement, RoleVocabulary, agree
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_INDEX = "model.safetensors.index.json"
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 # Copied where they are there: of every role, and of the tokenizer.
 _CONFIG_FILES = ("generation_config.json", "quantize_config.json", "hf_quant_config.json")
@@ -185,24 +191,6 @@ class _Checkpoint:
         """Of the model, as vLLM looks it up."""
         return list(self.config["architectures"])
 
-    def weight_files(self) -> list[str]:
-        """Names of the safetensors files, with their index where there is one.
-
-        Raises:
-            LoadError: there are none, or one that the index names is missing.
-        """
-        names = ["model.safetensors"]
-        if (self.directory / _INDEX).is_file():
-            index = json.loads((self.directory / _INDEX).read_text())
-            names = [_INDEX, *sorted(set(index["weight_map"].values()))]
-        for name in names:
-            if not (self.directory / name).is_file():
-                raise LoadError(
-                    f"{self.role} must have its weights in safetensors (one file, or {_INDEX} and "
-                    f"what it names), got {str(self.directory)!r} without {name}"
-                )
-        return names
-
 
 @dataclass(frozen=True)
 class _Sources:
@@ -252,14 +240,14 @@ def _open_sources(
         )
     gguf = settings.get("gguf_file", {})
     check_known("gguf_file", gguf)
-    places = {role: _local(role, reference) for role, reference in references.items()}
+    places = {role: local_directory(role, reference) for role, reference in references.items()}
     checkpoints = {r: _checkpoint(r, place, gguf.get(r), dtype) for r, place in places.items()}
     if tokenizer is None and "tokenizer" in settings:
         tokenizer = resolve(settings["tokenizer"], directory)
     homes = {
         role: Path(tokenizer_directory(role, str(places[role])))
         if tokenizer is None
-        else _local("tokenizer", str(tokenizer))
+        else local_directory("tokenizer", tokenizer)
         for role in places
     }
     packed = {} if tokenizer is not None else gguf
@@ -276,32 +264,14 @@ def _open_sources(
     return _Sources(checkpoints, tokenizers["base"], home, agreement)
 
 
-def _local(role: str, reference: str) -> Path:
-    """A directory: the one that is named, or a hub name's in the cache, fetched if need be."""
-    if Path(reference).is_dir():
-        return Path(reference)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(reference, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise LoadError(
-            f"{role} must be a directory or hub name, got {reference!r}: {reason}"
-        ) from error
-
-
 def _checkpoint(role: str, directory: Path, gguf_file: str | None, dtype: str) -> _Checkpoint:
     if gguf_file is not None or is_adapter(str(directory)):
         return _opened(role, directory, gguf_file, dtype)
     from transformers import AutoConfig
 
-    try:
-        config = json.loads((directory / "config.json").read_text())
+    config = read_config(role, directory)
+    with opening(role, "a causal LM", str(directory)):
         width = AutoConfig.from_pretrained(directory).get_text_config().vocab_size
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise LoadError(f"{role} must be a causal LM, got {str(directory)!r}: {reason}") from error
     if not config.get("architectures"):
         raise LoadError(
             f"{role} must name its architectures in config.json, which vLLM looks models up by, "
@@ -309,9 +279,8 @@ def _checkpoint(role: str, directory: Path, gguf_file: str | None, dtype: str) -
         )
     if ARCHITECTURE in config["architectures"]:
         raise LoadError(f"{role} must be one model, got the exported trio {str(directory)!r}")
-    checkpoint = _Checkpoint(role, directory, config, width)
-    checkpoint.weight_files()
-    return checkpoint
+    weight_files(role, directory)
+    return _Checkpoint(role, directory, config, width)
 
 
 def _opened(role: str, directory: Path, gguf_file: str | None, dtype: str) -> _Checkpoint:
@@ -374,11 +343,13 @@ def _write(checkpoint: _Checkpoint, directory: Path, *, copy: bool) -> None:
             # It is readable by its owner alone; whoever serves it may be another.
             shutil.copymode(directory / "config.json", file)
         return
+    role, home = checkpoint.role, checkpoint.directory
     for name in ("config.json", *_CONFIG_FILES):
-        if (checkpoint.directory / name).is_file():
-            place(checkpoint.directory / name, directory / name, copy=True)
-    for name in checkpoint.weight_files():
-        place(checkpoint.directory / name, directory / name, copy=copy)
+        if (home / name).is_file():
+            place(file_in(role, home, name), directory / name, copy=True)
+    for name in weight_files(role, home):
+        # An index is small, and says what the export holds: never a link.
+        place(file_in(role, home, name), directory / name, copy=copy or name == INDEX_FILE)
 
 
 def _write_tokenizer(sources: _Sources, directory: Path) -> None:
@@ -393,7 +364,7 @@ def _write_tokenizer(sources: _Sources, directory: Path) -> None:
         return
     for name in _TOKENIZER_FILES:
         if (home / name).is_file():
-            place(home / name, directory / name, copy=True)
+            place(file_in("tokenizer", home, name), directory / name, copy=True)
     opened = load_tokenizer("tokenizer", str(directory))
     if opened.get_vocab() != sources.tokenizer.get_vocab():
         raise LoadError(

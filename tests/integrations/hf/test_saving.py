@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import proxytune_kernels as ptk
 from proxytune_kernels.integrations.hf import ProxyTunedConfig, ProxyTunedForCausalLM
 from proxytune_kernels.trio import Trio
-from proxytune_kernels.trio.checkpoints import LoadError
+from proxytune_kernels.trio.files import LoadError
 from proxytune_kernels.trio.quantization import quantization_of
 from tests.decoder.conftest import byte_tokenizer, tiny_llama
 from tests.integrations.hf.conftest import PLAIN
@@ -189,5 +189,5 @@ def test_quantised_models_are_named_and_quantised_anew(checkpoints, opened, tmp_
 def test_a_checkpoint_that_is_gone_is_named(checkpoints, opened, tmp_path):
     model = ProxyTunedForCausalLM.from_trio(opened)
     model.save_pretrained(tmp_path, checkpoints={"anti": str(tmp_path / "gone")})
-    with pytest.raises(LoadError, match=r"anti must be a causal LM .*gone"):
+    with pytest.raises(LoadError, match=r"anti must be a directory or hub name.*gone"):
         ProxyTunedForCausalLM.from_pretrained(tmp_path)

@@ -1,0 +1,205 @@
+"""After an interrupt, a failed allocation or a hopeless prompt the decoder is as new."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from proxytune_kernels.decoder import DecodeError, Decoder, RequestOutput, Speculation
+from proxytune_kernels.params import SamplingParams
+from tests.decoder.conftest import BACKEND, near_trio
+
+PROMPTS = ["a secret", "another secret", "b", "a fourth that is a little longer"]
+PARAMS = [SamplingParams(temperature=0.9, seed=i, max_tokens=5, ignore_eos=True) for i in range(4)]
+
+
+def make(**settings: Any) -> Decoder:
+    return Decoder(near_trio(), 2, backend=BACKEND, prefill_chunk=8, **settings)
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.token_ids for output in outputs]
+
+
+@contextmanager
+def raising(error: BaseException, call: int) -> Iterator[Callable[[], int]]:
+    """Raise at the ``call``-th call of a Python function of the decoder in this thread, once."""
+    calls = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        code = frame.f_code
+        # What a generator's end raises, nobody gets.
+        if code.co_name.startswith("<") or "proxytune_kernels/decoder" not in code.co_filename:
+            return
+        if event == "call":
+            calls += 1
+            if calls == call:
+                sys.setprofile(None)
+                raise error
+
+    sys.setprofile(trace)
+    try:
+        yield lambda: calls
+    finally:
+        sys.setprofile(None)
+
+
+INJECTIONS = 80  # of each of four cases
+FAULTS = [KeyboardInterrupt(), torch.OutOfMemoryError("no memory")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speculation", [None, Speculation(max_drafts=3)], ids=["plain", "drafts"])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_fault_at_any_call_leaves_nothing(fault, speculation):
+    decoder = make(speculation=speculation)
+    expected = tokens(decoder.generate(PROMPTS, PARAMS))
+    with raising(fault, -1) as calls:
+        decoder.generate(PROMPTS, PARAMS)
+    total = calls()
+    assert total > INJECTIONS
+    for i in range(INJECTIONS):
+        caught: list[BaseException] = []
+        with raising(fault, 1 + i * total // INJECTIONS):
+            try:
+                decoder.generate(PROMPTS, PARAMS)
+            except BaseException as error:
+                caught.append(error)
+        # Where the fault hits what mends the first one, that is the one that comes out.
+        assert all(type(error) is type(fault) for error in caught)
+        assert not any("secret" in str(error) for error in caught)
+        assert tokens(decoder.generate(PROMPTS, PARAMS)) == expected
+        assert not decoder._requests and not decoder._queues and not decoder._loop.unfinished
+        assert not any(lengths.any() for lengths in decoder._runner.state())
+        assert decoder._turns.free
+
+
+def test_no_memory_for_keys_and_values_takes_all_or_none(monkeypatch):
+    decoder, zeros, left = make(), torch.Tensor.new_zeros, 2
+
+    def new_zeros(self, *shape, **options):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise torch.OutOfMemoryError("no memory for keys")
+        return zeros(self, *shape, **options)
+
+    for allowed in range(4):
+        left = allowed
+        monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+        with pytest.raises(torch.OutOfMemoryError):
+            decoder.generate(PROMPTS, PARAMS)
+        monkeypatch.undo()
+        assert all(len(c.keys) == len(c.values) for c in decoder._runner._caches)
+    assert tokens(decoder.generate(PROMPTS, PARAMS)) == tokens(make().generate(PROMPTS, PARAMS))
+
+
+def test_threads_take_turns():
+    decoder = make()
+    expected = tokens(make().generate(PROMPTS, PARAMS))
+    found: dict[int, list[list[int]]] = {}
+    events: dict[int, int] = defaultdict(int)
+
+    def stream(name: int) -> None:
+        got: list[list[int]] = [[] for _ in PROMPTS]
+        for event in decoder.stream(PROMPTS, PARAMS):
+            got[event.index] += event.token_ids
+            events[name] += 1
+        found[name] = got
+
+    threads = [threading.Thread(target=stream, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {i: expected for i in range(4)}
+    assert not decoder._requests and decoder._turns.free
+
+
+def test_submitted_requests_come_from_steps():
+    decoder = make()
+    expected = tokens(make().generate(PROMPTS, PARAMS))
+    assert not decoder.unfinished and decoder.step() == []
+    got: dict[int, list[int]] = {}
+    submit = threading.Thread(
+        target=lambda: got.update(
+            {decoder.submit(p, s): [] for p, s in zip(PROMPTS, PARAMS, strict=True)}
+        )
+    )
+    submit.start()
+    submit.join()
+    assert decoder.unfinished
+    cancelled = decoder.submit("c", SamplingParams(max_tokens=50))
+    others = tokens(decoder.generate(PROMPTS[:1], PARAMS[:1]))  # beside what was submitted
+    decoder.cancel(cancelled)
+    reasons = {}
+    while decoder.unfinished:
+        for event in decoder.step():
+            if event.request_id in got:
+                got[event.request_id] += event.token_ids
+            if event.output is not None:
+                reasons[event.request_id] = event.output.finish_reason
+    assert others == expected[:1] and list(got.values()) == expected
+    assert reasons == {**dict.fromkeys(got, "length"), cancelled: "cancelled"}
+
+
+def spoiled() -> Decoder:
+    """A decoder whose base gives NaN behind a prompt that begins with an "x"."""
+    decoder = make()
+    forward = decoder._runner.prefill
+
+    @torch.inference_mode()
+    def prefill(slots, prompts):
+        logits = forward(slots, prompts)
+        x = decoder.trio.tokenizer.encode("x")[0]
+        logits["base"] = logits["base"].clone()
+        for row, prompt in enumerate(prompts["base"]):
+            if prompt[0] == x:
+                logits["base"][row] = torch.nan
+        return logits
+
+    decoder._runner.prefill = prefill  # type: ignore[method-assign]
+    return decoder
+
+
+def test_a_prompt_without_a_token_to_draw_costs_the_others_nothing():
+    expected = tokens(make().generate(["a", "b"], PARAMS[:2]))
+    decoder = spoiled()
+    outputs = decoder.generate(["a", "x", "b"], [PARAMS[0], PARAMS[3], PARAMS[1]])
+    assert [tokens(outputs)[0], tokens(outputs)[2]] == expected
+    assert [o.finish_reason for o in outputs] == ["length", "error", "length"]
+    assert "prompts[1]: no token can be drawn at position 0" in str(outputs[1].error)
+    assert outputs[0].error is None and outputs[1].token_ids == []
+
+
+def test_a_stream_raises_for_that_request_alone():
+    expected = tokens(make().generate(["a", "b"], PARAMS[:2]))
+    events = spoiled().stream(["a", "x", "b"], [PARAMS[0], PARAMS[3], PARAMS[1]])
+    got: list[list[int]] = [[], [], []]
+    failed = []
+    while True:
+        try:
+            event = next(events)
+        except DecodeError as error:
+            failed.append(error.event.index)
+        except StopIteration:
+            break
+        else:
+            got[event.index] += event.token_ids
+    assert failed == [1] and got == [expected[0], [], expected[1]]
+
+
+def test_a_chat_as_the_only_prompt_is_one():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    decoder = make()
+    assert tokens(decoder.generate(messages, PARAMS[0])) == tokens(
+        decoder.generate([messages], PARAMS[0])
+    )
