@@ -160,9 +160,9 @@ def resolve(
         ValueError: an unknown name.
         RuntimeError: a backend asked for by name that can't run here, with the reason.
     """
-    if backend is None and base.is_cpu and _CPU_RUNS:
-        return "cpu"  # at once: a small call takes a few microseconds
     device = base.device
+    if backend is None and device.type == "cpu" and _CPU_RUNS:
+        return "cpu"  # at once: a small call takes a few microseconds
     if backend is None:
         names = _candidates(device.type)
         if device.type == "cuda":
