@@ -65,7 +65,8 @@ def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None, vocab_size:
 
 
 def _sampled(results: Any, top_logprobs: int) -> SampleOutput:
-    return SampleOutput(*results[:-2], TopLogprobs(*results[-2:]) if top_logprobs else None)
+    top = TopLogprobs(*results[-2:]) if top_logprobs else None
+    return SampleOutput._make((*results[:-2], top))
 
 
 @cache
