@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle, product
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +28,6 @@ from benchmarks.harness.heads import (
     first_rows,
     logits_apart,
     random_heads,
-    row_params,
 )
 from benchmarks.harness.logits import (
     ALPHA,
@@ -50,10 +48,9 @@ from benchmarks.harness.logits import (
     make_logits,
     transformers_peer,
 )
-from benchmarks.harness.measure import no_tick, ratios, summary, time_in_turns
-from benchmarks.harness.options import parse_choices
+from benchmarks.harness.measure import ratios, summary, time_in_turns
+from benchmarks.harness.options import parse_choices, parse_integers
 from proxytune_kernels import reference
-from proxytune_kernels.ops.table import OPERATORS
 
 Record = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
@@ -64,8 +61,9 @@ DEFAULT_CASES: tuple[OpCase, ...] = (
     *(OpCase(filters=name) for name in ("none", "top_k+top_p")),
     *(OpCase(vocab_size=size) for size in (32_000, 151_936)),
     *(OpCase(batch_size=rows) for rows in (8, 64)),
+    OpCase(vocab_size=1),
 )
-"""A representative subset, each axis varied on its own."""
+"""A representative subset, each axis varied on its own; last, a call that has nothing to do."""
 
 # The peers: each the best form that we know.
 
@@ -113,13 +111,6 @@ def torch_draw(candidates: Candidates) -> Tensor:
     if candidates.token_ids is None:
         return column[:, 0]
     return candidates.token_ids.gather(-1, column)[:, 0]
-
-
-def compiled_peer(filters: Filters) -> Peer:
-    """``torch.compile`` of the plain torch form, draw included; for one case's shapes."""
-    torch.compiler.reset()  # the shapes of earlier cases would count against the recompile limit
-    distribution = torch.compile(partial(torch_distribution, filters=filters), dynamic=False)
-    return Peer("torch.compile", distribution, torch.compile(torch_draw, dynamic=False))
 
 
 def numpy_distribution(logits: Logits, filters: Filters) -> Candidates:
@@ -170,44 +161,55 @@ def numpy_draw(candidates: Candidates) -> Any:
 
 PEERS: dict[str, Callable[[Filters], Peer]] = {
     "transformers": transformers_peer,
-    "torch": lambda filters: Peer(
-        "torch", partial(torch_distribution, filters=filters), torch_draw
-    ),
-    "torch.compile": compiled_peer,
-    "numpy": lambda filters: Peer(
-        "numpy", partial(numpy_distribution, filters=filters), numpy_draw
-    ),
+    "torch": lambda f: Peer.of("torch", partial(torch_distribution, filters=f), torch_draw),
+    "numpy": lambda f: Peer.of("numpy", partial(numpy_distribution, filters=f), numpy_draw),
 }
 OURS, YARDSTICK = "ours", "softmax only"
 PROVIDERS = (OURS, YARDSTICK, *PEERS)
 """In the order of tables."""
 
 
-def time_case(
-    about: Record,
-    calls: Calls,
-    repeats: int,
-    *,
-    ours: str = OURS,
-    size: int = 0,
-    unit: str = "microseconds",
-    tick: Callable[[str], object] = no_tick,
-) -> list[Record]:
-    """Time calls in turn: a record for each, over ours. ``size`` is the bytes that a call reads."""
-    seconds = time_in_turns(calls, repeats, tick)
-    return [
-        {
-            "provider": name,
-            **about,
-            unit: summary(times, {"microseconds": 1e6, "milliseconds": 1e3}[unit]),
-            "gigabytes_per_second": size / median(times) / 1e9,
-            "time_over_ours": ratios(times, seconds[ours]) if ours in seconds else None,
-        }
-        for name, times in seconds.items()
-    ]
+class Work(NamedTuple):
+    """A case: its fields of a line of results, and what makes and checks the calls to time.
+
+    ``ours`` is the provider that the others' times are over, ``size`` the bytes that a call reads.
+    """
+
+    about: Record
+    make: Callable[[], Calls]
+    ours: str
+    size: int
+
+
+def measure(works: Sequence[Work], repeats: int) -> list[Record]:
+    """Check, then time every case, its calls in turn; one record per case and provider."""
+    records = []
+    with report.progress_bar(len(works)) as tick:
+        for work in works:
+            seconds = time_in_turns(work.make(), repeats)
+            for name, times in seconds.items():
+                record = {
+                    "provider": name,
+                    **work.about,
+                    "microseconds": summary(times, 1e6),
+                    "gigabytes_per_second": work.size / median(times) / 1e9,
+                    "time_over_ours": (
+                        ratios(times, seconds[work.ours]) if work.ours in seconds else None
+                    ),
+                }
+                records.append(record)
+            tick("")
+    return records
 
 
 # sample
+
+
+def sample_work(case: OpCase, providers: Sequence[str], buffers: int) -> Work:
+    """``sample`` and its peers on a case."""
+    sampling = {"alpha": ALPHA, **asdict(FILTERS[case.filters])}
+    about = {"op": "sample", **asdict(case), "sampling": sampling}
+    return Work(about, partial(make_calls, case, providers, buffers), OURS, case.logits_bytes)
 
 
 def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
@@ -239,53 +241,15 @@ def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
     return {name: turning(checked(name)) for name in providers}
 
 
-def measure_sample(
-    cases: Sequence[OpCase], providers: Sequence[str], repeats: int, buffers: int
-) -> list[Record]:
-    """Check, then time every case; one record per case and provider."""
-    records = []
-    with report.progress_bar(len(cases) * len(providers) * repeats) as tick:
-        for case in cases:
-            sampling = {"alpha": ALPHA, **asdict(FILTERS[case.filters])}
-            about = {"op": "sample", **asdict(case), "sampling": sampling}
-            calls = make_calls(case, providers, buffers)
-            records += time_case(about, calls, repeats, size=case.logits_bytes, tick=tick)
-    return records
-
-
-def time_overhead(repeats: int) -> Record:
-    """Microseconds of a call that has nothing to do: B = 1, V = 1, parameters prepared.
-
-    The whole of it bounds what ``ptk.sample`` adds to the kernel's own time from above. With the
-    C++ backend the bare operator on prepared outputs is timed beside it: its share is the
-    dispatcher and the kernel's entry, the rest Python.
-    """
-    row = torch.zeros(1, 1)
-    logits = (row, row.clone(), row.clone())
-    params = ptk.RowParams.make(1, temperature=TEMPERATURE, top_p=TOP_P)
-    calls: Calls = {
-        "sample": partial(ptk.sample, *logits, params),
-        "sample, out given": partial(ptk.sample, *logits, params, out=ptk.sample(*logits, params)),
-    }
-    if ptk.backends()["cpu"] is None:
-        arguments = (*logits, *params, None, None, 1, 0, 0)
-        results = torch.ops.proxytune.sample(*arguments)
-        outputs = dict(zip(OPERATORS["sample"].out_names, results, strict=True))
-        calls["bare operator"] = partial(torch.ops.proxytune.sample_out, *arguments, **outputs)
-    records = time_case({}, calls, repeats)
-    times = {record["provider"]: record["microseconds"] for record in records}
-    return {"op": "sample overhead", "microseconds": times}
-
-
-def print_times(title: str, records: Sequence[Record], unit: str, gigabytes: str) -> None:
+def print_times(title: str, records: Sequence[Record], read: str) -> None:
     """Table of times, a section for each case."""
     caption = (
-        f"{unit} a call. GB/s: bytes of the three roles' {gigabytes}, each counted once, over the "
+        f"Microseconds a call. GB/s: bytes of the three roles' {read}, each counted once, over the "
         "time. x ours: paired by repeat."
     )
     columns: list[report.Column] = [
         ("provider", "provider", str),
-        *((end, f"{unit}/{end}", report.significant) for end in ("median", "p10", "p90")),
+        *((end, f"microseconds/{end}", report.significant) for end in ("median", "p10", "p90")),
         ("GB/s", "gigabytes_per_second", report.significant),
         ("x ours", "time_over_ours/median", report.significant),
     ]
@@ -303,35 +267,30 @@ FUSED, APART, PRODUCTS = "sample_hidden", "three heads, sample", "three heads al
 _ACCURACY_ROWS = 64
 
 
-def measure_heads(
-    shapes: Sequence[str], dtypes: Sequence[str], batch_sizes: Sequence[int], repeats: int
-) -> list[Record]:
-    """Check, then time heads and sampling, fused and apart; a record per case and provider."""
-    records, cases = [], list(product(shapes, dtypes, batch_sizes))
-    with report.progress_bar(len(cases) * 3 * repeats) as tick:
-        for shape, dtype, rows in cases:
-            vocab_size, sizes = SHAPES[shape]
-            heads, params = random_heads(shape, DTYPES[dtype], rows), row_params(rows)
-            calls: Calls = {
-                FUSED: partial(ptk.sample_hidden, *heads, params=params),
-                APART: partial(sample_apart, heads, params, vocab_size),
-                PRODUCTS: partial(logits_apart, heads, vocab_size),
-            }
-            check_heads(heads, vocab_size, params, ptk.sample_hidden(*heads, params=params), 2)
-            about = {
-                "op": FUSED, "shape": shape, "dtype": dtype, "batch_size": rows,
-                "vocab_size": vocab_size, "hidden_sizes": sizes,
-            }  # fmt: skip
-            size = vocab_size * sum(sizes) * DTYPES[dtype].itemsize
-            records += time_case(
-                about, calls, repeats, ours=FUSED, size=size, unit="milliseconds", tick=tick
-            )
-    return records
+def heads_work(shape: str, dtype: str, rows: int) -> Work:
+    """Heads and sampling, fused and apart."""
+    vocab_size, sizes = SHAPES[shape]
+
+    def make() -> Calls:
+        heads, params = random_heads(shape, DTYPES[dtype], rows), row_params(rows)
+        fused = partial(ptk.sample_hidden, *heads, params=params)
+        check_heads(heads, vocab_size, params, fused(), 2)
+        return {
+            FUSED: fused,
+            APART: lambda: ptk.sample(*logits_apart(heads, vocab_size), params),
+            PRODUCTS: partial(logits_apart, heads, vocab_size),
+        }
+
+    about = {
+        "op": FUSED, "shape": shape, "dtype": dtype, "batch_size": rows,
+        "vocab_size": vocab_size, "hidden_sizes": sizes,
+    }  # fmt: skip
+    return Work(about, make, FUSED, vocab_size * sum(sizes) * DTYPES[dtype].itemsize)
 
 
-def sample_apart(heads: Heads, params: ptk.RowParams, vocab_size: int) -> ptk.SampleOutput:
-    """Three products, then ``sample``."""
-    return ptk.sample(*logits_apart(heads, vocab_size), params)
+def row_params(rows: int) -> ptk.RowParams:
+    """Parameters of what is timed; row i has seed i."""
+    return OpCase(batch_size=rows).row_params()
 
 
 def errors_of(heads: Heads, vocab_size: int) -> Record:
@@ -401,27 +360,6 @@ ACCURACY_CAPTION = (
     "Against exact heads, fp64, at alpha 1. greedy, kept, drawn: rows whose likeliest token, "
     "kept set (T 0.7, top_p 0.9) or draw of the same seed is another. bound: of sample_hidden."
 )
-
-
-def run_heads(
-    shapes: str, dtypes: str | None, rows: str | None, repeats: int, accuracy: bool,
-    output: Path | None,
-) -> None:  # fmt: skip
-    """Check, time, measure the error, write and show."""
-    records = measure_heads(
-        parse_choices("--heads", shapes, SHAPES, None),
-        parse_choices("--dtypes", dtypes or "bfloat16,float32", DTYPES, None),
-        options.parse_integers("--batch-sizes", rows or "1,4,16,64", 1),
-        repeats,
-    )
-    errors = measure_accuracy() if accuracy else []
-    path = output or report.RESULTS / "heads.jsonl"
-    report.write_results(path, "heads", {}, [*records, *errors])
-    print_times("From hidden states to tokens", records, "milliseconds", "weights")
-    if errors:
-        lines = [{**r, **r[name], "name": name} for r in errors for name in (FUSED, APART)]
-        where = "{heads}, {rows} rows".format_map
-        report.print_records("", ACCURACY_CAPTION, lines, ACCURACY, where)
 
 
 # How like a real trio's the peaked logits are
@@ -517,7 +455,17 @@ def main(
         with options.user_errors():
             return print_statistics(statistics)
     if heads is not None:
-        return run_heads(heads, dtypes, batch_sizes, repeats, accuracy, output)
+        shapes = parse_choices("--heads", heads, SHAPES, None)
+        types = parse_choices("--dtypes", dtypes or "bfloat16,float32", DTYPES, None)
+        rows = parse_integers("--batch-sizes", batch_sizes or "1,4,16,64", 1)
+        records = measure([heads_work(*c) for c in product(shapes, types, rows)], repeats)
+        errors = measure_accuracy() if accuracy else []
+        path = output or report.RESULTS / "heads.jsonl"
+        report.write_results(path, "heads", {}, [*records, *errors])
+        print_times("From hidden states to tokens", records, "weights")
+        lines = [{**r, **r[name], "name": name} for r in errors for name in (FUSED, APART)]
+        where = "{heads}, {rows} rows".format_map
+        return report.print_records("", ACCURACY_CAPTION, lines, ACCURACY, where)
     given = (kinds, dtypes, filters, vocab_sizes, batch_sizes)
     axes = [
         known if full and text is None else parse_choices(f"--{name}", text, known, default)
@@ -525,14 +473,10 @@ def main(
     ]
     cases = tuple(OpCase(*c) for c in product(*axes)) if full or any(given) else DEFAULT_CASES
     names = parse_choices("--providers", providers, PROVIDERS, OURS)
-    overhead, records = time_overhead(repeats), measure_sample(cases, names, repeats, buffers)
-    path = output or report.RESULTS / "kernels.jsonl"
-    report.write_results(path, "kernels", {}, [*records, overhead])
-    print_times(
-        "sample: combine, filter and draw a token per row", records, "microseconds", "logits"
-    )
-    medians = {name: f"{s['median']:.1f}" for name, s in overhead["microseconds"].items()}
-    return report.say(f"Per call with nothing to do (B = 1, V = 1), us: {medians}")
+    records = measure([sample_work(case, names, buffers) for case in cases], repeats)
+    report.write_results(output or report.RESULTS / "kernels.jsonl", "kernels", {}, records)
+    title = "sample: combine, filter and draw a token per row"
+    return print_times(title, records, "logits")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from benchmarks.kernels import DEFAULT_CASES, PROVIDERS, make_calls
 
 @pytest.mark.benchmark(min_rounds=5, max_time=0.3, warmup=True, warmup_iterations=1)
 @pytest.mark.parametrize("case", DEFAULT_CASES, ids=lambda case: str(case).replace(" ", "-"))
-@pytest.mark.parametrize("provider", [name for name in PROVIDERS if name != "torch.compile"])
+@pytest.mark.parametrize("provider", PROVIDERS)
 def test_sample(benchmark, provider: str, case: OpCase):
     torch.set_num_threads(1)
     benchmark.group = str(case)

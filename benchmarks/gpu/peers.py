@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -56,23 +56,6 @@ _PARTS = 16
 # from what a wrong filter does.
 _SHARE_TOLERANCE = 1e-4
 _SIGMAS, _SMALL_COUNT = 5.0, 5.0  # the second for parts that few draws are due from
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """One token id per row from the three roles' logits."""
-
-    name: str
-    sample: Callable[[Logits], Tensor]
-    reseed: Callable[[int], object]
-    """Makes the next call draw other numbers."""
-    peer: Peer | None = None
-    """Its two halves, where the filtered distribution can be had."""
-
-    @classmethod
-    def of(cls, peer: Peer) -> Sampler:
-        """What draws by torch's generator."""
-        return cls(peer.name, peer.sample, torch.manual_seed, peer)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,7 +101,8 @@ def draw_by_exponentials(candidates: Candidates) -> Tensor:
 
 def eager_peer(filters: Filters) -> Peer:
     """The chain, operation by operation."""
-    return Peer("eager", lambda logits: eager_distribution(logits, filters), draw_by_exponentials)
+    distribution = partial(eager_distribution, filters=filters)
+    return Peer.of("eager", distribution, draw_by_exponentials)
 
 
 def accept(token_ids: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +124,7 @@ def accept(token_ids: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
 # FlashInfer
 
 
-def flashinfer_sampler(filters: Filters, device: torch.device) -> Sampler:
+def flashinfer_peer(filters: Filters, device: torch.device) -> Peer:
     """The combination compiled into one kernel, temperature included; then FlashInfer.
 
     Each filter by the function that FlashInfer's documentation names for it. Filters are scalars,
@@ -163,16 +147,14 @@ def flashinfer_sampler(filters: Filters, device: torch.device) -> Sampler:
             tokens = sampling.sampling_from_logits(x, **noise)
         return tokens
 
-    return Sampler("flashinfer", sample, seed.fill_)
+    return Peer("flashinfer", sample, reseed=seed.fill_)
 
 
-PEERS: Mapping[str, Callable[[Filters, torch.device], Sampler]] = {
-    "eager": lambda filters, _: Sampler.of(eager_peer(filters)),
-    "torch.compile": lambda filters, _: Sampler(
-        "torch.compile", compiled(eager_peer(filters).sample), torch.manual_seed
-    ),
-    "transformers": lambda filters, _: Sampler.of(transformers_peer(filters)),
-    "flashinfer": flashinfer_sampler,
+PEERS: Mapping[str, Callable[[Filters, torch.device], Peer]] = {
+    "eager": lambda filters, _: eager_peer(filters),
+    "torch.compile": lambda filters, _: Peer("torch.compile", compiled(eager_peer(filters).sample)),
+    "transformers": lambda filters, _: transformers_peer(filters),
+    "flashinfer": flashinfer_peer,
 }
 
 
@@ -189,17 +171,14 @@ def absent() -> dict[str, str]:
 # The checks
 
 
-def check_sampler(case: OpCase, sampler: Sampler, logits: Logits) -> None:
-    """Hold a sampler to the contract's distribution of the first rows."""
+def check_sampler(case: OpCase, peer: Peer, logits: Logits) -> None:
+    """Hold a peer to the contract's distribution of the first rows."""
     target = contract_distribution(case, logits, _ROWS)
-    if sampler.peer is not None:
-        check_peer(case, sampler.peer, logits, target)
-    check_draws(case, sampler, logits, target)
+    check_peer(case, peer, logits, target)
+    check_draws(case, peer, logits, target)
 
 
-def check_draws(
-    case: OpCase, sampler: Sampler, logits: Logits, target: reference.Distribution
-) -> None:
+def check_draws(case: OpCase, peer: Peer, logits: Logits, target: reference.Distribution) -> None:
     """Compare many draws with a distribution: where they lie, and how often where.
 
     A token past the kept set passes where rounding or ties explain it: with another 1e-4 on top_p,
@@ -211,15 +190,15 @@ def check_draws(
     rows = len(target.kept)
     tokens = []
     for n in range(math.ceil(_DRAWS / rows)):
-        sampler.reseed(n)
-        tokens.append(sampler.sample(logits)[:rows].long().clone())
+        peer.reseed(n)
+        tokens.append(peer.sample(logits)[:rows].long().clone())
     drawn = torch.stack(tokens, dim=1)
     inside = (drawn >= 0) & (drawn < case.vocab_size)
     allowed = inside & _allowed(case, logits, target).gather(-1, drawn * inside)
     if not allowed.all():
         row, column = (int(i) for i in (~allowed).nonzero()[0])
         raise AssertionError(
-            f"{case}: {sampler.name} draws token {int(drawn[row, column])} in row {row}, which is "
+            f"{case}: {peer.name} draws token {int(drawn[row, column])} in row {row}, which is "
             "not in the kept set"
         )
     p = target.logprobs().exp()
@@ -233,7 +212,7 @@ def check_draws(
     got = torch.bincount(part.gather(-1, drawn)[counted], minlength=_PARTS)
     if not ((got - wanted).abs() <= _SIGMAS * sigma + _SMALL_COUNT).all():
         raise AssertionError(
-            f"{case}: {sampler.name} draws {got.tolist()} times from {_PARTS} parts of the kept "
+            f"{case}: {peer.name} draws {got.tolist()} times from {_PARTS} parts of the kept "
             f"set, likeliest first, where {[round(n) for n in wanted.tolist()]} are due"
         )
 
@@ -312,10 +291,10 @@ def prepare(
         return Prepared(call, check_drawn)
     if name in backends:
         return Prepared(call_ours, lambda i: check_ours(case, i, params, call_ours(i)))
-    sampler = PEERS[name](FILTERS[case.filters], device)
+    peer = PEERS[name](FILTERS[case.filters], device)
 
     def draw(i: Inputs) -> Any:
-        drawn = sampler.sample(i.logits)
+        drawn = peer.sample(i.logits)
         return drawn if case.op == "sample" else accept(drawn, i.token_ids)
 
-    return Prepared(draw, lambda i: check_sampler(case.as_rows, sampler, i.logits))
+    return Prepared(draw, lambda i: check_sampler(case.as_rows, peer, i.logits))

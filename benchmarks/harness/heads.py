@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import proxytune_kernels as ptk
-from benchmarks.harness.logits import ALPHA, Logits, OpCase
+from benchmarks.harness.logits import ALPHA, Logits
 from proxytune_kernels import reference
 
 Heads = tuple[ptk.Head, ptk.Head, ptk.Head]
@@ -55,11 +55,6 @@ def first_rows(heads: Heads, rows: int) -> Heads:
     """The same heads for fewer rows."""
     base, expert, anti = (head._replace(hidden=head.hidden[:rows]) for head in heads)
     return base, expert, anti
-
-
-def row_params(rows: int, device: str = "cpu") -> ptk.RowParams:
-    """Parameters of what is timed; row i has seed i."""
-    return OpCase(batch_size=rows).row_params(device)
 
 
 @torch.no_grad()

@@ -120,19 +120,26 @@ class Candidates(NamedTuple):
 
 @dataclass(frozen=True)
 class Peer:
-    """Another way to sample, bound to its filters; both halves are timed.
+    """Another way to sample, bound to its filters: one token id per row from the roles' logits.
 
-    ``distribution`` gives the filtered distribution, which is what is compared with the contract
-    before anything is timed, and ``draw`` a token id from it.
+    ``distribution``, where it can be had, is the filtered distribution, which is compared with the
+    contract before anything is timed; ``reseed`` makes the next call draw other numbers.
     """
 
     name: str
-    distribution: Callable[[Logits], Candidates]
-    draw: Callable[[Candidates], Any]
+    sample: Callable[[Logits], Any]
+    distribution: Callable[[Logits], Candidates] | None = None
+    reseed: Callable[[int], object] = torch.manual_seed
 
-    def sample(self, logits: Logits) -> Any:
-        """One token id per row."""
-        return self.draw(self.distribution(logits))
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        distribution: Callable[[Logits], Candidates],
+        draw: Callable[[Candidates], Any],
+    ) -> Peer:
+        """What draws from a distribution; both halves are timed."""
+        return cls(name, lambda logits: draw(distribution(logits)), distribution)
 
 
 def transformers_peer(filters: Filters) -> Peer:
@@ -160,7 +167,7 @@ def transformers_peer(filters: Filters) -> Peer:
     def draw(candidates: Candidates) -> Tensor:
         return torch.multinomial(candidates.probabilities, num_samples=1)[:, 0]
 
-    return Peer("transformers", distribution, draw)
+    return Peer.of("transformers", distribution, draw)
 
 
 def contract_distribution(
@@ -194,6 +201,8 @@ def check_peer(case: OpCase, peer: Peer, logits: Logits, target: reference.Distr
     of top_p by as much and one token.
     """
     wanted = target.logprobs().exp().masked_fill(~target.kept, 0.0)
+    if peer.distribution is None:
+        return
     probabilities, ids = peer.distribution(logits)
     rows = len(wanted)
     first = Candidates(probabilities[:rows], None if ids is None else ids[:rows])
