@@ -12,10 +12,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import packages_distributions, version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
@@ -47,8 +48,10 @@ _ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
 }
-_STOP_SECONDS = 30
 _LOG_CHARACTERS = 4000
+
+_engine: Any = None
+"""vLLM's, in the process that it was opened in."""
 
 
 @dataclass(frozen=True)
@@ -75,68 +78,43 @@ class Engine:
     """A directory opened by vLLM in a process of its own, which decodes on request.
 
     Several can be open at a time, so that what is compared alternates. One that is not asked waits
-    on a pipe and takes no time of the others. ``log`` holds what it says.
+    and takes no time of the others. ``log`` holds what it says.
     """
 
     def __init__(self, directory: Path, threads: int, log: Path, **settings: Any) -> None:
         # Before the process starts: it imports torch, and with it OpenMP, before anything of ours.
         os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads))
-        context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._log = log
-        arguments = (str(directory), settings, there, log)
-        self._process = context.Process(target=_serve, args=arguments)
-        self._process.start()
-        there.close()
-
-    def wait(self) -> None:
-        """Wait until it is open."""
-        self._receive()
+        context, self._log = multiprocessing.get_context("spawn"), log
+        self._pool = ProcessPoolExecutor(1, context, _open, (str(directory), settings, log))
+        self._pool.submit(int)  # starts the process
 
     def decode(self, load: Load) -> Run:
         """Run requests to their end."""
-        self._pipe.send(load)
-        run: Run = self._receive()
-        return run
+        try:
+            return self._pool.submit(_decode, load).result()
+        except Exception as error:
+            said = self._log.read_text(errors="replace")[-_LOG_CHARACTERS:]
+            raise RuntimeError(f"vLLM: {error}\n{said}") from error
 
     def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(_STOP_SECONDS)
-        self._process.kill()
-        self._process.join()
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            answer = RuntimeError(f"the process ended: {self._process.exitcode}")
-        if isinstance(answer, Exception):
-            said = self._log.read_text(errors="replace")[-_LOG_CHARACTERS:]
-            raise RuntimeError(f"vLLM: {answer}\n{said}") from answer
-        return answer
+        """End the process, at once: vLLM's own way out may hang."""
+        with suppress(BrokenProcessPool):
+            self._pool.submit(os._exit, 0)
+        self._pool.shutdown()
 
 
-def _serve(directory: str, settings: dict[str, Any], pipe: Connection, log: Path) -> None:
+def _open(directory: str, settings: dict[str, Any], log: Path) -> None:
     # What libraries say would tear up the progress bar; it is shown where something fails.
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    try:
-        from vllm import LLM
+    from vllm import LLM
 
-        llm = LLM(directory, enforce_eager=True, **settings)
-        pipe.send(None)
-        while True:
-            pipe.send(_decode(llm.llm_engine, pipe.recv()))
-    except EOFError:
-        pass  # closed
-    except Exception as error:
-        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+    global _engine
+    _engine = LLM(directory, enforce_eager=True, **settings).llm_engine
 
 
-def _decode(engine: Any, load: Load) -> Run:
+def _decode(load: Load) -> Run:
     from vllm import SamplingParams
 
     for row, prompt in enumerate(load.prompts):
@@ -148,11 +126,11 @@ def _decode(engine: Any, load: Load) -> Run:
             detokenize=False,
             extra_args=None if load.alphas is None else {"alpha": load.alphas[row]},
         )
-        engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, params)
+        _engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, params)
     finished: dict[int, list[int]] = {}
     steps = []
-    while engine.has_unfinished_requests():
-        outputs, spent = Spent.by(engine.step)
+    while _engine.has_unfinished_requests():
+        outputs, spent = Spent.by(_engine.step)
         steps.append(spent)
         for output in outputs:
             if output.finished:
@@ -189,12 +167,11 @@ def exported(name: str) -> Iterator[Path]:
         if name == "shipped":
             export(out, "shipped")
         else:
-            base, pair = RANDOM[name]
-            shapes = {"base": base, "expert": pair, "anti": pair}
-            for seed, (role, shape) in enumerate(shapes.items()):
+            for seed, role in enumerate(ROLES):
+                shape = RANDOM[name][role != "base"]
                 random_model(shape, "cpu", seed).save_pretrained(members / role)
                 byte_tokenizer(shape.vocab_size).save_pretrained(members / role)
-            export(out, base=members / "base", expert=members / "expert", anti=members / "anti")
+            export(out, **{role: members / role for role in ROLES})
         yield out
 
 
@@ -274,7 +251,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         trio = stack.enter_context(exported(name))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directories = {"trio": trio, **make_members(trio, folder)}
-        total = 4 * (settings.repeats + 2)
+        total = 4 * (settings.repeats + 1)
         tick = stack.enter_context(report.progress_bar(total, f"{name}: opening"))
         limits = {
             "tokenizer": str(trio),
@@ -289,9 +266,6 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         for role, directory in directories.items():
             engines[role] = Engine(directory, settings.threads, folder / f"{role}.log", **limits)
             stack.callback(engines[role].close)
-        for engine in engines.values():
-            engine.wait()
-            tick(f"{name}: opening")
         config = json.loads((trio / "config.json").read_text())
         load = make_load(config["proxy_tuning"]["vocab_size"], settings)
         check(engines, load)

@@ -145,27 +145,18 @@ def progress_bar(total: int, description: str = "") -> Iterator[Callable[[str], 
         yield lambda text: progress.update(task, advance=1, description=text)
 
 
-def make_table(title: str, columns: Sequence[str], caption: str) -> Table:
-    """A table, narrow enough for a terminal: text in the first column, numbers in the others."""
-    table = Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
-
-
 def print_table(
     title: str, columns: Sequence[str], caption: str, rows: Iterable[tuple[str, Sequence[str]]]
 ) -> None:
-    """Print a table of (section, cells); each new section gets a line of its own above its rows."""
-    table, previous = make_table(title, columns, caption), ""
+    """Print a table of (section, cells), text in the first column, numbers in the others.
+
+    Each new section gets a line of its own above its rows.
+    """
+    left: Any = {"title_justify": "left", "caption_justify": "left"}
+    look: Any = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table, previous = Table(title=title, caption=caption, **left, **look), ""
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for section, cells in rows:
         if section != previous:
             table.add_section()
@@ -188,12 +179,6 @@ def cells(record: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
             value = None if value is None else value.get(key)
         found.append("-" if value is None else text(value))
     return found
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table: text in the first column, numbers in the others."""
-    ruler = ["---", *["---:"] * (len(columns) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (columns, ruler, *rows)]
 
 
 def print_records(
