@@ -20,32 +20,30 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from benchmarks.harness import options, report
-from benchmarks.harness.heads import (
-    SHAPES,
-    Heads,
-    check_heads,
-    exact_x,
-    first_rows,
-    logits_apart,
-    random_heads,
-)
 from benchmarks.harness.logits import (
     ALPHA,
     DTYPES,
     FILTERS,
     KINDS,
+    SHAPES,
     TEMPERATURE,
     TOP_P,
     VOCAB_SIZES,
     Candidates,
     Filters,
+    Heads,
     Logits,
     OpCase,
     Peer,
+    check_heads,
     check_outputs,
     check_peer,
     contract_distribution,
+    exact_x,
+    first_rows,
+    logits_apart,
     make_logits,
+    random_heads,
     transformers_peer,
 )
 from benchmarks.harness.measure import ratios, summary, time_in_turns
@@ -205,20 +203,20 @@ def measure(works: Sequence[Work], repeats: int) -> list[Record]:
 # sample
 
 
-def sample_work(case: OpCase, providers: Sequence[str], buffers: int) -> Work:
+def sample_work(case: OpCase, providers: Sequence[str]) -> Work:
     """``sample`` and its peers on a case."""
     sampling = {"alpha": ALPHA, **asdict(FILTERS[case.filters])}
     about = {"op": "sample", **asdict(case), "sampling": sampling}
-    return Work(about, partial(make_calls, case, providers, buffers), OURS, case.logits_bytes)
+    return Work(about, partial(make_calls, case, providers), OURS, case.logits_bytes)
 
 
-def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
+def make_calls(case: OpCase, providers: Sequence[str]) -> Calls:
     """What to time, after checking that each provider has the contract's distribution.
 
-    At small batches a provider goes through ``buffers`` sets of logits in turn, so that no row's
+    At small batches a provider goes through four sets of logits in turn, so that no row's
     branches are learnt by heart. AssertionError: a provider is wrong.
     """
-    sets = [case.logits(seed) for seed in range(buffers if case.batch_size < 8 else 1)]
+    sets = [case.logits(seed) for seed in range(4 if case.batch_size < 8 else 1)]
     target, params = contract_distribution(case, sets[0]), case.row_params()
 
     def checked(name: str) -> Callable[[Logits], object]:
@@ -425,7 +423,6 @@ def _axis(name: str) -> Any:
 
 
 def main(
-    full: Annotated[bool, typer.Option(help="Every combination instead of a subset.")] = False,
     kinds: Annotated[str | None, _axis("kinds")] = None,
     dtypes: Annotated[str | None, _axis("dtypes")] = None,
     filters: Annotated[str | None, _axis("filters")] = None,
@@ -442,9 +439,6 @@ def main(
         str | None, typer.Option(help="Instead, compare the peaked logits with this trio's.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Samples of each, in turn.")] = 9,
-    buffers: Annotated[
-        int, typer.Option(min=1, help="Sets of logits to go through in turn at B = 1.")
-    ] = 4,
     threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
     output: options.Output = None,
     accuracy: Annotated[bool, typer.Option(help="With --heads: also the error of x.")] = True,
@@ -468,12 +462,12 @@ def main(
         return report.print_records("", ACCURACY_CAPTION, lines, ACCURACY, where)
     given = (kinds, dtypes, filters, vocab_sizes, batch_sizes)
     axes = [
-        known if full and text is None else parse_choices(f"--{name}", text, known, default)
+        parse_choices(f"--{name}", text, known, default)
         for text, (name, (known, default)) in zip(given, AXES.items(), strict=True)
     ]
-    cases = tuple(OpCase(*c) for c in product(*axes)) if full or any(given) else DEFAULT_CASES
+    cases = [OpCase(*c) for c in product(*axes)] if any(given) else DEFAULT_CASES
     names = parse_choices("--providers", providers, PROVIDERS, OURS)
-    records = measure([sample_work(case, names, buffers) for case in cases], repeats)
+    records = measure([sample_work(case, names) for case in cases], repeats)
     report.write_results(output or report.RESULTS / "kernels.jsonl", "kernels", {}, records)
     title = "sample: combine, filter and draw a token per row"
     return print_times(title, records, "logits")

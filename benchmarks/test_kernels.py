@@ -17,4 +17,4 @@ from benchmarks.kernels import DEFAULT_CASES, PROVIDERS, make_calls
 def test_sample(benchmark, provider: str, case: OpCase):
     torch.set_num_threads(1)
     benchmark.group = str(case)
-    benchmark(make_calls(case, [provider], buffers=4)[provider])
+    benchmark(make_calls(case, [provider])[provider])

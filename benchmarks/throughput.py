@@ -117,9 +117,9 @@ def make_provider(
 
 
 def make_providers(
-    forms: trios.TrioForms, settings: Settings, works: Sequence[Work], names: Sequence[str]
+    forms: trios.TrioForms, settings: Settings, works: Sequence[Work]
 ) -> list[Provider]:
-    """The providers of these names, each with room for the largest case and the agreement check.
+    """The providers asked for, each with room for the largest case and the agreement check.
 
     One that this trio or processor has no use for is left out, and said so: without an adapter
     there is no shared pair, two architectures are no batched one, and only bf16 is packed.
@@ -127,28 +127,12 @@ def make_providers(
     rows = max(work.case.batch_size for work in works)
     length = max(agreement.CHECKED_LENGTH, *(work.longest for work in works))
     made: list[Provider] = []
-    for name in names:
+    for name in settings.providers:
         try:
             made.append(make_provider(name, forms, settings.sampling, rows, length))
         except (trios.AdapterMissing, PackingError, PairError) as reason:
             report.say(f"{name} is left out: {reason}.", "yellow")
     return made
-
-
-def unlearned(
-    providers: Sequence[Provider], forms: trios.TrioForms, settings: Settings, works: Sequence[Work]
-) -> list[Provider]:
-    """The same providers, those that speculate made anew.
-
-    They choose how much to draft by what they saw. What they saw of another text, in the check of
-    greedy tokens, would last far into a short timed run.
-    """
-    return [
-        make_providers(forms, settings, works, [p.name])[0]
-        if isinstance(p, decoding.DecoderProvider) and p.decoder.speculation
-        else p
-        for p in providers
-    ]
 
 
 Forwards = dict[str, list[float]]
@@ -377,9 +361,12 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
     forms = trios.TrioForms.open(settings.trio, settings.dtype)
     trio, name = forms.trio, options.trio_label(settings.trio)
     works = make_work(trio, settings)
-    providers = make_providers(forms, settings, works, settings.providers)
+    providers = make_providers(forms, settings, works)
     ties = agreement.check_greedy(providers)
-    providers = unlearned(providers, forms, settings, works)
+    for provider in providers:
+        # What it saw of another text, in the check, would last far into a short timed run.
+        if isinstance(provider, decoding.DecoderProvider) and provider.decoder.speculation:
+            provider.set_up()
     records = measure(trio, settings, providers, works)
     shared = {
         "trio": name,

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from benchmarks.harness.heads import SHAPES, Heads, random_heads
-from benchmarks.harness.logits import ALPHA, FILTERS, VOCAB_SIZES, Logits, OpCase, make_logits
+from benchmarks.harness.logits import (
+    ALPHA,
+    FILTERS,
+    SHAPES,
+    VOCAB_SIZES,
+    Heads,
+    Logits,
+    OpCase,
+    make_logits,
+    random_heads,
+)
 
 BACKENDS = {"ours": "triton", "cuda": "cuda"}
 """Our Triton kernels, and our CUDA C++ ones, by provider: peers' times are over the former's."""

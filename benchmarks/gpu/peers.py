@@ -25,7 +25,6 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from benchmarks.gpu.cases import BACKENDS, Case, Inputs
-from benchmarks.harness.heads import check_heads, logits_apart
 from benchmarks.harness.logits import (
     ALPHA,
     FILTERS,
@@ -34,9 +33,11 @@ from benchmarks.harness.logits import (
     Logits,
     OpCase,
     Peer,
+    check_heads,
     check_outputs,
     check_peer,
     contract_distribution,
+    logits_apart,
     ties_past_top_k,
     transformers_peer,
 )

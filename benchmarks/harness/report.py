@@ -31,8 +31,8 @@ _PACKAGES = ("torch", "triton", "transformers", "numpy")
 console = Console()
 
 
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(REPOSITORY), *arguments]
+def output_of(*command: str) -> str | None:
+    """What a program prints; None where it fails or is not there."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -53,9 +53,10 @@ def cpu_model() -> str:
 
 @functools.cache
 def _constant() -> dict[str, Any]:
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    git = "git", "-C", str(REPOSITORY)
+    changed = output_of(*git, "status", "--porcelain", "--untracked-files=no")
     return {
-        "revision": _git("rev-parse", "HEAD"),
+        "revision": output_of(*git, "rev-parse", "HEAD"),
         "dirty": None if changed is None else changed != "",
         "device": "cpu",
         "device_name": cpu_model(),

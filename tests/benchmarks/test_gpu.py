@@ -15,7 +15,6 @@ from benchmarks.gpu.device import first_line, slug
 from benchmarks.gpu.driver import call_operators
 from benchmarks.gpu.operators import Timed
 from benchmarks.gpu.peers import check_draws, check_sampler, eager_peer
-from benchmarks.harness.heads import check_heads
 from benchmarks.harness.logits import (
     FILTERS,
     KINDS,
@@ -23,6 +22,7 @@ from benchmarks.harness.logits import (
     Filters,
     OpCase,
     Peer,
+    check_heads,
     contract_distribution,
     transformers_peer,
 )

@@ -233,10 +233,10 @@ def test_wrong_ours_is_caught(monkeypatch):
             return right(base, expert, anti, params, **options)
         return right(base, expert, anti, params._replace(top_p=torch.ones(len(base))), **options)
 
-    make_calls(case, [OURS], buffers=2)[OURS]()
+    make_calls(case, [OURS])[OURS]()
     monkeypatch.setattr("benchmarks.harness.logits.ptk.sample", unfiltered)
     with pytest.raises(AssertionError, match="ours has (token_ids|num_kept)"):
-        make_calls(case, [OURS], buffers=1)
+        make_calls(case, [OURS])
 
 
 def test_peaked_rows_are_like_the_real_trio():

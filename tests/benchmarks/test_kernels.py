@@ -5,7 +5,7 @@ import torch
 
 import proxytune_kernels as ptk
 from benchmarks import kernels
-from benchmarks.harness.heads import check_heads, random_heads
+from benchmarks.harness.logits import check_heads, random_heads
 
 
 @pytest.mark.slow
