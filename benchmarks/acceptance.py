@@ -194,9 +194,8 @@ def main(
             given = make_prompts(opened, trio, kind, prompts, own)
             records += measure(opened, kind, given, own, temperature, counts, tick)
     name, of = options.trio_label(trio), trios.dtypes(opened)
-    path = output or report.RESULTS / f"acceptance-{name}.jsonl"
     shared = {"trio": name, "dtype": of, "temperature": temperature}
-    report.write_results(path, "acceptance", shared, records)
+    report.write_results(output, "acceptance", shared, records, name)
     found = [m for record in records for m in record["mismatches"] or ()]
     for mismatch in found:
         report.say(mismatch["text"], "yellow" if mismatch["within_rounding"] else "red")

@@ -210,8 +210,8 @@ def run(settings: Settings, output: Path | None) -> None:
     for record in records:
         record["memory"] = in_fresh_process(peak, record["provider"], settings)
     name = options.trio_label(settings.trio)
-    path = output or report.RESULTS / f"evaluation-{name}.jsonl"
-    report.write_results(path, "evaluation", {**asdict(settings), "trio": name, **check}, records)
+    shared = {**asdict(settings), "trio": name, **check}
+    report.write_results(output, "evaluation", shared, records, name)
     title = (
         f"loglikelihood of {settings.documents} documents of {settings.choices} choices, trio "
         f"{settings.trio}, batches of {settings.batch_size}"
@@ -242,9 +242,8 @@ def _quantize(
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     own = model.get_output_embeddings()
-    config: Any = Int8WeightOnlyConfig()
-    if kind == "int4":
-        config = PrototypeInt4WeightOnlyConfig(group_size=group or 32)
+    int4 = PrototypeInt4WeightOnlyConfig(group_size=group or 32)
+    config: Any = int4 if kind == "int4" else Int8WeightOnlyConfig()
     config.set_inductor_config = False
     if group is None:
         quantize(model, kind)
@@ -353,8 +352,7 @@ def main(
             return run(settings, output)
     dtype = dtype or "bfloat16"
     records = measure_quantized(quantized, dtype, tokens, repeats)
-    path = output or report.RESULTS / "quantization.jsonl"
-    report.write_results(path, "quantization", {"model": quantized, "dtype": dtype}, records)
+    report.write_results(output, "quantization", {"model": quantized, "dtype": dtype}, records)
     rows = [{**record, **row} for record in records for row in record["quality"]]
     title = f"Quantised weights of {quantized}"
     return report.print_records(title, "", rows, QUANTIZED_COLUMNS)

@@ -89,25 +89,22 @@ def time_case(trio: Trio, providers: list[Provider], case: Case, repeats: int) -
     with report.progress_bar(len(providers) * (repeats + 1)) as tick:
         calls = {p.name: partial(run, p) for p in providers}
         spent = in_turns(calls, repeats, lambda name: tick(f"{case}: {name}"), warm_up=True)
-    return [
-        {"provider": p.name, **asdict(case), **speeds(case, spent, p.name),
-         "path": getattr(p, "path", {})}
-        for p in providers
-    ]  # fmt: skip
-
-
-def speeds(case: Case, spent: dict[str, list[Spent]], name: str) -> Record:
-    """Of one provider: tokens/s, processor time, and both over those of :data:`COMPARED`."""
     tokens = case.batch_size * case.output_length
-    clock = {other: [s.seconds for s in own] for other, own in spent.items()}
-    processor = {other: [s.cpu_seconds for s in own] for other, own in spent.items()}
-    return {
-        "repeats": len(clock[name]),
-        "tokens_per_second": summary(tokens / seconds for seconds in clock[name]),
-        "processor_ms_per_token": summary(processor[name], 1e3 / tokens),
-        "speed_over": speed_over(name, clock, COMPARED),
-        "processor_speed_over": speed_over(name, processor, COMPARED),
-    }
+    clock = {name: [s.seconds for s in own] for name, own in spent.items()}
+    processor = {name: [s.cpu_seconds for s in own] for name, own in spent.items()}
+    return [
+        {
+            "provider": p.name,
+            **asdict(case),
+            "repeats": repeats,
+            "tokens_per_second": summary(tokens / seconds for seconds in clock[p.name]),
+            "processor_ms_per_token": summary(processor[p.name], 1e3 / tokens),
+            "speed_over": speed_over(p.name, clock, COMPARED),
+            "processor_speed_over": speed_over(p.name, processor, COMPARED),
+            "path": getattr(p, "path", {}),
+        }
+        for p in providers
+    ]
 
 
 COLUMNS: tuple[report.Column, ...] = (
@@ -145,10 +142,10 @@ def main(
     agreement.check_greedy(providers)
     records = [r for case in cases for r in time_case(opened, providers, case, repeats)]
     name = options.trio_label(trio)
-    path = output or report.RESULTS / f"generate-{name}{'-greedy' if greedy else ''}.jsonl"
     sampled = {"alpha": ALPHA, **asdict(sampling)}
     shared = {"trio": name, "dtype": trios.dtypes(opened), "sampling": sampled}
-    report.write_results(path, "generate", shared, records)
+    names = [name, "greedy"] if greedy else [name]
+    report.write_results(output, "generate", shared, records, *names)
     title = f"generate() of a trio, {name}, {trios.dtype_label(opened)}, {sampling}"
     report.print_records(title, CAPTION, records, COLUMNS, lambda r: f"B={r['batch_size']}")
 

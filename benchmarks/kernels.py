@@ -44,6 +44,7 @@ from benchmarks.harness.logits import (
     logits_apart,
     make_logits,
     random_heads,
+    top_p_prefix,
     transformers_peer,
 )
 from benchmarks.harness.measure import ratios, summary, time_in_turns
@@ -75,12 +76,6 @@ def softmax_only(logits: Logits) -> Tensor:
 _PREFILTER = 256  # likeliest tokens among which the top-p set is looked for first
 
 
-def _torch_prefix(sorted_mass: Tensor, total: Tensor | float, filters: Filters) -> Tensor:
-    """Zero what lies past the shortest prefix that holds top_p of the total."""
-    before = sorted_mass.cumsum(-1) - sorted_mass
-    return torch.where(before < filters.top_p * total, sorted_mass, 0.0)
-
-
 def torch_distribution(logits: Logits, filters: Filters) -> Candidates:
     """The fewest torch operations that give the exact set.
 
@@ -92,13 +87,13 @@ def torch_distribution(logits: Logits, filters: Filters) -> Candidates:
     mass = torch.softmax(x, dim=-1)
     if filters.top_k:
         top, ids = mass.topk(filters.top_k, dim=-1)
-        return Candidates(_torch_prefix(top, top.sum(-1, keepdim=True), filters), ids)
+        return Candidates(top_p_prefix(top, top.sum(-1, keepdim=True), filters.top_p), ids)
     if filters.top_p >= 1:
         return Candidates(mass, None)
     top, ids = mass.topk(min(_PREFILTER, mass.shape[-1]), dim=-1)
     if not (top.sum(-1) >= filters.top_p).all():
         top, ids = mass.sort(dim=-1, descending=True)
-    return Candidates(_torch_prefix(top, 1.0, filters), ids)
+    return Candidates(top_p_prefix(top, 1.0, filters.top_p), ids)
 
 
 def torch_draw(candidates: Candidates) -> Tensor:
@@ -106,9 +101,7 @@ def torch_draw(candidates: Candidates) -> Tensor:
     cumulative = candidates.probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     column = torch.searchsorted(cumulative, total * (1 - torch.rand_like(total)))
-    if candidates.token_ids is None:
-        return column[:, 0]
-    return candidates.token_ids.gather(-1, column)[:, 0]
+    return candidates.tokens(column)
 
 
 def numpy_distribution(logits: Logits, filters: Filters) -> Candidates:
@@ -454,8 +447,7 @@ def main(
         rows = parse_integers("--batch-sizes", batch_sizes or "1,4,16,64", 1)
         records = measure([heads_work(*c) for c in product(shapes, types, rows)], repeats)
         errors = measure_accuracy() if accuracy else []
-        path = output or report.RESULTS / "heads.jsonl"
-        report.write_results(path, "heads", {}, [*records, *errors])
+        report.write_results(output, "heads", {}, [*records, *errors])
         print_times("From hidden states to tokens", records, "weights")
         lines = [{**r, **r[name], "name": name} for r in errors for name in (FUSED, APART)]
         where = "{heads}, {rows} rows".format_map
@@ -468,7 +460,7 @@ def main(
     cases = [OpCase(*c) for c in product(*axes)] if any(given) else DEFAULT_CASES
     names = parse_choices("--providers", providers, PROVIDERS, OURS)
     records = measure([sample_work(case, names) for case in cases], repeats)
-    report.write_results(output or report.RESULTS / "kernels.jsonl", "kernels", {}, records)
+    report.write_results(output, "kernels", {}, records)
     title = "sample: combine, filter and draw a token per row"
     return print_times(title, records, "logits")
 

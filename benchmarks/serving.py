@@ -25,7 +25,7 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.harness import report
+from benchmarks.harness import options, report
 from benchmarks.harness.measure import Spent, in_turns, ratios, summary
 from benchmarks.harness.random_models import ModelShape, byte_tokenizer, random_model
 from proxytune_kernels.integrations.vllm_plugin.export import export
@@ -290,7 +290,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of OpenMP, in each engine.")] = 1,
-    output: Annotated[Path, typer.Option(help="JSON lines.")] = report.RESULTS / "serving.jsonl",
+    output: options.Output = None,
 ) -> None:
     """Time a step of a trio in vLLM, and of its members served alone by the same vLLM."""
     torch.set_num_threads(threads)

@@ -311,12 +311,14 @@ DRAFTS_AND_MEMORY: tuple[report.Column, ...] = (
     ("provider", "provider", str),
     ("accepted", "acceptance", report.percent),
     ("tokens a base\nforward", "tokens_per_base_forward", report.fixed),
+    ("set up\ns", "set_up_seconds", report.decimals(1)),
     ("peak\nMiB", "peak_memory/total_bytes", report.decimals(0, 2**-20)),
     ("extra\nMiB", "peak_memory/extra_bytes", report.decimals(1, 2**-20)),
 )
 DRAFTS_AND_MEMORY_CAPTION = (
     "accepted: share of the drafts that were kept. tokens a base forward: of one row, behind the "
-    "first. peak: of the process; extra: above what it held with the weights loaded."
+    "first. set up: in none of the timings. peak: of the process; extra: above what it held with "
+    "the weights loaded."
 )
 
 
@@ -384,15 +386,9 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
     )
     report.print_records(title, SPEED_CAPTION, records, SPEED, floor_of)
     report.print_records(
-        "Drafts and memory", DRAFTS_AND_MEMORY_CAPTION, records, DRAFTS_AND_MEMORY,
+        "Drafts, set-up and memory", DRAFTS_AND_MEMORY_CAPTION, records, DRAFTS_AND_MEMORY,
         lambda record: str(case_of(record)),
     )  # fmt: skip
-    for provider in providers:
-        if provider.set_up_seconds > 1:
-            report.say(
-                f"{provider.name}: {provider.set_up_seconds:.0f} s to set up before its first "
-                "token, in none of the timings."
-            )
     if draw:
         plot(records, output.with_suffix(".png"), title)
 

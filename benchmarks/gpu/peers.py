@@ -39,6 +39,7 @@ from benchmarks.harness.logits import (
     contract_distribution,
     logits_apart,
     ties_past_top_k,
+    top_p_prefix,
     transformers_peer,
 )
 from proxytune_kernels import reference
@@ -86,18 +87,13 @@ def eager_distribution(logits: Logits, filters: Filters) -> Candidates:
         top, ids = x.sort(dim=-1, descending=True)
     else:
         return Candidates(x.softmax(-1), None)
-    mass = top.softmax(-1)
-    before = mass.cumsum(-1) - mass
-    return Candidates(torch.where(before < filters.top_p, mass, 0.0), ids)
+    return Candidates(top_p_prefix(top.softmax(-1), 1.0, filters.top_p), ids)
 
 
 def draw_by_exponentials(candidates: Candidates) -> Tensor:
     """Argmax of p / e, e exponential: one pass, where multinomial checks its input first."""
     p: Tensor = candidates.probabilities
-    column = (p / torch.empty_like(p).exponential_()).argmax(-1)
-    if candidates.token_ids is None:
-        return column
-    return candidates.token_ids.gather(-1, column[:, None])[:, 0]
+    return candidates.tokens((p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True))
 
 
 def eager_peer(filters: Filters) -> Peer:

@@ -118,6 +118,11 @@ class Candidates(NamedTuple):
     probabilities: Any
     token_ids: Any
 
+    def tokens(self, column: Tensor) -> Tensor:
+        """The token of a column of each row, [B, 1]: [B]."""
+        ids = self.token_ids
+        return column[:, 0] if ids is None else ids.gather(-1, column)[:, 0]
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -141,6 +146,12 @@ class Peer:
     ) -> Peer:
         """What draws from a distribution; both halves are timed."""
         return cls(name, lambda logits: draw(distribution(logits)), distribution)
+
+
+def top_p_prefix(falling: Tensor, total: Tensor | float, top_p: float) -> Tensor:
+    """Zero what lies past the shortest prefix that holds top_p of the total mass."""
+    before = falling.cumsum(-1) - falling
+    return torch.where(before < top_p * total, falling, 0.0)
 
 
 def transformers_peer(filters: Filters) -> Peer:

@@ -31,8 +31,9 @@ _PACKAGES = ("torch", "triton", "transformers", "numpy")
 console = Console()
 
 
+@functools.cache
 def output_of(*command: str) -> str | None:
-    """What a program prints; None where it fails or is not there."""
+    """What a program prints, run once; None where it fails or is not there."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -51,11 +52,16 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-@functools.cache
-def _constant() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What a measurement was taken on: revision, machine, versions; every line of results has it.
+
+    ``revision`` and ``dirty`` (whether tracked files differ from it) are None outside a git
+    checkout. ``load`` is the one-minute load average.
+    """
     git = "git", "-C", str(REPOSITORY)
     changed = output_of(*git, "status", "--porcelain", "--untracked-files=no")
     return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": output_of(*git, "rev-parse", "HEAD"),
         "dirty": None if changed is None else changed != "",
         "device": "cpu",
@@ -67,18 +73,6 @@ def _constant() -> dict[str, Any]:
         **{name: version(name) if find_spec(name) else None for name in _PACKAGES},
         "proxytune_kernels": proxytune_kernels.__version__,
         "backends": [name for name, reason in proxytune_kernels.backends().items() if not reason],
-    }
-
-
-def environment() -> dict[str, Any]:
-    """What a measurement was taken on: revision, machine, versions; every line of results has it.
-
-    ``revision`` and ``dirty`` (whether tracked files differ from it) are None outside a git
-    checkout. ``load`` is the one-minute load average.
-    """
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **_constant(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
     }
@@ -116,9 +110,17 @@ def write_json_lines(
 
 
 def write_results(
-    path: Path, benchmark: str, shared: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
+    output: Path | None,
+    benchmark: str,
+    shared: Mapping[str, Any],
+    records: Iterable[Mapping[str, Any]],
+    *names: str,
 ) -> None:
-    """Write a line for each record, with what all of them share, and say where."""
+    """Write a line for each record, with what all of them share, and say where.
+
+    Without an output to a file of :data:`RESULTS`, called by the benchmark and further names.
+    """
+    path = output or RESULTS / f"{'-'.join([benchmark, *names])}.jsonl"
     write_json_lines(path, benchmark, [{**shared, **record} for record in records])
     say(f"Wrote {path}")
 
