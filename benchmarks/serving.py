@@ -26,7 +26,7 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.harness import options, report
-from benchmarks.harness.measure import Spent, in_turns, ratios, summary
+from benchmarks.harness.measure import in_turns, ratios, summary, timed
 from benchmarks.harness.random_models import ModelShape, byte_tokenizer, random_model
 from proxytune_kernels.integrations.vllm_plugin.export import export
 from proxytune_kernels.trio.roles import ROLES
@@ -68,10 +68,10 @@ class Load:
 
 
 class Run(NamedTuple):
-    """What came out, and what each step took; the first runs the prompts."""
+    """What came out, and the seconds of each step; the first runs the prompts."""
 
     token_ids: list[list[int]]
-    steps: list[Spent]
+    steps: list[float]
 
 
 class Engine:
@@ -130,8 +130,8 @@ def _decode(load: Load) -> Run:
     finished: dict[int, list[int]] = {}
     steps = []
     while _engine.has_unfinished_requests():
-        outputs, spent = Spent.by(_engine.step)
-        steps.append(spent)
+        outputs, seconds = timed(_engine.step)
+        steps.append(seconds)
         for output in outputs:
             if output.finished:
                 finished[int(output.request_id)] = list(output.outputs[0].token_ids)
@@ -215,22 +215,15 @@ def check(engines: Mapping[str, Engine], load: Load) -> None:
 
 def record_of(trio: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """A line of results. Ratios are paired by repeat; a step is one that decodes, not the first."""
-    step, cpu, first = (
-        {name: [of(run.steps) for run in own] for name, own in runs.items()}
-        for of in (
-            lambda steps: median(s.seconds for s in steps[1:]),
-            lambda steps: median(s.cpu_seconds for s in steps[1:]),
-            lambda steps: steps[0].seconds,
-        )
-    )
-    for seconds in (step, cpu, first):
+    step = {name: [median(run.steps[1:]) for run in own] for name, own in runs.items()}
+    first = {name: [run.steps[0] for run in own] for name, own in runs.items()}
+    for seconds in (step, first):
         seconds["sum"] = [sum(repeat) for repeat in zip(*(seconds[r] for r in ROLES), strict=True)]
     return {
         "trio": trio,
         "step_ms": {name: summary(own, 1e3) for name, own in step.items()},
         "first_step_ms": {name: summary(own, 1e3) for name, own in first.items()},
         "step_over_sum": ratios(step["trio"], step["sum"]),
-        "cpu_over_sum": ratios(cpu["trio"], cpu["sum"]),
         "first_step_over_sum": ratios(first["trio"], first["sum"]),
     }
 
@@ -240,7 +233,6 @@ COLUMNS: tuple[report.Column, ...] = (
     *((f"{r}\nalone", f"step_ms/{r}/median", report.significant) for r in (*ROLES, "sum")),
     ("trio\nstep", "step_ms/trio/median", report.significant),
     ("/ sum", "step_over_sum/median", report.significant),
-    ("CPU\n/ sum", "cpu_over_sum/median", report.significant),
     ("prompts\n/ sum", "first_step_over_sum/median", report.significant),
 )
 
@@ -308,7 +300,7 @@ def main(
     )
     caption = (
         "Milliseconds of a step that decodes, medians; / sum: the trio's over the members' sum, "
-        "paired by repeat; CPU: the same of the process's CPU time; prompts: the first step's. "
+        "paired by repeat; prompts: the first step's. "
         f"{vllm},"
     )
     report.print_records(title, caption, records, COLUMNS)

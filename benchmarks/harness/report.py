@@ -43,13 +43,10 @@ def output_of(*command: str) -> str | None:
 
 def cpu_model() -> str:
     """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux: the platform module knows
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []  # not Linux
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, Any]:
@@ -206,14 +203,12 @@ def decimals(digits: int, scale: float = 1.0) -> Callable[[float], str]:
     return lambda value: fixed(scale * value, digits)
 
 
-def fixed(value: float | None, digits: int = 2, suffix: str = "") -> str:
-    """A number for a table cell; a dash for what was not measured."""
-    return "-" if value is None else f"{value:,.{digits}f}{suffix}"
+def fixed(value: float, digits: int = 2, suffix: str = "") -> str:
+    """A number for a table cell."""
+    return f"{value:,.{digits}f}{suffix}"
 
 
-def significant(value: float | None, suffix: str = "") -> str:
-    """A number with three significant digits for a table cell; a dash for none."""
-    if value is None:
-        return "-"
+def significant(value: float, suffix: str = "") -> str:
+    """A number with three significant digits for a table cell."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return fixed(value, digits, suffix)
