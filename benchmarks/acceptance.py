@@ -105,7 +105,7 @@ def measure(
         speculation = Speculation(drafter=drafter, mode=mode, max_drafts=drafts, adaptive=False)
         found = decode(trio, prompts, tokens, temperature, speculation)
         rounds = [n for times in found.seconds for n in full_rounds(times, drafts)]
-        wrong = None
+        drafted, wrong = found.counts["drafted"], None
         if mode == "coupled":
             both = plain.token_ids, found.token_ids
             name = f"{kind}, {drafter}, {drafts} drafts"
@@ -113,9 +113,9 @@ def measure(
         record: Record = {
             "kind": kind, "drafter": drafter, "mode": mode, "drafts": drafts,
             "sequences": len(prompts), "tokens": sum(map(len, found.token_ids)),
-            "drafted": found.counts["drafted"],
+            "drafted": drafted,
             "accepted": found.counts["accepted"],
-            "kept": found.counts["accepted"] / max(1, found.counts["drafted"]),
+            "kept": found.counts["accepted"] / drafted if drafted else None,
             "rounds": len(rounds),
             "tokens_per_round": fmean(rounds) if rounds else None,
             "overlap": mean_overlap,

@@ -16,8 +16,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.harness import agreement, decoding, options, report, trios
 from benchmarks.harness.decoding import GREEDY, Case, Generation, Prompts, Provider, Sampling
-from benchmarks.harness.logits import ALPHA
 from benchmarks.harness.measure import in_turns, speed_over, summary, timed
+from benchmarks.harness.samplers import ALPHA
 from proxytune_kernels import Trio
 
 COMPARED = ("naive", "decoder")

@@ -19,36 +19,10 @@ import typer
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from benchmarks.harness import options, report
-from benchmarks.harness.logits import (
-    ALPHA,
-    DTYPES,
-    FILTERS,
-    KINDS,
-    SHAPES,
-    TEMPERATURE,
-    TOP_P,
-    VOCAB_SIZES,
-    Candidates,
-    Filters,
-    Heads,
-    Logits,
-    OpCase,
-    Peer,
-    check_heads,
-    check_outputs,
-    check_peer,
-    contract_distribution,
-    exact_x,
-    first_rows,
-    logits_apart,
-    make_logits,
-    random_heads,
-    top_p_prefix,
-    transformers_peer,
-)
+from benchmarks.harness import options, report, samplers
 from benchmarks.harness.measure import ratios, summary, time_in_turns
 from benchmarks.harness.options import parse_choices, parse_integers
+from benchmarks.harness.samplers import Candidates, Filters, Heads, Logits, OpCase, Peer
 from proxytune_kernels import reference
 
 Record = dict[str, Any]
@@ -56,7 +30,7 @@ Calls = dict[str, Callable[[], object]]
 
 BATCH_SIZES = (1, 8, 64)
 DEFAULT_CASES: tuple[OpCase, ...] = (
-    *(OpCase(k, d) for k in KINDS for d in DTYPES),
+    *(OpCase(k, d) for k in samplers.KINDS for d in samplers.DTYPES),
     *(OpCase(filters=name) for name in ("none", "top_k+top_p")),
     *(OpCase(vocab_size=size) for size in (32_000, 151_936)),
     *(OpCase(batch_size=rows) for rows in (8, 64)),
@@ -83,17 +57,17 @@ def torch_distribution(logits: Logits, filters: Filters) -> Candidates:
     :data:`_PREFILTER` and, where they do not hold enough mass (a flat row), the whole row sorted.
     """
     base, expert, anti = (x.float() for x in logits)
-    x = torch.add(base, expert - anti, alpha=ALPHA).div_(filters.temperature)
+    x = torch.add(base, expert - anti, alpha=samplers.ALPHA).div_(filters.temperature)
     mass = torch.softmax(x, dim=-1)
     if filters.top_k:
         top, ids = mass.topk(filters.top_k, dim=-1)
-        return Candidates(top_p_prefix(top, top.sum(-1, keepdim=True), filters.top_p), ids)
+        return Candidates(samplers.top_p_prefix(top, top.sum(-1, keepdim=True), filters.top_p), ids)
     if filters.top_p >= 1:
         return Candidates(mass, None)
     top, ids = mass.topk(min(_PREFILTER, mass.shape[-1]), dim=-1)
     if not (top.sum(-1) >= filters.top_p).all():
         top, ids = mass.sort(dim=-1, descending=True)
-    return Candidates(top_p_prefix(top, 1.0, filters.top_p), ids)
+    return Candidates(samplers.top_p_prefix(top, 1.0, filters.top_p), ids)
 
 
 def torch_draw(candidates: Candidates) -> Tensor:
@@ -111,7 +85,7 @@ def numpy_distribution(logits: Logits, filters: Filters) -> Candidates:
     """
     base, expert, anti = (x.float().numpy() for x in logits)
     x = expert - anti
-    x *= ALPHA
+    x *= samplers.ALPHA
     x += base
     x -= x.max(-1, keepdims=True)
     x /= filters.temperature
@@ -151,7 +125,7 @@ def numpy_draw(candidates: Candidates) -> Any:
 
 
 PEERS: dict[str, Callable[[Filters], Peer]] = {
-    "transformers": transformers_peer,
+    "transformers": samplers.transformers_peer,
     "torch": lambda f: Peer.of("torch", partial(torch_distribution, filters=f), torch_draw),
     "numpy": lambda f: Peer.of("numpy", partial(numpy_distribution, filters=f), numpy_draw),
 }
@@ -198,7 +172,7 @@ def measure(works: Sequence[Work], repeats: int) -> list[Record]:
 
 def sample_work(case: OpCase, providers: Sequence[str]) -> Work:
     """``sample`` and its peers on a case."""
-    sampling = {"alpha": ALPHA, **asdict(FILTERS[case.filters])}
+    sampling = {"alpha": samplers.ALPHA, **asdict(samplers.FILTERS[case.filters])}
     about = {"op": "sample", **asdict(case), "sampling": sampling}
     return Work(about, partial(make_calls, case, providers), OURS, case.logits_bytes)
 
@@ -210,7 +184,7 @@ def make_calls(case: OpCase, providers: Sequence[str]) -> Calls:
     branches are learnt by heart. AssertionError: a provider is wrong.
     """
     sets = [case.logits(seed) for seed in range(4 if case.batch_size < 8 else 1)]
-    target, params = contract_distribution(case, sets[0]), case.row_params()
+    target, params = samplers.contract_distribution(case, sets[0]), case.row_params()
 
     def checked(name: str) -> Callable[[Logits], object]:
         if name == YARDSTICK:
@@ -219,10 +193,10 @@ def make_calls(case: OpCase, providers: Sequence[str]) -> Calls:
             base, expert, anti = (x[: len(target.kept)] for x in sets[0])
             few = params.rows(slice(0, len(base)))
             wanted = ptk.sample(base, expert, anti, few, backend="reference")
-            check_outputs(str(case), ptk.sample(*sets[0], params), wanted)
+            samplers.check_outputs(str(case), ptk.sample(*sets[0], params), wanted)
             return lambda logits: ptk.sample(*logits, params)
-        peer = PEERS[name](FILTERS[case.filters])
-        check_peer(case, peer, sets[0], target)
+        peer = PEERS[name](samplers.FILTERS[case.filters])
+        samplers.check_peer(case, peer, sets[0], target)
         return peer.sample
 
     def turning(call: Callable[[Logits], object]) -> Callable[[], object]:
@@ -260,28 +234,26 @@ _ACCURACY_ROWS = 64
 
 def heads_work(shape: str, dtype: str, rows: int) -> Work:
     """Heads and sampling, fused and apart."""
-    vocab_size, sizes = SHAPES[shape]
+    vocab_size, sizes = samplers.SHAPES[shape]
 
     def make() -> Calls:
-        heads, params = random_heads(shape, DTYPES[dtype], rows), row_params(rows)
+        heads, params = (
+            samplers.random_heads(shape, samplers.DTYPES[dtype], rows),
+            OpCase(batch_size=rows).row_params(),
+        )
         fused = partial(ptk.sample_hidden, *heads, params=params)
-        check_heads(heads, vocab_size, params, fused(), 2)
+        samplers.check_heads(heads, vocab_size, params, fused(), 2)
         return {
             FUSED: fused,
-            APART: lambda: ptk.sample(*logits_apart(heads, vocab_size), params),
-            PRODUCTS: partial(logits_apart, heads, vocab_size),
+            APART: lambda: ptk.sample(*samplers.logits_apart(heads, vocab_size), params),
+            PRODUCTS: partial(samplers.logits_apart, heads, vocab_size),
         }
 
     about = {
         "op": FUSED, "shape": shape, "dtype": dtype, "batch_size": rows,
         "vocab_size": vocab_size, "hidden_sizes": sizes,
     }  # fmt: skip
-    return Work(about, make, FUSED, vocab_size * sum(sizes) * DTYPES[dtype].itemsize)
-
-
-def row_params(rows: int) -> ptk.RowParams:
-    """Parameters of what is timed; row i has seed i."""
-    return OpCase(batch_size=rows).row_params()
+    return Work(about, make, FUSED, vocab_size * sum(sizes) * samplers.DTYPES[dtype].itemsize)
 
 
 def errors_of(heads: Heads, vocab_size: int) -> Record:
@@ -290,9 +262,9 @@ def errors_of(heads: Heads, vocab_size: int) -> Record:
     Fused: fp32 accumulators, combined in fp32. Apart: logits rounded to the heads' dtype, combined
     in fp32. The roles' alpha is 1, the filter top_p.
     """
-    few = first_rows(heads, _ACCURACY_ROWS)
-    exact, error = exact_x(few, vocab_size)
-    params = row_params(len(exact))
+    few = samplers.first_rows(heads, _ACCURACY_ROWS)
+    exact, error = samplers.exact_x(few, vocab_size)
+    params = OpCase(batch_size=len(exact)).row_params()
     wanted, drawn = reference.distribution(exact, params), reference.sample(exact, params)
     bound, largest = float(error.max()), float(exact.abs().max())
     found: Record = {"rows": len(exact), "largest_x": largest, "bound": bound}
@@ -300,7 +272,8 @@ def errors_of(heads: Heads, vocab_size: int) -> Record:
     for head, out in zip(few, fused, strict=True):
         hidden = head.hidden.float().contiguous()
         torch.ops.proxytune.head_logits_out(hidden, head.weight, 0, vocab_size, out_logits=out)
-    for name, (base, expert, anti) in ((FUSED, fused), (APART, logits_apart(few, vocab_size))):
+    ways = {FUSED: fused, APART: samplers.logits_apart(few, vocab_size)}
+    for name, (base, expert, anti) in ways.items():
         x = reference.combine(base, expert, anti, params.alpha)
         off = (x.double() - exact).abs()
         kept = reference.distribution(x, params).kept
@@ -332,8 +305,8 @@ def measure_accuracy() -> list[Record]:
                 for model in trio.models.values()
             )
         found.append({"heads": f"{name} trio", **errors_of((base, expert, anti), trio.vocab_size)})
-    heads = random_heads("llama-2", torch.bfloat16, _ACCURACY_ROWS)
-    vocab_size, _ = SHAPES["llama-2"]
+    heads = samplers.random_heads("llama-2", torch.bfloat16, _ACCURACY_ROWS)
+    vocab_size, _ = samplers.SHAPES["llama-2"]
     found.append({"heads": "llama-2 shape, random", **errors_of(heads, vocab_size)})
     return [{"op": "heads accuracy", **record} for record in found]
 
@@ -361,7 +334,7 @@ _SKIPPED = 8  # the first positions have too little context to be typical
 def row_statistics(x: Tensor) -> dict[str, Tensor]:
     """Per row of x [B, V], what decides how much work a sampler has."""
     logprobs = x.log_softmax(-1)
-    params = ptk.RowParams.make(len(x), temperature=TEMPERATURE, top_p=TOP_P)
+    params = ptk.RowParams.make(len(x), temperature=samplers.TEMPERATURE, top_p=samplers.TOP_P)
     falling = x.sort(-1, descending=True).values
     top = falling[:, 0]
     return {
@@ -371,7 +344,7 @@ def row_statistics(x: Tensor) -> dict[str, Tensor]:
         "top - median": top - falling.median(-1).values,
         **{f"top - rank {r:,}": top - falling[:, r - 1] for r in (10, 100, 1_000, 10_000)
            if r <= x.shape[-1]},
-        "weights over e^-20": (x >= top[:, None] - 20 * TEMPERATURE).sum(-1),
+        "weights over e^-20": (x >= top[:, None] - 20 * samplers.TEMPERATURE).sum(-1),
     }  # fmt: skip
 
 
@@ -385,9 +358,9 @@ def print_statistics(name: str, length: int = 160) -> None:
     base, expert, anti = (
         model(ids).logits[0, _SKIPPED:, : trio.vocab_size].float() for model in trio.models.values()
     )
-    real = base + ALPHA * (expert - anti)
-    base, expert, anti = make_logits("peaked", len(real), trio.vocab_size, torch.float32)
-    made = row_statistics(base + ALPHA * (expert - anti))
+    real = base + samplers.ALPHA * (expert - anti)
+    base, expert, anti = samplers.make_logits("peaked", len(real), trio.vocab_size, torch.float32)
+    made = row_statistics(base + samplers.ALPHA * (expert - anti))
     quantiles = torch.tensor([0.5, 0.1, 0.9])
     rows = []
     for what, values in row_statistics(real).items():
@@ -396,16 +369,16 @@ def print_statistics(name: str, length: int = 160) -> None:
     columns = ("", name, "p10", "p90", "peaked", "p10", "p90")
     caption = (
         f"Medians over {len(real)} rows, V = {trio.vocab_size:,}. Kept: at temperature "
-        f"{TEMPERATURE}, top_p {TOP_P}."
+        f"{samplers.TEMPERATURE}, top_p {samplers.TOP_P}."
     )
     report.print_table("Combined logits", columns, caption, rows)
 
 
 AXES: dict[str, tuple[Sequence[Any], Any]] = {
-    "kinds": (KINDS, "peaked"),
-    "dtypes": (list(DTYPES), "float32"),
-    "filters": (list(FILTERS), "top_p"),
-    "vocab-sizes": (VOCAB_SIZES, 128_256),
+    "kinds": (samplers.KINDS, "peaked"),
+    "dtypes": (list(samplers.DTYPES), "float32"),
+    "filters": (list(samplers.FILTERS), "top_p"),
+    "vocab-sizes": (samplers.VOCAB_SIZES, 128_256),
     "batch-sizes": (BATCH_SIZES, 1),
 }
 """In the order of :class:`OpCase`: known values, and the one where none is given."""
@@ -426,7 +399,7 @@ def main(
     ),
     heads: Annotated[
         str | None,
-        typer.Option(help=f"Instead, sample_hidden at these shapes, of {','.join(SHAPES)}."),
+        typer.Option(help=f"Instead, sample_hidden at shapes of {','.join(samplers.SHAPES)}."),
     ] = None,
     statistics: Annotated[
         str | None, typer.Option(help="Instead, compare the peaked logits with this trio's.")
@@ -442,8 +415,8 @@ def main(
         with options.user_errors():
             return print_statistics(statistics)
     if heads is not None:
-        shapes = parse_choices("--heads", heads, SHAPES, None)
-        types = parse_choices("--dtypes", dtypes or "bfloat16,float32", DTYPES, None)
+        shapes = parse_choices("--heads", heads, samplers.SHAPES, None)
+        types = parse_choices("--dtypes", dtypes or "bfloat16,float32", samplers.DTYPES, None)
         rows = parse_integers("--batch-sizes", batch_sizes or "1,4,16,64", 1)
         records = measure([heads_work(*c) for c in product(shapes, types, rows)], repeats)
         errors = measure_accuracy() if accuracy else []

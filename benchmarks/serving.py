@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from statistics import median
@@ -138,19 +138,6 @@ def _decode(load: Load) -> Run:
     return Run([finished[row] for row in sorted(finished)], steps)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to measure."""
-
-    requests: int
-    prompt_length: int
-    output_length: int
-    temperature: float
-    dtype: str
-    repeats: int
-    threads: int
-
-
 @contextmanager
 def exported(name: str) -> Iterator[Path]:
     """A directory that vLLM opens: the shipped trio's, a random one's, or an exported one."""
@@ -171,7 +158,7 @@ def exported(name: str) -> Iterator[Path]:
                 shape = RANDOM[name][role != "base"]
                 random_model(shape, "cpu", seed).save_pretrained(members / role)
                 byte_tokenizer(shape.vocab_size).save_pretrained(members / role)
-            export(out, **{role: members / role for role in ROLES})
+            export(out, base=members / "base", expert=members / "expert", anti=members / "anti")
         yield out
 
 
@@ -193,13 +180,15 @@ def make_members(trio: Path, folder: Path) -> dict[str, Path]:
     return members
 
 
-def make_load(vocab_size: int, settings: Settings) -> Load:
+def make_load(
+    vocab_size: int, requests: int, prompt_length: int, output_length: int, temperature: float
+) -> Load:
     """Prompts of token ids spread over the vocabulary; an alpha of its own for each."""
-    steps, requests = range(0, 31 * settings.prompt_length, 31), range(settings.requests)
-    starts = [row * _PROMPT_STRIDE for row in requests]
+    steps = range(0, 31 * prompt_length, 31)
+    starts = [row * _PROMPT_STRIDE for row in range(requests)]
     prompts = [[3 + (start + i) % (vocab_size - 3) for i in steps] for start in starts]
-    alphas = [row / max(1, settings.requests - 1) for row in requests]
-    return Load(prompts, settings.output_length, settings.temperature, alphas)
+    alphas = [row / max(1, requests - 1) for row in range(requests)]
+    return Load(prompts, output_length, temperature, alphas)
 
 
 def check(engines: Mapping[str, Engine], load: Load) -> None:
@@ -237,36 +226,40 @@ COLUMNS: tuple[report.Column, ...] = (
 )
 
 
-def measure(name: str, settings: Settings) -> dict[str, Any]:
+def measure(
+    name: str, dtype: str, repeats: int, threads: int, requests: int, prompt: int, output: int,
+    temperature: float,
+) -> dict[str, Any]:  # fmt: skip
     """Open the four engines, check, and run all in turn after one run to warm up."""
     with ExitStack() as stack:
         trio = stack.enter_context(exported(name))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directories = {"trio": trio, **make_members(trio, folder)}
-        total = 4 * (settings.repeats + 1)
+        total = 4 * (repeats + 1)
         tick = stack.enter_context(report.progress_bar(total, f"{name}: opening"))
         limits = {
             "tokenizer": str(trio),
-            "dtype": settings.dtype,
-            "max_model_len": settings.prompt_length + settings.output_length,
-            "max_num_seqs": settings.requests,
+            "dtype": dtype,
+            "max_model_len": prompt + output,
+            "max_num_seqs": requests,
             # Prompts run in one step, and never out of the cache of the run before.
-            "max_num_batched_tokens": settings.requests * settings.prompt_length,
+            "max_num_batched_tokens": requests * prompt,
             "enable_prefix_caching": False,
         }
         engines = {}
         for role, directory in directories.items():
-            engines[role] = Engine(directory, settings.threads, folder / f"{role}.log", **limits)
+            engines[role] = Engine(directory, threads, folder / f"{role}.log", **limits)
             stack.callback(engines[role].close)
         config = json.loads((trio / "config.json").read_text())
-        load = make_load(config["proxy_tuning"]["vocab_size"], settings)
+        size = config["proxy_tuning"]["vocab_size"]
+        load = make_load(size, requests, prompt, output, temperature)
         check(engines, load)
         loads = {role: load if role == "trio" else replace(load, alphas=None) for role in engines}
         calls = {
             role: lambda _, role=role, engine=engine: engine.decode(loads[role])
             for role, engine in engines.items()
         }
-        runs = in_turns(calls, settings.repeats, lambda r: tick(f"{name}: {r}"), warm_up=True)
+        runs = in_turns(calls, repeats, lambda r: tick(f"{name}: {r}"), warm_up=True)
         return record_of(name, runs)
 
 
@@ -287,13 +280,16 @@ def main(
     """Time a step of a trio in vLLM, and of its members served alone by the same vLLM."""
     torch.set_num_threads(threads)
     disable_progress_bar()  # it would tear up ours
-    settings = Settings(
-        requests, prompt_length, output_length, temperature, dtype, repeats, threads
-    )
     [package] = {*packages_distributions()["vllm"]}  # has another name where it is the CPU build
     vllm = f"{package} {version(package)}"
-    records = [measure(name, settings) for name in trios.split(",")]
-    report.write_results(output, "serving", {**asdict(settings), "vllm": vllm}, records)
+    of = requests, prompt_length, output_length, temperature
+    records = [measure(name, dtype, repeats, threads, *of) for name in trios.split(",")]
+    shared = {
+        "requests": requests, "prompt_length": prompt_length, "output_length": output_length,
+        "temperature": temperature, "dtype": dtype, "repeats": repeats, "threads": threads,
+        "vllm": vllm,
+    }  # fmt: skip
+    report.write_results(output, "serving", shared, records)
     title = (
         f"vLLM, {requests} requests, prompts of {prompt_length} and outputs of {output_length} "
         f"tokens, temperature {temperature:g}, {dtype}"

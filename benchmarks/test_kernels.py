@@ -7,7 +7,7 @@
 import pytest
 import torch
 
-from benchmarks.harness.logits import OpCase
+from benchmarks.harness.samplers import OpCase
 from benchmarks.kernels import DEFAULT_CASES, PROVIDERS, make_calls
 
 

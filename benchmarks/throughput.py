@@ -22,9 +22,9 @@ from transformers import DynamicCache
 
 from benchmarks.harness import agreement, decoding, options, report, trios
 from benchmarks.harness.decoding import GREEDY, Case, Generation, Prompts, Provider, Sampling
-from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
 from benchmarks.harness.measure import in_turns, ratios, speed_over, summary
 from benchmarks.harness.memory import in_fresh_process, peak_memory
+from benchmarks.harness.samplers import ALPHA, TEMPERATURE, TOP_P
 from proxytune_kernels import Speculation, Trio
 from proxytune_kernels.decoder.packing import PackingError
 from proxytune_kernels.decoder.pair.shared import PairError
@@ -322,12 +322,6 @@ DRAFTS_AND_MEMORY_CAPTION = (
 )
 
 
-def floor_of(record: Record) -> str:
-    """The section of a record in the table of speeds."""
-    floor = report.significant(record["bare_forwards_ms"]["sum"])
-    return f"{case_of(record)}, floor {floor} ms"
-
-
 def plot(records: Sequence[Record], path: Path, title: str) -> None:
     """Bars of milliseconds per output token, a panel per case, beside the sum of bare forwards."""
     from matplotlib import style
@@ -384,7 +378,10 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
         f"Proxy-tuned decoding, trio {name}, {trios.dtype_label(trio)}, {settings.prompts}, "
         f"{settings.sampling}"
     )
-    report.print_records(title, SPEED_CAPTION, records, SPEED, floor_of)
+    floor = "floor {bare_forwards_ms[sum]:.3g} ms".format_map
+    report.print_records(
+        title, SPEED_CAPTION, records, SPEED, lambda r: f"{case_of(r)}, {floor(r)}"
+    )
     report.print_records(
         "Drafts, set-up and memory", DRAFTS_AND_MEMORY_CAPTION, records, DRAFTS_AND_MEMORY,
         lambda record: str(case_of(record)),

@@ -25,23 +25,8 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from benchmarks.gpu.cases import BACKENDS, Case, Inputs
-from benchmarks.harness.logits import (
-    ALPHA,
-    FILTERS,
-    Candidates,
-    Filters,
-    Logits,
-    OpCase,
-    Peer,
-    check_heads,
-    check_outputs,
-    check_peer,
-    contract_distribution,
-    logits_apart,
-    ties_past_top_k,
-    top_p_prefix,
-    transformers_peer,
-)
+from benchmarks.harness import samplers
+from benchmarks.harness.samplers import ALPHA, FILTERS, Candidates, Filters, Logits, OpCase, Peer
 from proxytune_kernels import reference
 
 # Every shape is compiled on its own; at the default limit of 8 torch would fall back to eager.
@@ -87,7 +72,7 @@ def eager_distribution(logits: Logits, filters: Filters) -> Candidates:
         top, ids = x.sort(dim=-1, descending=True)
     else:
         return Candidates(x.softmax(-1), None)
-    return Candidates(top_p_prefix(top.softmax(-1), 1.0, filters.top_p), ids)
+    return Candidates(samplers.top_p_prefix(top.softmax(-1), 1.0, filters.top_p), ids)
 
 
 def draw_by_exponentials(candidates: Candidates) -> Tensor:
@@ -150,7 +135,7 @@ def flashinfer_peer(filters: Filters, device: torch.device) -> Peer:
 PEERS: Mapping[str, Callable[[Filters, torch.device], Peer]] = {
     "eager": lambda filters, _: eager_peer(filters),
     "torch.compile": lambda filters, _: Peer("torch.compile", compiled(eager_peer(filters).sample)),
-    "transformers": lambda filters, _: transformers_peer(filters),
+    "transformers": lambda filters, _: samplers.transformers_peer(filters),
     "flashinfer": flashinfer_peer,
 }
 
@@ -170,8 +155,8 @@ def absent() -> dict[str, str]:
 
 def check_sampler(case: OpCase, peer: Peer, logits: Logits) -> None:
     """Hold a peer to the contract's distribution of the first rows."""
-    target = contract_distribution(case, logits, _ROWS)
-    check_peer(case, peer, logits, target)
+    target = samplers.contract_distribution(case, logits, _ROWS)
+    samplers.check_peer(case, peer, logits, target)
     check_draws(case, peer, logits, target)
 
 
@@ -221,7 +206,7 @@ def _allowed(case: OpCase, logits: Logits, target: reference.Distribution) -> Te
     top_p = FILTERS[case.filters].top_p
     if top_p < 1:
         params.top_p.fill_(min(1.0, top_p + _SHARE_TOLERANCE))
-        extra, _ = ties_past_top_k(case, target)
+        extra, _ = samplers.ties_past_top_k(case, target)
         params.top_k.add_(extra.int())
         base, expert, anti = (role[:rows] for role in logits)
         x = reference.combine(base, expert, anti, params.alpha)
@@ -258,7 +243,7 @@ def check_ours(case: Case, inputs: Inputs, params: ptk.RowParams, out: Any) -> N
     base, expert, anti = (role[rows] for role in inputs.logits)
     few = Inputs((base, expert, anti), inputs.token_ids[requests])
     wanted = operator(case, few, params.rows(requests), backend="reference")
-    check_outputs(str(case), out, wanted)
+    samplers.check_outputs(str(case), out, wanted)
 
 
 def prepare(
@@ -273,13 +258,13 @@ def prepare(
 
     def sample_logits(i: Inputs) -> Any:
         assert i.heads is not None
-        return ptk.sample(*logits_apart(i.heads, case.vocab_size), params, **given)
+        return ptk.sample(*samplers.logits_apart(i.heads, case.vocab_size), params, **given)
 
     def check_drawn(i: Inputs) -> None:
         assert i.heads is not None
         # Logits went through bf16, 2^-9 of up to 32 a role, so that x is off by at most 3/16.
         rounding = 0.0 if name in backends else 3 / 16
-        check_heads(i.heads, case.vocab_size, params, call(i), _HEADS_ROWS, rounding)
+        samplers.check_heads(i.heads, case.vocab_size, params, call(i), _HEADS_ROWS, rounding)
 
     if name in backends:
         given["out"] = call_ours(inputs)

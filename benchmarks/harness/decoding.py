@@ -17,8 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
 from benchmarks.harness.options import parse_integers
+from benchmarks.harness.samplers import ALPHA, TEMPERATURE, TOP_P
 from proxytune_kernels import Decoder, SamplingParams, Trio
 
 Prompts = Sequence[Sequence[int]]

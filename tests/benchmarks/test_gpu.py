@@ -15,7 +15,8 @@ from benchmarks.gpu.device import first_line, slug
 from benchmarks.gpu.driver import call_operators
 from benchmarks.gpu.operators import Timed
 from benchmarks.gpu.peers import check_draws, check_sampler, eager_peer
-from benchmarks.harness.logits import (
+from benchmarks.harness.report import cells
+from benchmarks.harness.samplers import (
     FILTERS,
     KINDS,
     VOCAB_SIZES,
@@ -26,7 +27,6 @@ from benchmarks.harness.logits import (
     contract_distribution,
     transformers_peer,
 )
-from benchmarks.harness.report import cells
 
 BACKEND = "cpu" if ptk.backends()["cpu"] is None else "reference"
 OURS = {"ours": BACKEND}

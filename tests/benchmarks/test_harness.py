@@ -12,16 +12,6 @@ import typer
 
 import proxytune_kernels as ptk
 from benchmarks.harness import memory, report
-from benchmarks.harness.logits import (
-    DTYPES,
-    FILTERS,
-    KINDS,
-    Candidates,
-    OpCase,
-    check_peer,
-    contract_distribution,
-    make_logits,
-)
 from benchmarks.harness.measure import (
     calibrate,
     in_turns,
@@ -34,6 +24,16 @@ from benchmarks.harness.measure import (
 )
 from benchmarks.harness.memory import in_fresh_process, peak_memory
 from benchmarks.harness.options import parse_choices, parse_integers, user_errors
+from benchmarks.harness.samplers import (
+    DTYPES,
+    FILTERS,
+    KINDS,
+    Candidates,
+    OpCase,
+    check_peer,
+    contract_distribution,
+    make_logits,
+)
 from benchmarks.kernels import OURS, PEERS, make_calls
 
 EAGER_PEERS = [PEERS[name] for name in ("transformers", "torch", "numpy")]
@@ -211,6 +211,7 @@ def test_swapped_models_and_one_token_too_few_are_caught():
     target, peer = contract_distribution(case, logits), PEERS["torch"](FILTERS["top_p"])
 
     def shorter(rows):
+        assert peer.distribution is not None
         mass, ids = peer.distribution(rows)
         last = (mass > 0).sum(-1, keepdim=True) - 1
         return Candidates(mass.scatter(-1, last, 0.0), ids)
@@ -232,7 +233,7 @@ def test_wrong_ours_is_caught(monkeypatch):
         return right(base, expert, anti, params._replace(top_p=torch.ones(len(base))), **options)
 
     make_calls(case, [OURS])[OURS]()
-    monkeypatch.setattr("benchmarks.harness.logits.ptk.sample", unfiltered)
+    monkeypatch.setattr("benchmarks.harness.samplers.ptk.sample", unfiltered)
     with pytest.raises(AssertionError, match="ours has (token_ids|num_kept)"):
         make_calls(case, [OURS])
 

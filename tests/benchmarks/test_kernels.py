@@ -5,7 +5,7 @@ import torch
 
 import proxytune_kernels as ptk
 from benchmarks import kernels
-from benchmarks.harness.logits import check_heads, random_heads
+from benchmarks.harness.samplers import OpCase, check_heads, random_heads
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def test_heads(records_of):
 
 
 def test_wrong_heads_are_caught():
-    heads, params = random_heads("shipped", torch.bfloat16, 4), kernels.row_params(4)
+    heads, params = random_heads("shipped", torch.bfloat16, 4), OpCase(batch_size=4).row_params()
     base, expert, anti = heads
     check_heads(heads, 1536, params, ptk.sample_hidden(*heads, params=params), 2)
     swapped = ptk.sample_hidden(base, anti, expert, params=params)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from benchmarks.serving import (
     Load,
     Run,
-    Settings,
     check,
     exported,
     make_load,
@@ -21,7 +20,7 @@ from benchmarks.serving import (
     record_of,
 )
 
-SETTINGS = Settings(8, 4, 3, 0.0, "float32", 2, 1)
+SHAPE = 8, 4, 3, 0.0
 
 
 def run(prompt: float, *steps: float) -> Run:
@@ -54,7 +53,7 @@ class Engine:
 @pytest.mark.parametrize(("off", "on", "passes"), [(1, 2, True), (3, 2, False), (1, 1, False)])
 def test_the_check(off: int, on: int, passes: bool) -> None:
     engines: Any = {"base": Engine(1, 1), "trio": Engine(off, on)}
-    load = make_load(1536, SETTINGS)
+    load = make_load(1536, *SHAPE)
     if passes:
         check(engines, load)
     else:
@@ -63,7 +62,7 @@ def test_the_check(off: int, on: int, passes: bool) -> None:
 
 
 def test_requests_differ_and_lie_in_the_vocabulary() -> None:
-    load = make_load(300, SETTINGS)
+    load = make_load(300, *SHAPE)
     assert len({tuple(prompt) for prompt in load.prompts}) == 8
     assert all(3 <= i < 300 for prompt in load.prompts for i in prompt)
     assert len(set(load.alphas or ())) == 8
