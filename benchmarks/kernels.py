@@ -148,12 +148,12 @@ class Work(NamedTuple):
 
 def measure(works: Sequence[Work], repeats: int) -> list[Record]:
     """Check, then time every case, its calls in turn; one record per case and provider."""
-    records = []
+    records: list[Record] = []
     with report.progress_bar(len(works)) as tick:
         for work in works:
             seconds = time_in_turns(work.make(), repeats)
-            for name, times in seconds.items():
-                record = {
+            records += [
+                {
                     "provider": name,
                     **work.about,
                     "microseconds": summary(times, 1e6),
@@ -162,7 +162,8 @@ def measure(works: Sequence[Work], repeats: int) -> list[Record]:
                         ratios(times, seconds[work.ours]) if work.ours in seconds else None
                     ),
                 }
-                records.append(record)
+                for name, times in seconds.items()
+            ]
             tick("")
     return records
 

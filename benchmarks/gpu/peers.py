@@ -250,33 +250,29 @@ def prepare(
     case: Case, name: str, inputs: Inputs, backends: Mapping[str, str] = BACKENDS
 ) -> Prepared:
     """A provider for a case, given one set of inputs to allocate outputs by; may compile."""
-    device, params = inputs.token_ids.device, case.params(inputs.token_ids.device)
+    device, ours = inputs.token_ids.device, name in backends
+    params = case.params(device)
     given: dict[str, Any] = {"backend": backends.get(name, backends["ours"])}
+    if ours:
+        given["out"] = operator(case, inputs, params, **given)
+    peer = PEERS["eager" if ours else name](FILTERS[case.filters], device)
 
-    def call_ours(i: Inputs) -> Any:
-        return operator(case, i, params, **given)
-
-    def sample_logits(i: Inputs) -> Any:
-        assert i.heads is not None
-        return ptk.sample(*samplers.logits_apart(i.heads, case.vocab_size), params, **given)
-
-    def check_drawn(i: Inputs) -> None:
-        assert i.heads is not None
-        # Logits went through bf16, 2^-9 of up to 32 a role, so that x is off by at most 3/16.
-        rounding = 0.0 if name in backends else 3 / 16
-        samplers.check_heads(i.heads, case.vocab_size, params, call(i), _HEADS_ROWS, rounding)
-
-    if name in backends:
-        given["out"] = call_ours(inputs)
-    if case.op == "sample_hidden":
-        call = call_ours if name in backends else sample_logits
-        return Prepared(call, check_drawn)
-    if name in backends:
-        return Prepared(call_ours, lambda i: check_ours(case, i, params, call_ours(i)))
-    peer = PEERS[name](FILTERS[case.filters], device)
-
-    def draw(i: Inputs) -> Any:
+    def call(i: Inputs) -> Any:
+        if ours:
+            return operator(case, i, params, **given)
+        if i.heads is not None:  # a peer is three products and our sample
+            return ptk.sample(*samplers.logits_apart(i.heads, case.vocab_size), params, **given)
         drawn = peer.sample(i.logits)
         return drawn if case.op == "sample" else accept(drawn, i.token_ids)
 
-    return Prepared(draw, lambda i: check_sampler(case.as_rows, peer, i.logits))
+    def check(i: Inputs) -> None:
+        if i.heads is not None:
+            # Logits went through bf16, 2^-9 of up to 32 a role, so that x is off by at most 3/16.
+            rounding = 0.0 if ours else 3 / 16
+            samplers.check_heads(i.heads, case.vocab_size, params, call(i), _HEADS_ROWS, rounding)
+        elif ours:
+            check_ours(case, i, params, call(i))
+        else:
+            check_sampler(case.as_rows, peer, i.logits)
+
+    return Prepared(call, check)
