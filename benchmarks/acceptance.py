@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import groupby, pairwise, product
+from itertools import pairwise, product
 from operator import itemgetter
 from statistics import fmean
 from typing import Annotated, Any
@@ -105,7 +105,7 @@ def measure(
         speculation = Speculation(drafter=drafter, mode=mode, max_drafts=drafts, adaptive=False)
         found = decode(trio, prompts, tokens, temperature, speculation)
         rounds = [n for times in found.seconds for n in full_rounds(times, drafts)]
-        wrong = None
+        drafted, wrong = found.counts["drafted"], None
         if mode == "coupled":
             both = plain.token_ids, found.token_ids
             name = f"{kind}, {drafter}, {drafts} drafts"
@@ -113,8 +113,9 @@ def measure(
         record: Record = {
             "kind": kind, "drafter": drafter, "mode": mode, "drafts": drafts,
             "sequences": len(prompts), "tokens": sum(map(len, found.token_ids)),
-            "drafted": found.counts["drafted"],
+            "drafted": drafted,
             "accepted": found.counts["accepted"],
+            "kept": found.counts["accepted"] / drafted if drafted else None,
             "rounds": len(rounds),
             "tokens_per_round": fmean(rounds) if rounds else None,
             "overlap": mean_overlap,
@@ -128,36 +129,20 @@ def measure(
     return records
 
 
-def print_records(records: Sequence[Record], counts: Sequence[int], title: str) -> None:
-    """A section for each kind of text."""
-    shown = [drafts for drafts in counts if drafts in (1, 4, 8)] or counts
-    caption = (
-        "kept: share of the drafts, at each k. round: tokens a round, of those with room for k "
-        "drafts. min(p, q): its sum over tokens, p the target's and q the expert's probability, "
-        "mean over the text: what rejection keeps of the expert's first drafts. as plain: sampled "
-        "sequences that have plain decoding's tokens, over all k."
-    )
-    columns: list[report.Column] = [
-        ("drafts", "name", str),
-        *((f"kept %\nk={k}", f"kept/{k}", report.decimals(1, 100)) for k in shown),
-        *((f"round\nk={k}", f"round/{k}", report.fixed) for k in shown),
-        ("min\n(p,q) %", "overlap", report.decimals(1, 100)),
-        ("as\nplain", "as_plain", str),
-    ]
-    rows = []
-    for (kind, drafter, mode), group in groupby(records, itemgetter("kind", "drafter", "mode")):
-        own = list(group)
-        equal = [r["equal"] for r in own if r["equal"] is not None]
-        row = {
-            "kind": kind,
-            "name": f"{drafter.removeprefix('prompt_')}, {mode}",
-            "kept": {str(r["drafts"]): r["accepted"] / r["drafted"] for r in own if r["drafted"]},
-            "round": {str(r["drafts"]): r["tokens_per_round"] for r in own},
-            "overlap": own[0]["overlap"],
-            "as_plain": f"{sum(equal)}/{sum(r['sequences'] for r in own)}" if equal else None,
-        }
-        rows.append(row)
-    report.print_records(title, caption, rows, columns, lambda r: r["kind"])
+COLUMNS: tuple[report.Column, ...] = (
+    ("drafts", "drafter", lambda name: name.removeprefix("prompt_")),
+    ("mode", "mode", str),
+    ("k", "drafts", str),
+    ("kept", "kept", report.percent),
+    ("tokens\na round", "tokens_per_round", report.fixed),
+    ("min\n(p,q)", "overlap", report.percent),
+    ("as\nplain", "equal", str),
+)
+CAPTION = (
+    "kept: share of the drafts. a round: of those with room for k drafts. min(p, q): its sum over "
+    "tokens, p the target's and q the expert's probability, mean over the text: what rejection "
+    "keeps of the expert's first drafts. as plain: sampled sequences with plain decoding's tokens."
+)
 
 
 def main(
@@ -194,15 +179,14 @@ def main(
             given = make_prompts(opened, trio, kind, prompts, own)
             records += measure(opened, kind, given, own, temperature, counts, tick)
     name, of = options.trio_label(trio), trios.dtypes(opened)
-    path = output or report.RESULTS / f"acceptance-{name}.jsonl"
     shared = {"trio": name, "dtype": of, "temperature": temperature}
-    report.write_results(path, "acceptance", shared, records)
+    report.write_results(output, "acceptance", shared, records, name)
     found = [m for record in records for m in record["mismatches"] or ()]
     for mismatch in found:
         report.say(mismatch["text"], "yellow" if mismatch["within_rounding"] else "red")
     kind = trios.dtype_label(opened)
     title = f"Drafts that are kept, trio {name}, {kind}, temperature {temperature:g}"
-    print_records(records, counts, title)
+    report.print_records(title, CAPTION, records, COLUMNS, itemgetter("kind"))
     if not all(mismatch["within_rounding"] for mismatch in found):
         report.say("Coupled tokens are not plain decoding's.", "red")
         raise typer.Exit(1)

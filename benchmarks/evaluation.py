@@ -10,9 +10,7 @@ import logging
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -20,7 +18,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.harness import options, report, trios
-from benchmarks.harness.measure import Spent, ratios, summary, time_in_turns
+from benchmarks.harness.measure import ratios, summary, time_in_turns, timed
 from benchmarks.harness.memory import in_fresh_process, peak_memory
 from benchmarks.harness.random_models import ModelShape, random_model
 from proxytune_kernels import Trio, quantize
@@ -44,19 +42,6 @@ Document = list[Any]
 """A document's requests, one per choice, all with its context."""
 Answers = list[tuple[float, bool]]
 """(log-likelihood, is greedy) of every choice."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure."""
-
-    trio: str
-    dtype: str | None
-    layers: int
-    documents: int
-    choices: int
-    batch_size: int
-    threads: int
 
 
 def make_trio(name: str, dtype: str | None, layers: int) -> Trio:
@@ -133,34 +118,36 @@ def blocks_of(documents: Sequence[Document]) -> list[Sequence[Document]]:
     return [documents[first : first + size] for first in range(0, len(documents), size)]
 
 
-def measure(settings: Settings) -> tuple[list[Record], Record]:
+def measure(
+    name: str, trio: Trio, documents: Sequence[Document], batch_size: int
+) -> tuple[list[Record], Record]:
     """Both providers over all documents, block by block in turn; a record each, and the check."""
-    trio = make_trio(settings.trio, settings.dtype, settings.layers)
-    documents = make_documents(settings.trio, settings.documents, settings.choices)
-    lms = {name: make_lm(name, trio, settings.batch_size) for name in PROVIDERS}
-    answers: dict[str, Answers] = {name: [] for name in lms}
-    spent: dict[str, list[Spent]] = {name: [] for name in lms}
-    with report.progress_bar(2 * BLOCKS, settings.trio) as tick:
+    lms = {provider: make_lm(provider, trio, batch_size) for provider in PROVIDERS}
+    answers: dict[str, Answers] = {provider: [] for provider in lms}
+    seconds: dict[str, list[float]] = {provider: [] for provider in lms}
+    with report.progress_bar(2 * BLOCKS, name) as tick:
         for lm in lms.values():
             answer(lm, documents[:2])  # pages in what the first call needs
         for number, block in enumerate(blocks_of(documents)):
             # Each is first in half of the blocks.
-            for name in list(lms) if number % 2 else list(lms)[::-1]:
-                found, took = Spent.by(partial(answer, lms[name], block))
-                answers[name] += found
-                spent[name].append(took)
-                tick(f"{settings.trio}: {name}")
+            for provider in list(lms) if number % 2 else list(lms)[::-1]:
+                found, took = timed(partial(answer, lms[provider], block))
+                answers[provider] += found
+                seconds[provider].append(took)
+                tick(f"{name}: {provider}")
     asked = [request for document in documents for request in document]
     encode = trio.tokenizer.encode
     tokens = [len(encode(request.args[1], add_special_tokens=False)) for request in asked]
     check = compare(answers["ours"], answers["HFLM"], tokens, CLOSE[trio.base.dtype])
-    records = []
-    for name, own in spent.items():
-        record: Record = {"provider": name, "block_seconds": summary(s.seconds for s in own)}
-        for kind in ("seconds", "cpu_seconds"):
-            theirs, ours = ([getattr(s, kind) for s in some] for some in (spent["HFLM"], own))
-            record |= {kind: sum(ours), f"speed_over_hflm_{kind}": ratios(theirs, ours)}
-        records.append(record)
+    records: list[Record] = [
+        {
+            "provider": provider,
+            "seconds": sum(own),
+            "block_seconds": summary(own),
+            "speed_over_hflm": ratios(seconds["HFLM"], own),
+        }
+        for provider, own in seconds.items()
+    ]
     return records, check
 
 
@@ -180,12 +167,18 @@ def compare(ours: Answers, theirs: Answers, tokens: Sequence[int], close: float)
     }
 
 
-def peak(provider: str, settings: Settings) -> dict[str, int]:
+def prepare(
+    trio: str, dtype: str | None, layers: int, documents: int, choices: int
+) -> tuple[Trio, list[Document]]:
+    """The trio, and what it is asked."""
+    return make_trio(trio, dtype, layers), make_documents(trio, documents, choices)
+
+
+def peak(provider: str, threads: int, batch_size: int, *asked: Any) -> dict[str, int]:
     """Peak memory of one provider over the first block; for a process of its own."""
-    torch.set_num_threads(settings.threads)
-    trio = make_trio(settings.trio, settings.dtype, settings.layers)
-    lm = make_lm(provider, trio, settings.batch_size)
-    documents = make_documents(settings.trio, settings.documents, settings.choices)
+    torch.set_num_threads(threads)
+    trio, documents = prepare(*asked)
+    lm = make_lm(provider, trio, batch_size)
     answer(lm, documents[:1])
     return peak_memory(partial(answer, lm, blocks_of(documents)[0]))
 
@@ -193,36 +186,14 @@ def peak(provider: str, settings: Settings) -> dict[str, int]:
 COLUMNS: tuple[report.Column, ...] = (
     ("", "provider", str),
     ("s", "seconds", report.decimals(1)),
-    ("x\nHFLM", "speed_over_hflm_seconds/median", report.fixed),
-    ("x HFLM\nCPU", "speed_over_hflm_cpu_seconds/median", report.fixed),
+    ("x\nHFLM", "speed_over_hflm/median", report.fixed),
     ("MB on\ntop", "memory/extra_bytes", report.decimals(0, 1e-6)),
     ("MB in\nall", "memory/total_bytes", report.decimals(0, 1e-6)),
 )
 CAPTION = (
-    f"x HFLM: its time over ours, median of {BLOCKS} blocks that both ran in turn; CPU: of the "
-    "process's CPU time. MB: peak memory of a block, on top of weights and libraries, and in all."
+    f"x HFLM: its time over ours, median of {BLOCKS} blocks that both ran in turn. "
+    "MB: peak memory of a block, on top of weights and libraries, and in all."
 )
-
-
-def run(settings: Settings, output: Path | None) -> None:
-    """Measure, write and show one line per provider."""
-    records, check = measure(settings)
-    for record in records:
-        record["memory"] = in_fresh_process(peak, record["provider"], settings)
-    name = options.trio_label(settings.trio)
-    path = output or report.RESULTS / f"evaluation-{name}.jsonl"
-    report.write_results(path, "evaluation", {**asdict(settings), "trio": name, **check}, records)
-    title = (
-        f"loglikelihood of {settings.documents} documents of {settings.choices} choices, trio "
-        f"{settings.trio}, batches of {settings.batch_size}"
-    )
-    report.print_records(title, CAPTION, records, COLUMNS)
-    report.say(
-        "Log-likelihoods differ by "
-        f"{check['difference_per_token']['median']:.1g} nats per token in the median, "
-        f"{check['worst_difference_per_token']:.1g} at most; of {check['requests']}, "
-        f"{check['differing_greedy']} differ in whether they are greedy."
-    )
 
 
 # Quantised weights: what they change in a model's text, its bytes and its steps
@@ -242,9 +213,8 @@ def _quantize(
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     own = model.get_output_embeddings()
-    config: Any = Int8WeightOnlyConfig()
-    if kind == "int4":
-        config = PrototypeInt4WeightOnlyConfig(group_size=group or 32)
+    int4 = PrototypeInt4WeightOnlyConfig(group_size=group or 32)
+    config: Any = int4 if kind == "int4" else Int8WeightOnlyConfig()
     config.set_inductor_config = False
     if group is None:
         quantize(model, kind)
@@ -347,14 +317,29 @@ def main(
 ) -> None:
     """Score multiple-choice documents with ours and with lm_eval's HFLM over the composite."""
     of_torch = options.set_threads(threads or (None if quantized is None else 1))
-    with options.user_errors():
-        if quantized is None:
-            settings = Settings(trio, dtype, layers, documents, choices, batch_size, of_torch)
-            return run(settings, output)
+    if quantized is None:
+        asked = trio, dtype, layers, documents, choices
+        with options.user_errors():
+            opened, given = prepare(*asked)
+        records, check = measure(trio, opened, given, batch_size)
+        for record in records:
+            own = record["provider"], of_torch, batch_size, *asked
+            record["memory"] = in_fresh_process(peak, *own)
+        name = options.trio_label(trio)
+        shared = {
+            "trio": name, "dtype": dtype, "layers": layers, "documents": documents,
+            "choices": choices, "batch_size": batch_size, "threads": of_torch, **check,
+        }  # fmt: skip
+        report.write_results(output, "evaluation", shared, records, name)
+        title = (
+            f"loglikelihood of {documents} documents of {choices} choices, trio {trio}, batches "
+            f"of {batch_size}; at most {check['worst_difference_per_token']:.1g} nats a token "
+            f"apart, {check['differing_greedy']} of {check['requests']} in whether they are greedy"
+        )
+        return report.print_records(title, CAPTION, records, COLUMNS)
     dtype = dtype or "bfloat16"
     records = measure_quantized(quantized, dtype, tokens, repeats)
-    path = output or report.RESULTS / "quantization.jsonl"
-    report.write_results(path, "quantization", {"model": quantized, "dtype": dtype}, records)
+    report.write_results(output, "quantization", {"model": quantized, "dtype": dtype}, records)
     rows = [{**record, **row} for record in records for row in record["quality"]]
     title = f"Quantised weights of {quantized}"
     return report.print_records(title, "", rows, QUANTIZED_COLUMNS)

@@ -16,8 +16,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.harness import agreement, decoding, options, report, trios
 from benchmarks.harness.decoding import GREEDY, Case, Generation, Prompts, Provider, Sampling
-from benchmarks.harness.logits import ALPHA
-from benchmarks.harness.measure import Spent, in_turns, speed_over, summary
+from benchmarks.harness.measure import in_turns, speed_over, summary, timed
+from benchmarks.harness.samplers import ALPHA
 from proxytune_kernels import Trio
 
 COMPARED = ("naive", "decoder")
@@ -82,45 +82,33 @@ def time_case(trio: Trio, providers: list[Provider], case: Case, repeats: int) -
     assert case.prompt_length is not None
     prompts = trios.make_prompts(trio, case.batch_size, case.prompt_length)
 
-    def run(provider: Provider, repeat: int) -> Spent:
+    def run(provider: Provider, repeat: int) -> float:
         torch.manual_seed(repeat)
-        return Spent.by(lambda: provider.generate(prompts, case.output_length))[1]
+        return timed(lambda: provider.generate(prompts, case.output_length))[1]
 
     with report.progress_bar(len(providers) * (repeats + 1)) as tick:
         calls = {p.name: partial(run, p) for p in providers}
-        spent = in_turns(calls, repeats, lambda name: tick(f"{case}: {name}"), warm_up=True)
-    return [
-        {"provider": p.name, **asdict(case), **speeds(case, spent, p.name),
-         "path": getattr(p, "path", {})}
-        for p in providers
-    ]  # fmt: skip
-
-
-def speeds(case: Case, spent: dict[str, list[Spent]], name: str) -> Record:
-    """Of one provider: tokens/s, processor time, and both over those of :data:`COMPARED`."""
+        seconds = in_turns(calls, repeats, lambda name: tick(f"{case}: {name}"), warm_up=True)
     tokens = case.batch_size * case.output_length
-    clock = {other: [s.seconds for s in own] for other, own in spent.items()}
-    processor = {other: [s.cpu_seconds for s in own] for other, own in spent.items()}
-    return {
-        "repeats": len(clock[name]),
-        "tokens_per_second": summary(tokens / seconds for seconds in clock[name]),
-        "processor_ms_per_token": summary(processor[name], 1e3 / tokens),
-        "speed_over": speed_over(name, clock, COMPARED),
-        "processor_speed_over": speed_over(name, processor, COMPARED),
-    }
+    return [
+        {
+            "provider": p.name,
+            **asdict(case),
+            "repeats": repeats,
+            "tokens_per_second": summary(tokens / s for s in seconds[p.name]),
+            "speed_over": speed_over(p.name, seconds, COMPARED),
+            "path": getattr(p, "path", {}),
+        }
+        for p in providers
+    ]
 
 
 COLUMNS: tuple[report.Column, ...] = (
     ("provider", "provider", str),
     ("tok\n/s", "tokens_per_second/median", report.significant),
     *((f"x\n{o}", f"speed_over/{o}/median", report.fixed) for o in COMPARED),
-    ("cpu ms\n/ token", "processor_ms_per_token/median", report.significant),
-    *((f"cpu x\n{o}", f"processor_speed_over/{o}/median", report.fixed) for o in COMPARED),
 )
-CAPTION = (
-    "x: tokens/s over those of naive and of the decoder, paired by repeat; cpu x: the same of "
-    "processor time. Medians."
-)
+CAPTION = "x: tokens/s over those of naive and of the decoder, paired by repeat. Medians."
 
 
 def main(
@@ -145,10 +133,10 @@ def main(
     agreement.check_greedy(providers)
     records = [r for case in cases for r in time_case(opened, providers, case, repeats)]
     name = options.trio_label(trio)
-    path = output or report.RESULTS / f"generate-{name}{'-greedy' if greedy else ''}.jsonl"
     sampled = {"alpha": ALPHA, **asdict(sampling)}
     shared = {"trio": name, "dtype": trios.dtypes(opened), "sampling": sampled}
-    report.write_results(path, "generate", shared, records)
+    names = [name, "greedy"] if greedy else [name]
+    report.write_results(output, "generate", shared, records, *names)
     title = f"generate() of a trio, {name}, {trios.dtype_label(opened)}, {sampling}"
     report.print_records(title, CAPTION, records, COLUMNS, lambda r: f"B={r['batch_size']}")
 

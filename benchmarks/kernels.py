@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle, product
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,52 +19,24 @@ import typer
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from benchmarks.harness import options, report
-from benchmarks.harness.heads import (
-    SHAPES,
-    Heads,
-    check_heads,
-    exact_x,
-    first_rows,
-    logits_apart,
-    random_heads,
-    row_params,
-)
-from benchmarks.harness.logits import (
-    ALPHA,
-    DTYPES,
-    FILTERS,
-    KINDS,
-    TEMPERATURE,
-    TOP_P,
-    VOCAB_SIZES,
-    Candidates,
-    Filters,
-    Logits,
-    OpCase,
-    Peer,
-    check_outputs,
-    check_peer,
-    contract_distribution,
-    make_logits,
-    transformers_peer,
-)
-from benchmarks.harness.measure import no_tick, ratios, summary, time_in_turns
-from benchmarks.harness.options import parse_choices
+from benchmarks.harness import options, report, samplers
+from benchmarks.harness.measure import ratios, summary, time_in_turns
+from benchmarks.harness.options import parse_choices, parse_integers
+from benchmarks.harness.samplers import Candidates, Filters, Heads, Logits, OpCase, Peer
 from proxytune_kernels import reference
-from proxytune_kernels.ops.table import OPERATORS
 
 Record = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
 
 BATCH_SIZES = (1, 8, 64)
 DEFAULT_CASES: tuple[OpCase, ...] = (
-    *(OpCase(k, d) for k in KINDS for d in DTYPES),
+    *(OpCase(k, d) for k in samplers.KINDS for d in samplers.DTYPES),
     *(OpCase(filters=name) for name in ("none", "top_k+top_p")),
     *(OpCase(vocab_size=size) for size in (32_000, 151_936)),
     *(OpCase(batch_size=rows) for rows in (8, 64)),
+    OpCase(vocab_size=1),
 )
-"""A representative subset, each axis varied on its own."""
+"""A representative subset, each axis varied on its own; last, a call that has nothing to do."""
 
 # The peers: each the best form that we know.
 
@@ -79,12 +50,6 @@ def softmax_only(logits: Logits) -> Tensor:
 _PREFILTER = 256  # likeliest tokens among which the top-p set is looked for first
 
 
-def _torch_prefix(sorted_mass: Tensor, total: Tensor | float, filters: Filters) -> Tensor:
-    """Zero what lies past the shortest prefix that holds top_p of the total."""
-    before = sorted_mass.cumsum(-1) - sorted_mass
-    return torch.where(before < filters.top_p * total, sorted_mass, 0.0)
-
-
 def torch_distribution(logits: Logits, filters: Filters) -> Candidates:
     """The fewest torch operations that give the exact set.
 
@@ -92,17 +57,17 @@ def torch_distribution(logits: Logits, filters: Filters) -> Candidates:
     :data:`_PREFILTER` and, where they do not hold enough mass (a flat row), the whole row sorted.
     """
     base, expert, anti = (x.float() for x in logits)
-    x = torch.add(base, expert - anti, alpha=ALPHA).div_(filters.temperature)
+    x = torch.add(base, expert - anti, alpha=samplers.ALPHA).div_(filters.temperature)
     mass = torch.softmax(x, dim=-1)
     if filters.top_k:
         top, ids = mass.topk(filters.top_k, dim=-1)
-        return Candidates(_torch_prefix(top, top.sum(-1, keepdim=True), filters), ids)
+        return Candidates(samplers.top_p_prefix(top, top.sum(-1, keepdim=True), filters.top_p), ids)
     if filters.top_p >= 1:
         return Candidates(mass, None)
     top, ids = mass.topk(min(_PREFILTER, mass.shape[-1]), dim=-1)
     if not (top.sum(-1) >= filters.top_p).all():
         top, ids = mass.sort(dim=-1, descending=True)
-    return Candidates(_torch_prefix(top, 1.0, filters), ids)
+    return Candidates(samplers.top_p_prefix(top, 1.0, filters.top_p), ids)
 
 
 def torch_draw(candidates: Candidates) -> Tensor:
@@ -110,16 +75,7 @@ def torch_draw(candidates: Candidates) -> Tensor:
     cumulative = candidates.probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     column = torch.searchsorted(cumulative, total * (1 - torch.rand_like(total)))
-    if candidates.token_ids is None:
-        return column[:, 0]
-    return candidates.token_ids.gather(-1, column)[:, 0]
-
-
-def compiled_peer(filters: Filters) -> Peer:
-    """``torch.compile`` of the plain torch form, draw included; for one case's shapes."""
-    torch.compiler.reset()  # the shapes of earlier cases would count against the recompile limit
-    distribution = torch.compile(partial(torch_distribution, filters=filters), dynamic=False)
-    return Peer("torch.compile", distribution, torch.compile(torch_draw, dynamic=False))
+    return candidates.tokens(column)
 
 
 def numpy_distribution(logits: Logits, filters: Filters) -> Candidates:
@@ -129,7 +85,7 @@ def numpy_distribution(logits: Logits, filters: Filters) -> Candidates:
     """
     base, expert, anti = (x.float().numpy() for x in logits)
     x = expert - anti
-    x *= ALPHA
+    x *= samplers.ALPHA
     x += base
     x -= x.max(-1, keepdims=True)
     x /= filters.temperature
@@ -169,55 +125,67 @@ def numpy_draw(candidates: Candidates) -> Any:
 
 
 PEERS: dict[str, Callable[[Filters], Peer]] = {
-    "transformers": transformers_peer,
-    "torch": lambda filters: Peer(
-        "torch", partial(torch_distribution, filters=filters), torch_draw
-    ),
-    "torch.compile": compiled_peer,
-    "numpy": lambda filters: Peer(
-        "numpy", partial(numpy_distribution, filters=filters), numpy_draw
-    ),
+    "transformers": samplers.transformers_peer,
+    "torch": lambda f: Peer.of("torch", partial(torch_distribution, filters=f), torch_draw),
+    "numpy": lambda f: Peer.of("numpy", partial(numpy_distribution, filters=f), numpy_draw),
 }
 OURS, YARDSTICK = "ours", "softmax only"
 PROVIDERS = (OURS, YARDSTICK, *PEERS)
 """In the order of tables."""
 
 
-def time_case(
-    about: Record,
-    calls: Calls,
-    repeats: int,
-    *,
-    ours: str = OURS,
-    size: int = 0,
-    unit: str = "microseconds",
-    tick: Callable[[str], object] = no_tick,
-) -> list[Record]:
-    """Time calls in turn: a record for each, over ours. ``size`` is the bytes that a call reads."""
-    seconds = time_in_turns(calls, repeats, tick)
-    return [
-        {
-            "provider": name,
-            **about,
-            unit: summary(times, {"microseconds": 1e6, "milliseconds": 1e3}[unit]),
-            "gigabytes_per_second": size / median(times) / 1e9,
-            "time_over_ours": ratios(times, seconds[ours]) if ours in seconds else None,
-        }
-        for name, times in seconds.items()
-    ]
+class Work(NamedTuple):
+    """A case: its fields of a line of results, and what makes and checks the calls to time.
+
+    ``ours`` is the provider that the others' times are over, ``size`` the bytes that a call reads.
+    """
+
+    about: Record
+    make: Callable[[], Calls]
+    ours: str
+    size: int
+
+
+def measure(works: Sequence[Work], repeats: int) -> list[Record]:
+    """Check, then time every case, its calls in turn; one record per case and provider."""
+    records: list[Record] = []
+    with report.progress_bar(len(works)) as tick:
+        for work in works:
+            seconds = time_in_turns(work.make(), repeats)
+            records += [
+                {
+                    "provider": name,
+                    **work.about,
+                    "microseconds": summary(times, 1e6),
+                    "gigabytes_per_second": work.size / median(times) / 1e9,
+                    "time_over_ours": (
+                        ratios(times, seconds[work.ours]) if work.ours in seconds else None
+                    ),
+                }
+                for name, times in seconds.items()
+            ]
+            tick("")
+    return records
 
 
 # sample
 
 
-def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
+def sample_work(case: OpCase, providers: Sequence[str]) -> Work:
+    """``sample`` and its peers on a case."""
+    sampling = {"alpha": samplers.ALPHA, **asdict(samplers.FILTERS[case.filters])}
+    about = {"op": "sample", **asdict(case), "sampling": sampling}
+    return Work(about, partial(make_calls, case, providers), OURS, case.logits_bytes)
+
+
+def make_calls(case: OpCase, providers: Sequence[str]) -> Calls:
     """What to time, after checking that each provider has the contract's distribution.
 
-    At small batches a provider goes through ``buffers`` sets of logits in turn, so that no row's
+    At small batches a provider goes through four sets of logits in turn, so that no row's
     branches are learnt by heart. AssertionError: a provider is wrong.
     """
-    sets = [case.logits(seed) for seed in range(buffers if case.batch_size < 8 else 1)]
-    target, params = contract_distribution(case, sets[0]), case.row_params()
+    sets = [case.logits(seed) for seed in range(4 if case.batch_size < 8 else 1)]
+    target, params = samplers.contract_distribution(case, sets[0]), case.row_params()
 
     def checked(name: str) -> Callable[[Logits], object]:
         if name == YARDSTICK:
@@ -226,10 +194,10 @@ def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
             base, expert, anti = (x[: len(target.kept)] for x in sets[0])
             few = params.rows(slice(0, len(base)))
             wanted = ptk.sample(base, expert, anti, few, backend="reference")
-            check_outputs(str(case), ptk.sample(*sets[0], params), wanted)
+            samplers.check_outputs(str(case), ptk.sample(*sets[0], params), wanted)
             return lambda logits: ptk.sample(*logits, params)
-        peer = PEERS[name](FILTERS[case.filters])
-        check_peer(case, peer, sets[0], target)
+        peer = PEERS[name](samplers.FILTERS[case.filters])
+        samplers.check_peer(case, peer, sets[0], target)
         return peer.sample
 
     def turning(call: Callable[[Logits], object]) -> Callable[[], object]:
@@ -239,53 +207,15 @@ def make_calls(case: OpCase, providers: Sequence[str], buffers: int) -> Calls:
     return {name: turning(checked(name)) for name in providers}
 
 
-def measure_sample(
-    cases: Sequence[OpCase], providers: Sequence[str], repeats: int, buffers: int
-) -> list[Record]:
-    """Check, then time every case; one record per case and provider."""
-    records = []
-    with report.progress_bar(len(cases) * len(providers) * repeats) as tick:
-        for case in cases:
-            sampling = {"alpha": ALPHA, **asdict(FILTERS[case.filters])}
-            about = {"op": "sample", **asdict(case), "sampling": sampling}
-            calls = make_calls(case, providers, buffers)
-            records += time_case(about, calls, repeats, size=case.logits_bytes, tick=tick)
-    return records
-
-
-def time_overhead(repeats: int) -> Record:
-    """Microseconds of a call that has nothing to do: B = 1, V = 1, parameters prepared.
-
-    The whole of it bounds what ``ptk.sample`` adds to the kernel's own time from above. With the
-    C++ backend the bare operator on prepared outputs is timed beside it: its share is the
-    dispatcher and the kernel's entry, the rest Python.
-    """
-    row = torch.zeros(1, 1)
-    logits = (row, row.clone(), row.clone())
-    params = ptk.RowParams.make(1, temperature=TEMPERATURE, top_p=TOP_P)
-    calls: Calls = {
-        "sample": partial(ptk.sample, *logits, params),
-        "sample, out given": partial(ptk.sample, *logits, params, out=ptk.sample(*logits, params)),
-    }
-    if ptk.backends()["cpu"] is None:
-        arguments = (*logits, *params, None, None, 1, 0, 0)
-        results = torch.ops.proxytune.sample(*arguments)
-        outputs = dict(zip(OPERATORS["sample"].out_names, results, strict=True))
-        calls["bare operator"] = partial(torch.ops.proxytune.sample_out, *arguments, **outputs)
-    records = time_case({}, calls, repeats)
-    times = {record["provider"]: record["microseconds"] for record in records}
-    return {"op": "sample overhead", "microseconds": times}
-
-
-def print_times(title: str, records: Sequence[Record], unit: str, gigabytes: str) -> None:
+def print_times(title: str, records: Sequence[Record], read: str) -> None:
     """Table of times, a section for each case."""
     caption = (
-        f"{unit} a call. GB/s: bytes of the three roles' {gigabytes}, each counted once, over the "
+        f"Microseconds a call. GB/s: bytes of the three roles' {read}, each counted once, over the "
         "time. x ours: paired by repeat."
     )
     columns: list[report.Column] = [
         ("provider", "provider", str),
-        *((end, f"{unit}/{end}", report.significant) for end in ("median", "p10", "p90")),
+        *((end, f"microseconds/{end}", report.significant) for end in ("median", "p10", "p90")),
         ("GB/s", "gigabytes_per_second", report.significant),
         ("x ours", "time_over_ours/median", report.significant),
     ]
@@ -303,35 +233,28 @@ FUSED, APART, PRODUCTS = "sample_hidden", "three heads, sample", "three heads al
 _ACCURACY_ROWS = 64
 
 
-def measure_heads(
-    shapes: Sequence[str], dtypes: Sequence[str], batch_sizes: Sequence[int], repeats: int
-) -> list[Record]:
-    """Check, then time heads and sampling, fused and apart; a record per case and provider."""
-    records, cases = [], list(product(shapes, dtypes, batch_sizes))
-    with report.progress_bar(len(cases) * 3 * repeats) as tick:
-        for shape, dtype, rows in cases:
-            vocab_size, sizes = SHAPES[shape]
-            heads, params = random_heads(shape, DTYPES[dtype], rows), row_params(rows)
-            calls: Calls = {
-                FUSED: partial(ptk.sample_hidden, *heads, params=params),
-                APART: partial(sample_apart, heads, params, vocab_size),
-                PRODUCTS: partial(logits_apart, heads, vocab_size),
-            }
-            check_heads(heads, vocab_size, params, ptk.sample_hidden(*heads, params=params), 2)
-            about = {
-                "op": FUSED, "shape": shape, "dtype": dtype, "batch_size": rows,
-                "vocab_size": vocab_size, "hidden_sizes": sizes,
-            }  # fmt: skip
-            size = vocab_size * sum(sizes) * DTYPES[dtype].itemsize
-            records += time_case(
-                about, calls, repeats, ours=FUSED, size=size, unit="milliseconds", tick=tick
-            )
-    return records
+def heads_work(shape: str, dtype: str, rows: int) -> Work:
+    """Heads and sampling, fused and apart."""
+    vocab_size, sizes = samplers.SHAPES[shape]
 
+    def make() -> Calls:
+        heads, params = (
+            samplers.random_heads(shape, samplers.DTYPES[dtype], rows),
+            OpCase(batch_size=rows).row_params(),
+        )
+        fused = partial(ptk.sample_hidden, *heads, params=params)
+        samplers.check_heads(heads, vocab_size, params, fused(), 2)
+        return {
+            FUSED: fused,
+            APART: lambda: ptk.sample(*samplers.logits_apart(heads, vocab_size), params),
+            PRODUCTS: partial(samplers.logits_apart, heads, vocab_size),
+        }
 
-def sample_apart(heads: Heads, params: ptk.RowParams, vocab_size: int) -> ptk.SampleOutput:
-    """Three products, then ``sample``."""
-    return ptk.sample(*logits_apart(heads, vocab_size), params)
+    about = {
+        "op": FUSED, "shape": shape, "dtype": dtype, "batch_size": rows,
+        "vocab_size": vocab_size, "hidden_sizes": sizes,
+    }  # fmt: skip
+    return Work(about, make, FUSED, vocab_size * sum(sizes) * samplers.DTYPES[dtype].itemsize)
 
 
 def errors_of(heads: Heads, vocab_size: int) -> Record:
@@ -340,9 +263,9 @@ def errors_of(heads: Heads, vocab_size: int) -> Record:
     Fused: fp32 accumulators, combined in fp32. Apart: logits rounded to the heads' dtype, combined
     in fp32. The roles' alpha is 1, the filter top_p.
     """
-    few = first_rows(heads, _ACCURACY_ROWS)
-    exact, error = exact_x(few, vocab_size)
-    params = row_params(len(exact))
+    few = samplers.first_rows(heads, _ACCURACY_ROWS)
+    exact, error = samplers.exact_x(few, vocab_size)
+    params = OpCase(batch_size=len(exact)).row_params()
     wanted, drawn = reference.distribution(exact, params), reference.sample(exact, params)
     bound, largest = float(error.max()), float(exact.abs().max())
     found: Record = {"rows": len(exact), "largest_x": largest, "bound": bound}
@@ -350,7 +273,8 @@ def errors_of(heads: Heads, vocab_size: int) -> Record:
     for head, out in zip(few, fused, strict=True):
         hidden = head.hidden.float().contiguous()
         torch.ops.proxytune.head_logits_out(hidden, head.weight, 0, vocab_size, out_logits=out)
-    for name, (base, expert, anti) in ((FUSED, fused), (APART, logits_apart(few, vocab_size))):
+    ways = {FUSED: fused, APART: samplers.logits_apart(few, vocab_size)}
+    for name, (base, expert, anti) in ways.items():
         x = reference.combine(base, expert, anti, params.alpha)
         off = (x.double() - exact).abs()
         kept = reference.distribution(x, params).kept
@@ -382,8 +306,8 @@ def measure_accuracy() -> list[Record]:
                 for model in trio.models.values()
             )
         found.append({"heads": f"{name} trio", **errors_of((base, expert, anti), trio.vocab_size)})
-    heads = random_heads("llama-2", torch.bfloat16, _ACCURACY_ROWS)
-    vocab_size, _ = SHAPES["llama-2"]
+    heads = samplers.random_heads("llama-2", torch.bfloat16, _ACCURACY_ROWS)
+    vocab_size, _ = samplers.SHAPES["llama-2"]
     found.append({"heads": "llama-2 shape, random", **errors_of(heads, vocab_size)})
     return [{"op": "heads accuracy", **record} for record in found]
 
@@ -403,27 +327,6 @@ ACCURACY_CAPTION = (
 )
 
 
-def run_heads(
-    shapes: str, dtypes: str | None, rows: str | None, repeats: int, accuracy: bool,
-    output: Path | None,
-) -> None:  # fmt: skip
-    """Check, time, measure the error, write and show."""
-    records = measure_heads(
-        parse_choices("--heads", shapes, SHAPES, None),
-        parse_choices("--dtypes", dtypes or "bfloat16,float32", DTYPES, None),
-        options.parse_integers("--batch-sizes", rows or "1,4,16,64", 1),
-        repeats,
-    )
-    errors = measure_accuracy() if accuracy else []
-    path = output or report.RESULTS / "heads.jsonl"
-    report.write_results(path, "heads", {}, [*records, *errors])
-    print_times("From hidden states to tokens", records, "milliseconds", "weights")
-    if errors:
-        lines = [{**r, **r[name], "name": name} for r in errors for name in (FUSED, APART)]
-        where = "{heads}, {rows} rows".format_map
-        report.print_records("", ACCURACY_CAPTION, lines, ACCURACY, where)
-
-
 # How like a real trio's the peaked logits are
 
 _SKIPPED = 8  # the first positions have too little context to be typical
@@ -432,7 +335,7 @@ _SKIPPED = 8  # the first positions have too little context to be typical
 def row_statistics(x: Tensor) -> dict[str, Tensor]:
     """Per row of x [B, V], what decides how much work a sampler has."""
     logprobs = x.log_softmax(-1)
-    params = ptk.RowParams.make(len(x), temperature=TEMPERATURE, top_p=TOP_P)
+    params = ptk.RowParams.make(len(x), temperature=samplers.TEMPERATURE, top_p=samplers.TOP_P)
     falling = x.sort(-1, descending=True).values
     top = falling[:, 0]
     return {
@@ -442,7 +345,7 @@ def row_statistics(x: Tensor) -> dict[str, Tensor]:
         "top - median": top - falling.median(-1).values,
         **{f"top - rank {r:,}": top - falling[:, r - 1] for r in (10, 100, 1_000, 10_000)
            if r <= x.shape[-1]},
-        "weights over e^-20": (x >= top[:, None] - 20 * TEMPERATURE).sum(-1),
+        "weights over e^-20": (x >= top[:, None] - 20 * samplers.TEMPERATURE).sum(-1),
     }  # fmt: skip
 
 
@@ -456,9 +359,9 @@ def print_statistics(name: str, length: int = 160) -> None:
     base, expert, anti = (
         model(ids).logits[0, _SKIPPED:, : trio.vocab_size].float() for model in trio.models.values()
     )
-    real = base + ALPHA * (expert - anti)
-    base, expert, anti = make_logits("peaked", len(real), trio.vocab_size, torch.float32)
-    made = row_statistics(base + ALPHA * (expert - anti))
+    real = base + samplers.ALPHA * (expert - anti)
+    base, expert, anti = samplers.make_logits("peaked", len(real), trio.vocab_size, torch.float32)
+    made = row_statistics(base + samplers.ALPHA * (expert - anti))
     quantiles = torch.tensor([0.5, 0.1, 0.9])
     rows = []
     for what, values in row_statistics(real).items():
@@ -467,16 +370,16 @@ def print_statistics(name: str, length: int = 160) -> None:
     columns = ("", name, "p10", "p90", "peaked", "p10", "p90")
     caption = (
         f"Medians over {len(real)} rows, V = {trio.vocab_size:,}. Kept: at temperature "
-        f"{TEMPERATURE}, top_p {TOP_P}."
+        f"{samplers.TEMPERATURE}, top_p {samplers.TOP_P}."
     )
     report.print_table("Combined logits", columns, caption, rows)
 
 
 AXES: dict[str, tuple[Sequence[Any], Any]] = {
-    "kinds": (KINDS, "peaked"),
-    "dtypes": (list(DTYPES), "float32"),
-    "filters": (list(FILTERS), "top_p"),
-    "vocab-sizes": (VOCAB_SIZES, 128_256),
+    "kinds": (samplers.KINDS, "peaked"),
+    "dtypes": (list(samplers.DTYPES), "float32"),
+    "filters": (list(samplers.FILTERS), "top_p"),
+    "vocab-sizes": (samplers.VOCAB_SIZES, 128_256),
     "batch-sizes": (BATCH_SIZES, 1),
 }
 """In the order of :class:`OpCase`: known values, and the one where none is given."""
@@ -487,7 +390,6 @@ def _axis(name: str) -> Any:
 
 
 def main(
-    full: Annotated[bool, typer.Option(help="Every combination instead of a subset.")] = False,
     kinds: Annotated[str | None, _axis("kinds")] = None,
     dtypes: Annotated[str | None, _axis("dtypes")] = None,
     filters: Annotated[str | None, _axis("filters")] = None,
@@ -498,15 +400,12 @@ def main(
     ),
     heads: Annotated[
         str | None,
-        typer.Option(help=f"Instead, sample_hidden at these shapes, of {','.join(SHAPES)}."),
+        typer.Option(help=f"Instead, sample_hidden at shapes of {','.join(samplers.SHAPES)}."),
     ] = None,
     statistics: Annotated[
         str | None, typer.Option(help="Instead, compare the peaked logits with this trio's.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Samples of each, in turn.")] = 9,
-    buffers: Annotated[
-        int, typer.Option(min=1, help="Sets of logits to go through in turn at B = 1.")
-    ] = 4,
     threads: Annotated[int, typer.Option(min=1, help="torch's threads.")] = 1,
     output: options.Output = None,
     accuracy: Annotated[bool, typer.Option(help="With --heads: also the error of x.")] = True,
@@ -517,22 +416,27 @@ def main(
         with options.user_errors():
             return print_statistics(statistics)
     if heads is not None:
-        return run_heads(heads, dtypes, batch_sizes, repeats, accuracy, output)
+        shapes = parse_choices("--heads", heads, samplers.SHAPES, None)
+        types = parse_choices("--dtypes", dtypes or "bfloat16,float32", samplers.DTYPES, None)
+        rows = parse_integers("--batch-sizes", batch_sizes or "1,4,16,64", 1)
+        records = measure([heads_work(*c) for c in product(shapes, types, rows)], repeats)
+        errors = measure_accuracy() if accuracy else []
+        report.write_results(output, "heads", {}, [*records, *errors])
+        print_times("From hidden states to tokens", records, "weights")
+        lines = [{**r, **r[name], "name": name} for r in errors for name in (FUSED, APART)]
+        where = "{heads}, {rows} rows".format_map
+        return report.print_records("", ACCURACY_CAPTION, lines, ACCURACY, where)
     given = (kinds, dtypes, filters, vocab_sizes, batch_sizes)
     axes = [
-        known if full and text is None else parse_choices(f"--{name}", text, known, default)
+        parse_choices(f"--{name}", text, known, default)
         for text, (name, (known, default)) in zip(given, AXES.items(), strict=True)
     ]
-    cases = tuple(OpCase(*c) for c in product(*axes)) if full or any(given) else DEFAULT_CASES
+    cases = [OpCase(*c) for c in product(*axes)] if any(given) else DEFAULT_CASES
     names = parse_choices("--providers", providers, PROVIDERS, OURS)
-    overhead, records = time_overhead(repeats), measure_sample(cases, names, repeats, buffers)
-    path = output or report.RESULTS / "kernels.jsonl"
-    report.write_results(path, "kernels", {}, [*records, overhead])
-    print_times(
-        "sample: combine, filter and draw a token per row", records, "microseconds", "logits"
-    )
-    medians = {name: f"{s['median']:.1f}" for name, s in overhead["microseconds"].items()}
-    return report.say(f"Per call with nothing to do (B = 1, V = 1), us: {medians}")
+    records = measure([sample_work(case, names) for case in cases], repeats)
+    report.write_results(output, "kernels", {}, records)
+    title = "sample: combine, filter and draw a token per row"
+    return print_times(title, records, "logits")
 
 
 if __name__ == "__main__":

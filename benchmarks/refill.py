@@ -21,7 +21,6 @@ from benchmarks.harness.decoding import decode
 from benchmarks.harness.measure import in_turns, ratios, summary
 from proxytune_kernels import Decoder, SamplingParams, Trio
 
-_DRAWS = 1000
 _COUNTS = ("slot_steps", "useful_slot_steps", "base_forwards", "prefill_forwards")
 
 Load = Sequence[tuple[list[int], SamplingParams]]
@@ -140,19 +139,15 @@ def main(
     pairs = zip(*(own[0].token_ids for own in usages.values()), strict=True)
     differing = sum(one != two for one, two in pairs)
 
-    def at_best(seed: int) -> float:
-        lengths = draw_lengths(requests, shortest, longest, seed)
-        return useful_at_best((output for _, output in lengths), slots)
-
-    draws, name = summary(at_best(n) for n in range(_DRAWS)), options.trio_label(trio)
+    name = options.trio_label(trio)
+    best = useful_at_best((parameters.max_tokens for _, parameters in load), slots)
     shared = {
         "trio": name, "requests": requests, "slots": slots, "shortest": shortest,
         "longest": longest, "seed": seed, "dtype": trios.dtypes(opened), "differing": differing,
-        "useful_at_best_here": at_best(seed), "useful_at_best": draws,
+        "useful_at_best": best,
     }  # fmt: skip
     records = [record_of(way, own, usages["batches"]) for way, own in usages.items()]
-    path = output or report.RESULTS / f"refill-{name}.jsonl"
-    report.write_results(path, "refill", shared, records)
+    report.write_results(output, "refill", shared, records, name)
     title = (
         f"{requests} requests, prompts and outputs of {shortest} to {longest} tokens, {slots} "
         f"slots, trio {name}"
@@ -163,11 +158,9 @@ def main(
     )
     report.print_records(title, caption, records, COLUMNS)
     report.say(
-        f"At best, sent in this order: {at_best(seed):.1%} useful; other draws of the lengths "
-        f"{draws['p10']:.1%} to {draws['p90']:.1%}, median {draws['median']:.1%} ({_DRAWS} draws, "
-        f"arithmetic)."
+        f"At best, sent in this order: {best:.1%} useful (arithmetic). {requests - differing} of "
+        f"{requests} requests have the same tokens both ways."
     )
-    report.say(f"{requests - differing} of {requests} requests have the same tokens both ways.")
 
 
 if __name__ == "__main__":

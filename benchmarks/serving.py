@@ -12,10 +12,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import packages_distributions, version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
@@ -24,8 +25,8 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.harness import report
-from benchmarks.harness.measure import Spent, in_turns, ratios, summary
+from benchmarks.harness import options, report
+from benchmarks.harness.measure import in_turns, ratios, summary, timed
 from benchmarks.harness.random_models import ModelShape, byte_tokenizer, random_model
 from proxytune_kernels.integrations.vllm_plugin.export import export
 from proxytune_kernels.trio.roles import ROLES
@@ -47,8 +48,10 @@ _ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
 }
-_STOP_SECONDS = 30
 _LOG_CHARACTERS = 4000
+
+_engine: Any = None
+"""vLLM's, in the process that it was opened in."""
 
 
 @dataclass(frozen=True)
@@ -65,78 +68,53 @@ class Load:
 
 
 class Run(NamedTuple):
-    """What came out, and what each step took; the first runs the prompts."""
+    """What came out, and the seconds of each step; the first runs the prompts."""
 
     token_ids: list[list[int]]
-    steps: list[Spent]
+    steps: list[float]
 
 
 class Engine:
     """A directory opened by vLLM in a process of its own, which decodes on request.
 
     Several can be open at a time, so that what is compared alternates. One that is not asked waits
-    on a pipe and takes no time of the others. ``log`` holds what it says.
+    and takes no time of the others. ``log`` holds what it says.
     """
 
     def __init__(self, directory: Path, threads: int, log: Path, **settings: Any) -> None:
         # Before the process starts: it imports torch, and with it OpenMP, before anything of ours.
         os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads))
-        context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._log = log
-        arguments = (str(directory), settings, there, log)
-        self._process = context.Process(target=_serve, args=arguments)
-        self._process.start()
-        there.close()
-
-    def wait(self) -> None:
-        """Wait until it is open."""
-        self._receive()
+        context, self._log = multiprocessing.get_context("spawn"), log
+        self._pool = ProcessPoolExecutor(1, context, _open, (str(directory), settings, log))
+        self._pool.submit(int)  # starts the process
 
     def decode(self, load: Load) -> Run:
         """Run requests to their end."""
-        self._pipe.send(load)
-        run: Run = self._receive()
-        return run
+        try:
+            return self._pool.submit(_decode, load).result()
+        except Exception as error:
+            said = self._log.read_text(errors="replace")[-_LOG_CHARACTERS:]
+            raise RuntimeError(f"vLLM: {error}\n{said}") from error
 
     def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(_STOP_SECONDS)
-        self._process.kill()
-        self._process.join()
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            answer = RuntimeError(f"the process ended: {self._process.exitcode}")
-        if isinstance(answer, Exception):
-            said = self._log.read_text(errors="replace")[-_LOG_CHARACTERS:]
-            raise RuntimeError(f"vLLM: {answer}\n{said}") from answer
-        return answer
+        """End the process, at once: vLLM's own way out may hang."""
+        with suppress(BrokenProcessPool):
+            self._pool.submit(os._exit, 0)
+        self._pool.shutdown()
 
 
-def _serve(directory: str, settings: dict[str, Any], pipe: Connection, log: Path) -> None:
+def _open(directory: str, settings: dict[str, Any], log: Path) -> None:
     # What libraries say would tear up the progress bar; it is shown where something fails.
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    try:
-        from vllm import LLM
+    from vllm import LLM
 
-        llm = LLM(directory, enforce_eager=True, **settings)
-        pipe.send(None)
-        while True:
-            pipe.send(_decode(llm.llm_engine, pipe.recv()))
-    except EOFError:
-        pass  # closed
-    except Exception as error:
-        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+    global _engine
+    _engine = LLM(directory, enforce_eager=True, **settings).llm_engine
 
 
-def _decode(engine: Any, load: Load) -> Run:
+def _decode(load: Load) -> Run:
     from vllm import SamplingParams
 
     for row, prompt in enumerate(load.prompts):
@@ -148,29 +126,16 @@ def _decode(engine: Any, load: Load) -> Run:
             detokenize=False,
             extra_args=None if load.alphas is None else {"alpha": load.alphas[row]},
         )
-        engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, params)
+        _engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, params)
     finished: dict[int, list[int]] = {}
     steps = []
-    while engine.has_unfinished_requests():
-        outputs, spent = Spent.by(engine.step)
-        steps.append(spent)
+    while _engine.has_unfinished_requests():
+        outputs, seconds = timed(_engine.step)
+        steps.append(seconds)
         for output in outputs:
             if output.finished:
                 finished[int(output.request_id)] = list(output.outputs[0].token_ids)
     return Run([finished[row] for row in sorted(finished)], steps)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure."""
-
-    requests: int
-    prompt_length: int
-    output_length: int
-    temperature: float
-    dtype: str
-    repeats: int
-    threads: int
 
 
 @contextmanager
@@ -189,9 +154,8 @@ def exported(name: str) -> Iterator[Path]:
         if name == "shipped":
             export(out, "shipped")
         else:
-            base, pair = RANDOM[name]
-            shapes = {"base": base, "expert": pair, "anti": pair}
-            for seed, (role, shape) in enumerate(shapes.items()):
+            for seed, role in enumerate(ROLES):
+                shape = RANDOM[name][role != "base"]
                 random_model(shape, "cpu", seed).save_pretrained(members / role)
                 byte_tokenizer(shape.vocab_size).save_pretrained(members / role)
             export(out, base=members / "base", expert=members / "expert", anti=members / "anti")
@@ -216,13 +180,15 @@ def make_members(trio: Path, folder: Path) -> dict[str, Path]:
     return members
 
 
-def make_load(vocab_size: int, settings: Settings) -> Load:
+def make_load(
+    vocab_size: int, requests: int, prompt_length: int, output_length: int, temperature: float
+) -> Load:
     """Prompts of token ids spread over the vocabulary; an alpha of its own for each."""
-    steps, requests = range(0, 31 * settings.prompt_length, 31), range(settings.requests)
-    starts = [row * _PROMPT_STRIDE for row in requests]
+    steps = range(0, 31 * prompt_length, 31)
+    starts = [row * _PROMPT_STRIDE for row in range(requests)]
     prompts = [[3 + (start + i) % (vocab_size - 3) for i in steps] for start in starts]
-    alphas = [row / max(1, settings.requests - 1) for row in requests]
-    return Load(prompts, settings.output_length, settings.temperature, alphas)
+    alphas = [row / max(1, requests - 1) for row in range(requests)]
+    return Load(prompts, output_length, temperature, alphas)
 
 
 def check(engines: Mapping[str, Engine], load: Load) -> None:
@@ -238,22 +204,15 @@ def check(engines: Mapping[str, Engine], load: Load) -> None:
 
 def record_of(trio: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """A line of results. Ratios are paired by repeat; a step is one that decodes, not the first."""
-    step, cpu, first = (
-        {name: [of(run.steps) for run in own] for name, own in runs.items()}
-        for of in (
-            lambda steps: median(s.seconds for s in steps[1:]),
-            lambda steps: median(s.cpu_seconds for s in steps[1:]),
-            lambda steps: steps[0].seconds,
-        )
-    )
-    for seconds in (step, cpu, first):
+    step = {name: [median(run.steps[1:]) for run in own] for name, own in runs.items()}
+    first = {name: [run.steps[0] for run in own] for name, own in runs.items()}
+    for seconds in (step, first):
         seconds["sum"] = [sum(repeat) for repeat in zip(*(seconds[r] for r in ROLES), strict=True)]
     return {
         "trio": trio,
         "step_ms": {name: summary(own, 1e3) for name, own in step.items()},
         "first_step_ms": {name: summary(own, 1e3) for name, own in first.items()},
         "step_over_sum": ratios(step["trio"], step["sum"]),
-        "cpu_over_sum": ratios(cpu["trio"], cpu["sum"]),
         "first_step_over_sum": ratios(first["trio"], first["sum"]),
     }
 
@@ -263,44 +222,44 @@ COLUMNS: tuple[report.Column, ...] = (
     *((f"{r}\nalone", f"step_ms/{r}/median", report.significant) for r in (*ROLES, "sum")),
     ("trio\nstep", "step_ms/trio/median", report.significant),
     ("/ sum", "step_over_sum/median", report.significant),
-    ("CPU\n/ sum", "cpu_over_sum/median", report.significant),
     ("prompts\n/ sum", "first_step_over_sum/median", report.significant),
 )
 
 
-def measure(name: str, settings: Settings) -> dict[str, Any]:
+def measure(
+    name: str, dtype: str, repeats: int, threads: int, requests: int, prompt: int, output: int,
+    temperature: float,
+) -> dict[str, Any]:  # fmt: skip
     """Open the four engines, check, and run all in turn after one run to warm up."""
     with ExitStack() as stack:
         trio = stack.enter_context(exported(name))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directories = {"trio": trio, **make_members(trio, folder)}
-        total = 4 * (settings.repeats + 2)
+        total = 4 * (repeats + 1)
         tick = stack.enter_context(report.progress_bar(total, f"{name}: opening"))
         limits = {
             "tokenizer": str(trio),
-            "dtype": settings.dtype,
-            "max_model_len": settings.prompt_length + settings.output_length,
-            "max_num_seqs": settings.requests,
+            "dtype": dtype,
+            "max_model_len": prompt + output,
+            "max_num_seqs": requests,
             # Prompts run in one step, and never out of the cache of the run before.
-            "max_num_batched_tokens": settings.requests * settings.prompt_length,
+            "max_num_batched_tokens": requests * prompt,
             "enable_prefix_caching": False,
         }
         engines = {}
         for role, directory in directories.items():
-            engines[role] = Engine(directory, settings.threads, folder / f"{role}.log", **limits)
+            engines[role] = Engine(directory, threads, folder / f"{role}.log", **limits)
             stack.callback(engines[role].close)
-        for engine in engines.values():
-            engine.wait()
-            tick(f"{name}: opening")
         config = json.loads((trio / "config.json").read_text())
-        load = make_load(config["proxy_tuning"]["vocab_size"], settings)
+        size = config["proxy_tuning"]["vocab_size"]
+        load = make_load(size, requests, prompt, output, temperature)
         check(engines, load)
         loads = {role: load if role == "trio" else replace(load, alphas=None) for role in engines}
         calls = {
             role: lambda _, role=role, engine=engine: engine.decode(loads[role])
             for role, engine in engines.items()
         }
-        runs = in_turns(calls, settings.repeats, lambda r: tick(f"{name}: {r}"), warm_up=True)
+        runs = in_turns(calls, repeats, lambda r: tick(f"{name}: {r}"), warm_up=True)
         return record_of(name, runs)
 
 
@@ -316,25 +275,28 @@ def main(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of OpenMP, in each engine.")] = 1,
-    output: Annotated[Path, typer.Option(help="JSON lines.")] = report.RESULTS / "serving.jsonl",
+    output: options.Output = None,
 ) -> None:
     """Time a step of a trio in vLLM, and of its members served alone by the same vLLM."""
     torch.set_num_threads(threads)
     disable_progress_bar()  # it would tear up ours
-    settings = Settings(
-        requests, prompt_length, output_length, temperature, dtype, repeats, threads
-    )
     [package] = {*packages_distributions()["vllm"]}  # has another name where it is the CPU build
     vllm = f"{package} {version(package)}"
-    records = [measure(name, settings) for name in trios.split(",")]
-    report.write_results(output, "serving", {**asdict(settings), "vllm": vllm}, records)
+    of = requests, prompt_length, output_length, temperature
+    records = [measure(name, dtype, repeats, threads, *of) for name in trios.split(",")]
+    shared = {
+        "requests": requests, "prompt_length": prompt_length, "output_length": output_length,
+        "temperature": temperature, "dtype": dtype, "repeats": repeats, "threads": threads,
+        "vllm": vllm,
+    }  # fmt: skip
+    report.write_results(output, "serving", shared, records)
     title = (
         f"vLLM, {requests} requests, prompts of {prompt_length} and outputs of {output_length} "
         f"tokens, temperature {temperature:g}, {dtype}"
     )
     caption = (
         "Milliseconds of a step that decodes, medians; / sum: the trio's over the members' sum, "
-        "paired by repeat; CPU: the same of the process's CPU time; prompts: the first step's. "
+        "paired by repeat; prompts: the first step's. "
         f"{vllm},"
     )
     report.print_records(title, caption, records, COLUMNS)

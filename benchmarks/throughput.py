@@ -22,9 +22,9 @@ from transformers import DynamicCache
 
 from benchmarks.harness import agreement, decoding, options, report, trios
 from benchmarks.harness.decoding import GREEDY, Case, Generation, Prompts, Provider, Sampling
-from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
 from benchmarks.harness.measure import in_turns, ratios, speed_over, summary
 from benchmarks.harness.memory import in_fresh_process, peak_memory
+from benchmarks.harness.samplers import ALPHA, TEMPERATURE, TOP_P
 from proxytune_kernels import Speculation, Trio
 from proxytune_kernels.decoder.packing import PackingError
 from proxytune_kernels.decoder.pair.shared import PairError
@@ -117,9 +117,9 @@ def make_provider(
 
 
 def make_providers(
-    forms: trios.TrioForms, settings: Settings, works: Sequence[Work], names: Sequence[str]
+    forms: trios.TrioForms, settings: Settings, works: Sequence[Work]
 ) -> list[Provider]:
-    """The providers of these names, each with room for the largest case and the agreement check.
+    """The providers asked for, each with room for the largest case and the agreement check.
 
     One that this trio or processor has no use for is left out, and said so: without an adapter
     there is no shared pair, two architectures are no batched one, and only bf16 is packed.
@@ -127,28 +127,12 @@ def make_providers(
     rows = max(work.case.batch_size for work in works)
     length = max(agreement.CHECKED_LENGTH, *(work.longest for work in works))
     made: list[Provider] = []
-    for name in names:
+    for name in settings.providers:
         try:
             made.append(make_provider(name, forms, settings.sampling, rows, length))
         except (trios.AdapterMissing, PackingError, PairError) as reason:
             report.say(f"{name} is left out: {reason}.", "yellow")
     return made
-
-
-def unlearned(
-    providers: Sequence[Provider], forms: trios.TrioForms, settings: Settings, works: Sequence[Work]
-) -> list[Provider]:
-    """The same providers, those that speculate made anew.
-
-    They choose how much to draft by what they saw. What they saw of another text, in the check of
-    greedy tokens, would last far into a short timed run.
-    """
-    return [
-        make_providers(forms, settings, works, [p.name])[0]
-        if isinstance(p, decoding.DecoderProvider) and p.decoder.speculation
-        else p
-        for p in providers
-    ]
 
 
 Forwards = dict[str, list[float]]
@@ -327,19 +311,15 @@ DRAFTS_AND_MEMORY: tuple[report.Column, ...] = (
     ("provider", "provider", str),
     ("accepted", "acceptance", report.percent),
     ("tokens a base\nforward", "tokens_per_base_forward", report.fixed),
+    ("set up\ns", "set_up_seconds", report.decimals(1)),
     ("peak\nMiB", "peak_memory/total_bytes", report.decimals(0, 2**-20)),
     ("extra\nMiB", "peak_memory/extra_bytes", report.decimals(1, 2**-20)),
 )
 DRAFTS_AND_MEMORY_CAPTION = (
     "accepted: share of the drafts that were kept. tokens a base forward: of one row, behind the "
-    "first. peak: of the process; extra: above what it held with the weights loaded."
+    "first. set up: in none of the timings. peak: of the process; extra: above what it held with "
+    "the weights loaded."
 )
-
-
-def floor_of(record: Record) -> str:
-    """The section of a record in the table of speeds."""
-    floor = report.significant(record["bare_forwards_ms"]["sum"])
-    return f"{case_of(record)}, floor {floor} ms"
 
 
 def plot(records: Sequence[Record], path: Path, title: str) -> None:
@@ -377,9 +357,12 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
     forms = trios.TrioForms.open(settings.trio, settings.dtype)
     trio, name = forms.trio, options.trio_label(settings.trio)
     works = make_work(trio, settings)
-    providers = make_providers(forms, settings, works, settings.providers)
+    providers = make_providers(forms, settings, works)
     ties = agreement.check_greedy(providers)
-    providers = unlearned(providers, forms, settings, works)
+    for provider in providers:
+        # What it saw of another text, in the check, would last far into a short timed run.
+        if isinstance(provider, decoding.DecoderProvider) and provider.decoder.speculation:
+            provider.set_up()
     records = measure(trio, settings, providers, works)
     shared = {
         "trio": name,
@@ -395,17 +378,14 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
         f"Proxy-tuned decoding, trio {name}, {trios.dtype_label(trio)}, {settings.prompts}, "
         f"{settings.sampling}"
     )
-    report.print_records(title, SPEED_CAPTION, records, SPEED, floor_of)
+    floor = "floor {bare_forwards_ms[sum]:.3g} ms".format_map
     report.print_records(
-        "Drafts and memory", DRAFTS_AND_MEMORY_CAPTION, records, DRAFTS_AND_MEMORY,
+        title, SPEED_CAPTION, records, SPEED, lambda r: f"{case_of(r)}, {floor(r)}"
+    )
+    report.print_records(
+        "Drafts, set-up and memory", DRAFTS_AND_MEMORY_CAPTION, records, DRAFTS_AND_MEMORY,
         lambda record: str(case_of(record)),
     )  # fmt: skip
-    for provider in providers:
-        if provider.set_up_seconds > 1:
-            report.say(
-                f"{provider.name}: {provider.set_up_seconds:.0f} s to set up before its first "
-                "token, in none of the timings."
-            )
     if draw:
         plot(records, output.with_suffix(".png"), title)
 

@@ -16,10 +16,10 @@ import typer
 from benchmarks.gpu import operators
 from benchmarks.gpu.cases import BATCH_SIZES, PROVIDERS, plan
 from benchmarks.gpu.device import NoDevice, find_device, slug
-from benchmarks.harness.logits import VOCAB_SIZES
 from benchmarks.harness.options import parse_choices
 from benchmarks.harness.random_models import TRIOS
 from benchmarks.harness.report import RESULTS
+from benchmarks.harness.samplers import VOCAB_SIZES
 
 DECODER_BATCH_SIZES = (1, 4, 16)
 _DECODER_NEEDS = ("transformers", "peft")

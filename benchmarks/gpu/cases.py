@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import proxytune_kernels as ptk
-from benchmarks.harness.heads import SHAPES, Heads, random_heads
-from benchmarks.harness.logits import ALPHA, FILTERS, VOCAB_SIZES, Logits, OpCase, make_logits
+from benchmarks.harness import samplers
+from benchmarks.harness.samplers import ALPHA, FILTERS, VOCAB_SIZES, Heads, Logits, OpCase
 
 BACKENDS = {"ours": "triton", "cuda": "cuda"}
 """Our Triton kernels, and our CUDA C++ ones, by provider: peers' times are over the former's."""
@@ -58,7 +58,7 @@ class Case:
     def logits_bytes(self) -> int:
         """Bytes of the three roles' logits, each read once; of the weights that make them."""
         if self.op == "sample_hidden":
-            return self.vocab_size * sum(SHAPES[HEADS_SHAPE][1]) * DTYPE.itemsize
+            return self.vocab_size * sum(samplers.SHAPES[HEADS_SHAPE][1]) * DTYPE.itemsize
         return self.as_rows.logits_bytes
 
     def shaped(self, role: Tensor) -> Tensor:
@@ -116,9 +116,13 @@ def make_inputs(
     size, none = case.vocab_size, torch.empty(0, dtype=torch.int64, device=device)
     if case.op == "sample_hidden":
         shape = (HEADS_SHAPE, DTYPE, case.batch_size)
-        heads = (random_heads(*shape, n, device=device, vocab_size=size) for n in range(count))
+        heads = (
+            samplers.random_heads(*shape, n, device=device, vocab_size=size) for n in range(count)
+        )
         return [Inputs((none, none, none), none, three) for three in heads]
-    stacked = make_logits(case.kind, count * case.as_rows.batch_size, size, DTYPE, device=device)
+    stacked = samplers.make_logits(
+        case.kind, count * case.as_rows.batch_size, size, DTYPE, device=device
+    )
     chunks = zip(*(role.chunk(count) for role in stacked), strict=True)
     return [Inputs(logits, _token_ids(case, logits, backend)) for logits in chunks]
 
@@ -167,7 +171,7 @@ def _all_units() -> list[Unit]:
     main, others = [MAIN_VOCAB_SIZE], [v for v in VOCAB_SIZES if v != MAIN_VOCAB_SIZE]
     peers = (*BACKENDS, "eager", "transformers", "flashinfer")
     verifiers, compiled = (*BACKENDS, "eager", "flashinfer"), ("ours", "torch.compile")
-    heads = Case("sample_hidden", "random", vocab_size=SHAPES[HEADS_SHAPE][0])
+    heads = Case("sample_hidden", "random", vocab_size=samplers.SHAPES[HEADS_SHAPE][0])
     # What needs no compiling comes first.
     return [
         *samples("peaked", main, *peers),

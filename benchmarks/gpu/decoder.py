@@ -14,12 +14,7 @@ from typing import Any, NamedTuple
 
 import proxytune_kernels as ptk
 from benchmarks.gpu.device import Device, Journal, Record, release, say
-from benchmarks.harness.agreement import (
-    CHECKED_PROMPT,
-    CHECKED_ROWS,
-    CHECKED_TOKENS,
-    check_greedy,
-)
+from benchmarks.harness import agreement, report
 from benchmarks.harness.decoding import Case, DecoderProvider, NaiveLoop, Provider
 from benchmarks.harness.measure import no_tick
 from benchmarks.harness.random_models import (
@@ -29,13 +24,6 @@ from benchmarks.harness.random_models import (
     build_trios,
     step_bytes,
     with_shared_pair,
-)
-from benchmarks.harness.report import (
-    Column,
-    decimals,
-    fixed,
-    print_records,
-    significant,
 )
 from benchmarks.harness.trios import make_prompts, quiet_loading
 from benchmarks.throughput import Work, time_case
@@ -125,7 +113,7 @@ def run(
         "base alone. naive over it: how much longer the naive loop takes. step, round: median "
         "time from one arrival at a row's caller to the next. Host:"
     )
-    print_records(
+    report.print_records(
         f"The decoder on {device}, random weights",
         caption,
         timed,
@@ -143,8 +131,8 @@ def check(device: str) -> None:
     """
     quiet_loading()
     trios = with_shared_pair(ptk.load_trio("shipped", dtype="float32", device=device))
-    rows, length = CHECKED_ROWS, CHECKED_PROMPT + CHECKED_TOKENS
-    check_greedy([mode.make(trios, rows, length) for mode in MODES if mode.name != NAIVE])
+    rows, length = agreement.CHECKED_ROWS, agreement.CHECKED_LENGTH
+    agreement.check_greedy([mode.make(trios, rows, length) for mode in MODES if mode.name != NAIVE])
 
 
 def measure(
@@ -181,12 +169,12 @@ def floor(mode: Mode, provider: Provider, line: Record, copy_rate: float) -> dic
     return {"step_bytes": read, "floor_ms": floor_ms, "step_over_floor": over, "decoder": info}
 
 
-COLUMNS: tuple[Column, ...] = (
+COLUMNS: tuple[report.Column, ...] = (
     ("mode", "provider", str),
-    ("token\nms", "token_ms/median", significant),
-    ("\nGB", "step_bytes", decimals(1, 1e-9)),
-    ("x\nbytes", "step_over_floor", fixed),
-    ("x base\nonly", "token_speed_over/base-only/median", lambda speed: fixed(1 / speed)),
-    ("naive\nover it", "token_speed_over/naive/median", fixed),
-    ("step, round\nms", "arrival_ms/p50", significant),
+    ("token\nms", "token_ms/median", report.significant),
+    ("\nGB", "step_bytes", report.decimals(1, 1e-9)),
+    ("x\nbytes", "step_over_floor", report.fixed),
+    ("x base\nonly", "token_speed_over/base-only/median", lambda speed: report.fixed(1 / speed)),
+    ("naive\nover it", "token_speed_over/naive/median", report.fixed),
+    ("step, round\nms", "arrival_ms/p50", report.significant),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 import proxytune_kernels as ptk
-from benchmarks.harness.report import console, cpu_model, write_json_lines
+from benchmarks.harness.report import console, cpu_model, output_of, write_json_lines
 from proxytune_kernels.kernels import interpreted
 
 Run = Callable[[], object]
@@ -123,12 +122,8 @@ class Device:
 
 
 def _driver_version() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+    found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0].strip() if found else None
 
 
 class Journal:

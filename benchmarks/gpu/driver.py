@@ -17,7 +17,7 @@ import proxytune_kernels as ptk
 from benchmarks.gpu.cases import BACKENDS, Case, Inputs, make_inputs
 from benchmarks.gpu.device import find_device
 from benchmarks.gpu.peers import operator
-from benchmarks.harness.logits import FILTERS, KINDS, Logits, make_logits
+from benchmarks.harness.samplers import FILTERS, KINDS, Logits, make_logits
 
 _REQUESTS, _POSITIONS = 3, 3
 _WIDTHS = {"ours": (1000, 4096), "cuda": (1000, 30_000, 70_001)}

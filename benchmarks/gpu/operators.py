@@ -14,15 +14,8 @@ from typing import Any
 from benchmarks.gpu.cases import BACKENDS, Case, Inputs, Unit, make_inputs
 from benchmarks.gpu.device import CannotCapture, Device, Journal, Record, Run, release
 from benchmarks.gpu.peers import Prepared, absent, prepare
+from benchmarks.harness import report
 from benchmarks.harness.measure import ratios, summary
-from benchmarks.harness.report import (
-    Column,
-    decimals,
-    percent,
-    print_records,
-    progress_bar,
-    significant,
-)
 
 _RUN_SECONDS = 4e-3
 """A graph holds as many calls as take this long launched one by one: what passes between two
@@ -143,7 +136,7 @@ def run(device: Device, units: Sequence[Unit], output: Path, budget: float) -> i
         journal.note(f"{name}: not measured: {reason}")
     journal.add([device.copy_record()])
     dropped = []
-    with progress_bar(len(units)) as tick:
+    with report.progress_bar(len(units)) as tick:
         for unit in units:
             tick(str(unit.case))
             if time.monotonic() > end:
@@ -166,7 +159,7 @@ def run(device: Device, units: Sequence[Unit], output: Path, budget: float) -> i
         "this run. The others: a provider's time over ours (CUDA: our CUDA C++ kernels, HF: "
         "transformers' warpers, FI: FlashInfer). *: not capturable, launched call by call. Host:"
     )
-    print_records(
+    report.print_records(
         f"The operators on {device}, bf16",
         caption,
         by_case(timed),
@@ -202,7 +195,7 @@ def _ratio(r: Record) -> str:
     """A provider's time over ours; a star is behind what was launched call by call."""
     if r["time_over_ours"] is None:
         return "-"
-    return significant(r["time_over_ours"]["median"], "" if r["graph"] else "*")
+    return report.significant(r["time_over_ours"]["median"], "" if r["graph"] else "*")
 
 
 def _size(r: Record) -> str:
@@ -210,12 +203,12 @@ def _size(r: Record) -> str:
     return f"B={r['batch_size']}{positions} {r['filters']}"
 
 
-COLUMNS: tuple[Column, ...] = (
+COLUMNS: tuple[report.Column, ...] = (
     ("case", "case", _size),
-    ("us", "ours/cold/microseconds/median", significant),
-    ("warm", "ours/warm/microseconds/median", significant),
-    ("GB/s", "ours/cold/gigabytes_per_second", decimals(0)),
-    ("copy", "ours/cold/share_of_copy", percent),
+    ("us", "ours/cold/microseconds/median", report.significant),
+    ("warm", "ours/warm/microseconds/median", report.significant),
+    ("GB/s", "ours/cold/gigabytes_per_second", report.decimals(0)),
+    ("copy", "ours/cold/share_of_copy", report.percent),
     *((head, f"{peer}/cold", _ratio) for peer, head in _HEADS.items()),
 )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -25,21 +25,8 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from benchmarks.gpu.cases import BACKENDS, Case, Inputs
-from benchmarks.harness.heads import check_heads, logits_apart
-from benchmarks.harness.logits import (
-    ALPHA,
-    FILTERS,
-    Candidates,
-    Filters,
-    Logits,
-    OpCase,
-    Peer,
-    check_outputs,
-    check_peer,
-    contract_distribution,
-    ties_past_top_k,
-    transformers_peer,
-)
+from benchmarks.harness import samplers
+from benchmarks.harness.samplers import ALPHA, FILTERS, Candidates, Filters, Logits, OpCase, Peer
 from proxytune_kernels import reference
 
 # Every shape is compiled on its own; at the default limit of 8 torch would fall back to eager.
@@ -56,23 +43,6 @@ _PARTS = 16
 # from what a wrong filter does.
 _SHARE_TOLERANCE = 1e-4
 _SIGMAS, _SMALL_COUNT = 5.0, 5.0  # the second for parts that few draws are due from
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """One token id per row from the three roles' logits."""
-
-    name: str
-    sample: Callable[[Logits], Tensor]
-    reseed: Callable[[int], object]
-    """Makes the next call draw other numbers."""
-    peer: Peer | None = None
-    """Its two halves, where the filtered distribution can be had."""
-
-    @classmethod
-    def of(cls, peer: Peer) -> Sampler:
-        """What draws by torch's generator."""
-        return cls(peer.name, peer.sample, torch.manual_seed, peer)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,23 +72,19 @@ def eager_distribution(logits: Logits, filters: Filters) -> Candidates:
         top, ids = x.sort(dim=-1, descending=True)
     else:
         return Candidates(x.softmax(-1), None)
-    mass = top.softmax(-1)
-    before = mass.cumsum(-1) - mass
-    return Candidates(torch.where(before < filters.top_p, mass, 0.0), ids)
+    return Candidates(samplers.top_p_prefix(top.softmax(-1), 1.0, filters.top_p), ids)
 
 
 def draw_by_exponentials(candidates: Candidates) -> Tensor:
     """Argmax of p / e, e exponential: one pass, where multinomial checks its input first."""
     p: Tensor = candidates.probabilities
-    column = (p / torch.empty_like(p).exponential_()).argmax(-1)
-    if candidates.token_ids is None:
-        return column
-    return candidates.token_ids.gather(-1, column[:, None])[:, 0]
+    return candidates.tokens((p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True))
 
 
 def eager_peer(filters: Filters) -> Peer:
     """The chain, operation by operation."""
-    return Peer("eager", lambda logits: eager_distribution(logits, filters), draw_by_exponentials)
+    distribution = partial(eager_distribution, filters=filters)
+    return Peer.of("eager", distribution, draw_by_exponentials)
 
 
 def accept(token_ids: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +106,7 @@ def accept(token_ids: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
 # FlashInfer
 
 
-def flashinfer_sampler(filters: Filters, device: torch.device) -> Sampler:
+def flashinfer_peer(filters: Filters, device: torch.device) -> Peer:
     """The combination compiled into one kernel, temperature included; then FlashInfer.
 
     Each filter by the function that FlashInfer's documentation names for it. Filters are scalars,
@@ -163,16 +129,14 @@ def flashinfer_sampler(filters: Filters, device: torch.device) -> Sampler:
             tokens = sampling.sampling_from_logits(x, **noise)
         return tokens
 
-    return Sampler("flashinfer", sample, seed.fill_)
+    return Peer("flashinfer", sample, reseed=seed.fill_)
 
 
-PEERS: Mapping[str, Callable[[Filters, torch.device], Sampler]] = {
-    "eager": lambda filters, _: Sampler.of(eager_peer(filters)),
-    "torch.compile": lambda filters, _: Sampler(
-        "torch.compile", compiled(eager_peer(filters).sample), torch.manual_seed
-    ),
-    "transformers": lambda filters, _: Sampler.of(transformers_peer(filters)),
-    "flashinfer": flashinfer_sampler,
+PEERS: Mapping[str, Callable[[Filters, torch.device], Peer]] = {
+    "eager": lambda filters, _: eager_peer(filters),
+    "torch.compile": lambda filters, _: Peer("torch.compile", compiled(eager_peer(filters).sample)),
+    "transformers": lambda filters, _: samplers.transformers_peer(filters),
+    "flashinfer": flashinfer_peer,
 }
 
 
@@ -189,17 +153,14 @@ def absent() -> dict[str, str]:
 # The checks
 
 
-def check_sampler(case: OpCase, sampler: Sampler, logits: Logits) -> None:
-    """Hold a sampler to the contract's distribution of the first rows."""
-    target = contract_distribution(case, logits, _ROWS)
-    if sampler.peer is not None:
-        check_peer(case, sampler.peer, logits, target)
-    check_draws(case, sampler, logits, target)
+def check_sampler(case: OpCase, peer: Peer, logits: Logits) -> None:
+    """Hold a peer to the contract's distribution of the first rows."""
+    target = samplers.contract_distribution(case, logits, _ROWS)
+    samplers.check_peer(case, peer, logits, target)
+    check_draws(case, peer, logits, target)
 
 
-def check_draws(
-    case: OpCase, sampler: Sampler, logits: Logits, target: reference.Distribution
-) -> None:
+def check_draws(case: OpCase, peer: Peer, logits: Logits, target: reference.Distribution) -> None:
     """Compare many draws with a distribution: where they lie, and how often where.
 
     A token past the kept set passes where rounding or ties explain it: with another 1e-4 on top_p,
@@ -211,15 +172,15 @@ def check_draws(
     rows = len(target.kept)
     tokens = []
     for n in range(math.ceil(_DRAWS / rows)):
-        sampler.reseed(n)
-        tokens.append(sampler.sample(logits)[:rows].long().clone())
+        peer.reseed(n)
+        tokens.append(peer.sample(logits)[:rows].long().clone())
     drawn = torch.stack(tokens, dim=1)
     inside = (drawn >= 0) & (drawn < case.vocab_size)
     allowed = inside & _allowed(case, logits, target).gather(-1, drawn * inside)
     if not allowed.all():
         row, column = (int(i) for i in (~allowed).nonzero()[0])
         raise AssertionError(
-            f"{case}: {sampler.name} draws token {int(drawn[row, column])} in row {row}, which is "
+            f"{case}: {peer.name} draws token {int(drawn[row, column])} in row {row}, which is "
             "not in the kept set"
         )
     p = target.logprobs().exp()
@@ -233,7 +194,7 @@ def check_draws(
     got = torch.bincount(part.gather(-1, drawn)[counted], minlength=_PARTS)
     if not ((got - wanted).abs() <= _SIGMAS * sigma + _SMALL_COUNT).all():
         raise AssertionError(
-            f"{case}: {sampler.name} draws {got.tolist()} times from {_PARTS} parts of the kept "
+            f"{case}: {peer.name} draws {got.tolist()} times from {_PARTS} parts of the kept "
             f"set, likeliest first, where {[round(n) for n in wanted.tolist()]} are due"
         )
 
@@ -245,7 +206,7 @@ def _allowed(case: OpCase, logits: Logits, target: reference.Distribution) -> Te
     top_p = FILTERS[case.filters].top_p
     if top_p < 1:
         params.top_p.fill_(min(1.0, top_p + _SHARE_TOLERANCE))
-        extra, _ = ties_past_top_k(case, target)
+        extra, _ = samplers.ties_past_top_k(case, target)
         params.top_k.add_(extra.int())
         base, expert, anti = (role[:rows] for role in logits)
         x = reference.combine(base, expert, anti, params.alpha)
@@ -282,40 +243,36 @@ def check_ours(case: Case, inputs: Inputs, params: ptk.RowParams, out: Any) -> N
     base, expert, anti = (role[rows] for role in inputs.logits)
     few = Inputs((base, expert, anti), inputs.token_ids[requests])
     wanted = operator(case, few, params.rows(requests), backend="reference")
-    check_outputs(str(case), out, wanted)
+    samplers.check_outputs(str(case), out, wanted)
 
 
 def prepare(
     case: Case, name: str, inputs: Inputs, backends: Mapping[str, str] = BACKENDS
 ) -> Prepared:
     """A provider for a case, given one set of inputs to allocate outputs by; may compile."""
-    device, params = inputs.token_ids.device, case.params(inputs.token_ids.device)
+    device, ours = inputs.token_ids.device, name in backends
+    params = case.params(device)
     given: dict[str, Any] = {"backend": backends.get(name, backends["ours"])}
+    if ours:
+        given["out"] = operator(case, inputs, params, **given)
+    peer = PEERS["eager" if ours else name](FILTERS[case.filters], device)
 
-    def call_ours(i: Inputs) -> Any:
-        return operator(case, i, params, **given)
-
-    def sample_logits(i: Inputs) -> Any:
-        assert i.heads is not None
-        return ptk.sample(*logits_apart(i.heads, case.vocab_size), params, **given)
-
-    def check_drawn(i: Inputs) -> None:
-        assert i.heads is not None
-        # Logits went through bf16, 2^-9 of up to 32 a role, so that x is off by at most 3/16.
-        rounding = 0.0 if name in backends else 3 / 16
-        check_heads(i.heads, case.vocab_size, params, call(i), _HEADS_ROWS, rounding)
-
-    if name in backends:
-        given["out"] = call_ours(inputs)
-    if case.op == "sample_hidden":
-        call = call_ours if name in backends else sample_logits
-        return Prepared(call, check_drawn)
-    if name in backends:
-        return Prepared(call_ours, lambda i: check_ours(case, i, params, call_ours(i)))
-    sampler = PEERS[name](FILTERS[case.filters], device)
-
-    def draw(i: Inputs) -> Any:
-        drawn = sampler.sample(i.logits)
+    def call(i: Inputs) -> Any:
+        if ours:
+            return operator(case, i, params, **given)
+        if i.heads is not None:  # a peer is three products and our sample
+            return ptk.sample(*samplers.logits_apart(i.heads, case.vocab_size), params, **given)
+        drawn = peer.sample(i.logits)
         return drawn if case.op == "sample" else accept(drawn, i.token_ids)
 
-    return Prepared(draw, lambda i: check_sampler(case.as_rows, sampler, i.logits))
+    def check(i: Inputs) -> None:
+        if i.heads is not None:
+            # Logits went through bf16, 2^-9 of up to 32 a role, so that x is off by at most 3/16.
+            rounding = 0.0 if ours else 3 / 16
+            samplers.check_heads(i.heads, case.vocab_size, params, call(i), _HEADS_ROWS, rounding)
+        elif ours:
+            check_ours(case, i, params, call(i))
+        else:
+            check_sampler(case.as_rows, peer, i.logits)
+
+    return Prepared(call, check)

@@ -86,14 +86,13 @@ def greedy_mismatches(
     Prompts are token ids of one length.
     """
     found = []
-    expected: dict[tuple[str, ...], list[list[int]]] = {}
     for provider in providers:
         tick(provider.name)
         naive = NaiveLoop(trio, provider.roles)
-        if provider.roles not in expected:
-            expected[provider.roles] = naive.generate(prompts, max_tokens, greedy=True).token_ids
-        got = provider.generate(prompts, max_tokens, greedy=True).token_ids
-        found += find_mismatches(provider.name, naive, prompts, expected[provider.roles], got)
+        expected, got = (
+            p.generate(prompts, max_tokens, greedy=True).token_ids for p in (naive, provider)
+        )
+        found += find_mismatches(provider.name, naive, prompts, expected, got)
     return found
 
 

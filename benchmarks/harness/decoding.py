@@ -17,8 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from benchmarks.harness.logits import ALPHA, TEMPERATURE, TOP_P
 from benchmarks.harness.options import parse_integers
+from benchmarks.harness.samplers import ALPHA, TEMPERATURE, TOP_P
 from proxytune_kernels import Decoder, SamplingParams, Trio
 
 Prompts = Sequence[Sequence[int]]
@@ -194,11 +194,16 @@ class DecoderProvider:
         self, name: str, trio: Trio, sampling: Sampling | None = None, **options: Any
     ) -> None:
         self.name, self.trio, self.sampling = name, trio, sampling or Sampling()
+        self._options = options
+        self.set_up()
+        self.roles = self.decoder.roles
+
+    def set_up(self) -> None:
+        """Make the decoder; anew, where what it saw so far is not to tell how much it drafts."""
         start = time.perf_counter()
-        self.decoder = Decoder(trio, **options)
+        self.decoder = Decoder(self.trio, **self._options)
         self.decoder.warm_up()
         self.set_up_seconds = time.perf_counter() - start
-        self.roles = self.decoder.roles
 
     def generate(self, prompts: Prompts, max_tokens: int, *, greedy: bool = False) -> Generation:
         """See :class:`Provider`; row i has seed i."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -69,18 +69,11 @@ def in_turns(
     return {name: values[-repeats:] for name, values in found.items()}
 
 
-class Spent(NamedTuple):
-    """Seconds by the clock, and of the processor, which other programs move less."""
-
-    seconds: float
-    cpu_seconds: float
-
-    @classmethod
-    def by(cls, call: Callable[[], T]) -> tuple[T, Spent]:
-        """What a call gives, and what it took."""
-        clock, processor = time.perf_counter(), time.process_time()
-        value = call()
-        return value, cls(time.perf_counter() - clock, time.process_time() - processor)
+def timed(call: Callable[[], T]) -> tuple[T, float]:
+    """What a call gives, and the seconds it took."""
+    start = time.perf_counter()
+    value = call()
+    return value, time.perf_counter() - start
 
 
 def _seconds(call: Callable[[], object], loops: int) -> float:

@@ -31,8 +31,9 @@ _PACKAGES = ("torch", "triton", "transformers", "numpy")
 console = Console()
 
 
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(REPOSITORY), *arguments]
+@functools.cache
+def output_of(*command: str) -> str | None:
+    """What a program prints, run once; None where it fails or is not there."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -42,20 +43,23 @@ def _git(*arguments: str) -> str | None:
 
 def cpu_model() -> str:
     """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux: the platform module knows
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []  # not Linux
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
 
 
-@functools.cache
-def _constant() -> dict[str, Any]:
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+def environment() -> dict[str, Any]:
+    """What a measurement was taken on: revision, machine, versions; every line of results has it.
+
+    ``revision`` and ``dirty`` (whether tracked files differ from it) are None outside a git
+    checkout. ``load`` is the one-minute load average.
+    """
+    git = "git", "-C", str(REPOSITORY)
+    changed = output_of(*git, "status", "--porcelain", "--untracked-files=no")
     return {
-        "revision": _git("rev-parse", "HEAD"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "revision": output_of(*git, "rev-parse", "HEAD"),
         "dirty": None if changed is None else changed != "",
         "device": "cpu",
         "device_name": cpu_model(),
@@ -66,18 +70,6 @@ def _constant() -> dict[str, Any]:
         **{name: version(name) if find_spec(name) else None for name in _PACKAGES},
         "proxytune_kernels": proxytune_kernels.__version__,
         "backends": [name for name, reason in proxytune_kernels.backends().items() if not reason],
-    }
-
-
-def environment() -> dict[str, Any]:
-    """What a measurement was taken on: revision, machine, versions; every line of results has it.
-
-    ``revision`` and ``dirty`` (whether tracked files differ from it) are None outside a git
-    checkout. ``load`` is the one-minute load average.
-    """
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **_constant(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
     }
@@ -115,9 +107,17 @@ def write_json_lines(
 
 
 def write_results(
-    path: Path, benchmark: str, shared: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
+    output: Path | None,
+    benchmark: str,
+    shared: Mapping[str, Any],
+    records: Iterable[Mapping[str, Any]],
+    *names: str,
 ) -> None:
-    """Write a line for each record, with what all of them share, and say where."""
+    """Write a line for each record, with what all of them share, and say where.
+
+    Without an output to a file of :data:`RESULTS`, called by the benchmark and further names.
+    """
+    path = output or RESULTS / f"{'-'.join([benchmark, *names])}.jsonl"
     write_json_lines(path, benchmark, [{**shared, **record} for record in records])
     say(f"Wrote {path}")
 
@@ -145,27 +145,18 @@ def progress_bar(total: int, description: str = "") -> Iterator[Callable[[str], 
         yield lambda text: progress.update(task, advance=1, description=text)
 
 
-def make_table(title: str, columns: Sequence[str], caption: str) -> Table:
-    """A table, narrow enough for a terminal: text in the first column, numbers in the others."""
-    table = Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
-
-
 def print_table(
     title: str, columns: Sequence[str], caption: str, rows: Iterable[tuple[str, Sequence[str]]]
 ) -> None:
-    """Print a table of (section, cells); each new section gets a line of its own above its rows."""
-    table, previous = make_table(title, columns, caption), ""
+    """Print a table of (section, cells), text in the first column, numbers in the others.
+
+    Each new section gets a line of its own above its rows.
+    """
+    left: Any = {"title_justify": "left", "caption_justify": "left"}
+    look: Any = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table, previous = Table(title=title, caption=caption, **left, **look), ""
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for section, cells in rows:
         if section != previous:
             table.add_section()
@@ -190,12 +181,6 @@ def cells(record: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
     return found
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table: text in the first column, numbers in the others."""
-    ruler = ["---", *["---:"] * (len(columns) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (columns, ruler, *rows)]
-
-
 def print_records(
     title: str,
     caption: str,
@@ -218,14 +203,12 @@ def decimals(digits: int, scale: float = 1.0) -> Callable[[float], str]:
     return lambda value: fixed(scale * value, digits)
 
 
-def fixed(value: float | None, digits: int = 2, suffix: str = "") -> str:
-    """A number for a table cell; a dash for what was not measured."""
-    return "-" if value is None else f"{value:,.{digits}f}{suffix}"
+def fixed(value: float, digits: int = 2, suffix: str = "") -> str:
+    """A number for a table cell."""
+    return f"{value:,.{digits}f}{suffix}"
 
 
-def significant(value: float | None, suffix: str = "") -> str:
-    """A number with three significant digits for a table cell; a dash for none."""
-    if value is None:
-        return "-"
+def significant(value: float, suffix: str = "") -> str:
+    """A number with three significant digits for a table cell."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return fixed(value, digits, suffix)

@@ -1,12 +1,9 @@
-"""benchmarks.generate: what its providers run, and how figures come from times."""
-
-import pytest
+"""benchmarks.generate: what its providers run, and the lines of results."""
 
 from benchmarks import generate
-from benchmarks.generate import make_providers, speeds
+from benchmarks.generate import make_providers
 from benchmarks.harness.agreement import check_greedy
-from benchmarks.harness.decoding import GREEDY, Case
-from benchmarks.harness.measure import Spent
+from benchmarks.harness.decoding import GREEDY
 
 
 def test_greedy_providers_agree(trio):
@@ -15,18 +12,6 @@ def test_greedy_providers_agree(trio):
     tokens = [provider.generate([[5, 6, 7]], 9).token_ids for provider in providers]
     assert len(tokens[0][0]) == 9
     assert all(found == tokens[0] for found in tokens)
-
-
-def test_ratios_are_paired_by_repeat():
-    # The second repeat ran on a machine ten times as slow.
-    seconds = {"naive": 3.0, "generate": 1.5, "decoder": 2.0}
-    spent = {name: [Spent(s, 2 * s), Spent(10 * s, 20 * s)] for name, s in seconds.items()}
-    found = speeds(Case(2, 5, 6), spent, "generate")
-    assert found["speed_over"]["naive"]["p90"] == pytest.approx(2.0)
-    assert found["processor_speed_over"]["decoder"]["p10"] == pytest.approx(4 / 3)
-    assert found["tokens_per_second"]["median"] == pytest.approx((8 + 0.8) / 2)
-    assert found["processor_ms_per_token"]["p10"] == pytest.approx(250 * 1.9)
-    assert list(speeds(Case(2, 5, 6), spent, "naive")["speed_over"]) == ["decoder"]
 
 
 def test_command(run_command, records_of, trio_directory):

@@ -14,18 +14,19 @@ from benchmarks.gpu.cases import BATCH_SIZES, Case, make_inputs, plan
 from benchmarks.gpu.device import first_line, slug
 from benchmarks.gpu.driver import call_operators
 from benchmarks.gpu.operators import Timed
-from benchmarks.gpu.peers import Sampler, check_draws, check_sampler, eager_peer
-from benchmarks.harness.heads import check_heads
-from benchmarks.harness.logits import (
+from benchmarks.gpu.peers import check_draws, check_sampler, eager_peer
+from benchmarks.harness.report import cells
+from benchmarks.harness.samplers import (
     FILTERS,
     KINDS,
     VOCAB_SIZES,
     Filters,
     OpCase,
+    Peer,
+    check_heads,
     contract_distribution,
     transformers_peer,
 )
-from benchmarks.harness.report import cells
 
 BACKEND = "cpu" if ptk.backends()["cpu"] is None else "reference"
 OURS = {"ours": BACKEND}
@@ -136,7 +137,7 @@ def test_eager_and_transformers_are_the_contract(kind, filters):
     """Flat bf16 rows have ties at the 50th token, which transformers all keeps."""
     case = rows_of(filters, kind)
     for make in (eager_peer, transformers_peer):
-        check_sampler(case, Sampler.of(make(FILTERS[filters])), case.logits())
+        check_sampler(case, make(FILTERS[filters]), case.logits())
 
 
 @pytest.mark.parametrize(
@@ -151,13 +152,13 @@ def test_draws_of_another_filter_are_caught(wrong):
     logits = base, expert, anti
     target = contract_distribution(case, logits, 32)
     with pytest.raises(AssertionError, match="parts of the kept set|not in the kept set"):
-        check_draws(case, Sampler.of(eager_peer(wrong)), logits, target)
-    check_draws(case, Sampler.of(eager_peer(FILTERS["top_p"])), logits, target)
+        check_draws(case, eager_peer(wrong), logits, target)
+    check_draws(case, eager_peer(FILTERS["top_p"]), logits, target)
 
 
 def test_greedy_and_tokens_outside_the_vocabulary_are_caught():
     case = rows_of("none")
-    greedy = Sampler("x", lambda rows: peers.combine(rows).argmax(-1), lambda n: None)
+    greedy = Peer("x", lambda rows: peers.combine(rows).argmax(-1))
     with pytest.raises(AssertionError, match="x draws .* parts of the kept set"):
         check_sampler(case, greedy, case.logits())
     for token in (-1, 600):
@@ -172,7 +173,7 @@ def test_ties_at_the_cut_may_be_drawn():
     logits = (torch.zeros(2, 40, dtype=torch.bfloat16),) * 3
     target = contract_distribution(case, logits, 2)
     assert target.kept.sum(-1).tolist() == [36, 36]
-    any_of_them = Sampler("x", lambda rows: torch.randint(40, (2,)), torch.manual_seed)
+    any_of_them = Peer("x", lambda rows: torch.randint(40, (2,)))
     check_draws(case, any_of_them, logits, target)
 
 

@@ -67,7 +67,7 @@ def test_command(run_command, records_of, trio_directory):
         assert record["useful_slot_steps"] == sum(outputs) - 9
         assert record["slot_steps"] == 3 * record["base_forwards"]
         assert (record["repeats"], record["differing"]) == (2, 0)
-    assert batches["useful"] < own["useful"] <= own["useful_at_best_here"]
-    assert own["useful_at_best_here"] == pytest.approx(useful_at_best(outputs, 3))
+    assert batches["useful"] < own["useful"] <= own["useful_at_best"]
+    assert own["useful_at_best"] == pytest.approx(useful_at_best(outputs, 3))
     result = run_command(refill.main, "--shortest", 5, "--longest", 4)
     assert "--longest must be at least --shortest 5, got 4" in " ".join(result.output.split())
