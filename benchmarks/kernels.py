@@ -168,9 +168,6 @@ def measure(works: Sequence[Work], repeats: int) -> list[Record]:
     return records
 
 
-# sample
-
-
 def sample_work(case: OpCase, providers: Sequence[str]) -> Work:
     """``sample`` and its peers on a case."""
     sampling = {"alpha": samplers.ALPHA, **asdict(samplers.FILTERS[case.filters])}
