@@ -20,6 +20,7 @@ from proxytune_kernels import Decoder, SamplingParams, Speculation
 from proxytune_kernels.decoder import DecodeError
 from proxytune_kernels.decoder.request import StreamEvent
 from proxytune_kernels.integrations.hf import EngineGenerate, ProxyTunedForCausalLM, engine_generate
+from proxytune_kernels.integrations.hf.cache import CACHE
 from proxytune_kernels.integrations.hf.custom_generate import NotInDecoder
 from proxytune_kernels.integrations.hf.sampling import draw_seeds
 from tests.decoder.conftest import byte_tokenizer, tiny_llama
@@ -241,7 +242,7 @@ def test_a_streamer_for_a_plain_base_is_passed_as_stream_to(hf_trio, hf_model, b
 def test_the_result_can_be_a_dict_and_the_next_turn_begins_anew(hf_model, one):
     first = generate(hf_model, one, eos_token_id=None, return_dict_in_generate=True)
     assert first.past_key_values is None
-    turn = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+    turn = {"input_ids": first.sequences, CACHE: first.past_key_values}
     rest = generate(hf_model, turn, eos_token_id=None, max_new_tokens=4)
     whole = generate(hf_model, one, eos_token_id=None, max_new_tokens=LONG + 4)
     assert torch.equal(rest, whole)
@@ -399,7 +400,7 @@ def test_custom_generate_names_padding_positions_and_caches_of_another_kind(hf_m
             hf_model, batch, eos_token_id=None, pad_token_id=None, **SAMPLED, **ours, **criteria
         )
     full = generate(hf_model, batch, return_dict_in_generate=True, **TRANSFORMERS)
-    turn = {"input_ids": full.sequences, "past_key_values": full.past_key_values}
+    turn = {"input_ids": full.sequences, CACHE: full.past_key_values}
     with pytest.raises(NotInDecoder, match="past_key_values with tokens"):
         generate(hf_model, turn, **ours)
 

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
+from proxytune_kernels.integrations.hf.cache import CACHE
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.vocabulary import VocabularyError
 from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama
@@ -43,7 +44,7 @@ def test_forward_steps_over_a_cache_that_it_made(hf_model):
     ids = hf_model.tokenize("some text")["input_ids"]
     with torch.no_grad():
         first = hf_model(ids[:, :-1], use_cache=True)
-        second = hf_model(ids[:, -1:], past_key_values=first.past_key_values)
+        second = hf_model(ids[:, -1:], **{CACHE: first.past_key_values})
         wanted = hf_model(ids).logits[:, -1:]
     # fp64 forwards of other shapes, rounded to fp32: a unit in the last place.
     assert torch.allclose(second.logits, wanted, rtol=2**-22, atol=2**-22)
@@ -176,7 +177,7 @@ ROWS_OF_THREE = torch.tensor([[5, 6]] * 3)
             {"anti_input_ids": ROWS_OF_THREE, "anti_attention_mask": ROWS_OF_THREE[:, :1]},
             r"anti_attention_mask must be \[3, 2\]",
         ),
-        ({"past_key_values": DynamicCache()}, "a cache that this model gave back.*DynamicCache"),
+        ({CACHE: DynamicCache()}, "a cache that this model gave back.*DynamicCache"),
         ({"cache_implementation": "quantized"}, "one of dynamic, offloaded, static,"),
         ({"output_attentions": True}, "forward: output_attentions is not supported here"),
         ({"inputs_embeds": torch.zeros(3, 2, 4)}, "inputs_embeds"),
@@ -203,11 +204,9 @@ def test_the_pair_rests_at_alpha_0_and_not_at_a_tensor_of_zeros(hf_model):
     )  # fmt: skip
     caches = rested.past_key_values.caches, ran.past_key_values.caches
     assert [[c.get_seq_length() for c in each.values()] for each in caches] == [[5, 0, 0], [5] * 3]
-    hf_model.generate(ran.sequences, past_key_values=ran.past_key_values, max_new_tokens=3)
+    hf_model.generate(ran.sequences, **{CACHE: ran.past_key_values}, max_new_tokens=3)
     with pytest.raises(ValueError, match=r"got a cache filled at alpha 0, where they rest"):
-        hf_model.generate(
-            rested.sequences, past_key_values=rested.past_key_values, max_new_tokens=3
-        )
+        hf_model.generate(rested.sequences, **{CACHE: rested.past_key_values}, max_new_tokens=3)
 
 
 def test_a_configuration_alone_has_no_weights(hf_model):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import CompileConfig, pipeline, set_seed
 
+from proxytune_kernels.integrations.hf.cache import CACHE
 from tests.integrations.hf.conftest import ALPHA, PLAIN
 
 PROMPTS = ["hello world", "a", "stop it now please"]
@@ -152,7 +153,7 @@ def test_a_cache_goes_on_in_the_next_turn(hf_model, hf_trio, loop, cache, alpha)
     one = hf_model.generate(**first, **options, **CACHES[cache], max_new_tokens=5)
     turn = torch.cat([one.sequences, hf_model.tokenize(" and more")["input_ids"]], 1)
     # Past the room that was made for the first turn, and without a word of the first's prompt.
-    two = hf_model.generate(turn, **options, past_key_values=one.past_key_values, max_new_tokens=20)
+    two = hf_model.generate(turn, **options, **{CACHE: one.past_key_values}, max_new_tokens=20)
     wanted = loop(hf_trio, turn[0].tolist(), 20, alpha)
     assert two.sequences[0, turn.shape[1] :].tolist() == wanted
     assert ("handed in" in hf_model.info()["cache"]) == (cache == "dynamic")
@@ -168,7 +169,7 @@ def test_a_padded_batch_goes_on_with_turns_of_several_lengths(hf_model, hf_trio,
     seen = torch.ones_like(one.sequences)
     seen[:, : first["input_ids"].shape[1]] = first["attention_mask"]
     mask = torch.cat([seen, more["attention_mask"]], 1)
-    options |= {"past_key_values": one.past_key_values, "max_new_tokens": COUNT}
+    options |= {CACHE: one.past_key_values, "max_new_tokens": COUNT}
     two = hf_model.generate(turn, attention_mask=mask, **options)
     prompts = [row[keep.bool()].tolist() for row, keep in zip(turn, mask, strict=True)]
     wanted = [loop(hf_trio, prompt, COUNT) for prompt in prompts]
@@ -186,7 +187,7 @@ def test_own_prompts_go_on_in_the_next_turn(hf_model, hf_trio, loop, cache):
     turn = {r: [*ids[r], *said, *hf_trio.tokenize(later)[r]] for r in ids}
     inputs = hf_model.tokenize(turn)
     two = hf_model.generate(
-        **inputs, **options, past_key_values=one.past_key_values, max_new_tokens=COUNT
+        **inputs, **options, **{CACHE: one.past_key_values}, max_new_tokens=COUNT
     )
     assert new(two.sequences, inputs) == [loop(hf_trio, turn, COUNT)]
 
