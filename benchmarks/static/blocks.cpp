@@ -1,7 +1,8 @@
 // How many blocks take a row: prints what csrc/cuda/blocks.h chooses for
 // "vocab_size clusters rejection processors kilobytes largest", one line for each of standard input.
 // kilobytes: of shared memory that a block may have; largest: cluster that the device runs.
-// Output: blocks (0: no cluster holds such a row), threads of a block, its bytes of shared memory.
+// Output: blocks (0: no cluster holds such a row), threads of a block, its bytes of shared memory,
+// and the widest row that a cluster holds.
 #include <cstdio>
 
 #define PTK_KERNEL inline
@@ -19,6 +20,7 @@ int main() {
     const int blocks =
         ptk::cuda::choose_blocks(vocab_size, clusters, rejection, processors, limits);
     const size_t bytes = blocks ? ptk::cuda::shared_bytes(vocab_size, blocks, rejection) : 0;
-    std::printf("%d %d %zu\n", blocks, ptk::cuda::kThreads, bytes);
+    std::printf("%d %d %zu %lld\n", blocks, ptk::cuda::kThreads, bytes,
+                static_cast<long long>(ptk::cuda::widest_row(rejection, limits)));
   }
 }

@@ -139,7 +139,7 @@ def clusters(wanted: Sequence[Unit]) -> list[list[int]]:
         done = subprocess.run(
             [program], input="\n".join(lines), capture_output=True, text=True, check=True
         )
-    return [[int(n) for n in line.split()] for line in done.stdout.splitlines()]
+    return [[int(n) for n in line.split()[:3]] for line in done.stdout.splitlines()]
 
 
 def is_vector(i: sass.Instruction) -> bool:
