@@ -149,10 +149,11 @@ def read_requests(
     name = "standard input" if file in (None, "-") else str(file)
     as_jsonl = name.endswith(".jsonl") if jsonl is None else jsonl
     text = _read(file, name)
-    whole = file is None and jsonl is None
-    # Unicode has more ends of lines (U+2028, form feed), which in a prompt are text.
-    lines_of = [line.removesuffix("\r") for line in text.split("\n")]
-    pieces = [text.removesuffix("\n")] if whole else lines_of
+    if file is None and jsonl is None:
+        pieces = [text.removesuffix("\n")]
+    else:
+        # Unicode has more ends of lines (U+2028, form feed), which in a prompt are text.
+        pieces = [line.removesuffix("\r") for line in text.split("\n")]
     lines = [(i, piece) for i, piece in enumerate(pieces, 1) if piece.strip()]
     if as_jsonl:
         requests = [_from_json(f"{name}, line {i}", line, params) for i, line in lines]

@@ -182,7 +182,8 @@ def load_models(
     if merge_adapter:
         return {role: _load(role, ref, options[role]) for role, ref in references.items()}
     expert = references.get("expert")
-    if expert is None or not adapters.is_adapter(local_directory("expert", expert)):
+    directory = None if expert is None else local_directory("expert", expert)
+    if directory is None or not adapters.is_adapter(directory):
         raise LoadError(
             f"merge_adapter=False needs expert to be a directory with a LoRA adapter, "
             f"got {expert!r}"
@@ -195,7 +196,6 @@ def load_models(
                 f"merge_adapter=False, got {ours!r} and {theirs!r}"
             )
     loaded = {r: _load(r, ref, options[r]) for r, ref in references.items() if r == "base"}
-    directory = local_directory("expert", expert)
     loaded |= _load_pair(directory, references["anti"], options["anti"])
     return {role: loaded[role] for role in references}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -51,6 +52,7 @@ WORDS = (
 )
 
 
+@cache
 def byte_fallback() -> Any:
     """A tokenizer such as Llama 2's: words of SentencePiece, and bytes for what no word has."""
     tokens = [*WORDS, *(f"<0x{i:02X}>" for i in range(256))]
@@ -62,6 +64,7 @@ def byte_fallback() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
+@cache
 def metaspace() -> Any:
     """A SentencePiece tokenizer without bytes."""
     backend = Tokenizer(models.Unigram([(t, -1.0) for t in WORDS], unk_id=2))
@@ -73,7 +76,7 @@ def metaspace() -> Any:
 BYTES = "\n a!\u00e9\u20ac\U0001f642".encode() + b"\xf0\x9f\x80\xbf\xff\xc0\xed\xa0"
 KINDS = {
     "byte level": (
-        make_tokenizer,
+        cache(make_tokenizer),
         [1, *(3 + ALPHABET.index(bytes_to_unicode()[b]) for b in BYTES)],
     ),
     "byte fallback": (byte_fallback, [*range(10), *(10 + b for b in BYTES)]),
@@ -86,7 +89,7 @@ KINDS = {
 @given(data=st.data())
 def test_the_stream_is_the_text_behind_the_prompt(kind, data):
     make, ids = KINDS[kind]
-    tokenizer = _made(make)
+    tokenizer = make()
     tokens = st.lists(st.sampled_from(ids), max_size=14)
     prompt, output = data.draw(tokens), data.draw(tokens)
     detokenizer = Detokenizer(tokenizer, prompt)
@@ -99,15 +102,6 @@ def test_the_stream_is_the_text_behind_the_prompt(kind, data):
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     shared = sum(accumulate((a == b for a, b in zip(before, whole, strict=False)), min))
     assert streamed == whole[shared:]
-
-
-_MADE: dict[Any, Any] = {}
-
-
-def _made(make: Any) -> Any:
-    if make not in _MADE:
-        _MADE[make] = make()
-    return _MADE[make]
 
 
 def test_a_prompt_that_ends_within_a_character(tokenizer):
