@@ -174,9 +174,9 @@ inline Tensor new_tensor(const Tensor& like, ScalarType type, int64_t rows, int6
   return Tensor(empty(like, type, rows, columns).release());
 }
 
-template <typename Args, typename T>
-NewTensor allocate(const Result<T* Args::*>& result, Args& args, const Tensor& like, int64_t rows,
-                   int64_t columns) {
+template <typename Args, typename T, bool kOptional>
+NewTensor allocate(const Result<T* Args::*, kOptional>& result, Args& args, const Tensor& like,
+                   int64_t rows, int64_t columns) {
   NewTensor made = empty(like, kTypeOf<T>, rows, result.has_columns ? columns : -1);
   void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(made.get(), &data));
@@ -188,6 +188,13 @@ template <typename Args, typename T>
 void attach(const Result<T* Args::*>& result, Args& args, const Tensor& given, int64_t rows,
             int64_t columns) {
   args.*result.field = values_of<T>(given, result.has_columns ? rows * columns : rows, result.name);
+}
+
+template <typename Args, typename T>
+void attach(const Result<T* Args::*, true>& result, Args& args, const MaybeTensor& given, int64_t rows,
+            int64_t columns) {
+  STD_TORCH_CHECK(given || columns == 0, "proxytune: ", result.name, " must be given");
+  if (columns > 0) args.*result.field = values_of<T>(*given, rows * columns, result.name);
 }
 
 template <size_t kCount>
@@ -254,8 +261,16 @@ class Operators {
     return results;
   }
 
-  template <typename>
-  using ResultTensor = Tensor;
+  template <typename Result>
+  struct Given {
+    using Type = Tensor;
+  };
+  template <typename Field>
+  struct Given<Result<Field, true>> {
+    using Type = MaybeTensor;
+  };
+  template <typename Result>
+  using ResultTensor = typename Given<Result>::Type;
 
   template <typename... Results>
   static void sample_out(PTK_SAMPLE, const ResultTensor<Results>&... results) {

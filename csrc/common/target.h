@@ -33,13 +33,17 @@ struct Target {
 };
 
 // A result of an operator, and the field of the C API's arguments that says where it goes: one value for
-// each row, or for each row and column.
-template <typename Field>
+// each row, or for each row and column. An optional one is not written where there are no columns.
+template <typename Field, bool kOptional = false>
 struct Result {
   const char* name;
   Field field;
   bool has_columns = false;
 };
+template <typename Field>
+constexpr Result<Field, true> optional_result(const char* name, Field field) {
+  return {name, field, true};
+}
 
 // The results of each operator, in the order of its schema.
 inline constexpr std::tuple kSampleResults{
@@ -48,8 +52,8 @@ inline constexpr std::tuple kSampleResults{
     Result{"raw_logprobs", &proxytune_sample_args::raw_logprobs},
     Result{"num_kept", &proxytune_sample_args::num_kept},
     Result{"status", &proxytune_sample_args::status},
-    Result{"top_token_ids", &proxytune_sample_args::top_token_ids, true},
-    Result{"top_logprobs", &proxytune_sample_args::top_logprobs, true},
+    optional_result("top_token_ids", &proxytune_sample_args::top_token_ids),
+    optional_result("top_logprobs", &proxytune_sample_args::top_logprobs),
 };
 inline constexpr std::tuple kVerifyResults{
     Result{"token_ids", &proxytune_verify_args::token_ids, true},

@@ -51,6 +51,11 @@ class Output(NamedTuple):
         """Its name among the operator's outputs."""
         return self.field.replace(".", "_")
 
+    @property
+    def optional(self) -> bool:
+        """Whether it need not be given where it has no column: it is part of a nested result."""
+        return "." in self.field
+
 
 def outputs_of(kind: type, prefix: str = "") -> tuple[Output, ...]:
     """The tensors of a NamedTuple of ``Annotated[Tensor, dtype, *shape]``, and of those within."""
@@ -103,7 +108,10 @@ class Operator:
     @property
     def out_schema(self) -> str:
         """Schema of its twin."""
-        written = (f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(self.out_names))
+        written = (
+            f"Tensor({chr(97 + i)}!)" + (f"? {name}=None" if output.optional else f" {name}")
+            for i, (output, name) in enumerate(zip(self.outputs, self.out_names, strict=True))
+        )
         return f"{self.name}_out({self.arguments}, *, {', '.join(written)}) -> ()"
 
     def named(self, arguments: Iterable[Any]) -> dict[str, Any]:
@@ -290,7 +298,7 @@ def define(namespace: str, operators: Iterable[Operator]) -> torch.library.Libra
 
         return run
 
-    def fake_out(*arguments: Any, **outputs: Tensor) -> None:
+    def fake_out(*arguments: Any, **outputs: Tensor | None) -> None:
         _one_device(*arguments, *outputs.values())
 
     for operator in operators:

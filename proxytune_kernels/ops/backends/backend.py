@@ -90,7 +90,7 @@ def from_writer(op: str, write: Implementation) -> dict[str, Implementation]:
     def run_out(*arguments: Any, **out: Tensor) -> None:
         given = checks.operator_arguments(op, arguments)
         checks.operator_out(op, out, arguments)
-        write(*given, tuple(out[name] for name in OPERATORS[op].out_names))
+        write(*given, tuple(out.get(name) for name in OPERATORS[op].out_names))
 
     return {op: run, f"{op}_out": run_out}
 
