@@ -148,6 +148,15 @@ def winner(packed):
 
 
 @triton.jit
+def winner_within(packed, vocab_size):
+    """Token id of a packed score, below vocab_size even where nothing was packed.
+
+    That happens where parameters are overwritten between the launches of a call.
+    """
+    return tl.minimum(winner(packed), vocab_size - 1)
+
+
+@triton.jit
 def score_of(packed):
     """The score of a packed score; NaN where none was packed."""
     ordered = (packed >> 32).to(tl.int32)

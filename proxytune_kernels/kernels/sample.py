@@ -16,7 +16,7 @@ derivations.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,27 +24,27 @@ from torch import Tensor
 
 from proxytune_kernels.kernels import workspace as ws
 from proxytune_kernels.kernels.common import (
+    FLT_MAX,
     INF,
     LANES,
     LN2,
     LOG2E,
     LOWEST,
-    NO_TARGET,
+    NO_CUTOFF,
     OPTIONS,
     STATUS_BAD_PARAMS,
     STATUS_EMPTY,
     STATUS_NAN,
     STATUS_POSITIVE_INF,
     TILE,
-    TOP_P_OFF,
     Logits,
     block_ids,
     block_x,
     combined,
     digits,
     exponent,
-    exponential,
     finite_max,
+    key_value,
     mass_target,
     order_key,
     row_mass,
@@ -59,37 +59,49 @@ from proxytune_kernels.kernels.noise import (
     noise_key,
     score_of,
     tile_words,
-    winner,
+    winner_within,
 )
 from proxytune_kernels.kernels.selection import (
+    COUNT_SHIFT,
+    END,
+    MASS_BITS,
     MAX_SHORT,
     NUM_PIVOTS,
     SEARCH_PER,
     Amount,
-    Candidates,
+    List,
+    Pivots,
+    Prefix,
+    Row,
     add_from,
+    amount_from,
+    amount_of_list,
     append,
+    block_keys,
+    certain,
+    choose_pivots,
     counts_below_min_p,
     cutoff_bound,
     filters_of,
-    guess_pivots,
+    find_in_list,
+    find_in_pivots,
+    find_in_row,
     gumbel_max_candidates,
     is_unfiltered,
     is_valid,
-    keep_candidates,
-    list_candidates,
+    list_tiles,
     may_need_mass,
-    narrow_candidates,
-    rank_candidates,
-    search_row,
+    min_p_cutoff,
+    select_kept,
     shares_row,
+    two_stages,
 )
 from proxytune_kernels.params import RowParams
 from proxytune_kernels.rng import STREAMS
 
 STREAM_SAMPLE = tl.constexpr(STREAMS["sample"])
-PER = tl.constexpr(8)  # tokens a lane of pivots and draw: 16 bytes of bf16
-HALF = tl.constexpr(4)  # pivots counted at once: all eight would take over 200 registers
+PER = tl.constexpr(8)  # tokens a lane of draw: 16 bytes of bf16
+PIVOTS_PER = tl.constexpr(2)  # of pivots: each takes a register for each pivot
 
 # 16 tokens a lane: what is done once a lane, addresses above all, is shared by more of them.
 SCAN_WARPS = 2
@@ -190,90 +202,111 @@ def _draw_by_tiles(
         # Greedy: the first tile of the likeliest holds the lowest id. Else those that the best
         # score does not rule out: seldom any.
         left = left & (greedy == 0) & (tile != chosen) & (bound >= score_of(best))
-    return winner(best)
+    return winner_within(best, vocab_size)
 
 
 @triton.jit
-def _hand_on(workspace, row, mode):
-    """Leaves a row to the launches that follow."""
-    counters, masses = workspace.counters + row * ws.COUNTERS_WIDTH, workspace.masses
-    tl.store(counters + ws.MODE, mode)
-    tl.store(counters + ws.PIVOTS_DONE, 0)
+def _hand_on(logits, row_params, b, t, workspace, row, row_max, filters, bottom, vocab_size):
+    """Leaves a row to the launches that follow: no token below ``bottom`` is kept, or counts."""
+    counters = workspace.counters + row * ws.COUNTERS_WIDTH
+    tl.store(counters + ws.MODE, ws.SPREAD)
     tl.store(counters + ws.DRAWS_DONE, 0)
     tl.store(counters + ws.NUM_CANDIDATES, 0)
-    at, step = masses + row * ws.MASSES_WIDTH, tl.arange(0, NUM_PIVOTS)
-    tl.store(at + ws.TOTAL, tl.full([], 0, tl.int64))
-    tl.store(at + ws.BEST, tl.full([], LOWEST, tl.int64))
-    tl.store(at + ws.COUNTS + step, tl.zeros([NUM_PIVOTS], tl.int64))
-    tl.store(at + ws.MASSES + step, tl.zeros([NUM_PIVOTS], tl.int64))
+    best = tl.full([], LOWEST, tl.int64)
+    tl.store(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, best)
+    likely = tl.maximum(bottom, min_p_cutoff(finite_max(row_max), filters.min_p_shift))
+    alpha = tl.load(row_params.alpha + b)
+    keys = choose_pivots(logits, alpha, b, t, row_max, bottom, likely, vocab_size)
+    at, step = ws.pivots_of(workspace, row), tl.arange(0, NUM_PIVOTS)
+    tl.store(at + step, keys)
+    tl.store(at + NUM_PIVOTS + step, keys * 0)
+    tl.store(at + 2 * NUM_PIVOTS + step, keys * 0)
+
+
+@triton.jit
+def _list_candidates(
+    logits, alpha, b, t, row, workspace, keys, shifted, sums, e, row_max, filters, of_row,
+    most_target, vocab_size, NT: tl.constexpr,
+):  # fmt: skip
+    """Lists the tokens that may be kept: (their number, whether all are listed, the bound).
+
+    First those above a bound that a few tiles suggest: where likely tokens lie together, they are
+    enough. Else those above a bound that holds for sure.
+    """
+    live = shifted > -INF
+    share = filters.top_p.to(tl.float32) * 2.0**-32
+    none = tl.full([], 0, tl.int64)
+    n, attempt = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    least = tl.full([], -INF, tl.float32)
+    listed = tl.full([], False, tl.int1)
+    while (attempt < 2) & (listed == 0):
+        certainly = attempt == 1
+        need_count = tl.where(certainly, filters.top_k, (filters.top_k + 3) // 4)
+        need_share = tl.where(certainly, share, share + 0.3 * (1.0 - share))
+        bound = cutoff_bound(
+            shifted, live, sums, e.hi, need_count, need_share, of_row, certainly
+        )  # fmt: skip
+        least = tl.where(counts_below_min_p(filters), bound, tl.maximum(bound, filters.min_p_shift))
+        n = list_tiles(
+            logits, alpha, b, t, row, workspace, keys, live & (shifted >= least), row_max, least,
+            vocab_size, NT,
+        )  # fmt: skip
+        listed = n <= MAX_SHORT
+        if listed & (certainly == 0):
+            listed = (n >= filters.top_k) | (bound == -INF) | (least > bound)
+            if of_row:
+                listed = listed | (amount_of_list(keys, n, none, row_max, e).mass >= most_target)
+        attempt += 1
+    return n, listed, least
 
 
 @triton.jit
 def _select_filtered(
     logits, row_params, b, t, tiles, workspace, at, inside, shifted, row, row_max, live_count,
-    vocab_size, num_tiles, stream, NT: tl.constexpr,
+    vocab_size, stream, NT: tl.constexpr,
 ):  # fmt: skip
     """A row with a filter: (token, count, mass, cutoff) by a short list; token -1: handed on."""
     _, inv_t = temperature_of(row_params, b)
     filters = filters_of(row_params, b, vocab_size)
-    top_k, top_p, min_p_shift = filters.top_k, filters.top_p, filters.min_p_shift
     alpha, temperature = tl.load(row_params.alpha + b), tl.load(row_params.temperature + b)
     e = exponent(temperature)
-    live = shifted > -INF
     of_row = shares_row(filters)
-    low_target = tl.full([], NO_TARGET, tl.int64)
-    high_target = low_target
+    none = tl.full([], 0, tl.int64)
+    total, band = none, none
     sums = tl.load(tiles.raw + at, mask=inside, other=0.0)
     if of_row:
         if temperature != 1.0:
             sums = tl.load(tiles.scaled + at, mask=inside, other=0.0)
         total = row_mass(sums, shifted, e)
         band = ((total >> 21) + 1) * 9  # 4.3e-6 of it: row_mass is that close
-        low_target, high_target = mass_target(top_p, total - band), mass_target(top_p, total + band)
-    share = top_p.to(tl.float32) * 2.0**-32
-    bound = cutoff_bound(shifted, live, sums, e.hi, top_k, share, of_row)
-    least = tl.where(counts_below_min_p(filters), bound, tl.maximum(bound, min_p_shift))
-    keys = workspace.keys + row * ws.KEYS_WIDTH
-    n = list_candidates(
-        logits, alpha, b, t, row, workspace, keys, live & (shifted >= least), row_max, least,
-        vocab_size, NT,
+    live = live_count.to(tl.int64)
+    bottom = tl.full([], NO_CUTOFF, tl.int64)
+    all_tokens = Prefix(bottom, Amount(live, total + band), bottom, Amount(live, total - band))
+    keys, short = ws.list_of(workspace, row, vocab_size)
+    n, listed, least = _list_candidates(
+        logits, alpha, b, t, row, workspace, keys, shifted, sums, e, row_max, filters, of_row,
+        mass_target(filters.top_p, total + band), vocab_size, NT,
     )  # fmt: skip
-    decided = n <= MAX_SHORT
-    none = tl.full([], 0, tl.int64)
-    low_count, kept_mass, cutoff = none, none, none
-    if decided:
-        rank, before = workspace.rank + row * MAX_SHORT, workspace.before + row * MAX_SHORT
-        candidates, above = Candidates(keys, n, rank, before), Amount(none, none)
-        whole = rank_candidates(candidates, row_max, e, above, filters)
-        if (top_p < TOP_P_OFF) & (of_row == 0):
-            low_target = mass_target(top_p, whole)
-            high_target = low_target
-        low_count, high_count, kept_mass, cutoff = keep_candidates(
-            candidates, row_max, e, above, filters, low_target, high_target
-        )
-        decided = low_count == high_count
+    kept = all_tokens
+    if listed:
+        likely = all_tokens
+        if filters.min_p_shift > -INF:
+            cutoff = min_p_cutoff(row_max, filters.min_p_shift)
+            likely = certain(cutoff, amount_of_list(keys, n, cutoff, row_max, e))
+        anywhere = Prefix(bottom, Amount(live, total), none + END, Amount(none, none))
+        candidates = List(keys, n, short, row_max, e, anywhere, anywhere)
+        kept, _ = select_kept(find_in_list, candidates, filters, all_tokens, likely)
+        listed = kept.low == kept.high
     token = tl.full([], -1, tl.int64)
-    if decided:
+    if listed:
         noise = noise_key(row_params, b, t, stream)
-        token = winner(gumbel_max_candidates(keys, n, cutoff, row_max, inv_t, noise))
+        best = gumbel_max_candidates(keys, n, kept.low, row_max, inv_t, noise)
+        token = winner_within(best, vocab_size)
     else:
-        # pivots and draw search once: for top_k alone, or for a share of the whole row's mass.
-        searched = (min_p_shift > -INF) | ((top_p < TOP_P_OFF) & (of_row == 0))
-        _hand_on(workspace, row, tl.where(searched, ws.SEARCHED, ws.FLAT))
-        if searched == 0:
-            weight = tl.where(live, tl.exp2(shifted * e.hi), 0.0)
-            whole = tl.sum(tl.where(live, sums * weight, 0.0), 0)
-            if of_row == 0:
-                weight = live.to(tl.float32)
-                whole = live_count.to(tl.float32)
-                share = top_k.to(tl.float32) / whole
-            pivots = guess_pivots(
-                logits, tiles, alpha, b, t, row * num_tiles, row_max, shifted, weight, whole,
-                share, e.hi, of_row, vocab_size,
-            )  # fmt: skip
-            numbers = workspace.numbers + row * ws.NUMBERS_WIDTH
-            tl.store(numbers + ws.PIVOTS + tl.arange(0, NUM_PIVOTS), pivots)
-    return token, low_count, kept_mass, cutoff
+        if of_row == 0:
+            bottom = min_p_cutoff(row_max, least)
+        _hand_on(logits, row_params, b, t, workspace, row, row_max, filters, bottom, vocab_size)
+    return token, kept.most.count, kept.most.mass, kept.low
 
 
 @triton.jit(do_not_specialize=["stream"])
@@ -296,17 +329,20 @@ def _select_kernel(
     status = tl.where(row_max == INF, status | STATUS_POSITIVE_INF, status)
     status = tl.where(row_max == -INF, status | STATUS_EMPTY, status)
     status = tl.where(valid, status, STATUS_BAD_PARAMS)
-    tl.store(workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX, row_max)
+    tl.store(workspace.maximum + row, row_max)
     if (status & (STATUS_EMPTY | STATUS_BAD_PARAMS)) != 0:
         ws.write_nothing(out, row, status)
         tl.store(workspace.counters + row * ws.COUNTERS_WIDTH + ws.MODE, ws.DONE)
     elif row_max == INF:
         tl.store(out.status + row, status)
-        _hand_on(workspace, row, ws.SEARCHED)
+        filters = filters_of(row_params, b, vocab_size)
+        bottom = tl.full([], NO_CUTOFF, tl.int64)
+        _hand_on(logits, row_params, b, t, workspace, row, row_max, filters, bottom, vocab_size)
     else:
         tl.store(out.status + row, status)
         masses = workspace.masses + row * ws.MASSES_WIDTH
-        shifted = top - row_max
+        # Tiles further below the maximum than fp32 reaches have tokens too.
+        shifted = tl.where(top > -INF, tl.maximum(top - row_max, -FLT_MAX), -INF)
         e = exponent(tl.full([], 1.0, tl.float32))
         sums = tl.load(tiles.raw + at, mask=inside, other=0.0)
         raw_mass = row_mass(sums, shifted, e)
@@ -330,7 +366,7 @@ def _select_kernel(
         else:
             token, count, kept_mass, cutoff = _select_filtered(
                 logits, row_params, b, t, tiles, workspace, at, inside, shifted, row, row_max,
-                live_count, vocab_size, num_tiles, stream, NT,
+                live_count, vocab_size, stream, NT,
             )  # fmt: skip
         if token >= 0:
             alpha = tl.load(row_params.alpha + b)
@@ -342,171 +378,175 @@ def _select_kernel(
 
 
 @triton.jit
-def _bracket_cutoff(row_params, workspace, row, b, vocab_size):
-    """Finds the pivots that the last kept token lies between, and what is above them."""
-    filters = filters_of(row_params, b, vocab_size)
-    at, step = workspace.masses + row * ws.MASSES_WIDTH, tl.arange(0, NUM_PIVOTS)
-    # Other programs' sums: past the first-level cache, which does not see them.
-    total = tl.load(at + ws.TOTAL, cache_modifier=".cg")
-    count = tl.load(at + ws.COUNTS + step, cache_modifier=".cg")
-    held = tl.load(at + ws.MASSES + step, cache_modifier=".cg")
-    numbers = workspace.numbers + row * ws.NUMBERS_WIDTH
-    pivots = tl.load(numbers + ws.PIVOTS + step)
-    target = mass_target(filters.top_p, total)
-    met = (count >= filters.top_k) | (held >= target)
-    first = tl.min(tl.where(met, step, NUM_PIVOTS), 0)
-    passed = step == first - 1
-    above_count = tl.sum(tl.where(passed, count, 0), 0)
-    inside = tl.sum(tl.where(step == first, count, 0), 0) - above_count
-    high = tl.where(first > 0, tl.max(tl.where(passed, pivots, -INF), 0), INF)
-    tl.store(numbers + ws.HIGH, high)
-    tl.store(numbers + ws.LOW, tl.max(tl.where(step == first, pivots, -INF), 0))
-    tl.store(at + ws.ABOVE_COUNT, above_count)
-    tl.store(at + ws.ABOVE_MASS, tl.sum(tl.where(passed, held, 0), 0))
-    tl.store(at + ws.TARGET, target)
-    if (first == NUM_PIVOTS) | (inside > ws.MAX_CANDIDATES):  # the guess of select's was a bad one
-        tl.store(workspace.counters + row * ws.COUNTERS_WIDTH + ws.MODE, ws.SEARCHED)
+def may_hold(tiles, row, num_tiles, block, least, PER: tl.constexpr):
+    """Whether a block of 128 * PER tokens has one with x >= least."""
+    tile = row * num_tiles + block * PER + tl.arange(0, PER)
+    return tl.max(tl.load(tiles.maximum + tile), 0) >= least
 
 
 @triton.jit(do_not_specialize=["vocab_size", "splits"])
-def _pivots_kernel(logits, row_params, workspace, vocab_size, positions, splits):
-    """Grid [rows * splits]; the last program of a row picks the two pivots around the cutoff."""
+def _pivots_kernel(logits, row_params, tiles, workspace, vocab_size, positions, num_tiles, splits):
+    """Grid [rows * splits]: the amounts from each pivot up."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
-    counters = workspace.counters + row * ws.COUNTERS_WIDTH
-    if tl.load(counters + ws.MODE) == ws.FLAT:
+    if tl.load(workspace.counters + row * ws.COUNTERS_WIDTH + ws.MODE) == ws.SPREAD:
         b, t = row // positions, row % positions
         alpha = tl.load(row_params.alpha + b)
         e = exponent(tl.load(row_params.temperature + b))
-        numbers = workspace.numbers + row * ws.NUMBERS_WIDTH
-        row_max = tl.load(numbers + ws.MAX)
-        step = tl.arange(0, HALF)
-        upper, lower = (
-            tl.load(numbers + ws.PIVOTS + step),
-            tl.load(numbers + ws.PIVOTS + HALF + step),
-        )
-        upper_count = tl.zeros([HALF, LANES], tl.int32)
-        lower_count = tl.zeros([HALF, LANES], tl.int32)
-        upper_held = tl.zeros([HALF, LANES], tl.int64)
-        lower_held = tl.zeros([HALF, LANES], tl.int64)
-        total = tl.zeros([LANES], tl.int64)
-        for block in range(split, tl.cdiv(vocab_size, LANES * PER), splits):
-            shifted = block_x(logits, alpha, b, t, block, row_max, vocab_size, PER) - row_max
-            high, low = digits(exponential(shifted, e))
-            total += (tl.sum(high, 1).to(tl.int64) << 22) + tl.sum(low, 1).to(tl.int64)
-            q = (high, low)
-            upper_count, upper_held = add_from(shifted, q, upper, upper_count, upper_held)
-            lower_count, lower_held = add_from(shifted, q, lower, lower_count, lower_held)
-        at = workspace.masses + row * ws.MASSES_WIDTH
-        tl.atomic_add(at + ws.TOTAL, tl.sum(total, 0))
-        tl.atomic_add(at + ws.COUNTS + step, tl.sum(upper_count, 1).to(tl.int64))
-        tl.atomic_add(at + ws.COUNTS + HALF + step, tl.sum(lower_count, 1).to(tl.int64))
-        tl.atomic_add(at + ws.MASSES + step, tl.sum(upper_held, 1))
-        tl.atomic_add(at + ws.MASSES + HALF + step, tl.sum(lower_held, 1))
-        tl.debug_barrier()  # all of this program's sums before its arrival
-        if tl.atomic_add(counters + ws.PIVOTS_DONE, 1) == splits - 1:
-            _bracket_cutoff(row_params, workspace, row, b, vocab_size)
+        row_max = tl.load(workspace.maximum + row)
+        at, step = ws.pivots_of(workspace, row), tl.arange(0, NUM_PIVOTS)
+        pivots, least = tl.load(at + step), key_value(tl.load(at + ws.BOTTOM))
+        sums = tl.zeros([NUM_PIVOTS, LANES], tl.int64)
+        for block in range(split, tl.cdiv(vocab_size, LANES * PIVOTS_PER), splits):
+            if may_hold(tiles, row, num_tiles, block, least, PIVOTS_PER):
+                key, packed = block_keys(
+                    logits, alpha, b, t, block, row_max, e, vocab_size, PIVOTS_PER
+                )
+                sums = add_from(key, packed, pivots, sums)
+        tl.atomic_add(at + NUM_PIVOTS + step, tl.sum(sums >> COUNT_SHIFT, 1), sem="relaxed")
+        tl.atomic_add(at + 2 * NUM_PIVOTS + step, tl.sum(sums & MASS_BITS, 1), sem="relaxed")
+
+
+class Found(NamedTuple):
+    """What the pivots say of a row: prefixes, as in select_kept."""
+
+    filters: Any
+    row: Any
+    likely: Any
+    first: Any  # what is left before top_p; kept, where top_p is a share of something else
+    kept: Any
+    listed: Any  # tokens between pivots that first or kept may end at
 
 
 @triton.jit
-def _draw_searching(logits, row_params, b, t, workspace, out, row, stream, vocab_size):
-    """Selects and draws, whatever the row holds; its status is written, its parameters are valid.
+def _find(row_params, workspace, row, b, vocab_size):
+    """The kept set as far as the pivots tell, the same in each program of a row."""
+    at, step = ws.pivots_of(workspace, row), tl.arange(0, NUM_PIVOTS)
+    count, held = tl.load(at + NUM_PIVOTS + step), tl.load(at + 2 * NUM_PIVOTS + step)
+    pivots = Pivots(tl.load(at + step), count, held)
+    filters = filters_of(row_params, b, vocab_size)
+    bottom, cutoff = tl.load(at + ws.BOTTOM), tl.load(at + ws.LIKELY)
+    all_tokens = certain(bottom, amount_from(pivots, bottom))
+    likely = certain(cutoff, amount_from(pivots, cutoff))
+    kept, first = select_kept(find_in_pivots, pivots, filters, all_tokens, likely)
+    listed = kept.most.count - kept.least.count
+    if two_stages(filters):
+        listed += first.most.count - first.least.count
+    else:
+        first = kept
+    return Found(filters, all_tokens, likely, first, kept, listed)
 
-    For thousands of equal logits, +inf, or filters that need two searches on a flat row.
-    """
+
+@triton.jit
+def _write_drawn(
+    logits, row_params, b, t, workspace, out, row, row_max, found, kept, best, vocab_size
+):
+    """The results of a row whose kept set is ``kept``."""
     greedy, inv_t = temperature_of(row_params, b)
+    at = workspace.masses + row * ws.MASSES_WIDTH
+    # Where +inf was there, the tokens left are alike.
+    raw_mass = tl.where(row_max == INF, found.row.most.count << 44, tl.load(at + ws.RAW))
+    token = winner_within(best, vocab_size)
+    alpha = tl.load(row_params.alpha + b)
+    drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
+    ws.write_drawn(out, row, token, drawn, inv_t, greedy, kept.most.count, kept.most.mass, raw_mass)
+    tl.store(at + ws.RAW, raw_mass)
+    tl.store(at + ws.CUTOFF, kept.low)
+    tl.store(at + ws.KEPT, kept.most.mass)
+
+
+@triton.jit
+def _draw_searching(
+    logits, row_params, b, t, workspace, out, row, row_max, found, stream, vocab_size
+):
+    """Selects and draws by reading the row again and again, whatever it holds.
+
+    For rows of which every 125th token, say, is unlike the others: they defeat the pivots.
+    """
+    given = Row(logits, row_params, b, t, row_max, vocab_size)
+    kept, _ = select_kept(find_in_row, given, found.filters, found.row, found.likely)
+    _, inv_t = temperature_of(row_params, b)
     alpha = tl.load(row_params.alpha + b)
     noise = noise_key(row_params, b, t, stream)
-    row_max = tl.load(workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
-    at = workspace.masses + row * ws.MASSES_WIDTH
-    cutoff, least, count, kept_mass, live = search_row(
-        logits, row_params, b, t, row_max, vocab_size
-    )
-    # Where +inf was there, the tokens left are alike.
-    raw_mass = tl.where(row_max == INF, live << 44, tl.load(at + ws.RAW))
     best = tl.full([], LOWEST, tl.int64)
-    last = tl.full([], NO_TARGET, tl.int64)
     for block in range(0, tl.cdiv(vocab_size, LANES * SEARCH_PER)):
         x = block_x(logits, alpha, b, t, block, row_max, vocab_size, SEARCH_PER)
+        taken = (x > -INF) & (order_key(x, block_ids(block, SEARCH_PER)) >= kept.low)
         shifted = x - finite_max(row_max)
-        key = order_key(x, block_ids(block, SEARCH_PER))
-        kept = (x > -INF) & (shifted >= least) & (key >= cutoff)
-        last = tl.minimum(last, tl.min(tl.ravel(tl.where(kept, key, NO_TARGET)), 0))
-        best = gumbel_max_block(best, shifted, kept, block, inv_t, noise, SEARCH_PER)
-    token = winner(best)
-    drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
-    ws.write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, raw_mass)
-    tl.store(at + ws.RAW, raw_mass)
-    tl.store(at + ws.CUTOFF, last)
-    tl.store(at + ws.KEPT, kept_mass)
+        best = gumbel_max_block(best, shifted, taken, block, inv_t, noise, SEARCH_PER)
+    _write_drawn(
+        logits, row_params, b, t, workspace, out, row, row_max, found, kept, best, vocab_size
+    )
+    tl.store(workspace.counters + row * ws.COUNTERS_WIDTH + ws.MODE, ws.SEARCHED)
 
 
 @triton.jit
-def _settle(logits, row_params, b, t, workspace, out, row, stream, vocab_size):
-    """The cutoff among the candidates, their part of the draw, and the row's results."""
-    greedy, inv_t = temperature_of(row_params, b)
-    filters = filters_of(row_params, b, vocab_size)
-    alpha = tl.load(row_params.alpha + b)
+def _settle(logits, row_params, b, t, workspace, out, row, row_max, found, stream, vocab_size):
+    """The kept set's end among the listed tokens, their part of the draw, and the row's results."""
+    _, inv_t = temperature_of(row_params, b)
     noise = noise_key(row_params, b, t, stream)
     e = exponent(tl.load(row_params.temperature + b))
-    row_max = tl.load(workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
-    at = workspace.masses + row * ws.MASSES_WIDTH
-    target = tl.load(at + ws.TARGET)
-    n = tl.load(
-        workspace.counters + row * ws.COUNTERS_WIDTH + ws.NUM_CANDIDATES, cache_modifier=".cg"
+    counters = workspace.counters + row * ws.COUNTERS_WIDTH
+    # Other programs' results: past the first-level cache, which does not see them.
+    n = tl.load(counters + ws.NUM_CANDIDATES, cache_modifier=".cg")
+    best = tl.load(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, cache_modifier=".cg")
+    keys, short = ws.list_of(workspace, row, vocab_size)
+    listed = List(keys, n, short, finite_max(row_max), e, found.first, found.kept)
+    kept, _ = select_kept(find_in_list, listed, found.filters, found.row, found.likely)
+    rival = gumbel_max_candidates(keys, n, kept.low, finite_max(row_max), inv_t, noise)
+    best = tl.maximum(best, rival)
+    _write_drawn(
+        logits, row_params, b, t, workspace, out, row, row_max, found, kept, best, vocab_size
     )
-    keys = workspace.keys + row * ws.KEYS_WIDTH
-    above = Amount(tl.load(at + ws.ABOVE_COUNT), tl.load(at + ws.ABOVE_MASS))
-    short, need = keys + ws.MAX_CANDIDATES, Amount(filters.top_k, target)
-    copied, above = narrow_candidates(keys, n, short, MAX_SHORT // 4, row_max, e, above, need)
-    rank, before = workspace.rank + row * MAX_SHORT, workspace.before + row * MAX_SHORT
-    candidates = Candidates(short, copied, rank, before)
-    rank_candidates(candidates, row_max, e, above, filters)
-    count, _, kept_mass, cutoff = keep_candidates(
-        candidates, row_max, e, above, filters, target, target
-    )
-    best = tl.load(at + ws.BEST, cache_modifier=".cg")
-    listed = gumbel_max_candidates(keys, n, cutoff, row_max, inv_t, noise)
-    token = winner(tl.maximum(best, listed))
-    drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
-    ws.write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, tl.load(at + ws.RAW))
-    tl.store(at + ws.CUTOFF, cutoff)
-    tl.store(at + ws.KEPT, kept_mass)
 
 
 @triton.jit(do_not_specialize=["vocab_size", "splits", "stream"])
 def _draw_kernel(
-    logits, row_params, workspace, out, vocab_size, positions, splits, stream, draft_ids
-):
-    """Grid [rows * splits]: tokens above the bracket are scored at once, those inside it listed."""
+    logits, row_params, tiles, workspace, out, vocab_size, positions, num_tiles, splits, stream,
+    draft_ids,
+):  # fmt: skip
+    """Grid [rows * splits]: tokens that are kept for sure are scored at once, others listed."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     counters = workspace.counters + row * ws.COUNTERS_WIDTH
-    mode = tl.load(counters + ws.MODE)
-    b, t = row // positions, row % positions
-    stream = stream_of(draft_ids, b, positions, stream)
-    if (mode == ws.SEARCHED) & (split == 0):
-        _draw_searching(logits, row_params, b, t, workspace, out, row, stream, vocab_size)
-    if mode == ws.FLAT:
-        alpha = tl.load(row_params.alpha + b)
-        noise = noise_key(row_params, b, t, stream)
-        numbers = workspace.numbers + row * ws.NUMBERS_WIDTH
-        row_max = tl.load(numbers + ws.MAX)
-        high, low = tl.load(numbers + ws.HIGH), tl.load(numbers + ws.LOW)
-        _, inv_t = temperature_of(row_params, b)
-        best = tl.full([], LOWEST, tl.int64)
-        keys = workspace.keys + row * ws.KEYS_WIDTH
-        for block in range(split, tl.cdiv(vocab_size, LANES * PER), splits):
-            x = block_x(logits, alpha, b, t, block, row_max, vocab_size, PER)
-            shifted = x - row_max
-            best = gumbel_max_block(best, shifted, shifted >= high, block, inv_t, noise, PER)
-            taken = (shifted >= low) & (shifted < high) & (x > -INF)
-            number = tl.sum(tl.ravel(taken.to(tl.int32)), 0)
-            if number > 0:
-                start = tl.atomic_add(counters + ws.NUM_CANDIDATES, number)
-                append(keys, start, x, block_ids(block, PER), taken, ws.MAX_CANDIDATES)
-        tl.atomic_max(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, best)
-        tl.debug_barrier()  # all of this program's tokens before its arrival
-        if tl.atomic_add(counters + ws.DRAWS_DONE, 1) == splits - 1:
-            _settle(logits, row_params, b, t, workspace, out, row, stream, vocab_size)
+    if tl.load(counters + ws.MODE) != ws.DONE:
+        b, t = row // positions, row % positions
+        stream = stream_of(draft_ids, b, positions, stream)
+        row_max = tl.load(workspace.maximum + row)
+        found = _find(row_params, workspace, row, b, vocab_size)
+        if found.listed > ws.max_candidates(vocab_size):
+            if split == 0:
+                _draw_searching(
+                    logits, row_params, b, t, workspace, out, row, row_max, found, stream,
+                    vocab_size,
+                )  # fmt: skip
+        else:
+            first, kept = found.first, found.kept
+            least = key_value(tl.minimum(first.low, kept.low))
+            alpha = tl.load(row_params.alpha + b)
+            noise = noise_key(row_params, b, t, stream)
+            _, inv_t = temperature_of(row_params, b)
+            best = tl.full([], LOWEST, tl.int64)
+            keys, _ = ws.list_of(workspace, row, vocab_size)
+            for block in range(split, tl.cdiv(vocab_size, LANES * PER), splits):
+                if may_hold(tiles, row, num_tiles, block, least, PER):
+                    x = block_x(logits, alpha, b, t, block, row_max, vocab_size, PER)
+                    key = tl.where(x > -INF, order_key(x, block_ids(block, PER)), 0)
+                    sure = key >= kept.high
+                    shifted = x - finite_max(row_max)
+                    best = gumbel_max_block(best, shifted, sure, block, inv_t, noise, PER)
+                    taken = (key >= kept.low) & (key < kept.high)
+                    taken = taken | ((key >= first.low) & (key < first.high))
+                    number = tl.sum(tl.ravel(taken.to(tl.int32)), 0)
+                    if number > 0:
+                        start = tl.atomic_add(counters + ws.NUM_CANDIDATES, number, sem="relaxed")
+                        append(keys, start, key, taken, ws.max_candidates(vocab_size))
+            best_at = workspace.masses + row * ws.MASSES_WIDTH + ws.BEST
+            tl.atomic_max(best_at, best, sem="relaxed")
+            tl.debug_barrier()  # all of this program's tokens before its arrival
+            if tl.atomic_add(counters + ws.DRAWS_DONE, 1) == splits - 1:
+                _settle(
+                    logits, row_params, b, t, workspace, out, row, row_max, found, stream,
+                    vocab_size,
+                )  # fmt: skip
 
 
 def launch_scan(
@@ -529,7 +569,7 @@ def launch_selection(
 ) -> ws.Workspace:  # fmt: skip
     """What comes after the tiles' summaries, whoever wrote them; arguments as in launch_sample."""
     device, rows = logits.base.device, out.token_ids.numel()
-    workspace, width = ws.workspace_of(rows, device), tiles.maximum.shape[1]
+    workspace, width = ws.workspace_of(rows, vocab_size, device), tiles.maximum.shape[1]
     if rows == 0:
         return workspace
     held = ws.at_once(width)
@@ -540,11 +580,12 @@ def launch_selection(
     )  # fmt: skip
     splits = splits_of(rows, vocab_size, device)
     _pivots_kernel[(rows * splits,)](
-        logits, params, workspace, vocab_size, positions, splits, num_warps=SPREAD_WARPS, **OPTIONS
-    )
-    _draw_kernel[(rows * splits,)](
-        logits, params, workspace, out, vocab_size, positions, splits, noise_stream, draft_ids,
+        logits, params, tiles, workspace, vocab_size, positions, width, splits,
         num_warps=SPREAD_WARPS, **OPTIONS,
+    )  # fmt: skip
+    _draw_kernel[(rows * splits,)](
+        logits, params, tiles, workspace, out, vocab_size, positions, width, splits, noise_stream,
+        draft_ids, num_warps=SPREAD_WARPS, **OPTIONS,
     )  # fmt: skip
     return workspace
 

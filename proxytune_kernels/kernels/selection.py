@@ -8,11 +8,13 @@ shortest of what each filter leaves:
     top_p    mass of the tokens before it < ceil(top_p * whole); whole is the mass of
              what min_p and top_k leave ("vllm"), what top_k leaves ("hf"), or the row ("joint")
 
-Ranks and masses are integers, so what finds the set does not show in it. Three ways find it:
+Ranks and masses are integers, so what finds the set does not show in it. :func:`select_kept` has
+the policy; what looks for a prefix is one of four searches:
 
-- *Candidates*: at most a few hundred tokens above a bound that holds for sure; pairs are compared.
-- *A search through the row*: trial keys, counted over the whole row; it holds for any row.
-- *A sorted list*: what the ranks of a sharded row sent, as far as it reaches.
+- *pivots*: amounts of the row from a few keys up. It may leave a prefix between two of them;
+- *a list* of tokens, all that there are between two keys;
+- *the row*, read once for every three bits of a key: for rows that defeat the pivots;
+- *a sorted list*: what the ranks of a sharded row sent, as far as it reaches.
 """
 
 from __future__ import annotations
@@ -40,37 +42,32 @@ from proxytune_kernels.kernels.common import (
     block_x,
     cleaned,
     combined,
-    digits,
     exponent,
-    exponential,
     finite_max,
     key_id,
     key_value,
     mass,
     mass_target,
     order_key,
-    temperature_of,
 )
 from proxytune_kernels.kernels.noise import best_of, gumbel, token_words, uniform
 
-NUM_PIVOTS = tl.constexpr(8)  # values between which a flat row's cutoff is looked for
-SAMPLES = tl.constexpr(1024)  # tokens that tell where it may lie
-MAX_SHORT = tl.constexpr(512)  # candidates that are ranked
-MAX_TILES = tl.constexpr(64)  # tiles that candidates are listed from
+NUM_PIVOTS = tl.constexpr(32)  # the row's bottom, min_p's cutoff, and 30 between which tokens lie
+SAMPLES = tl.constexpr(1024)  # tokens that say where the pivots should be
+RANKED = tl.constexpr(256)  # of them that may be one
+MAX_SHORT = tl.constexpr(512)  # candidates of a row that select finishes
+MAX_TILES = tl.constexpr(256)  # tiles that they are listed from
 GATHERED = tl.constexpr(16)  # of them at once
-CHUNK = tl.constexpr(128)  # candidates at once
+CHUNK = tl.constexpr(128)  # listed tokens at once
 RIVALS = tl.constexpr(16)  # that each of them is compared with at once
 TRIALS = tl.constexpr(8)  # trial cutoffs at once
 SEARCH_PER = tl.constexpr(2)  # tokens a lane: trial keys take eight registers for each
 SORTED_CHUNK = tl.constexpr(256)
-
-# Phases of the search through a row, in order
-EVERY = tl.constexpr(0)
-WHOLE = tl.constexpr(1)
-COUNT = tl.constexpr(2)
-SHARE = tl.constexpr(3)
-KEPT_SET = tl.constexpr(4)
-FOUND = tl.constexpr(5)
+END = tl.constexpr(1 << 51)  # above all order keys
+# A count above a mass, in 64 bits: of fewer than 512 tokens, as many as a lane takes.
+COUNT_SHIFT = tl.constexpr(54)
+COUNT_ONE = tl.constexpr(1 << 54)
+MASS_BITS = tl.constexpr((1 << 54) - 1)
 
 
 class Filters(NamedTuple):
@@ -82,23 +79,57 @@ class Filters(NamedTuple):
     order: Any
 
 
-class Candidates(NamedTuple):
-    """A row's listed tokens, in any order, and what is counted of them."""
-
-    keys: Any  # int64: order keys
-    n: Any  # their number
-    rank: Any  # int32: tokens before each
-    before: Any  # int64: and their mass
-
-
 class Amount(NamedTuple):
-    """Tokens and their mass, int64: what a prefix needs (enough of either), or holds."""
+    """Tokens and their mass, int64."""
 
     count: Any
     mass: Any
 
 
 class Prefix(NamedTuple):
+    """A prefix of the order, as far as it is known: its last token's key is in [low, high].
+
+    Where low and high are the same the amounts are too, and it is the tokens from that key up.
+    """
+
+    low: Any
+    most: Amount  # of the tokens from low up
+    high: Any
+    least: Amount  # from high up
+
+
+class Pivots(NamedTuple):
+    """Keys of a row in any order, and the amounts from each up: int64 [NUM_PIVOTS]."""
+
+    key: Any
+    count: Any
+    mass: Any
+
+
+class List(NamedTuple):
+    """Order keys in any order: all tokens of two prefixes that are not certain, and others."""
+
+    keys: Any  # int64
+    n: Any  # their number
+    short: Any  # int64 [CHUNK]: scratch
+    row_max: Any
+    exponent: Any
+    first: Prefix  # what select_kept's first stage looks for
+    second: Prefix
+
+
+class Row(NamedTuple):
+    """A row, to be read as often as it takes."""
+
+    logits: Any
+    row_params: Any
+    b: Any
+    t: Any
+    row_max: Any
+    vocab_size: Any
+
+
+class SortedPrefix(NamedTuple):
     """A prefix of the order, as far as a sorted list tells."""
 
     known: Any  # whether it ends within the list
@@ -122,14 +153,15 @@ def is_valid(row_params, b, t):
 
 @triton.jit
 def filters_of(row_params, b, vocab_size):
-    """The filters of request b."""
+    """The filters of request b; greedy rows keep one token."""
     temperature, top_k = tl.load(row_params.temperature + b), tl.load(row_params.top_k + b)
     top_p, min_p = tl.load(row_params.top_p + b), tl.load(row_params.min_p + b)
-    divisor = tl.where(temperature < FLT_MIN, 1.0, temperature)
+    greedy = temperature < FLT_MIN
+    divisor = tl.where(greedy, 1.0, temperature)
     min_p_shift = (divisor.to(tl.float64) * tl.log(min_p.to(tl.float64))).to(tl.float32)
-    min_p_shift = tl.where(min_p > 0, min_p_shift, -INF)
-    top_k = top_k_of(top_k, vocab_size)
-    share = (top_p.to(tl.float64) * 4294967296.0).to(tl.int64)
+    min_p_shift = tl.where((min_p > 0) & (greedy == 0), min_p_shift, -INF)
+    top_k = tl.where(greedy, 1, top_k_of(top_k, vocab_size))
+    share = tl.where(greedy, TOP_P_OFF, (top_p.to(tl.float64) * 4294967296.0).to(tl.int64))
     return Filters(top_k, share, min_p_shift, tl.load(row_params.filter_order + b))
 
 
@@ -170,37 +202,143 @@ def counts_below_min_p(filters):
     return (filters.order == ORDER_HF) & (filters.top_k != TOP_K_OFF) & (filters.top_p < TOP_P_OFF)
 
 
+# The policy
+
+
 @triton.jit
-def is_shared(filters, inside, rank, shifted):
-    """Tokens whose mass top_p is a share of, where that is not the row's."""
-    return (
-        inside
-        & (rank < filters.top_k)
-        & ((filters.order != ORDER_VLLM) | (shifted >= filters.min_p_shift))
+def shorter(one, other):
+    """The shorter of two prefixes, ``other`` certain."""
+    low_is_other, high_is_other = other.low > one.low, other.low > one.high
+    most = Amount(
+        tl.where(low_is_other, other.most.count, one.most.count),
+        tl.where(low_is_other, other.most.mass, one.most.mass),
     )
+    least = Amount(
+        tl.where(high_is_other, other.most.count, one.least.count),
+        tl.where(high_is_other, other.most.mass, one.least.mass),
+    )
+    return Prefix(tl.maximum(one.low, other.low), most, tl.maximum(one.high, other.low), least)
 
 
 @triton.jit
-def is_left(filters, inside, rank, shifted):
-    """Tokens that top_k and min_p leave."""
-    return inside & (rank < filters.top_k) & (shifted >= filters.min_p_shift)
+def select_kept(find: tl.constexpr, data, filters, row, likely):
+    """The kept set, and what is left before top_p: prefixes. The one place of the filters' policy.
 
+    As select_kept in csrc/common/order.h.
 
-# Candidates
+    Args:
+        find: ``find(data, stage, low, count, least_mass, most_mass)`` gives the shortest prefix of
+            the tokens from key ``low`` up that has ``count`` tokens or the mass, which is within
+            the two bounds; all of them where none has. It is called once a stage, 0 and 1.
+        data: its first argument.
+        filters: valid ones.
+        row: all tokens; its mass, which counts where top_p is a share of it, may have two bounds.
+        likely: what min_p leaves; ``row`` where it is off. Both end at a key that is certain.
+    """
+    joint, by_mass = filters.order == ORDER_JOINT, filters.top_p < TOP_P_OFF
+    kept = row
+    if filters.order == ORDER_VLLM:
+        kept = likely
+    low = kept.low
+    if (filters.top_k != TOP_K_OFF) | (joint & by_mass):
+        none = tl.full([], NO_TARGET, tl.int64)
+        least = tl.where(joint, mass_target(filters.top_p, row.least.mass), none)
+        most = tl.where(joint, mass_target(filters.top_p, row.most.mass), none)
+        kept = find(data, 0, low, filters.top_k, least, most)
+    first = kept
+    if by_mass & (joint == 0):
+        least = mass_target(filters.top_p, kept.least.mass)
+        most = mass_target(filters.top_p, kept.most.mass)
+        kept = find(data, 1, low, TOP_K_OFF, least, most)
+    return shorter(kept, likely), first
 
 
 @triton.jit
-def cutoff_bound(shifted, live, sums, hi, need_count, need_share, use_mass):
+def two_stages(filters):
+    """Whether top_p is a share of what top_k leaves."""
+    cuts = (filters.top_k != TOP_K_OFF) & (filters.top_p < TOP_P_OFF)
+    return cuts & (filters.order != ORDER_JOINT)
+
+
+# Pivots
+
+
+@triton.jit
+def amount_from(pivots, key):
+    """The amount from one of the pivots up."""
+    at = pivots.key == key
+    return Amount(tl.max(tl.where(at, pivots.count, 0), 0), tl.max(tl.where(at, pivots.mass, 0), 0))
+
+
+@triton.jit
+def certain(key, amount):
+    """The prefix of the tokens from a key up."""
+    return Prefix(key, amount, key, amount)
+
+
+@triton.jit
+def find_in_pivots(pivots, stage: tl.constexpr, low, count, least_mass, most_mass):
+    """A search for :func:`select_kept`; ``low`` is one of the pivots."""
+    inside = pivots.key >= low
+    enough = inside & ((pivots.count >= count) | (pivots.mass >= most_mass))
+    scarce = inside & (pivots.count < count) & (pivots.mass < least_mass)
+    found = tl.max(enough.to(tl.int32), 0) != 0
+    below = tl.max(tl.where(enough, pivots.key, low), 0)
+    above = tl.where(found, tl.min(tl.where(scarce, pivots.key, END), 0), low)
+    # No pivot is END, and the amount from there up is 0.
+    return Prefix(below, amount_from(pivots, below), above, amount_from(pivots, above))
+
+
+@triton.jit
+def choose_pivots(logits, alpha, b, t, row_max, bottom, likely, vocab_size):
+    """Keys that part the tokens from ``bottom`` up into about equal numbers: int64 [NUM_PIVOTS].
+
+    Among them are ``bottom`` itself and ``likely``, min_p's cutoff. The others are quantiles of
+    evenly spaced tokens, by key, so that equal logits are parted by their ids. Between two lie a
+    thirtieth of the tokens, and with 33 samples there seldom twice as many.
+    """
+    own = tl.arange(0, RANKED)
+    key = _sampled(logits, alpha, b, t, row_max, bottom, own * (SAMPLES // RANKED), vocab_size)
+    rank = tl.zeros([RANKED], tl.int32)
+    n = tl.full([], 0, tl.int32)
+    for start in range(0, SAMPLES, 64):
+        i = start + tl.arange(0, 64)
+        other = _sampled(logits, alpha, b, t, row_max, bottom, i, vocab_size)
+        n += tl.sum((other > 0).to(tl.int32), 0)
+        rank += tl.sum((other[None, :] > key[:, None]).to(tl.int32), 1)
+    step = tl.arange(0, NUM_PIVOTS)
+    wanted = (step - 1) * n // (NUM_PIVOTS - 1)
+    reached = (key > 0)[None, :] & (rank[None, :] >= wanted[:, None])
+    found = tl.max(tl.where(reached, key[None, :], bottom), 1)
+    return tl.where(step == 0, bottom, tl.where(step == 1, likely, found))
+
+
+@triton.jit
+def _sampled(logits, alpha, b, t, row_max, bottom, i, vocab_size):
+    """Keys of the i-th of SAMPLES evenly spaced tokens, 0 where below bottom."""
+    ids = ((i.to(tl.int64) * vocab_size) // SAMPLES).to(tl.int32)
+    x = cleaned(combined(logits, alpha, b, t, ids, ids < vocab_size), row_max)
+    key = tl.where(x > -INF, order_key(x, ids), 0)
+    return tl.where(key >= bottom, key, 0)
+
+
+# A list
+
+
+@triton.jit
+def cutoff_bound(shifted, live, sums, hi, need_count, need_share, use_mass, certainly):
     """A value, as x - max, with enough tokens from it up; -inf where none is found.
 
     ``shifted`` are the maxima of the tiles. A tile whose maximum is at least the bound holds that
     token above it, and all of its mass but what 127 tokens below the bound can hold. Where these
-    meet the need, no token below the bound is kept.
+    meet the need, no token below the bound is kept. Unless ``certainly``, all mass of such a tile
+    counts: then the tokens above the bound may be too few.
     """
     weight = tl.exp2(shifted * hi)
     inner = tl.where(live, sums * weight, 0.0)
     # fp32 sums of thousands of terms and approximate exponentials: 1e-4 covers both many times.
     need_mass = need_share * tl.sum(inner, 0) * 1.0001
+    most_below = tl.where(certainly, 127.0, 0.0)
     step = tl.arange(0, TRIALS)
     upper = tl.full([], 0.0, tl.float32)
     lower = tl.min(tl.where(live, shifted, 0.0), 0)
@@ -212,7 +350,7 @@ def cutoff_bound(shifted, live, sums, hi, need_count, need_share, use_mass):
         pivots = upper + (lower - upper) * part
         above = live[None, :] & (shifted[None, :] >= pivots[:, None])
         count = tl.sum(above.to(tl.int32), 1)
-        rest = inner[None, :] - 127.0 * tl.exp2(pivots * hi)[:, None]
+        rest = inner[None, :] - most_below * tl.exp2(pivots * hi)[:, None]
         held = tl.sum(tl.where(above, tl.maximum(weight[None, :], rest), 0.0), 1)
         met = (count >= need_count) | (use_mass & (held >= need_mass))
         first = tl.min(tl.where(met, step, TRIALS), 0)
@@ -225,50 +363,6 @@ def cutoff_bound(shifted, live, sums, hi, need_count, need_share, use_mass):
 
 
 @triton.jit
-def guess_pivots(
-    logits, tiles, alpha, b, t, first_tile, row_max, shifted, weight, whole, share, hi, of_mass,
-    vocab_size,
-):  # fmt: skip
-    """Eight values around where a flat row's cutoff may lie, as x - max, descending: fp32 [8].
-
-    The tiles' maxima (``shifted``, of weight ``weight``) are known, each the largest of 128. Evenly
-    spaced tokens stand for the others, whose weights together are known too. The pivots reach four
-    standard deviations of that estimate to each side of where the weights above make up ``share``
-    of ``whole``. A wrong guess costs time alone.
-    """
-    ids = ((tl.arange(0, SAMPLES).to(tl.int64) * vocab_size) // SAMPLES).to(tl.int32)
-    x = cleaned(combined(logits, alpha, b, t, ids, ids < vocab_size), row_max)
-    sampled = x - row_max
-    other = (x > -INF) & (x < tl.load(tiles.maximum + first_tile + ids // TILE))
-    stands = tl.where(other, tl.where(of_mass, tl.exp2(sampled * hi), 1.0), 0.0)
-    rest = tl.maximum(whole - tl.sum(weight, 0), 0.0)
-    stands = stands * (rest / tl.maximum(tl.sum(stands, 0), 1e-30))
-    lowest = tl.min(tl.where(other, sampled, 0.0), 0)
-    side = tl.where(tl.arange(0, 2) == 0, -1.0, 1.0)
-    error = tl.full([], 0.0, tl.float32)
-    upper, lower = error, error
-    for _ in range(2):  # the cutoff itself, then both ends
-        wanted = share * whole + 4.0 * side * error
-        below, above = tl.zeros([2], tl.float32) + lowest, tl.zeros([2], tl.float32)
-        for _step in range(16):
-            middle = 0.5 * (below + above)
-            held = tl.sum(tl.where(shifted[None, :] >= middle[:, None], weight[None, :], 0.0), 1)
-            reached = sampled[None, :] >= middle[:, None]
-            held += tl.sum(tl.where(reached, stands[None, :], 0.0), 1)
-            below = tl.where(held >= wanted, middle, below)
-            above = tl.where(held >= wanted, above, middle)
-        upper = tl.max(tl.where(side < 0, below, -INF), 0)
-        lower = tl.min(tl.where(side > 0, below, INF), 0)
-        # The share of the others that lies above is estimated from SAMPLES of them.
-        taken = (sampled >= upper).to(tl.float32)
-        inner = tl.sum(stands * taken, 0) / tl.maximum(rest, 1e-30)
-        off = stands * (taken - inner)
-        error = tl.sqrt(tl.sum(off * off, 0))
-    part = tl.arange(0, NUM_PIVOTS).to(tl.float32) / (NUM_PIVOTS - 1)
-    return upper + (lower - upper) * part
-
-
-@triton.jit
 def load_keys(keys, start, n, SIZE: tl.constexpr):
     """Keys of the list from ``start``, 0 past its end (no token's key is 0)."""
     i = start + tl.arange(0, SIZE)
@@ -276,16 +370,16 @@ def load_keys(keys, start, n, SIZE: tl.constexpr):
 
 
 @triton.jit
-def append(keys, n, x, ids, taken, limit):
-    """Appends the order keys of taken tokens to a list of n; returns the new n, also past limit."""
+def append(keys, n, key, taken, limit):
+    """Appends the taken keys to a list of n; returns the new n, also past limit."""
     flat = tl.ravel(taken.to(tl.int32))
     slot = n + tl.cumsum(flat, 0) - 1
-    tl.store(keys + slot, tl.ravel(order_key(x, ids)), mask=(flat != 0) & (slot < limit))
+    tl.store(keys + slot, tl.ravel(key), mask=(flat != 0) & (slot < limit))
     return n + tl.sum(flat, 0)
 
 
 @triton.jit
-def list_candidates(
+def list_tiles(
     logits, alpha, b, t, row, workspace, keys, wanted, row_max, least, vocab_size,
     NT: tl.constexpr,
 ):  # fmt: skip
@@ -301,106 +395,111 @@ def list_candidates(
     else:
         chosen = workspace.tiles + row * MAX_TILES
         slot = tl.cumsum(wanted.to(tl.int32), 0) - 1
+        tl.debug_barrier()  # an earlier list's tiles have been read
         tl.store(chosen + slot, tl.arange(0, NT), mask=wanted)
         tl.debug_barrier()  # read by other threads than wrote them
-        for start in range(0, number, GATHERED):
+        start = tl.full([], 0, tl.int32)
+        while (start < number) & (n <= MAX_SHORT):
             i = start + tl.arange(0, GATHERED)
             tile = tl.load(chosen + i, mask=i < number, other=0)
             ids = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
             inside = (i < number)[:, None] & (ids < vocab_size)
             x = cleaned(combined(logits, alpha, b, t, ids, inside), row_max)
             taken = (x > -INF) & (x - finite_max(row_max) >= least)
-            n = append(keys, n, x, ids, taken, MAX_SHORT)
+            n = append(keys, n, order_key(x, ids), taken, MAX_SHORT)
+            start += GATHERED
         tl.debug_barrier()
     return n
 
 
 @triton.jit
-def narrow_candidates(keys, n, short, limit, row_max, e, above, need):
-    """Copies to ``short`` at most ``limit`` of n listed tokens: the last one needed is among them.
-
-    The list meets the need; what is ``above`` it does not. Returns how many were copied, and the
-    amount above them.
-    """
-    above_count, above_mass = above.count, above.mass
-    lower, upper = tl.full([], 1, tl.int64), tl.full([], 1 << 51, tl.int64)
-    inside = n.to(tl.int64)
-    while inside > limit:
-        trials = trial_keys(lower, upper)
-        count = tl.zeros([TRIALS], tl.int64)
-        held = tl.zeros([TRIALS], tl.int64)
-        for start in range(0, n, CHUNK):
-            key = load_keys(keys, start, n, CHUNK)
-            q = tl.where(key > 0, mass(key_value(key), row_max, e), 0)
-            taken = (key[None, :] >= trials[:, None]) & (key[None, :] < upper)
-            count += tl.sum(taken.to(tl.int64), 1)
-            held += tl.sum(tl.where(taken, q[None, :], 0), 1)
-        met = (above_count + count >= need.count) | (above_mass + held >= need.mass)
-        lower, upper, first = bracket(trials, met, lower, upper)
-        step = tl.arange(0, TRIALS)
-        passed_count = tl.sum(tl.where(step == first - 1, count, 0), 0)
-        inside = tl.sum(tl.where(step == first, count, 0), 0) - passed_count
-        above_count += passed_count
-        above_mass += tl.sum(tl.where(step == first - 1, held, 0), 0)
-    copied = tl.full([], 0, tl.int32)
+def amount_of_list(keys, n, cutoff, row_max, e):
+    """The amount of the listed tokens whose key is at least ``cutoff``."""
+    count, held = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     for start in range(0, n, CHUNK):
         key = load_keys(keys, start, n, CHUNK)
+        taken = (key > 0) & (key >= cutoff)
+        count += tl.sum(taken.to(tl.int64), 0)
+        held += tl.sum(tl.where(taken, mass(key_value(key), row_max, e), 0), 0)
+    return Amount(count, held)
+
+
+@triton.jit
+def find_in_list(given, stage: tl.constexpr, low, count, least_mass, most_mass):
+    """A search for :func:`select_kept`: trial keys until few tokens are left, then all pairs."""
+    sought = given.first if stage == 0 else given.second
+    if sought.low != sought.high:
+        e, row_max = given.exponent, given.row_max
+        lower, upper = tl.maximum(sought.low, low), sought.high
+        above_count, above_mass = sought.least.count, sought.least.mass
+        inside = given.n.to(tl.int64)
+        narrows = inside > CHUNK
+        while narrows:
+            trials = trial_keys(lower, upper)
+            lane_sums = tl.zeros([TRIALS, CHUNK], tl.int64)
+            for start in range(0, given.n, CHUNK):
+                key = load_keys(given.keys, start, given.n, CHUNK)
+                packed = mass(key_value(key), row_max, e) + COUNT_ONE
+                taken = (key[None, :] >= trials[:, None]) & (key < upper)[None, :]
+                lane_sums += tl.where(taken, packed[None, :], 0)
+            counts, held = tl.sum(lane_sums >> COUNT_SHIFT, 1), tl.sum(lane_sums & MASS_BITS, 1)
+            enough = (above_count + counts >= count) | (above_mass + held >= most_mass)
+            enough = enough | (trials == lower)  # where none has enough, all tokens are kept
+            scarce = (above_count + counts < count) & (above_mass + held < least_mass)
+            step = tl.arange(0, TRIALS)
+            # Between the last trial that surely has too little and the first that has enough
+            first = tl.min(tl.where(enough, step, TRIALS), 0)
+            last = tl.max(tl.where(scarce & (step < first), step, -1), 0)
+            passed = tl.sum(tl.where(step == last, counts, 0), 0)
+            inside = tl.sum(tl.where(step == first, counts, 0), 0) - passed
+            narrowed = tl.max(tl.where(step == first, trials, 0), 0)
+            raised = tl.where(last >= 0, tl.max(tl.where(step == last, trials, 0), 0), upper)
+            # Bounds of the mass that lie apart may hold more tokens than can be compared.
+            narrows = (inside > CHUNK) & ((narrowed > lower) | (raised < upper))
+            lower, upper = narrowed, raised
+            above_count += passed
+            above_mass += tl.sum(tl.where(step == last, held, 0), 0)
+        sought = _rank(
+            given, lower, upper, Amount(above_count, above_mass), count, least_mass, most_mass
+        )
+    return sought
+
+
+@triton.jit
+def _rank(given, lower, upper, above, count, least_mass, most_mass):
+    """The prefix that ends among the at most CHUNK listed tokens in [lower, upper)."""
+    n = tl.full([], 0, tl.int32)
+    tl.debug_barrier()  # an earlier search's tokens have been read
+    for start in range(0, given.n, CHUNK):
+        key = load_keys(given.keys, start, given.n, CHUNK)
         taken = (key >= lower) & (key < upper)
-        copied = append(short, copied, key_value(key), key_id(key), taken, limit)
+        if tl.max(taken.to(tl.int32), 0) != 0:
+            n = append(given.short, n, key, taken, CHUNK)
     tl.debug_barrier()
-    return copied, Amount(above_count, above_mass)
-
-
-@triton.jit
-def rank_candidates(candidates, row_max, e, above, filters):
-    """Writes each candidate's rank and the mass before it; ``above`` comes before all of them.
-
-    Returns the mass that top_p is a share of, where that is not the row's.
-    """
-    n, whole = candidates.n, above.mass
-    for start in range(0, n, CHUNK):
-        key = load_keys(candidates.keys, start, n, CHUNK)
-        rank = tl.zeros([CHUNK], tl.int32) + above.count.to(tl.int32)
-        before = tl.zeros([CHUNK], tl.int64) + above.mass
-        for other in range(0, n, RIVALS):
-            rival = load_keys(candidates.keys, other, n, RIVALS)
-            q = tl.where(rival > 0, mass(key_value(rival), row_max, e), 0)
-            first = rival[None, :] > key[:, None]
-            rank += tl.sum(first.to(tl.int32), 1)
-            before += tl.sum(tl.where(first, q[None, :], 0), 1)
-        i = start + tl.arange(0, CHUNK)
-        tl.store(candidates.rank + i, rank, mask=i < n)
-        tl.store(candidates.before + i, before, mask=i < n)
-        x = key_value(key)
-        shared = is_shared(filters, i < n, rank, x - row_max)
-        whole += tl.sum(tl.where(shared, mass(x, row_max, e), 0), 0)
-    tl.debug_barrier()  # ranks are read by other threads than wrote them
-    return whole
-
-
-@triton.jit
-def keep_candidates(candidates, row_max, e, above, filters, low_target, high_target):
-    """The kept set among ranked candidates, for two bounds of the mass that top_p asks for.
-
-    Returns (tokens kept at the low bound, at the high bound, mass, order key of the last): where
-    the counts agree, so do the sets.
-    """
-    n, kept_mass = candidates.n, above.mass
-    low_count, high_count = above.count, above.count
-    cutoff = tl.full([], NO_TARGET, tl.int64)
-    for start in range(0, n, CHUNK):
-        i = start + tl.arange(0, CHUNK)
-        key = load_keys(candidates.keys, start, n, CHUNK)
-        rank = tl.load(candidates.rank + i, mask=i < n, other=0)
-        before = tl.load(candidates.before + i, mask=i < n, other=0)
-        x = key_value(key)
-        left = is_left(filters, i < n, rank, x - row_max)
-        kept = left & (before < low_target)
-        low_count += tl.sum(kept.to(tl.int64), 0)
-        high_count += tl.sum((left & (before < high_target)).to(tl.int64), 0)
-        kept_mass += tl.sum(tl.where(kept, mass(x, row_max, e), 0), 0)
-        cutoff = tl.minimum(cutoff, tl.min(tl.where(kept, key, NO_TARGET), 0))
-    return low_count, high_count, kept_mass, cutoff
+    n = tl.minimum(n, CHUNK)
+    key = load_keys(given.short, 0, n, CHUNK)
+    rank = tl.zeros([CHUNK], tl.int64) + above.count
+    before = tl.zeros([CHUNK], tl.int64) + above.mass
+    for start in range(0, n, RIVALS):
+        rival = load_keys(given.short, start, n, RIVALS)
+        q = tl.where(rival > 0, mass(key_value(rival), given.row_max, given.exponent), 0)
+        first = rival[None, :] > key[:, None]
+        rank += tl.sum(first.to(tl.int64), 1)
+        before += tl.sum(tl.where(first, q[None, :], 0), 1)
+    q = tl.where(key > 0, mass(key_value(key), given.row_max, given.exponent), 0)
+    most = (key > 0) & (rank < count) & (before < most_mass)
+    least = most & (before < least_mass)
+    return Prefix(
+        tl.min(tl.where(most, key, upper), 0),
+        Amount(
+            above.count + tl.sum(most.to(tl.int64), 0), above.mass + tl.sum(tl.where(most, q, 0), 0)
+        ),
+        tl.min(tl.where(least, key, upper), 0),
+        Amount(
+            above.count + tl.sum(least.to(tl.int64), 0),
+            above.mass + tl.sum(tl.where(least, q, 0), 0),
+        ),
+    )
 
 
 @triton.jit
@@ -410,13 +509,14 @@ def gumbel_max_candidates(keys, n, cutoff, row_max, inv_t, noise):
     for start in range(0, n, CHUNK):
         key = load_keys(keys, start, n, CHUNK)
         ids, kept = key_id(key), (key >= cutoff) & (key > 0)
-        g = gumbel(uniform(token_words(ids, noise, 0), ids, noise))
-        score = (key_value(key) - row_max) * inv_t + g
-        best = tl.maximum(best, best_of(tl.where(kept, score, -INF), ids))
+        if tl.max(kept.to(tl.int32), 0) != 0:
+            g = gumbel(uniform(token_words(ids, noise, 0), ids, noise))
+            score = (key_value(key) - row_max) * inv_t + g
+            best = tl.maximum(best, best_of(tl.where(kept, score, -INF), ids))
     return best
 
 
-# A search through the row
+# The row
 
 
 @triton.jit
@@ -427,105 +527,57 @@ def trial_keys(lower, upper):
 
 
 @triton.jit
-def bracket(trials, met, lower, upper):
-    """[lower, upper) between the first trial that meets the need and the one before it."""
-    step = tl.arange(0, TRIALS)
-    first = tl.min(tl.where(met, step, TRIALS), 0)
-    lower = tl.where(first < TRIALS, tl.max(tl.where(step == first, trials, 0), 0), lower)
-    upper = tl.where(first > 0, tl.max(tl.where(step == first - 1, trials, 0), 0), upper)
-    return lower, upper, first
+def add_from(key, packed, pivots, lane_sums):
+    """Adds to each lane's sums, int64 [n, 128], a block's tokens from each of n keys up.
 
-
-@triton.jit
-def amounts_from(logits, row_params, b, t, row_max, least, trials, vocab_size):
-    """Counts and masses of the tokens from each trial key up, x - max at least ``least``: int64."""
-    alpha = tl.load(row_params.alpha + b)
-    e = exponent(tl.load(row_params.temperature + b))
-    top = finite_max(row_max)
-    count = tl.zeros([TRIALS, LANES], tl.int32)
-    held = tl.zeros([TRIALS, LANES], tl.int64)
-    for block in range(0, tl.cdiv(vocab_size, LANES * SEARCH_PER)):
-        x = block_x(logits, alpha, b, t, block, row_max, vocab_size, SEARCH_PER)
-        shifted = x - top
-        inside = (x > -INF) & (shifted >= least)
-        key = tl.where(inside, order_key(x, block_ids(block, SEARCH_PER)), 0)
-        count, held = add_from(key, digits(exponential(shifted, e)), trials, count, held)
-    return tl.sum(count.to(tl.int64), 1), tl.sum(held, 1)
-
-
-@triton.jit
-def add_from(values, q, trials, count, held):
-    """Adds to each lane's counts and masses, [n, 128], a block's tokens from each trial value up.
-
-    Values are keys or x, [128, PER]; q is the digits of the tokens' masses.
+    Keys of the tokens and what is added for each, a mass and COUNT_ONE, are int64 [128, PER].
     """
-    above = values[None, :, :] >= trials[:, None, None]
-    count += tl.sum(above.to(tl.int32), 2)
-    highs = tl.sum(tl.where(above, q[0][None, :, :], 0), 2).to(tl.int64)
-    lows = tl.sum(tl.where(above, q[1][None, :, :], 0), 2).to(tl.int64)
-    return count, held + (highs << 22) + lows
+    above = key[None, :, :] >= pivots[:, None, None]
+    return lane_sums + tl.sum(tl.where(above, packed[None, :, :], 0), 2)
 
 
 @triton.jit
-def search_row(logits, row_params, b, t, row_max, vocab_size):
-    """The kept set of any row: (least key, least x - max, count, mass, number of its tokens).
+def amounts_in_row(row, trials):
+    """The amounts of a row from each trial key up."""
+    alpha = tl.load(row.row_params.alpha + row.b)
+    e = exponent(tl.load(row.row_params.temperature + row.b))
+    count, held = tl.zeros([TRIALS, LANES], tl.int64), tl.zeros([TRIALS, LANES], tl.int64)
+    for block in range(0, tl.cdiv(row.vocab_size, LANES * SEARCH_PER)):
+        key, packed = block_keys(
+            row.logits, alpha, row.b, row.t, block, row.row_max, e, row.vocab_size, SEARCH_PER
+        )
+        sums = add_from(key, packed, trials, tl.zeros([TRIALS, LANES], tl.int64))
+        count += sums >> COUNT_SHIFT
+        held += sums & MASS_BITS
+    return Amount(tl.sum(count, 1), tl.sum(held, 1))
 
-    It reads the row once for every three bits of a cutoff's key, seventeen times at most. One loop
-    of passes with trial keys between ``lower`` and ``upper``; a phase ends where one key is left.
-    EVERY: the row. WHOLE: what order "vllm" leaves of min_p; the row in other orders. COUNT:
-    top_k's cutoff. SHARE: top_p's. KEPT_SET: the result, min_p's threshold included.
-    """
-    greedy, _ = temperature_of(row_params, b)
-    filters = filters_of(row_params, b, vocab_size)
-    order = filters.order
-    top_k = tl.where(greedy, 1, filters.top_k)
-    top_p = tl.where(greedy, TOP_P_OFF, filters.top_p)
-    min_p_shift = tl.where(greedy, -INF, filters.min_p_shift)
-    none = tl.full([], NO_TARGET, tl.int64)
-    top = order_key(finite_max(row_max), tl.full([], 0, tl.int32)) + 1
-    lowest = tl.full([], 1, tl.int64)
-    phase = tl.full([], EVERY, tl.int32)
-    lower, upper, cutoff = lowest, lowest, lowest
-    least = tl.full([], -INF, tl.float32)
-    need_count, need_mass = tl.full([], TOP_K_OFF, tl.int32), none
-    at_lower, mass_at_lower = lowest, lowest
-    live, whole = lowest, lowest
+
+@triton.jit
+def block_keys(logits, alpha, b, t, block, row_max, e, vocab_size, PER: tl.constexpr):
+    """Keys of a block's tokens, 0 where masked, and mass + COUNT_ONE of each: int64 [128, PER]."""
+    x = block_x(logits, alpha, b, t, block, row_max, vocab_size, PER)
+    key = tl.where(x > -INF, order_key(x, block_ids(block, PER)), 0)
+    return key, mass(x, finite_max(row_max), e) + COUNT_ONE
+
+
+@triton.jit
+def find_in_row(row, stage: tl.constexpr, low, count, least_mass, most_mass):
+    """A search for :func:`select_kept`, seventeen readings at most; the mass is certain."""
+    lower, upper = low, tl.full([], END, tl.int64)
+    amount = Amount(low * 0, low * 0)
     step = tl.arange(0, TRIALS)
-    while phase != FOUND:
+    while upper - lower > 1:
         trials = trial_keys(lower, upper)
-        count, held = amounts_from(logits, row_params, b, t, row_max, least, trials, vocab_size)
-        met = (count >= need_count) | (held >= need_mass)
-        met = met | (trials == lower)  # where none has enough, all tokens are kept
-        lower, upper, first = bracket(trials, met, lower, upper)
-        at_lower = tl.sum(tl.where(step == first, count, 0), 0)
-        mass_at_lower = tl.sum(tl.where(step == first, held, 0), 0)
-        if upper - lower <= 1:
-            if phase == EVERY:
-                live = at_lower
-                phase = tl.full([], WHOLE, tl.int32)
-                least = tl.where(order == ORDER_VLLM, min_p_shift, -INF)
-                lower, upper = lowest, lowest
-            elif phase == KEPT_SET:
-                phase = tl.full([], FOUND, tl.int32)
-            else:
-                cutoff = tl.maximum(cutoff, lower)
-                whole = mass_at_lower
-                if (phase == WHOLE) & (top_k < at_lower) & (order != ORDER_JOINT):
-                    phase = tl.full([], COUNT, tl.int32)
-                    need_count, need_mass = top_k, none
-                    lower, upper = lowest, top
-                elif (phase != SHARE) & (
-                    (top_p < TOP_P_OFF) | ((phase == WHOLE) & (top_k < at_lower))
-                ):
-                    phase = tl.full([], SHARE, tl.int32)
-                    need_count = tl.where(order == ORDER_JOINT, top_k, TOP_K_OFF)
-                    need_mass = mass_target(top_p, whole)
-                    lower, upper = lowest, top
-                else:
-                    phase = tl.full([], KEPT_SET, tl.int32)
-                    least = min_p_shift
-                    lower, upper = cutoff, cutoff
-    return cutoff, min_p_shift, at_lower, mass_at_lower, live
+        found = amounts_in_row(row, trials)
+        enough = (found.count >= count) | (found.mass >= most_mass) | (trials == lower)
+        first = tl.min(tl.where(enough, step, TRIALS), 0)
+        lower = tl.max(tl.where(step == first, trials, 0), 0)
+        upper = tl.where(first > 0, tl.max(tl.where(step == first - 1, trials, 0), 0), upper)
+        amount = Amount(
+            tl.max(tl.where(step == first, found.count, 0), 0),
+            tl.max(tl.where(step == first, found.mass, 0), 0),
+        )
+    return certain(lower, amount)
 
 
 # A sorted list
@@ -552,14 +604,14 @@ def sorted_prefix(keys, n, floor, row_max, e, need_count, need_mass):
         certain += tl.sum(taken.to(tl.int64), 0)
         held += tl.sum(q, 0)
     known = (length == need_count) | (prefix_mass >= need_mass)
-    return Prefix(known, last, tl.where(known, length, certain + 1), prefix_mass)
+    return SortedPrefix(known, last, tl.where(known, length, certain + 1), prefix_mass)
 
 
 @triton.jit
-def shorter(one, other):
+def _shorter(one, other):
     """The shorter of two prefixes, the first where they are as long."""
     takes = other.length < one.length
-    return Prefix(
+    return SortedPrefix(
         tl.where(takes, other.known, one.known),
         tl.where(takes, other.cutoff, one.cutoff),
         tl.where(takes, other.length, one.length),
@@ -585,26 +637,26 @@ def select_sorted(keys, n, floor, row_max, e, row, likely, filters):
     """The kept set, from a sorted list and the amounts of the row and of what min_p leaves."""
     yes, none = tl.full([], True, tl.int1), tl.full([], NO_TARGET, tl.int64)
     no_cutoff = tl.full([], NO_CUTOFF, tl.int64)
-    by_count = Prefix(yes, no_cutoff, row.count, row.mass)
+    by_count = SortedPrefix(yes, no_cutoff, row.count, row.mass)
     if filters.top_k != TOP_K_OFF:
         need = filters.top_k.to(tl.int64)
         found = sorted_prefix(keys, n, floor, row_max, e, need, none)
-        by_count = Prefix(found.known, found.cutoff, need, found.mass)
+        by_count = SortedPrefix(found.known, found.cutoff, need, found.mass)
     cutoff = no_cutoff
     if filters.min_p_shift > -INF:
         cutoff = min_p_cutoff(row_max, filters.min_p_shift)
-    by_min_p = Prefix(yes, cutoff, likely.count, likely.mass)
+    by_min_p = SortedPrefix(yes, cutoff, likely.count, likely.mass)
     # What top_p's mass is a share of
     whole_known, whole = yes, row.mass
     if filters.order == ORDER_VLLM:
-        both = shorter(by_min_p, by_count)
+        both = _shorter(by_min_p, by_count)
         whole_known, whole = both.known, both.mass
     if filters.order == ORDER_HF:
         whole_known, whole = by_count.known, by_count.mass
-    kept = shorter(by_min_p, by_count)
+    kept = _shorter(by_min_p, by_count)
     if filters.top_p < TOP_P_OFF:
         target = mass_target(filters.top_p, whole)
         found = sorted_prefix(keys, n, floor, row_max, e, none, target)
         known, length = found.known & whole_known, tl.where(whole_known, found.length, 1)
-        kept = shorter(kept, Prefix(known, found.cutoff, length, found.mass))
+        kept = _shorter(kept, SortedPrefix(known, found.cutoff, length, found.mass))
     return kept

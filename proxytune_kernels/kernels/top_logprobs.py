@@ -11,13 +11,13 @@ import triton.language as tl
 
 from proxytune_kernels.kernels import workspace as ws
 from proxytune_kernels.kernels.common import (
+    FLT_MAX,
     INF,
     LANES,
+    NO_CUTOFF,
+    NO_TARGET,
     OPTIONS,
-    ORDER_HF,
     STATUS_EMPTY,
-    TOP_K_OFF,
-    TOP_P_OFF,
     Logits,
     block_ids,
     block_x,
@@ -30,18 +30,20 @@ from proxytune_kernels.kernels.common import (
 )
 from proxytune_kernels.kernels.selection import (
     CHUNK,
+    END,
     MAX_SHORT,
+    RIVALS,
     SEARCH_PER,
     Amount,
-    Candidates,
-    Filters,
-    amounts_from,
+    List,
+    Prefix,
+    Row,
     append,
-    bracket,
     cutoff_bound,
-    list_candidates,
-    rank_candidates,
-    trial_keys,
+    find_in_list,
+    find_in_row,
+    list_tiles,
+    load_keys,
 )
 from proxytune_kernels.params import RowParams
 from proxytune_kernels.reference import TopLogprobs
@@ -50,67 +52,83 @@ _WARPS = 8
 
 
 @triton.jit
-def _list_by_search(logits, row_params, b, t, row_max, keys, n, vocab_size):
-    """Lists the n first tokens of a row where ties keep its tiles' maxima from telling them."""
+def _list_row(logits, row_params, b, t, row_max, keys, n, vocab_size):
+    """Lists the n first tokens of a row where its tiles' maxima do not tell them."""
+    row, none = Row(logits, row_params, b, t, row_max, vocab_size), tl.full([], NO_TARGET, tl.int64)
+    lowest = tl.full([], NO_CUTOFF, tl.int64)
+    cutoff = find_in_row(row, 0, lowest, n, none, none).low
     alpha = tl.load(row_params.alpha + b)
-    lower = tl.full([], 1, tl.int64)
-    upper = order_key(finite_max(row_max), tl.full([], 0, tl.int32)) + 1
-    while upper - lower > 1:
-        trials = trial_keys(lower, upper)
-        count, _ = amounts_from(logits, row_params, b, t, row_max, -INF, trials, vocab_size)
-        lower, upper, _ = bracket(trials, (count >= n) | (trials == lower), lower, upper)
     listed = tl.full([], 0, tl.int32)
     for block in range(0, tl.cdiv(vocab_size, LANES * SEARCH_PER)):
         x = block_x(logits, alpha, b, t, block, row_max, vocab_size, SEARCH_PER)
-        ids = block_ids(block, SEARCH_PER)
-        listed = append(keys, listed, x, ids, (x > -INF) & (order_key(x, ids) >= lower), MAX_SHORT)
+        key = order_key(x, block_ids(block, SEARCH_PER))
+        listed = append(keys, listed, key, (x > -INF) & (key >= cutoff), MAX_SHORT)
     tl.debug_barrier()
     return listed
 
 
 @triton.jit(do_not_specialize=["n"])
 def _top_logprobs_kernel(
-    logits, row_params, tiles, workspace, drawn, top, n, vocab_size, num_tiles,
-    NT: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Grid [rows]; NT and N are num_tiles and n rounded up to powers of two."""
+    logits, row_params, tiles, workspace, drawn, top, n, vocab_size, num_tiles, NT: tl.constexpr
+):
+    """Grid [rows]; NT is num_tiles rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     b, t = row, row * 0
-    i = tl.arange(0, N)
+    i = tl.arange(0, CHUNK)
     listed = tl.full([], 0, tl.int32)
-    rank = workspace.rank + row * MAX_SHORT
-    keys = workspace.keys + row * ws.KEYS_WIDTH + ws.MAX_CANDIDATES
-    row_max = tl.load(workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
+    keys, short = ws.list_of(workspace, row, vocab_size)
+    row_max = tl.load(workspace.maximum + row)
+    raw = log_mass(tl.load(workspace.masses + row * ws.MASSES_WIDTH + ws.RAW))
     if tl.load(drawn.status + row) < STATUS_EMPTY:
         tile = tl.arange(0, NT)
         maxima = tl.load(tiles.maximum + row * num_tiles + tile, mask=tile < num_tiles, other=-INF)
-        shifted = tl.where(row_max == INF, tl.where(maxima == INF, 0.0, -INF), maxima - row_max)
-        bound = cutoff_bound(shifted, shifted > -INF, shifted * 0.0, 1.0, n, 2.0, False)
+        shifted = tl.where(maxima > -INF, tl.maximum(maxima - row_max, -FLT_MAX), -INF)
+        if row_max == INF:
+            shifted = tl.where(maxima == INF, 0.0, -INF)
         alpha = tl.load(row_params.alpha + b)
-        wanted = (shifted > -INF) & (shifted >= bound)
-        listed = list_candidates(
-            logits, alpha, b, t, row, workspace, keys, wanted, row_max, bound, vocab_size, NT
-        )
-        if listed > MAX_SHORT:
-            listed = _list_by_search(logits, row_params, b, t, row_max, keys, n, vocab_size)
+        # n tiles have n tokens. Where likely tokens lie together, fewer do.
+        least, found = tl.full([], -INF, tl.float32), tl.full([], False, tl.int1)
+        for halvings in tl.static_range(3, -1, -1):
+            if found == 0:
+                need = (n + (1 << halvings) - 1) >> halvings
+                least = cutoff_bound(
+                    shifted, shifted > -INF, shifted * 0.0, 1.0, need, 2.0, False, True
+                )
+                wanted = (shifted > -INF) & (shifted >= least)
+                listed = list_tiles(
+                    logits, alpha, b, t, row, workspace, keys, wanted, row_max, least, vocab_size,
+                    NT,
+                )  # fmt: skip
+                found = (listed <= MAX_SHORT) & ((listed >= n) | (least == -INF))
+        if found == 0:
+            listed = _list_row(logits, row_params, b, t, row_max, keys, n, vocab_size)
         e = exponent(tl.full([], 1.0, tl.float32))
-        none = tl.full([], 0, tl.int64)
-        candidates = Candidates(keys, listed, rank, workspace.before + row * MAX_SHORT)
-        filters = Filters(TOP_K_OFF, TOP_P_OFF, -INF, ORDER_HF)
-        rank_candidates(candidates, finite_max(row_max), e, Amount(none, none), filters)
-    # Results by rank; what is past the last token left is -1 and NaN.
-    absent = (i < n) & (i >= listed)
-    tl.store(top.token_ids + row * n + i, tl.full([N], -1, tl.int64), mask=absent)
-    tl.store(top.logprobs + row * n + i, tl.full([N], float("nan"), tl.float32), mask=absent)
-    raw = log_mass(tl.load(workspace.masses + row * ws.MASSES_WIDTH + ws.RAW))
-    for start in range(0, listed, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        key = tl.load(keys + j, mask=j < listed, other=0)
-        place = tl.load(rank + j, mask=j < listed, other=n)
+        none, no_target = tl.full([], 0, tl.int64), tl.full([], NO_TARGET, tl.int64)
+        lowest = tl.full([], NO_CUTOFF, tl.int64)
+        nothing = Amount(none, none)
+        anywhere = Prefix(lowest, nothing, none + END, nothing)
+        given = List(keys, listed, short, finite_max(row_max), e, anywhere, anywhere)
+        cutoff = find_in_list(given, 0, lowest, n, no_target, no_target).low
+        copied = tl.full([], 0, tl.int32)
+        tl.debug_barrier()  # the search's scratch has been read
+        for start in range(0, listed, CHUNK):
+            key = load_keys(keys, start, listed, CHUNK)
+            copied = append(short, copied, key, (key > 0) & (key >= cutoff), CHUNK)
+        tl.debug_barrier()
+        listed = copied
+        key = load_keys(short, 0, listed, CHUNK)
+        rank = tl.zeros([CHUNK], tl.int32)
+        for start in range(0, listed, RIVALS):
+            rival = load_keys(short, start, listed, RIVALS)
+            rank += tl.sum((rival[None, :] > key[:, None]).to(tl.int32), 1)
         logprob = ((key_value(key) - finite_max(row_max)).to(tl.float64) - raw).to(tl.float32)
-        at = row * n + place
-        tl.store(top.token_ids + at, key_id(key).to(tl.int64), mask=place < n)
-        tl.store(top.logprobs + at, logprob, mask=place < n)
+        at = row * n + rank
+        tl.store(top.token_ids + at, key_id(key).to(tl.int64), mask=i < listed)
+        tl.store(top.logprobs + at, logprob, mask=i < listed)
+    # What is past the last token left is -1 and NaN.
+    absent = (i < n) & (i >= listed)
+    tl.store(top.token_ids + row * n + i, tl.full([CHUNK], -1, tl.int64), mask=absent)
+    tl.store(top.logprobs + row * n + i, tl.full([CHUNK], float("nan"), tl.float32), mask=absent)
 
 
 def launch_top_logprobs(
@@ -124,5 +142,5 @@ def launch_top_logprobs(
     width = tiles.maximum.shape[1]
     _top_logprobs_kernel[(rows,)](
         logits, params, tiles, workspace, drawn, top, n, vocab_size, width,
-        NT=ws.at_once(width), N=triton.next_power_of_2(n), num_warps=_WARPS, **OPTIONS,
+        NT=ws.at_once(width), num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

@@ -51,7 +51,7 @@ from proxytune_kernels.kernels.noise import (
     score_of,
     token_words,
     uniform,
-    winner,
+    winner_within,
 )
 from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.params import RowParams
@@ -137,7 +137,7 @@ def residual_block(best, plain, kept, rest, shifted, ids, block, inv_t, noise, P
 @triton.jit
 def _logprobs_at(rows, alpha, b, t, row, token, inv_t, greedy, inside):
     """(kept, logprob, raw logprob) of one token of a row; nothing is kept where not ``inside``."""
-    row_max = tl.load(rows.workspace.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
+    row_max = tl.load(rows.workspace.maximum + row)
     at = rows.workspace.masses + row * ws.MASSES_WIDTH
     token = tl.where(inside, token, 0).to(tl.int32)
     x = x_at(rows.logits, alpha, b, t, token, row_max)
@@ -217,8 +217,8 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
         e = exponent(tl.load(row_params.temperature + b))
         row, draft_row = b * positions + j, b * (positions - 1) + j
         work, draft_work = target.workspace, draft.workspace
-        row_max = tl.load(work.numbers + row * ws.NUMBERS_WIDTH + ws.MAX)
-        draft_max = tl.load(draft_work.numbers + draft_row * ws.NUMBERS_WIDTH + ws.MAX)
+        row_max = tl.load(work.maximum + row)
+        draft_max = tl.load(draft_work.maximum + draft_row)
         drafts = tl.load(draft.drawn.status + draft_row) < STATUS_EMPTY
         in_target = Kept(work.masses + ws.CUTOFF, work.masses + ws.KEPT)
         in_draft = Kept(draft_work.masses + ws.CUTOFF, draft_work.masses + ws.KEPT)
@@ -243,7 +243,8 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
         if tl.atomic_add(residual.arrived + b, 1) == splits - 1:
             best = tl.load(residual.best + b * 2, cache_modifier=".cg")
             plain = tl.load(residual.best + b * 2 + 1, cache_modifier=".cg")
-            token = winner(tl.where(score_of(best) > -INF, best, plain))
+            best = tl.where(score_of(best) > -INF, best, plain)
+            token = winner_within(best, vocab_size)
             _, logprob, raw = _logprobs_at(
                 target, alpha, b, j, row, token, inv_t, greedy, token >= 0
             )

@@ -1,6 +1,6 @@
 """What the launches of a draw hand on: summaries of tiles, a row's workspace, results.
 
-Per row 18 bytes of summaries for every 128 tokens, and 78 KB of workspace.
+Per row 18 bytes of summaries for every 128 tokens, and 68 KB of workspace (V up to 131,072).
 """
 
 from __future__ import annotations
@@ -13,41 +13,29 @@ import triton.language as tl
 from torch import Tensor
 
 from proxytune_kernels.kernels.common import TILE, log_mass
-from proxytune_kernels.kernels.selection import MAX_SHORT, MAX_TILES
+from proxytune_kernels.kernels.selection import CHUNK, MAX_TILES, NUM_PIVOTS
 
 TILES_PER_PROGRAM = 8  # of scan
 
-# Columns of Workspace.numbers
-MAX = tl.constexpr(0)
-HIGH = tl.constexpr(1)  # tokens with x - max >= this are kept
-LOW = tl.constexpr(2)  # tokens below this are not
-PIVOTS = tl.constexpr(8)
-NUMBERS_WIDTH = tl.constexpr(16)
 # Columns of Workspace.masses
-CUTOFF = tl.constexpr(0)  # order key of the last kept token
+CUTOFF = tl.constexpr(0)  # order key that the kept set reaches to
 KEPT = tl.constexpr(1)  # mass of the kept set
 RAW = tl.constexpr(2)  # mass of the row at temperature 1
-ABOVE_COUNT = tl.constexpr(3)  # of the tokens from HIGH up
-ABOVE_MASS = tl.constexpr(4)
-TARGET = tl.constexpr(5)  # mass that top_p asks for
-TOTAL = tl.constexpr(6)  # mass of the row at its temperature
-BEST = tl.constexpr(7)  # packed score
-COUNTS = tl.constexpr(8)  # tokens from each pivot up
-MASSES = tl.constexpr(16)  # and their mass
-MASSES_WIDTH = tl.constexpr(32)
+BEST = tl.constexpr(3)  # packed score
+MASSES_WIDTH = tl.constexpr(4)
 # Columns of Workspace.counters
 MODE = tl.constexpr(0)
-PIVOTS_DONE = tl.constexpr(1)  # programs that have counted
-DRAWS_DONE = tl.constexpr(2)  # programs that have drawn
-NUM_CANDIDATES = tl.constexpr(3)
+DRAWS_DONE = tl.constexpr(1)  # programs that have drawn
+NUM_CANDIDATES = tl.constexpr(2)
 COUNTERS_WIDTH = tl.constexpr(4)
 # Modes
 DONE = tl.constexpr(0)
-FLAT = tl.constexpr(1)  # pivots and draw go on, spread over the vocabulary
-SEARCHED = tl.constexpr(2)  # one program of draw searches through the row
-# Columns of Workspace.keys
-MAX_CANDIDATES = tl.constexpr(8192)
-KEYS_WIDTH = tl.constexpr(8192 + 512)  # behind the candidates a short list of them
+SPREAD = tl.constexpr(1)  # pivots and draw go on, spread over the vocabulary
+SEARCHED = tl.constexpr(2)  # one program of draw searched through the row
+# Of Workspace.pivots: keys, counts and masses
+BOTTOM = tl.constexpr(0)  # no token below this pivot is kept, or counts
+LIKELY = tl.constexpr(1)  # min_p's cutoff
+MIN_CANDIDATES = tl.constexpr(8192)
 
 
 class Tiles(NamedTuple):
@@ -63,12 +51,11 @@ class Tiles(NamedTuple):
 class Workspace(NamedTuple):
     """What one launch leaves for the next, and scratch; one line per row."""
 
-    numbers: Any  # fp32 [rows, 16]: MAX, HIGH, LOW, and from PIVOTS
-    masses: Any  # int64 [rows, 32]: CUTOFF, ...
+    maximum: Any  # fp32 [rows]
+    masses: Any  # int64 [rows, 4]: CUTOFF, ...
     counters: Any  # int32 [rows, 4]: MODE, ...
-    keys: Any  # int64 [rows, MAX_CANDIDATES + MAX_SHORT]: order keys
-    rank: Any  # int32 [rows, MAX_SHORT]: of each of a short list, the tokens before it
-    before: Any  # int64 [rows, MAX_SHORT]: and their mass
+    pivots: Any  # int64 [rows, 3 * NUM_PIVOTS]
+    keys: Any  # int64 [rows, candidates + CHUNK]: a list of order keys, and scratch
     tiles: Any  # int32 [rows, MAX_TILES]: tiles to read again
 
 
@@ -128,17 +115,37 @@ def at_once(num_tiles: int) -> int:
     return max(256, triton.next_power_of_2(num_tiles))
 
 
-def workspace_of(rows: int, device: torch.device) -> Workspace:
+@triton.jit
+def max_candidates(vocab_size):
+    """Tokens between two pivots that a row has room for: twice as many as are likely there."""
+    return tl.maximum(MIN_CANDIDATES, vocab_size // 16)
+
+
+@triton.jit
+def list_of(workspace, row, vocab_size):
+    """Where a row's list of order keys begins, and its scratch."""
+    room = max_candidates(vocab_size)
+    keys = workspace.keys + row * (room + CHUNK)
+    return keys, keys + room
+
+
+@triton.jit
+def pivots_of(workspace, row):
+    """Where a row's pivots begin."""
+    return workspace.pivots + row * (3 * NUM_PIVOTS)
+
+
+def workspace_of(rows: int, vocab_size: int, device: torch.device) -> Workspace:
     """An unwritten workspace; select writes what later launches read."""
 
-    def empty(width: tl.constexpr, dtype: torch.dtype) -> Tensor:
-        return torch.empty((rows, width.value), dtype=dtype, device=device)
+    def empty(width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((rows, width), dtype=dtype, device=device)
 
+    room = max(MIN_CANDIDATES.value, vocab_size // 16)
     return Workspace(
-        empty(NUMBERS_WIDTH, torch.float32), empty(MASSES_WIDTH, torch.int64),
-        empty(COUNTERS_WIDTH, torch.int32), empty(KEYS_WIDTH, torch.int64),
-        empty(MAX_SHORT, torch.int32), empty(MAX_SHORT, torch.int64),
-        empty(MAX_TILES, torch.int32),
+        empty(1, torch.float32), empty(MASSES_WIDTH.value, torch.int64),
+        empty(COUNTERS_WIDTH.value, torch.int32), empty(3 * NUM_PIVOTS.value, torch.int64),
+        empty(room + CHUNK.value, torch.int64), empty(MAX_TILES.value, torch.int32),
     )  # fmt: skip
 
 
