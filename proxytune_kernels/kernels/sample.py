@@ -101,7 +101,7 @@ from proxytune_kernels.rng import STREAMS
 
 STREAM_SAMPLE = tl.constexpr(STREAMS["sample"])
 PER = tl.constexpr(8)  # tokens a lane of draw: 16 bytes of bf16
-PIVOTS_PER = tl.constexpr(2)  # of pivots: each takes a register for each pivot
+PIVOTS_PER = tl.constexpr(2)  # of pivots, whose sums take 64 registers
 
 # 16 tokens a lane: what is done once a lane, addresses above all, is shared by more of them.
 SCAN_WARPS = 2
@@ -266,7 +266,7 @@ def _select_filtered(
     vocab_size, stream, NT: tl.constexpr,
 ):  # fmt: skip
     """A row with a filter: (token, count, mass, cutoff) by a short list; token -1: handed on."""
-    _, inv_t = temperature_of(row_params, b)
+    _greedy, inv_t = temperature_of(row_params, b)
     filters = filters_of(row_params, b, vocab_size)
     alpha, temperature = tl.load(row_params.alpha + b), tl.load(row_params.temperature + b)
     e = exponent(temperature)
@@ -295,7 +295,7 @@ def _select_filtered(
             likely = certain(cutoff, amount_of_list(keys, n, cutoff, row_max, e))
         anywhere = Prefix(bottom, Amount(live, total), none + END, Amount(none, none))
         candidates = List(keys, n, short, row_max, e, anywhere, anywhere)
-        kept, _ = select_kept(find_in_list, candidates, filters, all_tokens, likely)
+        kept, _first = select_kept(find_in_list, candidates, filters, all_tokens, likely)
         listed = kept.low == kept.high
     token = tl.full([], -1, tl.int64)
     if listed:
@@ -463,8 +463,8 @@ def _draw_searching(
     For rows of which every 125th token, say, is unlike the others: they defeat the pivots.
     """
     given = Row(logits, row_params, b, t, row_max, vocab_size)
-    kept, _ = select_kept(find_in_row, given, found.filters, found.row, found.likely)
-    _, inv_t = temperature_of(row_params, b)
+    kept, _first = select_kept(find_in_row, given, found.filters, found.row, found.likely)
+    _greedy, inv_t = temperature_of(row_params, b)
     alpha = tl.load(row_params.alpha + b)
     noise = noise_key(row_params, b, t, stream)
     best = tl.full([], LOWEST, tl.int64)
@@ -482,7 +482,7 @@ def _draw_searching(
 @triton.jit
 def _settle(logits, row_params, b, t, workspace, out, row, row_max, found, stream, vocab_size):
     """The kept set's end among the listed tokens, their part of the draw, and the row's results."""
-    _, inv_t = temperature_of(row_params, b)
+    _greedy, inv_t = temperature_of(row_params, b)
     noise = noise_key(row_params, b, t, stream)
     e = exponent(tl.load(row_params.temperature + b))
     counters = workspace.counters + row * ws.COUNTERS_WIDTH
@@ -491,7 +491,7 @@ def _settle(logits, row_params, b, t, workspace, out, row, row_max, found, strea
     best = tl.load(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, cache_modifier=".cg")
     keys, short = ws.list_of(workspace, row, vocab_size)
     listed = List(keys, n, short, finite_max(row_max), e, found.first, found.kept)
-    kept, _ = select_kept(find_in_list, listed, found.filters, found.row, found.likely)
+    kept, _first = select_kept(find_in_list, listed, found.filters, found.row, found.likely)
     rival = gumbel_max_candidates(keys, n, kept.low, finite_max(row_max), inv_t, noise)
     best = tl.maximum(best, rival)
     _write_drawn(
@@ -523,9 +523,9 @@ def _draw_kernel(
             least = key_value(tl.minimum(first.low, kept.low))
             alpha = tl.load(row_params.alpha + b)
             noise = noise_key(row_params, b, t, stream)
-            _, inv_t = temperature_of(row_params, b)
+            _greedy, inv_t = temperature_of(row_params, b)
             best = tl.full([], LOWEST, tl.int64)
-            keys, _ = ws.list_of(workspace, row, vocab_size)
+            keys, _short = ws.list_of(workspace, row, vocab_size)
             for block in range(split, tl.cdiv(vocab_size, LANES * PER), splits):
                 if may_hold(tiles, row, num_tiles, block, least, PER):
                     x = block_x(logits, alpha, b, t, block, row_max, vocab_size, PER)

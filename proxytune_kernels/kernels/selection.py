@@ -301,8 +301,8 @@ def choose_pivots(logits, alpha, b, t, row_max, bottom, likely, vocab_size):
     key = _sampled(logits, alpha, b, t, row_max, bottom, own * (SAMPLES // RANKED), vocab_size)
     rank = tl.zeros([RANKED], tl.int32)
     n = tl.full([], 0, tl.int32)
-    for start in range(0, SAMPLES, 64):
-        i = start + tl.arange(0, 64)
+    for start in range(0, SAMPLES, RIVALS):
+        i = start + tl.arange(0, RIVALS)
         other = _sampled(logits, alpha, b, t, row_max, bottom, i, vocab_size)
         n += tl.sum((other > 0).to(tl.int32), 0)
         rank += tl.sum((other[None, :] > key[:, None]).to(tl.int32), 1)
@@ -530,10 +530,13 @@ def trial_keys(lower, upper):
 def add_from(key, packed, pivots, lane_sums):
     """Adds to each lane's sums, int64 [n, 128], a block's tokens from each of n keys up.
 
-    Keys of the tokens and what is added for each, a mass and COUNT_ONE, are int64 [128, PER].
+    Keys of the tokens and what is added for each, a mass and COUNT_ONE, are int64 [128, 2].
     """
-    above = key[None, :, :] >= pivots[:, None, None]
-    return lane_sums + tl.sum(tl.where(above, packed[None, :, :], 0), 2)
+    # One token a lane after the other: all n sums of both would take too many registers.
+    key, next_key = tl.split(key)
+    packed, next_packed = tl.split(packed)
+    lane_sums += tl.where(key[None, :] >= pivots[:, None], packed[None, :], 0)
+    return lane_sums + tl.where(next_key[None, :] >= pivots[:, None], next_packed[None, :], 0)
 
 
 @triton.jit
