@@ -262,8 +262,8 @@ def _list_candidates(
 
 @triton.jit
 def _select_filtered(
-    logits, row_params, b, t, tiles, workspace, at, inside, shifted, row, row_max, live_count,
-    vocab_size, stream, NT: tl.constexpr,
+    logits, row_params, b, t, tiles, workspace, at, inside, shifted, row, row_max, vocab_size,
+    stream, NT: tl.constexpr,
 ):  # fmt: skip
     """A row with a filter: (token, count, mass, cutoff) by a short list; token -1: handed on."""
     _greedy, inv_t = temperature_of(row_params, b)
@@ -279,9 +279,9 @@ def _select_filtered(
             sums = tl.load(tiles.scaled + at, mask=inside, other=0.0)
         total = row_mass(sums, shifted, e)
         band = ((total >> 21) + 1) * 9  # 4.3e-6 of it: row_mass is that close
-    live = live_count.to(tl.int64)
     bottom = tl.full([], NO_CUTOFF, tl.int64)
-    all_tokens = Prefix(bottom, Amount(live, total + band), bottom, Amount(live, total - band))
+    # Their number is not asked for: there is a filter.
+    all_tokens = Prefix(bottom, Amount(none, total + band), bottom, Amount(none, total - band))
     keys, short = ws.list_of(workspace, row, vocab_size)
     n, listed, least = _list_candidates(
         logits, alpha, b, t, row, workspace, keys, shifted, sums, e, row_max, filters, of_row,
@@ -293,7 +293,7 @@ def _select_filtered(
         if filters.min_p_shift > -INF:
             cutoff = min_p_cutoff(row_max, filters.min_p_shift)
             likely = certain(cutoff, amount_of_list(keys, n, cutoff, row_max, e))
-        anywhere = Prefix(bottom, Amount(live, total), none + END, Amount(none, none))
+        anywhere = Prefix(bottom, Amount(none, none), none + END, Amount(none, none))
         candidates = List(keys, n, short, row_max, e, anywhere, anywhere)
         kept, _first = select_kept(find_in_list, candidates, filters, all_tokens, likely)
         listed = kept.low == kept.high
@@ -366,7 +366,7 @@ def _select_kernel(
         else:
             token, count, kept_mass, cutoff = _select_filtered(
                 logits, row_params, b, t, tiles, workspace, at, inside, shifted, row, row_max,
-                live_count, vocab_size, stream, NT,
+                vocab_size, stream, NT,
             )  # fmt: skip
         if token >= 0:
             alpha = tl.load(row_params.alpha + b)
