@@ -37,6 +37,7 @@ from proxytune_kernels.kernels.common import (
     STATUS_NAN,
     STATUS_POSITIVE_INF,
     TILE,
+    TOP_K_OFF,
     Logits,
     block_ids,
     block_x,
@@ -236,7 +237,10 @@ def _list_candidates(
     live = shifted > -INF
     share = filters.top_p.to(tl.float32) * 2.0**-32
     none = tl.full([], 0, tl.int64)
-    n, attempt = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    n = tl.full([], 0, tl.int32)
+    # A part of them is no use where there is no room for all that top_k asks for.
+    many = (filters.top_k != TOP_K_OFF) & (filters.top_k > MAX_SHORT) & (of_row == 0)
+    attempt = tl.where(many, 1, 0)
     least = tl.full([], -INF, tl.float32)
     listed = tl.full([], False, tl.int1)
     while (attempt < 2) & (listed == 0):
