@@ -253,7 +253,7 @@ def _list_candidates(
         least = tl.where(counts_below_min_p(filters), bound, tl.maximum(bound, filters.min_p_shift))
         n = list_tiles(
             logits, alpha, b, t, row, workspace, keys, live & (shifted >= least), row_max, least,
-            vocab_size, NT,
+            none, vocab_size, NT,
         )  # fmt: skip
         listed = n <= MAX_SHORT
         if listed & (certainly == 0):
@@ -434,7 +434,11 @@ def _find(row_params, workspace, row, b, vocab_size):
     kept, first = select_kept(find_in_pivots, pivots, filters, all_tokens, likely)
     listed = kept.most.count - kept.least.count
     if two_stages(filters):
-        listed += first.most.count - first.least.count
+        # Both end between two pivots: the same ones, where one list serves for both, or others.
+        same = kept.low < first.high
+        above = tl.minimum(first.least.count, kept.least.count)
+        listed = tl.where(same, 0, listed) + first.most.count
+        listed -= tl.where(same, above, first.least.count)
     else:
         first = kept
     return Found(filters, all_tokens, likely, first, kept, listed)

@@ -50,7 +50,7 @@ from proxytune_kernels.kernels.common import (
     mass_target,
     order_key,
 )
-from proxytune_kernels.kernels.noise import best_of, gumbel, token_words, uniform
+from proxytune_kernels.kernels.noise import gumbel, packed_score, token_words, uniform
 
 NUM_PIVOTS = tl.constexpr(32)  # the row's bottom, min_p's cutoff, and 30 between which tokens lie
 SAMPLES = tl.constexpr(1024)  # tokens that say where the pivots should be
@@ -59,6 +59,7 @@ MAX_SHORT = tl.constexpr(512)  # candidates of a row that select finishes
 MAX_TILES = tl.constexpr(256)  # tiles that they are listed from
 GATHERED = tl.constexpr(8)  # of them at once
 CHUNK = tl.constexpr(128)  # listed tokens at once
+COPIED = tl.constexpr(512)  # at once where they are sorted out
 RIVALS = tl.constexpr(16)  # that each of them is compared with at once
 TRIALS = tl.constexpr(8)  # trial cutoffs at once
 SEARCH_PER = tl.constexpr(2)  # tokens a lane: trial keys take eight registers for each
@@ -380,10 +381,12 @@ def append(keys, n, key, taken, limit):
 
 @triton.jit
 def list_tiles(
-    logits, alpha, b, t, row, workspace, keys, wanted, row_max, least, vocab_size,
+    logits, alpha, b, t, row, workspace, keys, wanted, row_max, least, cutoff, vocab_size,
     NT: tl.constexpr,
 ):  # fmt: skip
-    """Lists in ``keys`` the tokens of wanted tiles with x - max >= least; returns their number.
+    """Lists in ``keys`` tokens of wanted tiles with x - max >= least and a key from ``cutoff`` up.
+
+    Returns their number.
 
     Where there are more than MAX_SHORT, or more than MAX_TILES tiles, it returns MAX_SHORT + 1, and
     the list is of no use.
@@ -405,8 +408,9 @@ def list_tiles(
             ids = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
             inside = (i < number)[:, None] & (ids < vocab_size)
             x = cleaned(combined(logits, alpha, b, t, ids, inside), row_max)
-            taken = (x > -INF) & (x - finite_max(row_max) >= least)
-            n = append(keys, n, order_key(x, ids), taken, MAX_SHORT)
+            key = order_key(x, ids)
+            taken = (x > -INF) & (x - finite_max(row_max) >= least) & (key >= cutoff)
+            n = append(keys, n, key, taken, MAX_SHORT)
             start += GATHERED
         tl.debug_barrier()
     return n
@@ -470,11 +474,9 @@ def _rank(given, lower, upper, above, count, least_mass, most_mass):
     """The prefix that ends among the at most CHUNK listed tokens in [lower, upper)."""
     n = tl.full([], 0, tl.int32)
     tl.debug_barrier()  # an earlier search's tokens have been read
-    for start in range(0, given.n, CHUNK):
-        key = load_keys(given.keys, start, given.n, CHUNK)
-        taken = (key >= lower) & (key < upper)
-        if tl.max(taken.to(tl.int32), 0) != 0:
-            n = append(given.short, n, key, taken, CHUNK)
+    for start in range(0, given.n, COPIED):
+        key = load_keys(given.keys, start, given.n, COPIED)
+        n = append(given.short, n, key, (key >= lower) & (key < upper), CHUNK)
     tl.debug_barrier()
     n = tl.minimum(n, CHUNK)
     key = load_keys(given.short, 0, n, CHUNK)
@@ -505,15 +507,14 @@ def _rank(given, lower, upper, above, count, least_mass, most_mass):
 @triton.jit
 def gumbel_max_candidates(keys, n, cutoff, row_max, inv_t, noise):
     """Packed score of the best of the listed tokens whose key is at least ``cutoff``."""
-    best = tl.full([], LOWEST, tl.int64)
+    best = tl.full([CHUNK], LOWEST, tl.int64)
     for start in range(0, n, CHUNK):
         key = load_keys(keys, start, n, CHUNK)
         ids, kept = key_id(key), (key >= cutoff) & (key > 0)
-        if tl.max(kept.to(tl.int32), 0) != 0:
-            g = gumbel(uniform(token_words(ids, noise, 0), ids, noise))
-            score = (key_value(key) - row_max) * inv_t + g
-            best = tl.maximum(best, best_of(tl.where(kept, score, -INF), ids))
-    return best
+        g = gumbel(uniform(token_words(ids, noise, 0), ids, noise))
+        score = (key_value(key) - row_max) * inv_t + g
+        best = tl.maximum(best, packed_score(tl.where(kept, score, -INF), ids))
+    return tl.max(best, 0)
 
 
 # The row

@@ -18,6 +18,7 @@ from proxytune_kernels.kernels.common import (
     NO_TARGET,
     OPTIONS,
     STATUS_EMPTY,
+    TILE,
     Logits,
     block_ids,
     block_x,
@@ -44,6 +45,7 @@ from proxytune_kernels.kernels.selection import (
     find_in_row,
     list_tiles,
     load_keys,
+    trial_keys,
 )
 from proxytune_kernels.params import RowParams
 from proxytune_kernels.reference import TopLogprobs
@@ -67,6 +69,18 @@ def _list_row(logits, row_params, b, t, row_max, keys, n, vocab_size):
     return listed
 
 
+@triton.jit
+def _nth_key(keys, n):
+    """The n-th highest of the keys, NO_CUTOFF where there are fewer."""
+    lower, upper = tl.full([], NO_CUTOFF, tl.int64), tl.full([], END, tl.int64)
+    while upper - lower > 1:
+        trials = trial_keys(lower, upper)
+        enough = tl.sum((keys[None, :] >= trials[:, None]).to(tl.int32), 1) >= n
+        upper = tl.min(tl.where(enough, upper, trials), 0)
+        lower = tl.max(tl.where(enough, trials, lower), 0)
+    return lower
+
+
 @triton.jit(do_not_specialize=["n"])
 def _top_logprobs_kernel(
     logits, row_params, tiles, workspace, drawn, top, n, vocab_size, num_tiles, NT: tl.constexpr
@@ -87,6 +101,7 @@ def _top_logprobs_kernel(
             shifted = tl.where(maxima == INF, 0.0, -INF)
         alpha = tl.load(row_params.alpha + b)
         # n tiles have n tokens. Where likely tokens lie together, fewer do.
+        none, no_target = tl.full([], 0, tl.int64), tl.full([], NO_TARGET, tl.int64)
         least, found = tl.full([], -INF, tl.float32), tl.full([], False, tl.int1)
         for halvings in tl.static_range(3, -1, -1):
             if found == 0:
@@ -96,14 +111,27 @@ def _top_logprobs_kernel(
                 )
                 wanted = (shifted > -INF) & (shifted >= least)
                 listed = list_tiles(
-                    logits, alpha, b, t, row, workspace, keys, wanted, row_max, least, vocab_size,
-                    NT,
+                    logits, alpha, b, t, row, workspace, keys, wanted, row_max, least, none,
+                    vocab_size, NT,
                 )  # fmt: skip
                 found = (listed <= MAX_SHORT) & ((listed >= n) | (least == -INF))
+        # Equal logits, or very many likely ones in a tile: the first tiles by key.
+        value = tl.where(row_max == INF, shifted, maxima)
+        tile_keys = tl.where(value > -INF, order_key(value, tile), 0)
+        tiles_needed = 1
+        while (found == 0) & (tiles_needed <= MAX_SHORT):
+            last = _nth_key(tile_keys, tiles_needed)
+            # All tokens from that tile's last one up, if it were as likely as its likeliest
+            cutoff = order_key(key_value(last), key_id(last) * TILE + TILE - 1)
+            listed = list_tiles(
+                logits, alpha, b, t, row, workspace, keys, tile_keys >= last, row_max, -INF, cutoff,
+                vocab_size, NT,
+            )  # fmt: skip
+            found = (listed <= MAX_SHORT) & (listed >= n)
+            tiles_needed = tl.where(listed > MAX_SHORT, MAX_SHORT + 1, 4 * tiles_needed)
         if found == 0:
             listed = _list_row(logits, row_params, b, t, row_max, keys, n, vocab_size)
         e = exponent(tl.full([], 1.0, tl.float32))
-        none, no_target = tl.full([], 0, tl.int64), tl.full([], NO_TARGET, tl.int64)
         lowest = tl.full([], NO_CUTOFF, tl.int64)
         nothing = Amount(none, none)
         anywhere = Prefix(lowest, nothing, none + END, nothing)

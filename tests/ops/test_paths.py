@@ -6,7 +6,7 @@ docs/gpu.md has the ways. What happened to a row is read from the workspace that
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -22,18 +22,11 @@ TRITON, REFERENCE = Backend("triton"), Backend("reference")
 INF = torch.inf
 
 
-class Way(NamedTuple):
-    """How far a row went."""
-
-    mode: str  # what its last launch was
-    counted: bool  # whether pivots read it
+DONE, SPREAD, SEARCHED = "done", "spread", "searched"
+"""What the last launch that a row needed was."""
 
 
-DONE, FLAT = Way("done", False), Way("flat", True)
-SEARCHED, COUNTED_AND_SEARCHED = Way("searched", False), Way("searched", True)
-
-
-def sample(base: Tensor, **values: Any) -> tuple[ptk.SampleOutput, list[Way]]:
+def sample(base: Tensor, **values: Any) -> tuple[ptk.SampleOutput, list[str]]:
     """``sample`` of base alone, and the ways of its rows."""
     from proxytune_kernels.kernels import common, workspace
     from proxytune_kernels.kernels.sample import launch_sample
@@ -44,12 +37,8 @@ def sample(base: Tensor, **values: Any) -> tuple[ptk.SampleOutput, list[Way]]:
     out = workspace.Outputs(*ptk.sample(base, backend="reference")[:-1])
     logits = common.inputs(base, None, None)
     _, left = launch_sample(logits, params, out, base.shape[1], 1, 0)
-    modes = {getattr(workspace, name.upper()).value: name for name in ("done", "flat", "searched")}
-    ways = []
-    for counters in left.counters.tolist():
-        mode = modes[counters[workspace.MODE.value]]
-        # Of rows that select finishes it writes no other counter.
-        ways.append(Way(mode, mode != "done" and counters[workspace.PIVOTS_DONE.value] > 0))
+    modes = {getattr(workspace, name.upper()).value: name for name in (DONE, SPREAD, SEARCHED)}
+    ways = [modes[mode] for mode in left.counters[:, workspace.MODE.value].tolist()]
     return ptk.SampleOutput(*(t.cpu() for t in out)), ways
 
 
@@ -77,7 +66,28 @@ def plus_inf(vocab_size: int) -> Tensor:
     return row
 
 
-CASES: dict[str, tuple[Tensor, dict[str, Any], Way]] = {
+def unlike(vocab_size: int) -> Tensor:
+    """The evenly spaced tokens that pivots are chosen from are all below the others."""
+    row = noise(vocab_size, 0.1)
+    row[0, torch.arange(1024) * vocab_size // 1024] -= 9.0
+    return row
+
+
+def together(vocab_size: int) -> Tensor:
+    """Many likely tokens in each of a few tiles, as where ids are in the order of frequency."""
+    row = noise(vocab_size, 1.0)
+    row[0, 256:640] += 6.0
+    return row
+
+
+def far(vocab_size: int) -> Tensor:
+    """One tile at the highest numbers, the others at the lowest: the difference is past fp32."""
+    row = noise(vocab_size, 1e38) - 2.4e38
+    row[0, 128:256] = torch.linspace(1e38, 3e38, 128)
+    return row.clamp(-3.4e38, 3.4e38)
+
+
+CASES: dict[str, tuple[Tensor, dict[str, Any], str]] = {
     "greedy": (noise(1030, 2.0), dict(temperature=0.0), DONE),
     "no filter": (noise(1030, 2.0), dict(), DONE),
     "no filter, another temperature": (noise(1030, 2.0), dict(temperature=0.6), DONE),
@@ -87,25 +97,30 @@ CASES: dict[str, tuple[Tensor, dict[str, Any], Way]] = {
     "one list, min_p": (noise(2100, 3.0), dict(min_p=0.05), DONE),
     "nothing left": (torch.full((1, 140), -INF), dict(top_p=0.5), DONE),
     "bad parameter": (noise(140, 1.0), dict(top_p=torch.tensor([2.0])), DONE),
-    "top_p, many tokens": (noise(2100, 1.0), dict(top_p=0.9), FLAT),
+    "top_p, many tokens": (noise(2100, 1.0), dict(top_p=0.9), SPREAD),
     "top_p in joint, many tokens": (
-        noise(2100, 0.5), dict(top_k=900, top_p=0.6, filter_order="joint"), FLAT,
+        noise(2100, 0.5), dict(top_k=900, top_p=0.6, filter_order="joint"), SPREAD,
     ),
-    "top_k, many tokens": (noise(2100, 1.0), dict(top_k=800, temperature=0.7), FLAT),
-    "more tiles than a list of tiles": (spikes(66), dict(top_k=80), FLAT),
-    "a cut within the tiles' error": (torch.zeros(1, 4), dict(top_p=0.5), FLAT),
-    "thousands of ties": (torch.zeros(1, 8300), dict(top_p=0.5), COUNTED_AND_SEARCHED),
-    "min_p, many tokens": (noise(700, 0.1), dict(min_p=0.5), SEARCHED),
+    "top_k, many tokens": (noise(2100, 1.0), dict(top_k=800, temperature=0.7), SPREAD),
+    "more tiles than a list of tiles": (spikes(66), dict(top_k=80), SPREAD),
+    "a cut within the tiles' error": (torch.zeros(1, 4), dict(top_p=0.5), SPREAD),
+    "thousands of ties": (torch.zeros(1, 8300), dict(top_p=0.5), SPREAD),
+    "min_p, many tokens": (noise(700, 0.1), dict(min_p=0.5), SPREAD),
     "two filters, many tokens": (
-        noise(700, 0.1), dict(top_k=600, top_p=0.9, filter_order="hf"), SEARCHED,
+        noise(700, 0.1), dict(top_k=600, top_p=0.9, filter_order="hf"), SPREAD,
     ),
-    "two filters in order vllm": (noise(700, 0.1), dict(min_p=0.6, top_p=0.9), SEARCHED),
+    "two filters in order vllm": (noise(700, 0.1), dict(min_p=0.6, top_p=0.9), SPREAD),
     "three filters in order joint": (
-        noise(700, 0.1), dict(top_k=650, min_p=0.6, top_p=0.9, filter_order="joint"), SEARCHED,
+        noise(700, 0.1), dict(top_k=650, min_p=0.6, top_p=0.9, filter_order="joint"), SPREAD,
     ),
-    "+inf": (plus_inf(300), dict(top_p=0.9), SEARCHED),
-    "+inf, no filter": (plus_inf(300), dict(), SEARCHED),
-    "+inf, greedy": (plus_inf(300), dict(temperature=0.0), SEARCHED),
+    "+inf": (plus_inf(300), dict(top_p=0.9), SPREAD),
+    "+inf, no filter": (plus_inf(300), dict(), SPREAD),
+    "more tokens between pivots than a list holds": (
+        unlike(12_288), dict(top_k=11_000, top_p=0.5, filter_order="hf"), SEARCHED,
+    ),
+    "likely tokens together": (together(2100), dict(top_k=120, top_p=0.95), DONE),
+    "tiles further below than fp32 reaches": (far(500), dict(top_k=200), DONE),
+    "+inf, greedy": (plus_inf(300), dict(temperature=0.0), SPREAD),
 }  # fmt: skip
 
 
@@ -126,21 +141,21 @@ def test_a_row_goes_its_way_to_the_references_token(case):
 @pytest.mark.parametrize(
     ("base", "values"),
     [
-        (noise(4200, 1.0), dict(top_p=0.9)),  # pivots and draw
+        (noise(4200, 1.0), dict(top_p=0.9)),
         (noise(4200, 1.0).mul(4).round().div(4), dict(top_k=1500)),  # ties at the cut
-        (noise(700, 0.1), dict(min_p=0.5)),  # a search by one program
+        (noise(4200, 0.1), dict(min_p=0.5)),
     ],
 )
-def test_the_number_of_programs_a_row_does_not_show(base, values):
-    """Fewer rows are spread over more programs; and neighbours that go other ways."""
-    from proxytune_kernels.kernels.common import splits_of
+def test_the_number_of_programs_a_row_does_not_show(base, values, monkeypatch):
+    """As it was alone over five programs, a row is over two; and neighbours go other ways."""
+    from proxytune_kernels.kernels import common, sample as launches
 
-    device = move(base, TRITON.device).device
-    assert splits_of(1, 4200, device) > splits_of(10_000, 4200, device) == 1
+    assert common.splits_of(1, 4200, move(base, TRITON.device).device) == 5
     alone, way = sample(base, position=3, **values)
     peaked = base.sign() * 40
     position = torch.tensor([9, 3, 3, 4, 3])
     batch = torch.cat([peaked, base, base, base, base])
+    monkeypatch.setattr(launches, "splits_of", lambda *shape: 2)
     out, ways = sample(batch, position=position, **values)
     assert ways[1:] == way * 4
     for row in (1, 2, 4):
