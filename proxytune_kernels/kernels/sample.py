@@ -83,6 +83,7 @@ from proxytune_kernels.kernels.selection import (
     choose_pivots,
     counts_below_min_p,
     cutoff_bound,
+    cutoff_of,
     filters_of,
     find_in_list,
     find_in_pivots,
@@ -92,7 +93,6 @@ from proxytune_kernels.kernels.selection import (
     is_valid,
     list_tiles,
     may_need_mass,
-    min_p_cutoff,
     select_kept,
     shares_row,
     two_stages,
@@ -215,7 +215,7 @@ def _hand_on(logits, row_params, b, t, workspace, row, row_max, filters, bottom,
     tl.store(counters + ws.NUM_CANDIDATES, 0)
     best = tl.full([], LOWEST, tl.int64)
     tl.store(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, best)
-    likely = tl.maximum(bottom, min_p_cutoff(finite_max(row_max), filters.min_p_shift))
+    likely = tl.maximum(bottom, cutoff_of(finite_max(row_max), filters.min_p_shift))
     alpha = tl.load(row_params.alpha + b)
     keys = choose_pivots(logits, alpha, b, t, row_max, bottom, likely, vocab_size)
     at, step = ws.pivots_of(workspace, row), tl.arange(0, NUM_PIVOTS)
@@ -295,9 +295,10 @@ def _select_filtered(
     if listed:
         likely = all_tokens
         if filters.min_p_shift > -INF:
-            cutoff = min_p_cutoff(row_max, filters.min_p_shift)
+            cutoff = cutoff_of(row_max, filters.min_p_shift)
             likely = certain(cutoff, amount_of_list(keys, n, cutoff, row_max, e))
-        anywhere = Prefix(bottom, Amount(none, none), none + END, Amount(none, none))
+        nothing = Amount(none, none)
+        anywhere = Prefix(cutoff_of(row_max, least), nothing, none + END, nothing)
         candidates = List(keys, n, short, row_max, e, anywhere, anywhere)
         kept, _first = select_kept(find_in_list, candidates, filters, all_tokens, likely)
         listed = kept.low == kept.high
@@ -308,7 +309,7 @@ def _select_filtered(
         token = winner_within(best, vocab_size)
     else:
         if of_row == 0:
-            bottom = min_p_cutoff(row_max, least)
+            bottom = cutoff_of(row_max, least)
         _hand_on(logits, row_params, b, t, workspace, row, row_max, filters, bottom, vocab_size)
     return token, kept.most.count, kept.most.mass, kept.low
 

@@ -434,7 +434,8 @@ def find_in_list(given, stage: tl.constexpr, low, count, least_mass, most_mass):
     sought = given.first if stage == 0 else given.second
     if sought.low != sought.high:
         e, row_max = given.exponent, given.row_max
-        lower, upper = tl.maximum(sought.low, low), sought.high
+        lower = tl.maximum(sought.low, low)
+        upper = tl.minimum(sought.high, order_key(row_max, tl.full([], 0, tl.int32)) + 1)
         above_count, above_mass = sought.least.count, sought.least.mass
         inside = given.n.to(tl.int64)
         narrows = inside > CHUNK
@@ -444,8 +445,8 @@ def find_in_list(given, stage: tl.constexpr, low, count, least_mass, most_mass):
             for start in range(0, given.n, CHUNK):
                 key = load_keys(given.keys, start, given.n, CHUNK)
                 packed = mass(key_value(key), row_max, e) + COUNT_ONE
-                taken = (key[None, :] >= trials[:, None]) & (key < upper)[None, :]
-                lane_sums += tl.where(taken, packed[None, :], 0)
+                packed = tl.where(key < upper, packed, 0)
+                lane_sums += tl.where(key[None, :] >= trials[:, None], packed[None, :], 0)
             counts, held = tl.sum(lane_sums >> COUNT_SHIFT, 1), tl.sum(lane_sums & MASS_BITS, 1)
             enough = (above_count + counts >= count) | (above_mass + held >= most_mass)
             enough = enough | (trials == lower)  # where none has enough, all tokens are kept
@@ -624,13 +625,13 @@ def _shorter(one, other):
 
 
 @triton.jit
-def min_p_cutoff(row_max, min_p_shift):
-    """The lowest key with fl(x - max) >= min_p_shift, by halving the ordered values."""
+def cutoff_of(row_max, least):
+    """The lowest key with fl(x - max) >= least, by halving the ordered values."""
     low = tl.full([], NO_CUTOFF >> 19, tl.int64)
     high = order_key(row_max, tl.full([], 0, tl.int32)) >> 19
     while low < high:
         middle = low + (high - low) // 2
-        likely = key_value(middle << 19) - row_max >= min_p_shift
+        likely = key_value(middle << 19) - row_max >= least
         low = tl.where(likely, low, middle + 1)
         high = tl.where(likely, middle, high)
     return low << 19
@@ -648,7 +649,7 @@ def select_sorted(keys, n, floor, row_max, e, row, likely, filters):
         by_count = SortedPrefix(found.known, found.cutoff, need, found.mass)
     cutoff = no_cutoff
     if filters.min_p_shift > -INF:
-        cutoff = min_p_cutoff(row_max, filters.min_p_shift)
+        cutoff = cutoff_of(row_max, filters.min_p_shift)
     by_min_p = SortedPrefix(yes, cutoff, likely.count, likely.mass)
     # What top_p's mass is a share of
     whole_known, whole = yes, row.mass
