@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
@@ -115,23 +116,30 @@ class SavedByName:
             write: roles whose weights are written, wherever they come from; ``ROLES`` for a
                 directory that can be moved to another machine.
             is_main_process: False writes nothing.
-            kwargs: other arguments of transformers, left at what they are by default.
+            kwargs: other arguments of transformers, left at what they are by default. With
+                ``state_dict``, as ``Trainer`` has it, the weights that are written are once more in
+                one model.safetensors under this model's names, which is what ``Trainer`` resumes.
 
         Raises:
             ValueError: a model that is not in a checkpoint and can't be written; says why.
         """
         refuse("save_pretrained", kwargs)
         if is_main_process:
-            _save(self, Path(directory), checkpoints or {}, write)
+            written = _save(self, Path(directory), checkpoints or {}, write)
+            if "state_dict" in kwargs:
+                save_model(torch.nn.ModuleDict(written), str(Path(directory, _SINGLE)))
 
 
-def _save(model: Any, directory: Path, named: Mapping[str, str], write: Collection[str]) -> None:
-    """See :meth:`SavedByName.save_pretrained`."""
+def _save(
+    model: Any, directory: Path, named: Mapping[str, str], write: Collection[str]
+) -> dict[str, Any]:
+    """See :meth:`SavedByName.save_pretrained`; returns the models whose weights it wrote."""
     check_known("checkpoints", named)
     check_known("write", dict.fromkeys(write))
     directory.mkdir(parents=True, exist_ok=True)
     models = model.models
     places: dict[str, str] = {}
+    written = set[str]()
     for role in ROLES:
         twin = next((r for r in places if models[r] is models[role]), None)
         if role in named:
@@ -141,6 +149,7 @@ def _save(model: Any, directory: Path, named: Mapping[str, str], write: Collecti
         else:
             found = None if role in write else _checkpoint_of(models[role])
             places[role] = found or _write(role, models[role], directory)
+            written |= set() if found else {role}
     config = model.config
     config.checkpoints = places
     config.architectures = [type(model).__name__]
@@ -151,6 +160,7 @@ def _save(model: Any, directory: Path, named: Mapping[str, str], write: Collecti
     model.generation_config.save_pretrained(directory)
     for name, tokenizer in _tokenizers_to_write(model.trio):
         tokenizer.save_pretrained(directory / name)
+    return {role: models[role] for role in ROLES if role in written}
 
 
 def _portable(reference: str, directory: Path) -> str:
