@@ -21,6 +21,7 @@ from proxytune_kernels.cli.output import CliRequest
 from proxytune_kernels.decoder import StreamEvent
 from proxytune_kernels.ops.backends import Choice
 from tests.cli import assert_fails, assert_one_sentence, invoke
+from tests.trio.checkpoints import edit
 
 PROMPTS = ["Question: Tom has 3 pens and buys 4 more.", "1 + 1 ="]
 SHIPPED = ["generate", "--trio", "shipped", "--dtype", "float32"]
@@ -102,13 +103,37 @@ def test_every_option_reaches_the_sampling_parameters(monkeypatch):
     }  # fmt: skip
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     arguments += ["--stop", "a", "--stop", "b", "--stop-token-id", "3", "--ignore-eos"]
+    arguments += ["--show-special-tokens", "--no-add-special-tokens"]
     invoke(*SHIPPED, *arguments, "--include-stop-str-in-output", "x")
     assert seen == [
         ptk.SamplingParams(
             **options, stop=("a", "b"), stop_token_ids=(3,), ignore_eos=True,
-            include_stop_str_in_output=True,
+            include_stop_str_in_output=True, skip_special_tokens=False, add_special_tokens=False,
         )
     ]  # fmt: skip
+
+
+def test_a_generation_config_goes_before_defaults_and_behind_options(monkeypatch, trio):
+    seen = []
+
+    def read_requests(prompts, file, jsonl, params):
+        seen.append(params)
+        return []
+
+    monkeypatch.setattr("proxytune_kernels.cli.generate.read_requests", read_requests)
+    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 9}
+    edit(trio / "base" / "generation_config.json", **config)
+    arguments = ("--trio", trio, "--generation-config", "x")
+    invoke("generate", *arguments)
+    # An option that has its default's value was given, too.
+    invoke("generate", *arguments, "--temperature", "1", "--top-p", "0.5", "--max-tokens", "128")
+    said: Any = {"filter_order": "hf", "top_k": 20}
+    assert seen == [
+        ptk.SamplingParams(**said, temperature=0.6, top_p=0.9, max_tokens=9),
+        ptk.SamplingParams(**said, temperature=1, top_p=0.5, max_tokens=128),
+    ]
+    edit(trio / "base" / "generation_config.json", repetition_penalty=1.05)
+    assert_one_sentence(invoke("generate", *arguments), 1, "repetition_penalty", "1.05", logs=True)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

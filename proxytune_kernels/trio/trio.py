@@ -119,13 +119,13 @@ class Trio:
         """Number of ids that mean the same to all roles; no other id is ever produced."""
         return self.agreement.vocab_size
 
-    def tokenize(self, prompt: Any) -> dict[str, list[int]]:
+    def tokenize(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """Token ids of a prompt for each role; see :func:`~trio.prompts.tokenize`."""
         widths = {
             role: model.get_input_embeddings().weight.shape[0]
             for role, model in self.models.items()
         }
-        return tokenize(prompt, self.tokenizers, self.prompts, widths)
+        return tokenize(prompt, self.tokenizers, self.prompts, widths, add_special_tokens)
 
     def info(self) -> dict[str, Any]:
         """What was loaded and agreed, as plain values for printing or JSON."""

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from proxytune_kernels.integrations.vllm_plugin.export import export
 from proxytune_kernels.trio import load_trio
 from proxytune_kernels.trio.files import INDEX_FILE, LoadError, file_in, read_object
 from tests.trio.checkpoints import (
-    SHIPPED,
     edit,
     make_adapter,
     make_tokenizer,
@@ -39,12 +37,6 @@ class _Bomb:
 
     def __reduce__(self) -> Any:
         return (Path.touch, (self.path,))
-
-
-@pytest.fixture
-def trio(tmp_path: Path) -> Path:
-    """A copy of the shipped trio, to be changed."""
-    return Path(shutil.copytree(SHIPPED, tmp_path / "trio"))
 
 
 def refused(trio: Path, *words: str) -> None:
