@@ -363,6 +363,43 @@ def test_an_interrupt_ends_it_quietly_with_130():
         assert errors == b""
 
 
+INTERRUPTED = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+SCRIPT = """
+import sys
+sys.argv[0] = "/usr/bin/proxytune"
+from proxytune_kernels.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["torch", "typer"])
+@pytest.mark.parametrize("command", [["-m", "proxytune_kernels"], ["-c", SCRIPT]])
+def test_an_interrupt_while_it_starts_is_as_quiet(tmp_path, module, command):
+    """While the package imports torch, and while the command line imports what it needs."""
+    (tmp_path / f"{module}.py").write_text(INTERRUPTED)
+    assert run_with(tmp_path, *command, "info") == (130, b"", b"")
+
+
+def test_an_interrupted_import_stays_the_programs_own(tmp_path):
+    (tmp_path / "torch.py").write_text(INTERRUPTED)
+    _, _, errors = run_with(tmp_path, "-c", "import proxytune_kernels")
+    assert errors.rstrip().endswith(b"KeyboardInterrupt")
+
+
+def run_with(directory, *arguments):
+    """Exit code, output and errors of Python with a directory before all others."""
+    path = os.pathsep.join([str(directory), *sys.path])
+    process = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+        timeout=60, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    return process.returncode, process.stdout, process.stderr
+
+
 @pytest.mark.parametrize(
     ("shell", "data", "code", "words"),
     [

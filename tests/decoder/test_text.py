@@ -202,6 +202,11 @@ def test_special_tokens_are_shown_where_asked_for():
     ended: dict[str, Any] = {**shown, "stop_token_ids": [2]}
     assert extended(tokenizer, ids, **ended).text == "a<turn>b"
     assert extended(tokenizer, ids, **ended, include_stop_str_in_output=True).text == "a<turn>b</s>"
+    # A shown token ends a run of bytes at once.
+    euro = [10 + byte for byte in "\u20ac".encode()]
+    for skips, pieces in ((True, ["", "", "", ""]), (False, ["", "", "", "\u20ac</s>"])):
+        detokenizer = Detokenizer(byte_fallback(), [0, 4], skips)
+        assert [detokenizer.push(i) for i in (*euro, 1)] == pieces
 
 
 @pytest.mark.parametrize("include", [False, True])

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from proxytune_kernels.decoder import Decoder
+from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio, load_trio
 from proxytune_kernels.trio.files import LoadError
 from proxytune_kernels.trio.prompts import tokenize
@@ -137,6 +139,10 @@ def test_one_bos_whoever_writes_it():
     # As many as the text says.
     assert read("<s><s>a") == [1, 1, a, 2]
     assert read([{"role": "user", "content": "<s>a"}]) == [1, a, 2]
+    decoder = Decoder(Trio.from_models(make_model(0), tokenizer=tokenizer), 1)
+    for adds, ids in ((True, [1, a, 2]), (False, [a])):
+        [output] = decoder.generate("a", SamplingParams(add_special_tokens=adds, max_tokens=1))
+        assert output.prompt_token_ids == {"base": ids}
     tokenizer.chat_template = "<s>{{ messages[0]['content'] }}"
     assert read("a", "chat") == read("a", "chat", add=False) == [1, a]
 
