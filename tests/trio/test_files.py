@@ -272,3 +272,23 @@ def test_an_exported_directory_holds_only_what_its_record_lists(trio: Path) -> N
 def test_bytes_decide_not_the_end_of_a_name(trio: Path) -> None:
     torch.save({"a": torch.zeros(1)}, trio / "base" / WEIGHTS)
     refused(trio, "base must have its weights in safetensors")
+
+
+def test_a_hub_name_is_looked_up_once(trio, monkeypatch):
+    """For its model and its tokenizer; what an adapter names is found for the adapter."""
+    looked_up = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        looked_up.append(name)
+        return str(trio / name.removeprefix("some/"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for role in ("base", "anti"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(SHIPPED / name, trio / role)
+    make_adapter(trio / "adapter", trio / "anti", name="some/anti")
+    opened = load_trio(base="some/base", expert="some/adapter", anti="some/anti")
+    assert sorted(looked_up) == ["some/adapter", "some/anti", "some/anti", "some/base"]
+    names = {role: described["name"] for role, described in opened.info()["roles"].items()}
+    assert names == {"base": "some/base", "expert": "some/anti", "anti": "some/anti"}
+    assert opened.tokenizers["expert"].name_or_path == "some/anti"

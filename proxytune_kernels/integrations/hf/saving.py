@@ -20,9 +20,10 @@ from transformers.utils.hub import cached_file
 
 from proxytune_kernels.integrations.hf.configuration import ProxyTunedConfig
 from proxytune_kernels.integrations.hf.inputs import refuse
-from proxytune_kernels.trio.adapters import adapter_parameters, is_adapter
+from proxytune_kernels.trio.adapters import adapter_parameters
 from proxytune_kernels.trio.checkpoints import load_tokenizer, resolve
-from proxytune_kernels.trio.loading import load_models, load_options
+from proxytune_kernels.trio.files import find
+from proxytune_kernels.trio.loading import find_sources, load_models, load_options
 from proxytune_kernels.trio.quantization import quantization_of
 from proxytune_kernels.trio.roles import ROLES, check_known
 
@@ -274,13 +275,14 @@ def _open(
     kinds = {**(config.quantize or {}), **(quantize or {})}
     said = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     options = {role: load_options(role, quantize=kinds, **said) for role in ROLES}
-    merges = bool(config.merge_adapter) or not is_adapter(references["expert"])
-    models = load_models(references, options, merge_adapter=merges)
+    sources = find_sources(references, options)
+    merges = bool(config.merge_adapter) or sources["expert"].adapted is None
+    models = load_models(sources, options, merge_adapter=merges)
     tokenizers = {}
     if (directory / "tokenizer_config.json").is_file():
         for role in ROLES:
             own = directory / f"{role}_tokenizer"
-            place = str(own if own.is_dir() else directory)
+            place = find(f"tokenizer of {role}", own if own.is_dir() else directory)
             tokenizers[role] = load_tokenizer(
                 f"tokenizer of {role}", place, trust_remote_code=trust_remote_code
             )
