@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from proxytune_kernels.integrations.vllm_plugin.export import export
 from proxytune_kernels.trio import load_trio
 from proxytune_kernels.trio.files import INDEX_FILE, LoadError, file_in, read_object
 from tests.trio.checkpoints import (
+    SHIPPED,
     edit,
     make_adapter,
     make_tokenizer,
@@ -274,7 +276,8 @@ def test_bytes_decide_not_the_end_of_a_name(trio: Path) -> None:
     refused(trio, "base must have its weights in safetensors")
 
 
-def test_a_hub_name_is_looked_up_once(trio, monkeypatch):
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_a_hub_name_is_looked_up_once(trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For its model and its tokenizer; what an adapter names is found for the adapter."""
     looked_up = []
 
