@@ -208,12 +208,22 @@ def load_tokenizer(
             file_in(name, directory, file.name)
     settings = directory / "tokenizer_config.json"
     if settings.is_file():
-        files = read_object(name, settings).get("fast_tokenizer_files")
+        values = read_object(name, settings)
+        files, longest = values.get("fast_tokenizer_files"), values.get("model_max_length")
         for file_name in files if isinstance(files, list) else ():
             file_in(name, directory, file_name)
+        fits = longest is None or isinstance(longest, (int, float))
+        check_field(name, settings, values, "model_max_length", "a number", fits)
     with opening(name, "a tokenizer", place.name):
         tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, **named
+        )
+    template = getattr(tokenizer, "chat_template", None)
+    each = list(template.values()) if isinstance(template, dict) else [template]
+    if template is not None and not all(isinstance(text, str) for text in each):
+        raise LoadError(
+            f"chat_template of {name} must be text, or an object of texts, got {template!r:.80} in "
+            f"{place.name!r}"
         )
     tokenizer.name_or_path = place.name
     return tokenizer

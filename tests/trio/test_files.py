@@ -194,6 +194,9 @@ def test_json_is_one_object(trio: Path, name: str, text: str) -> None:
         ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "../x.json"]}),
         ("tokenizer_config.json", {"tokenizer_class": 7}),
         ("tokenizer_config.json", {"added_tokens_decoder": 7}),
+        ("tokenizer_config.json", {"model_max_length": "long"}),
+        ("tokenizer_config.json", {"chat_template": 7}),
+        ("tokenizer_config.json", {"chat_template": {"default": 7}}),
     ],
 )
 def test_values_of_other_types(trio: Path, name: str, changes: dict[str, Any]) -> None:
