@@ -265,7 +265,7 @@ class Decoder:
 
     def _make_request(self, index: int, prompt: Any, params: SamplingParams) -> Request:
         try:
-            token_ids = self.trio.tokenize(prompt)
+            token_ids = self.trio.tokenize(prompt, params.add_special_tokens)
             prompt_token_ids = {role: token_ids[role] for role in self.roles}
             arguments.fits(prompt_token_ids, params.max_tokens, self.max_seq_len)
             rules = StopRules.of(

@@ -102,6 +102,16 @@ class RoleCaches(Cache):
         self.roles, self.masks = (), {}
 
 
+def checked_cache(cache: Any) -> RoleCaches | None:
+    """A cache that a call hands in; ValueError unless it is one of this model, or None."""
+    if cache is None or isinstance(cache, RoleCaches):
+        return cache
+    raise ValueError(
+        f"{CACHE} must be a cache that this model gave back, which has the tokens of all roles, or "
+        f"None to begin one, got {type(cache).__name__}"
+    )
+
+
 def roles_to_run(cache: RoleCaches | None, alpha: float | Tensor) -> tuple[str, ...]:
     """Which roles a forward runs: all, or the base alone where nothing is steered.
 
