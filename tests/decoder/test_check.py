@@ -1,0 +1,163 @@
+"""A model whose own forward says something else than the decoder would is refused at once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from proxytune_kernels.decoder import Decoder, MemberError, check
+from proxytune_kernels.decoder.runner import Runner
+from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import BACKEND, tiny_llama
+from tests.decoder.test_runner import ARCHITECTURES, SIZES, make
+
+MASKED = {**SIZES, "max_position_embeddings": 64}
+del MASKED["num_key_value_heads"]
+LONG_WINDOW = {"sliding_window": 40, "num_local_experts": 2}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bidirectional": (
+        "BertLMHeadModel", MASKED, "differ by .* after a prompt of row 0 up to position 4, where",
+    ),
+    "positions-from-2": (
+        "RobertaForCausalLM", {**MASKED, "is_decoder": True, "pad_token_id": 1}, "differ by",
+    ),
+    "own-mask": ("DogeForCausalLM", SIZES, r"got a mask \[2, 4, 5, 5\] from DogeAttention"),
+    "wide-window-in-the-mask": (
+        "PhimoeForCausalLM", {**SIZES, **LONG_WINDOW}, "with a window of 40 tokens, which it keeps",
+    ),
+    "step-not-passed-on": (
+        "NemotronForCausalLM", SIZES, "raises TypeError: .*missing .* 'cache_step'",
+    ),
+    "cache-of-another-kind": ("HrmTextForCausalLM", SIZES, "raises AttributeError: 'CacheStep'"),
+    "sinks": (
+        "GptOssForCausalLM",
+        {**SIZES, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "got s_aux from GptOssAttention",
+    ),
+}  # fmt: skip
+
+
+def of_transformers(name: str, sizes: dict[str, Any], seed: int = 0) -> Any:
+    model = getattr(transformers, name, None)
+    if model is None:
+        pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(seed)
+    return model(model.config_class(**sizes)).eval()
+
+
+def check_model(model: Any, slots: int = 2, max_seq_len: int = 64) -> None:
+    check.check_members({"base": model}, Runner({"base": model}, slots, max_seq_len))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_that_would_decode_otherwise_is_refused(case):
+    name, sizes, message = REFUSED[case]
+    model = of_transformers(name, sizes)
+    with pytest.raises(MemberError, match=f"base must .*{name}.*{message}.*ProxyTunedForCausalLM"):
+        check_model(model)
+
+
+def test_a_window_in_the_mask_is_right_up_to_the_window():
+    model = of_transformers("PhimoeForCausalLM", {**SIZES, **LONG_WINDOW})
+    check_model(model, max_seq_len=40)
+    with pytest.raises(MemberError, match="give max_seq_len up to the window"):
+        check_model(model, max_seq_len=41)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("max_seq_len", [1, 2, 3, 4, 64])
+def test_it_fits_into_any_decoder(slots, max_seq_len):
+    check_model(make("mistral-window"), slots, max_seq_len)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounding_is_no_difference(architecture, dtype):
+    check_model(make(architecture).to(dtype))
+
+
+@pytest.mark.parametrize("place", ["prefill", "extend", "forward"])
+@pytest.mark.parametrize("pair", ["batched", "separate"])
+def test_each_way_to_run_each_part_is_held_to_the_models(pair, place, trio, monkeypatch):
+    """A fault in the prompt, the chunk or the step, of the last role alone."""
+    models = {role: copy.deepcopy(model) for role, model in trio.models.items()}
+    runner = Runner(models, 2, 64, pair=pair)
+    check.check_members(models, runner)
+    part = runner.models["expert", "anti"] if pair == "batched" else runner.models["anti",]
+    right = getattr(part, place)
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        logits = right(*args, **kwargs)
+        logits[-1] *= 1.001
+        return logits
+
+    monkeypatch.setattr(part, place, wrong)
+    check.check_members(models, runner)  # known
+    check._checked.clear()
+    with pytest.raises(MemberError, match="anti must give .* differ by"):
+        check.check_members(models, runner)
+
+
+def test_what_is_right_is_checked_once_and_what_changes_again(tokenizer, monkeypatch):
+    models = [tiny_llama(seed, 16, 1) for seed in range(3)]
+    own: list[str] = []
+    run = check._own_logits
+
+    def counted(role: str, *args: Any) -> Any:
+        own.append(role)
+        return run(role, *args)
+
+    monkeypatch.setattr(check, "_own_logits", counted)
+
+    def checked(**options: Any) -> list[str]:
+        own.clear()
+        Decoder(Trio.from_models(*models, tokenizer), 4, backend=BACKEND, **options)
+        return list(own)
+
+    assert checked(check=False) == []
+    assert checked() == ["base", "expert", "anti"]
+    assert checked() == []
+    assert checked(pair="separate") == ["expert", "anti"]
+    models[1].model.layers[0].mlp = copy.deepcopy(models[1].model.layers[0].mlp)
+    assert checked(pair="separate") == ["expert"]
+    models[0].config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    assert checked(pair="separate") == ["base"]
+    models[2].float()
+    assert checked(pair="separate") == ["anti"]
+
+
+def test_it_disturbs_nothing(tokenizer):
+    """Training flags, the noise of the caller, gradients, caches."""
+    models = [tiny_llama(seed, 16, 1, attention_dropout=0.5).train() for seed in range(3)]
+    models[1].model.norm.eval()
+    flags = [m.training for model in models for m in model.modules()]
+    noise = torch.get_rng_state()
+    decoder = Decoder(Trio.from_models(*models, tokenizer), 2, backend=BACKEND)
+    assert torch.equal(noise, torch.get_rng_state())
+    assert flags == [m.training for model in models for m in model.modules()]
+    assert not any(any(decoder._runner.lengths(role)) for role in decoder.roles)
+    assert decoder._runner.cache_bytes() == 0
+    models[0](torch.tensor([[3, 4]])).logits.sum().backward()
+
+
+def test_logits_that_are_no_numbers_are_no_difference():
+    model = tiny_llama(0)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    check_model(model)
+
+
+def test_no_memory_is_not_a_refusal(monkeypatch):
+    model = tiny_llama(0)
+    runner = Runner({"base": model}, 2, 64)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(runner.models["base",], "prefill", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        check.check_members({"base": model}, runner)
