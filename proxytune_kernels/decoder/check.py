@@ -28,10 +28,10 @@ _NARROW = 32
 """Windows up to here are crossed: a wider one would cost more than a few tokens."""
 
 _ROUNDING, _MOST = 256.0, 0.25
-"""Differences d of logits x count as rounding up to rms(d) = 256 u sqrt(layers) rms(x), u the
-spacing of the model's numbers at 1: what each layer rounds off adds up like a random walk, and trained
-layers amplify it (5 u sqrt(layers) measured on the shipped trio). Narrow numbers would allow
-anything so; a quarter of the logits is no rounding in any dtype."""
+"""Differences d of logits x count as rounding up to rms(d) = 256 u sqrt(layers) rms(x), with u the
+spacing of the model's numbers at 1: what each layer rounds off adds up like a random walk, and
+trained layers amplify it (5 u sqrt(layers) measured on the shipped trio). Narrow numbers would
+allow anything so; a quarter of the logits is no rounding in any dtype."""
 _UNITS = {"highest": 2.0**-23, "high": 2.0**-10, "medium": 2.0**-7}
 """u of fp32, by what torch may round the inputs of its products to (TF32, bf16)."""
 _QUANTIZED = 2.0**-6
@@ -203,8 +203,8 @@ def _check_windows(role: str, model: Any, cache: SlotCache, wanted: frozenset[in
     if passed is not None and not wanted <= passed:
         raise MemberError(
             f"{role} must pass its attention window to its layers' attention, got "
-            f"{type(model).__name__} with a window of {min(wanted - passed)} tokens, which it keeps "
-            f"in a mask: give max_seq_len up to the window, or {_INSTEAD}"
+            f"{type(model).__name__} with a window of {min(wanted - passed)} tokens, which "
+            f"it keeps in a mask: give max_seq_len up to the window, or {_INSTEAD}"
         )
 
 

@@ -11,9 +11,10 @@ import transformers
 
 from proxytune_kernels.decoder import Decoder, MemberError, check
 from proxytune_kernels.decoder.runner import Runner
+from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import BACKEND, tiny_llama
-from tests.decoder.test_runner import ARCHITECTURES, SIZES, make
+from tests.decoder.conftest import BACKEND, tiny_llama, word_tokenizer
+from tests.decoder.test_runner import ARCHITECTURES, SIZES, make, random_ids
 
 MASKED = {**SIZES, "max_position_embeddings": 64}
 del MASKED["num_key_value_heads"]
@@ -115,7 +116,7 @@ def test_what_is_right_is_checked_once_and_what_changes_again(tokenizer, monkeyp
 
     def checked(**options: Any) -> list[str]:
         own.clear()
-        Decoder(Trio.from_models(*models, tokenizer), 4, backend=BACKEND, **options)
+        Decoder(Trio.from_models(*models, tokenizer=tokenizer), 4, backend=BACKEND, **options)
         return list(own)
 
     assert checked(check=False) == []
@@ -136,7 +137,7 @@ def test_it_disturbs_nothing(tokenizer):
     models[1].model.norm.eval()
     flags = [m.training for model in models for m in model.modules()]
     noise = torch.get_rng_state()
-    decoder = Decoder(Trio.from_models(*models, tokenizer), 2, backend=BACKEND)
+    decoder = Decoder(Trio.from_models(*models, tokenizer=tokenizer), 2, backend=BACKEND)
     assert torch.equal(noise, torch.get_rng_state())
     assert flags == [m.training for model in models for m in model.modules()]
     assert not any(any(decoder._runner.lengths(role)) for role in decoder.roles)
@@ -161,3 +162,44 @@ def test_no_memory_is_not_a_refusal(monkeypatch):
     monkeypatch.setattr(runner.models["base",], "prefill", full)
     with pytest.raises(torch.OutOfMemoryError):
         check.check_members({"base": model}, runner)
+
+
+def phi3(factors: list[list[float]]) -> Any:
+    """Phi-3.5-mini in small: other rotary factors for texts of more than 24 tokens."""
+    short, long = factors
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long,
+        "original_max_position_embeddings": 24,
+    }  # fmt: skip
+    sizes = {**SIZES, "original_max_position_embeddings": 24, "rope_parameters": rope}
+    return of_transformers("Phi3ForCausalLM", sizes).double()
+
+
+def test_rotary_factors_do_not_depend_on_other_texts(greedy):
+    model = phi3([[1.0] * 4, [8.0, 9.0, 10.0, 11.0]])
+    trio = Trio.from_models(model, tokenizer=word_tokenizer(SIZES["vocab_size"]))
+    decoder = Decoder(trio, 2, backend=BACKEND, prefill_chunk=8)
+    assert decoder.max_seq_len == 24
+    wanted = "max_seq_len must be at most 24, behind which the rotary factors of base change"
+    with pytest.raises(ValueError, match=wanted):
+        Decoder(trio, 2, 25, backend=BACKEND)
+    prompts = [random_ids(5, 0), random_ids(19, 1)]
+    params = SamplingParams(alpha=0.0, temperature=0, max_tokens=6, ignore_eos=True)
+    with torch.no_grad():
+        model(torch.tensor([random_ids(30, 2)]))  # what the model ran before is no matter
+    for output in decoder.generate(prompts, params):
+        alone = {"base": output.prompt_token_ids["base"]}
+        assert output.token_ids == greedy({"base": model}, alone, 0.0, 6)
+
+
+def test_dynamic_rotary_factors_do_not_depend_on_what_ran_before(greedy):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = of_transformers("LlamaForCausalLM", {**SIZES, "rope_parameters": rope}).double()
+    trio = Trio.from_models(model, tokenizer=word_tokenizer(SIZES["vocab_size"]))
+    prompts = [random_ids(5, 0), random_ids(123, 1)]
+    params = SamplingParams(alpha=0.0, temperature=0, max_tokens=6, ignore_eos=True)
+    wanted = [greedy({"base": model}, {"base": prompt}, 0.0, 6) for prompt in prompts]
+    with torch.no_grad():
+        model(torch.tensor([random_ids(200, 2)]))
+    decoder = Decoder(trio, 2, backend=BACKEND)
+    assert [output.token_ids for output in decoder.generate(prompts, params)] == wanted
