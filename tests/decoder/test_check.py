@@ -116,7 +116,12 @@ def test_what_is_right_is_checked_once_and_what_changes_again(tokenizer, monkeyp
 
     def checked(**options: Any) -> list[str]:
         own.clear()
-        Decoder(Trio.from_models(*models, tokenizer=tokenizer), 4, backend=BACKEND, **options)
+        Decoder(
+            Trio.from_models(models[0], models[1], models[2], tokenizer),
+            4,
+            backend=BACKEND,
+            **options,
+        )
         return list(own)
 
     assert checked(check=False) == []
@@ -137,7 +142,9 @@ def test_it_disturbs_nothing(tokenizer):
     models[1].model.norm.eval()
     flags = [m.training for model in models for m in model.modules()]
     noise = torch.get_rng_state()
-    decoder = Decoder(Trio.from_models(*models, tokenizer=tokenizer), 2, backend=BACKEND)
+    decoder = Decoder(
+        Trio.from_models(models[0], models[1], models[2], tokenizer), 2, backend=BACKEND
+    )
     assert torch.equal(noise, torch.get_rng_state())
     assert flags == [m.training for model in models for m in model.modules()]
     assert not any(any(decoder._runner.lengths(role)) for role in decoder.roles)
