@@ -34,8 +34,9 @@ trained layers amplify it (5 u sqrt(layers) measured on the shipped trio). Narro
 allow anything so; a quarter of the logits is no rounding in any dtype."""
 _UNITS = {"highest": 2.0**-23, "high": 2.0**-10, "medium": 2.0**-7}
 """u of fp32, by what torch may round the inputs of its products to (TF32, bf16)."""
-_QUANTIZED = 2.0**-6
-"""u where weights are no plain tensors: activations may be rounded to int8, by their batch."""
+_QUANTIZED = 0.5
+"""In place of a quarter where weights are no plain tensors: the products may round activations to
+int8, by the largest of their batch."""
 
 _checked: WeakKeyDictionary[Module, set[int]] = WeakKeyDictionary()
 """What was found right, by its first model: see :func:`_fingerprint`."""
@@ -233,10 +234,10 @@ def _first_difference(
 
 def _bound(model: Any) -> float:
     """Of rms(x), see :data:`_ROUNDING`."""
-    unit = max(torch.finfo(model.dtype).eps, _UNITS[torch.get_float32_matmul_precision()])
     if not all(type(p) is Parameter and p.is_floating_point() for p in model.parameters()) or any(
         isinstance(v, torch.ScriptObject) for m in model.modules() for v in vars(m).values()
     ):
-        unit = max(unit, _QUANTIZED)
+        return _QUANTIZED
+    unit = max(torch.finfo(model.dtype).eps, _UNITS[torch.get_float32_matmul_precision()])
     layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     return min(_ROUNDING * unit * math.sqrt(layers or 1), _MOST)
