@@ -21,7 +21,7 @@ from torch import Tensor
 
 from proxytune_kernels import ops
 from proxytune_kernels.decoder.cache import cache_keyword
-from proxytune_kernels.decoder.model import Forward, check_model
+from proxytune_kernels.decoder.model import Forward, check_model, input_device
 from proxytune_kernels.heads import Head
 from proxytune_kernels.trio import Trio
 
@@ -165,9 +165,7 @@ class RoleStates:
     def __init__(self, role: str, model: Any, vocab_size: int) -> None:
         self.role = role
         self.model = model
-        self.device: torch.device = model.get_input_embeddings().weight.device
-        if self.device.type == "meta":  # brought in by accelerate as it is needed
-            self.device = torch.device(model.get_input_embeddings()._hf_hook.execution_device)
+        self.device = input_device(model)
         self._forward = Forward(model)
         self._cache_name = cache_keyword(model.base_model.forward)
         self.head_unknown = self._why_head_is_unknown(vocab_size)
