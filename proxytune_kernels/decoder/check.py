@@ -60,7 +60,7 @@ def check_members(models: Mapping[str, Any], runner: Runner) -> None:
     Raises:
         MemberError: a role whose logits are others beyond rounding, or whose forward fails.
     """
-    texts = {role: _Text(model, runner) for role, model in models.items()}
+    texts = {role: Text(model, runner.max_seq_len, runner.slots) for role, model in models.items()}
     gpus = list(range(torch.cuda.device_count())) if runner.device.type == "cuda" else []
     own: dict[str, Tensor] = {}
     for roles, part in runner.models.items():
@@ -72,7 +72,7 @@ def check_members(models: Mapping[str, Any], runner: Runner) -> None:
         with torch.random.fork_rng(gpus):
             for role in roles:
                 if role not in own:
-                    own[role] = _own_logits(role, models[role], texts[role])
+                    own[role] = own_logits(role, models[role], texts[role].token_ids)
             _check(roles, models, part, texts[roles[0]], own)
         seen.add(key)
         runner.reset()
@@ -83,19 +83,25 @@ def _ways(part: SlotModel) -> tuple[bool, ...]:
     return part.compiled, part.packed, part.cache.flash
 
 
-class _Text:
-    """The tokens that a model is tried on, and where they are cut."""
+class Text:
+    """The tokens that a model is tried on, and where they are cut.
 
-    def __init__(self, model: Any, runner: Runner) -> None:
-        reached = [w for w in windows(model.config) if w is not None and w < runner.max_seq_len]
+    Args:
+        model: a causal LM.
+        max_seq_len: tokens that a row can have.
+        slots: rows that can run at the same time.
+    """
+
+    def __init__(self, model: Any, max_seq_len: int, slots: int = 2) -> None:
+        reached = [w for w in windows(model.config) if w is not None and w < max_seq_len]
         self.windows = frozenset(reached)
         narrowest = min((w for w in reached if w <= _NARROW), default=0)
         wanted = max(_PROMPT, narrowest + 1) + _CHUNK + _STEP
-        self.length = min(wanted, runner.max_seq_len)
+        self.length = min(wanted, max_seq_len)
         self.step = min(_STEP, self.length - 1)
         self.chunk = min(_CHUNK, self.length - 1 - self.step)
         self.prompt = self.length - self.chunk - self.step
-        self.rows = min(2, runner.slots)
+        self.rows = min(2, slots)
         ids = _ordinary_ids(model)
         self.token_ids = [
             [ids[(7 * i * i + 5 * i + 31 * row) % len(ids)] for i in range(self.length)]
@@ -122,12 +128,12 @@ def _fingerprint(model: Any) -> int:
 
 
 @torch.no_grad()
-def _own_logits(role: str, model: Any, text: _Text) -> Tensor:
-    """Logits [rows, n, V] by the model's own forward, in evaluation."""
+def own_logits(role: str, model: Any, token_ids: Sequence[Sequence[int]]) -> Tensor:
+    """Logits fp32 [rows, n, V] by the model's own forward of rows of one length, in evaluation."""
     if any(module.training for module in model.modules()):
         model = copy_modules(model).eval()
     try:
-        return Forward(model)(torch.tensor(text.token_ids, device=input_device(model))).float()
+        return Forward(model)(torch.tensor(token_ids, device=input_device(model))).float()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -135,7 +141,7 @@ def _own_logits(role: str, model: Any, text: _Text) -> Tensor:
 
 
 @torch.inference_mode()
-def _through_cache(part: SlotModel, text: _Text) -> list[tuple[str, int, int, Tensor]]:
+def _through_cache(part: SlotModel, text: Text) -> list[tuple[str, int, int, Tensor]]:
     """(what was run, row, position of its last token, logits [roles, V]), call by call."""
     slots = list(range(text.rows))
     # A prompt of another length, where there is room for one.
@@ -166,7 +172,7 @@ def _check(
     roles: Sequence[str],
     models: Mapping[str, Any],
     part: SlotModel,
-    text: _Text,
+    text: Text,
     own: Mapping[str, Tensor],
 ) -> None:
     part.cache.windows = set()
@@ -220,16 +226,38 @@ def _first_difference(
     model: Any, place: int, found: Sequence[tuple[str, int, int, Tensor]], own: Tensor
 ) -> tuple[str, int, int, float, float] | None:
     """What was run, row, position, difference and bound of the first logits beyond rounding."""
-    most = _bound(model)
     for what, row, position, logits in found:
-        x = own[row, position]
-        y = logits[place].to(x.device)
-        same = (x == y) | (x.isnan() & y.isnan())
-        difference = float(torch.where(same, 0, x - y).square().mean().sqrt())
-        bound = most * float(x.nan_to_num(0, 0, 0).square().mean().sqrt())
+        difference, bound = compare(model, logits[place], own[row, position])
         if not difference <= bound:  # NaN, too
             return what, row, position, difference, bound
     return None
+
+
+def compare(model: Any, logits: Tensor, own: Tensor) -> tuple[float, float]:
+    """The root mean square of a difference of logits [..., V], and what rounding explains of it."""
+    logits = logits.to(own.device)
+    same = (own == logits) | (own.isnan() & logits.isnan())
+    difference = torch.where(same, 0, own - logits).square().mean().sqrt()
+    size = own.nan_to_num(0, 0, 0).square().mean().sqrt()
+    return float(difference), _bound(model) * float(size)
+
+
+def check_causal(role: str, model: Any) -> None:
+    """Refuse a model whose logits depend on the tokens behind theirs.
+
+    Raises:
+        MemberError: names the role, the model and the numbers; or its forward fails.
+    """
+    ids = Text(model, 2 * _PROMPT).token_ids
+    whole = own_logits(role, model, ids)[:, : _PROMPT - 1]
+    part = own_logits(role, model, [row[: _PROMPT - 1] for row in ids])
+    difference, bound = compare(model, part, whole)
+    if not difference <= bound:
+        raise MemberError(
+            f"{role} must be a causal model, got {type(model).__name__}, whose logits differ by "
+            f"{difference:.3g} (root mean square) with the tokens behind theirs, where rounding "
+            f"explains {bound:.3g}"
+        )
 
 
 def _bound(model: Any) -> float:

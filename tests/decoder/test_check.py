@@ -106,13 +106,13 @@ def test_each_way_to_run_each_part_is_held_to_the_models(pair, place, trio, monk
 def test_what_is_right_is_checked_once_and_what_changes_again(tokenizer, monkeypatch):
     models = [tiny_llama(seed, 16, 1) for seed in range(3)]
     own: list[str] = []
-    run = check._own_logits
+    run = check.own_logits
 
     def counted(role: str, *args: Any) -> Any:
         own.append(role)
         return run(role, *args)
 
-    monkeypatch.setattr(check, "_own_logits", counted)
+    monkeypatch.setattr(check, "own_logits", counted)
 
     def checked(**options: Any) -> list[str]:
         own.clear()
@@ -210,3 +210,14 @@ def test_dynamic_rotary_factors_do_not_depend_on_what_ran_before(greedy):
         model(torch.tensor([random_ids(200, 2)]))
     decoder = Decoder(trio, 2, backend=BACKEND)
     assert [output.token_ids for output in decoder.generate(prompts, params)] == wanted
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
+def test_causal_models_are_known(architecture):
+    check.check_causal("anti", make(architecture))
+
+
+def test_masked_models_are_known():
+    model = of_transformers("BertLMHeadModel", MASKED)
+    with pytest.raises(MemberError, match="anti must be a causal model, got BertLMHeadModel, whos"):
+        check.check_causal("anti", model)
