@@ -6,14 +6,16 @@ all in what it passes on. So a decoder runs a few tokens of each member both way
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module, ModuleList, Parameter
 
 from proxytune_kernels.decoder.cache import SlotCache
 from proxytune_kernels.decoder.model import Forward, SlotModel, input_device, windows
@@ -50,8 +52,8 @@ def check_members(models: Mapping[str, Any], runner: Runner) -> None:
     """Hold what a runner runs against the models' own forwards, on a few tokens.
 
     Two rows of different lengths: a prompt, a chunk behind it, a step; across the narrowest
-    attention window if that is at most 32. What was right once is not run again while its modules,
-    parameters and configuration are the same.
+    attention window if that is at most 32. Of layers that are alike only the first run. What was
+    right once is not run again while its modules, parameters and configuration are the same.
 
     Args:
         models: role -> causal LM, as the runner was made of. They are run, and not changed.
@@ -62,7 +64,7 @@ def check_members(models: Mapping[str, Any], runner: Runner) -> None:
     """
     texts = {role: Text(model, runner.max_seq_len, runner.slots) for role, model in models.items()}
     gpus = list(range(torch.cuda.device_count())) if runner.device.type == "cuda" else []
-    own: dict[str, Tensor] = {}
+    own: dict[tuple[str, int | None], Tensor] = {}
     for roles, part in runner.models.items():
         seen = _checked.setdefault(models[roles[0]], set())
         pair = None if roles == ("base",) else runner.pair
@@ -70,12 +72,117 @@ def check_members(models: Mapping[str, Any], runner: Runner) -> None:
         if key in seen:
             continue
         with torch.random.fork_rng(gpus):
-            for role in roles:
-                if role not in own:
-                    own[role] = own_logits(role, models[role], texts[role].token_ids)
-            _check(roles, models, part, texts[roles[0]], own)
+            depth = _depth([models[role] for role in roles])
+            try:
+                logits = _own_logits_of(roles, models, texts, depth, own)
+            except MemberError:
+                # A forward that counts its layers by itself.
+                depth = None
+                logits = _own_logits_of(roles, models, texts, depth, own)
+            with _shortened(part.model, depth):
+                _check(roles, models, part, texts[roles[0]], logits)
         seen.add(key)
         runner.reset()
+
+
+def _own_logits_of(
+    roles: Sequence[str],
+    models: Mapping[str, Any],
+    texts: Mapping[str, Text],
+    depth: int | None,
+    known: dict[tuple[str, int | None], Tensor],
+) -> dict[str, Tensor]:
+    for role in roles:
+        if (role, depth) not in known:
+            model = models[role] if depth is None else _first_layers(models[role], depth)
+            known[role, depth] = own_logits(role, model, texts[role].token_ids)
+    return {role: known[role, depth] for role in roles}
+
+
+def _layers(model: Any) -> tuple[str, str] | None:
+    """The path of the module that holds a model's layers, and their name there; None if unclear."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    found = [
+        (path, name)
+        for path, owner in model.named_modules()
+        for name, child in owner._modules.items()
+        if isinstance(child, ModuleList) and len(child) == count
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _depth(models: Sequence[Any]) -> int | None:
+    """How many of their first layers have all kinds that there are; None where that is unclear.
+
+    Layers that are alike need not run: a large model's check takes a few layers' time.
+    """
+    depths = []
+    for model in models:
+        if (place := _layers(model)) is None:
+            return None
+        path, name = place
+        owners = [model.get_submodule(p) for p in _ancestors(path)]
+        # A forward of its own is bound to the module that it was put into.
+        if any("forward" in vars(owner) for owner in owners):
+            return None
+        kinds = [_kind(layer) for layer in owners[-1]._modules[name]]
+        depths.append(max([2, *(i + 1 for i, kind in enumerate(kinds) if kind not in kinds[:i])]))
+    return max(depths)
+
+
+def _ancestors(path: str) -> list[str]:
+    """The paths of a module and of those around it, the model's ("") first."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
+def _kind(layer: Module) -> Any:
+    """What tells a layer from another: its modules and their settings, but not its number."""
+    return [
+        (type(m), {k: v for k, v in vars(m).items() if k != "layer_idx" and _is_setting(v)})
+        for m in layer.modules()
+    ]
+
+
+def _is_setting(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _first_layers(model: Any, depth: int) -> Any:
+    """A model of another's first layers, with all its modules and weights; that one stays."""
+    place = _layers(model)
+    assert place is not None
+    path, name = place
+    copies: dict[str, Any] = {}
+    for at in _ancestors(path):
+        above, _, own = at.rpartition(".")
+        copies[at] = copy.copy(model.get_submodule(at))
+        copies[at]._modules = dict(copies[at]._modules)
+        if at:
+            copies[above]._modules[own] = copies[at]
+    copies[path]._modules[name] = copies[path]._modules[name][:depth]
+    return copies[""]
+
+
+@contextmanager
+def _shortened(model: Any, depth: int | None) -> Iterator[None]:
+    """Let a model that is nobody else's run its first layers alone."""
+    place = None if depth is None else _layers(model)
+    if place is None:
+        yield
+        return
+    path, name = place
+    owner = model.get_submodule(path)
+    whole, direct = owner._modules[name], vars(owner).get(name)
+    owner._modules[name] = whole[:depth]
+    if direct is not None:
+        vars(owner)[name] = direct[:depth]
+    try:
+        yield
+    finally:
+        owner._modules[name] = whole
+        if direct is not None:
+            vars(owner)[name] = direct
 
 
 def _ways(part: SlotModel) -> tuple[bool, ...]:

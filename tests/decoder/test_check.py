@@ -221,3 +221,38 @@ def test_masked_models_are_known():
     model = of_transformers("BertLMHeadModel", MASKED)
     with pytest.raises(MemberError, match="anti must be a causal model, got BertLMHeadModel, whos"):
         check.check_causal("anti", model)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "depth"), [("llama", 2), ("qwen2-mixed-window", 2), ("gemma3", 6)]
+)
+def test_of_layers_that_are_alike_only_the_first_run(architecture, depth):
+    """Up to the first of the last kind; the model and the decoder's copy stay whole."""
+    model_class, config = ARCHITECTURES[architecture]
+    sizes = {**config.to_dict(), "num_hidden_layers": 7, "layer_types": None}
+    model = model_class(type(config)(**sizes)).eval()
+    ran: list[int] = []
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))  # the copy has it, too
+    layers = list(model.model.layers)
+    runner = Runner({"base": model}, 2, 64)
+    check.check_members({"base": model}, runner)
+    assert ran == list(range(depth)) * 4
+    assert list(model.model.layers) == layers
+    ran.clear()
+    runner.prefill([0], {"base": [[5]]})
+    assert ran == list(range(7))
+
+
+def test_a_forward_that_counts_its_layers_runs_them_all():
+    model = make("llama", num_hidden_layers=4)
+    model = type(model)(model.config).eval()
+    body = type(model.model)
+
+    class Counted(body):  # type: ignore[valid-type,misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            assert len(self.layers) == self.config.num_hidden_layers
+            return super().forward(*args, **kwargs)
+
+    model.model.__class__ = Counted
+    check_model(model)

@@ -222,7 +222,9 @@ class RoleStates:
             trees.append(Tree(tuple(ids[:cut]), 1, (Leaf(i, tuple(ids[1:])),)))
         try:
             found = self.logits(self.rows(Batch(trees), len(trees))).float()
-        except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
             return f"its forward behind a cache raises {type(error).__name__}: {error}"
         own = own_logits(self.role, self.model, text.token_ids)
         # The last token is not run; trunks come before branches.
