@@ -239,6 +239,7 @@ def test_of_layers_that_are_alike_only_the_first_run(architecture, depth):
     check.check_members({"base": model}, runner)
     assert ran == list(range(depth)) * 4
     assert list(model.model.layers) == layers
+    assert len(runner.models["base",].model.model._modules["layers"]) == 7
     ran.clear()
     runner.prefill([0], {"base": [[5]]})
     assert ran == list(range(7))
