@@ -319,6 +319,8 @@ def _places(model: Any) -> list[str]:
     if any(p.device.type == "meta" for p in model.parameters()):
         # Among devices that compute, the CPU only keeps weights for them, as the disk does.
         kept = ("disk",) if list(devices) == ["cpu"] else ("cpu", "disk")
-        places = dict.fromkeys(place for place in model.hf_device_map.values() if place in kept)
-        devices |= dict.fromkeys(f"offloaded to {place}" for place in places)
+        # Accelerate's cpu_offload and disk_offload leave no map.
+        mapped = getattr(model, "hf_device_map", {}).values()
+        places = [f"offloaded to {place}" for place in mapped if place in kept]
+        devices |= dict.fromkeys(places or ["offloaded"])
     return list(devices)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin, StaticCache
 
 from proxytune_kernels.decoder.cache import cache_keyword
-from proxytune_kernels.decoder.model import Forward
+from proxytune_kernels.decoder.model import Forward, input_device
 from proxytune_kernels.integrations.hf.inputs import Prompts, positions, prompt_columns
 from proxytune_kernels.trio.roles import ROLES
 
@@ -206,7 +206,7 @@ def _own_inputs(
 def _run(
     model: Any, input_ids: Tensor, mask: Any, place: Tensor | None, cache: Any, keep: int
 ) -> Tensor:
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     return Forward(model)(
         input_ids.to(device),
         keep=keep,

@@ -85,7 +85,8 @@ class ProxyTunedConfig(PreTrainedConfig):
             # Unless each is named, transformers writes None into the models' own configurations,
             # and attention without an implementation turns non-causal without an error.
             "attn_implementation": _kept(configs, "_attn_implementation"),
-            "experts_implementation": _kept(configs, "_experts_implementation"),
+            # The trio itself has no experts, and refuses the base's way to run them.
+            "experts_implementation": {**_kept(configs, "_experts_implementation"), "": None},
         }
         return cls(**named, **settings)
 

@@ -101,7 +101,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
                 raise NotInDecoder(f"{role} has forward hooks, which the decoder would not call")
         try:
             return self.engine.decoder_for(call)
-        except (ValueError, NotImplementedError) as error:
+        except ValueError as error:
             raise NotInDecoder(str(error)) from error
 
     def _extract_generation_mode_kwargs(

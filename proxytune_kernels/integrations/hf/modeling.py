@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from proxytune_kernels import ops
+from proxytune_kernels.decoder.model import input_device
 from proxytune_kernels.integrations.hf.cache import (
     CACHE,
     RoleCaches,
@@ -144,6 +145,11 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
             dict(trio.models), trio.vocab_size, alpha=alpha, prompts=dict(trio.prompts)
         )
         return cls(config, trio.models, trio)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go, also where accelerate keeps the base's weights elsewhere."""
+        return input_device(self.base)
 
     @property
     def alpha(self) -> float:

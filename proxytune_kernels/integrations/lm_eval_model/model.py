@@ -21,7 +21,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
-from proxytune_kernels.decoder.arguments import size
+from proxytune_kernels.decoder.arguments import rotary_limit, size
 from proxytune_kernels.integrations.lm_eval_model.generation import (
     Generation,
     Generator,
@@ -416,10 +416,12 @@ def _positive(name: str, value: Any) -> int:
 
 def _shortest_context(trio: Trio, value: int | None) -> int:
     """``max_length``: as asked for, or the shortest context of the roles."""
-    contexts: dict[str, int] = {
-        role: resolve_max_length(model.config.get_text_config(decoder=True), trio.tokenizer)
-        for role, model in trio.models.items()
-    }
+    contexts: dict[str, int] = {}
+    for role, model in trio.models.items():
+        config = model.config.get_text_config(decoder=True)
+        limit = rotary_limit(config)  # padded to a longer text, a shorter one has its factors
+        length = resolve_max_length(config, trio.tokenizer)
+        contexts[role] = length if limit is None else min(length, limit)
     shortest = min(contexts, key=contexts.__getitem__)
     if value is None:
         return contexts[shortest]

@@ -54,8 +54,9 @@ def test_several_alphas_share_the_forwards(trio):
             alone[alpha] = ask(ProxyTuneLM(trio, alpha=alpha, batch_size=2))[:2]
     with forwards(trio) as together:
         found = {alpha: ask(lm) for alpha in lm.each_alpha(ALPHAS)}
-    # What the last alpha took alone, and what the model takes to be made and tried.
-    assert 0 < together["base"] <= counts["base"]
+    # What the last alpha took alone, and the decoder's check of more slots: a plain forward and
+    # three over the cache.
+    assert 0 < together["base"] <= counts["base"] + 4
     assert {alpha: results[:2] for alpha, results in found.items()} == alone
     assert lm.alpha == 0.3
     decoder = ptk.Decoder(trio)
