@@ -49,6 +49,7 @@ from proxytune_kernels.kernels.common import (
     order_key,
     row_mass,
     shifted_at,
+    shifted_from,
     splits_of,
     temperature_of,
 )
@@ -190,7 +191,7 @@ def _draw_by_tiles(
         # Greedy: the first tile of the likeliest holds the lowest id. Else those that the best
         # score does not rule out: seldom any.
         left = left & (greedy == 0) & (tile != chosen) & (bound >= score_of(best))
-    return winner(best)
+    return winner(best, vocab_size)
 
 
 @triton.jit
@@ -255,7 +256,8 @@ def _select_filtered(
     token = tl.full([], -1, tl.int64)
     if decided:
         noise = noise_key(row_params, b, t, stream)
-        token = winner(gumbel_max_candidates(keys, n, cutoff, row_max, inv_t, noise))
+        best = gumbel_max_candidates(keys, n, cutoff, row_max, inv_t, noise)
+        token = winner(best, vocab_size)
     else:
         # pivots and draw search once: for top_k alone, or for a share of the whole row's mass.
         searched = (min_p_shift > -INF) | ((top_p < TOP_P_OFF) & (of_row == 0))
@@ -306,7 +308,7 @@ def _select_kernel(
     else:
         tl.store(out.status + row, status)
         masses = workspace.masses + row * ws.MASSES_WIDTH
-        shifted = top - row_max
+        shifted = shifted_from(top, row_max)
         e = exponent(tl.full([], 1.0, tl.float32))
         sums = tl.load(tiles.raw + at, mask=inside, other=0.0)
         raw_mass = row_mass(sums, shifted, e)
@@ -432,7 +434,7 @@ def _draw_searching(logits, row_params, b, t, workspace, out, row, stream, vocab
         kept = (x > -INF) & (shifted >= least) & (key >= cutoff)
         last = tl.minimum(last, tl.min(tl.ravel(tl.where(kept, key, NO_TARGET)), 0))
         best = gumbel_max_block(best, shifted, kept, block, inv_t, noise, SEARCH_PER)
-    token = winner(best)
+    token = winner(best, vocab_size)
     drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
     ws.write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, raw_mass)
     tl.store(at + ws.RAW, raw_mass)
@@ -454,6 +456,7 @@ def _settle(logits, row_params, b, t, workspace, out, row, stream, vocab_size):
     n = tl.load(
         workspace.counters + row * ws.COUNTERS_WIDTH + ws.NUM_CANDIDATES, cache_modifier=".cg"
     )
+    n = tl.minimum(n, ws.MAX_CANDIDATES)  # as many as were counted, unless logits changed since
     keys = workspace.keys + row * ws.KEYS_WIDTH
     above = Amount(tl.load(at + ws.ABOVE_COUNT), tl.load(at + ws.ABOVE_MASS))
     short, need = keys + ws.MAX_CANDIDATES, Amount(filters.top_k, target)
@@ -466,7 +469,7 @@ def _settle(logits, row_params, b, t, workspace, out, row, stream, vocab_size):
     )
     best = tl.load(at + ws.BEST, cache_modifier=".cg")
     listed = gumbel_max_candidates(keys, n, cutoff, row_max, inv_t, noise)
-    token = winner(tl.maximum(best, listed))
+    token = winner(tl.maximum(best, listed), vocab_size)
     drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
     ws.write_drawn(out, row, token, drawn, inv_t, greedy, count, kept_mass, tl.load(at + ws.RAW))
     tl.store(at + ws.CUTOFF, cutoff)

@@ -49,6 +49,7 @@ from proxytune_kernels.kernels.common import (
     mass,
     mass_target,
     order_key,
+    shifted_from,
     temperature_of,
 )
 from proxytune_kernels.kernels.noise import best_of, gumbel, token_words, uniform
@@ -238,7 +239,7 @@ def guess_pivots(
     """
     ids = ((tl.arange(0, SAMPLES).to(tl.int64) * vocab_size) // SAMPLES).to(tl.int32)
     x = cleaned(combined(logits, alpha, b, t, ids, ids < vocab_size), row_max)
-    sampled = x - row_max
+    sampled = shifted_from(x, row_max)
     other = (x > -INF) & (x < tl.load(tiles.maximum + first_tile + ids // TILE))
     stands = tl.where(other, tl.where(of_mass, tl.exp2(sampled * hi), 1.0), 0.0)
     rest = tl.maximum(whole - tl.sum(weight, 0), 0.0)
@@ -251,7 +252,7 @@ def guess_pivots(
         wanted = share * whole + 4.0 * side * error
         below, above = tl.zeros([2], tl.float32) + lowest, tl.zeros([2], tl.float32)
         for _step in range(16):
-            middle = 0.5 * (below + above)
+            middle = 0.5 * below + 0.5 * above  # their sum may be past fp32
             held = tl.sum(tl.where(shifted[None, :] >= middle[:, None], weight[None, :], 0.0), 1)
             reached = sampled[None, :] >= middle[:, None]
             held += tl.sum(tl.where(reached, stands[None, :], 0.0), 1)
@@ -309,7 +310,8 @@ def list_candidates(
             ids = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
             inside = (i < number)[:, None] & (ids < vocab_size)
             x = cleaned(combined(logits, alpha, b, t, ids, inside), row_max)
-            taken = (x > -INF) & (x - finite_max(row_max) >= least)
+            # As the tiles' maxima: least may be -FLT_MAX for differences past it.
+            taken = (x > -INF) & (tl.maximum(x - finite_max(row_max), -FLT_MAX) >= least)
             n = append(keys, n, x, ids, taken, MAX_SHORT)
         tl.debug_barrier()
     return n

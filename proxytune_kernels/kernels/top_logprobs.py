@@ -21,12 +21,14 @@ from proxytune_kernels.kernels.common import (
     Logits,
     block_ids,
     block_x,
+    cleaned,
     exponent,
     finite_max,
     key_id,
     key_value,
     log_mass,
     order_key,
+    shifted_from,
 )
 from proxytune_kernels.kernels.selection import (
     CHUNK,
@@ -65,7 +67,7 @@ def _list_by_search(logits, row_params, b, t, row_max, keys, n, vocab_size):
         ids = block_ids(block, SEARCH_PER)
         listed = append(keys, listed, x, ids, (x > -INF) & (order_key(x, ids) >= lower), MAX_SHORT)
     tl.debug_barrier()
-    return listed
+    return tl.minimum(listed, MAX_SHORT)  # n, unless the row's alpha has changed meanwhile
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -84,7 +86,7 @@ def _top_logprobs_kernel(
     if tl.load(drawn.status + row) < STATUS_EMPTY:
         tile = tl.arange(0, NT)
         maxima = tl.load(tiles.maximum + row * num_tiles + tile, mask=tile < num_tiles, other=-INF)
-        shifted = tl.where(row_max == INF, tl.where(maxima == INF, 0.0, -INF), maxima - row_max)
+        shifted = shifted_from(cleaned(maxima, row_max), finite_max(row_max))
         bound = cutoff_bound(shifted, shifted > -INF, shifted * 0.0, 1.0, n, 2.0, False)
         alpha = tl.load(row_params.alpha + b)
         wanted = (shifted > -INF) & (shifted >= bound)

@@ -243,7 +243,7 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
         if tl.atomic_add(residual.arrived + b, 1) == splits - 1:
             best = tl.load(residual.best + b * 2, cache_modifier=".cg")
             plain = tl.load(residual.best + b * 2 + 1, cache_modifier=".cg")
-            token = winner(tl.where(score_of(best) > -INF, best, plain))
+            token = winner(tl.where(score_of(best) > -INF, best, plain), vocab_size)
             _, logprob, raw = _logprobs_at(
                 target, alpha, b, j, row, token, inv_t, greedy, token >= 0
             )
