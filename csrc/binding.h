@@ -112,16 +112,106 @@ inline proxytune_inputs inputs_of(PTK_LOGITS, const Tensor& alpha, PTK_CONSTRAIN
   return in;
 }
 
+// An argument's memory: pieces of `bytes`, at each row and position. data null: there is no such argument.
+struct Memory {
+  const char* name;
+  const void* data;
+  int64_t bytes;
+  int64_t row_step = 0, position_step = 0;  // in bytes
+  int64_t rows = 1, positions = 1;
+
+  // Whether one of its pieces shares a byte with another argument's only piece.
+  bool meets(const Memory& other) const {
+    const auto *first = static_cast<const char*>(data), *begin = static_cast<const char*>(other.data);
+    if (!first || !begin || bytes == 0 || other.bytes == 0) return false;
+    const char *last = first + (rows - 1) * row_step + (positions - 1) * position_step + bytes;
+    const char *end = begin + other.bytes;
+    if (last <= begin || end <= first) return false;
+    for (int64_t i = 0; i < rows * positions; ++i) {
+      const char* piece = first + i / positions * row_step + i % positions * position_step;
+      if (piece < end && begin < piece + bytes) return true;
+    }
+    return false;
+  }
+};
+
+inline Memory memory_of(const char* name, const proxytune_logits& l, int64_t rows, int64_t positions,
+                        int64_t width) {
+  const int64_t size = l.dtype == PROXYTUNE_F32 ? 4 : 2;
+  return {name, l.data, width * size, l.row_stride * size, l.position_stride * size, rows, positions};
+}
+
+// A call's memory, argument after argument: what is written shares none with what came before.
+class Arguments {
+ public:
+  Arguments(const proxytune_inputs& in, int64_t rows, int64_t positions) : rows_(rows) {
+    const int64_t width = in.vocab_size, words = (width + 31) / 32;
+    add(memory_of("base", in.base, rows, positions, width));
+    add(memory_of("expert", in.expert, rows, positions, width));
+    add(memory_of("anti", in.anti, rows, positions, width));
+    add({"alpha", in.alpha, rows * 4});
+    add({"bias", in.bias, width * 4, in.bias_row_stride * 4, in.bias_position_stride * 4, rows, positions});
+    add({"allowed_mask", in.allowed, words * 4, in.allowed_row_stride * 4, in.allowed_position_stride * 4, rows,
+         positions});
+  }
+  explicit Arguments(const proxytune_sample_args& args, int64_t rows) : Arguments(args.inputs, rows, 1) {
+    add(args.params);
+  }
+  Arguments(const proxytune_verify_args& args, int64_t rows) : Arguments(args.inputs, rows, args.num_drafts + 1) {
+    add(args.params);
+    add({"draft_token_ids", args.draft_token_ids, rows * args.num_drafts * 8});
+    add(memory_of("draft_logits", args.draft_logits, rows, args.num_drafts, args.inputs.vocab_size));
+  }
+
+  void add(const Memory& read) { held_[count_++] = read; }
+
+  void write(const Memory& written) {
+    for (size_t i = 0; i < count_; ++i) {
+      STD_TORCH_CHECK(!held_[i].meets(written), "proxytune: ", written.name, " must not overlap ", held_[i].name,
+                      " in memory");
+    }
+    add(written);
+  }
+
+  // The results that the caller owns.
+  template <typename... Results, typename Args>
+  void write(const std::tuple<Results...>& results, const Args& args, int64_t columns) {
+    const auto bytes = [&](const auto& result) {
+      return int64_t(sizeof(*(args.*result.field))) * rows_ * (result.has_columns ? columns : 1);
+    };
+    std::apply(
+        [&](const Results&... each) { (write({each.name, args.*each.field, bytes(each)}), ...); }, results);
+  }
+
+ private:
+  void add(const proxytune_params& params) {
+#define PTK_ADD_PARAM(type, name, fallback) add({#name, params.name, rows_ * int64_t(sizeof(type))})
+    PTK_EACH_PARAM(PTK_ADD_PARAM);
+#undef PTK_ADD_PARAM
+  }
+
+  int64_t rows_;
+  std::array<Memory, 24> held_;
+  size_t count_ = 0;
+};
+
 inline proxytune_params params_of(int64_t rows, PTK_PARAMS) {
 #define PTK_PARAM_ADDRESS(type, name, fallback) values_of<type>(name, rows, #name)
   return {PTK_EACH_PARAM(PTK_PARAM_ADDRESS)};
 #undef PTK_PARAM_ADDRESS
 }
 
+// Before it becomes 32 bits.
+inline void check_stream(int64_t noise_stream) {
+  STD_TORCH_CHECK(noise_stream >= 0 && noise_stream <= int64_t(kStreamBonus),
+                  "proxytune: noise_stream is out of range");
+}
+
 inline proxytune_sample_args sample_args(PTK_SAMPLE) {
   STD_TORCH_CHECK(base.dim() == 2, "proxytune: base has the wrong shape");
   STD_TORCH_CHECK(top_logprobs >= 0 && top_logprobs <= PROXYTUNE_MAX_TOP,
                   "proxytune: top_logprobs must be in [0, 128], got ", top_logprobs);
+  check_stream(noise_stream);
   proxytune_sample_args args{};
   args.inputs = inputs_of(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES);
   args.params = params_of(base.size(0), PTK_PARAM_VALUES);
@@ -132,6 +222,8 @@ inline proxytune_sample_args sample_args(PTK_SAMPLE) {
 
 inline proxytune_verify_args verify_args(PTK_VERIFY) {
   STD_TORCH_CHECK(base.dim() == 3, "proxytune: base has the wrong shape");
+  STD_TORCH_CHECK(verify_mode == kVerifyCoupled || verify_mode == kVerifyRejection,
+                  "proxytune: verify_mode must be 0 or 1, got ", verify_mode);
   const int64_t rows = base.size(0), positions = base.size(1);
   STD_TORCH_CHECK(positions >= 1 && draft_token_ids.dim() == 2 && draft_token_ids.size(0) == rows &&
                       draft_token_ids.size(1) == positions - 1,
@@ -277,6 +369,7 @@ class Operators {
     Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, bias, allowed_mask, results...);
     proxytune_sample_args args = sample_args(PTK_SAMPLE_VALUES);
     attach(kSampleResults, args, base.size(0), top_logprobs, results...);
+    Arguments(args, base.size(0)).write(kSampleResults, args, top_logprobs);
     Backend::sample(args, base);
   }
 
@@ -298,6 +391,7 @@ class Operators {
     const Tensor drafts = torch::stable::contiguous(draft_token_ids);
     proxytune_verify_args args = verify_args(PTK_VERIFY_VALUES(drafts));
     attach(kVerifyResults, args, base.size(0), base.size(1), results...);
+    Arguments(args, base.size(0)).write(kVerifyResults, args, base.size(1));
     Backend::verify(args, base);
   }
 };

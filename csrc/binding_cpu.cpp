@@ -12,9 +12,14 @@ namespace {
 
 using namespace ptk::binding;
 
+struct Workspace {
+  void* data;
+  size_t size;
+};
+
 // A thread's workspace, kept between calls: fresh pages would cost more than the kernel. It holds
 // one or two fp32 rows of the widest vocabulary the thread has seen.
-void* thread_workspace(int64_t vocab_size, bool rejection) {
+Workspace thread_workspace(int64_t vocab_size, bool rejection) {
   thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
   thread_local size_t capacity = 0;
   const size_t size = proxytune_cpu_workspace_size(vocab_size, rejection);
@@ -22,7 +27,7 @@ void* thread_workspace(int64_t vocab_size, bool rejection) {
     memory.reset(std::aligned_alloc(64, size));
     capacity = memory ? size : 0;
   }
-  return memory.get();
+  return {memory.get(), capacity};
 }
 
 void check_code(int code) {
@@ -72,16 +77,16 @@ struct Cpu {
 
   static void sample(const proxytune_sample_args& args, const Tensor& base) {
     over_rows(base.size(0), args.inputs.vocab_size, false,
-              [&](int64_t begin, int64_t end, void* workspace, const proxytune_parallel* parallel) {
-                return proxytune_cpu_sample(&args, begin, end, workspace, parallel);
+              [&](int64_t begin, int64_t end, Workspace workspace, const proxytune_parallel* parallel) {
+                return proxytune_cpu_sample(&args, begin, end, workspace.data, workspace.size, parallel);
               });
   }
 
   static void verify(const proxytune_verify_args& args, const Tensor& base) {
     const bool rejection = args.mode == PROXYTUNE_VERIFY_REJECTION;
     over_rows(base.size(0), args.inputs.vocab_size, rejection,
-              [&](int64_t begin, int64_t end, void* workspace, const proxytune_parallel* parallel) {
-                return proxytune_cpu_verify(&args, begin, end, workspace, parallel);
+              [&](int64_t begin, int64_t end, Workspace workspace, const proxytune_parallel* parallel) {
+                return proxytune_cpu_verify(&args, begin, end, workspace.data, workspace.size, parallel);
               });
   }
 };
@@ -93,6 +98,7 @@ void combine_out(PTK_LOGITS, Tensor alpha, PTK_CONSTRAINTS, Tensor x) {
   args.inputs = inputs_of(base, expert, anti, alpha, PTK_CONSTRAINT_VALUES);
   args.x = values_of<float>(x, rows * vocab_size, "out");
   args.x_row_stride = vocab_size;
+  Arguments(args.inputs, rows, 1).write({"x", args.x, rows * vocab_size * 4});
   in_parallel(rows, [&](int64_t begin, int64_t end) { return proxytune_cpu_combine(&args, begin, end); });
 }
 
@@ -117,10 +123,13 @@ void score_out(PTK_LOGITS, Tensor token_ids, Tensor alpha,
   args.token_ids = static_cast<const int64_t*>(ids.data_ptr());
   args.token_ids_row_stride = positions;
   args.logprobs = values_of<float>(logprobs, rows * positions, "out");
-  over_rows(rows * positions, vocab_size, false, [&](int64_t begin, int64_t end, void* workspace,
-                                           const proxytune_parallel* parallel) {
-    return proxytune_cpu_score(&args, begin, end, workspace, parallel);
-  });
+  Arguments held(args.inputs, rows, positions);
+  held.add({"token_ids", args.token_ids, rows * positions * 8});
+  held.write({"logprobs", args.logprobs, rows * positions * 4});
+  over_rows(rows * positions, vocab_size, false,
+            [&](int64_t begin, int64_t end, Workspace workspace, const proxytune_parallel* parallel) {
+              return proxytune_cpu_score(&args, begin, end, workspace.data, workspace.size, parallel);
+            });
 }
 
 Tensor score(PTK_LOGITS, Tensor token_ids, Tensor alpha,
@@ -136,12 +145,13 @@ constexpr int64_t kHeadTokens = 192;
 
 void head_logits_out(Tensor hidden, Tensor weight, int64_t begin, int64_t end, Tensor logits) {
   STD_TORCH_CHECK(hidden.dim() == 2, "proxytune: hidden has the wrong shape");
-  const int64_t rows = hidden.size(0), size = hidden.size(1), tokens = end - begin;
+  const int64_t rows = hidden.size(0), size = hidden.size(1);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == size && size > 0 &&
                       (weight.stride(1) == 1 || size == 1),
                   "proxytune: weight has the wrong shape, or is not contiguous in its last dimension");
   STD_TORCH_CHECK(0 <= begin && begin < end && end <= weight.size(0),
                   "proxytune: tokens must be in [0, ", weight.size(0), "], got ", begin, " to ", end);
+  const int64_t tokens = end - begin;
   proxytune_head_logits_args args{};
   args.hidden = values_of<float>(hidden, rows * size, "hidden");
   args.hidden_row_stride = size;
@@ -149,6 +159,9 @@ void head_logits_out(Tensor hidden, Tensor weight, int64_t begin, int64_t end, T
   args.size = size;
   args.weight = {weight.data_ptr(), weight.stride(0), 0, dtype_code(weight, "weight")};
   float* const out = values_of<float>(logits, rows * tokens, "logits");
+  const Memory read{"hidden", args.hidden, rows * size * 4}, written{"logits", out, rows * tokens * 4};
+  STD_TORCH_CHECK(!read.meets(written) && !memory_of("weight", args.weight, weight.size(0), 1, size).meets(written),
+                  "proxytune: logits must not overlap hidden or weight in memory");
   args.logits_row_stride = tokens;
   if (rows == 0) return;
   const int64_t panels = (tokens + kHeadTokens - 1) / kHeadTokens;

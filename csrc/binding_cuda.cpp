@@ -60,7 +60,7 @@ struct Cuda {
     const Tensor workspace = new_tensor(base, ScalarType::Int, int64_t(bytes / sizeof(int32_t)));
     const auto error = cudaMemsetAsync(workspace.data_ptr(), 0, rows * sizeof(int32_t), stream);
     check_code(error == cudaSuccess ? PROXYTUNE_OK : PROXYTUNE_ERROR_CUDA + int(error));
-    check_code(proxytune_cuda_verify(&args, rows, workspace.data_ptr(), stream));
+    check_code(proxytune_cuda_verify(&args, rows, workspace.data_ptr(), bytes, stream));
   }
 };
 

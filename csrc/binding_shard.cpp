@@ -67,11 +67,6 @@ struct Summaries {
   RowHead head(int64_t row) const { return head_of(data, world, rows, row); }
 };
 
-void check_stream(int64_t noise_stream) {
-  STD_TORCH_CHECK(noise_stream >= 0 && noise_stream <= int64_t(kStreamBonus),
-                  "proxytune: noise_stream is out of range");
-}
-
 Tensor shard_scan(Tensor x) {
   const Part part(x, 0, "x");
   const ShardKernels& k = kernels();

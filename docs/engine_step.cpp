@@ -65,6 +65,7 @@ class Sampler {
  public:
   Sampler(int64_t vocab_size, int slots, Threads& threads)
       : vocab_size_(vocab_size),
+        workspace_size_((proxytune_cpu_workspace_size(vocab_size, 0) + 63) & ~size_t{63}),
         threads_(threads),
         alpha_(slots),
         temperature_(slots),
@@ -74,9 +75,8 @@ class Sampler {
         seed_(slots),
         position_(slots) {
     for (int i = 0; i < threads.count(); ++i) {
-      const size_t size = (proxytune_cpu_workspace_size(vocab_size, 0) + 63) & ~size_t{63};
-      workspaces_.emplace_back(std::aligned_alloc(64, size), std::free);
-      if (!size || !workspaces_.back()) throw std::runtime_error("vocabulary size, or memory");
+      workspaces_.emplace_back(std::aligned_alloc(64, workspace_size_), std::free);
+      if (!workspace_size_ || !workspaces_.back()) throw std::runtime_error("vocabulary size, or memory");
     }
   }
 
@@ -123,7 +123,7 @@ class Sampler {
     args.token_ids = token_ids;
     args.num_accepted = num_accepted;
     each(slots, [&](int slot, void* workspace, const proxytune_parallel* lent) {
-      return proxytune_cpu_verify(&args, slot, slot + 1, workspace, lent);
+      return proxytune_cpu_verify(&args, slot, slot + 1, workspace, workspace_size_, lent);
     });
   }
 
@@ -134,7 +134,7 @@ class Sampler {
     args.params = params(position);
     args.token_ids = token_ids;
     each(slots, [&](int slot, void* workspace, const proxytune_parallel* lent) {
-      return proxytune_cpu_sample(&args, slot, slot + 1, workspace, lent);
+      return proxytune_cpu_sample(&args, slot, slot + 1, workspace, workspace_size_, lent);
     });
   }
 
@@ -192,6 +192,7 @@ class Sampler {
   }
 
   const int64_t vocab_size_;
+  const size_t workspace_size_;
   Threads& threads_;
   std::vector<float> alpha_, temperature_, top_p_, min_p_;
   std::vector<int32_t> top_k_;

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+
+def leave(*_: object) -> None:
+    """End the process as an interrupt does, at once."""
+    os._exit(130)
+
+
+def _is_command() -> bool:
+    """Whether this process is the command's own: ``proxytune``, ``python -m proxytune_kernels``."""
+    program = sys.argv[0] if sys.argv else ""
+    return Path(program).name == "proxytune" or (program == "-m" and __name__ in sys.orig_argv)
+
+
+if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # What follows imports torch, which takes seconds. An interrupt that is raised in there is a
+    # traceback, or aborts in C++. The command line takes this back.
+    with suppress(ValueError):  # in another thread than the first
+        signal.signal(signal.SIGINT, leave)
+
+# ruff: noqa: E402 (the above comes first)
 from proxytune_kernels.heads import Head
 from proxytune_kernels.ops import (
     backends,

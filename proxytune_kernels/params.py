@@ -5,8 +5,9 @@ Names and ranges are vLLM's, plus ``alpha`` and ``filter_order``.
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -122,6 +123,9 @@ class SamplingParams:
         stop_token_ids: tokens that end the request.
         ignore_eos: go on after the end-of-sequence token.
         include_stop_str_in_output: keep the stop string at the end of the text.
+        skip_special_tokens: leave tokens such as the end of a turn out of the text.
+        add_special_tokens: begin a prompt that is text as its tokenizer does, with BOS for most.
+            Chat templates write their own.
 
     Raises:
         ValueError: names the field, its value and its range.
@@ -140,6 +144,33 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    add_special_tokens: bool = True
+
+    @classmethod
+    def from_generation_config(cls, source: Any, **overrides: Any) -> SamplingParams:
+        """What a checkpoint's generation config recommends, as transformers' ``generate`` reads it.
+
+        Filters apply in transformers' order. What the config does not say has transformers'
+        defaults for sampling (do_sample False, which is greedy; top_k 50 where it is True), and for
+        all else the defaults of this class. End-of-sequence tokens are the trio's already.
+
+        Args:
+            source: a :class:`transformers.GenerationConfig`, a mapping with its fields, or a model
+                or a :class:`proxytune_kernels.Trio` that has one; a trio's is the base's.
+            overrides: of this class's fields; they go before what the config says.
+
+        Raises:
+            ValueError: names the field that has no counterpart here (repetition_penalty 1.1, beams)
+                or a value out of its range.
+
+        Example:
+            >>> config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
+            >>> params = SamplingParams.from_generation_config(config, max_tokens=64)
+            >>> params.temperature, params.top_k, params.top_p, params.filter_order
+            (0.6, 50, 0.9, 'hf')
+        """
+        return cls(**{**generation_settings(source), **overrides})
 
     def __post_init__(self) -> None:
         for name, field in ROW_FIELDS.items():
@@ -159,7 +190,10 @@ class SamplingParams:
         wanted = "token ids of at least 0"
         checked = tuple(_integer("stop_token_ids", i, 0, wanted) for i in ids)
         object.__setattr__(self, "stop_token_ids", checked)
-        for name in ("ignore_eos", "include_stop_str_in_output"):
+        for name in (
+            *("ignore_eos", "include_stop_str_in_output"),
+            *("skip_special_tokens", "add_special_tokens"),
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
@@ -173,6 +207,50 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
         raise ValueError(f"stop must be a non-empty string or a sequence of them, got {stop!r}")
     return tuple(strings)
+
+
+# Field of transformers' generation configs -> ours.
+_SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+_LENGTHS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop"}
+# What says nothing of how a request is drawn or ended. The trio has end-of-sequence tokens from
+# elsewhere, and the decoder bounds prompt and output together by max_seq_len.
+_SILENT = re.compile(
+    r"_.*|output_\w+|(bos|eos|pad|decoder_start)_token_id|max_length|use_cache|cache_\w+|"
+    r"transformers_version|renormalize_logits|return_dict_in_generate|compile_config|"
+    r"disable_compile|trust_remote_code|.*assistant.*|.*_lookbehind"
+)
+# Fields that are off at 1; all others are off at what is false.
+_OFF_AT_1 = (
+    *("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "guidance_scale"),
+    *("repetition_penalty", "encoder_repetition_penalty", "typical_p", "top_h"),
+)
+
+
+def generation_settings(source: Any) -> dict[str, Any]:
+    """Fields of :class:`SamplingParams`: see :meth:`SamplingParams.from_generation_config`."""
+    model = getattr(source, "base", source)
+    config = getattr(model, "generation_config", model)
+    said = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config
+    if not isinstance(said, Mapping):
+        raise TypeError(
+            "source must be a GenerationConfig, a mapping, or a model or trio that has one, got "
+            f"{source!r:.80}"
+        )
+    values = {k: v for k, v in said.items() if v is not None and not _SILENT.fullmatch(k)}
+    sampled = values.pop("do_sample", False)
+    if not isinstance(sampled, bool):
+        raise ValueError(f"do_sample must be True or False, got {sampled!r}")
+    filters = {"top_k": 50} | {name: values.pop(name) for name in _SAMPLED if name in values}
+    settings = {ours: values.pop(name) for name, ours in _LENGTHS.items() if name in values}
+    for name, value in values.items():
+        # An id of 0 is an id.
+        off = False if name.endswith("_token_id") else value == (name in _OFF_AT_1)
+        if not off and value not in ([], {}):
+            raise ValueError(
+                f"{name} of a generation config has no counterpart in SamplingParams, got "
+                f"{value!r:.80}: give a config without it"
+            )
+    return {"filter_order": "hf", **(filters if sampled else {"temperature": 0.0}), **settings}
 
 
 def mask_without(token_ids: Iterable[int], vocab_size: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from proxytune_kernels.cli import app
+from proxytune_kernels.cli.app import app
 
 
 def invoke(*arguments: Any, stdin: str = "", **env: str) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +36,13 @@ def proxy_greedy(trio: Any, prompt: str, count: int) -> list[int]:
         for ids in sequences.values():
             ids.append(output[-1])
     return output
+
+
+@pytest.fixture
+def trio(tmp_path: Path) -> Path:
+    """A copy of the shipped trio's directory, to be changed."""
+    shipped = str(files("proxytune_kernels") / "data" / "trio")
+    return Path(shutil.copytree(shipped, tmp_path / "trio"))
 
 
 @pytest.fixture

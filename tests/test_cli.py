@@ -21,6 +21,7 @@ from proxytune_kernels.cli.output import CliRequest
 from proxytune_kernels.decoder import StreamEvent
 from proxytune_kernels.ops.backends import Choice
 from tests.cli import assert_fails, assert_one_sentence, invoke
+from tests.trio.checkpoints import edit
 
 PROMPTS = ["Question: Tom has 3 pens and buys 4 more.", "1 + 1 ="]
 SHIPPED = ["generate", "--trio", "shipped", "--dtype", "float32"]
@@ -102,13 +103,37 @@ def test_every_option_reaches_the_sampling_parameters(monkeypatch):
     }  # fmt: skip
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     arguments += ["--stop", "a", "--stop", "b", "--stop-token-id", "3", "--ignore-eos"]
+    arguments += ["--show-special-tokens", "--no-add-special-tokens"]
     invoke(*SHIPPED, *arguments, "--include-stop-str-in-output", "x")
     assert seen == [
         ptk.SamplingParams(
             **options, stop=("a", "b"), stop_token_ids=(3,), ignore_eos=True,
-            include_stop_str_in_output=True,
+            include_stop_str_in_output=True, skip_special_tokens=False, add_special_tokens=False,
         )
     ]  # fmt: skip
+
+
+def test_a_generation_config_goes_before_defaults_and_behind_options(monkeypatch, trio):
+    seen = []
+
+    def read_requests(prompts, file, jsonl, params):
+        seen.append(params)
+        return []
+
+    monkeypatch.setattr("proxytune_kernels.cli.generate.read_requests", read_requests)
+    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 9}
+    edit(trio / "base" / "generation_config.json", **config)
+    arguments = ("--trio", trio, "--generation-config", "x")
+    invoke("generate", *arguments)
+    # An option that has its default's value was given, too.
+    invoke("generate", *arguments, "--temperature", "1", "--top-p", "0.5", "--max-tokens", "128")
+    said: Any = {"filter_order": "hf", "top_k": 20}
+    assert seen == [
+        ptk.SamplingParams(**said, temperature=0.6, top_p=0.9, max_tokens=9),
+        ptk.SamplingParams(**said, temperature=1, top_p=0.5, max_tokens=128),
+    ]
+    edit(trio / "base" / "generation_config.json", repetition_penalty=1.05)
+    assert_one_sentence(invoke("generate", *arguments), 1, "repetition_penalty", "1.05", logs=True)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -336,6 +361,43 @@ def test_an_interrupt_ends_it_quietly_with_130():
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert errors == b""
+
+
+INTERRUPTED = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+SCRIPT = """
+import sys
+sys.argv[0] = "/usr/bin/proxytune"
+from proxytune_kernels.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["torch", "typer"])
+@pytest.mark.parametrize("command", [["-m", "proxytune_kernels"], ["-c", SCRIPT]])
+def test_an_interrupt_while_it_starts_is_as_quiet(tmp_path, module, command):
+    """While the package imports torch, and while the command line imports what it needs."""
+    (tmp_path / f"{module}.py").write_text(INTERRUPTED)
+    assert run_with(tmp_path, *command, "info") == (130, b"", b"")
+
+
+def test_an_interrupted_import_stays_the_programs_own(tmp_path):
+    (tmp_path / "torch.py").write_text(INTERRUPTED)
+    _, _, errors = run_with(tmp_path, "-c", "import proxytune_kernels")
+    assert errors.rstrip().endswith(b"KeyboardInterrupt")
+
+
+def run_with(directory, *arguments):
+    """Exit code, output and errors of Python with a directory before all others."""
+    path = os.pathsep.join([str(directory), *sys.path])
+    process = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+        timeout=60, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    return process.returncode, process.stdout, process.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from proxytune_kernels.params import (
     FILTER_ORDERS,
@@ -24,6 +27,7 @@ GOOD = {
     "seed": (None, 0, -(2**63), 2**64 - 1), "max_tokens": (1, 10**6), "min_tokens": (0, 16),
     "stop": ("a", ("a", "b"), ["x"], ()), "stop_token_ids": ((), (0, 5), [7]),
     "ignore_eos": (True, False), "include_stop_str_in_output": (True, False),
+    "skip_special_tokens": (True, False), "add_special_tokens": (True, False),
 }  # fmt: skip
 BAD = {
     "alpha": (math.nan, math.inf, "1", None, True),
@@ -39,6 +43,8 @@ BAD = {
     "stop_token_ids": ((-1,), (1.0,), "ab", 3, None, (True,)),
     "ignore_eos": (0, 1, "yes", None),
     "include_stop_str_in_output": (1, None),
+    "skip_special_tokens": (1, None),
+    "add_special_tokens": (0, None),
 }
 
 
@@ -80,6 +86,67 @@ def test_frozen_keyword_only_and_no_unknown_names():
     with pytest.raises(TypeError, match="temprature"):
         SamplingParams(temprature=1.0)  # type: ignore[call-arg]
     assert isinstance(hash(SamplingParams(stop=["a"], stop_token_ids=[1])), int)
+
+
+# What a config says -> what it becomes.
+CONFIGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"temperature": 0}),
+    ({"do_sample": False, "temperature": 0.6, "top_k": 20}, {"temperature": 0}),
+    ({"do_sample": True}, {"top_k": 50}),
+    (
+        {"do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9, "min_p": 0.1},
+        {"temperature": 0.6, "top_k": 0, "top_p": 0.9, "min_p": 0.1},
+    ),
+    (
+        {"max_new_tokens": 9, "min_new_tokens": 2, "stop_strings": ["a", "b"]},
+        {"temperature": 0, "max_tokens": 9, "min_tokens": 2, "stop": ("a", "b")},
+    ),
+    (
+        {"eos_token_id": [2, 3], "pad_token_id": 0, "max_length": 4096, "repetition_penalty": 1.0, "num_beams": 1,
+         "no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": [], "early_stopping": False,
+         "output_scores": True, "use_cache": True, "transformers_version": "5.23.0", "_from_model_config": True},
+        {"temperature": 0},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "wanted"), CONFIGS)
+@pytest.mark.parametrize("kind", ["mapping", "config", "model", "trio"])
+def test_from_generation_config(kind, config, wanted):
+    source: Any = config if kind == "mapping" else transformers.GenerationConfig(**config)
+    if kind in ("model", "trio"):
+        source = SimpleNamespace(generation_config=source)
+    if kind == "trio":
+        source = SimpleNamespace(base=source)
+    assert SamplingParams.from_generation_config(source) == SamplingParams(
+        filter_order="hf", **wanted
+    )
+    overridden = SamplingParams.from_generation_config(
+        source, alpha=0.5, temperature=0.3, filter_order="vllm"
+    )
+    assert (overridden.alpha, overridden.temperature, overridden.filter_order) == (0.5, 0.3, "vllm")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("repetition_penalty", 1.05), ("num_beams", 4), ("typical_p", 0.9), ("no_repeat_ngram_size", 1),
+    ("forced_eos_token_id", 0), ("suppress_tokens", [0]), ("min_length", 5), ("guidance_scale", 1.5),
+    ("renamed", "something"),
+])  # fmt: skip
+def test_what_a_generation_config_asks_and_there_is_not(name, value):
+    with pytest.raises(
+        ValueError, match=f"^{name} of a generation config has no counterpart .* got "
+    ):
+        SamplingParams.from_generation_config({"do_sample": True, name: value})
+
+
+@pytest.mark.parametrize(("source", "text"), [
+    ({"do_sample": True, "temperature": "hot"}, "temperature must be .*, got 'hot'"),
+    ({"do_sample": "yes"}, "do_sample must be True or False, got 'yes'"),
+    ("gpt2", "source must be a GenerationConfig, a mapping, .* got 'gpt2'"),
+])  # fmt: skip
+def test_a_generation_config_of_wrong_types(source, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        SamplingParams.from_generation_config(source)
 
 
 def test_with_seed():

@@ -46,11 +46,16 @@ inline bool valid_head_logits(const proxytune_head_logits_args* args) {
          args->rows >= 0 && args->size >= 1;
 }
 
+inline bool valid_workspace(const void* workspace, size_t size, size_t wanted, size_t alignment) {
+  return workspace && size >= wanted && reinterpret_cast<uintptr_t>(workspace) % alignment == 0;
+}
+
 inline const char* error_text(int code) {
   switch (code) {
     case PROXYTUNE_OK: return "no error";
     case PROXYTUNE_ERROR_ARGUMENT:
-      return "a required pointer is missing, or a size, dtype, mode or stream is out of range";
+      return "a required pointer is missing, a size, dtype, mode or stream is out of range, or a workspace "
+             "is too small or not aligned";
     case PROXYTUNE_ERROR_ISA:
       return "PROXYTUNE_FORCE_ISA names an instruction set that is unknown or not on this processor";
     case PROXYTUNE_ERROR_MEMORY: return "the workspace could not be allocated";

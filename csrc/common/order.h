@@ -73,12 +73,13 @@ PTK_HOST_DEVICE bool needs_total_mass(const RowParams& p, uint32_t count) {
 template <class Search>
 PTK_HOST_DEVICE Prefix select_kept(Search& search, const RowParams& p, float max, uint32_t count,
                                    uint64_t total_mass) {
-  const float cutoff = p.min_p_shift > -INFINITY ? min_p_cutoff(max, p.min_p_shift) : kLowest;
-  const float low = p.filter_order == kOrderVllm ? cutoff : kLowest;
+  // -inf where min_p is off: a cutoff of min_p's may be any other number, kLowest too.
+  const float cutoff = p.min_p_shift > -INFINITY ? min_p_cutoff(max, p.min_p_shift) : -INFINITY;
+  const float low = p.filter_order == kOrderVllm ? cutoff : -INFINITY;
   const bool top_k = p.top_k < count, top_p = p.top_p < kTopPOff;
   const bool joint = p.filter_order == kOrderJoint;
   Prefix kept{kLowest, UINT32_MAX, count, total_mass};
-  if (!joint && !top_k && low > kLowest) kept = search.whole(low);
+  if (!joint && !top_k && low > -INFINITY) kept = search.whole(low);
   // First by count, or by count and mass at once; then by mass, of what that left.
   PTK_UNROLL(1)
   for (int stage = 0; stage < 2; ++stage) {

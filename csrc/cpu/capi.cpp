@@ -51,8 +51,12 @@ class Workspace {
 // Calls body(kernels, i, buffers) for i in [begin, end).
 template <typename Body>
 int each(int64_t vocab_size, bool rejection, int64_t begin, int64_t end, void* workspace,
-         const proxytune_parallel* parallel, Body body) {
-  if (begin < 0) return PROXYTUNE_ERROR_ARGUMENT;
+         size_t workspace_size, const proxytune_parallel* parallel, Body body) {
+  const size_t wanted = proxytune_cpu_workspace_size(vocab_size, rejection);
+  if (begin < 0 || (workspace && !valid_workspace(workspace, workspace_size, wanted, kAlign)) ||
+      (parallel && !parallel->run)) {
+    return PROXYTUNE_ERROR_ARGUMENT;
+  }
   const Kernels* kernels = current_kernels();
   if (!kernels) return PROXYTUNE_ERROR_ISA;
   Workspace w(workspace, vocab_size, rejection, parallel);
@@ -75,26 +79,26 @@ size_t proxytune_cpu_workspace_size(int64_t vocab_size, int rejection) {
 }
 
 int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64_t end,
-                         void* workspace, const proxytune_parallel* parallel) {
+                         void* workspace, size_t workspace_size, const proxytune_parallel* parallel) {
   if (!valid_sample(args)) return PROXYTUNE_ERROR_ARGUMENT;
-  return each(args->inputs.vocab_size, false, begin, end, workspace, parallel,
+  return each(args->inputs.vocab_size, false, begin, end, workspace, workspace_size, parallel,
               [&](const Kernels& kernels, int64_t row, Buffers& b) { kernels.sample(*args, row, b); });
 }
 
 int proxytune_cpu_score(const proxytune_score_args* args, int64_t begin, int64_t end,
-                        void* workspace, const proxytune_parallel* parallel) {
+                        void* workspace, size_t workspace_size, const proxytune_parallel* parallel) {
   if (!valid_score(args)) return PROXYTUNE_ERROR_ARGUMENT;
-  return each(args->inputs.vocab_size, false, begin, end, workspace, parallel,
+  return each(args->inputs.vocab_size, false, begin, end, workspace, workspace_size, parallel,
               [&](const Kernels& kernels, int64_t i, Buffers& b) {
                 kernels.score(*args, i / args->positions, i % args->positions, b);
               });
 }
 
 int proxytune_cpu_verify(const proxytune_verify_args* args, int64_t begin, int64_t end,
-                         void* workspace, const proxytune_parallel* parallel) {
+                         void* workspace, size_t workspace_size, const proxytune_parallel* parallel) {
   if (!valid_verify(args)) return PROXYTUNE_ERROR_ARGUMENT;
   return each(args->inputs.vocab_size, args->mode == PROXYTUNE_VERIFY_REJECTION, begin, end, workspace,
-              parallel, [&](const Kernels& kernels, int64_t row, Buffers& b) { kernels.verify(*args, row, b); });
+              workspace_size, parallel, [&](const Kernels& kernels, int64_t row, Buffers& b) { kernels.verify(*args, row, b); });
 }
 
 int proxytune_cpu_combine(const proxytune_combine_args* args, int64_t begin, int64_t end) {

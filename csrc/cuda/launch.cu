@@ -201,9 +201,10 @@ size_t proxytune_cuda_workspace_size(int64_t rows, int64_t num_drafts) {
 }
 
 int proxytune_cuda_verify(const proxytune_verify_args* args, int64_t rows, void* workspace,
-                          void* stream) {
-  if (!valid_verify(args) || !workspace || rows < 0) return PROXYTUNE_ERROR_ARGUMENT;
-  if (rows > 0 && !proxytune_cuda_workspace_size(rows, args->num_drafts)) {
+                          size_t workspace_size, void* stream) {
+  if (!valid_verify(args) || rows < 0) return PROXYTUNE_ERROR_ARGUMENT;
+  const size_t wanted = proxytune_cuda_workspace_size(rows, args->num_drafts);
+  if ((rows > 0 && !wanted) || !valid_workspace(workspace, workspace_size, wanted, sizeof(int32_t))) {
     return PROXYTUNE_ERROR_ARGUMENT;
   }
   const int64_t clusters = rows * (args->num_drafts + 1);

@@ -41,7 +41,8 @@ enum {
 /* Return values. */
 enum {
   PROXYTUNE_OK = 0,
-  PROXYTUNE_ERROR_ARGUMENT = 1, /* a pointer missing, or a size, stride or code out of range */
+  PROXYTUNE_ERROR_ARGUMENT = 1, /* a pointer missing, a size or code out of range, or a workspace that
+                                   is too small or not aligned */
   PROXYTUNE_ERROR_ISA = 2,      /* no such instruction set, or not on this processor */
   PROXYTUNE_ERROR_MEMORY = 3,   /* the workspace could not be allocated */
   PROXYTUNE_ERROR_DEVICE = 4,   /* no code for the device */
@@ -149,14 +150,18 @@ typedef struct {
  * 0 where vocab_size is out of range. */
 PROXYTUNE_API size_t proxytune_cpu_workspace_size(int64_t vocab_size, int rejection);
 
-/* workspace: 64-byte aligned, or NULL to allocate one for the call. parallel: NULL for one thread. */
+/* workspace: 64-byte aligned, of workspace_size bytes, at least proxytune_cpu_workspace_size's; or NULL
+ * to allocate one for the call. parallel: NULL for one thread. */
 PROXYTUNE_API int proxytune_cpu_sample(const proxytune_sample_args* args, int64_t begin, int64_t end,
-                                       void* workspace, const proxytune_parallel* parallel);
+                                       void* workspace, size_t workspace_size,
+                                       const proxytune_parallel* parallel);
 /* begin and end count row * positions + position: positions are as independent as rows. */
 PROXYTUNE_API int proxytune_cpu_score(const proxytune_score_args* args, int64_t begin, int64_t end,
-                                      void* workspace, const proxytune_parallel* parallel);
+                                      void* workspace, size_t workspace_size,
+                                      const proxytune_parallel* parallel);
 PROXYTUNE_API int proxytune_cpu_verify(const proxytune_verify_args* args, int64_t begin, int64_t end,
-                                       void* workspace, const proxytune_parallel* parallel);
+                                       void* workspace, size_t workspace_size,
+                                       const proxytune_parallel* parallel);
 PROXYTUNE_API int proxytune_cpu_combine(const proxytune_combine_args* args, int64_t begin,
                                         int64_t end);
 /* Products of all rows with the weights of tokens [begin, end), fp32: the same bits whatever the
@@ -192,10 +197,11 @@ PROXYTUNE_API int proxytune_cuda_sample(const proxytune_sample_args* args, int64
 /* Bytes of workspace that verify needs; 0 where it would need none or an argument is out of range. */
 PROXYTUNE_API size_t proxytune_cuda_workspace_size(int64_t rows, int64_t num_drafts);
 
-/* workspace: device memory, 4-byte aligned, its first 4 * rows bytes zero; a call leaves them zero.
- * Calls that may overlap need one each. rows * (num_drafts + 1): below 2^27. */
+/* workspace: device memory, 4-byte aligned, of workspace_size bytes, at least
+ * proxytune_cuda_workspace_size's, its first 4 * rows bytes zero; a call leaves them zero. Calls that
+ * may overlap need one each. rows * (num_drafts + 1): below 2^27. */
 PROXYTUNE_API int proxytune_cuda_verify(const proxytune_verify_args* args, int64_t rows,
-                                        void* workspace, void* stream);
+                                        void* workspace, size_t workspace_size, void* stream);
 
 /* One sentence on a return value of the CUDA half. */
 PROXYTUNE_API const char* proxytune_cuda_error(int code);

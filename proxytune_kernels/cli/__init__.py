@@ -1,5 +1,18 @@
 """The ``proxytune`` command."""
 
-from proxytune_kernels.cli.app import app, main
+import signal
+import sys
 
-__all__ = ["app", "main"]
+from proxytune_kernels import leave
+
+
+def main() -> None:
+    """Run the command line: see :func:`proxytune_kernels.cli.app.main`."""
+    try:
+        from proxytune_kernels.cli import app  # takes seconds
+
+        if signal.getsignal(signal.SIGINT) is leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        app.main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -23,7 +24,7 @@ from proxytune_kernels.cli.options import (
     with_options,
 )
 from proxytune_kernels.cli.output import CliRequest
-from proxytune_kernels.params import SAMPLING_FIELDS, SamplingParams
+from proxytune_kernels.params import SAMPLING_FIELDS, SamplingParams, generation_settings
 from proxytune_kernels.trio import Trio
 
 
@@ -59,17 +60,31 @@ class SamplingOptions:
     include_stop_str_in_output: Annotated[
         bool, typer.Option("--include-stop-str-in-output", help="Keep the stop string.")
     ] = False
+    skip_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--skip-special-tokens/--show-special-tokens",
+            help="Whether tokens such as the end of a turn have a text.",
+        ),
+    ] = True
+    add_special_tokens: Annotated[
+        bool, typer.Option(help="Whether a prompt begins as its tokenizer does, with BOS for most.")
+    ] = True
 
-    def params(self) -> SamplingParams:
-        """The same as parameters; leaves with the reason where one is out of its range."""
+    def params(self, recommended: Mapping[str, Any] = MappingProxyType({})) -> SamplingParams:
+        """The same as parameters; leaves with the reason where one is out of its range.
+
+        ``recommended`` goes before them.
+        """
         values = asdict(self)
         lists = {name: values[name] or () for name in ("stop", "stop_token_ids")}
         with expected(ValueError, code=USAGE):
-            return SamplingParams(**{**values, **lists})
+            return SamplingParams(**{**values, **lists, **recommended})
 
 
 @with_options
 def generate(
+    context: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None,
     file: Annotated[
         str | None,
@@ -89,6 +104,14 @@ def generate(
         Literal["text", "jsonl", "side-by-side"],
         typer.Option("--format", help="side-by-side: the base alone beside the proxy-tuned."),
     ] = "text",
+    from_config: Annotated[
+        bool,
+        typer.Option(
+            "--generation-config",
+            help="Sample as the base's generation_config.json says, as transformers reads it; "
+            "options that are given go before it.",
+        ),
+    ] = False,
     *,
     trio: TrioOptions,
     decoder: DecoderOptions,
@@ -101,8 +124,15 @@ def generate(
     Answer:"
     """
     params, settings = sampling.params(), decoder.settings()
+    opened = trio.open() if from_config else None
+    if opened is not None:
+        with expected(ValueError):
+            said = generation_settings(opened)
+        given = context.get_parameter_source
+        own = {k: v for k, v in said.items() if getattr(given(k), "name", None) == "DEFAULT"}
+        params = sampling.params(own)
     requests = read_requests(prompts or (), file, jsonl, params)
-    opened = trio.open()
+    opened = opened or trio.open()
     # RuntimeError: also what torch raises where memory runs out.
     with expected(ValueError, TypeError, RuntimeError):
         _write(opened, requests, output_format, settings)

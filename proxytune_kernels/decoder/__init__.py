@@ -1,5 +1,6 @@
 """Batched proxy-tuned decoding: the decoder, its loop, step, models and caches, a module each."""
 
+from proxytune_kernels.decoder.check import MemberError
 from proxytune_kernels.decoder.decoder import DecodeError, Decoder, EventStream
 from proxytune_kernels.decoder.request import (
     FINISH_REASONS,
@@ -14,6 +15,7 @@ __all__ = [
     "DecodeError",
     "Decoder",
     "EventStream",
+    "MemberError",
     "RequestMetrics",
     "RequestOutput",
     "Speculation",

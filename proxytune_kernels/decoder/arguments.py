@@ -29,7 +29,7 @@ def size(name: str, value: Any) -> int:
 
 
 def shortest_context(models: Mapping[str, Any]) -> tuple[int, str]:
-    """Tokens of the shortest context, and the role that has it."""
+    """Tokens that all roles can read, and what ends there, as words."""
     contexts = []
     for role, model in models.items():
         config = model.config.get_text_config(decoder=True)
@@ -38,19 +38,39 @@ def shortest_context(models: Mapping[str, Any]) -> tuple[int, str]:
                 f"{role} must say its context's length (max_position_embeddings), "
                 f"got {type(model).__name__} without one"
             )
-        contexts.append((config.max_position_embeddings, role))
+        contexts.append((config.max_position_embeddings, f"the context of {role}"))
+        if (limit := rotary_limit(config)) is not None:
+            contexts.append((limit, f"behind which the rotary factors of {role} change (longrope)"))
     return min(contexts, key=lambda context: context[0])
+
+
+def rotary_limit(config: Any) -> int | None:
+    """Tokens up to which a text model's rotary factors are the same for all texts; None: all.
+
+    The factors of a longer text hold for its first tokens, too, whose keys are in the cache by
+    then, and a row's would depend on the longest of its batch. Dynamic scaling starts at the end of
+    the context.
+    """
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = []
+    # By kind of layer, or of all layers.
+    for rope in (given, *given.values()):
+        if isinstance(rope, Mapping) and "longrope" in (rope.get("rope_type"), rope.get("type")):
+            limits.append(
+                rope.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or config.max_position_embeddings
+            )
+    return min(limits, default=None)
 
 
 def max_seq_len(models: Mapping[str, Any], value: Any) -> int:
     """Tokens that a slot holds: as asked for, or the shortest context, within bounds."""
-    context, role = shortest_context(models)
+    context, what = shortest_context(models)
     if value is None:
         return min(context, DEFAULT_MAX_SEQ_LEN)
     if size("max_seq_len", value) > context:
-        raise ValueError(
-            f"max_seq_len must be at most {context}, the context of {role}, got {value}"
-        )
+        raise ValueError(f"max_seq_len must be at most {context}, {what}, got {value}")
     return int(value)
 
 

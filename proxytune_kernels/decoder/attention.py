@@ -65,7 +65,7 @@ def slot_attention(
         module: the attention layer (unused; transformers passes it).
         query: [B, heads, q, D].
         key, value: [B, kv_heads, L, D], as :meth:`CacheStep.update` returned them.
-        attention_mask: None: ``cache_step`` says what is masked.
+        attention_mask: must be None: ``cache_step`` says what is masked.
         cache_step: the forward's positions and lengths.
         scaling: factor of the scores; None is 1 / sqrt(D).
         sliding_window: a query sees this many keys at most, itself included; None sees all.
@@ -75,7 +75,7 @@ def slot_attention(
         [B, q, heads, D], and None in place of the attention weights.
 
     Raises:
-        NotImplementedError: a term of the scores that is not implemented here.
+        NotImplementedError: a mask, or a term of the scores that is not implemented here.
     """
     for name in _UNKNOWN_TERMS:
         if kwargs.get(name) is not None:
@@ -83,6 +83,12 @@ def slot_attention(
                 f"{ATTENTION_NAME} attention got {name} from {type(module).__name__}, "
                 f"which it does not implement"
             )
+    if attention_mask is not None:
+        # No mask function is registered for us, so this one is the model's own.
+        raise NotImplementedError(
+            f"{ATTENTION_NAME} attention got a mask {list(attention_mask.shape)} from "
+            f"{type(module).__name__}, where it makes its own"
+        )
     if not cache_step.fresh and cache_step.cache.flash:
         return _flash(query, key, value, cache_step, scaling, sliding_window, softcap), None
     first, masked = cache_step.visible(sliding_window)

@@ -64,6 +64,8 @@ class SlotCache:
         self.active = torch.zeros_like(self.device_lengths)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        # Where it is a set, it gets the window of each layer that attends.
+        self.windows: set[int | None] | None = None
         self._starts = torch.arange(rows, device=device) * self.capacity
         self._span = torch.arange(self.capacity, device=device)
         # A model with a table of positions has none for drafts past the end.
@@ -247,6 +249,8 @@ class CacheStep:
 
         Without a mask: causal where the rows are fresh, everything where there is one query.
         """
+        if self.cache.windows is not None:
+            self.cache.windows.add(window)
         length, width = self.span.shape[0], self.positions.shape[1]
         if self.ragged:
             return 0, True

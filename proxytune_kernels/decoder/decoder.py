@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from proxytune_kernels.decoder import arguments
+from proxytune_kernels.decoder.check import check_members
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
 from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
@@ -54,6 +55,8 @@ class Decoder:
             matrix products read fastest.
         prefill_chunk: prompt tokens of each role between two steps, at most.
         graphs: run steps as CUDA graphs; None does on a CUDA device, unless ``compile`` is set.
+        check: run a few tokens of each model first, and refuse one whose logits are not those of
+            its own forward.
 
     Raises:
         ValueError: names the argument, what it got and what it wanted.
@@ -80,6 +83,7 @@ class Decoder:
         pack_weights: bool = False,
         prefill_chunk: int = 512,
         graphs: bool | None = None,
+        check: bool = True,
     ) -> None:
         self.trio = trio
         self.roles = arguments.roles(trio, roles)
@@ -104,6 +108,8 @@ class Decoder:
             exact=not ahead or speculation is None,
             drafts=speculation is not None and speculation.drafter == "expert",
         )
+        if check:
+            check_members(models, self._runner)
         self._sampler = SlotSampler(
             self.max_batch_size, trio.vocab_size, backend, self._runner.device
         )
@@ -265,7 +271,7 @@ class Decoder:
 
     def _make_request(self, index: int, prompt: Any, params: SamplingParams) -> Request:
         try:
-            token_ids = self.trio.tokenize(prompt)
+            token_ids = self.trio.tokenize(prompt, params.add_special_tokens)
             prompt_token_ids = {role: token_ids[role] for role in self.roles}
             arguments.fits(prompt_token_ids, params.max_tokens, self.max_seq_len)
             rules = StopRules.of(

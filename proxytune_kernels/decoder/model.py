@@ -53,6 +53,16 @@ def with_slot_attention(model: Module) -> Any:
     return twin
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids."""
+    embeddings = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    # Weights that are loaded as they are needed lie nowhere; accelerate says where they run.
+    if device.type == "meta":
+        device = torch.device(embeddings._hf_hook.execution_device)
+    return device
+
+
 class Forward:
     """A causal LM's forward, which gives logits and takes all under the names of the model."""
 
@@ -97,6 +107,7 @@ class SlotModel:
         rows_per_slot: 2 for expert and anti as one batch (see
             :func:`~proxytune_kernels.decoder.pair.shared.shared_pair`), whose rows alternate.
         compile: run forwards of one token a row through torch.compile.
+        packed: its weights are packed.
     """
 
     def __init__(
@@ -108,6 +119,7 @@ class SlotModel:
         stride: int = 1,
         rows_per_slot: int = 1,
         compile: bool = False,
+        packed: bool = False,
     ) -> None:
         if not compile:
             call_directly(model, cache.max_seq_len)
@@ -116,7 +128,8 @@ class SlotModel:
         self._first, self._stride, self._rows_per_slot = first, stride, rows_per_slot
         self._logits = Forward(model)
         self._token_ids = torch.zeros((cache.rows, 1), dtype=torch.int64, device=cache.device)
-        self._compiled = CompiledStep(self._last, _windows(model.config)) if compile else None
+        self._compiled = CompiledStep(self._last, windows(model.config)) if compile else None
+        self.compiled, self.packed = compile, packed
 
     def rows(self, slots: int) -> range:
         """The rows of the first ``slots`` slots."""
@@ -208,7 +221,7 @@ class SlotModel:
         )
 
 
-def _windows(config: Any) -> list[int | None]:
+def windows(config: Any) -> list[int | None]:
     """The attention windows of a model's layers, each once; None is full attention."""
     text = config.get_text_config(decoder=True)
     window = getattr(text, "sliding_window", None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 from torch.nn import Parameter
 
-from proxytune_kernels.decoder import DecodeError, Decoder, arguments
+from proxytune_kernels.decoder import Decoder, MemberError, arguments
 from proxytune_kernels.decoder.graphs import power_of_two
-from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 
 _TOKENS = 256
@@ -66,13 +64,13 @@ class DecoderPool:
         Raises:
             ValueError: too many tokens, a model that the decoder can't serve, or an option out of
                 range.
-            NotImplementedError: attention that the decoder can't serve, which shows in a forward.
+            MemberError: a model that the decoder would not decode as its own forward says.
         """
         made_of = [trio.vocab_size, *(part for m in trio.models.values() for part in _parts(m))]
         if made_of != self._made_of:
             self._decoder, self._unserved, self._made_of = None, None, made_of
         if self._unserved is not None:
-            raise NotImplementedError(self._unserved)
+            raise MemberError(self._unserved)
         context, _ = arguments.shortest_context(trio.models)
         limit = arguments.max_seq_len(trio.models, self._max_seq_len or context)
         if tokens > limit:
@@ -80,7 +78,11 @@ class DecoderPool:
         slots = min(power_of_two(requests, 1), self._max_batch_size)
         length = -(-tokens // _TOKENS) * _TOKENS
         if self._decoder is None:
-            self._decoder = self._tried(Decoder(trio, slots, min(length, limit), **self._options))
+            try:
+                self._decoder = Decoder(trio, slots, min(length, limit), **self._options)
+            except MemberError as error:
+                self._unserved = str(error)
+                raise
             return self._decoder
         most_slots, most_tokens = self._decoder.max_batch_size, self._decoder.max_seq_len
         if slots > most_slots or tokens > most_tokens:
@@ -91,17 +93,6 @@ class DecoderPool:
                 trio, max(slots, most_slots), min(length, limit), **self._options
             )
         return self._decoder
-
-    def _tried(self, decoder: Decoder) -> Decoder:
-        """The decoder, after its first token: models that it can't serve are found out once."""
-        prompt = {role: [0] for role in decoder.roles}
-        try:
-            with suppress(DecodeError):
-                decoder.generate([prompt], SamplingParams(temperature=0.0, max_tokens=1))
-        except NotImplementedError as error:
-            self._unserved = str(error)
-            raise
-        return decoder
 
 
 def _parts(model: Any) -> Iterator[Any]:

@@ -172,7 +172,9 @@ class Request:
     first_token: float | None = None
 
     def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.tokenizer, self.prompt_token_ids["base"])
+        self._detokenizer = Detokenizer(
+            self.tokenizer, self.prompt_token_ids["base"], self.params.skip_special_tokens
+        )
         self._stop = StopStrings(self.params.stop, self.params.include_stop_str_in_output)
 
     @property

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from proxytune_kernels.decoder import packing
 from proxytune_kernels.decoder.attention import flash_missing, register_attention
 from proxytune_kernels.decoder.cache import SlotCache
-from proxytune_kernels.decoder.model import SlotModel, check_model, with_slot_attention
+from proxytune_kernels.decoder.model import (
+    SlotModel,
+    check_model,
+    input_device,
+    with_slot_attention,
+)
 from proxytune_kernels.decoder.pair import pair_models
 from proxytune_kernels.trio.roles import PAIR
 
@@ -59,7 +63,7 @@ class Runner:
                     f"compile must be False where weights are offloaded, as those of {role} are: "
                     f"compiled code has no place for the hooks that bring them in"
                 )
-        self.device = _device(models["base"])
+        self.device = input_device(models["base"])
         self.flash_missing: dict[str, str | None] = {}
         # Stacked weights are neither compiled for nor packed unless asked for.
         may_batch = not compile and not pack_weights
@@ -91,6 +95,7 @@ class Runner:
                 rows_per_slot=len(roles),
                 # Beside a joint forward the expert alone only drafts, the anti alone only checks.
                 compile=compile and (key == roles or (drafts and roles == ("expert",))),
+                packed=pack_weights,
             )
             for role in roles:
                 self._rows[role] = (caches[key], key.index(role), len(key))
@@ -106,11 +111,11 @@ class Runner:
     def _cache(
         self, role: str, model: Any, rows: int, max_seq_len: int, slack: int, exact: bool
     ) -> SlotCache:
-        self.flash_missing[role] = flash_missing(_device(model), model.dtype)
+        self.flash_missing[role] = flash_missing(input_device(model), model.dtype)
         return SlotCache(
             rows,
             max_seq_len,
-            _device(model),
+            input_device(model),
             slack=slack,
             exact=exact,
             flash=self.flash_missing[role] is None,
@@ -209,7 +214,7 @@ class Runner:
         Slots that run in a role alone move; the host learns of it by :meth:`advance_host`.
         """
         for cache in self._caches:
-            per_slot = cache.rows // len(self.active["base"])
+            per_slot = cache.rows // self.slots
             moved = counts
             if counts is not None:
                 moved = counts.to(cache.device, non_blocking=True).repeat_interleave(per_slot)
@@ -261,6 +266,16 @@ class Runner:
         return cache.lengths[first::stride]
 
     @property
+    def slots(self) -> int:
+        """Requests that can run at the same time."""
+        return len(self.active["base"])
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that a slot can hold."""
+        return self._caches[0].max_seq_len
+
+    @property
     def capacity(self) -> int:
         """Places in a row."""
         return self._caches[0].capacity
@@ -272,16 +287,6 @@ class Runner:
     def cache_bytes(self) -> int:
         """Bytes reserved for keys and values."""
         return sum(cache.nbytes() for cache in self._caches)
-
-
-def _device(model: Module) -> torch.device:
-    """Where a model takes its token ids."""
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device: torch.device = embeddings.weight.device
-    # Weights that are loaded as they are needed lie nowhere; accelerate says where they run.
-    if device.type == "meta":
-        device = torch.device(embeddings._hf_hook.execution_device)
-    return device
 
 
 def _one_cuda_device(devices: set[torch.device]) -> bool:

@@ -256,12 +256,16 @@ class History:
     Args:
         max_batch_size: number of slots.
         capacity: tokens that a slot can hold, drafts included.
+        vocab_size: ids from here on are not drafted: a prompt may hold some that only the base has.
         device: where the drafts are wanted.
 
     Source: Saxena 2023, prompt lookup decoding; Yang et al. 2023, arXiv 2304.04487.
     """
 
-    def __init__(self, max_batch_size: int, capacity: int, device: torch.device) -> None:
+    def __init__(
+        self, max_batch_size: int, capacity: int, vocab_size: int, device: torch.device
+    ) -> None:
+        self._vocab_size = vocab_size
         self.token_ids = torch.full((max_batch_size, capacity), -1, device=device)
         self.lengths = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         self._span = torch.arange(capacity, device=device)
@@ -311,4 +315,6 @@ class History:
         places = end + 1 + self._span[:width]
         drafts = history.gather(1, places.clamp(max=self._span.shape[0] - 1))
         found = (matched.gather(1, end) >= _MIN_NGRAM) & (places < lengths)
+        # Behind an id that can't be drafted there is no draft either.
+        found &= (drafts < self._vocab_size).cumprod(1) > 0
         return torch.where(found, drafts, -1)

@@ -38,7 +38,8 @@ class Stepper:
         # Up to how many output tokens a slot may draft: 0 for one that can't have drafts.
         self._draft_until = torch.zeros(slots, dtype=torch.int64, device=runner.device)
         looks_up = speculation is not None and speculation.drafter == "prompt_lookup"
-        self._history = History(slots, capacity, runner.device) if looks_up else None
+        vocab_size = sampler.vocab_size
+        self._history = History(slots, capacity, vocab_size, runner.device) if looks_up else None
 
     def can_draft(self, request: Request) -> bool:
         """Whether a request takes part in rounds: the expert must be running in it."""

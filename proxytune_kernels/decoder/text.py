@@ -36,11 +36,15 @@ class Detokenizer:
     Args:
         tokenizer: a transformers tokenizer.
         prompt_token_ids: the tokens before the output.
+        skip_special_tokens: special tokens have no text.
     """
 
-    def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
-        self._special = special_tokens(tokenizer)
+        self._skips = skip_special_tokens
+        self._special = special_tokens(tokenizer) if skip_special_tokens else {}
         self._in_run = False  # the last token that has a text is one of a run of bytes
         # Of _ids the first _read are already out, as _text; older tokens have been dropped.
         self._ids = self._context(prompt_token_ids)
@@ -107,7 +111,9 @@ class Detokenizer:
     def _decode(self, token_ids: Sequence[int]) -> str:
         # Cleaning up spaces would change text that is already out.
         text: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(token_ids),
+            skip_special_tokens=self._skips,
+            clean_up_tokenization_spaces=False,
         )
         return text
 

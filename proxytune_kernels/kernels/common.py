@@ -258,6 +258,12 @@ def finite_max(row_max):
 
 
 @triton.jit
+def shifted_from(x, top):
+    """x - top, -inf where x is and nowhere else: a difference past fp32 becomes -FLT_MAX."""
+    return tl.where(x > -INF, tl.maximum(x - top, -FLT_MAX), -INF)
+
+
+@triton.jit
 def x_at(logits, alpha, b, t, token, row_max):
     """Cleaned x of one token of the row, int32."""
     return cleaned(combined(logits, alpha, b, t, token, token >= 0), row_max)

@@ -17,6 +17,7 @@ from proxytune_kernels.kernels.common import INF, LANES, LN2, TILE, block_ids, c
 
 HIGHEST_U = tl.constexpr(1.0 - 2.0**-24)
 WORD_ULP = tl.constexpr(2.0**-32)
+MOST_TOKENS = tl.constexpr(1 << 19)
 
 
 class NoiseKey(NamedTuple):
@@ -142,18 +143,13 @@ def best_of(score, ids):
 
 
 @triton.jit
-def winner(packed):
-    """Token id of a packed score, int64."""
-    return 0x7FFFFFFF - (packed & 0x7FFFFFFF)
+def winner(packed, vocab_size=MOST_TOKENS):
+    """Token id of a packed score, int64.
 
-
-@triton.jit
-def winner_within(packed, vocab_size):
-    """Token id of a packed score, below vocab_size even where nothing was packed.
-
-    That happens where parameters are overwritten between the launches of a call.
+    Where none was packed, as where parameters are overwritten between the launches of a call, it is
+    still one of the row's: a look-up must not leave the row.
     """
-    return tl.minimum(winner(packed), vocab_size - 1)
+    return tl.minimum(0x7FFFFFFF - (packed & 0x7FFFFFFF), vocab_size - 1)
 
 
 @triton.jit
@@ -193,7 +189,8 @@ def gumbel_max_block(best, shifted, taken, block, inv_t, noise, PER: tl.constexp
     words = block_words(block, noise, PER)
     scaled = shifted * inv_t
     most = LN2 * noise_bound(words)
-    bound = scaled + most + (2e-4 + 2e-5 * tl.abs(scaled) + 1e-5 * tl.abs(most))
+    # scaled is at most 0, perhaps -inf: what is added for rounding must not make it NaN.
+    bound = (1.0 - 2e-5) * scaled + (most + (2e-4 + 1e-5 * tl.abs(most)))
     highest = tl.max(tl.max(tl.where(taken, bound, -INF), 1), 0)
     if (highest > -INF) & ((highest < score_of(best)) == 0):  # true for NaN: nothing yet
         ids = block_ids(block, PER)

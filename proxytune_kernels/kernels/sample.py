@@ -24,7 +24,6 @@ from torch import Tensor
 
 from proxytune_kernels.kernels import workspace as ws
 from proxytune_kernels.kernels.common import (
-    FLT_MAX,
     INF,
     LANES,
     LN2,
@@ -50,6 +49,7 @@ from proxytune_kernels.kernels.common import (
     order_key,
     row_mass,
     shifted_at,
+    shifted_from,
     splits_of,
     temperature_of,
 )
@@ -60,7 +60,7 @@ from proxytune_kernels.kernels.noise import (
     noise_key,
     score_of,
     tile_words,
-    winner_within,
+    winner,
 )
 from proxytune_kernels.kernels.selection import (
     COUNT_SHIFT,
@@ -203,7 +203,7 @@ def _draw_by_tiles(
         # Greedy: the first tile of the likeliest holds the lowest id. Else those that the best
         # score does not rule out: seldom any.
         left = left & (greedy == 0) & (tile != chosen) & (bound >= score_of(best))
-    return winner_within(best, vocab_size)
+    return winner(best, vocab_size)
 
 
 @triton.jit
@@ -306,7 +306,7 @@ def _select_filtered(
     if listed:
         noise = noise_key(row_params, b, t, stream)
         best = gumbel_max_candidates(keys, n, kept.low, row_max, inv_t, noise)
-        token = winner_within(best, vocab_size)
+        token = winner(best, vocab_size)
     else:
         if of_row == 0:
             bottom = cutoff_of(row_max, least)
@@ -346,8 +346,7 @@ def _select_kernel(
     else:
         tl.store(out.status + row, status)
         masses = workspace.masses + row * ws.MASSES_WIDTH
-        # Tiles further below the maximum than fp32 reaches have tokens too.
-        shifted = tl.where(top > -INF, tl.maximum(top - row_max, -FLT_MAX), -INF)
+        shifted = shifted_from(top, row_max)
         e = exponent(tl.full([], 1.0, tl.float32))
         sums = tl.load(tiles.raw + at, mask=inside, other=0.0)
         raw_mass = row_mass(sums, shifted, e)
@@ -454,7 +453,7 @@ def _write_drawn(
     at = workspace.masses + row * ws.MASSES_WIDTH
     # Where +inf was there, the tokens left are alike.
     raw_mass = tl.where(row_max == INF, found.row.most.count << 44, tl.load(at + ws.RAW))
-    token = winner_within(best, vocab_size)
+    token = winner(best, vocab_size)
     alpha = tl.load(row_params.alpha + b)
     drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
     ws.write_drawn(out, row, token, drawn, inv_t, greedy, kept.most.count, kept.most.mass, raw_mass)
@@ -497,6 +496,7 @@ def _settle(logits, row_params, b, t, workspace, out, row, row_max, found, strea
     counters = workspace.counters + row * ws.COUNTERS_WIDTH
     # Other programs' results: past the first-level cache, which does not see them.
     n = tl.load(counters + ws.NUM_CANDIDATES, cache_modifier=".cg")
+    n = tl.minimum(n, ws.max_candidates(vocab_size))  # unless logits changed since pivots
     best = tl.load(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, cache_modifier=".cg")
     keys, short = ws.list_of(workspace, row, vocab_size)
     listed = List(keys, n, short, finite_max(row_max), e, found.first, found.kept)

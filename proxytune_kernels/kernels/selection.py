@@ -360,7 +360,7 @@ def cutoff_bound(shifted, live, sums, hi, need_count, need_share, use_mass, cert
         found = tl.max(tl.where(step == first, pivots, -INF), 0)
         lower = tl.where(first < TRIALS, found, lower)
         bound = tl.where(first < TRIALS, found, bound)
-    return bound
+    return tl.where(bound > -FLT_MAX, bound, -INF)  # some differences are past fp32
 
 
 @triton.jit

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from proxytune_kernels.kernels import workspace as ws
 from proxytune_kernels.kernels.common import (
-    FLT_MAX,
     INF,
     LANES,
     NO_CUTOFF,
@@ -22,12 +21,14 @@ from proxytune_kernels.kernels.common import (
     Logits,
     block_ids,
     block_x,
+    cleaned,
     exponent,
     finite_max,
     key_id,
     key_value,
     log_mass,
     order_key,
+    shifted_from,
 )
 from proxytune_kernels.kernels.selection import (
     CHUNK,
@@ -67,7 +68,7 @@ def _list_row(logits, row_params, b, t, row_max, keys, n, vocab_size):
         key = order_key(x, block_ids(block, SEARCH_PER))
         listed = append(keys, listed, key, (x > -INF) & (key >= cutoff), MAX_SHORT)
     tl.debug_barrier()
-    return listed
+    return tl.minimum(listed, MAX_SHORT)  # n, unless the row's alpha has changed meanwhile
 
 
 @triton.jit
@@ -97,9 +98,8 @@ def _top_logprobs_kernel(
     if tl.load(drawn.status + row) < STATUS_EMPTY:
         tile = tl.arange(0, NT)
         maxima = tl.load(tiles.maximum + row * num_tiles + tile, mask=tile < num_tiles, other=-INF)
-        shifted = tl.where(maxima > -INF, tl.maximum(maxima - row_max, -FLT_MAX), -INF)
-        if row_max == INF:
-            shifted = tl.where(maxima == INF, 0.0, -INF)
+        maxima = cleaned(maxima, row_max)
+        shifted = shifted_from(maxima, finite_max(row_max))
         alpha = tl.load(row_params.alpha + b)
         # n tiles have n tokens. Where likely tokens lie together, fewer do.
         none, no_target = tl.full([], 0, tl.int64), tl.full([], NO_TARGET, tl.int64)
@@ -117,8 +117,7 @@ def _top_logprobs_kernel(
                 )  # fmt: skip
                 found = (listed <= MAX_SHORT) & ((listed >= n) | (least == -INF))
         # Equal logits, or very many likely ones in a tile: the first tiles by key.
-        value = tl.where(row_max == INF, shifted, maxima)
-        tile_keys = tl.where(value > -INF, order_key(value, tile), 0)
+        tile_keys = tl.where(maxima > -INF, order_key(maxima, tile), 0)
         tiles_needed = 1
         while (found == 0) & (tiles_needed <= MAX_SHORT):
             last = _nth_key(tile_keys, tiles_needed)

@@ -51,7 +51,7 @@ from proxytune_kernels.kernels.noise import (
     score_of,
     token_words,
     uniform,
-    winner_within,
+    winner,
 )
 from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.params import RowParams
@@ -243,8 +243,7 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
         if tl.atomic_add(residual.arrived + b, 1) == splits - 1:
             best = tl.load(residual.best + b * 2, cache_modifier=".cg")
             plain = tl.load(residual.best + b * 2 + 1, cache_modifier=".cg")
-            best = tl.where(score_of(best) > -INF, best, plain)
-            token = winner_within(best, vocab_size)
+            token = winner(tl.where(score_of(best) > -INF, best, plain), vocab_size)
             _, logprob, raw = _logprobs_at(
                 target, alpha, b, j, row, token, inv_t, greedy, token >= 0
             )

@@ -8,7 +8,7 @@ ones of their own, and the public functions find the words here when a binding r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -328,7 +328,55 @@ def _is_a(op: str, name: str, value: Any, kind: type) -> None:
         raise TypeError(f"{op}: {name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
-def out(op: str, given: Any, like: Tensor, **sizes: Any) -> None:
+def no_gradient(op: str, read: Mapping[str, Any]) -> None:
+    """Refuse tensors that want a gradient, which no operator has, where gradients are recorded.
+
+    Weights of heads are parameters: they may want one.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in _tensors(read):
+        if tensor.requires_grad and not name.endswith(("weight", "_bias", ".bias")):
+            raise ValueError(
+                f"{op}: {name} must not require grad: no operator has a gradient; call it under "
+                "torch.no_grad(), or give it a detached tensor"
+            )
+
+
+def _meets(tensor: Tensor, first: int, end: int) -> bool:
+    """Whether the tensor has a byte with an address in [first, end)."""
+    start = tensor.data_ptr()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = start + (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
+    if tensor.numel() == 0 or last <= first or end <= start:
+        return False
+    return tensor.is_contiguous() or any(_meets(part, first, end) for part in tensor)
+
+
+def _tensors(named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif hasattr(value, "_asdict"):
+            yield from ((f"{name}.{field}", t) for field, t in _tensors(value._asdict()))
+
+
+def apart(op: str, written: Mapping[str, Tensor], read: Mapping[str, Any]) -> None:
+    """Refuse outputs that share memory with an argument, or with one another."""
+    held = dict(_tensors(read))
+    storages = {tensor.untyped_storage().data_ptr() for tensor in written.values()}
+    others = (tensor.untyped_storage().data_ptr() for tensor in held.values())
+    if len(storages) == len(written) and storages.isdisjoint(others):
+        return  # nearly always
+    for name, tensor in written.items():
+        first = tensor.data_ptr()
+        for other, value in held.items():
+            if _meets(value, first, first + tensor.nbytes):
+                raise ValueError(f"{op}: {name} must not overlap {other} in memory")
+        held[name] = tensor
+
+
+def out(op: str, given: Any, like: Tensor, read: Mapping[str, Any], **sizes: Any) -> None:
     """Check caller-owned outputs of a call of a public function, if any.
 
     Nested ones count only where they are written, and have a column.
@@ -337,6 +385,7 @@ def out(op: str, given: Any, like: Tensor, **sizes: Any) -> None:
         op: its name.
         given: what it would return.
         like: a tensor of its arguments, base's.
+        read: its arguments by name.
         sizes: the integers among its operator's arguments that sizes depend on.
     """
     if given is None:
@@ -345,6 +394,7 @@ def out(op: str, given: Any, like: Tensor, **sizes: Any) -> None:
     if isinstance(operator.returns, type):
         _is_a(op, "out", given, operator.returns)
     arguments = {operator.argument_names[0]: like, **sizes}
+    written: dict[str, Tensor] = {}
     for output, shape in zip(operator.outputs, operator.shapes(arguments), strict=True):
         holder, _, field = output.field.rpartition(".")
         value, name = given, "out"
@@ -356,17 +406,22 @@ def out(op: str, given: Any, like: Tensor, **sizes: Any) -> None:
         if isinstance(operator.returns, type):
             value, name = getattr(value, field), f"{name}.{field}"
         exactly(op, name, value, output.dtype, shape, like.device, contiguous=True)
+        written[name] = value
+    apart(op, written, read)
 
 
 def operator_out(op: str, given: Mapping[str, Tensor], arguments: Sequence[Any]) -> None:
     """Check the tensors that an operator's ``_out`` twin writes into."""
     operator = OPERATORS[op]
-    shapes = operator.shapes(operator.named(arguments))
-    for output, shape in zip(operator.outputs, shapes, strict=True):
+    read = operator.named(arguments)
+    written: dict[str, Tensor] = {}
+    for output, shape in zip(operator.outputs, operator.shapes(read), strict=True):
         if 0 in shape[1:]:
             continue  # nothing is written
         name, tensor = f"out.{output.field}", given.get(f"out_{output.name}")
         exactly(op, name, tensor, output.dtype, shape, arguments[0].device, contiguous=True)
+        written[name] = tensor
+    apart(op, written, read)
 
 
 def operator_arguments(op: str, arguments: Sequence[Any]) -> list[Any]:
@@ -376,6 +431,7 @@ def operator_arguments(op: str, arguments: Sequence[Any]) -> list[Any]:
     """
     given = list(arguments)
     names = list(OPERATORS[op].argument_names)
+    no_gradient(op, OPERATORS[op].named(arguments))
     if "seed" in names:
         at = names.index("alpha")
         given[at : at + NUM_PARAMS] = [RowParams(*given[at : at + NUM_PARAMS])]

@@ -63,6 +63,19 @@ def _width(base: Tensor, expert: Tensor | None, anti: Tensor | None, vocab_size:
     return width
 
 
+def _refuse_gradient(result: Tensor) -> None:
+    # torch marks results of operators without a gradient where one is asked for. A look at the
+    # arguments takes ten times as long.
+    if result.requires_grad:
+        raise ValueError("a gradient is asked for")  # checks.no_gradient finds the words
+
+
+def _refuse_gradients(*read: Tensor | None) -> None:
+    # Outputs of the caller are not marked.
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in read):
+        raise ValueError("a gradient is asked for")
+
+
 def _sampled(results: Any, top_logprobs: int) -> SampleOutput:
     top = TopLogprobs(*results[-2:]) if top_logprobs else None
     return SampleOutput._make((*results[:-2], top))
@@ -116,14 +129,16 @@ def sample(
         top_logprobs: how many of the likeliest tokens to report in ``top``, whatever the filters
             keep, at most 128; 0 is off.
         backend: None for the fastest usable one; by name it runs or raises.
-        out: tensors to write into, returned; ``top`` is written where top_logprobs is not 0.
+        out: tensors to write into, returned; ``top`` is written where top_logprobs is not 0. They
+            share no memory with arguments, or with one another.
 
     Returns:
         :class:`SampleOutput`. Rows with nothing left or a parameter out of range have token -1 and
         a status bit.
 
     Raises:
-        ValueError, TypeError: names the argument, what it got and what it wanted.
+        ValueError, TypeError: names the argument, what it got and what it wanted. Also where a
+            tensor requires grad and gradients are recorded: no operator has one.
         RuntimeError: a backend asked for by name that can't run here.
 
     Example:
@@ -146,7 +161,10 @@ def sample(
         )  # fmt: skip
         resolved = resolve(backend, base, "sample", width)
         if out is None:
-            return _sampled(implementation(resolved, "sample", base)(*arguments), top_logprobs)
+            results = implementation(resolved, "sample", base)(*arguments)
+            _refuse_gradient(results[1])
+            return _sampled(results, top_logprobs)
+        _refuse_gradients(base, expert, anti, rows.alpha, bias)
         written = _into(out, top_logprobs)
         implementation(resolved, "sample_out", base)(*arguments, **written)
         return out
@@ -154,11 +172,15 @@ def sample(
         checks.sample(
             base, expert, anti, params, bias, allowed_mask, vocab_size, noise_stream, top_logprobs
         )
-        checks.out("sample", out, base, top_logprobs=top_logprobs)
+        read = dict(
+            base=base, expert=expert, anti=anti, params=params, alpha=alpha,
+            temperature=temperature, bias=bias, allowed_mask=allowed_mask,
+        )  # fmt: skip
+        checks.no_gradient("sample", read)
+        checks.out("sample", out, base, read, top_logprobs=top_logprobs)
         raise
 
 
-@torch.no_grad()
 def sample_hidden(
     base: Head,
     expert: Head | None = None,
@@ -216,6 +238,8 @@ def sample_hidden(
             op, hidden, params,
             alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
         )  # fmt: skip
+        states = (None if head is None else head.hidden for head in (base, expert, anti))
+        _refuse_gradients(*states, rows.alpha, bias)
         width = vocab_size
         if width is None:
             width = min(len(head.weight) for head in (base, expert, anti) if head is not None)
@@ -225,16 +249,22 @@ def sample_hidden(
             STREAMS[noise_stream], top_logprobs,
         )  # fmt: skip
         resolved = resolve(backend, hidden, op, width)
-        if out is None:
-            return _sampled(implementation(resolved, op, hidden)(*arguments), top_logprobs)
-        written = _into(out, top_logprobs)
-        implementation(resolved, f"{op}_out", hidden)(*arguments, **written)
-        return out
+        with torch.no_grad():  # weights are parameters
+            if out is None:
+                return _sampled(implementation(resolved, op, hidden)(*arguments), top_logprobs)
+            written = _into(out, top_logprobs)
+            implementation(resolved, f"{op}_out", hidden)(*arguments, **written)
+            return out
     except Exception:
         checks.sample_hidden(
             base, expert, anti, params, bias, allowed_mask, vocab_size, noise_stream, top_logprobs
         )
-        checks.out(op, out, base.hidden, top_logprobs=top_logprobs)
+        read = dict(
+            base=base, expert=expert, anti=anti, params=params, alpha=alpha,
+            temperature=temperature, bias=bias, allowed_mask=allowed_mask,
+        )  # fmt: skip
+        checks.no_gradient(op, read)
+        checks.out(op, out, base.hidden, read, top_logprobs=top_logprobs)
         raise
 
 
@@ -267,12 +297,19 @@ def combine(
         arguments = (base, expert, anti, alphas, bias, allowed_mask, width)
         resolved = resolve(backend, base, "combine", width)
         if out is None:
-            return implementation(resolved, "combine", base)(*arguments)
+            x = implementation(resolved, "combine", base)(*arguments)
+            _refuse_gradient(x)
+            return x
+        _refuse_gradients(base, expert, anti, alphas, bias)
         implementation(resolved, "combine_out", base)(*arguments, out_x=out)
         return out
     except Exception:
         checks.combine(base, expert, anti, alpha, bias, allowed_mask, vocab_size)
-        checks.out("combine", out, base, vocab_size=width)
+        read = dict(
+            base=base, expert=expert, anti=anti, alpha=alpha, bias=bias, allowed_mask=allowed_mask
+        )
+        checks.no_gradient("combine", read)
+        checks.out("combine", out, base, read, vocab_size=width)
         raise
 
 
@@ -311,12 +348,17 @@ def score(
         arguments = (base, expert, anti, token_ids, alphas, width)
         resolved = resolve(backend, base, "score", width)
         if out is None:
-            return implementation(resolved, "score", base)(*arguments)
+            logprobs = implementation(resolved, "score", base)(*arguments)
+            _refuse_gradient(logprobs)
+            return logprobs
+        _refuse_gradients(base, expert, anti, alphas)
         implementation(resolved, "score_out", base)(*arguments, out_logprobs=out)
         return out
     except Exception:
         checks.score(base, expert, anti, token_ids, alpha, vocab_size)
-        checks.out("score", out, base)
+        read = dict(base=base, expert=expert, anti=anti, token_ids=token_ids, alpha=alpha)
+        checks.no_gradient("score", read)
+        checks.out("score", out, base, read)
         raise
 
 
@@ -388,7 +430,10 @@ def verify(
         )  # fmt: skip
         resolved = resolve(backend, base, "verify", width, rejection)
         if out is None:
-            return VerifyOutput(*implementation(resolved, "verify", base)(*arguments))
+            results = VerifyOutput(*implementation(resolved, "verify", base)(*arguments))
+            _refuse_gradient(results.logprobs)
+            return results
+        _refuse_gradients(base, expert, anti, rows.alpha, bias)
         written = dict(zip(OPERATORS["verify"].out_names, out, strict=True))
         implementation(resolved, "verify_out", base)(*arguments, **written)
         return out
@@ -397,5 +442,11 @@ def verify(
             base, expert, anti, draft_token_ids, draft_logits, params, bias, allowed_mask,
             vocab_size, mode,
         )  # fmt: skip
-        checks.out("verify", out, base)
+        read = dict(
+            base=base, expert=expert, anti=anti, draft_token_ids=draft_token_ids,
+            draft_logits=draft_logits, params=params, alpha=alpha, temperature=temperature,
+            bias=bias, allowed_mask=allowed_mask,
+        )  # fmt: skip
+        checks.no_gradient("verify", read)
+        checks.out("verify", out, base, read)
         raise

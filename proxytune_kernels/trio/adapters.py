@@ -13,6 +13,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from torch.nn import Module, Parameter
 from proxytune_kernels.trio.checkpoints import resolve
 from proxytune_kernels.trio.files import (
     LoadError,
+    Place,
     check_safetensors,
     file_in,
-    local_directory,
+    find,
     read_object,
     reason,
 )
@@ -63,12 +66,36 @@ def named_checkpoint(role: str, directory: Path) -> str:
     return named
 
 
-def tokenizer_directory(role: str, reference: str) -> str:
-    """Where a role's tokenizer is: with an adapter that has none, with the model that it names."""
-    directory = local_directory(role, reference)
-    if not is_adapter(directory) or (directory / "tokenizer_config.json").is_file():
-        return reference
-    return resolve(named_checkpoint(role, directory), directory)
+@dataclass(frozen=True)
+class Source:
+    """What a role is opened from: a checkpoint, or an adapter and the checkpoint that it names.
+
+    Args:
+        role: for messages.
+        own: the checkpoint or the adapter.
+        more: patterns of files that a hub name must have beside those of every checkpoint.
+    """
+
+    role: str
+    own: Place
+    more: tuple[str, ...] = ()
+
+    @cached_property
+    def adapted(self) -> str | None:
+        """The checkpoint that the adapter names, a path or hub name; None without an adapter."""
+        home = self.own.directory
+        return resolve(named_checkpoint(self.role, home), home) if is_adapter(home) else None
+
+    @cached_property
+    def plain(self) -> Place:
+        """The checkpoint without the adapter."""
+        return self.own if self.adapted is None else find(self.role, self.adapted, *self.more)
+
+    @property
+    def tokenizer(self) -> Place:
+        """Where its tokenizer is: an adapter that has none takes that of the model it names."""
+        has = (self.own.directory / "tokenizer_config.json").is_file()
+        return self.own if has else self.plain
 
 
 def merged(role: str, model: Any, directory: Path) -> Any:

@@ -13,10 +13,10 @@ import torch
 
 from proxytune_kernels.trio.files import (
     LoadError,
+    Place,
     check_field,
     check_gguf,
     file_in,
-    local_directory,
     read_object,
     reason,
     weight_files,
@@ -58,8 +58,11 @@ class LoadOptions:
 
     def files(self) -> list[str]:
         """Patterns of what a hub name must have beside the files of every checkpoint."""
-        named = [] if self.gguf_file is None else [self.gguf_file]
-        return [*named, *(["*.py"] if self.trust_remote_code else [])]
+        return [*([] if self.gguf_file is None else [self.gguf_file]), *self.code()]
+
+    def code(self) -> list[str]:
+        """Those of them that a model has which an adapter names."""
+        return ["*.py"] if self.trust_remote_code else []
 
 
 def resolve(reference: str | Path, directory: Path | None) -> str:
@@ -106,20 +109,20 @@ def device_unusable(device: Any) -> str | None:
     return None
 
 
-def open_checkpoint(role: str, reference: str, options: LoadOptions) -> Any:
+def open_checkpoint(role: str, place: Place, options: LoadOptions) -> Any:
     """A transformers causal LM as its checkpoint has it, placed by its device map if there is one.
 
     Args:
         role: base, expert or anti, for messages.
-        reference: a directory or hub name.
+        place: where it lies.
         options: of these, all but ``device`` and ``quantize``.
 
     Raises:
-        LoadError: names the role, the reference and the reason.
+        LoadError: names the role, the checkpoint and the reason.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    directory = local_directory(role, reference, *options.files())
+    directory = place.directory
     if options.gguf_file is None:
         read_config(role, directory)
         weight_files(role, directory)
@@ -141,15 +144,15 @@ def open_checkpoint(role: str, reference: str, options: LoadOptions) -> Any:
             "quantization_config": GgufConfig(dequantize=True),
         }
     placed = " that its device_map can place" if options.device_map is not None else ""
-    with opening(role, f"a causal LM{placed}", reference):
+    with opening(role, f"a causal LM{placed}", place.name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **named)
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise LoadError(
-            f"{role} must have all weights of {type(model).__name__}, got {reference!r} without "
+            f"{role} must have all weights of {type(model).__name__}, got {place.name!r} without "
             f"{missing[0]} ({len(missing)} in all)"
         )
-    model.config._name_or_path = reference
+    model.config._name_or_path = place.name
     return model
 
 
@@ -193,25 +196,34 @@ def opening(name: str, what: str, reference: str) -> Iterator[None]:
 
 
 def load_tokenizer(
-    name: str, reference: str, *, gguf_file: str | None = None, trust_remote_code: bool = False
+    name: str, place: Place, *, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """A tokenizer from a directory or hub name; ``name`` says whose in messages."""
+    """A tokenizer from where it lies; ``name`` says whose in messages."""
     from transformers import AutoTokenizer
 
-    options = LoadOptions(gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    directory = local_directory(name, reference, *options.files())
+    directory = place.directory
     named = {} if gguf_file is None else {"gguf_file": file_in(name, directory, gguf_file).name}
     for file in directory.iterdir():
         if file.suffix in _TOKENIZER_SUFFIXES:
             file_in(name, directory, file.name)
     settings = directory / "tokenizer_config.json"
     if settings.is_file():
-        files = read_object(name, settings).get("fast_tokenizer_files")
+        values = read_object(name, settings)
+        files, longest = values.get("fast_tokenizer_files"), values.get("model_max_length")
         for file_name in files if isinstance(files, list) else ():
             file_in(name, directory, file_name)
-    with opening(name, "a tokenizer", reference):
+        fits = longest is None or isinstance(longest, (int, float))
+        check_field(name, settings, values, "model_max_length", "a number", fits)
+    with opening(name, "a tokenizer", place.name):
         tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, **named
         )
-    tokenizer.name_or_path = reference
+    template = getattr(tokenizer, "chat_template", None)
+    each = list(template.values()) if isinstance(template, dict) else [template]
+    if template is not None and not all(isinstance(text, str) for text in each):
+        raise LoadError(
+            f"chat_template of {name} must be text, or an object of texts, got {template!r:.80} in "
+            f"{place.name!r}"
+        )
+    tokenizer.name_or_path = place.name
     return tokenizer

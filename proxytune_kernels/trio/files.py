@@ -8,6 +8,7 @@ are safetensors or GGUF by what they hold, not by what they are called.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,20 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= 500 else f"{text[:500]}..."
 
 
-def local_directory(role: str, reference: str | Path, *more: str) -> Path:
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint lies.
+
+    Args:
+        name: as it was named, a directory or hub name: what messages and ``info()`` say.
+        directory: its files are here.
+    """
+
+    name: str
+    directory: Path
+
+
+def find(role: str, reference: str | Path, *more: str) -> Place:
     """The directory of a checkpoint: the one that is named, or the cached snapshot of a hub name.
 
     Args:
@@ -40,11 +54,12 @@ def local_directory(role: str, reference: str | Path, *more: str) -> Path:
         LoadError: there is neither.
     """
     if Path(reference).is_dir():
-        return Path(reference)
+        return Place(str(reference), Path(reference))
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(reference), allow_patterns=[*_HUB_FILES, *more]))
+        directory = snapshot_download(str(reference), allow_patterns=[*_HUB_FILES, *more])
+        return Place(str(reference), Path(directory))
     except (OSError, ValueError) as error:
         raise LoadError(
             f"{role} must be a directory or hub name, got {str(reference)!r}: {reason(error)}"

@@ -16,7 +16,7 @@ from proxytune_kernels.trio.checkpoints import (
     open_checkpoint,
     resolve,
 )
-from proxytune_kernels.trio.files import LoadError, file_in, local_directory, read_object
+from proxytune_kernels.trio.files import LoadError, file_in, find, read_object
 from proxytune_kernels.trio.quantization import QuantizationError, check_quantization, quantize
 from proxytune_kernels.trio.roles import PAIR, ROLES, check_known, check_roles, per_role
 
@@ -160,33 +160,51 @@ def _placement(role: str, device: Any, device_map: Any) -> tuple[Any, Any]:
     return None, check_device_map(role, spread)
 
 
+def find_sources(
+    references: Mapping[str, str], options: Mapping[str, LoadOptions]
+) -> dict[str, adapters.Source]:
+    """Role -> what it is opened from, for a directory or hub name of each; each is found once.
+
+    Raises:
+        LoadError: one is neither.
+    """
+    return {
+        role: adapters.Source(
+            role, find(role, reference, *options[role].files()), tuple(options[role].code())
+        )
+        for role, reference in references.items()
+    }
+
+
 def load_models(
-    references: Mapping[str, str], options: Mapping[str, LoadOptions], *, merge_adapter: bool
+    sources: Mapping[str, adapters.Source],
+    options: Mapping[str, LoadOptions],
+    *,
+    merge_adapter: bool,
 ) -> dict[str, Any]:
     """The models of a trio in evaluation mode.
 
     Args:
-        references: role -> a directory or hub name. A directory with a LoRA adapter (PEFT) stands
-            for the model that it names, a path relative to its own or a hub name, with the adapter
-            merged into its weights.
+        sources: role -> what it is opened from. A LoRA adapter (PEFT) stands for the model that it
+            names, a path relative to its own or a hub name, with the adapter merged into its
+            weights.
         options: role -> how its model is opened.
         merge_adapter: False keeps the expert's adapter apart, over the anti's weights: expert and
             anti are then two models that hold the same tensors.
 
     Returns:
-        role -> transformers causal LM, in the order of ``references``.
+        role -> transformers causal LM, in the order of ``sources``.
 
     Raises:
         LoadError: names the role, what was asked for and the reason.
     """
     if merge_adapter:
-        return {role: _load(role, ref, options[role]) for role, ref in references.items()}
-    expert = references.get("expert")
-    directory = None if expert is None else local_directory("expert", expert)
-    if directory is None or not adapters.is_adapter(directory):
+        return {role: _load(source, options[role]) for role, source in sources.items()}
+    expert = sources.get("expert")
+    if expert is None or expert.adapted is None:
         raise LoadError(
             f"merge_adapter=False needs expert to be a directory with a LoRA adapter, "
-            f"got {expert!r}"
+            f"got {None if expert is None else expert.own.name!r}"
         )
     for name in _SHARED:
         ours, theirs = (getattr(options[role], name) for role in PAIR)
@@ -195,29 +213,29 @@ def load_models(
                 f"{name} of expert must be that of anti, whose weights it shares with "
                 f"merge_adapter=False, got {ours!r} and {theirs!r}"
             )
-    loaded = {r: _load(r, ref, options[r]) for r, ref in references.items() if r == "base"}
-    loaded |= _load_pair(directory, references["anti"], options["anti"])
-    return {role: loaded[role] for role in references}
+    loaded = {r: _load(source, options[r]) for r, source in sources.items() if r == "base"}
+    loaded |= _load_pair(expert, sources["anti"], options["anti"])
+    return {role: loaded[role] for role in sources}
 
 
-def _load(role: str, reference: str, options: LoadOptions) -> Any:
-    return _place(role, _open(role, reference, options), options)
+def _load(source: adapters.Source, options: LoadOptions) -> Any:
+    return _place(source.role, _open(source, options), options)
 
 
-def _load_pair(directory: Path, reference: str, options: LoadOptions) -> dict[str, Any]:
-    anti = _open("anti", reference, options)
-    _check_same_checkpoint(directory, anti, reference, options)
+def _load_pair(
+    expert: adapters.Source, source: adapters.Source, options: LoadOptions
+) -> dict[str, Any]:
+    anti = _open(source, options)
+    _check_same_checkpoint(expert, anti, source.own.name, options)
     anti = _place("anti", anti, options)
-    return {"expert": adapters.beside("expert", anti, directory), "anti": anti}
+    return {"expert": adapters.beside("expert", anti, expert.own.directory), "anti": anti}
 
 
-def _open(role: str, reference: str, options: LoadOptions) -> Any:
-    directory = local_directory(role, reference, *options.files())
-    if not adapters.is_adapter(directory):
-        return open_checkpoint(role, reference, options)
-    named = resolve(adapters.named_checkpoint(role, directory), directory)
-    model = open_checkpoint(role, named, replace(options, gguf_file=None))
-    return adapters.merged(role, model, directory)
+def _open(source: adapters.Source, options: LoadOptions) -> Any:
+    if source.adapted is None:
+        return open_checkpoint(source.role, source.own, options)
+    model = open_checkpoint(source.role, source.plain, replace(options, gguf_file=None))
+    return adapters.merged(source.role, model, source.own.directory)
 
 
 def _place(role: str, model: Any, options: LoadOptions) -> Any:
@@ -232,10 +250,10 @@ def _place(role: str, model: Any, options: LoadOptions) -> Any:
 
 
 def _check_same_checkpoint(
-    directory: Path, anti: Any, reference: str, options: LoadOptions
+    expert: adapters.Source, anti: Any, reference: str, options: LoadOptions
 ) -> None:
     """Check that the expert's adapter was trained on the anti, by its name or by its weights."""
-    named = resolve(adapters.named_checkpoint("expert", directory), directory)
+    named = str(expert.adapted)
     if named == reference or (
         Path(named).exists() and Path(reference).exists() and Path(named).samefile(reference)
     ):
@@ -243,7 +261,7 @@ def _check_same_checkpoint(
     wanted = f"anti must be the model that expert's adapter names, {named!r}, or have its weights"
     plain = replace(options, device="cpu", device_map=None, gguf_file=None)
     try:
-        other = open_checkpoint("expert", named, plain)
+        other = open_checkpoint("expert", expert.plain, plain)
     except LoadError as error:
         raise LoadError(f"{wanted}, got {reference!r}; to compare them, {error}") from error
     differing = adapters.first_difference(anti, other)

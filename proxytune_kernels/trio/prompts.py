@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 from proxytune_kernels.trio.files import reason
@@ -22,6 +23,7 @@ def tokenize(
     tokenizers: Mapping[str, Any],
     styles: Mapping[str, str],
     widths: Mapping[str, int],
+    add_special_tokens: bool = True,
 ) -> dict[str, list[int]]:
     """Token ids of a prompt for each role.
 
@@ -34,6 +36,8 @@ def tokenize(
             joins the contents of messages with blank lines (the paper's untuned models see plain
             text). Token ids are taken as they are.
         widths: role -> number of ids that the model can read.
+        add_special_tokens: what the tokenizer puts around plain text. A BOS that the text begins
+            with is not put there twice. Templates write their own special tokens.
 
     Raises:
         ValueError, TypeError: names the prompt's part, what it got and what it wanted.
@@ -48,26 +52,29 @@ def tokenize(
     else:
         parts = dict.fromkeys(tokenizers, prompt)
     return {
-        role: _token_ids(role, parts[role], tokenizer, styles[role], widths[role])
+        role: _token_ids(
+            role, parts[role], tokenizer, styles[role], widths[role], add_special_tokens
+        )
         for role, tokenizer in tokenizers.items()
     }
 
 
-def _token_ids(role: str, part: Any, tokenizer: Any, style: str, width: int) -> list[int]:
+def _token_ids(
+    role: str, part: Any, tokenizer: Any, style: str, width: int, add_special_tokens: bool
+) -> list[int]:
     for text in _texts(part):
         if not _is_unicode(text):
             raise ValueError(
                 f"prompt of {role} must be text that UTF-8 can write, got a lone surrogate in "
                 f"{text!a:.80}"
             )
-    if isinstance(part, str):
-        messages = [{"role": "user", "content": part}]
-        ids = _templated(role, messages, tokenizer) if style == "chat" else tokenizer.encode(part)
-    elif is_messages(part):
+    if isinstance(part, str) or is_messages(part):
         if style == "chat":
-            ids = _templated(role, part, tokenizer)
+            messages = [{"role": "user", "content": part}] if isinstance(part, str) else part
+            ids = _templated(role, messages, tokenizer)
         else:
-            ids = tokenizer.encode("\n\n".join(message["content"] for message in part))
+            text = "\n\n".join(_texts(part))
+            ids = _encoded(text, tokenizer, add_special_tokens)
     elif _is_token_ids(part):
         ids = [int(i) for i in part]
     else:
@@ -78,6 +85,21 @@ def _token_ids(role: str, part: Any, tokenizer: Any, style: str, width: int) -> 
     if outside:
         raise ValueError(f"prompt of {role} must have token ids in [0, {width}), got {outside[0]}")
     return ids
+
+
+def _encoded(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
+    """Token ids of plain text, with no BOS before one that the text begins with."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    bos = tokenizer.bos_token_id
+    if bos is None or ids[:2] != [bos, bos]:
+        return ids
+    written = tokenizer.encode(text, add_special_tokens=False)
+    return ids[1:] if _leading(bos, ids) > _leading(bos, written) > 0 else ids
+
+
+def _leading(token_id: int, ids: Sequence[int]) -> int:
+    """How many times a text's tokens begin with one."""
+    return sum(1 for _ in takewhile(token_id.__eq__, ids))
 
 
 def _templated(role: str, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[int]:

@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 
-from proxytune_kernels.trio.adapters import adapter_parameters, tokenizer_directory, unwrapped
+from proxytune_kernels.trio.adapters import Source, adapter_parameters, unwrapped
 from proxytune_kernels.trio.checkpoints import LoadOptions, load_tokenizer, resolve
-from proxytune_kernels.trio.files import LoadError
-from proxytune_kernels.trio.loading import load_models, load_options, named_models, read_source
+from proxytune_kernels.trio.files import LoadError, find
+from proxytune_kernels.trio.loading import (
+    find_sources,
+    load_models,
+    load_options,
+    named_models,
+    read_source,
+)
 from proxytune_kernels.trio.prompts import PROMPT_STYLES, tokenize
 from proxytune_kernels.trio.quantization import quantization_of, weight_bytes
 from proxytune_kernels.trio.roles import ROLES, check_known, check_roles
@@ -119,13 +125,13 @@ class Trio:
         """Number of ids that mean the same to all roles; no other id is ever produced."""
         return self.agreement.vocab_size
 
-    def tokenize(self, prompt: Any) -> dict[str, list[int]]:
+    def tokenize(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """Token ids of a prompt for each role; see :func:`~trio.prompts.tokenize`."""
         widths = {
             role: model.get_input_embeddings().weight.shape[0]
             for role, model in self.models.items()
         }
-        return tokenize(prompt, self.tokenizers, self.prompts, widths)
+        return tokenize(prompt, self.tokenizers, self.prompts, widths, add_special_tokens)
 
     def info(self) -> dict[str, Any]:
         """What was loaded and agreed, as plain values for printing or JSON."""
@@ -208,10 +214,11 @@ def load_trio(
         for role in references
     }
     merge = settings.get("merge_adapter", True) if merge_adapter is None else merge_adapter
-    models = load_models(references, options, merge_adapter=merge)
+    sources = find_sources(references, options)
+    models = load_models(sources, options, merge_adapter=merge)
     if tokenizer is None and "tokenizer" in settings:
         tokenizer = resolve(settings["tokenizer"], directory)
-    tokenizers = _tokenizers(references, options, tokenizer)
+    tokenizers = _tokenizers(sources, options, tokenizer)
     styles = {**settings.get("prompts", {}), **(prompts or {})}
     return Trio.from_models(**models, tokenizer=tokenizers, prompts=styles)
 
@@ -227,20 +234,21 @@ def _quantizations(quantize: Any) -> dict[str, str | None]:
 
 
 def _tokenizers(
-    references: Mapping[str, str], options: Mapping[str, LoadOptions], shared: str | Path | None
+    sources: Mapping[str, Source], options: Mapping[str, LoadOptions], shared: str | Path | None
 ) -> dict[str, Any]:
     trusted = options["base"].trust_remote_code
     if shared is not None:
-        one = load_tokenizer("tokenizer", str(shared), trust_remote_code=trusted)
-        return dict.fromkeys(references, one)
+        place = find("tokenizer", shared, *options["base"].code())
+        one = load_tokenizer("tokenizer", place, trust_remote_code=trusted)
+        return dict.fromkeys(sources, one)
     return {
         role: load_tokenizer(
             f"tokenizer of {role}",
-            tokenizer_directory(role, reference),
+            source.tokenizer,
             gguf_file=options[role].gguf_file,
             trust_remote_code=trusted,
         )
-        for role, reference in references.items()
+        for role, source in sources.items()
     }
 
 
@@ -311,6 +319,8 @@ def _places(model: Any) -> list[str]:
     if any(p.device.type == "meta" for p in model.parameters()):
         # Among devices that compute, the CPU only keeps weights for them, as the disk does.
         kept = ("disk",) if list(devices) == ["cpu"] else ("cpu", "disk")
-        places = dict.fromkeys(place for place in model.hf_device_map.values() if place in kept)
-        devices |= dict.fromkeys(f"offloaded to {place}" for place in places)
+        # Accelerate's cpu_offload and disk_offload leave no map.
+        mapped = getattr(model, "hf_device_map", {}).values()
+        places = [f"offloaded to {place}" for place in mapped if place in kept]
+        devices |= dict.fromkeys(places or ["offloaded"])
     return list(devices)

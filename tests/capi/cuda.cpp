@@ -41,10 +41,10 @@ void sample(const char* name, const std::function<void(proxytune_sample_args&)>&
 }
 
 void verify(const char* name, const std::function<void(proxytune_verify_args&)>& change,
-            int64_t rows = 1, void* workspace = somewhere) {
+            int64_t rows = 1, void* workspace = somewhere, size_t size = sizeof(somewhere)) {
   proxytune_verify_args args = verify_args();
   change(args);
-  say(name, proxytune_cuda_verify(&args, rows, workspace, nullptr));
+  say(name, proxytune_cuda_verify(&args, rows, workspace, size, nullptr));
 }
 
 }  // namespace
@@ -61,6 +61,8 @@ int main() {
   sample("negative-rows", [](auto&) {}, -1);
   sample("too-many-rows", [](auto&) {}, int64_t(1) << 27);
   verify("verify-null-workspace", [](auto&) {}, 1, nullptr);
+  verify("verify-small-workspace", [](auto&) {}, 1, somewhere, proxytune_cuda_workspace_size(1, 2) - 1);
+  verify("verify-unaligned-workspace", [](auto&) {}, 1, somewhere + 2);
   verify("mode", [](auto& a) { a.mode = 2; });
   verify("draft-logits", [](auto& a) { a.mode = PROXYTUNE_VERIFY_REJECTION; });
   verify("drafts", [](auto& a) { a.draft_token_ids = nullptr; });

@@ -137,7 +137,8 @@ static void sample_rows(void* context, int64_t thread) {
   void* workspace = aligned_alloc(64, w->workspace_size);
   if (!workspace) fail("out of memory");
   check(proxytune_cpu_sample(w->args, thread * w->rows / w->threads,
-                             (thread + 1) * w->rows / w->threads, workspace, NULL));
+                             (thread + 1) * w->rows / w->threads, workspace, w->workspace_size,
+                             NULL));
   free(workspace);
 }
 
@@ -156,23 +157,23 @@ static void print_sample(const char* label, const proxytune_sample_args* a, int6
   }
 }
 
-static void sample(const test_case* c, void* workspace, const proxytune_parallel* parallel) {
+static void sample(const test_case* c, void* workspace, size_t size, const proxytune_parallel* parallel) {
   const int64_t n = c->rows, num_top = n * NUM_TOP;
   proxytune_sample_args a = {.inputs = c->inputs,
                              .params = c->params,
                              .noise_stream = PROXYTUNE_STREAM_SAMPLE,
                              .token_ids = ARRAY(n, int64_t)};
-  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
+  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, size, parallel));
   for (int64_t r = 0; r < c->rows; ++r) printf("ids %" PRId64 "\n", a.token_ids[r]);
   a.logprobs = ARRAY(n, float);
   a.raw_logprobs = ARRAY(n, float);
   a.num_kept = ARRAY(n, int32_t);
   a.status = ARRAY(n, int32_t);
   a.num_top = NUM_TOP;
-  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel)); /* with nowhere to put them */
+  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, size, parallel)); /* with nowhere to put them */
   a.top_token_ids = ARRAY(num_top, int64_t);
   a.top_logprobs = ARRAY(num_top, float);
-  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
+  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, size, parallel));
   print_sample("sample", &a, c->rows);
 
   const int64_t threads = parallel ? parallel->chunks : 1;
@@ -186,7 +187,7 @@ static void sample(const test_case* c, void* workspace, const proxytune_parallel
   a.params = (proxytune_params){0};
   a.inputs.alpha = NULL;
   a.noise_stream = PROXYTUNE_STREAM_DRAFT;
-  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, parallel));
+  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, size, parallel));
   print_sample("defaults", &a, c->rows);
 }
 
@@ -202,7 +203,7 @@ static void combine(const test_case* c) {
   }
 }
 
-static void score(const test_case* c, void* workspace, const proxytune_parallel* parallel) {
+static void score(const test_case* c, void* workspace, size_t size, const proxytune_parallel* parallel) {
   const int64_t n = c->rows * c->positions;
   proxytune_score_args a = {.inputs = c->inputs,
                             .positions = c->positions,
@@ -212,12 +213,12 @@ static void score(const test_case* c, void* workspace, const proxytune_parallel*
   a.inputs.bias = NULL; /* scores are of the combined logits alone */
   a.inputs.allowed = NULL;
   /* In two calls: positions are as independent as rows. */
-  check(proxytune_cpu_score(&a, 0, n / 2, workspace, parallel));
-  check(proxytune_cpu_score(&a, n / 2, n, workspace, parallel));
+  check(proxytune_cpu_score(&a, 0, n / 2, workspace, size, parallel));
+  check(proxytune_cpu_score(&a, n / 2, n, workspace, size, parallel));
   for (int64_t i = 0; i < n; ++i) printf("score %08" PRIx32 "\n", bits_of(a.logprobs[i]));
 }
 
-static void verify(const test_case* c, int32_t mode, void* workspace,
+static void verify(const test_case* c, int32_t mode, void* workspace, size_t size,
                    const proxytune_parallel* parallel) {
   const int64_t n = c->rows * c->positions;
   proxytune_verify_args a = {.inputs = c->inputs,
@@ -229,11 +230,11 @@ static void verify(const test_case* c, int32_t mode, void* workspace,
                              .token_ids = ARRAY(n, int64_t),
                              .num_accepted = ARRAY(c->rows, int32_t)};
   if (mode == PROXYTUNE_VERIFY_REJECTION) a.draft_logits = c->draft_logits;
-  check(proxytune_cpu_verify(&a, 0, c->rows, workspace, parallel)); /* with nowhere to put the rest */
+  check(proxytune_cpu_verify(&a, 0, c->rows, workspace, size, parallel)); /* with nowhere to put the rest */
   a.logprobs = ARRAY(n, float);
   a.raw_logprobs = ARRAY(n, float);
   a.status = ARRAY(c->rows, int32_t);
-  check(proxytune_cpu_verify(&a, 0, c->rows, workspace, parallel));
+  check(proxytune_cpu_verify(&a, 0, c->rows, workspace, size, parallel));
   for (int64_t r = 0; r < c->rows; ++r) {
     printf("%s %" PRId32 " %" PRId32, mode == PROXYTUNE_VERIFY_COUPLED ? "coupled" : "rejection",
            a.num_accepted[r], a.status[r]);
@@ -262,7 +263,7 @@ static void errors(void) {
   proxytune_sample_args a;
 /* A call with a good one's arguments but for one change. */
 #define REFUSED(name, change) \
-  (a = good, change, refused(name, proxytune_cpu_sample(&a, 0, 1, NULL, NULL)))
+  (a = good, change, refused(name, proxytune_cpu_sample(&a, 0, 1, NULL, 0, NULL)))
   REFUSED("good", (void)0);
   REFUSED("no-base", a.inputs.base.data = NULL);
   REFUSED("no-anti", a.inputs.expert = a.inputs.base);
@@ -274,20 +275,28 @@ static void errors(void) {
   REFUSED("wide-top", a.num_top = PROXYTUNE_MAX_TOP + 1);
   REFUSED("no-token-ids", a.token_ids = NULL);
 #undef REFUSED
-  refused("no-arguments", proxytune_cpu_sample(NULL, 0, 1, NULL, NULL));
-  refused("begin", proxytune_cpu_sample(&good, -1, 1, NULL, NULL));
-  refused("no-rows", proxytune_cpu_sample(&good, 1, 1, NULL, NULL));
+  refused("no-arguments", proxytune_cpu_sample(NULL, 0, 1, NULL, 0, NULL));
+  refused("begin", proxytune_cpu_sample(&good, -1, 1, NULL, 0, NULL));
+  const size_t size = proxytune_cpu_workspace_size(4, 0);
+  char* memory = keep(aligned_alloc(64, size + 64));
+  refused("small-workspace", proxytune_cpu_sample(&good, 0, 1, memory, size - 1, NULL));
+  refused("unaligned-workspace", proxytune_cpu_sample(&good, 0, 1, memory + 32, size + 32, NULL));
+  refused("good-workspace", proxytune_cpu_sample(&good, 0, 1, memory, size, NULL));
+  const proxytune_parallel no_run = {NULL, NULL, 2};
+  refused("no-run", proxytune_cpu_sample(&good, 0, 1, memory, size, &no_run));
+  refused("no-rows", proxytune_cpu_sample(&good, 1, 1, NULL, 0, NULL));
 
   proxytune_verify_args v = {
       .inputs = good.inputs, .token_ids = &token, .num_accepted = &accepted, .mode = 2};
-  refused("mode", proxytune_cpu_verify(&v, 0, 1, NULL, NULL));
-  v.mode = PROXYTUNE_VERIFY_REJECTION;
+  refused("mode", proxytune_cpu_verify(&v, 0, 1, NULL, 0, NULL));
+  v.mode = PROXYTUNE_VERIFY_REJECTION; /* which needs two rows, also where no row has a draft */
+  refused("small-verify-workspace", proxytune_cpu_verify(&v, 0, 1, memory, size, NULL));
   v.num_drafts = 1;
-  refused("no-drafts", proxytune_cpu_verify(&v, 0, 1, NULL, NULL));
+  refused("no-drafts", proxytune_cpu_verify(&v, 0, 1, NULL, 0, NULL));
   v.draft_token_ids = &token;
-  refused("no-draft-logits", proxytune_cpu_verify(&v, 0, 1, NULL, NULL));
+  refused("no-draft-logits", proxytune_cpu_verify(&v, 0, 1, NULL, 0, NULL));
   const proxytune_score_args s = {.inputs = good.inputs, .token_ids = &token};
-  refused("no-logprobs", proxytune_cpu_score(&s, 0, 1, NULL, NULL));
+  refused("no-logprobs", proxytune_cpu_score(&s, 0, 1, NULL, 0, NULL));
   const proxytune_combine_args x = {.inputs = good.inputs};
   refused("no-x", proxytune_cpu_combine(&x, 0, 1));
   proxytune_head_logits_args h = {
@@ -310,6 +319,7 @@ static void errors(void) {
 int main(int argc, char** argv) {
   if (argc == 2 && strcmp(argv[1], "errors") == 0) {
     errors();
+    while (kept.count > 0) free(kept.memory[--kept.count]);
     return 0;
   }
   if (argc != 4) fail("usage: ops CASE THREADS own|given, or ops errors");
@@ -319,17 +329,16 @@ int main(int argc, char** argv) {
   const proxytune_parallel pool = {run_chunks, NULL, threads};
   const proxytune_parallel* parallel = threads > 1 ? &pool : NULL;
   void* workspace = NULL;
-  if (strcmp(argv[3], "given") == 0) {
-    workspace = keep(aligned_alloc(64, proxytune_cpu_workspace_size(c.vocab_size, 1)));
-  }
+  const size_t size = proxytune_cpu_workspace_size(c.vocab_size, 1);
+  if (strcmp(argv[3], "given") == 0) workspace = keep(aligned_alloc(64, size));
   const char* isa = proxytune_cpu_isa();
   if (!isa) fail(proxytune_error(PROXYTUNE_ERROR_ISA));
   printf("isa %s\n", isa);
-  sample(&c, workspace, parallel);
+  sample(&c, workspace, size, parallel);
   combine(&c);
-  score(&c, workspace, parallel);
-  verify(&c, PROXYTUNE_VERIFY_COUPLED, workspace, parallel);
-  verify(&c, PROXYTUNE_VERIFY_REJECTION, workspace, parallel);
+  score(&c, workspace, size, parallel);
+  verify(&c, PROXYTUNE_VERIFY_COUPLED, workspace, size, parallel);
+  verify(&c, PROXYTUNE_VERIFY_REJECTION, workspace, size, parallel);
   while (kept.count > 0) free(kept.memory[--kept.count]);
   return 0;
 }

@@ -180,6 +180,48 @@ def test_a_prompt_without_a_token_to_draw_costs_the_others_nothing():
     assert outputs[0].error is None and outputs[1].token_ids == []
 
 
+def test_a_drafter_without_a_token_to_draw_costs_the_others_nothing():
+    """The expert gives NaN behind one token: its drafts end there, and so does that request."""
+    prompts = PROMPTS[:2]
+    params = [SamplingParams(seed=i, max_tokens=12, ignore_eos=True) for i in range(2)]
+    expected = tokens(make().generate(prompts, params))
+    trio = near_trio()
+    others = {*expected[1], *(t for prompt in prompts for t in trio.tokenizer.encode(prompt))}
+    bad = next(t for t in expected[0][2:] if t not in others)
+    with torch.no_grad():
+        trio.expert.model.embed_tokens.weight[bad] = torch.nan
+    speculation = Speculation(max_drafts=3, adaptive=False)
+    decoder = Decoder(trio, 2, backend=BACKEND, speculation=speculation)
+    outputs = decoder.generate(prompts, params)
+    ended = expected[0][: expected[0].index(bad) + 1]
+    assert tokens(outputs) == [ended, expected[1]]
+    assert [o.finish_reason for o in outputs] == ["error", "length"]
+
+
+def test_a_step_that_raises_cancels_all_requests(monkeypatch):
+    """Each hears of it in its own way; none waits for ever, and the decoder goes on."""
+    decoder = make()
+    expected = tokens(decoder.generate(PROMPTS, PARAMS))
+    stream = decoder.stream(PROMPTS[3:], PARAMS[3:])
+    events = [next(stream)]
+    submitted = [decoder.submit(p, s) for p, s in zip(PROMPTS[:3], PARAMS[:3], strict=True)]
+
+    def forward(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a forward that fails")
+
+    monkeypatch.setattr(decoder._runner, "forward", forward)
+    with pytest.raises(RuntimeError, match="a forward that fails"):
+        for _ in range(5):
+            decoder.step()
+    monkeypatch.undo()
+    lost = [event for event in decoder.step() if event.output is not None]
+    assert [event.request_id for event in lost] == submitted
+    assert {event.finish_reason for event in lost} == {"cancelled"}
+    events += stream
+    assert events[-1].finish_reason == "cancelled" and not decoder.unfinished
+    assert tokens(decoder.generate(PROMPTS, PARAMS)) == expected
+
+
 def test_a_stream_raises_for_that_request_alone():
     expected = tokens(make().generate(["a", "b"], PARAMS[:2]))
     events = spoiled().stream(["a", "x", "b"], [PARAMS[0], PARAMS[3], PARAMS[1]])

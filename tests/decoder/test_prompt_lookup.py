@@ -7,7 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune_kernels.decoder.speculation import History
+from proxytune_kernels.decoder.speculation import History, Speculation
+from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import tiny_llama, word_tokenizer
 
 CPU = torch.device("cpu")
 CAPACITY = 14
@@ -49,15 +52,46 @@ def search(text: list[int], width: int) -> list[int]:
 )
 def test_lookup(text, wanted):
     assert search(text, 3) == wanted
-    history = History(1, 16, CPU)
+    history = History(1, 16, 10, CPU)
     history.start(0, text)
     assert history.lookup(1, 3).tolist() == [wanted]
+
+
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
+def test_drafts_are_ids_that_every_member_has(make_decoder, mode):
+    """The base's prompt has ids past the pair's embedding, between and before ids to draft."""
+    base = tiny_llama(0, 16, 1, vocab_size=100)
+    trio = Trio.from_models(
+        base,
+        tiny_llama(1, 16, 1, vocab_size=96),
+        tiny_llama(2, 16, 1, vocab_size=96),
+        {"base": word_tokenizer(100), "expert": word_tokenizer(96), "anti": word_tokenizer(96)},
+    )
+    assert trio.vocab_size == 96
+    text = [5, 6, 7, 97, 8, 9, 99, 98, 5, 6, 7, 97, 8]
+    prompt = {"base": text * 2, "expert": [5, 6, 7, 8], "anti": [5, 6, 7, 8]}
+    speculation = Speculation(drafter="prompt_lookup", mode=mode, max_drafts=4, adaptive=False)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    [plain] = make_decoder(trio, 1).generate([prompt], params)
+    [output] = make_decoder(trio, 1, speculation=speculation).generate([prompt], params)
+    assert output.token_ids == plain.token_ids
+
+
+def test_nothing_is_drafted_behind_an_id_that_a_member_lacks():
+    history = History(1, 16, 10, CPU)
+    for text, wanted in (
+        ([1, 2, 3, 10, 5, 1, 2, 3], [-1, -1, -1]),
+        ([1, 2, 3, 9, 10, 1, 2, 3], [9, -1, -1]),
+        ([1, 2, 10, 9, 8, 1, 2, 10], [9, 8, 1]),
+    ):
+        history.start(0, text)
+        assert history.lookup(1, 3).tolist() == [wanted]
 
 
 @given(st.lists(TEXT, min_size=1, max_size=4), st.lists(TOKEN, min_size=CAPACITY), WIDTH)
 def test_lookup_is_the_naive_search(texts, garbage, width):
     """Lengths from one token to the capacity; what lies behind them is never read."""
-    history = History(len(texts) + 1, CAPACITY, CPU)
+    history = History(len(texts) + 1, CAPACITY, 3, CPU)
     for slot, text in enumerate(texts):
         history.start(slot, text)
         history.token_ids[slot, len(text) :] = torch.tensor(garbage[: CAPACITY - len(text)])
@@ -72,7 +106,7 @@ ROUNDS = st.lists(st.tuples(st.lists(TOKEN, min_size=3, max_size=3), st.integers
 def test_text_grows_by_what_rounds_emit(first, second, rounds, width):
     """Of three tokens the first 0 to 3 count. The slot beside it does not run: it is written to
     behind its end, and does not grow."""
-    history = History(3, CAPACITY, CPU)
+    history = History(3, CAPACITY, 3, CPU)
     history.start(0, second)
     history.start(1, first)
     text = list(first)

@@ -84,22 +84,23 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=600, deadline=None)
 @given(data=st.data())
-def test_the_stream_is_the_text_behind_the_prompt(kind, data):
+def test_the_stream_is_the_text_behind_the_prompt(kind, skips, data):
     make, ids = KINDS[kind]
     tokenizer = make()
     tokens = st.lists(st.sampled_from(ids), max_size=14)
     prompt, output = data.draw(tokens), data.draw(tokens)
-    detokenizer = Detokenizer(tokenizer, prompt)
+    detokenizer = Detokenizer(tokenizer, prompt, skips)
     streamed = ""
     for token_id in output:
         streamed += detokenizer.push(token_id)
         assert not streamed.endswith("\ufffd")
     streamed += detokenizer.flush()
-    whole = tokenizer.decode(prompt + output, skip_special_tokens=True)
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode(prompt + output, skip_special_tokens=skips)
+    before = tokenizer.decode(prompt, skip_special_tokens=skips)
     shared = sum(accumulate((a == b for a, b in zip(before, whole, strict=False)), min))
     assert streamed == whole[shared:]
 
@@ -186,6 +187,26 @@ def test_a_stop_string_in_what_waits_ends_the_request():
     assert (output.text, output.token_ids, output.stop_reason) == ("a", [7, newline], "\n")
     output = extended(tokenizer, [7, euro, newline], stop=["\ufffd\ufffd"])
     assert (output.text, output.stop_reason) == ("a", "\ufffd\ufffd")
+
+
+def test_special_tokens_are_shown_where_asked_for():
+    """Also to stop strings, which may begin or end in one."""
+    tokenizer = make_tokenizer(extra=("<turn>",))
+    ids = tokenizer.encode("a<turn>b</s>")
+    shown: dict[str, Any] = {"skip_special_tokens": False}
+    assert extended(tokenizer, ids).text == "ab"
+    assert extended(tokenizer, ids, **shown).text == "a<turn>b</s>"
+    output = extended(tokenizer, ids, **shown, stop=["n>b"])
+    assert (output.text, output.stop_reason) == ("a<tur", "n>b")
+    # The token that ends it is no part of the text unless that is asked for.
+    ended: dict[str, Any] = {**shown, "stop_token_ids": [2]}
+    assert extended(tokenizer, ids, **ended).text == "a<turn>b"
+    assert extended(tokenizer, ids, **ended, include_stop_str_in_output=True).text == "a<turn>b</s>"
+    # A shown token ends a run of bytes at once.
+    euro = [10 + byte for byte in "\u20ac".encode()]
+    for skips, pieces in ((True, ["", "", "", ""]), (False, ["", "", "", "\u20ac</s>"])):
+        detokenizer = Detokenizer(byte_fallback(), [0, 4], skips)
+        assert [detokenizer.push(i) for i in (*euro, 1)] == pieces
 
 
 @pytest.mark.parametrize("include", [False, True])

@@ -38,12 +38,6 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
-def trio(tmp_path: Path) -> Path:
-    """A copy of the shipped trio, to be changed."""
-    return Path(shutil.copytree(SHIPPED, tmp_path / "trio"))
-
-
-@pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 

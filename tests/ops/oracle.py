@@ -257,6 +257,20 @@ def random_rows(
     return Rows(base, expert, anti, vocab_size, params)
 
 
+def rows_at_the_ends_of_fp32(vocab_size: int) -> Tensor:
+    """Logits whose differences leave fp32, or whose cutoffs are its lowest number: fp32 [8, V]."""
+    most = float(np.finfo(np.float32).max)
+    rows = torch.full((8, vocab_size), -most)
+    rows[1] = most
+    rows[2, vocab_size // 2] = most  # all other tiles lie further below it than fp32 reaches
+    rows[3, :128], rows[3, 128:200] = most, 0.0
+    rows[4, 130:] = float(np.nextafter(np.float32(-most), np.float32(0)))
+    rows[5] = torch.linspace(-1, 1, vocab_size).roll(vocab_size // 3) * most
+    rows[6, ::5], rows[6, 130:260], rows[6, 7] = 0.0, -torch.inf, most
+    rows[7, 300:] = -torch.inf
+    return rows
+
+
 MANY = ((1, 40), (2, 100), (33, 400), (127, 500), (128, 500), (300, 800), (1000, 500), (2085, 300))
 """Over 3,000 rows, about as wide as the places where tiles and vectors end: (width, rows)."""
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import proxytune_kernels as ptk
 from proxytune_kernels.ops.backends import backends
 from proxytune_kernels.ops.table import OPERATORS
-from tests.ops.conftest import WIDEST, Backend, move, sized
+from tests.ops.conftest import WIDEST, Backend, move, registered, sized
 
 X = torch.zeros(2, 8)
 XT = torch.zeros(2, 3, 8)
@@ -192,6 +193,120 @@ def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(widest, 
         widest.operator("sample_out")(*arguments, number, **wide)
     with pytest.raises((RuntimeError, ValueError), match="top_?.token_ids"):
         widest.operator("sample_out")(*arguments, 4, **out)
+
+
+@pytest.mark.parametrize("number", (5, 256, 2**32, 2**32 + 1, -1, -(2**32), 2**62))
+def test_the_operators_themselves_refuse_streams_and_modes_past_the_last(widest, number):
+    """Also numbers whose low bits are one that there is."""
+    with pytest.raises((RuntimeError, ValueError), match="noise_stream"):
+        widest.operator("sample")(X, None, None, *ROWS, None, None, 8, number, 0)
+    with pytest.raises((RuntimeError, ValueError), match="mode"):
+        widest.operator("verify")(XT, None, None, DRAFTS, None, *ROWS, None, None, 8, number)
+
+
+def test_the_cpus_head_refuses_tokens_that_there_are_not():
+    if backends()["cpu"] is not None:
+        pytest.skip("the C++ extension is not built")
+    most = 2**63 - 1
+    for begin, end in ((-most - 1, most), (most, -most - 1), (0, 4), (-1, 2), (2, 2)):
+        with pytest.raises(RuntimeError, match="tokens must be in"):
+            torch.ops.proxytune.head_logits_out(X, X[:1].expand(3, 8), begin, end, out_logits=X)
+
+
+WANTS, WANT_T = X.clone().requires_grad_(), XT.clone().requires_grad_()
+WANTS_ALPHA = torch.ones(2, requires_grad=True)
+WEIGHT = torch.nn.Parameter(torch.zeros(9, 8))
+GRADIENTS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
+    ("sample", "base", (WANTS, X, X), {}),
+    ("sample", "expert", (X, WANTS, X), {}),
+    ("sample", "anti", (X, X, WANTS), {}),
+    ("sample", "bias", (X,), dict(bias=WANTS)),
+    ("sample", "params.alpha", (X,), dict(params=ROWS._replace(alpha=WANTS_ALPHA))),
+    ("sample_hidden", "base.hidden", (ptk.Head(WANTS, WEIGHT),), {}),
+    ("combine", "expert", (X, WANTS, X), {}),
+    ("combine", "alpha", (X, X, X, WANTS_ALPHA), {}),
+    ("score", "anti", (XT, XT, WANT_T, IDS), {}),
+    ("verify", "base", (WANT_T, None, None, DRAFTS), {}),
+]
+
+
+@registered
+@pytest.mark.parametrize(("op", "name", "args", "kwargs"), GRADIENTS, ids=lambda v: str(v)[:13])
+def test_a_gradient_is_refused(backend, op, name, args, kwargs):
+    """None would come: it is said, unless no gradient is recorded."""
+    run = getattr(backend, op)
+    with torch.no_grad():
+        out = run(*args, **kwargs)
+    text = re.escape(f"{op}: {name} must not require grad")
+    for given in (None, out):
+        with pytest.raises(ValueError, match=text):
+            run(*args, **kwargs, out=given)
+
+
+@registered
+def test_weights_and_what_is_detached_may_want_one(backend):
+    out = backend.sample_hidden(ptk.Head(WANTS.detach(), WEIGHT))
+    assert not out.logprobs.requires_grad
+
+
+def test_a_gradient_is_refused_in_a_compiled_function():
+    compiled = torch.compile(lambda x: ptk.sample(x).token_ids, backend="eager", fullgraph=True)
+    assert (compiled(X) >= 0).all()
+    with pytest.raises(Exception, match="gradient|require grad"):
+        compiled(WANTS)
+
+
+def _overlapping() -> Iterator[tuple[str, str, str, tuple[Any, ...], Any]]:
+    """Operator, the output and what it overlaps, arguments, outputs."""
+    memory = torch.zeros(64)
+    base = memory[:16].view(2, 8)
+    inside = OUT._replace(logprobs=memory[15:17])  # by its first element
+    yield "sample", "out.logprobs", "base", (base,), inside
+    yield (
+        "sample",
+        "out.raw_logprobs",
+        "out.logprobs",
+        (X,),
+        OUT._replace(raw_logprobs=OUT.logprobs),
+    )
+    yield "combine", "out", "anti", (X, X, base), base
+    yield "combine", "out", "alpha", (X, X, X, memory[:2]), base
+    wide = torch.zeros(2, 3, 10)
+    yield "score", "out", "base", (wide[..., :8], None, None, IDS), wide.view(-1)[35:41].view(2, 3)
+    ids = torch.zeros(10, dtype=torch.int64)
+    drafts = ids[6:].view(2, 2)
+    verified = VERIFIED._replace(token_ids=ids[1:7].view(2, 3))
+    yield "verify", "out.token_ids", "draft_token_ids", (XT, None, None, drafts), verified
+
+
+@registered
+@pytest.mark.parametrize(
+    ("op", "name", "other", "args", "out"), list(_overlapping()), ids=lambda v: str(v)[:15]
+)
+def test_outputs_that_overlap_are_refused(backend, op, name, other, args, out):
+    if backend.device != "cpu":
+        pytest.skip("tensors are copied to the device one by one")
+    with pytest.raises(ValueError, match=re.escape(f"{op}: {name} must not overlap {other}")):
+        getattr(backend, op)(*args, out=out)
+
+
+@registered
+def test_outputs_between_the_rows_of_an_argument_are_taken(backend):
+    wide = torch.zeros(2, 16)
+    out = OUT._replace(logprobs=wide[0, 8:10], raw_logprobs=wide[1, 9:11])
+    assert backend.sample(wide[:, :8], out=out) is out
+
+
+def test_the_operators_themselves_refuse_outputs_that_overlap(widest):
+    if widest.device != "cpu":
+        pytest.skip("tensors are copied to the device one by one")
+    for op, _, _, args, out in _overlapping():
+        if op != "sample":
+            continue
+        top = torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0)
+        written = dict(zip(OPERATORS[op].out_names, (*out[:-1], *top), strict=True))
+        with pytest.raises((RuntimeError, ValueError), match="must not overlap"):
+            widest.operator("sample_out")(*args, None, None, *ROWS, None, None, 8, 0, 0, **written)
 
 
 def test_the_widest_vocabulary(widest):

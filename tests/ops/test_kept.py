@@ -238,6 +238,28 @@ def test_the_likeliest_tile_says_nothing_of_the_others(backend, below):
     assert int(out.num_kept) > 2048  # what a kernel sorts at once
 
 
+def test_rows_at_the_ends_of_fp32(backend):
+    """Tokens that lie further below the maximum than fp32 reaches are tokens all the same."""
+    vocab_size = sized(backend, 9000, 700)
+    filters: list[dict[str, Any]] = [
+        dict(min_p=0.1), dict(min_p=0.1, top_p=0.5), dict(min_p=1e-30, temperature=1e30),
+        dict(min_p=0.1, top_k=5), dict(top_k=200), dict(top_k=vocab_size - 3),
+        dict(top_k=vocab_size // 2, top_p=0.7), dict(top_p=0.5), dict(top_k=131, temperature=1e30),
+    ]  # fmt: skip
+    for i, values in enumerate(filters):
+        few = slice(i % 4, None, 4) if backend.interpreted else slice(None)
+        rows = oracle.rows_at_the_ends_of_fp32(vocab_size)[few]
+        x = rows.double().numpy()
+        for order in sized(backend, oracle.ORDERS, oracle.ORDERS[i % 3 : i % 3 + 1]):
+            params = ptk.RowParams.make(len(rows), filter_order=order, **values)
+            out = backend.sample(rows, params=params)
+            f = oracle.Filters.of(params._asdict())
+            kept = oracle.kept(x, f)
+            size = check_inside(kept, out)
+            found, drawn = out.logprobs.double().numpy(), out.token_ids.numpy()
+            _check_logprobs(found, drawn, x, f, kept, size, backend.tile_error)
+
+
 def test_top_k_as_wide_as_the_row_is_off(backend):
     batch = sized(backend, 50, 6)
     rows = oracle.random_rows(6, batch, 77)

@@ -162,6 +162,25 @@ def test_the_number_of_programs_a_row_does_not_show(base, values, monkeypatch):
         oracle.assert_same(alone, oracle.each(operator.itemgetter(slice(row, row + 1)), out))
 
 
+@pytest.mark.parametrize("after", [dict(), dict(top_p=0.9), dict(top_k=5, min_p=0.5)])
+def test_parameters_that_change_between_launches_look_up_no_token_past_the_row(after):
+    """As where another stream overwrites them meanwhile: any token will do, but one of the row."""
+    from proxytune_kernels.kernels import common, sample, workspace
+    from proxytune_kernels.ops.backends import triton_operators  # noqa: F401  (corrects the interpreter)
+
+    base = move(noise(300, 1.0), TRITON.device)
+    logits, device = common.inputs(base, None, None), base.device
+    tiles = workspace.tiles_of(1, 300, device)
+    tiles.score_bound.fill_(torch.nan)  # as unwritten memory may be
+    before = ptk.RowParams.make(1, device=device, top_k=3)
+    sample.launch_scan(logits, before, tiles, 300, 1, 0)
+    out, params = workspace.outputs_of(1, device), ptk.RowParams.make(1, device=device, **after)
+    if after:  # and the logits: every tile lies above the tokens it holds
+        base.fill_(-INF)
+    sample.launch_selection(logits, params, tiles, out, 300, 1, 0)
+    assert 0 <= int(out.token_ids) < 300
+
+
 def test_a_residual_over_several_programs():
     """The draft is rejected in a flat row: target less drafter, drawn over all blocks."""
     target = noise(2100, 0.5).expand(5, -1)[:, None].expand(-1, 2, -1)

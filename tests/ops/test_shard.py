@@ -15,7 +15,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels import reference, rng
-from proxytune_kernels.ops.sharded.candidates import first_keys
+from proxytune_kernels.ops.sharded.candidates import evenly, first_keys
 from proxytune_kernels.ops.table import NUM_WORDS, OPERATORS, Finished
 from tests.ops import oracle
 from tests.ops.conftest import KERNELS, Backend, _use, move, sized
@@ -104,6 +104,27 @@ def test_too_few_candidates_are_noticed(kernel, order):
         assert ((wanted.num_kept > length) | (params.top_k > length))[open_rows].all()
         closed = Finished(*(column[~open_rows] for column in found))
         same_draws(closed, ptk.SampleOutput(*(t[~open_rows] for t in wanted[:-1])), kernel)
+
+
+def test_a_token_that_was_not_sent_makes_what_lies_below_uncertain(kernel):
+    """Where a rank has one token more than it sent; where it has sent all, nothing is missing."""
+    x = torch.tensor([[5.0, 4.0, 3.9, 3.0, 2.0, 1.0, 0.0, -1.0]])
+    for first, known in ((3, [1, 1, 0]), (2, [1, 1, 1])):  # tokens of the first rank, which sends 2
+        for top_k, is_known in zip((1, 2, 3), known, strict=True):
+            params = ptk.RowParams.make(1, top_k=top_k)
+            found, _ = drawn(kernel, x, params, (first / 8,), 2)
+            assert bool(found.undecided) != bool(is_known)
+            assert int(found.num_kept) == top_k * is_known
+
+
+def test_even_edges_reach_down_to_the_lower_end():
+    lower = torch.tensor([5, 1, 100, 7, 2**50 + 1])
+    upper = lower + torch.tensor([3 * 1024 + 1, 2**51 - 1, 1, 1024, 2**20 - 3])
+    edges = evenly(lower, upper)
+    assert torch.equal(edges[:, -1], lower)
+    steps = torch.cat([upper[:, None], edges], 1).diff().neg()
+    assert (steps >= 0).all() and (edges < upper[:, None]).all()
+    assert torch.equal(steps.amax(1), torch.tensor([4, 2**41, 1, 1, 1024]))
 
 
 def test_summaries(kernel):

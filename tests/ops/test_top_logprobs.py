@@ -116,6 +116,21 @@ def test_order_is_by_x_where_its_distance_from_the_maximum_rounds(backend):
     assert top.logprobs[0, :5].tolist() == [0.0, low, low, low, -INF] and top.logprobs[0, 5].isnan()
 
 
+def test_rows_at_the_ends_of_fp32(backend):
+    """Tiles that lie further below the maximum than fp32 reaches are as good as others."""
+    rows = oracle.rows_at_the_ends_of_fp32(sized(backend, 5000, 700))
+    rows = rows[2::3] if backend.interpreted else rows
+    for n in sized(backend, (5, MOST), (MOST,)):
+        top = backend.sample(rows, top_logprobs=n).top
+        token_ids, logprobs, _ = expected(rows.double().numpy(), n)
+        np.testing.assert_array_equal(top.token_ids.numpy(), token_ids)
+        with np.errstate(over="ignore"):
+            wanted = torch.from_numpy(logprobs.astype(np.float32))
+        bound = 2.0**-23 * wanted.abs() + max(9.1e-7, backend.tile_error)
+        near = (top.logprobs - wanted).abs() <= bound
+        assert (near | (top.logprobs == wanted) | (wanted.isnan() & top.logprobs.isnan())).all()
+
+
 def test_status_rows(backend):
     """NaN is masked, +inf alone is left where there is one, and nothing where nothing is."""
     x = torch.tensor([

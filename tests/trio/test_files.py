@@ -41,12 +41,6 @@ class _Bomb:
         return (Path.touch, (self.path,))
 
 
-@pytest.fixture
-def trio(tmp_path: Path) -> Path:
-    """A copy of the shipped trio, to be changed."""
-    return Path(shutil.copytree(SHIPPED, tmp_path / "trio"))
-
-
 def refused(trio: Path, *words: str) -> None:
     """Check that neither a decoder nor an export opens it, and that both say these words."""
     for opened in (lambda: load_trio(trio), lambda: export(trio.parent / "out", trio, copy=True)):
@@ -200,6 +194,9 @@ def test_json_is_one_object(trio: Path, name: str, text: str) -> None:
         ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "../x.json"]}),
         ("tokenizer_config.json", {"tokenizer_class": 7}),
         ("tokenizer_config.json", {"added_tokens_decoder": 7}),
+        ("tokenizer_config.json", {"model_max_length": "long"}),
+        ("tokenizer_config.json", {"chat_template": 7}),
+        ("tokenizer_config.json", {"chat_template": {"default": 7}}),
     ],
 )
 def test_values_of_other_types(trio: Path, name: str, changes: dict[str, Any]) -> None:
@@ -280,3 +277,24 @@ def test_an_exported_directory_holds_only_what_its_record_lists(trio: Path) -> N
 def test_bytes_decide_not_the_end_of_a_name(trio: Path) -> None:
     torch.save({"a": torch.zeros(1)}, trio / "base" / WEIGHTS)
     refused(trio, "base must have its weights in safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_a_hub_name_is_looked_up_once(trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its model and its tokenizer; what an adapter names is found for the adapter."""
+    looked_up = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        looked_up.append(name)
+        return str(trio / name.removeprefix("some/"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for role in ("base", "anti"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(SHIPPED / name, trio / role)
+    make_adapter(trio / "adapter", trio / "anti", name="some/anti")
+    opened = load_trio(base="some/base", expert="some/adapter", anti="some/anti")
+    assert sorted(looked_up) == ["some/adapter", "some/anti", "some/anti", "some/base"]
+    names = {role: described["name"] for role, described in opened.info()["roles"].items()}
+    assert names == {"base": "some/base", "expert": "some/anti", "anti": "some/anti"}
+    assert opened.tokenizers["expert"].name_or_path == "some/anti"

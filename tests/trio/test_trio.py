@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
+from proxytune_kernels.decoder import Decoder
+from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio, load_trio
 from proxytune_kernels.trio.files import LoadError
+from proxytune_kernels.trio.prompts import tokenize
 from proxytune_kernels.trio.vocabulary import VocabularyError
 from tests.decoder.conftest import tiny_llama
 from tests.trio.checkpoints import ALPHABET, make_tokenizer, tiny_qwen2, write_gguf
@@ -116,6 +120,31 @@ def test_the_plain_roles_and_the_chat_role_read_a_prompt_their_way(saved):
 def test_bad_prompts(saved, prompt, message):
     with pytest.raises((ValueError, TypeError), match=message):
         load_trio(saved).tokenize(prompt)
+
+
+def test_one_bos_whoever_writes_it():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    a = tokenizer.convert_tokens_to_ids("a")
+
+    def read(prompt: Any, style: str = "plain", add: bool = True) -> list[int]:
+        widths, styles = {"base": 300}, {"base": style}
+        return tokenize(prompt, {"base": tokenizer}, styles, widths, add)["base"]
+
+    assert read("a") == read("<s>a") == [1, a, 2]
+    assert read("a", add=False) == [a]
+    assert read("<s>a", add=False) == [1, a]
+    # As many as the text says.
+    assert read("<s><s>a") == [1, 1, a, 2]
+    assert read([{"role": "user", "content": "<s>a"}]) == [1, a, 2]
+    decoder = Decoder(Trio.from_models(make_model(0), tokenizer=tokenizer), 1)
+    for adds, ids in ((True, [1, a, 2]), (False, [a])):
+        [output] = decoder.generate("a", SamplingParams(add_special_tokens=adds, max_tokens=1))
+        assert output.prompt_token_ids == {"base": ids}
+    tokenizer.chat_template = "<s>{{ messages[0]['content'] }}"
+    assert read("a", "chat") == read("a", "chat", add=False) == [1, a]
 
 
 def test_chat_without_a_template_is_refused():

@@ -21,7 +21,12 @@ from torch.nn import Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from torch.nn.functional import layer_norm
 
 from proxytune_kernels.decoder.model import FusedNorm, is_llama
-from proxytune_kernels.decoder.pair.shared import PairError, check_same_architecture, same_values
+from proxytune_kernels.decoder.pair.shared import (
+    PairError,
+    check_same_architecture,
+    held_tensors,
+    same_values,
+)
 
 
 class BatchedLinear(Linear):
@@ -91,13 +96,19 @@ def batched_pair(expert: Any, anti: Any) -> Any:
     tensors = (*expert.parameters(), *expert.buffers())
     pair = copy.deepcopy(expert, {id(t): t for t in tensors}).eval()
     others = dict(anti.named_modules())
+    if others.keys() != dict(pair.named_modules()).keys():
+        raise PairError("expert and anti must have the same layers")
     for path, module in list(pair.named_modules()):
-        ours, theirs = _tensors(module), _tensors(others.get(path))
+        ours, theirs = held_tensors(path, module), held_tensors(path, others[path])
         kinds = [_kinds(tensors) for tensors in (ours, theirs)]
         if kinds[0] != kinds[1]:
             raise PairError(
                 f"expert and anti must have weights of one kind, got {kinds[0]} and {kinds[1]} in "
                 f"{path}"
+            )
+        if any(t.is_meta for t in (*ours.values(), *theirs.values())):
+            raise PairError(
+                f"weights to be stacked must be in memory, got some offloaded in {path}"
             )
         differing = {name for name in ours if not same_values(ours[name], theirs[name])}
         if differing:
@@ -105,12 +116,6 @@ def batched_pair(expert: Any, anti: Any) -> Any:
             both = {n: torch.stack([t, theirs[n]]) for n, t in ours.items()}
             _batch(module, {n: both[n] for n in both if n in module._parameters})
     return pair
-
-
-def _tensors(module: Any) -> dict[str, Tensor]:
-    """A layer's own parameters and buffers."""
-    own = () if module is None else (*module._parameters.items(), *module._buffers.items())
-    return {name: tensor.detach() for name, tensor in own if tensor is not None}
 
 
 def _kinds(tensors: dict[str, Tensor]) -> str:

@@ -19,7 +19,9 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -35,6 +37,11 @@ _LABELS = {"_name_or_path", "architectures", "dtype", "transformers_version", "u
     "eos_token_id",
     "pad_token_id",
 }
+
+
+# What every module has, and what says nothing of a layer's results.
+_BOOKKEEPING = {*vars(Module()), "config", "generation_config", "peft_config", "extra_repr"}
+_SETTINGS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
 
 
 class PairError(ValueError):
@@ -157,12 +164,61 @@ def same_values(x: Tensor, y: Tensor) -> bool:
     return len(parts) == len(others) and all(map(torch.equal, parts, others))
 
 
+def held_tensors(path: str, module: Module) -> dict[str, Tensor]:
+    """All that a layer itself holds: parameters, buffers, and tensors that are neither.
+
+    Raises:
+        PairError: it holds something else, so that two layers can't be told to be equal.
+    """
+    kind = type(module)
+    for name in ("get_extra_state", "_save_to_state_dict"):
+        if getattr(kind, name) is not getattr(Module, name):
+            raise PairError(
+                f"expert and anti must hold plain weights to run as one model, got "
+                f"{kind.__name__} at {path} with a state of its own"
+            )
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise PairError(
+            f"expert and anti must have no hooks, got some on {kind.__name__} at {path}"
+        )
+    held = {**module._parameters, **module._buffers}
+    held |= {name: value for name, value in vars(module).items() if name not in _BOOKKEEPING}
+    if "_hf_hook" in held:  # accelerate brings in what is elsewhere
+        held = {n: v for n, v in held.items() if n not in ("_hf_hook", "_old_forward", "forward")}
+    return dict(_tensors_in(f"{kind.__name__} at {path}", held.items()))
+
+
+def _tensors_in(layer: str, values: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in values:
+        inside: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Tensor):
+            yield str(name), value
+        elif isinstance(value, Mapping):
+            inside = ((f"{name}.{key}", part) for key, part in value.items())
+        elif isinstance(value, (tuple, list, set, frozenset)):
+            inside = ((f"{name}.{i}", part) for i, part in enumerate(value))
+        elif isinstance(value, partial):
+            inside = [(name, (value.func, value.args, value.keywords))]
+        elif not isinstance(value, _SETTINGS) and not _is_stateless(value):
+            raise PairError(
+                f"expert and anti must hold plain weights to run as one model, got "
+                f"{type(value).__name__} as {name} in {layer}"
+            )
+        yield from _tensors_in(layer, inside)
+
+
+def _is_stateless(value: Any) -> bool:
+    """Whether it is a function that holds nothing."""
+    if isinstance(value, BuiltinFunctionType):
+        return value.__self__ is None or isinstance(value.__self__, ModuleType | type)
+    return isinstance(value, FunctionType) and value.__closure__ is None
+
+
 def _plain_tensors(module: Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """A model's parameters and buffers without its adapters', by the names they have there."""
+    """What a model holds without its adapters, by the names of it there."""
     module = getattr(module, "base_layer", module)
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None:
-            yield prefix + name, tensor
+    for name, tensor in held_tensors(prefix.removesuffix("."), module).items():
+        yield prefix + name, tensor
     for name, child in module._modules.items():
         if child is not None:
             yield from _plain_tensors(child, f"{prefix}{name}.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin, StaticCache
 
 from proxytune_kernels.decoder.cache import cache_keyword
-from proxytune_kernels.decoder.model import Forward
+from proxytune_kernels.decoder.model import Forward, input_device
 from proxytune_kernels.integrations.hf.inputs import Prompts, positions, prompt_columns
 from proxytune_kernels.trio.roles import ROLES
 
@@ -100,6 +100,16 @@ class RoleCaches(Cache):
         """Empty the caches."""
         super().reset()
         self.roles, self.masks = (), {}
+
+
+def checked_cache(cache: Any) -> RoleCaches | None:
+    """A cache that a call hands in; ValueError unless it is one of this model, or None."""
+    if cache is None or isinstance(cache, RoleCaches):
+        return cache
+    raise ValueError(
+        f"{CACHE} must be a cache that this model gave back, which has the tokens of all roles, or "
+        f"None to begin one, got {type(cache).__name__}"
+    )
 
 
 def roles_to_run(cache: RoleCaches | None, alpha: float | Tensor) -> tuple[str, ...]:
@@ -196,7 +206,7 @@ def _own_inputs(
 def _run(
     model: Any, input_ids: Tensor, mask: Any, place: Tensor | None, cache: Any, keep: int
 ) -> Tensor:
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     return Forward(model)(
         input_ids.to(device),
         keep=keep,

@@ -8,12 +8,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from proxytune_kernels.integrations.hf.cache import CACHE
 from proxytune_kernels.trio.roles import ROLES
 
 SUB_CONFIGS = {role: f"{role}_config" for role in ROLES}
 """Role -> name of its model's configuration within the trio's."""
 
-_BASE_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OF_BASE = (
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+"""What code that knows nothing of three models reads of one: the base's."""
 
 
 def _member() -> SubConfigSpec:
@@ -35,9 +41,12 @@ class ProxyTunedConfig(PreTrainedConfig):
         quantize: role -> ``"int8"`` or ``"int4"``.
         vocab_size: width of the combined logits, the vocabulary that the three models share.
         max_position_embeddings: the shortest context of the three.
+        use_cache: whether ``forward`` gives a cache back where a call does not say.
+        hidden_size and the other sizes: the base's, None where it has none of that name.
     """
 
     model_type = "proxy_tuned"
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012
     sub_configs_defaults = {name: _member() for name in SUB_CONFIGS.values()}  # noqa: RUF012
 
     base_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -50,6 +59,13 @@ class ProxyTunedConfig(PreTrainedConfig):
     quantize: dict[str, str] | None = None
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
+    use_cache: bool = True
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -62,14 +78,15 @@ class ProxyTunedConfig(PreTrainedConfig):
         base = configs["base"].get_text_config(decoder=True)
         named: dict[str, Any] = {
             **{SUB_CONFIGS[role]: config for role, config in configs.items()},
-            **{name: getattr(base, name, None) for name in _BASE_IDS},
+            **{name: getattr(base, name, None) for name in _OF_BASE},
             "vocab_size": vocab_size,
             "max_position_embeddings": _shortest_context(configs),
             "dtype": models["base"].dtype,
             # Unless each is named, transformers writes None into the models' own configurations,
             # and attention without an implementation turns non-causal without an error.
             "attn_implementation": _kept(configs, "_attn_implementation"),
-            "experts_implementation": _kept(configs, "_experts_implementation"),
+            # The trio itself has no experts, and refuses the base's way to run them.
+            "experts_implementation": {**_kept(configs, "_experts_implementation"), "": None},
         }
         return cls(**named, **settings)
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from proxytune_kernels.decoder import Decoder
 from proxytune_kernels.decoder.cache import cache_keyword
-from proxytune_kernels.integrations.hf.cache import CACHE, RoleCaches, cache_maker
+from proxytune_kernels.integrations.hf.cache import CACHE, RoleCaches, cache_maker, checked_cache
 from proxytune_kernels.integrations.hf.custom_generate import (
     Call,
     EngineGenerate,
@@ -101,7 +101,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
                 raise NotInDecoder(f"{role} has forward hooks, which the decoder would not call")
         try:
             return self.engine.decoder_for(call)
-        except (ValueError, NotImplementedError) as error:
+        except ValueError as error:
             raise NotInDecoder(str(error)) from error
 
     def _extract_generation_mode_kwargs(
@@ -183,7 +183,7 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
         max_cache_length: int,
     ) -> None:
         """Make a cache for transformers' loops; the decoder has its own, and leaves this empty."""
-        given = model_kwargs.get(CACHE)
+        given = checked_cache(model_kwargs.get(CACHE))
         implementation = generation_config.cache_implementation
         if generation_config.prefill_chunk_size and "prompt_length" in model_kwargs:
             raise ValueError(
@@ -191,11 +191,6 @@ class ProxyTunedGenerationMixin(_Generation):  # type: ignore[misc]
                 f"{generation_config.prefill_chunk_size}"
             )
         if given is not None:
-            if not isinstance(given, RoleCaches):
-                raise ValueError(
-                    "past_key_values must be a cache that this model gave back, which has the "
-                    f"tokens of all roles, got {type(given).__name__}"
-                )
             if implementation is not None:
                 raise ValueError(
                     f"cache_implementation must be None where past_key_values are given, "

@@ -13,10 +13,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from proxytune_kernels import ops
+from proxytune_kernels.decoder.model import input_device
 from proxytune_kernels.integrations.hf.cache import (
     CACHE,
     RoleCaches,
     cache_maker,
+    checked_cache,
     role_logits,
     roles_to_run,
 )
@@ -145,6 +147,11 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         return cls(config, trio.models, trio)
 
     @property
+    def device(self) -> torch.device:
+        """Where token ids go, also where accelerate keeps the base's weights elsewhere."""
+        return input_device(self.base)
+
+    @property
     def alpha(self) -> float:
         """Strength of the steering where a call names none."""
         return float(self.config.alpha)
@@ -238,7 +245,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
             position_ids: int64 [B, q]; counted by the mask if None.
             past_key_values: a cache that this model gave, longer by q tokens afterwards. One that
                 was filled at the number alpha 0 holds the base's tokens alone.
-            use_cache: give a cache back.
+            use_cache: give a cache back; the configuration's, True at first, if None.
             logits_to_keep: give the logits of so many last tokens; 0 is all of them.
             labels: int64 [B, q]; the loss is that of transformers' causal LMs.
             alpha: a number or a tensor [B]; the configuration's if None.
@@ -262,8 +269,8 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
             "anti_input_ids": anti_input_ids,
             "anti_attention_mask": anti_attention_mask,
         }
-        cache = past_key_values if cache is None else cache
-        if cache is None and use_cache:
+        cache = checked_cache(past_key_values if cache is None else cache)
+        if cache is None and (self._keeps_cache() if use_cache is None else use_cache):
             cache = RoleCaches.make(self.models, cache_maker("dynamic", 0))
         roles = role_logits(
             {role: self.models[role] for role in roles_to_run(cache, strength)},
@@ -286,6 +293,11 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
             )
         named: dict[str, Any] = {CACHE: cache}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **named)
+
+    def _keeps_cache(self) -> bool:
+        # Layers that are run anew for their gradients leave nothing in a cache.
+        anew = self.training and self.is_activation_checkpointing
+        return bool(self.config.use_cache) and not anew
 
 
 def _is_one(prompts: Any) -> bool:

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from proxytune_kernels.integrations.hf.configuration import ProxyTunedConfig
 from proxytune_kernels.integrations.hf.inputs import refuse
-from proxytune_kernels.trio.adapters import adapter_parameters, is_adapter
+from proxytune_kernels.trio.adapters import adapter_parameters
 from proxytune_kernels.trio.checkpoints import load_tokenizer, resolve
-from proxytune_kernels.trio.loading import load_models, load_options
+from proxytune_kernels.trio.files import find
+from proxytune_kernels.trio.loading import find_sources, load_models, load_options
 from proxytune_kernels.trio.quantization import quantization_of
 from proxytune_kernels.trio.roles import ROLES, check_known
 
@@ -115,23 +117,30 @@ class SavedByName:
             write: roles whose weights are written, wherever they come from; ``ROLES`` for a
                 directory that can be moved to another machine.
             is_main_process: False writes nothing.
-            kwargs: other arguments of transformers, left at what they are by default.
+            kwargs: other arguments of transformers, left at what they are by default. With
+                ``state_dict``, as ``Trainer`` has it, the weights that are written are once more in
+                one model.safetensors under this model's names, which is what ``Trainer`` resumes.
 
         Raises:
             ValueError: a model that is not in a checkpoint and can't be written; says why.
         """
         refuse("save_pretrained", kwargs)
         if is_main_process:
-            _save(self, Path(directory), checkpoints or {}, write)
+            written = _save(self, Path(directory), checkpoints or {}, write)
+            if "state_dict" in kwargs:
+                save_model(torch.nn.ModuleDict(written), str(Path(directory, _SINGLE)))
 
 
-def _save(model: Any, directory: Path, named: Mapping[str, str], write: Collection[str]) -> None:
-    """See :meth:`SavedByName.save_pretrained`."""
+def _save(
+    model: Any, directory: Path, named: Mapping[str, str], write: Collection[str]
+) -> dict[str, Any]:
+    """See :meth:`SavedByName.save_pretrained`; returns the models whose weights it wrote."""
     check_known("checkpoints", named)
     check_known("write", dict.fromkeys(write))
     directory.mkdir(parents=True, exist_ok=True)
     models = model.models
     places: dict[str, str] = {}
+    written = set[str]()
     for role in ROLES:
         twin = next((r for r in places if models[r] is models[role]), None)
         if role in named:
@@ -141,6 +150,7 @@ def _save(model: Any, directory: Path, named: Mapping[str, str], write: Collecti
         else:
             found = None if role in write else _checkpoint_of(models[role])
             places[role] = found or _write(role, models[role], directory)
+            written |= set() if found else {role}
     config = model.config
     config.checkpoints = places
     config.architectures = [type(model).__name__]
@@ -151,6 +161,7 @@ def _save(model: Any, directory: Path, named: Mapping[str, str], write: Collecti
     model.generation_config.save_pretrained(directory)
     for name, tokenizer in _tokenizers_to_write(model.trio):
         tokenizer.save_pretrained(directory / name)
+    return {role: models[role] for role in ROLES if role in written}
 
 
 def _portable(reference: str, directory: Path) -> str:
@@ -264,13 +275,14 @@ def _open(
     kinds = {**(config.quantize or {}), **(quantize or {})}
     said = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     options = {role: load_options(role, quantize=kinds, **said) for role in ROLES}
-    merges = bool(config.merge_adapter) or not is_adapter(references["expert"])
-    models = load_models(references, options, merge_adapter=merges)
+    sources = find_sources(references, options)
+    merges = bool(config.merge_adapter) or sources["expert"].adapted is None
+    models = load_models(sources, options, merge_adapter=merges)
     tokenizers = {}
     if (directory / "tokenizer_config.json").is_file():
         for role in ROLES:
             own = directory / f"{role}_tokenizer"
-            place = str(own if own.is_dir() else directory)
+            place = find(f"tokenizer of {role}", own if own.is_dir() else directory)
             tokenizers[role] = load_tokenizer(
                 f"tokenizer of {role}", place, trust_remote_code=trust_remote_code
             )

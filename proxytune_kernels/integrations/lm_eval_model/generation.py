@@ -44,7 +44,7 @@ class Generation:
 
 
 def make_params(
-    gen_kwargs: Mapping[str, Any], tokenizer: Any, eot: str, max_gen_toks: int, seed: int
+    gen_kwargs: Mapping[str, Any], tokenizer: Any, eot: str | None, max_gen_toks: int, seed: int
 ) -> tuple[SamplingParams, tuple[str, ...]]:
     """Sampling parameters and the strings that end the text, of a task's ``generation_kwargs``.
 
@@ -52,9 +52,11 @@ def make_params(
     any of its names. Filters apply in transformers' order.
 
     Args:
-        gen_kwargs: until, max_gen_toks, do_sample, temperature, top_k, top_p, min_p.
+        gen_kwargs: until, max_gen_toks, min_new_tokens, do_sample, temperature, top_k, top_p and
+            min_p.
         tokenizer: knows which stop strings are special tokens.
-        eot: the text of the end-of-text token, which ends a text wherever it comes from.
+        eot: the text of the end-of-text token, which ends a text wherever it comes from; None if
+            there is none.
         max_gen_toks: where the task does not say.
         seed: of the request's noise.
 
@@ -64,11 +66,12 @@ def make_params(
     given = dict(normalize_gen_kwargs(dict(gen_kwargs), max_gen_toks))
     until = handle_stop_sequences(given.pop("until"), eos=eot)
     max_tokens = given.pop("max_gen_toks")
+    min_tokens = given.pop("min_new_tokens", None) or 0
     sampled = given.pop("do_sample")
     values = {name: given.pop(name) for name in _SAMPLING if name in given}
     for name, value in given.items():
         if name not in _NEUTRAL:
-            known = ", ".join(("until", "max_gen_toks", "do_sample", *_SAMPLING))
+            known = ", ".join(("until", "max_gen_toks", "min_new_tokens", "do_sample", *_SAMPLING))
             raise ValueError(f"generate_until: generation_kwargs must be among {known}, got {name}")
         if value != _NEUTRAL[name]:
             raise ValueError(
@@ -81,6 +84,8 @@ def make_params(
     strings, token_ids = _stops(until, tokenizer)
     params = SamplingParams(
         max_tokens=max_tokens,
+        # transformers' minimum may be above its maximum, and no stop string ends a text below it.
+        min_tokens=min(min_tokens, max_tokens),
         stop=strings,
         stop_token_ids=token_ids,
         filter_order="hf",

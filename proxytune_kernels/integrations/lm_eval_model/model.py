@@ -21,7 +21,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
-from proxytune_kernels.decoder.arguments import size
+from proxytune_kernels.decoder.arguments import rotary_limit, size
 from proxytune_kernels.integrations.lm_eval_model.generation import (
     Generation,
     Generator,
@@ -56,7 +56,8 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         max_gen_toks: output tokens where a task does not say.
         add_bos_token: whether the tokenizer adds its special tokens; None is its own default.
         prefix_token_id: what an empty context and the start of a text are; None is the tokenizer's
-            BOS, or its EOS where it has none.
+            BOS, or its EOS where it has none. Where it has neither, a request that needs one is an
+            error.
         seed: of sampled generation; None is torch's initial seed, which lm_eval's ``--seed`` sets.
         device: as in :func:`proxytune_kernels.load_trio`; lm_eval's own default "cuda:0" is the CPU
             where torch has no CUDA device.
@@ -134,18 +135,25 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             self._alphas, self._current, self._kept = before, 0, None
 
     @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        token_id: int = self.tokenizer.eos_token_id
+    def eot_token_id(self) -> int | None:
+        """The token that ends a text, if there is one."""
+        token_id: int | None = self.tokenizer.eos_token_id
         return token_id
 
     @property
     def prefix_token_id(self) -> int:
         """The token that stands for an empty context."""
-        if self._prefix_token_id is not None:
-            return self._prefix_token_id
-        token_id: int | None = self.tokenizer.bos_token_id
-        return self.eot_token_id if token_id is None else token_id
+        token_id = self._prefix()
+        if token_id is None:
+            raise ValueError(
+                "prefix_token_id must be given for an empty context or a rolling text, since the "
+                "tokenizer has neither BOS nor EOS"
+            )
+        return token_id
+
+    def _prefix(self) -> int | None:
+        known = (self._prefix_token_id, self.tokenizer.bos_token_id, self.eot_token_id)
+        return next((token_id for token_id in known if token_id is not None), None)
 
     @property
     def tokenizer_name(self) -> str:
@@ -159,7 +167,8 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         """Token ids of a text; no second BOS where it begins with one."""
         if add_special_tokens is None:
             add_special_tokens = self.add_bos_token
-            if has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            prefix = self._prefix()
+            if prefix is not None and has_bos_prefix(string, self.tokenizer.decode(prefix)):
                 add_special_tokens = False
         keywords = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         ids: list[int] = self.tokenizer.encode(string, **keywords)
@@ -277,7 +286,7 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return [kept[key][self._current] for key in keys]
 
     def _generation(self, context: str, gen_kwargs: Mapping[str, Any], seed: int) -> Generation:
-        eot = self.tokenizer.decode([self.eot_token_id])
+        eot = None if self.eot_token_id is None else self.tokenizer.decode([self.eot_token_id])
         params, until = make_params(gen_kwargs, self.tokenizer, eot, self.max_gen_toks, seed)
         room = self.max_length - params.max_tokens
         if room < 1:
@@ -407,10 +416,12 @@ def _positive(name: str, value: Any) -> int:
 
 def _shortest_context(trio: Trio, value: int | None) -> int:
     """``max_length``: as asked for, or the shortest context of the roles."""
-    contexts: dict[str, int] = {
-        role: resolve_max_length(model.config.get_text_config(decoder=True), trio.tokenizer)
-        for role, model in trio.models.items()
-    }
+    contexts: dict[str, int] = {}
+    for role, model in trio.models.items():
+        config = model.config.get_text_config(decoder=True)
+        limit = rotary_limit(config)  # padded to a longer text, a shorter one has its factors
+        length = resolve_max_length(config, trio.tokenizer)
+        contexts[role] = length if limit is None else min(length, limit)
     shortest = min(contexts, key=contexts.__getitem__)
     if value is None:
         return contexts[shortest]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from proxytune_kernels import ops
 from proxytune_kernels.decoder.cache import cache_keyword
-from proxytune_kernels.decoder.model import Forward, check_model
+from proxytune_kernels.decoder.check import Text, check_causal, compare, own_logits
+from proxytune_kernels.decoder.model import Forward, check_model, input_device
 from proxytune_kernels.heads import Head
 from proxytune_kernels.trio import Trio
 
@@ -33,6 +34,9 @@ SHORT = 256
 
 _PROBE = 8
 """Tokens that a head is tried on before it is trusted."""
+
+_TRIED = 64
+"""Tokens at most on which shared contexts are tried."""
 
 Tokens = tuple[int, ...]
 
@@ -165,11 +169,10 @@ class RoleStates:
     def __init__(self, role: str, model: Any, vocab_size: int) -> None:
         self.role = role
         self.model = model
-        self.device: torch.device = model.get_input_embeddings().weight.device
-        if self.device.type == "meta":  # brought in by accelerate as it is needed
-            self.device = torch.device(model.get_input_embeddings()._hf_hook.execution_device)
+        self.device = input_device(model)
         self._forward = Forward(model)
         self._cache_name = cache_keyword(model.base_model.forward)
+        check_causal(role, model)
         self.head_unknown = self._why_head_is_unknown(vocab_size)
         self.contexts_apart = self._why_contexts_run_apart()
         # Padding between a trunk and its branch takes up as much of a sliding window.
@@ -207,7 +210,33 @@ class RoleStates:
         body = inspect.signature(self.model.base_model.forward).parameters
         wanted = ("attention_mask", "position_ids", self._cache_name)
         missing = [name for name in wanted if name not in body]
-        return f"its body's forward takes no {missing[0]}" if missing else None
+        return f"its body's forward takes no {missing[0]}" if missing else self._difference()
+
+    def _difference(self) -> str | None:
+        """How logits behind a context that was run once differ from the model's own, if they do."""
+        text = Text(self.model, _TRIED)
+        # What padding takes up of a window is for :func:`_together` to keep out.
+        cuts = (text.prompt, text.prompt if text.windows else 2)
+        trees = []
+        for i, (ids, cut) in enumerate(zip(text.token_ids, cuts, strict=True)):
+            trees.append(Tree(tuple(ids[:cut]), 1, (Leaf(i, tuple(ids[1:])),)))
+        try:
+            found = self.logits(self.rows(Batch(trees), len(trees))).float()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            return f"its forward behind a cache raises {type(error).__name__}: {error}"
+        own = own_logits(self.role, self.model, text.token_ids)
+        # The last token is not run; trunks come before branches.
+        parts = [x[:cut] for x, cut in zip(own, cuts, strict=True)]
+        parts += [x[cut:-1] for x, cut in zip(own, cuts, strict=True)]
+        difference, bound = compare(self.model, found, torch.cat(parts))
+        if difference <= bound:
+            return None
+        return (
+            f"logits behind a cache differ by {difference:.3g} (root mean square) from its own "
+            f"forward's, where rounding explains {bound:.3g}"
+        )
 
     @torch.inference_mode()
     def rows(self, batch: Batch, batch_size: int) -> Tensor:

@@ -18,6 +18,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from proxytune_kernels.integrations.vllm_plugin.alpha import refuse_alpha
 from proxytune_kernels.params import check_alpha
 from proxytune_kernels.trio.checkpoints import load_tokenizer, resolve
+from proxytune_kernels.trio.files import find
 from proxytune_kernels.trio.roles import ROLES
 from proxytune_kernels.trio.vocabulary import RoleVocabulary, VocabularyError, agree
 
@@ -278,9 +279,9 @@ def _width(settings: ProxyTuning, members: Mapping[str, Any]) -> int:
         # The base's may have been named apart from it.
         place = config.tokenizer if role == "base" else config.model
         if _has_tokenizer(place):
-            tokenizer = load_tokenizer(
-                f"tokenizer of {role}", place, trust_remote_code=config.trust_remote_code
-            )
+            whose, trusted = f"tokenizer of {role}", config.trust_remote_code
+            found_at = find(whose, place, *(["*.py"] if trusted else []))
+            tokenizer = load_tokenizer(whose, found_at, trust_remote_code=trusted)
             vocabularies[role] = RoleVocabulary.of(tokenizer, widths[role])
     missing = [role for role in members if role not in vocabularies]
     if settings.vocab_size is None and missing:

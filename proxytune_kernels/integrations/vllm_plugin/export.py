@@ -22,7 +22,7 @@ from proxytune_kernels.integrations.vllm_plugin import ARCHITECTURE
 from proxytune_kernels.integrations.vllm_plugin.directory import check_out, place, replaced
 from proxytune_kernels.params import check_alpha
 from proxytune_kernels.trio import eos_token_ids
-from proxytune_kernels.trio.adapters import is_adapter, tokenizer_directory
+from proxytune_kernels.trio.adapters import Source
 from proxytune_kernels.trio.checkpoints import (
     LoadOptions,
     check_dtype,
@@ -34,8 +34,9 @@ from proxytune_kernels.trio.checkpoints import (
 from proxytune_kernels.trio.files import (
     INDEX_FILE,
     LoadError,
+    Place,
     file_in,
-    local_directory,
+    find,
     weight_files,
 )
 from proxytune_kernels.trio.loading import load_models, named_models, read_source
@@ -240,19 +241,15 @@ def _open_sources(
         )
     gguf = settings.get("gguf_file", {})
     check_known("gguf_file", gguf)
-    places = {role: local_directory(role, reference) for role, reference in references.items()}
-    checkpoints = {r: _checkpoint(r, place, gguf.get(r), dtype) for r, place in places.items()}
+    found = {role: Source(role, find(role, reference)) for role, reference in references.items()}
+    checkpoints = {r: _checkpoint(each, gguf.get(r), dtype) for r, each in found.items()}
     if tokenizer is None and "tokenizer" in settings:
         tokenizer = resolve(settings["tokenizer"], directory)
-    homes = {
-        role: Path(tokenizer_directory(role, str(places[role])))
-        if tokenizer is None
-        else local_directory("tokenizer", tokenizer)
-        for role in places
-    }
+    shared = None if tokenizer is None else find("tokenizer", tokenizer)
+    homes = {role: shared or each.tokenizer for role, each in found.items()}
     packed = {} if tokenizer is not None else gguf
     tokenizers = {
-        role: load_tokenizer(f"tokenizer of {role}", str(home), gguf_file=packed.get(role))
+        role: load_tokenizer(f"tokenizer of {role}", home, gguf_file=packed.get(role))
         for role, home in homes.items()
     }
     _check_prompts(settings.get("prompts", {}), tokenizers)
@@ -260,13 +257,14 @@ def _open_sources(
         {r: RoleVocabulary.of(tokenizers[r], checkpoints[r].width) for r in checkpoints}
     )
     eos_token_ids(_generation_config(checkpoints["base"]), tokenizers["base"], agreement)
-    home = None if "base" in packed else homes["base"]
+    home = None if "base" in packed else homes["base"].directory
     return _Sources(checkpoints, tokenizers["base"], home, agreement)
 
 
-def _checkpoint(role: str, directory: Path, gguf_file: str | None, dtype: str) -> _Checkpoint:
-    if gguf_file is not None or is_adapter(str(directory)):
-        return _opened(role, directory, gguf_file, dtype)
+def _checkpoint(source: Source, gguf_file: str | None, dtype: str) -> _Checkpoint:
+    if gguf_file is not None or source.adapted is not None:
+        return _opened(source, gguf_file, dtype)
+    role, directory = source.role, source.own.directory
     from transformers import AutoConfig
 
     config = read_config(role, directory)
@@ -283,10 +281,11 @@ def _checkpoint(role: str, directory: Path, gguf_file: str | None, dtype: str) -
     return _Checkpoint(role, directory, config, width)
 
 
-def _opened(role: str, directory: Path, gguf_file: str | None, dtype: str) -> _Checkpoint:
+def _opened(source: Source, gguf_file: str | None, dtype: str) -> _Checkpoint:
     """A model whose weights have to be written anew, in memory."""
+    role, directory = source.role, source.own.directory
     options = LoadOptions(dtype=check_dtype(role, dtype), gguf_file=gguf_file)
-    model = load_models({role: str(directory)}, {role: options}, merge_adapter=True)[role]
+    model = load_models({role: source}, {role: options}, merge_adapter=True)[role]
     if gguf_file is None and getattr(model.config, "quantization_config", None) is not None:
         raise LoadError(
             f"{role} must be an adapter for plain weights to be merged, got one for quantised "
@@ -365,7 +364,7 @@ def _write_tokenizer(sources: _Sources, directory: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (home / name).is_file():
             place(file_in("tokenizer", home, name), directory / name, copy=True)
-    opened = load_tokenizer("tokenizer", str(directory))
+    opened = load_tokenizer("tokenizer", Place(str(directory), directory))
     if opened.get_vocab() != sources.tokenizer.get_vocab():
         raise LoadError(
             f"tokenizer must be the same beside the base's config.json, got another vocabulary for "

@@ -250,7 +250,7 @@ class _Keys:
             inside = lower.length - upper.length
             if not bool((inside > 1).any()):
                 return lower
-            even, few = _evenly(lower.cut, upper.cut), (inside <= NUM_EDGES)[:, None]
+            even, few = evenly(lower.cut, upper.cut), (inside <= NUM_EDGES)[:, None]
             edges = torch.where(few, self._between(lower.cut, upper.cut), even)
         raise AssertionError("a search among order keys must end")
 
@@ -281,7 +281,7 @@ class _Keys:
         return told.topk(min(NUM_EDGES, told.shape[-1]), dim=-1).values
 
 
-def _evenly(lower: Tensor, upper: Tensor) -> Tensor:
+def evenly(lower: Tensor, upper: Tensor) -> Tensor:
     """Edges that part [lower, upper) evenly, descending, the last of them lower: [B, E]."""
     step = (upper - lower + NUM_EDGES - 1) // NUM_EDGES
     number = torch.arange(1, NUM_EDGES + 1, device=lower.device)

@@ -111,6 +111,8 @@ def _prepared(
         )
     rows = operators.rows_of(op, base, params, *singles)
     checks.row_params(op, rows, base.shape[0], base.device)
+    read = {"base": base, "expert": expert, "anti": anti, "params": rows, "bias": bias}
+    checks.no_gradient(op, read)
     if shard.size:
         checks.constraints(op, base, bias, allowed_mask, shard.size)
     return rows

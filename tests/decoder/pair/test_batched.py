@@ -134,7 +134,7 @@ def test_unknown_layers_are_refused():
     expert, anti = make_model("llama", 0), make_model("llama", 1)
     own = expert.model.layers[0].mlp.up_proj
     own.forward = own.forward
-    refuse(expert, anti, r"Linear at model\.layers\.0\.mlp\.up_proj with another bias, weight")
+    refuse(expert, anti, r"got method as forward in Linear at model\.layers\.0\.mlp\.up_proj")
 
 
 def test_torchs_own_norm_is_refused():
@@ -162,3 +162,34 @@ def test_models_that_differ_in_more_are_refused():
     fewer = make_model("llama", 1)
     fewer.model.layers[1].mlp.down_proj = nn.Identity()
     refuse(expert, fewer, r"got .* and none in model\.layers\.1\.mlp\.down_proj")
+
+
+def test_state_that_is_neither_parameter_nor_buffer_counts():
+    def changed(change: Any) -> Any:
+        model = make_model("llama", 0)
+        change(model.model.layers[1].mlp)
+        return model
+
+    def held(value: Any) -> Any:
+        return changed(lambda layer: setattr(layer, "held", value))
+
+    expert = make_model("llama", 0)
+    batched_pair(held(torch.ones(2)), held(torch.ones(2)))
+    refuse(held([torch.ones(2)]), held([torch.zeros(2)]), r"LlamaMLP at .* with another held\.0")
+    refuse(held(torch.ones(2)), expert, r"weights of one kind, got held .* and none in model\.lay")
+    refuse(held(object()), held(object()), r"got object as held in LlamaMLP at model\.layers\.1")
+    weight = torch.ones(2)
+    refuse(held(lambda x: x * weight), expert, "got function as held in LlamaMLP")
+    hook = changed(lambda layer: layer.register_forward_hook(lambda *_: None))
+    refuse(hook, expert, r"must have no hooks, got some on LlamaMLP")
+    refuse(expert, hook, r"must have no hooks, got some on LlamaMLP")
+    deeper = changed(lambda layer: layer.add_module("more", nn.Linear(2, 2)))
+    refuse(expert, deeper, "must have the same layers")
+
+
+def test_offloaded_weights_are_refused():
+    accelerate = pytest.importorskip("accelerate")
+    expert, anti = make_model("llama", 0), make_model("llama", 1)
+    accelerate.cpu_offload(anti, execution_device=torch.device("cpu"))
+    refuse(anti, copy.deepcopy(anti), "must be in memory, got some offloaded in model.embed_tok")
+    refuse(expert, anti, "of one kind, got .* on cpu and .* on meta in model.embed_tokens")

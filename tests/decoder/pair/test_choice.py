@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from proxytune_kernels.decoder import Speculation
 from proxytune_kernels.params import SamplingParams
@@ -98,3 +99,23 @@ def test_pairs_that_cannot_run_so_are_refused(trio, make_decoder):
         make_decoder(trio, pair="joint")
     with pytest.raises(ValueError, match=r"pair must be None where the base runs alone"):
         make_decoder(trio, roles=("base",), pair="separate")
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize_per_tensor|torch.ao.quantization)")
+def test_weights_that_are_packed_elsewhere_are_not_mixed_up(tokenizer, make_decoder):
+    """torch.ao's dynamic int8 holds them in objects that are neither parameters nor buffers."""
+    models = [tiny_llama(seed).float() for seed in range(3)]
+    for model in models[1:]:
+        model.model = torch.ao.quantization.quantize_dynamic(model.model, {torch.nn.Linear})
+    trio = Trio.from_models(models[0], models[1], models[2], tokenizer)
+    with pytest.raises(ValueError, match="must hold plain weights to run as one model, got Linear"):
+        make_decoder(trio, pair="batched")
+    decoder = make_decoder(trio)
+    assert decoder.info()["pair"] == "separate"
+    prompt = [5, 9, 13, 200]
+    found = decoder._runner.prefill([0], {role: [prompt] for role in trio.roles})
+    with torch.no_grad():
+        for role, model in trio.models.items():
+            # Activations are rounded by the largest of all, so the last token is not run alone.
+            wanted = model(torch.tensor([prompt]), use_cache=False).logits[:, -1]
+            torch.testing.assert_close(found[role], wanted, rtol=1e-4, atol=1e-4)

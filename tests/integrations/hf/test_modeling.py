@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,14 @@ from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
 from proxytune_kernels.integrations.hf.cache import CACHE
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.vocabulary import VocabularyError
-from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, tiny_llama
+from tests.decoder.conftest import VOCAB_SIZE, byte_tokenizer, kind, tiny_llama
 from tests.integrations.hf.conftest import PLAIN, three
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
+    "pad_token_id": 0,
+}  # fmt: skip
 
 
 def whole(models, ids, alpha):
@@ -48,6 +55,62 @@ def test_forward_steps_over_a_cache_that_it_made(hf_model):
         wanted = hf_model(ids).logits[:, -1:]
     # fp64 forwards of other shapes, rounded to fp32: a unit in the last place.
     assert torch.allclose(second.logits, wanted, rtol=2**-22, atol=2**-22)
+
+
+def test_a_loop_of_forwards_hands_the_cache_on(hf_model):
+    """Nothing but what every causal LM's loop says: the cache is there unasked."""
+    ids = hf_model.tokenize("some text")["input_ids"]
+    with torch.no_grad():
+        output = hf_model(ids)
+        for _ in range(4):
+            wanted = hf_model(ids, use_cache=False)
+            assert CACHE not in wanted
+            assert torch.allclose(
+                output.logits[:, -1], wanted.logits[:, -1], rtol=2**-22, atol=2**-22
+            )
+            new = output.logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, new], 1)
+            output = hf_model(new, **{CACHE: output[CACHE]})
+
+
+def test_no_cache_where_the_configuration_or_checkpointing_says_so():
+    model = ProxyTunedForCausalLM.from_models(*three())
+    ids = torch.tensor([[5, 9, 13, 7]])
+    model.config.use_cache = False
+    assert CACHE not in model(ids)
+    model.config.use_cache = True
+    model.expert.activation_checkpointing_enable()
+    assert CACHE in model(ids)
+    # Layers that are run anew write nothing into it.
+    assert CACHE not in model.train()(ids)
+
+
+def test_the_sizes_in_the_configuration_are_the_bases(hf_model, hf_trio):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim")  # fmt: skip
+    config, base = hf_model.config, hf_trio.base.config
+    assert {n: getattr(config, n) for n in names} == {n: getattr(base, n) for n in names}
+    assert (config.hidden_size, config.num_hidden_layers) == (48, 3)
+    assert config.vocab_size == hf_trio.vocab_size
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_padding_on_the_right_gives_one_answer_on_every_cache(window):
+    make, config = kind("Mistral", SIZES, sliding_window=window)
+    models: list[Any] = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(make(config).double().eval())
+    model = ProxyTunedForCausalLM.from_models(*models)
+    ids = torch.tensor([[5, 6, 7, 8, 0, 0], [9, 10, 11, 12, 13, 14]])
+    mask = (ids != 0).long()
+    options = {"attention_mask": mask, **PLAIN, "max_new_tokens": 6}
+    ways: list[dict[str, Any]] = [{}, {"use_cache": False}, {"cache_implementation": "dynamic"},
+                                  {"cache_implementation": "static"}]  # fmt: skip
+    first, *others = (model.generate(ids, **options, **way) for way in ways)
+    assert all(torch.equal(first, other) for other in others)
+    # And a row that has none is what it is alone.
+    assert torch.equal(first[1:], model.generate(ids[1:], **PLAIN, max_new_tokens=6))
 
 
 def test_padding_does_not_change_a_row(hf_model):
@@ -207,6 +270,12 @@ def test_the_pair_rests_at_alpha_0_and_not_at_a_tensor_of_zeros(hf_model):
     hf_model.generate(ran.sequences, **{CACHE: ran.past_key_values}, max_new_tokens=3)
     with pytest.raises(ValueError, match=r"got a cache filled at alpha 0, where they rest"):
         hf_model.generate(rested.sequences, **{CACHE: rested.past_key_values}, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("given", [DynamicCache(), ((torch.zeros(1), torch.zeros(1)),)])
+def test_forward_refuses_a_cache_of_one_model(hf_model, given):
+    with pytest.raises(ValueError, match=f"{CACHE} must be .* or None to begin one, got "):
+        hf_model(torch.tensor([[5, 6, 7]]), past_key_values=given)
 
 
 def test_a_configuration_alone_has_no_weights(hf_model):

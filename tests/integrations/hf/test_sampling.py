@@ -17,6 +17,7 @@ from transformers import GenerationMixin, LogitsProcessorList, set_seed
 
 from proxytune_kernels.integrations.hf import LogitsSampler, sampling
 from proxytune_kernels.integrations.hf.sampling import NotInOp, draw_seeds, read_processors
+from proxytune_kernels.params import SamplingParams
 from tests.decoder.conftest import VOCAB_SIZE as MODEL_VOCAB_SIZE
 from tests.integrations.hf.conftest import ALPHA
 
@@ -309,6 +310,16 @@ def test_a_config_is_read_as_generate_reads_it():
     assert sampler.sampling.top_k == 50
     assert config.top_p is None
     assert LogitsSampler.from_config(vocab_size=100).sampling.temperature == 0
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"top_k": 7}, {"do_sample": True}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+    {"do_sample": True, "top_k": 0, "min_p": 0.1}, {"do_sample": False, "top_p": 0.5},
+])  # fmt: skip
+def test_sampling_params_of_a_config_are_what_its_processors_do(options):
+    params = SamplingParams.from_generation_config(hf.GenerationConfig(**options))
+    filters = LogitsSampler.from_config(**options, vocab_size=100).sampling.filters
+    assert {name: getattr(params, name) for name in filters} == filters
 
 
 def test_a_position_can_be_drawn_again():

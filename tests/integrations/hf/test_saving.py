@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 import proxytune_kernels as ptk
 from proxytune_kernels.integrations.hf import ProxyTunedConfig, ProxyTunedForCausalLM
@@ -44,6 +52,43 @@ def checkpoints(tmp_path_factory):
         model.save_pretrained(root / role)
         byte_tokenizer().save_pretrained(root / role)
     return root
+
+
+def test_trainer_resumes_where_it_was(checkpoints, tmp_path):
+    """Half of a run, resumed by another process's model, ends where the whole run ends."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 200, (8,), generator=generator) for _ in range(8)]
+    data = [{"input_ids": text, "labels": text} for text in texts]
+
+    def trainer() -> tuple[Any, Trainer]:
+        model = ProxyTunedForCausalLM.from_trio(
+            ptk.load_trio(**{role: checkpoints / role for role in ROLES})
+        )
+        for role in ("base", "anti"):
+            getattr(model, role).requires_grad_(False)
+        options = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, num_train_epochs=1, save_steps=2,
+            learning_rate=0.01, report_to=[], use_cpu=True, disable_tqdm=True, seed=1,
+        )  # fmt: skip
+        return model, Trainer(model, options, train_dataset=data)
+
+    whole, run = trainer()
+    before = {role: copy.deepcopy(getattr(whole, role).state_dict()) for role in ROLES}
+    run.train()
+    half = tmp_path / "checkpoint-2"
+    # The two that are frozen are named, and written nowhere.
+    assert named(half) == {r: "expert" if r == "expert" else str(checkpoints / r) for r in ROLES}
+    with safe_open(half / "model.safetensors", "pt") as file:
+        assert all(key.startswith("expert.") for key in file.keys())  # noqa: SIM118
+    resumed, run = trainer()
+    run.train(resume_from_checkpoint=str(half))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+    again = ProxyTunedForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert same(whole.eval(), again)
+    moved = [not torch.equal(v, before[r][k]) for r in ROLES
+             for k, v in getattr(whole, r).state_dict().items()]  # fmt: skip
+    assert any(moved)
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.api.registry import get_model
+from transformers import PreTrainedTokenizerFast
 
 import proxytune_kernels as ptk
 from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM
 from proxytune_kernels.integrations.lm_eval_model.generation import make_params
 from proxytune_kernels.trio import Trio
+from tests.decoder.conftest import byte_tokenizer
 from tests.integrations.lm_eval.conftest import make_trio, requests
 
 SCORED = requests("loglikelihood", *(("Is it?", end) for end in (" yes", " no", " yes no", "!")))
@@ -52,8 +54,9 @@ def test_several_alphas_share_the_forwards(trio):
             alone[alpha] = ask(ProxyTuneLM(trio, alpha=alpha, batch_size=2))[:2]
     with forwards(trio) as together:
         found = {alpha: ask(lm) for alpha in lm.each_alpha(ALPHAS)}
-    # What the last alpha took alone, and what the model takes to be made and tried.
-    assert 0 < together["base"] <= counts["base"]
+    # What the last alpha took alone, and the decoder's check of more slots: a plain forward and
+    # three over the cache.
+    assert 0 < together["base"] <= counts["base"] + 4
     assert {alpha: results[:2] for alpha, results in found.items()} == alone
     assert lm.alpha == 0.3
     decoder = ptk.Decoder(trio)
@@ -127,6 +130,34 @@ def test_an_empty_context_is_continued_from_the_prefix_token(trio):
     params = ptk.SamplingParams(alpha=0.5, temperature=0, max_tokens=8, stop="~")
     [output] = ptk.Decoder(trio).generate([[lm.prefix_token_id]], params)
     assert lm.generate_until(empty, disable_tqdm=True) == [output.text]
+
+
+def test_a_tokenizer_without_bos_and_eos_scores_what_has_a_context(trio):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    assert tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
+    bare = Trio.from_models(**trio.models, tokenizer=tokenizer)
+    lm, known = ProxyTuneLM(bare), ProxyTuneLM(trio)
+    assert lm.loglikelihood(SCORED) == known.loglikelihood(SCORED)
+    assert lm.generate_until(CONTINUED) == known.generate_until(CONTINUED)
+    wanted = "prefix_token_id must be given for an empty context or a rolling text"
+    empty = requests("generate_until", ("", {"until": ["~"], "max_gen_toks": 8}))
+    for ask_for, asked in (
+        (lm.loglikelihood, requests("loglikelihood", ("", " yes"))),
+        (lm.loglikelihood_rolling, TEXTS),
+        (lm.generate_until, empty),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            ask_for(asked)
+    prefixed = ProxyTuneLM(bare, prefix_token_id=known.prefix_token_id)
+    assert prefixed.loglikelihood_rolling(TEXTS) == known.loglikelihood_rolling(TEXTS)
+
+
+def test_min_new_tokens_is_taken(trio):
+    """As transformers' models of lm_eval take it; it may be above the maximum."""
+    for given, most, wanted in ((5, 8, 5), (50, 8, 8), (None, 8, 0)):
+        kwargs = {"until": ["~"], "max_gen_toks": most, "min_new_tokens": given}
+        params, _ = make_params(kwargs, trio.tokenizer, "</s>", 256, 0)
+        assert params.min_tokens == wanted
 
 
 def test_sampled_texts_depend_on_seed_prompt_and_repeat_alone(trio):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    LlamaForCausalLM,
+)
 
 from proxytune_kernels.decoder.model import check_model
 from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM, scoring
@@ -190,3 +195,29 @@ def test_tokens_that_not_every_role_has_are_never_produced():
     lm = ProxyTuneLM(trio)
     with pytest.raises(ValueError, match=r"token ids must be in \[0, 96\).* got 97"):
         lm._loglikelihood_tokens([(None, [97], [5])], disable_tqdm=True)
+
+
+def test_positions_that_begin_elsewhere_are_the_models_own():
+    """A shared context counts from 0, as most models do."""
+    model = make("gpt2")
+    right = model.transformer.forward
+
+    @functools.wraps(right)
+    def later(input_ids: Tensor, position_ids: Tensor | None = None, **keywords: Any) -> Any:
+        if position_ids is None:
+            position_ids = 2 + torch.arange(input_ids.shape[1])[None]
+        return right(input_ids=input_ids, position_ids=position_ids, **keywords)
+
+    assert scoring.RoleStates("anti", model, SIZES["vocab_size"]).contexts_apart is None
+    model.transformer.forward = later
+    states = scoring.RoleStates("anti", model, SIZES["vocab_size"])
+    assert re.match("logits behind a cache differ by .* where round", states.contexts_apart or "")
+
+
+def test_models_that_are_not_causal_are_refused():
+    sizes = {**SIZES, "max_position_embeddings": 64}
+    del sizes["num_key_value_heads"]
+    model = BertLMHeadModel(BertConfig(**sizes)).double().eval()
+    trio = Trio.from_models(model, tokenizer=word_tokenizer(SIZES["vocab_size"]))
+    with pytest.raises(ValueError, match="base must be a causal model, got BertLMHeadModel"):
+        Scorer(trio)

@@ -150,11 +150,16 @@ def promises() -> dict[str, Any]:
         options={"mode": "rejection", "draft_logits": torch.zeros(ROWS, 1, call.vocab_size)},
     )  # fmt: skip
     verified = twice.on(shard)
+    # The target needs one candidate; the drafter's row alone breaks the promise.
+    peaked = torch.zeros(ROWS, 2, call.vocab_size)
+    peaked[..., 7] = 1000.0
+    drafted = replace(twice, roles=(peaked,)).on(shard)
     return {
         "status": drawn.status.tolist(), "tokens": drawn.token_ids.tolist(),
         "differ": _rows_differ(drawn, call.whole("cpu")),
         "verified": verified.status.tolist(), "accepted": verified.num_accepted.tolist(),
         "verify differs": _rows_differ(verified, twice.whole("cpu")),
+        "drafted": drafted.status.tolist(), "drafts accepted": drafted.num_accepted.tolist(),
     }  # fmt: skip
 
 

@@ -125,6 +125,7 @@ def test_rows_that_break_a_promise_are_said_to(checks):
             assert not any(column[row] for row in (0, 3, 4, 5))
         assert found["verified"] == [0, 8, 8, 0, 0, 0]
         assert all(found["accepted"][row] == 0 for row in (1, 2))
+        assert found["drafted"] == [0, 8, 8, 0, 0, 0] and found["drafts accepted"][1] == 0
         for column in found["verify differs"]:
             assert not any(column[row] for row in (0, 3, 4, 5))
 
