@@ -298,7 +298,7 @@ def _select_filtered(
             cutoff = cutoff_of(row_max, filters.min_p_shift)
             likely = certain(cutoff, amount_of_list(keys, n, cutoff, row_max, e))
         nothing = Amount(none, none)
-        anywhere = Prefix(cutoff_of(row_max, least), nothing, none + END, nothing)
+        anywhere = Prefix(bottom, nothing, none + END, nothing)
         candidates = List(keys, n, short, row_max, e, anywhere, anywhere)
         kept, _first = select_kept(find_in_list, candidates, filters, all_tokens, likely)
         listed = kept.low == kept.high

@@ -29,6 +29,7 @@ from proxytune_kernels.kernels.common import (
     FLT_MIN,
     INF,
     LANES,
+    LAST_ID,
     LOWEST,
     NO_CUTOFF,
     NO_TARGET,
@@ -434,13 +435,15 @@ def find_in_list(given, stage: tl.constexpr, low, count, least_mass, most_mass):
     sought = given.first if stage == 0 else given.second
     if sought.low != sought.high:
         e, row_max = given.exponent, given.row_max
-        lower = tl.maximum(sought.low, low)
-        upper = tl.minimum(sought.high, order_key(row_max, tl.full([], 0, tl.int32)) + 1)
+        lower, upper = tl.maximum(sought.low, low), sought.high
         above_count, above_mass = sought.least.count, sought.least.mass
         inside = given.n.to(tl.int64)
         narrows = inside > CHUNK
+        by_value = narrows
         while narrows:
-            trials = trial_keys(lower, upper)
+            lower, upper = _ends(given, lower, upper)
+            trials = _trials(lower, upper, by_value)
+            by_value = by_value == 0
             lane_sums = tl.zeros([TRIALS, CHUNK], tl.int64)
             for start in range(0, given.n, CHUNK):
                 key = load_keys(given.keys, start, given.n, CHUNK)
@@ -471,6 +474,30 @@ def find_in_list(given, stage: tl.constexpr, low, count, least_mass, most_mass):
 
 
 @triton.jit
+def _trials(lower, upper, by_value):
+    """As trial_keys, or evenly by value: keys lie close around 0, values around an outlier."""
+    step = tl.arange(0, TRIALS)
+    part = (step + 1).to(tl.float32) / TRIALS
+    highest, lowest = key_value(upper - 1), key_value(lower)
+    x = highest * (1.0 - part) + lowest * part
+    keys = tl.maximum(tl.minimum(order_key(x, step * 0 + LAST_ID), upper - 1), lower)
+    keys = tl.where(step == TRIALS - 1, lower, keys)
+    return tl.where(by_value & (highest != lowest), keys, trial_keys(lower, upper))
+
+
+@triton.jit
+def _ends(given, lower, upper):
+    """The narrowest [lower, upper) with the same listed tokens in it: equal logits differ by id."""
+    lowest, highest = tl.full([CHUNK], END, tl.int64), tl.zeros([CHUNK], tl.int64)
+    for start in range(0, given.n, CHUNK):
+        key = load_keys(given.keys, start, given.n, CHUNK)
+        inside = (key >= lower) & (key < upper)
+        lowest = tl.minimum(lowest, tl.where(inside, key, END))
+        highest = tl.maximum(highest, tl.where(inside, key, 0))
+    return tl.minimum(tl.min(lowest, 0), upper - 1), tl.maximum(tl.max(highest, 0), lower) + 1
+
+
+@triton.jit
 def _rank(given, lower, upper, above, count, least_mass, most_mass):
     """The prefix that ends among the at most CHUNK listed tokens in [lower, upper)."""
     n = tl.full([], 0, tl.int32)
@@ -481,14 +508,12 @@ def _rank(given, lower, upper, above, count, least_mass, most_mass):
     tl.debug_barrier()
     n = tl.minimum(n, CHUNK)
     key = load_keys(given.short, 0, n, CHUNK)
-    rank = tl.zeros([CHUNK], tl.int64) + above.count
-    before = tl.zeros([CHUNK], tl.int64) + above.mass
+    sums = tl.zeros([CHUNK], tl.int64)
     for start in range(0, n, RIVALS):
         rival = load_keys(given.short, start, n, RIVALS)
-        q = tl.where(rival > 0, mass(key_value(rival), given.row_max, given.exponent), 0)
-        first = rival[None, :] > key[:, None]
-        rank += tl.sum(first.to(tl.int64), 1)
-        before += tl.sum(tl.where(first, q[None, :], 0), 1)
+        packed = mass(key_value(rival), given.row_max, given.exponent) + COUNT_ONE
+        sums += tl.sum(tl.where(rival[None, :] > key[:, None], packed[None, :], 0), 1)
+    rank, before = above.count + (sums >> COUNT_SHIFT), above.mass + (sums & MASS_BITS)
     q = tl.where(key > 0, mass(key_value(key), given.row_max, given.exponent), 0)
     most = (key > 0) & (rank < count) & (before < most_mass)
     least = most & (before < least_mass)

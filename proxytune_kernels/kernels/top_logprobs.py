@@ -42,7 +42,6 @@ from proxytune_kernels.kernels.selection import (
     Row,
     append,
     cutoff_bound,
-    cutoff_of,
     find_in_list,
     find_in_row,
     list_tiles,
@@ -129,13 +128,11 @@ def _top_logprobs_kernel(
             )  # fmt: skip
             found = (listed <= MAX_SHORT) & (listed >= n)
             tiles_needed = tl.where(listed > MAX_SHORT, MAX_SHORT + 1, 4 * tiles_needed)
-            least = tl.full([], -INF, tl.float32)
         if found == 0:
             listed = _list_row(logits, row_params, b, t, row_max, keys, n, vocab_size)
         e = exponent(tl.full([], 1.0, tl.float32))
         nothing = Amount(none, none)
-        floor = cutoff_of(finite_max(row_max), least)
-        anywhere = Prefix(floor, nothing, none + END, nothing)
+        anywhere = Prefix(none, nothing, none + END, nothing)
         given = List(keys, listed, short, finite_max(row_max), e, anywhere, anywhere)
         cutoff = find_in_list(given, 0, none, n, no_target, no_target).low
         copied = tl.full([], 0, tl.int32)
