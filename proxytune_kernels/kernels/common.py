@@ -297,8 +297,8 @@ def processors(device: torch.device) -> int:
 def splits_of(rows: int, vocab_size: int, device: torch.device) -> int:
     """Programs that a row is spread over: two waves over the device, no more than blocks.
 
-    At least 16: few rows of a large batch may be left to be spread. Results do not depend on it:
+    At least 20: few rows of a large batch may be left to be spread. Results do not depend on it:
     programs exchange integer sums and maxima.
     """
-    waves = max(16, triton.cdiv(2 * processors(device), rows))
+    waves = max(20, triton.cdiv(2 * processors(device), rows))
     return max(1, min(waves, triton.cdiv(vocab_size, _BLOCK)))

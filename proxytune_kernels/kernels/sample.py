@@ -217,11 +217,12 @@ def _hand_on(logits, row_params, b, t, workspace, row, row_max, filters, bottom,
     tl.store(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, best)
     likely = tl.maximum(bottom, cutoff_of(finite_max(row_max), filters.min_p_shift))
     alpha = tl.load(row_params.alpha + b)
-    keys = choose_pivots(logits, alpha, b, t, row_max, bottom, likely, vocab_size)
+    keys, _short = ws.list_of(workspace, row, vocab_size)
+    pivots = choose_pivots(logits, alpha, b, t, row_max, bottom, likely, keys, vocab_size)
     at, step = ws.pivots_of(workspace, row), tl.arange(0, NUM_PIVOTS)
-    tl.store(at + step, keys)
-    tl.store(at + NUM_PIVOTS + step, keys * 0)
-    tl.store(at + 2 * NUM_PIVOTS + step, keys * 0)
+    tl.store(at + step, pivots)
+    tl.store(at + NUM_PIVOTS + step, pivots * 0)
+    tl.store(at + 2 * NUM_PIVOTS + step, pivots * 0)
 
 
 @triton.jit

@@ -55,7 +55,7 @@ from proxytune_kernels.kernels.noise import gumbel, packed_score, token_words, u
 
 NUM_PIVOTS = tl.constexpr(32)  # the row's bottom, min_p's cutoff, and 30 between which tokens lie
 SAMPLES = tl.constexpr(1024)  # tokens that say where the pivots should be
-RANKED = tl.constexpr(256)  # of them that may be one
+RANKED = tl.constexpr(512)  # of them that may be one
 MAX_SHORT = tl.constexpr(512)  # candidates of a row that select finishes
 MAX_TILES = tl.constexpr(256)  # tiles that they are listed from
 GATHERED = tl.constexpr(8)  # of them at once
@@ -292,36 +292,32 @@ def find_in_pivots(pivots, stage: tl.constexpr, low, count, least_mass, most_mas
 
 
 @triton.jit
-def choose_pivots(logits, alpha, b, t, row_max, bottom, likely, vocab_size):
+def choose_pivots(logits, alpha, b, t, row_max, bottom, likely, keys, vocab_size):
     """Keys that part the tokens from ``bottom`` up into about equal numbers: int64 [NUM_PIVOTS].
 
     Among them are ``bottom`` itself and ``likely``, min_p's cutoff. The others are quantiles of
     evenly spaced tokens, by key, so that equal logits are parted by their ids. Between two lie a
-    thirtieth of the tokens, and with 33 samples there seldom twice as many.
+    thirtieth of the tokens, and with 33 samples there seldom twice as many. ``keys`` is scratch.
     """
-    own = tl.arange(0, RANKED)
-    key = _sampled(logits, alpha, b, t, row_max, bottom, own * (SAMPLES // RANKED), vocab_size)
+    i = tl.arange(0, SAMPLES)
+    ids = ((i.to(tl.int64) * vocab_size) // SAMPLES).to(tl.int32)
+    x = cleaned(combined(logits, alpha, b, t, ids, ids < vocab_size), row_max)
+    key = tl.where(x > -INF, order_key(x, ids), 0)
+    key = tl.where(key >= bottom, key, 0)
+    n = tl.sum((key > 0).to(tl.int32), 0)
+    tl.debug_barrier()  # the list has been read
+    tl.store(keys + i, key)
+    tl.debug_barrier()
+    key = tl.load(keys + tl.arange(0, RANKED) * (SAMPLES // RANKED))
     rank = tl.zeros([RANKED], tl.int32)
-    n = tl.full([], 0, tl.int32)
     for start in range(0, SAMPLES, RIVALS):
-        i = start + tl.arange(0, RIVALS)
-        other = _sampled(logits, alpha, b, t, row_max, bottom, i, vocab_size)
-        n += tl.sum((other > 0).to(tl.int32), 0)
-        rank += tl.sum((other[None, :] > key[:, None]).to(tl.int32), 1)
+        rival = load_keys(keys, start, SAMPLES, RIVALS)
+        rank += tl.sum((rival[:, None] > key[None, :]).to(tl.int32), 0)
     step = tl.arange(0, NUM_PIVOTS)
     wanted = (step - 1) * n // (NUM_PIVOTS - 1)
     reached = (key > 0)[None, :] & (rank[None, :] >= wanted[:, None])
     found = tl.max(tl.where(reached, key[None, :], bottom), 1)
     return tl.where(step == 0, bottom, tl.where(step == 1, likely, found))
-
-
-@triton.jit
-def _sampled(logits, alpha, b, t, row_max, bottom, i, vocab_size):
-    """Keys of the i-th of SAMPLES evenly spaced tokens, 0 where below bottom."""
-    ids = ((i.to(tl.int64) * vocab_size) // SAMPLES).to(tl.int32)
-    x = cleaned(combined(logits, alpha, b, t, ids, ids < vocab_size), row_max)
-    key = tl.where(x > -INF, order_key(x, ids), 0)
-    return tl.where(key >= bottom, key, 0)
 
 
 # A list
@@ -512,7 +508,7 @@ def _rank(given, lower, upper, above, count, least_mass, most_mass):
     for start in range(0, n, RIVALS):
         rival = load_keys(given.short, start, n, RIVALS)
         packed = mass(key_value(rival), given.row_max, given.exponent) + COUNT_ONE
-        sums += tl.sum(tl.where(rival[None, :] > key[:, None], packed[None, :], 0), 1)
+        sums += tl.sum(tl.where(rival[:, None] > key[None, :], packed[:, None], 0), 0)
     rank, before = above.count + (sums >> COUNT_SHIFT), above.mass + (sums & MASS_BITS)
     q = tl.where(key > 0, mass(key_value(key), given.row_max, given.exponent), 0)
     most = (key > 0) & (rank < count) & (before < most_mass)

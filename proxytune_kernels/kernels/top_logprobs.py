@@ -146,7 +146,7 @@ def _top_logprobs_kernel(
         rank = tl.zeros([CHUNK], tl.int32)
         for start in range(0, listed, RIVALS):
             rival = load_keys(short, start, listed, RIVALS)
-            rank += tl.sum((rival[None, :] > key[:, None]).to(tl.int32), 1)
+            rank += tl.sum((rival[:, None] > key[None, :]).to(tl.int32), 0)
         logprob = ((key_value(key) - finite_max(row_max)).to(tl.float64) - raw).to(tl.float32)
         at = row * n + rank
         tl.store(top.token_ids + at, key_id(key).to(tl.int64), mask=i < listed)
