@@ -38,7 +38,7 @@ struct Instruction {
 
 struct Range {
   uint64_t first, end;
-  int32_t tracked, writable;
+  int64_t writable;
   int64_t loaded, stored;  // bytes; lanes that ask for one address together count once
 };
 
@@ -58,6 +58,7 @@ struct Launch {
   // Results.
   int64_t* executed;              // by instruction; null: not counted
   int64_t *steps, *barriers;      // by program: of its longest warp
+  int64_t* read;                  // by program: bytes of what is not writable
   int64_t instructions, atomics;  // of all warps
   int64_t divergences;
   char error[1000], races[20000];
@@ -399,9 +400,12 @@ struct Machine {
       Range& r = L.ranges[range];
       if (a % size) return fail("misaligned access", W, &I, a);
       if (store && !r.writable) return fail("store to an input", W, &I, a);
-      if (a != before) (store ? r.stored : r.loaded) += size;
+      if (a != before) {
+        (store ? r.stored : r.loaded) += size;
+        if (!r.writable) L.read[W.program] += size;
+      }
       before = a;
-      if (L.check_races && r.tracked) track_global(W, I, range, a, size, store, false);
+      if (L.check_races && r.writable) track_global(W, I, range, a, size, store, false);
       move(I, W.frame, (uint8_t*)a, l, store);
     }
     return true;
@@ -489,6 +493,7 @@ struct Machine {
         if (range < 0) return fail("cp.async out of bounds", W, &I, from[l]);
         if (from[l] % I.size) return fail("misaligned cp.async", W, &I, from[l]);
         L.ranges[range].loaded += taken;
+        if (!L.ranges[range].writable) L.read[W.program] += taken;
       }
       const Copy copy{a, from[l], (uint32_t)I.size, taken, l, &I};
       if (late) {

@@ -443,6 +443,7 @@ class Report(NamedTuple):
 
     steps: Any  # int64 [programs]: instructions of the program's longest warp
     barriers: Any  # int64 [programs]: of its longest warp
+    read: Any  # int64 [programs]: bytes of what it may not write
     instructions: int  # of all warps
     atomics: int
     divergences: int
@@ -453,8 +454,8 @@ class Report(NamedTuple):
 
 class _Range(ctypes.Structure):
     _fields_ = [
-        ("first", ctypes.c_uint64), ("end", ctypes.c_uint64), ("tracked", ctypes.c_int32),
-        ("writable", ctypes.c_int32), ("loaded", ctypes.c_int64), ("stored", ctypes.c_int64),
+        ("first", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_int64),
+        ("loaded", ctypes.c_int64), ("stored", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -468,7 +469,7 @@ class _Launch(ctypes.Structure):
         ("error_seed", ctypes.c_uint64), ("in_flight", ctypes.c_int32),
         ("check_races", ctypes.c_int32), ("ulps", ctypes.c_int32), ("most_steps", ctypes.c_uint64),
         ("executed", ctypes.c_void_p), ("steps", ctypes.c_void_p), ("barriers", ctypes.c_void_p),
-        ("instructions", ctypes.c_int64), ("atomics", ctypes.c_int64),
+        ("read", ctypes.c_void_p), ("instructions", ctypes.c_int64), ("atomics", ctypes.c_int64),
         ("divergences", ctypes.c_int64), ("error", ctypes.c_char * 1000),
         ("races", ctypes.c_char * 20000),
     ]  # fmt: skip
@@ -499,20 +500,20 @@ def launch(
         Fault: out of bounds, misaligned, a store to an input, and whatever else can't go on.
     """
     size = (*grid, 1, 1)[:3]
-    steps, barriers = np.zeros((2, size[0] * size[1] * size[2]), dtype=np.int64)
-    ranges = (_Range * len(memory))(*(_Range(m.first, m.end, m.writable, m.writable) for m in memory))
+    steps, barriers, read = np.zeros((3, size[0] * size[1] * size[2]), dtype=np.int64)
+    ranges = (_Range * len(memory))(*(_Range(*m) for m in memory))
     code, constants = program.words, program.constants(values)
     one = _Launch(
         code.ctypes.data, len(code), size, program.warps, shared, program.frame_bytes, constants,
         len(constants), ranges, len(memory), order.seed, order.error_seed, order.in_flight, order.races,
         order.ulps, most_steps, None if executed is None else executed.ctypes.data, steps.ctypes.data,
-        barriers.ctypes.data,
+        barriers.ctypes.data, read.ctypes.data,
     )  # fmt: skip
     if _machine().run_launch(ctypes.byref(one)):
         said = one.error.decode()
         line = int(said.rpartition(" ")[2])
         raise Fault(f"{program.name}: {said}: {program.lines[line - 1].strip() if line > 0 else ''}")
     return Report(
-        steps, barriers, one.instructions, one.atomics, one.divergences,
+        steps, barriers, read, one.instructions, one.atomics, one.divergences,
         [r.loaded for r in ranges], [r.stored for r in ranges], one.races.decode().splitlines(),
     )  # fmt: skip

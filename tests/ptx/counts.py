@@ -1,0 +1,264 @@
+"""What rows cost, in instructions executed from PTX: ``python -m tests.ptx.counts [FILTER]``.
+
+    python -m tests.ptx.counts                        # all cases, twenty minutes and more
+    python -m tests.ptx.counts peaked top_k=65        # those with all of these words in their names
+    python -m tests.ptx.counts peaked top_k=65 --lines draw    # where draw's instructions are
+    python -m tests.ptx.counts --write                # into benchmarks/results/ptx.md
+    python -m tests.ptx.counts --check [--quick]      # fail where one is worse than stored there
+
+A case is one row of V = 128,256 in bf16 with its parameters. For each launch of its call stand the
+instructions and the barriers of the row's longest program, counted for its longest warp, and how often
+the row is read: bytes that the row's programs load, by those of its logits. At B=256 a row has the
+programs that it has in a batch of 256 on 132 multiprocessors, at B=1 all that a launch takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+
+import proxytune_kernels as ptk
+from tests import rows
+from tests.ptx.device import Device, Launched
+from tests.ptx.instructions import NUMBER
+from tests.ptx.program import Program
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "ptx.md"
+CAPABILITY = 90
+VOCAB_SIZE = 128_256
+PROCESSORS = 132  # of an H100
+CLIFF = 400_000
+"""Instructions of a warp from which a case takes seconds: ``--quick`` leaves those stored above out."""
+TOLERANCE = 1.02
+"""torch's normal numbers differ in the last bit from one processor to another."""
+IDLE = 100  # instructions: a launch that finds nothing to do
+
+_ORDERS = ("vllm", "hf", "joint")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "temperature=0.7": dict(temperature=0.7),
+    "greedy": dict(temperature=0.0),
+    **{f"top_p={p}": dict(top_p=p) for p in (0.9, 0.95, 0.99, 0.999)},
+    "top_p=0.9 temperature=0.7": dict(top_p=0.9, temperature=0.7),
+    **{f"top_k={k}": dict(top_k=k) for k in (50, 64, 65, 100, 200, 1000)},
+    **{f"min_p={p}": dict(min_p=p) for p in (0.01, 0.02, 0.05, 0.1)},
+    **{f"top_k={k} min_p={p}": dict(top_k=k, min_p=p) for k in (50, 200) for p in (0.01, 0.05)},
+    **{
+        f"top_k={k} top_p={p} {order}": dict(top_k=k, top_p=p, filter_order=order)
+        for k in (50, 64, 65, 100, 200, 1000)
+        for p in (0.9, 0.95)
+        for order in _ORDERS
+    },
+}
+"""Parameters by a case's name, behind its kind of row."""
+TOP = (5, 20, 64, 128)
+"""Numbers of top_logprobs, of rows without a filter."""
+
+
+class Case(NamedTuple):
+    """One row: its kind, its parameters, top_logprobs, and the batch that it is part of."""
+
+    kind: str
+    setting: str
+    top: int
+    batch: int
+
+    def __str__(self) -> str:
+        top = f" top_logprobs={self.top}" if self.top else ""
+        return f"{self.kind} {self.setting}{top} B={self.batch}"
+
+
+class Cost(NamedTuple):
+    """Of one launch, by the row's longest program; reads: of the row, by all of its programs."""
+
+    instructions: int  # a warp
+    barriers: int
+    reads: float
+
+
+Costs = dict[str, Cost]
+"""By launch, in order."""
+
+
+def cases() -> list[Case]:
+    """All that is counted."""
+    found = [
+        Case(kind, setting, 0, batch)
+        for batch in (1, 256)
+        for kind in rows.KINDS
+        for setting in SETTINGS
+    ]
+    return found + [Case(kind, "none", n, 1) for n in TOP for kind in rows.KINDS]
+
+
+def count(
+    chosen: Sequence[Case], executed: Callable[[Program], Any] = lambda program: None
+) -> dict[Case, Costs]:
+    """Run the cases, those that differ in their rows and parameters alone in one call."""
+    together: dict[tuple[int, int], list[Case]] = defaultdict(list)
+    for case in chosen:
+        together[case.top, case.batch].append(case)
+    costs: dict[Case, Costs] = {case: {} for case in chosen}
+    for (top, batch), group in together.items():
+        kinds = {kind: rows.make(kind, 1, VOCAB_SIZE, torch.bfloat16) for kind in {c.kind for c in group}}
+        roles = [torch.cat([kinds[case.kind][i] for case in group]) for i in range(3)]
+        each = [ptk.SamplingParams(seed=3, **SETTINGS[case.setting]) for case in group]
+
+        def note(one: Launched, group: list[Case] = group) -> None:
+            for case, cost in zip(group, _by_row(one, len(group)), strict=True):
+                costs[case][one.name] = cost
+
+        # As many programs a row as the batch would get.
+        processors = max(1, PROCESSORS * len(group) // batch)
+        with Device(CAPABILITY, processors=processors, on_launch=[note], executed=executed):
+            ptk.sample(*roles, ptk.RowParams.from_sampling_params(each), backend="triton", top_logprobs=top)
+    return costs
+
+
+def _by_row(one: Launched, number: int) -> list[Cost]:
+    """A launch's costs by row: the first dimension of a grid is of rows, or of rows' programs."""
+    programs = len(one.report.steps)
+    index = np.arange(programs)
+    row = index % number if len(one.grid) > 1 else index // (programs // number)
+    found = []
+    for r in range(number):
+        own = index[row == r]
+        longest = own[one.report.steps[own].argmax()]
+        reads = one.report.read[own].sum() / (3 * 2 * VOCAB_SIZE)
+        steps, barriers = one.report.steps[longest], one.report.barriers[longest]
+        found.append(Cost(int(steps), int(barriers), round(float(reads), 2)))
+    return found
+
+
+def longest(costs: Costs) -> int:
+    return max(cost.instructions for cost in costs.values())
+
+
+# The stored table ---------------------------------------------------------------------------------
+
+_HEAD = f"""# Executed instructions
+
+What `python -m tests.ptx.counts --write` counted; that file says of what, [docs/ptx.md](../../docs/ptx.md)
+how. PTX for compute capability {CAPABILITY / 10:.1f} by Triton {{version}}. One cell is one launch:
+instructions a warp of the longest program, its barriers, how often the row is read. A launch that finds
+nothing to do has none.
+
+"""
+
+
+def table(costs: dict[Case, Costs]) -> str:
+    """Markdown, one line for a case."""
+    launches = list(dict.fromkeys(name for one in costs.values() for name in one))
+    lines = [["case", "longest", *launches], ["---"] * (2 + len(launches))]
+    for case, one in costs.items():
+        cells = [
+            f"{c.instructions:,} / {c.barriers:,} / {c.reads:.2f}"
+            if (c := one.get(name)) is not None and c.instructions >= IDLE
+            else ""
+            for name in launches
+        ]
+        lines.append([str(case), f"{longest(one):,}", *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read(text: str) -> dict[str, Costs]:
+    """The costs of a table, by case."""
+    lines = [line.strip().strip("|").split("|") for line in text.splitlines() if line[:1] == "|"]
+    (_, _, *launches), _, *body = ([cell.strip() for cell in line] for line in lines)
+    found: dict[str, Costs] = {}
+    for name, _, *cells in body:
+        parts = [cell.replace(",", "").split(" / ") for cell in cells]
+        found[name] = {
+            launch: Cost(int(part[0]), int(part[1]), float(part[2]))
+            for launch, part in zip(launches, parts, strict=True)
+            if part[0]
+        }
+    return found
+
+
+def worse(now: Costs, stored: Costs) -> Iterable[str]:
+    """What a case takes more of, with both values."""
+    nothing = Cost(IDLE, 0, 0.0)
+    for launch, cost in now.items():
+        before = stored.get(launch, nothing)
+        for name, new, old in zip(Cost._fields, cost, before, strict=True):
+            if new > old * TOLERANCE + 0.01:
+                yield f"{launch}: {name} {new:,}, was {old:,}"
+
+
+# Source lines -------------------------------------------------------------------------------------
+
+
+def lines_of(program: Program, executed: Any) -> list[tuple[int, int, str]]:
+    """Executed instructions and barriers by source line, the most first."""
+    where = "?"
+    at: dict[int, str] = {}
+    for number, line in enumerate(program.lines, 1):
+        if found := re.search(r"\.loc\s.*//\s*(.*)", line):
+            names = re.findall(r"(\w+\.py:\d+)", found[1])
+            own = [name for name in names if not name.startswith("standard")]
+            where = " < ".join(own[:4]) or "?"
+        at[number] = where
+    steps: Counter[str] = Counter()
+    barriers: Counter[str] = Counter()
+    for words, times in zip(program.words, executed, strict=True):
+        steps[at[int(words[18])]] += int(times)
+        barriers[at[int(words[18])]] += int(times) * (words[0] == NUMBER["bar.sync"])
+    return [(times, barriers[name], name) for name, times in steps.most_common()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("filter", nargs="*", help="words that a case's name holds")
+    parser.add_argument("--lines", metavar="LAUNCH", help="its instructions by source line, of all warps")
+    parser.add_argument("--write", action="store_true", help=f"store them: {RESULTS.name}")
+    parser.add_argument("--check", action="store_true", help="fail where one is worse than stored")
+    parser.add_argument("--quick", action="store_true", help="without what is stored as a cliff")
+    given = parser.parse_intermixed_args()
+    stored = read(RESULTS.read_text()) if RESULTS.exists() else {}
+    chosen = [
+        case for case in cases()
+        if set(given.filter) <= set(str(case).split())
+        and not (given.quick and longest(stored.get(str(case)) or {"": Cost(0, 0, 0.0)}) > CLIFF)
+    ]  # fmt: skip
+    if not chosen:
+        sys.exit(f"no case has all of {given.filter} in its name; kinds: {', '.join(rows.KINDS)}")
+    counters: dict[str, tuple[Program, Any]] = {}
+
+    def counter(program: Program) -> Any:
+        if given.lines is None or given.lines not in program.name:
+            return None
+        kept = counters.setdefault(program.name, (program, np.zeros(len(program.words), np.int64)))
+        return kept[1]
+
+    costs = count(chosen, counter)
+    print(table(costs), end="")
+    for program, executed in counters.values():
+        print(f"\n{program.name}, warp instructions {executed.sum():,}:")
+        for times, barriers, where in lines_of(program, executed)[:30]:
+            print(f"{times / max(1, executed.sum()):6.1%} {times:12,} barriers {barriers:9,}  {where}")
+    if given.write:
+        assert not given.filter, "--write stores all cases"
+        RESULTS.write_text(_HEAD.format(version=triton.__version__) + table(costs))
+    if given.check:
+        if f"Triton {triton.__version__}" not in RESULTS.read_text():
+            print(f"No counts of Triton {triton.__version__} are stored.")
+            return
+        bad = [f"{c}: {what}" for c, one in costs.items() for what in worse(one, stored[str(c)])]
+        better = sum(longest(one) < longest(stored[str(c)]) / TOLERANCE for c, one in costs.items())
+        print(f"{len(costs)} cases compared; {len(bad)} counts are worse, {better} cases are better.")
+        if bad:
+            sys.exit("\n".join(bad))
+
+
+if __name__ == "__main__":
+    main()

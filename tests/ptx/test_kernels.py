@@ -1,0 +1,203 @@
+"""The operators' PTX gives what the CPU's kernels give, in any order, without a race.
+
+Programs and warps go on in random order, three programs at a time; what is not written holds noise;
+every access is checked for bounds, alignment and races; approximations are off by up to 2 ulp. The
+seeds are fixed: a failure comes again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import proxytune_kernels as ptk
+from tests import rows as kinds
+from tests.ops import oracle
+from tests.ptx.device import CAPABILITIES, Device
+from tests.ptx.program import Order
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+RIGHT = "cpu" if ptk.backends()["cpu"] is None else "reference"
+
+# A row's mass from tiles' sums is right to 4.2e-6 of itself (docs/gpu.md), with exp2 to 2 ulp; both
+# sides round a logprob to fp32 twice.
+TILE_ERROR = 4.2e-6
+ROUNDING = 2.0**-22
+
+
+class Shape(NamedTuple):
+    """Of a batch: dtypes of base, expert and anti; padding decides which rows are aligned."""
+
+    vocab_size: int
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    padding: int = 0
+    rows: int = 36
+    steered: bool = True
+    constrained: bool = False
+
+
+SHAPES = {
+    "bf16": Shape(2085, (BF16,) * 3, padding=3),
+    "fp32": Shape(4000, (FP32,) * 3),
+    "fp16, bias and mask": Shape(3000, (FP16,) * 3, padding=8, constrained=True),
+    "mixed": Shape(2501, (BF16, FP32, FP16), padding=7),
+    "base alone": Shape(2000, (BF16,) * 3, steered=False),
+    "one tile": Shape(33, (BF16,) * 3),
+    "wide": Shape(128_256, (BF16,) * 3, rows=12),
+    "widest": Shape(262_208, (BF16,) * 3, rows=6),
+}
+# Each compute capability and each shape once; `slow` has all of the others.
+FEW = {("bf16", 90), ("fp16, bias and mask", 80), ("fp32", 100), ("mixed", 120)}
+
+
+def cases() -> list[Any]:
+    found = []
+    for shape in SHAPES:
+        for capability in CAPABILITIES:
+            marks = () if (shape, capability) in FEW else (pytest.mark.slow,)
+            found.append(pytest.param(shape, capability, marks=marks, id=f"{shape}-{capability}"))
+    return found
+
+
+def device(capability: int, seed: int = 1, **settings: Any) -> Device:
+    order = Order(seed, in_flight=3, races=True, ulps=2, error_seed=seed)
+    return Device(capability, order, processors=40, poison=seed, **settings)
+
+
+def awkward(seed: int, shape: Shape) -> oracle.Rows:
+    """Random rows and parameters, a third of them flat; NaN, infinities, ends of ranges."""
+    made = oracle.random_rows(seed, shape.rows, shape.vocab_size, FP32, padding=shape.padding)
+    g = torch.Generator().manual_seed(seed)
+    base, p, n = made.base, made.params, shape.rows
+    for i in range(n - n // 3, n):  # thousands of kept tokens, ties among them
+        row = torch.randn(base.shape[1], generator=g) * float(torch.rand(1, generator=g)) * 0.6
+        base[i] = (row * 8).round() / 8 if i % 3 == 0 else row
+        p["top_k"][i] = int(torch.randint(3, (1,), generator=g)) * (shape.vocab_size // 3)
+        p["min_p"][i] = 0.0 if i % 4 else 0.01
+        p["temperature"][i] = (0.8, 1.0)[i % 2]
+        p["top_p"][i] = (0.9, 1.0, 0.5)[i % 3]
+    column = torch.randint(shape.vocab_size, (n,), generator=g)
+    base[range(0, n, 9), column[0::9]] = torch.nan
+    base[range(3, n, 11), column[3::11]] = torch.inf
+    base[4::23, : shape.vocab_size] = -torch.inf
+    p["top_p"][5::17] = 1.5  # a bad parameter
+    p["temperature"][7::19], p["temperature"][8::29] = 1e-40, 1e30
+    p["seed"][9::13], p["position"][6::11] = -(2**63) + 12345, 2**63 - 7
+    return made
+
+
+def assert_alike(found: Any, wanted: Any) -> None:
+    """Integers are the same; logprobs within the sums' error; combined logits bit by bit."""
+    if isinstance(found, Tensor) and found.dim() == 2:
+        assert torch.equal(oracle.bits(found), oracle.bits(wanted))
+        return
+    right = oracle.tensors(wanted)
+    for name, value in oracle.tensors(found).items():
+        if not value.dtype.is_floating_point:
+            assert torch.equal(value, right[name]), name
+        else:
+            torch.testing.assert_close(
+                value, right[name], atol=TILE_ERROR, rtol=ROUNDING, equal_nan=True, msg=name
+            )
+
+
+def check(run: Any, given: Device) -> None:
+    """``run(backend)`` on PTX beside the CPU's own."""
+    with given:
+        found = run("triton")
+    assert given.launches > 0
+    assert_alike(found, run(RIGHT))
+
+
+@pytest.mark.parametrize(("name", "capability"), cases())
+@pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (2, 3))])
+def test_operators(name, capability, seed):
+    shape = SHAPES[name]
+    given = awkward(seed, shape)
+    g = torch.Generator().manual_seed(seed)
+    V, B = shape.vocab_size, shape.rows
+    roles: list[Tensor | None] = [
+        role.to(dtype)
+        for role, dtype in zip((given.base, given.expert, given.anti), shape.dtypes, strict=True)
+    ]
+    if not shape.steered:
+        roles[1:] = None, None
+    params = ptk.RowParams(**given.params)
+    options: dict[str, Any] = dict(vocab_size=V)
+    if shape.constrained:
+        options["bias"] = torch.randn(B, V, generator=g)
+        words = torch.randint(-(2**31), 2**31, (B, -(-V // 32)), generator=g)
+        options["allowed_mask"] = words.int()
+    at = device(capability, seed)
+    for n in (0, 20):
+        check(lambda b, n=n: ptk.sample(*roles, params, top_logprobs=n, backend=b, **options), at)
+    check(lambda b: ptk.combine(*roles, params.alpha, backend=b, **options), at)
+
+    T, R = 3, B // 3  # positions, requests
+    deep = [None if role is None else role[: R * T].view(R, T, -1) for role in roles]
+    several = params.rows(slice(0, R * T, T))
+    for option in ("bias", "allowed_mask"):
+        if option in options:
+            options[option] = options[option][: R * T].view(R, T, -1)
+    ids = torch.randint(-1, V + 1, (R, T), generator=g)
+    check(lambda b: ptk.score(*deep, ids, several.alpha, vocab_size=V, backend=b), at)
+    base = deep[0]
+    assert base is not None
+    noise = torch.randn((R, T - 1, base.shape[2]), generator=g)
+    drafts = (base[:, : T - 1].float() + 0.3 * noise).to(base.dtype).contiguous()
+    positions = (several.position[:, None] + torch.arange(T)).flatten()
+    each = ptk.RowParams(*(column.repeat_interleave(T) for column in several))
+    each = each._replace(position=positions)
+    flat = [None if role is None else role[: R * T] for role in roles]
+    own = ptk.sample(*flat, each, vocab_size=V, backend=RIGHT).token_ids.view(R, T)
+    given_ids = own[:, : T - 1].clone()
+    given_ids[1::2] = torch.randint(V, given_ids[1::2].shape, generator=g)  # the others are accepted
+    given_ids[1::7, 1] = -1
+    check(lambda b: ptk.verify(*deep, given_ids, several, backend=b, **options), at)
+    rejection = dict(mode="rejection", draft_logits=drafts)
+    check(lambda b: ptk.verify(*deep, given_ids, several, **rejection, backend=b, **options), at)
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow)
+                                              for c in CAPABILITIES if c != 90)])  # fmt: skip
+def test_kinds_of_rows(capability):
+    """Each kind with the parameters that send it each way; what is kept is the CPU's."""
+    settings = [
+        dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(top_k=200, top_p=0.95), dict(min_p=0.02),
+        dict(top_k=100, top_p=0.9, filter_order="hf"), dict(top_p=0.99, filter_order="joint"),
+    ]  # fmt: skip
+    roles = [
+        torch.cat(role)
+        for role in zip(*(kinds.make(kind, len(settings), 4000, BF16) for kind in kinds.KINDS),
+                        strict=True)
+    ]  # fmt: skip
+    requests = [ptk.SamplingParams(seed=i, **s) for i, s in enumerate(settings * len(kinds.KINDS))]
+    params = ptk.RowParams.from_sampling_params(requests)
+    check(lambda b: ptk.sample(*roles, params, backend=b), device(capability))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.slow
+def test_rows_at_odd_addresses_far_apart_and_shared(dtype):
+    g = torch.Generator().manual_seed(1)
+    V = 3001
+    wide = [torch.randn(4, V + 40, generator=g).to(dtype) * 2 for _ in range(3)]
+    views = [[w[:, k : k + V] for w in wide] for k in (1, 3, 8)]
+    views.append([w[:1, :V].expand(4, V) for w in wide])
+    if dtype == BF16:  # untouched pages take no memory
+        far = []
+        for i in range(3):
+            big = torch.empty(2**31 + 16 + 4096 * (i + 1), dtype=dtype)
+            far.append(big.as_strided((2, V), (2**31 + 16 * (i + 1), 1)))
+            far[i].copy_(wide[i][:2, :V])
+        views.append(far)
+    for roles in views:
+        for values in (dict(), dict(top_p=0.9), dict(top_k=100)):
+            params = ptk.RowParams.make(len(roles[0]), seed=7, **values)
+            at = Device(90, Order(1, in_flight=3))
+            check(lambda b, r=roles, p=params: ptk.sample(*r, p, vocab_size=V, backend=b), at)
