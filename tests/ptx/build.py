@@ -68,4 +68,5 @@ def machine() -> Path:
 @functools.cache
 def libcuda() -> Path:
     """A ``libcuda.so.1`` that notes launches (libcuda.cpp)."""
-    return _compile("libcuda.so.1", HERE / "libcuda.cpp", FLAGS, "", {})
+    name = "libcuda.so.1"
+    return _compile(name, HERE / "libcuda.cpp", [*FLAGS, f"-Wl,-soname,{name}"], "", {})

@@ -41,7 +41,8 @@ INPUTS = frozenset(
 """Arguments of kernels that are not to be written."""
 
 _WIDTHS = {"u64": "*", "u32": "i32", "f32": "fp32", "f64": "fp64"}
-_run = JITFunction.run
+RUN = JITFunction.run
+"""Triton's own."""
 _programs: dict[str, Program] = {}
 
 
@@ -153,7 +154,7 @@ class Device:
 
     def _launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         # Warming up compiles and stops where the code is there.
-        compiled = _run(kernel, *args, grid=grid, warmup=True, **options)
+        compiled = RUN(kernel, *args, grid=grid, warmup=True, **options)
         if warmup:
             return compiled
         binder = kernel.device_caches[self.capability][-1]

@@ -1,0 +1,103 @@
+"""Every operator's launches through Triton's own launcher, into a libcuda that launches nothing.
+
+``python -m tests.ptx.launcher [CAPABILITY]``, in a process of its own: which libcuda is loaded, the
+first decides. Grid, block, shared memory, stream and every parameter's bits must be those of the
+launch that the machine carries out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+from triton.compiler import compiler
+from triton.runtime.driver import driver
+
+import proxytune_kernels as ptk
+from tests.ptx import build
+from tests.ptx.device import RUN, Device, Launched
+
+STREAM = 0x77
+SHARED = 232_448  # bytes that a block may ask for
+
+
+class Noted(ctypes.Structure):
+    """The last launch (libcuda.cpp)."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("shared", ctypes.c_uint32),
+        ("num_attributes", ctypes.c_uint32), ("stream", ctypes.c_uint64),
+        ("launches", ctypes.c_int64), ("parameters", ctypes.c_uint64 * 256),
+    ]  # fmt: skip
+
+
+class Checked(Device):
+    """Carries a launch out on the machine, then through Triton's launcher, and compares."""
+
+    checked = 0
+
+    def __enter__(self) -> Checked:
+        os.environ["TRITON_LIBCUDA_PATH"] = str(build.libcuda().parent)
+        self._libcuda = ctypes.CDLL(str(build.libcuda()), mode=ctypes.RTLD_GLOBAL)
+        self._libcuda.last_launch.restype = ctypes.c_void_p
+        self.on_launch.append(self._note)
+        super().__enter__()
+        real = CudaDriver()
+        capability = self.capability
+        real.get_current_device = lambda: capability
+        real.get_current_stream = lambda device: STREAM
+        real.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        driver.set_active(real)
+        self._stack.enter_context(mock.patch.object(compiler, "max_shared_mem", lambda d: SHARED))
+        return self
+
+    def _note(self, one: Launched) -> None:
+        self._carried_out = one
+
+    def _launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = super()._launch(kernel, *args, grid=grid, warmup=warmup, **options)
+        wanted = self._carried_out
+        sizes = [8 if "64" in t else 4 for t in wanted.program.parameter_types]
+        self._libcuda.expect((ctypes.c_int * len(sizes))(*sizes), len(sizes))
+        RUN(kernel, *args, grid=grid, warmup=False, **options)
+        last = Noted.from_address(self._libcuda.last_launch())
+        self.checked += 1
+        assert last.launches == self.checked
+        assert tuple(last.grid) == (*wanted.grid, 1, 1)[:3]
+        assert tuple(last.block) == (32 * wanted.program.warps, 1, 1)
+        assert (last.shared, last.stream, last.num_attributes) == (wanted.shared, STREAM, 0)
+        assert list(last.parameters[: len(sizes)]) == wanted.values, wanted.name
+        return compiled
+
+
+def main(capability: int = 90) -> None:
+    torch.manual_seed(0)
+    V = 2000
+    with Checked(capability) as device:
+        for dtype in (torch.bfloat16, torch.float32):
+            rows = [torch.randn(3, V).to(dtype) * 3 for _ in range(3)]
+            limits = dict(bias=torch.randn(3, V), allowed_mask=torch.full((3, -(-V // 32)), -1).int())
+            params = ptk.RowParams.make(3, seed=2**63 + 5, position=2**62 + 7, top_p=0.9)
+            ptk.sample(*rows, params, backend="triton", top_logprobs=5)
+            ptk.sample(rows[0], None, None, params, backend="triton")
+            ptk.sample(*rows, params, backend="triton", **limits)
+            ptk.combine(*rows, params.alpha, backend="triton", **limits)
+            deep = [row.view(1, 3, V) for row in rows]
+            one = ptk.RowParams.make(1, seed=5, top_p=0.9)
+            ptk.score(*deep, torch.zeros(1, 3, dtype=torch.int64), one.alpha, backend="triton")
+            ids, drafts = torch.zeros(1, 2, dtype=torch.int64), torch.randn(1, 2, V)
+            ptk.verify(*deep, ids, one, backend="triton")
+            ptk.verify(
+                *deep, ids, one, mode="rejection", draft_logits=drafts.to(dtype), backend="triton"
+            )
+    print(f"{device.checked} launches")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
