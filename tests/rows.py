@@ -64,7 +64,7 @@ KINDS: dict[str, Callable[[int, int, int], Logits]] = {
     "constant": _constant,
 }
 """By name, of rows, vocab_size, seed. Peaked and together: like a real trio's (benchmarks.harness.
-samplers), independent of the id or not. Middling and flat: normal, standard deviations 2.5 and .5."""
+samplers), independent of the id or not. Middling, flat: normal, standard deviations 2.5 and .5."""
 
 
 def make(kind: str, rows: int, vocab_size: int, dtype: torch.dtype, seed: int = 0) -> Logits:

@@ -7,18 +7,22 @@
     python -m tests.ptx.counts --check [--quick]      # fail where one is worse than stored there
 
 A case is one row of V = 128,256 in bf16 with its parameters. For each launch of its call stand the
-instructions and the barriers of the row's longest program, counted for its longest warp, and how often
-the row is read: bytes that the row's programs load, by those of its logits. At B=256 a row has the
-programs that it has in a batch of 256 on 132 multiprocessors, at B=1 all that a launch takes.
+instructions and the barriers of the row's longest program, counted for its longest warp, and how
+often the row is read: bytes that the row's programs load, by those of its logits. At B=256 a row
+has the programs that it has in a batch of 256 on 132 multiprocessors, at B=1 all that a launch
+takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +41,7 @@ CAPABILITY = 90
 VOCAB_SIZE = 128_256
 PROCESSORS = 132  # of an H100
 CLIFF = 400_000
-"""Instructions of a warp from which a case takes seconds: ``--quick`` leaves those stored above out."""
+"""Instructions of a warp above which a case takes seconds: ``--quick`` leaves it out."""
 TOLERANCE = 1.02
 """torch's normal numbers differ in the last bit from one processor to another."""
 IDLE = 100  # instructions: a launch that finds nothing to do
@@ -60,6 +64,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 """Parameters by a case's name, behind its kind of row."""
+OF_ALL = tuple(
+    name for name in SETTINGS
+    if "top_k" not in name or name in ("top_k=50", "top_k=1000", "top_k=65 top_p=0.95 vllm")
+)  # fmt: skip
+"""Those of every kind and of both batches: how many programs a row has changes nothing in others."""
 TOP = (5, 20, 64, 128)
 """Numbers of top_logprobs, of rows without a filter."""
 
@@ -91,37 +100,49 @@ Costs = dict[str, Cost]
 
 def cases() -> list[Case]:
     """All that is counted."""
-    found = [
-        Case(kind, setting, 0, batch)
-        for batch in (1, 256)
-        for kind in rows.KINDS
-        for setting in SETTINGS
-    ]
-    return found + [Case(kind, "none", n, 1) for n in TOP for kind in rows.KINDS]
+    found = []
+    for kind in rows.KINDS:
+        few = kind in ("infinite", "constant")
+        found += [Case(kind, name, 0, 1) for name in SETTINGS if not few or name in OF_ALL]
+        found += [Case(kind, name, 0, 256) for name in OF_ALL]
+        found += [Case(kind, "none", n, 1) for n in TOP]
+    return found
 
 
 def count(
-    chosen: Sequence[Case], executed: Callable[[Program], Any] = lambda program: None
+    group: Sequence[Case], executed: Callable[[Program], Any] = lambda program: None
 ) -> dict[Case, Costs]:
-    """Run the cases, those that differ in their rows and parameters alone in one call."""
-    together: dict[tuple[int, int], list[Case]] = defaultdict(list)
-    for case in chosen:
-        together[case.top, case.batch].append(case)
-    costs: dict[Case, Costs] = {case: {} for case in chosen}
-    for (top, batch), group in together.items():
-        kinds = {kind: rows.make(kind, 1, VOCAB_SIZE, torch.bfloat16) for kind in {c.kind for c in group}}
-        roles = [torch.cat([kinds[case.kind][i] for case in group]) for i in range(3)]
-        each = [ptk.SamplingParams(seed=3, **SETTINGS[case.setting]) for case in group]
+    """Run cases of one batch and one top_logprobs, in one call."""
+    costs: dict[Case, Costs] = {case: {} for case in group}
+    made = {
+        kind: rows.make(kind, 1, VOCAB_SIZE, torch.bfloat16) for kind in {c.kind for c in group}
+    }
+    roles = [torch.cat([made[case.kind][i] for case in group]) for i in range(3)]
+    each = [ptk.SamplingParams(seed=3, **SETTINGS[case.setting]) for case in group]
+    params, case = ptk.RowParams.from_sampling_params(each), group[0]
 
-        def note(one: Launched, group: list[Case] = group) -> None:
-            for case, cost in zip(group, _by_row(one, len(group)), strict=True):
-                costs[case][one.name] = cost
+    def note(one: Launched) -> None:
+        for case, cost in zip(group, _by_row(one, len(group)), strict=True):
+            costs[case][one.name] = cost
 
-        # As many programs a row as the batch would get.
-        processors = max(1, PROCESSORS * len(group) // batch)
-        with Device(CAPABILITY, processors=processors, on_launch=[note], executed=executed):
-            ptk.sample(*roles, ptk.RowParams.from_sampling_params(each), backend="triton", top_logprobs=top)
+    # As many programs a row as the batch would get.
+    processors = max(1, PROCESSORS * len(group) // case.batch)
+    with Device(CAPABILITY, processors=processors, on_launch=[note], executed=executed):
+        ptk.sample(*roles, params, backend="triton", top_logprobs=case.top)
     return costs
+
+
+def count_all(chosen: Sequence[Case]) -> dict[Case, Costs]:
+    """In as many processes as there are cores."""
+    groups: dict[tuple[str, int, int], list[Case]] = defaultdict(list)
+    for case in chosen:
+        groups[case.kind, case.top, case.batch].append(case)
+    spawn = multiprocessing.get_context("spawn")  # compilers' threads do not survive a fork
+    found: dict[Case, Costs] = {}
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as pool:
+        for costs in pool.map(count, groups.values()):
+            found |= costs
+    return {case: found[case] for case in chosen}
 
 
 def _by_row(one: Launched, number: int) -> list[Cost]:
@@ -147,10 +168,10 @@ def longest(costs: Costs) -> int:
 
 _HEAD = f"""# Executed instructions
 
-What `python -m tests.ptx.counts --write` counted; that file says of what, [docs/ptx.md](../../docs/ptx.md)
-how. PTX for compute capability {CAPABILITY / 10:.1f} by Triton {{version}}. One cell is one launch:
-instructions a warp of the longest program, its barriers, how often the row is read. A launch that finds
-nothing to do has none.
+What `python -m tests.ptx.counts --write` counted; [docs/ptx.md](../../docs/ptx.md) says how. PTX
+for compute capability {CAPABILITY / 10:.1f} by Triton {{version}}. One cell is one launch: instructions
+a warp of the longest program, its barriers, how often the row is read. A launch that finds nothing
+to do has none.
 
 """
 
@@ -217,9 +238,13 @@ def lines_of(program: Program, executed: Any) -> list[tuple[int, int, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("filter", nargs="*", help="words that a case's name holds")
-    parser.add_argument("--lines", metavar="LAUNCH", help="its instructions by source line, of all warps")
+    parser.add_argument(
+        "--lines", metavar="LAUNCH", help="its instructions by source line, of all warps"
+    )
     parser.add_argument("--write", action="store_true", help=f"store them: {RESULTS.name}")
     parser.add_argument("--check", action="store_true", help="fail where one is worse than stored")
     parser.add_argument("--quick", action="store_true", help="without what is stored as a cliff")
@@ -235,17 +260,21 @@ def main() -> None:
     counters: dict[str, tuple[Program, Any]] = {}
 
     def counter(program: Program) -> Any:
-        if given.lines is None or given.lines not in program.name:
+        if given.lines not in program.name:
             return None
         kept = counters.setdefault(program.name, (program, np.zeros(len(program.words), np.int64)))
         return kept[1]
 
-    costs = count(chosen, counter)
+    if given.lines is not None and len({(case.top, case.batch) for case in chosen}) > 1:
+        sys.exit("--lines is for cases of one batch and one top_logprobs: name B=1 or B=256")
+    costs = count_all(chosen) if given.lines is None else count(chosen, counter)
     print(table(costs), end="")
     for program, executed in counters.values():
         print(f"\n{program.name}, warp instructions {executed.sum():,}:")
         for times, barriers, where in lines_of(program, executed)[:30]:
-            print(f"{times / max(1, executed.sum()):6.1%} {times:12,} barriers {barriers:9,}  {where}")
+            print(
+                f"{times / max(1, executed.sum()):6.1%} {times:12,} barriers {barriers:9,}  {where}"
+            )
     if given.write:
         assert not given.filter, "--write stores all cases"
         RESULTS.write_text(_HEAD.format(version=triton.__version__) + table(costs))
@@ -255,7 +284,9 @@ def main() -> None:
             return
         bad = [f"{c}: {what}" for c, one in costs.items() for what in worse(one, stored[str(c)])]
         better = sum(longest(one) < longest(stored[str(c)]) / TOLERANCE for c, one in costs.items())
-        print(f"{len(costs)} cases compared; {len(bad)} counts are worse, {better} cases are better.")
+        print(
+            f"{len(costs)} cases compared; {len(bad)} counts are worse, {better} cases are better."
+        )
         if bad:
             sys.exit("\n".join(bad))
 

@@ -40,7 +40,8 @@ INPUTS = frozenset(
 )
 """Arguments of kernels that are not to be written."""
 
-_WIDTHS = {"u64": "*", "u32": "i32", "f32": "fp32", "f64": "fp64"}
+_PASSED = {"u64": "* i64 u64", "u32": "i32 u32", "f32": "fp32", "f64": "fp64"}
+"""By the PTX type of a parameter the types that Triton passes so."""
 RUN = JITFunction.run
 """Triton's own."""
 _programs: dict[str, Program] = {}
@@ -196,10 +197,12 @@ class Device:
         types = program.parameter_types
         for (name, value), (t, _) in zip(bound.items(), specialization, strict=True):
             for leaf, one in _leaves(t, value):
-                expected = _WIDTHS[types[len(values)]]
-                assert leaf[:1] == "*" if expected == "*" and leaf[:1] == "*" else (
-                    leaf.replace("u", "i") in (expected, "i64" if expected == "*" else expected)
-                ), f"{program.name}: parameter {len(values)} is {types[len(values)]}, not {leaf}"  # fmt: skip
+                have = types[len(values)]
+                assert ("*" if leaf[0] == "*" else leaf) in _PASSED[have].split(), (
+                    name,
+                    have,
+                    leaf,
+                )
                 values.append(_bits(leaf, one))
                 if isinstance(one, Tensor) and one.untyped_storage().nbytes():
                     storage = one.untyped_storage()

@@ -91,8 +91,9 @@ def _integers() -> dict[str, Elementwise]:
     op("clz.b32", "b32", "b32", "a ? __builtin_clz(a) : 32")
     op("brev.b32", "b32", "b32", "reversed(a)")
     op("prmt.b32", "b32", "b32 b32 b32", "permuted(a, b, c)")
-    op("shf.l.wrap.b32", "b32", "b32 b32 b32", "(uint32_t)(((((uint64_t)b << 32) | a) << (c & 31)) >> 32)")  # noqa: E501
-    op("shf.r.wrap.b32", "b32", "b32 b32 b32", "(uint32_t)((((uint64_t)b << 32) | a) >> (c & 31))")
+    both = "(((uint64_t)b << 32) | a)"
+    op("shf.l.wrap.b32", "b32", "b32 b32 b32", f"(uint32_t)(({both} << (c & 31)) >> 32)")
+    op("shf.r.wrap.b32", "b32", "b32 b32 b32", f"(uint32_t)({both} >> (c & 31))")
     op("lop3.b32", "b32", "b32 b32 b32 b32", "any_logic(a, b, c, d)")
     op("add.s16x2", "b32", "b32 b32", "((a + b) & 0xffff) | (((a >> 16) + (b >> 16)) << 16)")
     for name, expression in (("and", "a & b"), ("or", "a | b"), ("xor", "a ^ b")):
@@ -202,8 +203,12 @@ def _case(name: str, one: Elementwise) -> str:
     sources = list(zip("abcd", one.sources, strict=False))
     lines = [f"case {NUMBER[name]}: {{  // {name}"]
     if one.sources == (PREDICATE,) * len(sources):  # all lanes at once
-        values = [f"const uint32_t {v} = bits_at(I.o[{k + 1}]);" for k, (v, _) in enumerate(sources)]
-        return "\n".join([*lines, *values, f"set_bits(I.o[0], {one.expression}, m);", "break;", "}"])
+        values = [
+            f"const uint32_t {v} = bits_at(I.o[{k + 1}]);" for k, (v, _) in enumerate(sources)
+        ]
+        return "\n".join(
+            [*lines, *values, f"set_bits(I.o[0], {one.expression}, m);", "break;", "}"]
+        )
     for k, (v, t) in enumerate(sources):
         if t == PREDICATE:
             lines.append(f"const uint32_t {v}_ = bits_at(I.o[{k + 1}]);")

@@ -82,7 +82,9 @@ def main(capability: int = 90) -> None:
     with Checked(capability) as device:
         for dtype in (torch.bfloat16, torch.float32):
             rows = [torch.randn(3, V).to(dtype) * 3 for _ in range(3)]
-            limits = dict(bias=torch.randn(3, V), allowed_mask=torch.full((3, -(-V // 32)), -1).int())
+            limits = dict(
+                bias=torch.randn(3, V), allowed_mask=torch.full((3, -(-V // 32)), -1).int()
+            )
             params = ptk.RowParams.make(3, seed=2**63 + 5, position=2**62 + 7, top_p=0.9)
             ptk.sample(*rows, params, backend="triton", top_logprobs=5)
             ptk.sample(rows[0], None, None, params, backend="triton")

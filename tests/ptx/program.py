@@ -39,7 +39,7 @@ _NOTHING_TO_DO = (
 _LANES = 32
 
 Operand = tuple[str, Any, str]
-"""What ``_link`` places: ("register", name, width), ("constant", value, width), ("parameter", ...)"""
+"""A register, constant or parameter: which of the three, its name or value, its width."""
 
 
 class Unknown(Exception):
@@ -86,7 +86,7 @@ class Program:
     def __init__(self, text: str) -> None:
         self.text = text
         self.lines = text.splitlines()
-        head, _, rest = text.partition(".visible .entry")
+        _, _, rest = text.partition(".visible .entry")
         self.name = rest.split("(")[0].strip()
         parameters, _, body = rest.partition("\n)")
         named = re.findall(r"\.param \.(\w+)[^\n]*?(\w+_param_\d+)", parameters)
@@ -270,7 +270,9 @@ class Program:
             register = _REGISTER.match(arguments[0])
             have = _REGISTER_WIDTHS[register[1]] if register else width
             to = self._register(arguments[0], have)
-            self._emit(f"mov.b{width}" if have == width else f"cvt.{t[0]}{have}.{t}", [to, parameter])
+            self._emit(
+                f"mov.b{width}" if have == width else f"cvt.{t[0]}{have}.{t}", [to, parameter]
+            )
             return
         store = parts[0] == "st"
         at, value = arguments if store else arguments[::-1]
@@ -349,9 +351,9 @@ class Program:
             d = self._vector(arguments[0], "b32")
             if arguments[4:8] != ["1", "1", "0", "0"] or not arguments[1].startswith("%rd"):
                 raise self._unknown(text)
-            a, b = (self._operand(one, "b64") for one in arguments[1:3])
+            sides = [self._operand(one, "b64") for one in arguments[1:3]]
             keep = self._operand(arguments[3], PREDICATE)
-            self._emit("wgmma", [a, b, keep], n=int(found[1]), size=int(found[2] == "f16"))
+            self._emit("wgmma", [*sides, keep], n=int(found[1]), size=int(found[2] == "f16"))
             for k in range(0, len(d), 12):
                 self._emit("nop", d[k : k + 12])
         elif name == "wgmma.commit_group.sync.aligned":
@@ -372,7 +374,9 @@ class Program:
             if width == PREDICATE:
                 block = struct.pack("<I", value & 0xFFFFFFFF) + bytes(60)
             else:
-                block = (value & ((1 << int(width)) - 1)).to_bytes(int(width) // 8, "little") * _LANES
+                block = (value & ((1 << int(width)) - 1)).to_bytes(
+                    int(width) // 8, "little"
+                ) * _LANES
             place["constant", (width, value)] = end
             fixed.append(block)
             end += len(block)
@@ -505,14 +509,16 @@ def launch(
     code, constants = program.words, program.constants(values)
     one = _Launch(
         code.ctypes.data, len(code), size, program.warps, shared, program.frame_bytes, constants,
-        len(constants), ranges, len(memory), order.seed, order.error_seed, order.in_flight, order.races,
-        order.ulps, most_steps, None if executed is None else executed.ctypes.data, steps.ctypes.data,
-        barriers.ctypes.data, read.ctypes.data,
+        len(constants), ranges, len(memory), order.seed, order.error_seed, order.in_flight,
+        order.races, order.ulps, most_steps, None if executed is None else executed.ctypes.data,
+        steps.ctypes.data, barriers.ctypes.data, read.ctypes.data,
     )  # fmt: skip
     if _machine().run_launch(ctypes.byref(one)):
         said = one.error.decode()
         line = int(said.rpartition(" ")[2])
-        raise Fault(f"{program.name}: {said}: {program.lines[line - 1].strip() if line > 0 else ''}")
+        raise Fault(
+            f"{program.name}: {said}: {program.lines[line - 1].strip() if line > 0 else ''}"
+        )
     return Report(
         steps, barriers, read, one.instructions, one.atomics, one.divergences,
         [r.loaded for r in ranges], [r.stored for r in ranges], one.races.decode().splitlines(),
