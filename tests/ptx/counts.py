@@ -68,7 +68,7 @@ OF_ALL = tuple(
     name for name in SETTINGS
     if "top_k" not in name or name in ("top_k=50", "top_k=1000", "top_k=65 top_p=0.95 vllm")
 )  # fmt: skip
-"""Those of every kind and of both batches: how many programs a row has changes nothing in others."""
+"""Those of every kind and of both batches: the number of programs changes nothing in others."""
 TOP = (5, 20, 64, 128)
 """Numbers of top_logprobs, of rows without a filter."""
 
@@ -169,9 +169,9 @@ def longest(costs: Costs) -> int:
 _HEAD = f"""# Executed instructions
 
 What `python -m tests.ptx.counts --write` counted; [docs/ptx.md](../../docs/ptx.md) says how. PTX
-for compute capability {CAPABILITY / 10:.1f} by Triton {{version}}. One cell is one launch: instructions
-a warp of the longest program, its barriers, how often the row is read. A launch that finds nothing
-to do has none.
+for compute capability {CAPABILITY / 10:.1f} by Triton {{version}}. One cell is one launch:
+instructions a warp of the longest program, its barriers, how often the row is read. A launch that
+finds nothing to do has none.
 
 """
 
