@@ -1,10 +1,13 @@
 """What rows cost, in instructions executed from PTX: ``python -m tests.ptx.counts [FILTER]``.
 
-    python -m tests.ptx.counts                        # all cases, twenty minutes and more
+    python -m tests.ptx.counts                        # all cases
     python -m tests.ptx.counts peaked top_k=65        # those with all of these words in their names
     python -m tests.ptx.counts peaked top_k=65 --lines draw    # where draw's instructions are
     python -m tests.ptx.counts --write                # into benchmarks/results/ptx.md
-    python -m tests.ptx.counts --check [--quick]      # fail where one is worse than stored there
+    python -m tests.ptx.counts --check                # fail where one is worse than stored there
+
+A program of more than 400,000 instructions a warp is a cliff: it is given up there, which a "+"
+shows. --whole goes on to the end.
 
 A case is one row of V = 128,256 in bf16 with its parameters. For each launch of its call stand the
 instructions and the barriers of the row's longest program, counted for its longest warp, and how
@@ -16,12 +19,13 @@ takes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,16 +36,17 @@ import triton
 
 import proxytune_kernels as ptk
 from tests import rows
+from tests.ptx import build
 from tests.ptx.device import Device, Launched
 from tests.ptx.instructions import NUMBER
-from tests.ptx.program import Program
+from tests.ptx.program import Order, Program
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "ptx.md"
 CAPABILITY = 90
 VOCAB_SIZE = 128_256
 PROCESSORS = 132  # of an H100
 CLIFF = 400_000
-"""Instructions of a warp above which a case takes seconds: ``--quick`` leaves it out."""
+"""Instructions of a warp at which a program is given up: at 9 million it takes ten seconds."""
 TOLERANCE = 1.02
 """torch's normal numbers differ in the last bit from one processor to another."""
 IDLE = 100  # instructions: a launch that finds nothing to do
@@ -110,9 +115,11 @@ def cases() -> list[Case]:
 
 
 def count(
-    group: Sequence[Case], executed: Callable[[Program], Any] = lambda program: None
+    group: Sequence[Case],
+    cut: int = CLIFF,
+    executed: Callable[[Program], Any] = lambda program: None,
 ) -> dict[Case, Costs]:
-    """Run cases of one batch and one top_logprobs, in one call."""
+    """Run cases of one batch and one top_logprobs, in one call; programs up to ``cut``."""
     costs: dict[Case, Costs] = {case: {} for case in group}
     made = {
         kind: rows.make(kind, 1, VOCAB_SIZE, torch.bfloat16) for kind in {c.kind for c in group}
@@ -125,14 +132,16 @@ def count(
         for case, cost in zip(group, _by_row(one, len(group)), strict=True):
             costs[case][one.name] = cost
 
-    # As many programs a row as the batch would get.
-    processors = max(1, PROCESSORS * len(group) // case.batch)
-    with Device(CAPABILITY, processors=processors, on_launch=[note], executed=executed):
+    # As many programs a row as the batch would get: two waves over the device (splits_of).
+    splits = -(-2 * PROCESSORS // case.batch)
+    processors = len(group) * splits // 2
+    order, hooks = Order(cut=cut), [note]
+    with Device(CAPABILITY, order, processors, on_launch=hooks, executed=executed):
         ptk.sample(*roles, params, backend="triton", top_logprobs=case.top)
     return costs
 
 
-def count_all(chosen: Sequence[Case]) -> dict[Case, Costs]:
+def count_all(chosen: Sequence[Case], cut: int) -> dict[Case, Costs]:
     """In as many processes as there are cores."""
     groups: dict[tuple[str, int, int], list[Case]] = defaultdict(list)
     for case in chosen:
@@ -140,7 +149,7 @@ def count_all(chosen: Sequence[Case]) -> dict[Case, Costs]:
     spawn = multiprocessing.get_context("spawn")  # compilers' threads do not survive a fork
     found: dict[Case, Costs] = {}
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as pool:
-        for costs in pool.map(count, groups.values()):
+        for costs in pool.map(count, groups.values(), itertools.repeat(cut)):
             found |= costs
     return {case: found[case] for case in chosen}
 
@@ -176,18 +185,23 @@ finds nothing to do has none.
 """
 
 
+def _number(instructions: int) -> str:
+    """``400,000+`` where a program was given up."""
+    return f"{instructions - 1:,}+" if instructions == CLIFF + 1 else f"{instructions:,}"
+
+
 def table(costs: dict[Case, Costs]) -> str:
     """Markdown, one line for a case."""
     launches = list(dict.fromkeys(name for one in costs.values() for name in one))
     lines = [["case", "longest", *launches], ["---"] * (2 + len(launches))]
     for case, one in costs.items():
         cells = [
-            f"{c.instructions:,} / {c.barriers:,} / {c.reads:.2f}"
+            f"{_number(c.instructions)} / {c.barriers:,} / {c.reads:.2f}"
             if (c := one.get(name)) is not None and c.instructions >= IDLE
             else ""
             for name in launches
         ]
-        lines.append([str(case), f"{longest(one):,}", *cells])
+        lines.append([str(case), _number(longest(one)), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -199,21 +213,30 @@ def read(text: str) -> dict[str, Costs]:
     for name, _, *cells in body:
         parts = [cell.replace(",", "").split(" / ") for cell in cells]
         found[name] = {
-            launch: Cost(int(part[0]), int(part[1]), float(part[2]))
+            launch: Cost(int(part[0].strip("+")), int(part[1]), float(part[2]))
             for launch, part in zip(launches, parts, strict=True)
             if part[0]
         }
     return found
 
 
-def worse(now: Costs, stored: Costs) -> Iterable[str]:
-    """What a case takes more of, with both values."""
-    nothing = Cost(IDLE, 0, 0.0)
-    for launch, cost in now.items():
-        before = stored.get(launch, nothing)
-        for name, new, old in zip(Cost._fields, cost, before, strict=True):
-            if new > old * TOLERANCE + 0.01:
-                yield f"{launch}: {name} {new:,}, was {old:,}"
+def worse(now: Costs, stored: Costs) -> Iterator[str]:
+    """What a case takes more of, with both values; work may move from one launch to another."""
+    if min(longest(now), longest(stored)) >= CLIFF:
+        return  # both were given up somewhere
+    measures: dict[str, Callable[[Costs], float]] = {
+        "instructions of the longest program": longest,
+        "instructions of the longest programs of all launches": lambda costs: sum(
+            cost.instructions for cost in costs.values()
+        ),
+        "their barriers": lambda costs: sum(cost.barriers for cost in costs.values()),
+        "reads of the row": lambda costs: sum(cost.reads for cost in costs.values()),
+    }
+    busy = {name: cost for name, cost in now.items() if cost.instructions >= IDLE}
+    for name, measure in measures.items():
+        new, old = measure(busy), measure(stored)
+        if new > old * TOLERANCE + 0.05:
+            yield f"{new:,.4g} {name}, were {old:,.4g}"
 
 
 # Source lines -------------------------------------------------------------------------------------
@@ -247,14 +270,13 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help=f"store them: {RESULTS.name}")
     parser.add_argument("--check", action="store_true", help="fail where one is worse than stored")
-    parser.add_argument("--quick", action="store_true", help="without what is stored as a cliff")
+    parser.add_argument("--whole", action="store_true", help="programs to their end, cliffs too")
     given = parser.parse_intermixed_args()
+    if (reason := build.missing()) is not None:
+        print(f"Nothing is counted: {reason}")
+        return
     stored = read(RESULTS.read_text()) if RESULTS.exists() else {}
-    chosen = [
-        case for case in cases()
-        if set(given.filter) <= set(str(case).split())
-        and not (given.quick and longest(stored.get(str(case)) or {"": Cost(0, 0, 0.0)}) > CLIFF)
-    ]  # fmt: skip
+    chosen = [case for case in cases() if set(given.filter) <= set(str(case).split())]
     if not chosen:
         sys.exit(f"no case has all of {given.filter} in its name; kinds: {', '.join(rows.KINDS)}")
     counters: dict[str, tuple[Program, Any]] = {}
@@ -267,7 +289,8 @@ def main() -> None:
 
     if given.lines is not None and len({(case.top, case.batch) for case in chosen}) > 1:
         sys.exit("--lines is for cases of one batch and one top_logprobs: name B=1 or B=256")
-    costs = count_all(chosen) if given.lines is None else count(chosen, counter)
+    cut = 0 if given.whole else CLIFF
+    costs = count_all(chosen, cut) if given.lines is None else count(chosen, cut, counter)
     print(table(costs), end="")
     for program, executed in counters.values():
         print(f"\n{program.name}, warp instructions {executed.sum():,}:")
@@ -282,10 +305,13 @@ def main() -> None:
         if f"Triton {triton.__version__}" not in RESULTS.read_text():
             print(f"No counts of Triton {triton.__version__} are stored.")
             return
-        bad = [f"{c}: {what}" for c, one in costs.items() for what in worse(one, stored[str(c)])]
-        better = sum(longest(one) < longest(stored[str(c)]) / TOLERANCE for c, one in costs.items())
+        pairs = {case: (one, stored.get(str(case))) for case, one in costs.items()}
+        bad = [f"{case}: no counts are stored" for case, (_, old) in pairs.items() if not old]
+        both = [(case, one, old) for case, (one, old) in pairs.items() if old]
+        bad += [f"{case}: {what}" for case, one, old in both for what in worse(one, old)]
+        better = sum(longest(one) < longest(old) / TOLERANCE for _, one, old in both)
         print(
-            f"{len(costs)} cases compared; {len(bad)} counts are worse, {better} cases are better."
+            f"{len(both)} cases compared: {len(bad)} complaints, {better} are better than stored."
         )
         if bad:
             sys.exit("\n".join(bad))

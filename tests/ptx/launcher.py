@@ -79,25 +79,19 @@ class Checked(Device):
 def main(capability: int = 90) -> None:
     torch.manual_seed(0)
     V = 2000
+    rows = [torch.randn(3, V).bfloat16() * 3 for _ in range(3)]
+    limits = dict(bias=torch.randn(3, V), allowed_mask=torch.full((3, -(-V // 32)), -1).int())
+    params = ptk.RowParams.make(3, seed=2**63 + 5, position=2**62 + 7, top_p=0.9)
+    deep = [row.view(1, 3, V) for row in rows]
+    one = ptk.RowParams.make(1, seed=5, top_p=0.9)
+    ids, drafts = torch.zeros(1, 2, dtype=torch.int64), torch.randn(1, 2, V).bfloat16()
     with Checked(capability) as device:
-        for dtype in (torch.bfloat16, torch.float32):
-            rows = [torch.randn(3, V).to(dtype) * 3 for _ in range(3)]
-            limits = dict(
-                bias=torch.randn(3, V), allowed_mask=torch.full((3, -(-V // 32)), -1).int()
-            )
-            params = ptk.RowParams.make(3, seed=2**63 + 5, position=2**62 + 7, top_p=0.9)
-            ptk.sample(*rows, params, backend="triton", top_logprobs=5)
-            ptk.sample(rows[0], None, None, params, backend="triton")
-            ptk.sample(*rows, params, backend="triton", **limits)
-            ptk.combine(*rows, params.alpha, backend="triton", **limits)
-            deep = [row.view(1, 3, V) for row in rows]
-            one = ptk.RowParams.make(1, seed=5, top_p=0.9)
-            ptk.score(*deep, torch.zeros(1, 3, dtype=torch.int64), one.alpha, backend="triton")
-            ids, drafts = torch.zeros(1, 2, dtype=torch.int64), torch.randn(1, 2, V)
-            ptk.verify(*deep, ids, one, backend="triton")
-            ptk.verify(
-                *deep, ids, one, mode="rejection", draft_logits=drafts.to(dtype), backend="triton"
-            )
+        ptk.sample(*rows, params, backend="triton", top_logprobs=5, **limits)
+        ptk.sample(rows[0], None, None, params, backend="triton")
+        ptk.combine(*rows, params.alpha, backend="triton", **limits)
+        ptk.score(*deep, ids.new_zeros(1, 3), one.alpha, backend="triton")
+        ptk.verify(*deep, ids, one, backend="triton")
+        ptk.verify(*deep, ids, one, mode="rejection", draft_logits=drafts, backend="triton")
     print(f"{device.checked} launches")
 
 

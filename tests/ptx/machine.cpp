@@ -54,11 +54,13 @@ struct Launch {
   uint64_t seed;        // 0: programs and warps in order
   uint64_t error_seed;  // of approximations
   int32_t in_flight, check_races, ulps;
-  uint64_t most_steps;
+  uint64_t most_steps;  // of all warps: more are a fault
+  int64_t cut;          // steps of a warp at which its program is given up; 0: never
   // Results.
   int64_t* executed;              // by instruction; null: not counted
   int64_t *steps, *barriers;      // by program: of its longest warp
   int64_t* read;                  // by program: bytes of what is not writable
+  int64_t wide;                   // of these, bytes that lanes load by 16
   int64_t instructions, atomics;  // of all warps
   int64_t divergences;
   char error[1000], races[20000];
@@ -265,6 +267,7 @@ struct Program {
   uint32_t x, y, z;
   int alive;
   uint32_t epoch = 0;
+  bool cut = false;
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;
   std::vector<SharedByte> touched;
@@ -402,7 +405,10 @@ struct Machine {
       if (store && !r.writable) return fail("store to an input", W, &I, a);
       if (a != before) {
         (store ? r.stored : r.loaded) += size;
-        if (!r.writable) L.read[W.program] += size;
+        if (!r.writable) {
+          L.read[W.program] += size;
+          if (size == 16) L.wide += size;
+        }
       }
       before = a;
       if (L.check_races && r.writable) track_global(W, I, range, a, size, store, false);
@@ -732,6 +738,10 @@ struct Machine {
       uint32_t m = W.mask;
       if (I.predicate >= 0) m &= I.negated ? ~bits_at(I.predicate) : bits_at(I.predicate);
       W.steps++;
+      if (L.cut && W.steps > L.cut) {
+        P.cut = true;
+        return true;
+      }
       if (L.executed) L.executed[W.pc]++;
       if ((uint64_t)++L.instructions > L.most_steps) return fail("too many steps", W, &I);
       switch (I.op) {
@@ -934,10 +944,10 @@ struct Machine {
       Warp& W = *ready[L.seed ? random() % count : 0];
       const int64_t turn = L.in_flight > 1 ? 1LL << random() % 14 : 1LL << (4 + random() % 20);
       if (!step(P, W, L.seed ? turn : INT64_MAX)) return;
-      if (!W.done) continue;
+      if (!W.done && !P.cut) continue;
       L.steps[P.id] = std::max(L.steps[P.id], W.steps);
       L.barriers[P.id] = std::max(L.barriers[P.id], W.barriers);
-      if (--P.alive == 0) {
+      if (--P.alive == 0 || P.cut) {
         for (Warp& V : P.warps) spare.push_back(V.frame);
         live.erase(live.begin() + chosen);
       }

@@ -440,6 +440,7 @@ class Order(NamedTuple):
     races: bool = False  # looked for
     ulps: int = 0  # error of approximations, at most
     error_seed: int = 0  # approximations of one number have one error
+    cut: int = 0  # instructions of a warp at which its program is given up; 0: never
 
 
 class Report(NamedTuple):
@@ -448,6 +449,7 @@ class Report(NamedTuple):
     steps: Any  # int64 [programs]: instructions of the program's longest warp
     barriers: Any  # int64 [programs]: of its longest warp
     read: Any  # int64 [programs]: bytes of what it may not write
+    wide: int  # of these, bytes that lanes load by 16
     instructions: int  # of all warps
     atomics: int
     divergences: int
@@ -472,8 +474,10 @@ class _Launch(ctypes.Structure):
         ("num_ranges", ctypes.c_int64), ("seed", ctypes.c_uint64),
         ("error_seed", ctypes.c_uint64), ("in_flight", ctypes.c_int32),
         ("check_races", ctypes.c_int32), ("ulps", ctypes.c_int32), ("most_steps", ctypes.c_uint64),
+        ("cut", ctypes.c_int64),
         ("executed", ctypes.c_void_p), ("steps", ctypes.c_void_p), ("barriers", ctypes.c_void_p),
-        ("read", ctypes.c_void_p), ("instructions", ctypes.c_int64), ("atomics", ctypes.c_int64),
+        ("read", ctypes.c_void_p), ("wide", ctypes.c_int64), ("instructions", ctypes.c_int64),
+        ("atomics", ctypes.c_int64),
         ("divergences", ctypes.c_int64), ("error", ctypes.c_char * 1000),
         ("races", ctypes.c_char * 20000),
     ]  # fmt: skip
@@ -510,8 +514,9 @@ def launch(
     one = _Launch(
         code.ctypes.data, len(code), size, program.warps, shared, program.frame_bytes, constants,
         len(constants), ranges, len(memory), order.seed, order.error_seed, order.in_flight,
-        order.races, order.ulps, most_steps, None if executed is None else executed.ctypes.data,
-        steps.ctypes.data, barriers.ctypes.data, read.ctypes.data,
+        order.races, order.ulps, most_steps, order.cut,
+        None if executed is None else executed.ctypes.data, steps.ctypes.data,
+        barriers.ctypes.data, read.ctypes.data,
     )  # fmt: skip
     if _machine().run_launch(ctypes.byref(one)):
         said = one.error.decode()
@@ -520,6 +525,6 @@ def launch(
             f"{program.name}: {said}: {program.lines[line - 1].strip() if line > 0 else ''}"
         )
     return Report(
-        steps, barriers, read, one.instructions, one.atomics, one.divergences,
+        steps, barriers, read, one.wide, one.instructions, one.atomics, one.divergences,
         [r.loaded for r in ranges], [r.stored for r in ranges], one.races.decode().splitlines(),
     )  # fmt: skip

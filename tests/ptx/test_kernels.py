@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import proxytune_kernels as ptk
 from tests import rows as kinds
 from tests.ops import oracle
-from tests.ptx.device import CAPABILITIES, Device
+from tests.ptx.device import CAPABILITIES, Device, Launched
 from tests.ptx.program import Order
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -184,6 +184,20 @@ def test_kinds_of_rows(capability):
     check(lambda b: ptk.sample(*roles, params, backend=b), device(capability))
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_aligned_rows_are_read_by_16_bytes(capability):
+    """All but their ends, whatever the vocabulary; rows are padded to 16 elements."""
+    V, rows, dtype = 2085, 2, BF16
+    roles = [torch.zeros(rows, 2096, dtype=dtype) for _ in range(3)]
+    launched: list[Launched] = []
+    with Device(capability, on_launch=[launched.append]):
+        ptk.sample(*roles, vocab_size=V, temperature=0.0, seed=1, position=0, backend="triton")
+        ptk.combine(*roles, torch.ones(rows), vocab_size=V, backend="triton")
+    wide = {one.name: one.report.wide for one in launched}
+    whole = 3 * rows * dtype.itemsize * (V // 1024 * 1024)
+    assert min(wide["scan"], wide["combine"]) >= whole
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.slow
 def test_rows_at_odd_addresses_far_apart_and_shared(dtype):
@@ -204,3 +218,73 @@ def test_rows_at_odd_addresses_far_apart_and_shared(dtype):
             params = ptk.RowParams.make(len(roles[0]), seed=7, **values)
             at = Device(90, Order(1, in_flight=3))
             check(lambda b, r=roles, p=params: ptk.sample(*r, p, vocab_size=V, backend=b), at)
+
+
+def ends(vocab_size: int) -> dict[str, tuple[list[Tensor], list[dict[str, Any]]]]:
+    """Rows at the ends of what the contract takes, and the parameters that they are drawn with."""
+    g = torch.Generator().manual_seed(3)
+    normal = [torch.randn(4, vocab_size, generator=g) * s for s in (2, 1, 1)]
+    equal = torch.zeros(3, vocab_size)
+    equal[1], equal[1, ::2], equal[2] = -0.0, 0.0, 1e-45
+    subnormal = torch.rand(2, vocab_size, generator=g) * 1e-38
+    steered = [role.clone() for role in normal]
+    steered[1][0, ::7], steered[2][0, ::7] = 3e38, -3e38
+    steered[1][1, 3], steered[2][2, 5], steered[1][2, 5], steered[1][3] = (
+        torch.nan,
+        *[torch.inf] * 3,
+    )
+    few: list[dict[str, Any]] = [dict(), dict(top_p=0.7), dict(top_k=20)]
+    numbers = [
+        dict(min_p=1e-38), dict(min_p=1.0), dict(top_p=1e-10), dict(top_p=0.99999994),
+        dict(top_k=1), dict(top_k=vocab_size), dict(top_k=2**31 - 1), dict(top_k=-1),
+        dict(top_k=512), dict(top_k=513), dict(position=2**63 - 1), dict(seed=2**64 - 1),
+    ]  # fmt: skip
+    temperatures = (1.1754944e-38, 1e-30, 1e-3, 1e20, 3.4e38)
+    return {
+        "numbers": (normal[:1], numbers),
+        "temperatures": (normal[:1], [f | dict(temperature=t) for t in temperatures for f in few]),
+        "equal": ([equal], [dict(top_k=900), dict(top_p=0.5), dict(min_p=1.0), *few]),
+        "subnormal": ([subnormal], [f | dict(temperature=t) for t in (2e-38, 1.0) for f in few]),
+        "steered": (steered, [f | dict(alpha=a) for a in (0.0, -2.5, 3e38, 1e-45) for f in few]),
+    }
+
+
+@pytest.mark.parametrize("name", list(ends(2)))
+@pytest.mark.slow
+def test_ends_of_ranges(name):
+    roles, settings = ends(2000)[name]
+    for values in settings:
+        params = ptk.RowParams.make(len(roles[0]), **values)
+        given = (*roles, None, None)[:3]
+        check(lambda b, p=params, r=given: ptk.sample(*r, p, backend=b), device(90))
+
+
+@pytest.mark.parametrize("vocab_size", (1, 2, 31, 127, 128, 129, 1023, 1024, 1025))
+@pytest.mark.slow
+def test_widths(vocab_size):
+    row = torch.randn(2, vocab_size, generator=torch.Generator().manual_seed(1))
+    for values in (dict(), dict(top_p=0.5), dict(top_k=1)):
+        params = ptk.RowParams.make(2, seed=4, **values)
+        check(lambda b, p=params: ptk.sample(row, None, None, p, backend=b), device(90))
+
+
+@pytest.mark.parametrize(
+    "capability", [c for c in CAPABILITIES if c != 100]
+)  # tcgen05: docs/ptx.md
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.slow
+def test_heads(dtype, capability):
+    """Small integers, exact in any order: x is exact, and the draws are those of its logits."""
+    g = torch.Generator().manual_seed(1)
+    for batch, width in ((3, 300), (20, 260), *(() if dtype == FP32 else ((70, 300),))):
+        heads = [
+            ptk.Head(
+                *(torch.randint(-3, 4, (n, size), generator=g).to(dtype) for n in (batch, width))
+            )
+            for size in (72, 128, 64)
+        ]
+        params = ptk.RowParams(**oracle.random_params(g, batch, width))
+        check(
+            lambda b, h=heads, p=params: ptk.sample_hidden(*h, p, top_logprobs=5, backend=b),
+            device(capability),
+        )
