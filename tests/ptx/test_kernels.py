@@ -249,7 +249,7 @@ def ends(vocab_size: int) -> dict[str, tuple[list[Tensor], list[dict[str, Any]]]
     }
 
 
-@pytest.mark.parametrize("name", list(ends(2)))
+@pytest.mark.parametrize("name", list(ends(8)))
 @pytest.mark.slow
 def test_ends_of_ranges(name):
     roles, settings = ends(2000)[name]
