@@ -166,22 +166,35 @@ def test_operators(name, capability, seed):
     check(lambda b: ptk.verify(*deep, given_ids, several, **rejection, backend=b, **options), at)
 
 
+# What sends rows each way.
+WAYS: list[dict[str, Any]] = [
+    dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(top_k=200, top_p=0.95), dict(min_p=0.02),
+    dict(top_k=100, top_p=0.9, filter_order="hf"), dict(top_p=0.99, filter_order="joint"),
+]  # fmt: skip
+
+
+def check_ways(roles: tuple[Tensor, ...], given: Device) -> None:
+    """Rows with the ways' parameters in turn."""
+    requests = [ptk.SamplingParams(seed=i, **WAYS[i % len(WAYS)]) for i in range(len(roles[0]))]
+    params = ptk.RowParams.from_sampling_params(requests)
+    check(lambda b: ptk.sample(*roles, params, backend=b), given)
+
+
 @pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow)
                                               for c in CAPABILITIES if c != 90)])  # fmt: skip
 def test_kinds_of_rows(capability):
-    """Each kind with the parameters that send it each way; what is kept is the CPU's."""
-    settings = [
-        dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(top_k=200, top_p=0.95), dict(min_p=0.02),
-        dict(top_k=100, top_p=0.9, filter_order="hf"), dict(top_p=0.99, filter_order="joint"),
-    ]  # fmt: skip
-    roles = [
-        torch.cat(role)
-        for role in zip(*(kinds.make(kind, len(settings), 4000, BF16) for kind in kinds.KINDS),
-                        strict=True)
-    ]  # fmt: skip
-    requests = [ptk.SamplingParams(seed=i, **s) for i, s in enumerate(settings * len(kinds.KINDS))]
-    params = ptk.RowParams.from_sampling_params(requests)
-    check(lambda b: ptk.sample(*roles, params, backend=b), device(capability))
+    made = [kinds.make(kind, len(WAYS), 4000, BF16) for kind in kinds.KINDS]
+    check_ways(tuple(map(torch.cat, zip(*made, strict=True))), device(capability))
+
+
+@pytest.mark.slow
+def test_rows_of_the_shipped_trio():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    check_ways(kinds.shipped(), device(90))
+
+
+class Enough(Exception):
+    """What comes after does not matter."""
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -189,11 +202,17 @@ def test_aligned_rows_are_read_by_16_bytes(capability):
     """All but their ends, whatever the vocabulary; rows are padded to 16 elements."""
     V, rows, dtype = 2085, 2, BF16
     roles = [torch.zeros(rows, 2096, dtype=dtype) for _ in range(3)]
-    launched: list[Launched] = []
-    with Device(capability, on_launch=[launched.append]):
-        ptk.sample(*roles, vocab_size=V, temperature=0.0, seed=1, position=0, backend="triton")
+    wide: dict[str, int] = {}
+
+    def note(one: Launched) -> None:
+        wide[one.name] = one.report.wide
+        if one.name == "scan":
+            raise Enough
+
+    with Device(capability, on_launch=[note]):
         ptk.combine(*roles, torch.ones(rows), vocab_size=V, backend="triton")
-    wide = {one.name: one.report.wide for one in launched}
+        with pytest.raises(Enough):
+            ptk.sample(*roles, vocab_size=V, seed=1, position=0, backend="triton")
     whole = 3 * rows * dtype.itemsize * (V // 1024 * 1024)
     assert min(wide["scan"], wide["combine"]) >= whole
 
