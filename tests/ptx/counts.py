@@ -124,7 +124,7 @@ def count(
     made = {
         kind: rows.make(kind, 1, VOCAB_SIZE, torch.bfloat16) for kind in {c.kind for c in group}
     }
-    roles = [torch.cat([made[case.kind][i] for case in group]) for i in range(3)]
+    roles: Any = [torch.cat([made[case.kind][i] for case in group]) for i in range(3)]
     each = [ptk.SamplingParams(seed=3, **SETTINGS[case.setting]) for case in group]
     params, case = ptk.RowParams.from_sampling_params(each), group[0]
 

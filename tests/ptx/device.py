@@ -45,6 +45,7 @@ _PASSED = {"u64": "* i64 u64", "u32": "i32 u32", "f32": "fp32", "f64": "fp64"}
 RUN = JITFunction.run
 """Triton's own."""
 _programs: dict[str, Program] = {}
+IN_ORDER = Order()
 
 
 class Race(Exception):
@@ -60,8 +61,6 @@ class Launched(NamedTuple):
     values: list[int]  # the parameters' bits
     program: Program
     report: Report
-    loaded: dict[str, int]  # bytes by the kernel's argument
-    stored: dict[str, int]
 
 
 def _leaves(types: Any, value: Any) -> Iterator[tuple[str, Any]]:
@@ -96,12 +95,11 @@ class Device:
         processors: number of multiprocessors, as launchers see it.
         poison: a seed of what unwritten memory holds; None: what was there.
         on_launch: called with each launch.
-        executed: arrays of executions by program, where wanted (Program: int64 [instructions]).
-        wanted: whether a launch of this kernel and grid is carried out; None: all.
+        executed: where a program's executions are added up, by instruction; None: nowhere.
     """
 
     capability: int = 90
-    order: Order = field(default_factory=Order)
+    order: Order = IN_ORDER
     processors: int = 2
     poison: int | None = None
     on_launch: list[Callable[[Launched], None]] = field(default_factory=list)
@@ -163,53 +161,48 @@ class Device:
         program = _programs.get(compiled.hash)
         if program is None:
             program = _programs[compiled.hash] = Program(compiled.asm["ptx"])
-        values, memory, owners = self._arguments(bound, specialization, program)
+        values, memory = self._arguments(bound, specialization, program)
         grid = tuple(grid(bound) if callable(grid) else grid)
         assert all(1 <= n <= most for n, most in zip(grid, (2**31 - 1, 65535, 65535), strict=False))
         self.launches += 1
-        order = self.order
-        if order.seed:
-            order = order._replace(seed=order.seed * 1_000_003 + self.launches)
         shared = compiled.metadata.shared
-        executed = self.executed(program)
-        report = launch(program, grid, shared, values, memory, order, executed)
-        loaded: dict[str, int] = dict.fromkeys(owners, 0)
-        stored = dict(loaded)
-        for owner, read, written in zip(owners, report.loaded, report.stored, strict=True):
-            loaded[owner] += read
-            stored[owner] += written
+        report = self._carry_out(program, grid, shared, values, memory)
         name = str(kernel.__name__).strip("_").removesuffix("_kernel")
-        one = Launched(name, grid, shared, values, program, report, loaded, stored)
         for hook in self.on_launch:
-            hook(one)
+            hook(Launched(name, grid, shared, values, program, report))
         if report.races:
             told = (f"{r}: {program.lines[int(r.split(', line ')[1].split(',')[0]) - 1].strip()}"
                     for r in report.races)  # fmt: skip
             raise Race(f"{kernel.__name__}: " + "; ".join(told))
         return compiled
 
+    def _carry_out(
+        self, program: Program, grid: tuple[int, ...], shared: int, values: list[int],
+        memory: list[Memory],
+    ) -> Report:  # fmt: skip
+        order = self.order
+        if order.seed:
+            order = order._replace(seed=order.seed * 1_000_003 + self.launches)
+        return launch(program, grid, shared, values, memory, order, self.executed(program))
+
     def _arguments(
         self, bound: dict[str, Any], specialization: Sequence[Any], program: Program
-    ) -> tuple[list[int], list[Memory], list[str]]:
-        """Bits of parameters, memory that they reach, and the argument that reaches it first."""
+    ) -> tuple[list[int], list[Memory]]:
+        """Bits of the parameters, and the memory that they reach."""
         values: list[int] = []
-        reached: dict[int, tuple[Memory, str]] = {}
+        reached: dict[int, Memory] = {}
         types = program.parameter_types
         for (name, value), (t, _) in zip(bound.items(), specialization, strict=True):
             for leaf, one in _leaves(t, value):
                 have = types[len(values)]
-                assert ("*" if leaf[0] == "*" else leaf) in _PASSED[have].split(), (
-                    name,
-                    have,
-                    leaf,
-                )
+                given = "*" if leaf[0] == "*" else leaf
+                assert given in _PASSED[have].split(), (name, have, leaf)
                 values.append(_bits(leaf, one))
                 if isinstance(one, Tensor) and one.untyped_storage().nbytes():
                     storage = one.untyped_storage()
                     first = storage.data_ptr()
-                    known, owner = reached.get(first, (None, name))
+                    known = reached.get(first)
                     writable = name not in INPUTS or (known is not None and known.writable)
-                    reached[first] = Memory(first, first + storage.nbytes(), writable), owner
+                    reached[first] = Memory(first, first + storage.nbytes(), writable)
         values += [0] * (len(types) - len(values))  # Triton's own scratch, which none asks for
-        ordered = [reached[first] for first in sorted(reached)]
-        return values, [m for m, _ in ordered], [owner for _, owner in ordered]
+        return values, [reached[first] for first in sorted(reached)]

@@ -1,8 +1,8 @@
 """Every operator's launches through Triton's own launcher, into a libcuda that launches nothing.
 
 ``python -m tests.ptx.launcher [CAPABILITY]``, in a process of its own: which libcuda is loaded, the
-first decides. Grid, block, shared memory, stream and every parameter's bits must be those of the
-launch that the machine carries out.
+first decides. Grid, block, shared memory, stream and every parameter's bits must be those that the
+machine would carry out.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ import sys
 from typing import Any
 from unittest import mock
 
-import torch
+import numpy as np
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler import compiler
 from triton.runtime.driver import driver
 
-import proxytune_kernels as ptk
+from benchmarks.static.cases import CASES
 from tests.ptx import build
 from tests.ptx.device import RUN, Device, Launched
+from tests.ptx.program import Report
 
+CALLS = (
+    "sample bias+mask", "sample base alone", "top_logprobs", "hidden B=16", "combine", "score",
+    "coupled", "rejection", "shards", "shards rejection",
+)  # fmt: skip
+"""Every operator, by the cases of ``make static``."""
 STREAM = 0x77
 SHARED = 232_448  # bytes that a block may ask for
 
@@ -38,7 +44,7 @@ class Noted(ctypes.Structure):
 
 
 class Checked(Device):
-    """Carries a launch out on the machine, then through Triton's launcher, and compares."""
+    """Hands each launch to Triton's launcher in place of the machine, and compares."""
 
     checked = 0
 
@@ -56,6 +62,10 @@ class Checked(Device):
         driver.set_active(real)
         self._stack.enter_context(mock.patch.object(compiler, "max_shared_mem", lambda d: SHARED))
         return self
+
+    def _carry_out(self, *launch: Any) -> Report:
+        nothing = np.zeros(0, dtype=np.int64)
+        return Report(nothing, nothing, nothing, 0, 0, 0, 0, [])
 
     def _note(self, one: Launched) -> None:
         self._carried_out = one
@@ -77,21 +87,9 @@ class Checked(Device):
 
 
 def main(capability: int = 90) -> None:
-    torch.manual_seed(0)
-    V = 2000
-    rows = [torch.randn(3, V).bfloat16() * 3 for _ in range(3)]
-    limits = dict(bias=torch.randn(3, V), allowed_mask=torch.full((3, -(-V // 32)), -1).int())
-    params = ptk.RowParams.make(3, seed=2**63 + 5, position=2**62 + 7, top_p=0.9)
-    deep = [row.view(1, 3, V) for row in rows]
-    one = ptk.RowParams.make(1, seed=5, top_p=0.9)
-    ids, drafts = torch.zeros(1, 2, dtype=torch.int64), torch.randn(1, 2, V).bfloat16()
     with Checked(capability) as device:
-        ptk.sample(*rows, params, backend="triton", top_logprobs=5, **limits)
-        ptk.sample(rows[0], None, None, params, backend="triton")
-        ptk.combine(*rows, params.alpha, backend="triton", **limits)
-        ptk.score(*deep, ids.new_zeros(1, 3), one.alpha, backend="triton")
-        ptk.verify(*deep, ids, one, backend="triton")
-        ptk.verify(*deep, ids, one, mode="rejection", draft_logits=drafts, backend="triton")
+        for name in CALLS:
+            CASES[name].launch(CASES[name])
     print(f"{device.checked} launches")
 
 

@@ -39,7 +39,6 @@ struct Instruction {
 struct Range {
   uint64_t first, end;
   int64_t writable;
-  int64_t loaded, stored;  // bytes; lanes that ask for one address together count once
 };
 
 struct Launch {
@@ -59,7 +58,7 @@ struct Launch {
   // Results.
   int64_t* executed;              // by instruction; null: not counted
   int64_t *steps, *barriers;      // by program: of its longest warp
-  int64_t* read;                  // by program: bytes of what is not writable
+  int64_t* read;  // by program: bytes of what is not writable; lanes at one address count once
   int64_t wide;                   // of these, bytes that lanes load by 16
   int64_t instructions, atomics;  // of all warps
   int64_t divergences;
@@ -400,15 +399,12 @@ struct Machine {
       if (range < 0 || a < L.ranges[range].first || a + size > L.ranges[range].end)
         if ((range = find(a, size)) < 0)
           return fail(store ? "store out of bounds" : "load out of bounds", W, &I, a);
-      Range& r = L.ranges[range];
+      const Range& r = L.ranges[range];
       if (a % size) return fail("misaligned access", W, &I, a);
       if (store && !r.writable) return fail("store to an input", W, &I, a);
-      if (a != before) {
-        (store ? r.stored : r.loaded) += size;
-        if (!r.writable) {
-          L.read[W.program] += size;
-          if (size == 16) L.wide += size;
-        }
+      if (a != before && !r.writable) {
+        L.read[W.program] += size;
+        if (size == 16) L.wide += size;
       }
       before = a;
       if (L.check_races && r.writable) track_global(W, I, range, a, size, store, false);
@@ -498,7 +494,6 @@ struct Machine {
         const int range = find(from[l], taken);
         if (range < 0) return fail("cp.async out of bounds", W, &I, from[l]);
         if (from[l] % I.size) return fail("misaligned cp.async", W, &I, from[l]);
-        L.ranges[range].loaded += taken;
         if (!L.ranges[range].writable) L.read[W.program] += taken;
       }
       const Copy copy{a, from[l], (uint32_t)I.size, taken, l, &I};

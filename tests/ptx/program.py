@@ -453,15 +453,12 @@ class Report(NamedTuple):
     instructions: int  # of all warps
     atomics: int
     divergences: int
-    loaded: list[int]  # bytes by memory
-    stored: list[int]
     races: list[str]
 
 
 class _Range(ctypes.Structure):
     _fields_ = [
         ("first", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_int64),
-        ("loaded", ctypes.c_int64), ("stored", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -526,5 +523,5 @@ def launch(
         )
     return Report(
         steps, barriers, read, one.wide, one.instructions, one.atomics, one.divergences,
-        [r.loaded for r in ranges], [r.stored for r in ranges], one.races.decode().splitlines(),
+        one.races.decode().splitlines(),
     )  # fmt: skip

@@ -122,14 +122,14 @@ def test_operators(name, capability, seed):
     given = awkward(seed, shape)
     g = torch.Generator().manual_seed(seed)
     V, B = shape.vocab_size, shape.rows
-    roles: list[Tensor | None] = [
+    roles: Any = [
         role.to(dtype)
         for role, dtype in zip((given.base, given.expert, given.anti), shape.dtypes, strict=True)
     ]
     if not shape.steered:
         roles[1:] = None, None
     params = ptk.RowParams(**given.params)
-    options: dict[str, Any] = dict(vocab_size=V)
+    options: Any = dict(vocab_size=V)
     if shape.constrained:
         options["bias"] = torch.randn(B, V, generator=g)
         words = torch.randint(-(2**31), 2**31, (B, -(-V // 32)), generator=g)
@@ -140,7 +140,7 @@ def test_operators(name, capability, seed):
     check(lambda b: ptk.combine(*roles, params.alpha, backend=b, **options), at, exact=True)
 
     T, R = 3, B // 3  # positions, requests
-    deep = [None if role is None else role[: R * T].view(R, T, -1) for role in roles]
+    deep: Any = [None if role is None else role[: R * T].view(R, T, -1) for role in roles]
     several = params.rows(torch.arange(0, R * T, T))
     for option in ("bias", "allowed_mask"):
         if option in options:
@@ -148,13 +148,12 @@ def test_operators(name, capability, seed):
     ids = torch.randint(-1, V + 1, (R, T), generator=g)
     check(lambda b: ptk.score(*deep, ids, several.alpha, vocab_size=V, backend=b), at)
     base = deep[0]
-    assert base is not None
     noise = torch.randn((R, T - 1, base.shape[2]), generator=g)
     drafts = (base[:, : T - 1].float() + 0.3 * noise).to(base.dtype).contiguous()
     positions = (several.position[:, None] + torch.arange(T)).flatten()
     each = ptk.RowParams(*(column.repeat_interleave(T) for column in several))
     each = each._replace(position=positions)
-    flat = [None if role is None else role[: R * T] for role in roles]
+    flat: Any = [None if role is None else role[: R * T] for role in roles]
     own = ptk.sample(*flat, each, vocab_size=V, backend=RIGHT).token_ids.view(R, T)
     given_ids = own[:, : T - 1].clone()
     given_ids[1::2] = torch.randint(
@@ -162,7 +161,7 @@ def test_operators(name, capability, seed):
     )  # the others are accepted
     given_ids[1::7, 1] = -1
     check(lambda b: ptk.verify(*deep, given_ids, several, backend=b, **options), at)
-    rejection = dict(mode="rejection", draft_logits=drafts)
+    rejection: Any = dict(mode="rejection", draft_logits=drafts)
     check(lambda b: ptk.verify(*deep, given_ids, several, **rejection, backend=b, **options), at)
 
 
@@ -173,7 +172,7 @@ WAYS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def check_ways(roles: tuple[Tensor, ...], given: Device) -> None:
+def check_ways(roles: Any, given: Device) -> None:
     """Rows with the ways' parameters in turn."""
     requests = [ptk.SamplingParams(seed=i, **WAYS[i % len(WAYS)]) for i in range(len(roles[0]))]
     params = ptk.RowParams.from_sampling_params(requests)
@@ -201,7 +200,7 @@ class Enough(Exception):
 def test_aligned_rows_are_read_by_16_bytes(capability):
     """All but their ends, whatever the vocabulary; rows are padded to 16 elements."""
     V, rows, dtype = 2085, 2, BF16
-    roles = [torch.zeros(rows, 2096, dtype=dtype) for _ in range(3)]
+    roles: Any = [torch.zeros(rows, 2096, dtype=dtype) for _ in range(3)]
     wide: dict[str, int] = {}
 
     def note(one: Launched) -> None:
@@ -222,11 +221,11 @@ def test_aligned_rows_are_read_by_16_bytes(capability):
 def test_rows_at_odd_addresses_far_apart_and_shared(dtype):
     g = torch.Generator().manual_seed(1)
     V = 3001
-    wide = [torch.randn(4, V + 40, generator=g).to(dtype) * 2 for _ in range(3)]
-    views = [[w[:, k : k + V] for w in wide] for k in (1, 3, 8)]
+    wide: Any = [torch.randn(4, V + 40, generator=g).to(dtype) * 2 for _ in range(3)]
+    views: Any = [[w[:, k : k + V] for w in wide] for k in (1, 3, 8)]
     views.append([w[:1, :V].expand(4, V) for w in wide])
     if dtype == BF16:  # untouched pages take no memory
-        far = []
+        far: Any = []
         for i in range(3):
             big = torch.empty(2**31 + 16 + 4096 * (i + 1), dtype=dtype)
             far.append(big.as_strided((2, V), (2**31 + 16 * (i + 1), 1)))
@@ -239,7 +238,7 @@ def test_rows_at_odd_addresses_far_apart_and_shared(dtype):
             check(lambda b, r=roles, p=params: ptk.sample(*r, p, vocab_size=V, backend=b), at)
 
 
-def ends(vocab_size: int) -> dict[str, tuple[list[Tensor], list[dict[str, Any]]]]:
+def ends(vocab_size: int) -> dict[str, tuple[Any, list[Any]]]:
     """Rows at the ends of what the contract takes, and the parameters that they are drawn with."""
     g = torch.Generator().manual_seed(3)
     normal = [torch.randn(4, vocab_size, generator=g) * s for s in (2, 1, 1)]
@@ -274,7 +273,7 @@ def test_ends_of_ranges(name):
     roles, settings = ends(2000)[name]
     for values in settings:
         params = ptk.RowParams.make(len(roles[0]), **values)
-        given = (*roles, None, None)[:3]
+        given: Any = (*roles, None, None)[:3]
         check(lambda b, p=params, r=given: ptk.sample(*r, p, backend=b), device(90))
 
 
@@ -296,9 +295,10 @@ def test_heads(dtype, capability):
     """Small integers, exact in any order: x is exact, and the draws are those of its logits."""
     g = torch.Generator().manual_seed(1)
     for batch, width in ((3, 300), (20, 260), *(() if dtype == FP32 else ((70, 300),))):
-        heads = [
+        heads: Any = [
             ptk.Head(
-                *(torch.randint(-3, 4, (n, size), generator=g).to(dtype) for n in (batch, width))
+                torch.randint(-3, 4, (batch, size), generator=g).to(dtype),
+                torch.randint(-3, 4, (width, size), generator=g).to(dtype),
             )
             for size in (72, 128, 64)
         ]

@@ -79,8 +79,8 @@ def random_bits(seed: int, dtype: Any, count: int = 256) -> Any:
 
 
 FLOATS = np.resize(
-    np.float32([0, -0.0, 1, -1.5, 1e-45, -1e-40, 3e38, -3e38, np.inf, -np.inf, np.nan, 65520, 65519,
-                6e-8, 2.98e-8, 2.0**-14, 1.00048828125, 1.00146484375]),
+    np.array([0, -0.0, 1, -1.5, 1e-45, -1e-40, 3e38, -3e38, np.inf, -np.inf, np.nan, 65520, 65519,
+              6e-8, 2.98e-8, 2.0**-14, 1.00048828125, 1.00146484375], np.float32),
     64,
 )  # fmt: skip
 FLOATS = np.concatenate([FLOATS, random_bits(1, np.float32, 960)])
@@ -213,7 +213,7 @@ def _arrive_kernel(x, arrived, out, ORDER: tl.constexpr):
 
 def test_a_missing_barrier_is_a_race():
     x, out = torch.arange(512), torch.zeros(1, dtype=torch.int64)
-    found = []
+    found: list[Any] = []
     with Device(order=Order(3, races=True), on_launch=[found.append]):
         _sum_kernel[(1,)](x, out, N=512, num_warps=4)
         assert out.item() == x.sum()
