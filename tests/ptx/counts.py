@@ -42,6 +42,7 @@ from tests.ptx.instructions import NUMBER
 from tests.ptx.program import Order, Program
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "ptx.md"
+OPS: Any = ptk  # called with roles unpacked
 CAPABILITY = 90
 VOCAB_SIZE = 128_256
 PROCESSORS = 132  # of an H100
@@ -125,7 +126,7 @@ def count(
         kind: rows.make(kind, 1, VOCAB_SIZE, torch.bfloat16) for kind in {c.kind for c in group}
     }
     roles: Any = [torch.cat([made[case.kind][i] for case in group]) for i in range(3)]
-    each = [ptk.SamplingParams(seed=3, **SETTINGS[case.setting]) for case in group]
+    each: Any = [ptk.SamplingParams(seed=3, **SETTINGS[case.setting]) for case in group]
     params, case = ptk.RowParams.from_sampling_params(each), group[0]
 
     def note(one: Launched) -> None:
@@ -137,7 +138,7 @@ def count(
     processors = len(group) * splits // 2
     order, hooks = Order(cut=cut), [note]
     with Device(CAPABILITY, order, processors, on_launch=hooks, executed=executed):
-        ptk.sample(*roles, params, backend="triton", top_logprobs=case.top)
+        OPS.sample(*roles, params, backend="triton", top_logprobs=case.top)
     return costs
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -22,6 +21,7 @@ from tests.ptx.device import CAPABILITIES, Device, Launched
 from tests.ptx.program import Order
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+OPS: Any = ptk  # called with roles unpacked
 RIGHT = "cpu" if ptk.backends()["cpu"] is None else "reference"
 
 # A row's mass from tiles' sums is right to 4.2e-6 of itself (docs/gpu.md), with exp2 to 2 ulp; both
@@ -136,8 +136,8 @@ def test_operators(name, capability, seed):
         options["allowed_mask"] = words.int()
     at = device(capability, seed)
     for n in (0, 20):
-        check(lambda b, n=n: ptk.sample(*roles, params, top_logprobs=n, backend=b, **options), at)
-    check(lambda b: ptk.combine(*roles, params.alpha, backend=b, **options), at, exact=True)
+        check(lambda b, n=n: OPS.sample(*roles, params, top_logprobs=n, backend=b, **options), at)
+    check(lambda b: OPS.combine(*roles, params.alpha, backend=b, **options), at, exact=True)
 
     T, R = 3, B // 3  # positions, requests
     deep: Any = [None if role is None else role[: R * T].view(R, T, -1) for role in roles]
@@ -146,7 +146,7 @@ def test_operators(name, capability, seed):
         if option in options:
             options[option] = options[option][: R * T].view(R, T, -1)
     ids = torch.randint(-1, V + 1, (R, T), generator=g)
-    check(lambda b: ptk.score(*deep, ids, several.alpha, vocab_size=V, backend=b), at)
+    check(lambda b: OPS.score(*deep, ids, several.alpha, vocab_size=V, backend=b), at)
     base = deep[0]
     noise = torch.randn((R, T - 1, base.shape[2]), generator=g)
     drafts = (base[:, : T - 1].float() + 0.3 * noise).to(base.dtype).contiguous()
@@ -154,15 +154,15 @@ def test_operators(name, capability, seed):
     each = ptk.RowParams(*(column.repeat_interleave(T) for column in several))
     each = each._replace(position=positions)
     flat: Any = [None if role is None else role[: R * T] for role in roles]
-    own = ptk.sample(*flat, each, vocab_size=V, backend=RIGHT).token_ids.view(R, T)
+    own = OPS.sample(*flat, each, vocab_size=V, backend=RIGHT).token_ids.view(R, T)
     given_ids = own[:, : T - 1].clone()
     given_ids[1::2] = torch.randint(
         V, given_ids[1::2].shape, generator=g
     )  # the others are accepted
     given_ids[1::7, 1] = -1
-    check(lambda b: ptk.verify(*deep, given_ids, several, backend=b, **options), at)
+    check(lambda b: OPS.verify(*deep, given_ids, several, backend=b, **options), at)
     rejection: Any = dict(mode="rejection", draft_logits=drafts)
-    check(lambda b: ptk.verify(*deep, given_ids, several, **rejection, backend=b, **options), at)
+    check(lambda b: OPS.verify(*deep, given_ids, several, **rejection, backend=b, **options), at)
 
 
 # What sends rows each way.
@@ -176,7 +176,7 @@ def check_ways(roles: Any, given: Device) -> None:
     """Rows with the ways' parameters in turn."""
     requests = [ptk.SamplingParams(seed=i, **WAYS[i % len(WAYS)]) for i in range(len(roles[0]))]
     params = ptk.RowParams.from_sampling_params(requests)
-    check(lambda b: ptk.sample(*roles, params, backend=b), given)
+    check(lambda b: OPS.sample(*roles, params, backend=b), given)
 
 
 @pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow)
@@ -209,9 +209,9 @@ def test_aligned_rows_are_read_by_16_bytes(capability):
             raise Enough
 
     with Device(capability, on_launch=[note]):
-        ptk.combine(*roles, torch.ones(rows), vocab_size=V, backend="triton")
+        OPS.combine(*roles, torch.ones(rows), vocab_size=V, backend="triton")
         with pytest.raises(Enough):
-            ptk.sample(*roles, vocab_size=V, seed=1, position=0, backend="triton")
+            OPS.sample(*roles, vocab_size=V, seed=1, position=0, backend="triton")
     whole = 3 * rows * dtype.itemsize * (V // 1024 * 1024)
     assert min(wide["scan"], wide["combine"]) >= whole
 
@@ -235,7 +235,7 @@ def test_rows_at_odd_addresses_far_apart_and_shared(dtype):
         for values in (dict(), dict(top_p=0.9), dict(top_k=100)):
             params = ptk.RowParams.make(len(roles[0]), seed=7, **values)
             at = Device(90, Order(1, in_flight=3))
-            check(lambda b, r=roles, p=params: ptk.sample(*r, p, vocab_size=V, backend=b), at)
+            check(lambda b, r=roles, p=params: OPS.sample(*r, p, vocab_size=V, backend=b), at)
 
 
 def ends(vocab_size: int) -> dict[str, tuple[Any, list[Any]]]:
@@ -274,7 +274,7 @@ def test_ends_of_ranges(name):
     for values in settings:
         params = ptk.RowParams.make(len(roles[0]), **values)
         given: Any = (*roles, None, None)[:3]
-        check(lambda b, p=params, r=given: ptk.sample(*r, p, backend=b), device(90))
+        check(lambda b, p=params, r=given: OPS.sample(*r, p, backend=b), device(90))
 
 
 @pytest.mark.parametrize("vocab_size", (1, 2, 31, 127, 128, 129, 1023, 1024, 1025))
@@ -283,7 +283,7 @@ def test_widths(vocab_size):
     row = torch.randn(2, vocab_size, generator=torch.Generator().manual_seed(1))
     for values in (dict(), dict(top_p=0.5), dict(top_k=1)):
         params = ptk.RowParams.make(2, seed=4, **values)
-        check(lambda b, p=params: ptk.sample(row, None, None, p, backend=b), device(90))
+        check(lambda b, p=params: OPS.sample(row, None, None, p, backend=b), device(90))
 
 
 @pytest.mark.parametrize(
@@ -304,6 +304,6 @@ def test_heads(dtype, capability):
         ]
         params = ptk.RowParams(**oracle.random_params(g, batch, width))
         check(
-            lambda b, h=heads, p=params: ptk.sample_hidden(*h, p, top_logprobs=5, backend=b),
+            lambda b, h=heads, p=params: OPS.sample_hidden(*h, p, top_logprobs=5, backend=b),
             device(capability),
         )
