@@ -136,8 +136,8 @@ def count(
     # As many programs a row as the batch would get: two waves over the device (splits_of).
     splits = -(-2 * PROCESSORS // case.batch)
     processors = len(group) * splits // 2
-    order, hooks = Order(cut=cut), [note]
-    with Device(CAPABILITY, order, processors, on_launch=hooks, executed=executed):
+    order = Order(cut=cut)
+    with Device(CAPABILITY, order, processors, on_launch=[note], executed=executed):
         OPS.sample(*roles, params, backend="triton", top_logprobs=case.top)
     return costs
 
