@@ -252,10 +252,11 @@ struct SharedByte {
   int8_t writer_lane = -1;
 };
 
-// Two bytes of global memory: the last writer and the last reader.
+// Two bytes of global memory: the last writer, the last reader, and of atomics that nothing orders
+// one more.
 struct GlobalUnit {
-  int32_t writer = -1;
-  uint32_t written = 0;
+  int32_t writer = -1, other = -1;
+  uint32_t written = 0, other_written = 0;
   int32_t reader = -1;
   uint32_t read = 0;
   bool by_atomic = false;
@@ -329,13 +330,18 @@ struct Machine {
     const int self = W.program * L.warps + W.number;
     for (int at = 0; at < size; at += 2) {
       GlobalUnit& u = all[(address - r.first + at) / 2];
-      const bool unordered = u.writer >= 0 && u.writer != self && u.written > W.clock[u.writer];
-      if (unordered && !(atomic && u.by_atomic))
+      const auto after = [&](int writer, uint32_t written) {
+        return writer >= 0 && writer != self && written > W.clock[writer];
+      };
+      const bool unordered = after(u.writer, u.written);
+      if ((unordered && !(atomic && u.by_atomic)) || (!atomic && after(u.other, u.other_written)))
         race(!write ? "read after write" : atomic ? "atomic after write" : "write after write", I,
              address);
       if (write && u.reader >= 0 && u.reader != self && u.read > W.clock[u.reader] && !atomic)
         race("write after read", I, address);
       if (write) {
+        if (!atomic) u.other = -1;
+        if (atomic && unordered) u.other = u.writer, u.other_written = u.written;
         u.writer = self, u.written = W.clock[self], u.by_atomic = atomic;
         if (!atomic) u.reader = -1;
       } else {

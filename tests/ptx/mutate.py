@@ -1,6 +1,7 @@
-"""Does the search for races see a barrier that is missing? ``python -m tests.ptx.mutate [KERNEL]``.
+"""Is a missing barrier seen, or an atomic without order? ``python -m tests.ptx.mutate [KERNEL]``.
 
-Leaves out each ``bar.sync`` of select, pivots or draw in turn. docs/ptx.md has what came out.
+Leaves out each ``bar.sync`` of select, pivots or draw in turn, then makes each atomic a relaxed
+one, then all of them. docs/ptx.md has what came out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(kernel: str = "select") -> None:
     def note(one: Launched) -> None:
         programs[one.name] = one.program
 
-    with Device(90, Order(3, in_flight=2, races=True), processors=6, on_launch=[note]) as device:
+    with Device(90, Order(3, in_flight=2, races=True), processors=40, on_launch=[note]) as device:
 
         def run() -> dict[str, torch.Tensor]:
             device.launches = 0  # the same order again
@@ -41,24 +42,26 @@ def main(kernel: str = "select") -> None:
 
         wanted = run()
         words = programs[kernel].words
-        found: Counter[str] = Counter()
-        for at in np.nonzero(words[:, 0] == NUMBER["bar.sync"])[0]:
-            words[at, 0] = NUMBER["nop"]
-            try:
-                same = all(
-                    torch.equal(oracle.bits(x), oracle.bits(wanted[n])) for n, x in run().items()
-                )
-                found[
-                    "shows nothing: not reached, or not needed" if same else "gives other results"
-                ] += 1
-            except Race:
-                found["is seen as a race"] += 1
-            except Fault:
-                found["is a fault"] += 1
-            words[at, 0] = NUMBER["bar.sync"]
-    print(f"{kernel}: of {found.total()} barriers, one that is missing")
-    for what, times in found.most_common():
-        print(f"  {what}: {times}")
+        mutations = {"barrier": ("bar.sync", 0, NUMBER["nop"]), "atomic's order": ("atom", 3, 0)}
+        for what, (instruction, word, value) in mutations.items():
+            found: Counter[str] = Counter()
+            places = np.nonzero(words[:, 0] == NUMBER[instruction])[0]
+            everywhere = [places] if instruction == "atom" and len(places) else []
+            for at in [*places, *everywhere]:
+                before = words[at, word].copy()
+                words[at, word] = value
+                try:
+                    got = run()
+                    same = all(
+                        torch.equal(oracle.bits(x), oracle.bits(wanted[n])) for n, x in got.items()
+                    )
+                    found["nothing: not reached, or not needed" if same else "other results"] += 1
+                except Race:
+                    found["a race"] += 1
+                except Fault:
+                    found["a fault"] += 1
+                words[at, word] = before
+            print(f"{kernel}: {found.total()} times without a {what}: {dict(found)}")
 
 
 if __name__ == "__main__":

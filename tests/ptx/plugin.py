@@ -12,7 +12,7 @@ from tests.ptx import build
 from tests.ptx.device import Device
 from tests.ptx.program import Order
 
-_SETTINGS = {"capability": 90, "seed": 1, "in_flight": 3, "races": 0, "ulps": 0, "processors": 6}
+_SETTINGS = {"capability": 90, "seed": 1, "in_flight": 3, "races": 0, "ulps": 0, "processors": 40}
 
 
 def _device() -> Device:

@@ -242,6 +242,27 @@ def test_only_ordered_atomics_order(order):
 
 
 @triton.jit
+def _total_kernel(total, arrived, out, ORDER: tl.constexpr):
+    """The last of the programs reads what all have added, its own part after the others'."""
+    tl.atomic_add(total, tl.program_id(0), sem="relaxed")
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem=ORDER) == tl.num_programs(0) - 1:
+        tl.store(out, tl.load(total, cache_modifier=".cg"))
+
+
+@pytest.mark.parametrize("order", ["acq_rel", "relaxed"])
+def test_an_ordered_arrival_orders_relaxed_sums(order):
+    total, arrived, out = torch.zeros((3, 1), dtype=torch.int32)
+    with Device(order=Order(1, in_flight=3, races=True)):
+        if order == "relaxed":
+            with pytest.raises(Race, match="read after write"):
+                _total_kernel[(8,)](total, arrived, out, ORDER=order)
+        else:
+            _total_kernel[(8,)](total, arrived, out, ORDER=order)
+            assert out[0] == 28
+
+
+@triton.jit
 def _same_kernel(out):
     tl.store(out, tl.program_id(0))
 
