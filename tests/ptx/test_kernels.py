@@ -53,6 +53,8 @@ SHAPES = {
 }
 # Each compute capability and each shape once; `slow` has all of the others.
 FEW = {("bf16", 90), ("fp16, bias and mask", 80), ("fp32", 100), ("mixed", 120)}
+# verify compiles the same kernels anew, for several positions: half of the minutes.
+WITHOUT_VERIFY = {("fp32", 100), ("mixed", 120)}
 
 
 def cases() -> list[Any]:
@@ -147,6 +149,8 @@ def test_operators(name, capability, seed):
             options[option] = options[option][: R * T].view(R, T, -1)
     ids = torch.randint(-1, V + 1, (R, T), generator=g)
     check(lambda b: OPS.score(*deep, ids, several.alpha, vocab_size=V, backend=b), at)
+    if (name, capability) in WITHOUT_VERIFY:
+        return
     base = deep[0]
     noise = torch.randn((R, T - 1, base.shape[2]), generator=g)
     drafts = (base[:, : T - 1].float() + 0.3 * noise).to(base.dtype).contiguous()
