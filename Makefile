@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 EXTRAS ?= eval,hf,lora,plots,quant,test,triton
-TESTS ?= tests
+TESTS ?= tests --ignore=tests/ptx
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -105,6 +105,19 @@ static: install ## Compile the GPU kernels, no GPU needed, and compare with the 
 interpret: install ## Run the Triton kernels' tests in Triton's interpreter, which needs no GPU
 	@echo "Running the Triton kernels in Triton's interpreter"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops
+
+# PTX=all: every shape on every compute capability, and all of the operators' tests: an hour. What
+# starts processes of its own, or asks which backends run, has no use for another device.
+PTX_ALL := $(filter all,$(PTX))
+PTX_TESTS := $(if $(PTX_ALL),tests/ops --ignore=tests/ops/test_backends.py --ignore=tests/ops/sharded,tests/ops/test_interpreter.py tests/ops/test_shard.py)
+
+.PHONY: ptx
+ptx: install ## Execute the Triton kernels' PTX on this processor (PTX=all for more than CI does)
+	@echo "Executing the Triton kernels' PTX"
+	export OMP_NUM_THREADS=1
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(if $(PTX_ALL),,-m "not slow") tests/ptx
+	$(BIN)/python -m pytest -p tests.ptx.plugin -n auto --maxprocesses 8 --dist worksteal -k triton $(PTX_TESTS)
+	$(BIN)/python -m tests.ptx.counts --check
 
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy

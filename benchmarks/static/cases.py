@@ -38,11 +38,6 @@ class Case:
     steered: bool = True  # False: base alone
     constrained: bool = False  # with a bias and a mask
 
-    @property
-    def aligned(self) -> bool:
-        """Rows start at multiples of 16 elements: wide loads are promised."""
-        return (self.vocab_size + self.padding) % 16 == 0
-
     def empty(self, width: int, dtype: torch.dtype) -> Tensor:
         """[B, width] or [B, T, width]."""
         middle = () if self.positions is None else (self.positions,)

@@ -87,10 +87,7 @@ def measure(wanted: Sequence[Unit]) -> dict[Unit, Figures]:
     for unit, (blocks, threads, shared) in zip(wanted, clusters(wanted), strict=True):
         if blocks:
             warps, kernel = threads // WARP, compiled[unit.cc][unit.kernel]
-            # Generic loads and stores are of other blocks' memory.
-            figures[unit] = count(
-                *kernel, unit.cc, shared, warps, is_vector, blocks=blocks, generic=False
-            )
+            figures[unit] = count(*kernel, unit.cc, shared, warps, is_vector, blocks)
     return figures
 
 
@@ -149,4 +146,4 @@ def is_vector(i: sass.Instruction) -> bool:
 
 def promise(unit: Unit) -> Promise:
     """What the design promises of a kernel; that shared memory suffices is up to blocks.h."""
-    return Promise(REGISTERS[unit.kernel], LIMITS[unit.cc][2], narrow=0.0)
+    return Promise(REGISTERS[unit.kernel], LIMITS[unit.cc][2], wide=True)

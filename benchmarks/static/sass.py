@@ -5,12 +5,10 @@ The instructions' names are in NVIDIA's CUDA Binary Utilities, "Instruction Set 
 
 from __future__ import annotations
 
-import linecache
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_LINE = re.compile(r'//## File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _LABEL = re.compile(r"(?P<label>[.$]\w+):")
 _CODE = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P[0-9T]+\s+)?(?P<opcode>[A-Z][A-Z0-9_.]*)\s*(?P<operands>[^;]*);"
@@ -19,11 +17,9 @@ _WIDTH = re.compile(r"\.[US]?(?P<bits>8|16|32|64|128|256)(?=\.|$)")
 
 
 class Instruction(NamedTuple):
-    """One line of machine code, and the source line that it was made for, "" where unknown."""
+    """One line of machine code."""
 
     opcode: str
-    file: str = ""
-    line: int = 0
 
     @property
     def stem(self) -> str:
@@ -36,24 +32,17 @@ class Instruction(NamedTuple):
         match = _WIDTH.search(self.opcode)
         return 4 if match is None else int(match["bits"]) // 8
 
-    @property
-    def source(self) -> str:
-        """The text of the source line."""
-        return linecache.getline(self.file, self.line).strip()
-
 
 def parse(text: str) -> Sequence[Instruction]:
-    """The instructions in what ``nvdisasm -c`` prints of one kernel; ``-g`` adds source lines."""
+    """The instructions in what ``nvdisasm -c`` prints of one kernel."""
     instructions: list[Instruction] = []
     jumps_to_itself: list[str] = []
-    end, file, line = 0, "", 0
+    end = 0
     for row in text.splitlines():
-        if match := _LINE.search(row):
-            file, line = match["file"], int(match["line"])
-        elif match := _LABEL.match(row):
+        if match := _LABEL.match(row):
             jumps_to_itself.append(f"`({match['label']})")
         elif match := _CODE.search(row):
-            instructions.append(Instruction(match["opcode"], file, line))
+            instructions.append(Instruction(match["opcode"]))
             # NOP, and a jump to itself, fill up the end of the code.
             if match["opcode"] != "NOP" and match["operands"].strip() not in jumps_to_itself:
                 end = len(instructions)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,7 +21,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-import proxytune_kernels
 from benchmarks.harness.report import progress_bar
 from benchmarks.static import sass
 from benchmarks.static.cases import CASES
@@ -32,10 +29,6 @@ from proxytune_kernels.kernels import common
 
 COMPILER = f"Triton {triton.__version__}"
 PROCESSORS = 132  # of an H100; what launchers ask the device for
-_PACKAGE = Path(proxytune_kernels.__file__).parent
-_SOURCE = re.compile(rf'File "[^"]*/{_PACKAGE.name}/([^"]+)"')
-_LOGITS = re.compile(r"\b(base|expert|anti) = tl\.load\(")
-"""Source lines that read the roles' logits (`combined` in kernels/common.py)."""
 
 KERNELS = tuple(dict.fromkeys(kernel for case in CASES.values() for kernel in case.kernels))
 
@@ -55,10 +48,6 @@ SHARED = {"sample_hidden": 99 * 1024}
 """Bytes of shared memory a block, where it is not the 48 KiB that a block gets without asking.
 sample_hidden has two accumulators of 64 rows by 128 tokens, and four stages of both operands: what
 the smallest of these devices (cc 12.0) gives a block when asked."""
-
-_WIDE = ("scan", "combine")
-"""They read aligned rows by 16 bytes a thread. What they read by less is the end of a row, for
-which the code reads each token a second time, with a mask."""
 
 
 def compile_kernel(launch: Callable[[], object], name: str, cc: int) -> Any:
@@ -97,11 +86,6 @@ def tool(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def reads_logits(i: sass.Instruction) -> bool:
-    """Whether it was made for a source line that reads the roles' logits."""
-    return _LOGITS.search(i.source) is not None
-
-
 def _measure(unit: Unit) -> Figures:
     case = CASES[unit.case]
     try:
@@ -110,13 +94,11 @@ def _measure(unit: Unit) -> Figures:
             cubin.write(kernel.asm["cubin"])
             cubin.flush()
             resources = sass.parse_resources(tool("cuobjdump", "-res-usage", cubin.name))
-            text = tool("nvdisasm", "-g", "-c", cubin.name)
+            code = sass.parse(tool("nvdisasm", "-c", cubin.name))
     except Exception as error:
         raise RuntimeError(f"{unit}: {type(error).__name__}: {error}") from error
-    # Source paths of this checkout: Triton's cache may hold what another one compiled.
-    code = sass.parse(_SOURCE.sub(rf'File "{_PACKAGE}/\1"', text))
     metadata = kernel.metadata
-    return count(code, resources, unit.cc, metadata.shared, metadata.num_warps, reads_logits)
+    return count(code, resources, unit.cc, metadata.shared, metadata.num_warps)
 
 
 def units(ccs: Iterable[int], kernels: Iterable[str] = KERNELS) -> list[Unit]:
@@ -146,6 +128,5 @@ def measure(wanted: Sequence[Unit]) -> dict[Unit, Figures]:
 
 def promise(unit: Unit) -> Promise:
     """What the design promises of a kernel, with any version of Triton."""
-    wide = unit.kernel in _WIDE and CASES[unit.case].aligned
     shared = SHARED.get(unit.kernel, 48 * 1024)
-    return Promise(REGISTERS.get(unit.kernel, 255), shared, narrow=1.0 if wide else None)
+    return Promise(REGISTERS.get(unit.kernel, 255), shared, wide=False)
