@@ -132,7 +132,7 @@ def _top_logprobs_kernel(
             listed = _list_row(logits, row_params, b, t, row_max, keys, n, vocab_size)
         e = exponent(tl.full([], 1.0, tl.float32))
         nothing = Amount(none, none)
-        anywhere = Prefix(none, nothing, none + END, nothing)
+        anywhere = Prefix(none + NO_CUTOFF, nothing, none + END, nothing)
         given = List(keys, listed, short, finite_max(row_max), e, anywhere, anywhere)
         cutoff = find_in_list(given, 0, none, n, no_target, no_target).low
         copied = tl.full([], 0, tl.int32)

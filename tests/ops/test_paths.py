@@ -73,11 +73,11 @@ def unlike(vocab_size: int) -> Tensor:
     return row
 
 
-def together(tiles: int) -> Tensor:
-    """Eight likely tokens in each of some tiles, as where ids are in the order of frequency."""
-    row = noise(tiles * 128, 1.0).view(tiles, 128)
-    row[:35, :8] += 9.0
-    return row.view(1, -1)
+def together(vocab_size: int) -> Tensor:
+    """All likely tokens in one tile, as where ids are in the order of frequency."""
+    row = noise(vocab_size, 1.0)
+    row[0, 256:384] += torch.linspace(15, 10, 128)
+    return row
 
 
 def far(vocab_size: int) -> Tensor:
@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Tensor, dict[str, Any], str]] = {
     "more tokens between pivots than a list holds": (
         unlike(12_288), dict(top_k=11_000, top_p=0.5, filter_order="hf"), SEARCHED,
     ),
-    "likely tokens together": (together(40), dict(top_k=120, top_p=0.95), DONE),
+    "likely tokens together": (together(2100), dict(top_k=60, top_p=0.95), DONE),
     "tiles further below than fp32 reaches": (far(500), dict(top_k=200), DONE),
     "+inf, greedy": (plus_inf(300), dict(temperature=0.0), SPREAD),
 }  # fmt: skip
