@@ -79,7 +79,7 @@ TOP_K = 50
 TILE, BLOCK = 128, 1024
 SUMMARY_BYTES = {"none": 18, "top_p": 14, "top_k+top_p": 10}
 TILES_AGAIN = {"none": 1, "top_p": 4, "top_k+top_p": 50}
-SAMPLED, SECTOR = 1024, 32  # a flat row's cutoff is guessed by so many tokens, of a sector each
+SAMPLED, SECTOR = 1024, 32  # a flat row's pivots are chosen from so many tokens, of a sector each
 
 
 def ours(case: Case) -> Kernels:
