@@ -414,7 +414,7 @@ def operator_out(op: str, given: Mapping[str, Tensor], arguments: Sequence[Any])
     """Check the tensors that an operator's ``_out`` twin writes into."""
     operator = OPERATORS[op]
     read = operator.named(arguments)
-    written: dict[str, Tensor] = {}
+    written: dict[str, Any] = {}
     for output, shape in zip(operator.outputs, operator.shapes(read), strict=True):
         if 0 in shape[1:]:
             continue  # nothing is written

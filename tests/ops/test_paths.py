@@ -148,7 +148,8 @@ def test_a_row_goes_its_way_to_the_references_token(case):
 )
 def test_the_number_of_programs_a_row_does_not_show(base, values, monkeypatch):
     """As it was alone over five programs, a row is over two; and neighbours go other ways."""
-    from proxytune_kernels.kernels import common, sample as launches
+    from proxytune_kernels.kernels import common
+    from proxytune_kernels.kernels import sample as launches
 
     assert common.splits_of(1, 4200, move(base, TRITON.device).device) == 5
     alone, way = sample(base, position=3, **values)
