@@ -131,13 +131,16 @@ class Row(NamedTuple):
     vocab_size: Any
 
 
-class SortedPrefix(NamedTuple):
-    """A prefix of the order, as far as a sorted list tells."""
+class Sorted(NamedTuple):
+    """Order keys, descending, 0 past the last; all of the row from ``floor`` up are among them."""
 
-    known: Any  # whether it ends within the list
-    cutoff: Any  # order key of its last token
-    length: Any  # where it isn't known, one more than the list's
-    mass: Any
+    keys: Any  # int64
+    n: Any
+    floor: Any
+    row_max: Any
+    exponent: Any
+    row: Prefix  # all tokens
+    likely: Prefix  # what min_p leaves
 
 
 @triton.jit
@@ -606,45 +609,6 @@ def find_in_row(row, stage: tl.constexpr, low, count, least_mass, most_mass):
     return certain(lower, amount)
 
 
-# A sorted list
-
-
-@triton.jit
-def sorted_prefix(keys, n, floor, row_max, e, need_count, need_mass):
-    """The shortest prefix that meets a need. Keys descend; those from ``floor`` up are certain."""
-    length, held = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
-    certain = tl.full([], 0, tl.int64)
-    last, prefix_mass = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
-    for start in range(0, n, SORTED_CHUNK):
-        i = start + tl.arange(0, SORTED_CHUNK)
-        key = tl.load(keys + i, mask=i < n, other=0)
-        taken = key >= floor
-        q = tl.where(taken, mass(key_value(key), row_max, e), 0)
-        through = held + tl.cumsum(q, 0)
-        # Tokens before which the need is not met: the prefix is these.
-        short = taken & (i < need_count) & (through - q < need_mass)
-        length += tl.sum(short.to(tl.int64), 0)
-        prefix_mass += tl.sum(tl.where(short, q, 0), 0)
-        ends = tl.where(short, key, NO_TARGET)
-        last = tl.where(tl.sum(short.to(tl.int64), 0) > 0, tl.min(ends, 0), last)
-        certain += tl.sum(taken.to(tl.int64), 0)
-        held += tl.sum(q, 0)
-    known = (length == need_count) | (prefix_mass >= need_mass)
-    return SortedPrefix(known, last, tl.where(known, length, certain + 1), prefix_mass)
-
-
-@triton.jit
-def _shorter(one, other):
-    """The shorter of two prefixes, the first where they are as long."""
-    takes = other.length < one.length
-    return SortedPrefix(
-        tl.where(takes, other.known, one.known),
-        tl.where(takes, other.cutoff, one.cutoff),
-        tl.where(takes, other.length, one.length),
-        tl.where(takes, other.mass, one.mass),
-    )
-
-
 @triton.jit
 def cutoff_of(row_max, least):
     """The lowest key with fl(x - max) >= least, by halving the ordered values."""
@@ -658,31 +622,45 @@ def cutoff_of(row_max, least):
     return low << 19
 
 
+# A sorted list
+
+
 @triton.jit
-def select_sorted(keys, n, floor, row_max, e, row, likely, filters):
-    """The kept set, from a sorted list and the amounts of the row and of what min_p leaves."""
-    yes, none = tl.full([], True, tl.int1), tl.full([], NO_TARGET, tl.int64)
-    no_cutoff = tl.full([], NO_CUTOFF, tl.int64)
-    by_count = SortedPrefix(yes, no_cutoff, row.count, row.mass)
-    if filters.top_k != TOP_K_OFF:
-        need = filters.top_k.to(tl.int64)
-        found = sorted_prefix(keys, n, floor, row_max, e, need, none)
-        by_count = SortedPrefix(found.known, found.cutoff, need, found.mass)
-    cutoff = no_cutoff
-    if filters.min_p_shift > -INF:
-        cutoff = cutoff_of(row_max, filters.min_p_shift)
-    by_min_p = SortedPrefix(yes, cutoff, likely.count, likely.mass)
-    # What top_p's mass is a share of
-    whole_known, whole = yes, row.mass
-    if filters.order == ORDER_VLLM:
-        both = _shorter(by_min_p, by_count)
-        whole_known, whole = both.known, both.mass
-    if filters.order == ORDER_HF:
-        whole_known, whole = by_count.known, by_count.mass
-    kept = _shorter(by_min_p, by_count)
-    if filters.top_p < TOP_P_OFF:
-        target = mass_target(filters.top_p, whole)
-        found = sorted_prefix(keys, n, floor, row_max, e, none, target)
-        known, length = found.known & whole_known, tl.where(whole_known, found.length, 1)
-        kept = _shorter(kept, SortedPrefix(known, found.cutoff, length, found.mass))
-    return kept
+def find_in_sorted(given, stage: tl.constexpr, low, count, least_mass, most_mass):
+    """A search for :func:`select_kept`; the prefix may end where the list is not certain."""
+    length, held = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    certain_count = tl.full([], 0, tl.int64)
+    last, prefix_mass = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    for start in range(0, given.n, SORTED_CHUNK):
+        i = start + tl.arange(0, SORTED_CHUNK)
+        key = tl.load(given.keys + i, mask=i < given.n, other=0)
+        taken = key >= given.floor
+        q = tl.where(taken, mass(key_value(key), given.row_max, given.exponent), 0)
+        through = held + tl.cumsum(q, 0)
+        # Tokens before which the need is not met: the prefix is these.
+        short = taken & (i < count) & (through - q < most_mass)
+        length += tl.sum(short.to(tl.int64), 0)
+        prefix_mass += tl.sum(tl.where(short, q, 0), 0)
+        ends = tl.where(short, key, NO_TARGET)
+        last = tl.where(tl.sum(short.to(tl.int64), 0) > 0, tl.min(ends, 0), last)
+        certain_count += tl.sum(taken.to(tl.int64), 0)
+        held += tl.sum(q, 0)
+    known = ((length == count) | (prefix_mass >= most_mass)) & (least_mass == most_mass)
+    # Of a share of an unknown mass nothing is known; else all certain tokens are in the prefix.
+    least = tl.where(least_mass == most_mass, certain_count, 0)
+    high = tl.where(least_mass == most_mass, given.floor, END)
+    # A prefix of all that min_p leaves is as long whether or not a token lies just above its cutoff.
+    holds_likely = given.likely.most.count <= least
+    high = tl.where(holds_likely, tl.minimum(high, given.likely.low), high)
+    found = Prefix(
+        tl.where(known, last, 0),
+        Amount(
+            tl.where(known, length, given.row.most.count),
+            tl.where(known, prefix_mass, given.row.most.mass),
+        ),
+        tl.where(known, last, high),
+        Amount(tl.where(known, length, least), tl.where(known, prefix_mass, 0)),
+    )
+    if low == given.likely.low:
+        found = shorter(found, given.likely)
+    return found

@@ -55,11 +55,14 @@ from proxytune_kernels.kernels.noise import gumbel_max_block, noise_key, score_o
 from proxytune_kernels.kernels.selection import (
     SORTED_CHUNK,
     Amount,
+    Sorted,
+    certain,
+    cutoff_of,
     filters_of,
+    find_in_sorted,
     gumbel_max_candidates,
     is_valid,
-    select_sorted,
-    sorted_prefix,
+    select_kept,
 )
 from proxytune_kernels.kernels.workspace import logprob_of, raw_logprob_of, write_nothing
 from proxytune_kernels.params import RowParams
@@ -487,13 +490,17 @@ def _shard_finish_kernel(
                 if length > 0:
                     n = world * length
                     floor = _floor(candidates, summaries, row, rows, world, length)
-                row_amount = Amount(tokens, totals.mass)
-                found = select_sorted(keys, n, floor, top, e, row_amount, totals.likely, filters)
-                known, cutoff, kept, held = found.known, found.cutoff, found.length, found.mass
+                all_tokens = certain(tl.full([], NO_CUTOFF, tl.int64), Amount(tokens, totals.mass))
+                likely = certain(cutoff_of(top, filters.min_p_shift), totals.likely)
+                given_keys = Sorted(keys, n, floor, top, e, all_tokens, likely)
+                found, _first = select_kept(find_in_sorted, given_keys, filters, all_tokens, likely)
+                known = found.low == found.high
+                cutoff, kept, held = found.low, found.most.count, found.most.mass
                 if (filters.top_k != TOP_K_OFF) | (filters.top_p < TOP_P_OFF):
                     # Drawn from the candidates: as many as are kept must be certain.
                     no_target = tl.full([], NO_TARGET, tl.int64)
-                    known = known & sorted_prefix(keys, n, floor, top, e, kept, no_target).known
+                    listed = find_in_sorted(given_keys, 0, start, kept, no_target, no_target)
+                    known = known & (listed.low == listed.high)
                     if known:
                         noise = noise_key(row_params, row, start, stream)
                         packed = gumbel_max_candidates(
