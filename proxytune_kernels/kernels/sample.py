@@ -452,13 +452,14 @@ def _write_drawn(
     """The results of a row whose kept set is ``kept``."""
     greedy, inv_t = temperature_of(row_params, b)
     at = workspace.masses + row * ws.MASSES_WIDTH
-    # Where +inf was there, the tokens left are alike.
-    raw_mass = tl.where(row_max == INF, found.row.most.count << 44, tl.load(at + ws.RAW))
+    raw_mass = tl.load(at + ws.RAW, mask=row_max != INF, other=0)
+    if row_max == INF:  # the tokens left are alike
+        raw_mass = found.row.most.count << 44
+        tl.store(at + ws.RAW, raw_mass)
     token = winner(best, vocab_size)
     alpha = tl.load(row_params.alpha + b)
     drawn = shifted_at(logits, alpha, b, t, token.to(tl.int32), row_max)
     ws.write_drawn(out, row, token, drawn, inv_t, greedy, kept.most.count, kept.most.mass, raw_mass)
-    tl.store(at + ws.RAW, raw_mass)
     tl.store(at + ws.CUTOFF, kept.low)
     tl.store(at + ws.KEPT, kept.most.mass)
 

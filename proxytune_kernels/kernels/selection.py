@@ -649,7 +649,7 @@ def find_in_sorted(given, stage: tl.constexpr, low, count, least_mass, most_mass
     # Of a share of an unknown mass nothing is known; else all certain tokens are in the prefix.
     least = tl.where(least_mass == most_mass, certain_count, 0)
     high = tl.where(least_mass == most_mass, given.floor, END)
-    # A prefix of all that min_p leaves is as long whether or not a token lies just above its cutoff.
+    # All that min_p leaves are certain: whether others lie above its cutoff makes no difference.
     holds_likely = given.likely.most.count <= least
     high = tl.where(holds_likely, tl.minimum(high, given.likely.low), high)
     found = Prefix(
