@@ -64,7 +64,7 @@ COPIED = tl.constexpr(512)  # at once where they are sorted out
 RIVALS = tl.constexpr(16)  # that each of them is compared with at once
 TRIALS = tl.constexpr(8)  # trial cutoffs at once
 SEARCH_PER = tl.constexpr(2)  # tokens a lane: trial keys take eight registers for each
-SORTED_CHUNK = tl.constexpr(256)
+SORTED_CHUNK = tl.constexpr(128)
 END = tl.constexpr(1 << 51)  # above all order keys
 # A count above a mass, in 64 bits: of fewer than 512 tokens, as many as a lane takes.
 COUNT_SHIFT = tl.constexpr(54)
