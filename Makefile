@@ -102,14 +102,14 @@ static: install ## Compile the GPU kernels, no GPU needed, and compare with the 
 	@$(BIN)/python -m benchmarks.static --check
 
 .PHONY: interpret
-interpret: install ## Run the Triton kernels' tests in Triton's interpreter, which needs no GPU
+interpret: install ## Run the Triton kernels' tests in Triton's interpreter; those of shards run from PTX
 	@echo "Running the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops --ignore=tests/ops/test_shard.py
 
 # PTX=all: every shape on every compute capability, and all of the operators' tests: an hour. What
 # starts processes of its own, or asks which backends run, has no use for another device.
 PTX_ALL := $(filter all,$(PTX))
-PTX_TESTS := $(if $(PTX_ALL),tests/ops --ignore=tests/ops/test_backends.py --ignore=tests/ops/sharded,tests/ops/test_interpreter.py tests/ops/test_shard.py)
+PTX_TESTS := $(if $(PTX_ALL),tests/ops --ignore=tests/ops/test_backends.py --ignore=tests/ops/sharded,tests/ops/test_shard.py)
 
 .PHONY: ptx
 ptx: install ## Execute the Triton kernels' PTX on this processor (PTX=all for more than CI does)
