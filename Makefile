@@ -102,21 +102,21 @@ static: install ## Compile the GPU kernels, no GPU needed, and compare with the 
 	@$(BIN)/python -m benchmarks.static --check
 
 .PHONY: interpret
-interpret: install ## Run the Triton kernels' tests in Triton's interpreter; those of shards run from PTX
+interpret: install ## Run the Triton kernels' tests in Triton's interpreter, which needs no GPU
 	@echo "Running the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops --ignore=tests/ops/test_shard.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops
 
 # PTX=all: every shape on every compute capability, and all of the operators' tests: an hour. What
 # starts processes of its own, or asks which backends run, has no use for another device.
 PTX_ALL := $(filter all,$(PTX))
-PTX_TESTS := $(if $(PTX_ALL),tests/ops --ignore=tests/ops/test_backends.py --ignore=tests/ops/sharded,tests/ops/test_shard.py)
+PTX_TESTS := tests/ops --ignore=tests/ops/test_backends.py --ignore=tests/ops/sharded
 
 .PHONY: ptx
 ptx: install ## Execute the Triton kernels' PTX on this processor (PTX=all for more than CI does)
 	@echo "Executing the Triton kernels' PTX"
 	export OMP_NUM_THREADS=1
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(if $(PTX_ALL),,-m "not slow") tests/ptx
-	$(BIN)/python -m pytest -p tests.ptx.plugin -n auto --maxprocesses 8 --dist worksteal -k triton $(PTX_TESTS)
+	$(if $(PTX_ALL),$(BIN)/python -m pytest -p tests.ptx.plugin -n auto --maxprocesses 8 --dist worksteal -k triton $(PTX_TESTS))
 	$(BIN)/python -m tests.ptx.counts --check
 
 .PHONY: lint
