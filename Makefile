@@ -117,7 +117,7 @@ ptx: install ## Execute the Triton kernels' PTX on this processor (PTX=all for m
 	export OMP_NUM_THREADS=1
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(if $(PTX_ALL),,-m "not slow") tests/ptx
 	$(if $(PTX_ALL),$(BIN)/python -m pytest -p tests.ptx.plugin -n auto --maxprocesses 8 --dist worksteal -k triton $(PTX_TESTS))
-	$(BIN)/python -m tests.ptx.counts --check
+	$(BIN)/python -m tests.ptx.counts --check $(if $(PTX_ALL),,B=256)
 
 .PHONY: lint
 lint: install ## ruff (rules and format) and mypy

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_every_parameter_of_every_launch():
     command = [sys.executable, "-m", "tests.ptx.launcher"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
