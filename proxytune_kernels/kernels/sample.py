@@ -6,10 +6,10 @@ scan    reads the three logits of every token once (6 bytes in bf16), and writes
         summaries for every 128 tokens;
 select  one program a row: finishes greedy, unfiltered and peaked rows from the summaries and the
         few tiles that they do not rule out;
-pivots  flat rows: exact counts and masses above a few values, spread over the vocabulary;
-draw    flat rows: the draw, spread over the vocabulary; the last program settles the cutoff.
+pivots  rows of many tokens: exact counts and masses from 32 keys up, spread over the vocabulary;
+draw    such rows: the draw, spread over the vocabulary; the last program finds the cutoff.
 
-pivots and draw read each logit of a flat row once, and find nothing to do in other rows. Nothing is
+pivots and draw read each logit of such a row once, and find nothing to do in others. Nothing is
 decided on the host, so the launches can be captured in a CUDA graph. docs/gpu.md has the
 derivations.
 """
