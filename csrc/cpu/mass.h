@@ -17,6 +17,10 @@ struct Mass {
     high = add_u(high, bits(first));
     low = add_u(low, bits(fma(rest, digit, rounder)));
   }
+  void add_nothing() {
+    high = add_u(high, bits(set(kRounder)));
+    low = add_u(low, bits(set(kRounder)));
+  }
   // Both sums are below 2^30 when the bits of the rounders are subtracted, modulo 2^32.
   uint64_t total() const {
     constexpr uint32_t kRounders = uint32_t(kTile) * std::bit_cast<uint32_t>(kRounder);

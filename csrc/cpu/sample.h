@@ -28,7 +28,8 @@ inline Target make_target(const Source& source, const RawParams& raw, bool want_
   const bool want_scaled = !p.greedy && needs_total_mass(p, target.row.count);
   const RowMass mass = row_mass(target.row, p.exponent, want_scaled, want_raw);
   target.raw_mass = mass.raw;
-  Search search{target.row, p.exponent, *b.scratch};
+  const Prefix all{kLowest, UINT32_MAX, target.row.count, mass.scaled};
+  Search search{target.row, p.exponent, *b.scratch, all};
   target.kept = p.greedy ? likeliest(target.row)
                          : select_kept(search, p, target.row.max, target.row.count, mass.scaled);
   return target;
@@ -59,8 +60,8 @@ inline int collect_prefix(const Row& row, const Prefix& prefix, Scratch& s) {
 inline void write_top(const proxytune_sample_args& args, int64_t row, const Target& target, Scratch& s) {
   int n = 0;
   if (target.drawable) {
-    const Need need{uint32_t(args.num_top), UINT64_MAX};
-    n = collect_prefix(target.row, find_prefix(target.row, kLowest, need, make_exponent(1.0), s), s);
+    Search search{target.row, make_exponent(1.0), s, {kLowest, UINT32_MAX, target.row.count, target.raw_mass}};
+    n = collect_prefix(target.row, search.find(kLowest, Need{uint32_t(args.num_top), UINT64_MAX}), s);
     sort_collected(n, s);
   }
   for (int i = 0; i < args.num_top; ++i) {
