@@ -16,27 +16,36 @@ struct RoundKeys {
   }
 };
 
-// The words of the tokens 4 * c to 4 * c + 3, for each of kWide counters c.
+// The words of the tokens 4 * c to 4 * c + 3, for each of kWidth counters c: in groups, since a group waits for
+// each product.
 inline void philox(const RoundKeys& rounds, const uint32_t* counters, uint32_t* words) {
-  const NoiseKey& key = rounds.key;
-  auto c0 = load_wide(counters), c1 = set_wide(key.position_lo);
-  auto c2 = set_wide(key.position_hi), c3 = set_wide(key.last(0));
-  for (const auto& k : rounds.keys) {
-    const auto p0 = mul_wide(c0, set_wide(kPhiloxMultiplier0)), p1 = mul_wide(c2, set_wide(kPhiloxMultiplier1));
-    c0 = xor3(upper_half(p1), c1, set_wide(k[0]));
-    c1 = p1;
-    c2 = xor3(upper_half(p0), c3, set_wide(k[1]));
-    c3 = p0;
+  using Wide = decltype(set_wide(0));
+  constexpr int kGroups = kWidth / kWide;
+  Wide c[kGroups][4];
+  for (int g = 0; g < kGroups; ++g) {
+    c[g][0] = load_wide(counters + g * kWide);
+    c[g][1] = set_wide(rounds.key.position_lo);
+    c[g][2] = set_wide(rounds.key.position_hi);
+    c[g][3] = set_wide(rounds.key.last(0));
   }
-  const decltype(c0) result[] = {c0, c1, c2, c3};
-  store_interleaved(words, result);
+  for (const auto& k : rounds.keys) {
+    for (int g = 0; g < kGroups; ++g) {
+      const Wide p0 = mul_wide(c[g][0], set_wide(kPhiloxMultiplier0));
+      const Wide p1 = mul_wide(c[g][2], set_wide(kPhiloxMultiplier1));
+      c[g][0] = xor3(upper_half(p1), c[g][1], set_wide(k[0]));
+      c[g][1] = p1;
+      c[g][2] = xor3(upper_half(p0), c[g][3], set_wide(k[1]));
+      c[g][3] = p0;
+    }
+  }
+  for (int g = 0; g < kGroups; ++g) store_interleaved(words + 4 * g * kWide, c[g]);
 }
 
 // Words of the kTile consecutive tokens from `first`, a multiple of kTile.
 inline void tile_words(const RoundKeys& key, uint32_t first, uint32_t* out) {
   uint32_t counters[kTile / 4];
   for (uint32_t i = 0; i < kTile / 4; ++i) counters[i] = first / 4 + i;
-  for (int i = 0; i < kTile / 4; i += kWide) philox(key, counters + i, out + 4 * i);
+  for (int i = 0; i < kTile / 4; i += kWidth) philox(key, counters + i, out + 4 * i);
 }
 
 // The best token so far: highest score, lowest id on ties.
@@ -91,7 +100,7 @@ class Draw {
     for (int start = 0; start < num_waiting_; start += kWidth) {
       const int n = std::min(kWidth, num_waiting_ - start);
       for (int i = 0; i < kWidth; ++i) counters[i] = ids_[start + i] >> 2;
-      for (int i = 0; i < kWidth; i += kWide) philox(key_, counters + i, four + 4 * i);
+      philox(key_, counters, four);
       for (int i = 0; i < kWidth; ++i) words[i] = four[4 * i + (ids_[start + i] & 3)];
       const U word = load_u(words);
       const uint32_t able = le_u(word, set_u(winning_word(top_, best.score))) & uint32_t((uint64_t(1) << n) - 1);

@@ -20,7 +20,7 @@ inline Prefix between(const Row& row, float low, float high, Exponent e) {
       const F v = load(x + i);
       const uint32_t inside = ge(v, set(low)) & ge(set(high), v);
       if (!inside) {
-        sum.add_nothing();
+        sum.add(Digits{});
         continue;
       }
       all.count += uint32_t(std::popcount(inside));
@@ -168,32 +168,40 @@ inline float tile_bound(const Row& row, float low, const Need& need, Exponent e,
   return low;
 }
 
+// A sample of a row in the scratch: a vector of every step-th tile, from another place each time.
+struct Sample {
+  int n = 0;
+  float each;        // tokens that a sampled one stands for
+  float total;       // estimate of the mass of the tokens with x >= low, in tokens of the highest mass
+  Sample(const Row& row, float low, Exponent e, Scratch& s) {
+    const int step = (row.tiles * kSampled + kCandidates - 1) / kCandidates;
+    F all = set(0.0f);
+    for (int t = 0; t < row.tiles; t += step, n += kSampled) {
+      const float* x = row.tile(t) + (t / step * 5 * kSampled) % kTile;
+      for (int i = 0; i < kSampled; i += kWidth) {
+        const F v = load(x + i), p = exponential(sub(v, set(row.max)), e);
+        // Squares are normal numbers, too.
+        const F part = select(ge(v, set(low)) & ge(p, set(0x1p-60f)), p, set(0.0f));
+        all = add(all, part);
+        store(s.x + n + i, v);
+        store(s.p + n + i, part);
+      }
+    }
+    each = float(row.tiles) * float(kTile) / float(n);
+    total = reduce_halves(all) * each;
+  }
+};
+
 // Keys between which a prefix is expected to end.
 struct Guess {
   uint32_t low, high;
 };
 
-// Guesses from a sample of the row where in [low, high] the prefix ends that meets the need.
-inline Guess guess_end(const Row& row, uint32_t low, uint32_t high, const Need& need, Exponent e,
-                       const Prefix& known, Scratch& s) {
-  // A vector of every step-th tile, from another place each time.
-  const int step = (row.tiles * kSampled + kCandidates - 1) / kCandidates;
-  int n = 0;
-  F all = set(0.0f);
-  for (int t = 0; t < row.tiles; t += step, n += kSampled) {
-    const float* x = row.tile(t) + (t / step * 5 * kSampled) % kTile;
-    for (int i = 0; i < kSampled; i += kWidth) {
-      const F v = load(x + i), p = exponential(sub(v, set(row.max)), e);
-      // Squares are normal numbers, too.
-      const F part = select(ge(v, set(known.x)) & ge(p, set(0x1p-60f)), p, set(0.0f));
-      all = add(all, part);
-      store(s.x + n + i, v);
-      store(s.p + n + i, part);
-    }
-  }
-  // The tail's mass is what is estimated: its many tokens are alike, where the head's few are not.
-  const float each = float(row.tiles) * float(kTile) / float(n);  // tokens that a sampled one stands for
-  const float total = known.mass > 0 ? float(known.mass) * 0x1p-44f : reduce_halves(all) * each;
+// Guesses from a sample where in [low, high] the prefix ends that meets the need. `total` is the mass of what was
+// sampled: the tail's mass is what is estimated, since its many tokens are alike, where the head's few are not.
+inline Guess guess_end(const Sample& sample, float total, uint32_t low, uint32_t high, const Need& need, Scratch& s) {
+  const int n = sample.n;
+  const float each = sample.each;
   const float wanted_count = float(need.count), wanted_mass = float(need.mass) * 0x1p-44f;
   struct Estimate {
     uint32_t key;
@@ -241,9 +249,32 @@ inline uint32_t middle_key(const Scratch& s, uint32_t bottom, uint32_t to) {
   return std::clamp(key_of(some[kSome / 2]), bottom + 1, to);
 }
 
-// The shortest prefix of the tokens with x >= low that meets the need; all of them where none does. `known` is a
-// prefix that has it in it; its mass is 0 where that is not known.
-inline Prefix find_prefix(const Row& row, float low, const Need& need, Exponent e, const Prefix& known,
+// Whether the masses of the tiles' likeliest tokens are much alike.
+inline bool is_flat(const Row& row, Exponent e) {
+  F sum = set(0.0f);
+  for (int t = 0; t < row.tiles; t += kWidth) {
+    sum = add(sum, exponential(sub(load(row.tile_max + t), set(row.max)), e));
+  }
+  return 8.0f * reduce_halves(sum) > float(row.tiles);
+}
+
+// Guesses before the row's mass is known where top_p cuts.
+inline Guess guess_cut(const Row& row, const RowParams& p, Scratch& s) {
+  const Sample sample(row, kLowest, p.exponent, s);
+  const Need need{UINT32_MAX, mass_target(p.top_p, uint64_t(sample.total * 0x1p44f))};
+  return guess_end(sample, sample.total, key_of(kLowest), key_of(row.max), need, s);
+}
+
+// What is known of a row before a prefix is looked for.
+struct Known {
+  Prefix all;    // it lies in this one, whose mass is 0 where it is not known
+  bool guessed;  // whether there is a guess where it ends, and `upper` are the tokens above
+  Guess guess;
+  Prefix upper;
+};
+
+// The shortest prefix of the tokens with x >= low that meets the need; all of them where none does.
+inline Prefix find_prefix(const Row& row, float low, const Need& need, Exponent e, const Known& known,
                           Scratch& s) {
   // The prefix ends in [from, to], and `taken` are the tokens above. It is looked for in [bottom, to].
   uint32_t from = key_of(tile_bound(row, low, need, e, s)), to = key_of(row.max), bottom = from;
@@ -252,11 +283,19 @@ inline Prefix find_prefix(const Row& row, float low, const Need& need, Exponent 
   for (bool first = true;; first = false) {
     const int n = collect(row, bottom, to, s);
     if (n < 0 && bottom < to) {
-      if (first) guess = guess_end(row, from, to, need, e, known, s);
+      const bool split = first && known.guessed;
+      if (first) {
+        guess = known.guess;
+        if (!split) {
+          const Sample sample(row, known.all.x, e, s);
+          const float total = known.all.mass > 0 ? float(known.all.mass) * 0x1p-44f : sample.total;
+          guess = guess_end(sample, total, from, to, need, s);
+        }
+        bottom = std::max(from, guess.low);
+      }
       const uint32_t pivot = first ? guess.high + 1 : middle_key(s, bottom, to);
-      if (first) bottom = guess.low;
-      if (pivot > to) continue;
-      const Prefix upper = between(row, value_of(pivot), value_of(to), e);
+      if (pivot <= from || pivot > to) continue;
+      const Prefix upper = split ? known.upper : between(row, value_of(pivot), value_of(to), e);
       if (need.met(taken.count + upper.count, taken.mass + upper.mass)) {
         bottom = from = pivot;
       } else {
@@ -278,9 +317,15 @@ struct Search {
   const Row& row;
   Exponent e;
   Scratch& s;
-  Prefix known;  // the last one; its mass is 0 where that is not known
-  Prefix find(float low, const Need& need) { return known = find_prefix(row, low, need, e, known, s); }
-  Prefix whole(float low) { return known = between(row, low, row.max, e); }
+  Known known;
+  Prefix find(float low, const Need& need) { return found(find_prefix(row, low, need, e, known, s)); }
+  Prefix whole(float low) { return found(between(row, low, row.max, e)); }
+
+ private:
+  Prefix found(const Prefix& prefix) {
+    known = {prefix, false, {}, {}};
+    return prefix;
+  }
 };
 
 }  // namespace PTK_ISA
