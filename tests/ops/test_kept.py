@@ -220,6 +220,7 @@ HARD = {
     "far below": lambda normal, uniform: torch.where(uniform < 0.6, -1e9, 2 * normal),
     "lowest": lambda normal, uniform: torch.where(uniform < 0.5, _LOWEST, 2 * normal),
     "sorted": lambda normal, uniform: 3 * normal.sort().values,
+    "all floats": lambda normal, uniform: 1 + uniform.argsort() * 2.0**-23,
     "unsampled": lambda normal, uniform: torch.where(_sampled(len(normal)), normal - 8, normal),
 }
 """Rows for which estimates are wrong, or in which bins of x or of keys part few tokens."""
@@ -237,9 +238,14 @@ def test_searches_do_not_get_lost(kernel, kind):
     vocab_size = sized(kernel, 24_000, 700)
     g = torch.Generator().manual_seed(len(kind))
     row = HARD[kind](torch.randn(vocab_size, generator=g), torch.rand(vocab_size, generator=g))
+    mass = ((row - row.max()) / 0.7).double().exp()
+    middle = float(mass[row >= row.median()].sum() / mass.sum())
     filters = [
         (top_p, top_k, order)
-        for top_p, top_k in ((0.1, 0), (0.9, 0), (0.99999, 0), (1.0, vocab_size // 3), (0.999, vocab_size // 2))
+        for top_p, top_k in (
+            (0.1, 0), (0.9, 0), (0.99999, 0), (min(1.0001 * middle, 0.9999), 0),
+            (1.0, vocab_size // 3), (0.999, vocab_size // 2),
+        )
         for order in range(3)
     ]  # fmt: skip
     filters = sized(kernel, filters, filters[::7])
