@@ -31,7 +31,7 @@ def nvcc(tmp_path, monkeypatch):
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "PROXYTUNE_SKIP_CUDA_BUILD",
                  "PROXYTUNE_SKIP_EXT", "PROXYTUNE_SANITIZE"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
-    # No toolkit of this machine is found: the PATH and /usr/local are the test's, torch is as it says.
+    # No toolkit of this machine is found: the PATH, /usr/local and torch are the test's.
     monkeypatch.setattr(build_cuda, "_LOCAL", tmp_path / "local")
     specs: dict[str, SimpleNamespace] = {}
     monkeypatch.setattr(build_cuda, "find_spec", specs.get)
@@ -85,9 +85,11 @@ def test_cuda_home_comes_first(nvcc, monkeypatch, tmp_path, variable):
 
 def test_where_it_is_looked_for(nvcc):
     """The PATH, /usr/local/cuda, toolkits side by side of torch's major version, the wheels."""
-    nvcc(place="local/cuda-14.0", torch="13.0")  # torch's drivers may be too old for what it builds
-    for place in ("site/nvidia/cuda_nvcc", "site/nvidia/cu13", "local/cuda-13.1", "local/cuda-13.12",
-                  "local/cuda", "toolkit"):  # fmt: skip
+    nvcc(place="local/cuda-14.0", torch="13.0")  # its drivers may be older
+    for place in (
+        "site/nvidia/cuda_nvcc", "site/nvidia/cu13", "local/cuda-13.1", "local/cuda-13.12",
+        "local/cuda", "toolkit",
+    ):  # fmt: skip
         path = nvcc(place=place)
         assert build_cuda.find_nvcc().path == str(path)
     path.unlink()
