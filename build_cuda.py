@@ -32,9 +32,6 @@ What is compiled for 10.0 runs on 10.3 too; for 10.0a, the same code, it would n
 """
 
 _OLDEST_NVCC = (12, 8)  # it knows fences of shared memory alone (csrc/cuda/team.h)
-    12,
-    8,
-)  # the first that knows fences of shared memory alone (csrc/cuda/team.h), and 12.0
 _LOCAL = Path("/usr/local")  # where CUDA's installers put toolkits
 _OLDEST = 90  # clusters
 _ENTRY = re.compile(r"(?P<major>\d+)\.(?P<minor>\d)(?P<feature>[af]?)(?P<ptx>\+PTX)?")

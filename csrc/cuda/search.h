@@ -146,6 +146,7 @@ class Search {
     }
     cluster_.receive();
     mass = 0.0f, count = 0;
+    PTK_UNROLL(1)
     for (int b = 0; b < team_.blocks(); ++b) {
       mass += float_of_bits(uint32_t(s_.block_levels[b][lane] >> 32));
       count += uint32_t(s_.block_levels[b][lane]);
@@ -205,7 +206,9 @@ class Search {
     uint64_t* const to = s_.tokens.list.sorted + cluster_.said_before(0);
     cluster_.announce(uint32_t(count) * sizeof(uint64_t));
     if (prefix && team_.thread() == 0) s_.listed = n;
+    PTK_UNROLL(1)
     for (int b = team_.warp(); b < team_.blocks(); b += Team::kWarps) {
+      PTK_UNROLL(1)
       for (int i = team_.lane(); i < count; i += 32) cluster_.send(to + i, s_.tokens.list.own[i], b);
     }
     cluster_.receive();
@@ -245,11 +248,12 @@ class Search {
     cluster_.receive();  // all blocks have read their bins: the parts take their place
     auto& parts = s_.tokens.parts;
     const int blocks = team_.blocks(), share = int(kBins) / blocks;  // powers of 2
+    const int bits = int(popcount(uint32_t(share) - 1));
     cluster_.announce(uint32_t(share) * 2 * sizeof(uint64_t));
     for (int k = 0; k < kEach; ++k) {
-      const int i = team_.thread() + k * Team::kThreads, at = team_.block() * share + i % share;
-      cluster_.send(&parts.count[at], mine[k].count, i / share);
-      cluster_.send(&parts.mass[at], mine[k].mass, i / share);
+      const int i = team_.thread() + k * Team::kThreads, at = team_.block() * share + (i & (share - 1));
+      cluster_.send(&parts.count[at], mine[k].count, i >> bits);
+      cluster_.send(&parts.mass[at], mine[k].mass, i >> bits);
     }
     cluster_.receive();
     uint64_t sums[] = {0, 0};
@@ -264,6 +268,7 @@ class Search {
     const Running start{taken.count + uint32_t(cluster_.said_before(0)), taken.mass + cluster_.said_before(1)};
     const Found found = first_met(team_, s_, share, start, need, [&](int i) {
       Running sum{0, 0};
+      PTK_UNROLL(1)
       for (int b = 0; b < blocks; ++b) {
         sum = {sum.count + uint32_t(parts.count[b * share + i]), sum.mass + parts.mass[b * share + i]};
       }

@@ -135,13 +135,14 @@ def checkout(tmp_path, monkeypatch):
         (tmp_path / path).touch()
     done = []
     monkeypatch.delenv("BENCHMARKS_GPU_BUILT", raising=False)
-    monkeypatch.setattr(command.os, "environ", dict(command.os.environ))
-    monkeypatch.setattr(
-        command.subprocess,
-        "run",
-        lambda asked, **_: done.append(asked[1:]) or SimpleNamespace(returncode=len(done) > 2),
-    )
-    monkeypatch.setattr(command.os, "execv", lambda _, arguments: done.append(arguments[1:]))
+    monkeypatch.setattr("os.environ", dict(os.environ))
+
+    def run(asked, **_):
+        done.append(asked[1:])
+        return SimpleNamespace(returncode=int(len(done) > 2))  # the second build fails
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("os.execv", lambda _, arguments: done.append(arguments[1:]))
     monkeypatch.setattr("sys.argv", ["benchmarks.gpu", "--budget", "9"])
     return tmp_path, done
 
@@ -153,8 +154,8 @@ def test_it_builds_first_and_begins_anew(checkout):
     assert done == [building, ["-m", "benchmarks.gpu", "--budget", "9"]]
     command.build(root)  # in the process that follows
     assert len(done) == 2
-    del command.os.environ["BENCHMARKS_GPU_BUILT"]
-    with pytest.raises(typer.Exit):  # fails the second time
+    del os.environ["BENCHMARKS_GPU_BUILT"]
+    with pytest.raises(typer.Exit):
         command.build(root)
     assert done[2:] == [building]
 
