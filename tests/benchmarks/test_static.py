@@ -191,7 +191,7 @@ def test_the_stored_figures_are_of_all_kernels():
     wanted = triton_kernels.units(LIMITS)
     assert {unit[1:] for unit in wanted} == {u[1:] for u in stored if "Triton" in u.compiler}
     cuda = {(u.case, u.kernel) for u in stored if "nvcc" in u.compiler}
-    assert len(cuda) == len(cuda_kernels.KERNELS) * 3 + 1
+    assert len(cuda) == len(cuda_kernels.KERNELS) * 4 + 1
 
 
 # The CUDA C++ kernels
