@@ -71,6 +71,8 @@ class Figures(NamedTuple):
     blocks: int  # of a cluster; 1 where there is none
     resident_warps: int
     barriers: int
+    membars: int  # that wait for device memory
+    l1_invalidations: int
     instructions: int
     atomics: int
     logits_loads: str
@@ -116,6 +118,8 @@ def count(
         blocks=blocks,
         resident_warps=resident_warps(cc, resources["REG"], shared, warps),
         barriers=number("BAR"),
+        membars=sum(i.stem == "MEMBAR" and not i.opcode.endswith(".CTA") for i in code),
+        l1_invalidations=sum(i.opcode == "CCTL.IVALL" for i in code),
         instructions=len(code),
         atomics=number("ATOM", "ATOMG", "RED", "REDG"),
         logits_loads=widths(i for i in loads if is_logits(i)),
