@@ -8,18 +8,19 @@ and sees the keys up to there, or the last ``window`` of these. Per key and key-
 2 D elements in (512 bytes in bf16, D = 128), nothing past a row's length or before its window; per
 query and head D elements in and out.
 
-A row's keys are parted among programs, ``_SPLIT`` keys each, or as many times that as leave
-``_MOST_SPLITS`` parts: the row's own length decides, so its bits do not depend on its batch. A part
-of 256 keys leaves (D + 2) fp32 numbers a query and head, which stay in L2: a sixteenth of the keys'
-and values' bytes for 16 queries. The last of a row's programs to arrive joins the parts in their
-order. Programs past a row's end leave at once.
+A row's keys are parted among programs: 256 each (512 where a program has more than 16 queries), or
+as many times that as leave ``_MOST_SPLITS`` parts. The row's own length decides, so its bits do not
+depend on its batch. A part reads its queries again, and leaves D + 2 fp32 numbers for each; both
+stay in L2: for 16 queries 1/32 and 1/16 of a part's keys and values in bf16. The last of a row's
+programs to arrive joins the parts in their order. Programs past a row's end leave at once.
 
 Why tl.dot. An H200 moves 4.8 TB/s: 36 GB/s a multiprocessor, 20 bytes a cycle at 1.8 GHz, so a key
 of 512 bytes may take 25 cycles, 100 issue slots of its four schedulers. In fp32 arithmetic R
 queries (those of all heads that share the key) take 2 D R / 128 = 2 R cycles, and 256 conversions 2
 to 4 more: too much from R = 8. On tensor cores 16 queries take 2 D 16 / 1024 = 4 cycles, whether
-they are there or not. The PTX executes some 11 warp instructions a key (docs/gpu.md), so that one
-way serves all. fp32 has no exact tensor core: 16 rows take 32 of the 51 cycles of a key's bytes.
+they are there or not. The PTX executes 29 warp instructions a key for 1 to 16 queries, 45 for 32
+and 86 for 48 (docs/gpu.md): one way serves all. No tensor core multiplies fp32 exactly; there
+tl.dot is that arithmetic, 53 instructions a key for one query and 193 for 16, of 200 slots.
 """
 
 from __future__ import annotations
@@ -34,15 +35,10 @@ from torch import Tensor
 from proxytune_kernels.kernels.common import INF, LOG2E, OPTIONS
 from proxytune_kernels.kernels.sample_hidden import tanh
 
-_SPLIT = tl.constexpr(256)  # keys of a part; a multiple of every BLOCK_N
 _MOST_SPLITS = tl.constexpr(64)
+_FP32_CHUNK = 32
 _JOINED = tl.constexpr(16)  # queries that are joined at once
 _AT_ONCE = tl.constexpr(4)  # parts whose loads are under way together
-_WARPS, _STAGES = 4, 2
-_BYTES = 16384
-_LEAST = 16
-_CAP = 64
-_MOST_ROWS = 64  # queries and heads of a program
 
 
 class Cache(NamedTuple):
@@ -105,9 +101,12 @@ def _decode_attention_kernel(
     query, query_row, query_head, query_token, keys, values, seq_lens, out, parts, scale, window,
     soft_cap, queries, capacity, tiles, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid [parts, kv_heads * tiles, B]; D and VALUE_D are the sizes as powers of two."""
+    """Grid [parts, kv_heads * tiles, B]; D and VALUE_D are the sizes as powers of two.
+
+    A score is summed up by CHUNK numbers of D at a time.
+    """
     split = tl.program_id(0)
     head, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
     b = tl.program_id(2).to(tl.int64)
@@ -116,8 +115,8 @@ def _decode_attention_kernel(
     first = 0
     if window is not None:
         first = tl.maximum(length - queries + 1 - window, 0)
-    size = tl.cdiv(tl.cdiv(end - first, _MOST_SPLITS), _SPLIT) * _SPLIT
-    size = tl.maximum(size, _SPLIT)
+    size = tl.cdiv(tl.cdiv(end - first, _MOST_SPLITS), SPLIT) * SPLIT
+    size = tl.maximum(size, SPLIT)
     number = tl.maximum(tl.cdiv(end - first, size), 1)
     if split >= number:
         return
@@ -129,12 +128,9 @@ def _decode_attention_kernel(
     present = r < GROUPS * queries
     i, q_head = r % queries, head * GROUPS + r // queries
     position = length - queries + i
-    d, value_d = tl.arange(0, D), tl.arange(0, VALUE_D)
-    at = b * query_row + q_head * query_head + i * query_token
-    q = tl.load(
-        query + at[:, None] + d[None, :],
-        mask=present[:, None] & (d < SIZE)[None, :], other=0.0,
-    )  # fmt: skip
+    d, value_d = tl.arange(0, CHUNK), tl.arange(0, VALUE_D)
+    query_at = query + (b * query_row + q_head * query_head + i * query_token)[:, None]
+    q = tl.load(query_at + d[None, :], mask=present[:, None] & (d < SIZE)[None, :], other=0.0)
     key_at = keys.start + b * keys.row + head.to(tl.int64) * keys.head
     value_at = values.start + b * values.row + head.to(tl.int64) * values.head
     maximum = tl.full([BLOCK_M], -INF, tl.float32)
@@ -143,11 +139,18 @@ def _decode_attention_kernel(
     for start in range(begin, end, BLOCK_N):
         ids = start + tl.arange(0, BLOCK_N)
         inside, token = ids < end, ids.to(tl.int64)
-        key = tl.load(
-            key_at + token[None, :] * keys.token + d[:, None],
-            mask=inside[None, :] & (d < SIZE)[:, None], other=0.0,
-        )  # fmt: skip
-        score = tl.dot(q, key, input_precision="ieee") * scale
+        score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for chunk in tl.static_range(0, D, CHUNK):
+            e = chunk + d
+            if CHUNK < D:
+                given = present[:, None] & (e < SIZE)[None, :]
+                q = tl.load(query_at + e[None, :], mask=given, other=0.0)
+            key = tl.load(
+                key_at + token[None, :] * keys.token + e[:, None],
+                mask=inside[None, :] & (e < SIZE)[:, None], other=0.0,
+            )  # fmt: skip
+            score = tl.dot(q, key, score, input_precision="ieee")
+        score = score * scale
         if soft_cap is not None:
             score = soft_cap * tanh(score / soft_cap)
         seen = inside[None, :] & (ids[None, :] <= position[:, None])
@@ -200,19 +203,13 @@ def _decode_attention_kernel(
                 tl.store(arrivals, 0)
 
 
-def tiles_of(groups: int, queries: int) -> tuple[int, int]:
-    """Queries of a program, and how many programs share a key-value head's."""
-    block = min(max(_LEAST, triton.next_power_of_2(groups * queries)), _MOST_ROWS)
-    return block, triton.cdiv(groups * queries, block)
-
-
 def _cache(tensor: Tensor) -> Cache:
     return Cache(tensor, *tensor.stride()[:3])
 
 
 def launch_decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, out: Tensor,
-    arrivals: Tensor | None, scale: float, window: int | None, soft_cap: float | None,
+    scale: float, window: int | None, soft_cap: float | None, arrivals: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes attention of the last q tokens of each row over its keys.
 
@@ -221,18 +218,23 @@ def launch_decode_attention(
         keys, values: [B, kv_heads, L, D] and [B, kv_heads, L, VALUE_D], of query's dtype.
         seq_lens: int32 [B], each row's keys.
         out: [B, q, heads, VALUE_D], contiguous.
-        arrivals: int32 zeros, one for each row and key-value head and program of its queries;
-            None makes them, with a launch of its own. They are zeros again afterwards.
         scale, window, soft_cap: of the scores; see above.
+        arrivals: int32 zeros, at least B * heads * ceil(q / 16), and zeros again afterwards; None
+            makes them, with a launch more.
     """
     rows, heads, queries, size = query.shape
     kv_heads, capacity, value_size = values.shape[1:]
     if out.numel() == 0:
         return
     groups = heads // kv_heads
-    block, tiles = tiles_of(groups, queries)
+    wide = query.dtype == torch.float32
+    # A tensor core takes 16 queries, there or not; fp32 has registers for 16.
+    block = max(1 if wide else 16, triton.next_power_of_2(groups * queries))
+    block = min(block, 16 if wide else 64)
+    tiles = triton.cdiv(groups * queries, block)
     reach = capacity if window is None else min(capacity, window + queries - 1)
-    splits = max(1, min(triton.cdiv(reach, _SPLIT.value), _MOST_SPLITS.value))
+    split = 512 if block > 16 else 256
+    splits = max(1, min(triton.cdiv(reach, split), _MOST_SPLITS.value))
     parts = Parts(None, None, None, None)
     if splits > 1:
         if arrivals is None:
@@ -242,11 +244,12 @@ def launch_decode_attention(
         weighted = query.new_empty((*shape, value_size), dtype=torch.float32)
         parts = Parts(maximum, total, weighted, arrivals)
     widths = [max(16, triton.next_power_of_2(n)) for n in (size, value_size)]
-    # 8 KiB of keys, and as much of values, at a time.
-    keys_at_once = min(max(_BYTES // (max(widths) * query.itemsize), 16), _CAP)
+    # 16 KiB of keys, and as much of values, at a time.
+    keys_at_once = min(max(16384 // (max(widths) * query.itemsize), 16), 64)
     _decode_attention_kernel[(splits, kv_heads * tiles, rows)](
         query, *query.stride()[:3], _cache(keys), _cache(values), seq_lens, out, parts, scale,
         window, soft_cap, queries, capacity, tiles, GROUPS=groups, SIZE=size,
         VALUE_SIZE=value_size, D=widths[0], VALUE_D=widths[1], BLOCK_M=block,
-        BLOCK_N=keys_at_once, num_warps=_WARPS, num_stages=_STAGES, **OPTIONS,
+        BLOCK_N=keys_at_once, CHUNK=min(_FP32_CHUNK, widths[0]) if wide else widths[0], SPLIT=split,
+        num_warps=8 if block > 32 else 4, num_stages=2, **OPTIONS,
     )  # fmt: skip
