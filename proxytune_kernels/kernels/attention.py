@@ -153,7 +153,7 @@ def _decode_attention_kernel(
         score = score * scale
         if soft_cap is not None:
             score = soft_cap * tanh(score / soft_cap)
-        seen = inside[None, :] & (ids[None, :] <= position[:, None])
+        seen = ids[None, :] <= position[:, None]
         if window is not None:
             seen = seen & (ids[None, :] > position[:, None] - window)
         score = tl.where(seen, score * LOG2E, -INF)

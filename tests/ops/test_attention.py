@@ -120,7 +120,9 @@ def test_more_keys_than_there_is_room_for():
     rows = Rows([300, 20], 2, 1, 4, 64, room=0)
     wanted = rows.attend()
     for name in ("keys", "values"):
-        setattr(rows, name, getattr(rows, name)[:, :, :298])
+        layer = getattr(rows, name)
+        layer[0, :, 298:] = torch.nan
+        setattr(rows, name, layer[:, :, :298])
     assert torch.equal(rows.attend()[0, :2], wanted[0, :2])
     assert torch.equal(rows.attend()[1], wanted[1])
 
@@ -130,9 +132,9 @@ def test_more_keys_than_there_is_room_for():
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_a_rows_bits_are_its_own(dtype, window):
     """Alone and beside others, in any order, with more room, every second row of a cache."""
-    rows = Rows([700, 3, 257, 512], 4, 2, 3, 64, dtype)
+    rows = Rows([530, 3, 257], 2, 1, 3, 32, dtype)
     wanted = rows.attend(window=window)
-    for order in ([0], [2], [3, 0], [1, 2, 3, 0]):
+    for order in ([0], [2], [1, 2, 0]):
         assert torch.equal(rows.attend(order, window=window), wanted[order]), order
     assert torch.equal(rows.attend(slice(0, None, 2), window=window), wanted[0::2])
     for name in ("keys", "values"):
