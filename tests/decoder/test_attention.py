@@ -218,8 +218,8 @@ def test_what_lies_behind_a_row_is_not_read(kernel, monkeypatch):
 def single() -> Trio:
     """A trio in fp32."""
     trio = near_trio()
-    models = [getattr(trio, role).float() for role in ("base", "expert", "anti")]
-    return Trio.from_models(*models, trio.tokenizer)
+    base, expert, anti = (trio.models[role].float() for role in ("base", "expert", "anti"))
+    return Trio.from_models(base, expert, anti, trio.tokenizer)
 
 
 SPECULATIONS = {
@@ -251,7 +251,8 @@ def test_tokens_equal_those_of_sdpa(kernel, single, monkeypatch, speculation, ta
     assert set(decoder.info()["attention"].values()) == {kernel}
     if taped:
         assert decoder.info()["graphs"].endswith("captured")
-        assert {rows for rows, _ in decoder._graphs._replays} <= {1, 2}  # type: ignore[union-attr]
+        graphs: Any = decoder._graphs
+        assert {rows for rows, _ in graphs._replays} <= {1, 2}
 
 
 def test_heads_that_are_too_large_go_through_sdpa(kernel, monkeypatch):

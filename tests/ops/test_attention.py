@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from proxytune_kernels import kernels
 from proxytune_kernels.ops import attention
 from tests.ops.conftest import USABLE, Backend
 
@@ -206,7 +207,7 @@ def test_errors_name_the_argument(change, said):
 
 
 def test_why_the_kernel_is_not_used(monkeypatch):
-    monkeypatch.setattr(attention.kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
     assert attention.unusable(torch.device("cpu"), BF16) == (
         "decode_attention runs on CUDA devices, and this model is on cpu"
     )
