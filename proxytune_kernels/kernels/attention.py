@@ -18,9 +18,9 @@ Why tl.dot. An H200 moves 4.8 TB/s: 36 GB/s a multiprocessor, 20 bytes a cycle a
 of 512 bytes may take 25 cycles, 100 issue slots of its four schedulers. In fp32 arithmetic R
 queries (those of all heads that share the key) take 2 D R / 128 = 2 R cycles, and 256 conversions 2
 to 4 more: too much from R = 8. On tensor cores 16 queries take 2 D 16 / 1024 = 4 cycles, whether
-they are there or not. The PTX executes 29 warp instructions a key for 1 to 16 queries, 45 for 32
-and 86 for 48 (docs/gpu.md): one way serves all. No tensor core multiplies fp32 exactly; there
-tl.dot is that arithmetic, 53 instructions a key for one query and 193 for 16, of 200 slots.
+they are there or not. The PTX executes 28 warp instructions a key for 1 to 16 queries, 36 for 32
+and 80 for 48 (docs/gpu.md): one way serves all. No tensor core multiplies fp32 exactly; there
+tl.dot is that arithmetic, 53 instructions a key for one query and 192 for 16, of 200 slots.
 """
 
 from __future__ import annotations
