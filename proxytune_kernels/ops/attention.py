@@ -160,11 +160,8 @@ torch.library.register_fake(f"proxytune::{_OP}", _fake, lib=LIBRARY)
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel can't run on tensors of a device, as a sentence; None where it can."""
-    if device.type != "cuda" and not (device.type == "cpu" and kernels.interpreted()):
+    if device.type != "cuda":  # the interpreter is for tests
         return f"{_OP} runs on CUDA devices, and this model is on {device}"
     if dtype not in DTYPES:
         return f"{_OP} takes bfloat16, float16 and float32, and this model has {dtype}"
-    reason = kernels.unusable()
-    if reason is None and not kernels.interpreted():
-        reason = kernels.device_unusable(device.index or 0)
-    return reason
+    return kernels.unusable() or kernels.device_unusable(device.index or 0)
