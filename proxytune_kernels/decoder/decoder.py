@@ -225,10 +225,7 @@ class Decoder:
             "pair": self._runner.pair,
             "speculation": None if self.speculation is None else asdict(self.speculation),
             "graphs": self._graphs_info(),
-            "attention": {
-                role: "flash-attn" if reason is None else f"sdpa: {reason}"
-                for role, reason in self._runner.flash_missing.items()
-            },
+            "attention": self._runner.attention(),
             "cache_bytes": self._runner.cache_bytes(),
             "packed_bytes": self._runner.packed_bytes,
         }
@@ -251,7 +248,8 @@ class Decoder:
             reason = self._runner.cannot_capture()
         if reason is None:
             capture = CudaCapture(self._runner.device)
-            return StepGraphs(capture, self.max_batch_size, self._runner.capacity), None
+            self._runner.capture()
+            return StepGraphs(capture, self.max_batch_size), None
         if wanted:
             raise ValueError(f"graphs can't be True here: {reason}")
         return None, reason

@@ -36,7 +36,8 @@ CAPABILITIES = (80, 90, 100, 120)
 INPUTS = frozenset(
     "logits target draft row_params draft_ids alpha token_ids base expert anti constraints "
     "part draft_part summaries words candidates ordered given wanted cutoff keys temperature edges "
-    "seeds positions target_logprobs target_status draft_logprobs kept draft_kept".split()
+    "seeds positions query values seq_lens target_logprobs target_status draft_logprobs kept "
+    "draft_kept".split()
 )
 """Arguments of kernels that are not to be written."""
 

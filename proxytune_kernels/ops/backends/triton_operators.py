@@ -19,6 +19,7 @@ if interpreted():
 
     interpreter.correct()
 
+from proxytune_kernels.kernels.attention import launch_decode_attention
 from proxytune_kernels.kernels.combine import launch_combine
 from proxytune_kernels.kernels.common import inputs
 from proxytune_kernels.kernels.sample import launch_sample
@@ -98,6 +99,14 @@ def _on_device(run: Implementation) -> Implementation:
             return run(first, *args, **kwargs)
 
     return guarded
+
+
+@_on_device
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, out: Tensor, *given: Any
+) -> None:
+    """Writes ``proxytune::decode_attention`` of checked arguments into ``out``."""
+    launch_decode_attention(query, keys, values, seq_lens, out, *given)
 
 
 IMPLEMENTATIONS = {
