@@ -17,8 +17,9 @@ from torch import Tensor
 OPTIONS = {"enable_fp_fusion": False}
 """Compile options of every kernel.
 
-What changes with the batch is marked do_not_specialize: a new batch size must not compile anything
-in the middle of serving. So is vocab_size where no wide access depends on it.
+Nothing is compiled while serving: what changes from call to call is marked do_not_specialize, and
+is no field of a tuple, where Triton does not look for the mark. So is vocab_size where no wide
+access depends on it. The number of positions is 1 (sample) or any other (verify).
 """
 TILE = tl.constexpr(128)  # tokens a summary
 LANES = tl.constexpr(128)  # threads a block of tokens is spread over
@@ -50,19 +51,16 @@ NO_CUTOFF = tl.constexpr(0x00800000 << 19)  # the lowest order key of a token th
 _BLOCK = 1024  # tokens that a program reads at once where a row is spread over several
 
 
-class Strides(NamedTuple):
-    """Elements from one request (b) and one position (t) of :class:`Logits` to the next."""
+class Steps(NamedTuple):
+    """Elements from one request (b) and one position (t) of a matrix to the next, :func:`steps_of`.
 
-    base_b: int
-    base_t: int
-    expert_b: int
-    expert_t: int
-    anti_b: int
-    anti_t: int
-    bias_b: int
-    bias_t: int
-    allowed_b: int
-    allowed_t: int
+    Where both are multiples of 16 they stand here as they are, and Triton makes wide accesses of
+    it. Where not, n stands as 4 n + 3: nothing that Triton would compile a kernel of its own for.
+    """
+
+    b: Any
+    t: Any
+    aligned: Any
 
 
 class Logits(NamedTuple):
@@ -73,7 +71,11 @@ class Logits(NamedTuple):
     anti: Any
     bias: Any  # None, or fp32 [B, T, V]
     allowed: Any  # None, or int32 [B, T, ceil(V / 32)]
-    strides: Strides
+    base_steps: Steps
+    expert_steps: Steps
+    anti_steps: Steps
+    bias_steps: Steps
+    allowed_steps: Steps
 
 
 class Exponent(NamedTuple):
@@ -84,47 +86,72 @@ class Exponent(NamedTuple):
     floor: Any
 
 
+def packed(tensor: Tensor) -> Tensor:
+    """The same numbers, contiguous, at a multiple of 16 bytes: Triton compiles anew for others."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+_ALIGNED, _UNALIGNED = tl.constexpr(True), tl.constexpr(False)
+_ABSENT = Steps(0, 0, _ALIGNED)
+
+
+def steps_of(tensor: Tensor | None, wide: bool = True) -> Steps:
+    """Steps of a matrix [B, V] or [B, T, V]; without ``wide`` accesses to it are never wide."""
+    if tensor is None:
+        return _ABSENT
+    b, t = tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0
+    if wide and (b | t) & 15 == 0:
+        return Steps(b, t, _ALIGNED)
+    return Steps(4 * b + 3, 4 * t + 3, _UNALIGNED)
+
+
 def inputs(
     base: Tensor, expert: Tensor | None, anti: Tensor | None,
     bias: Tensor | None = None, allowed_mask: Tensor | None = None,
 ) -> Logits:  # fmt: skip
     """Tensors [B, V] or [B, T, V] as kernel arguments."""
-    steps: list[int] = []
-    for tensor in (base, expert, anti, bias, allowed_mask):
-        if tensor is None:
-            steps += [0, 0]
-        else:
-            steps += [tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0]
-    return Logits(base, expert, anti, bias, allowed_mask, Strides(*steps))
+    return Logits(
+        base, expert, anti, bias, allowed_mask, steps_of(base), steps_of(expert), steps_of(anti),
+        steps_of(bias), steps_of(allowed_mask, wide=False),
+    )  # fmt: skip
+
+
+@triton.jit
+def line_of(matrix, steps, b, t):
+    """Where request b's row at position t begins: int64, as rows may lie 2^31 elements apart."""
+    if steps.aligned:
+        at = matrix + (b * steps.b + t * steps.t)
+    else:
+        at = matrix + (b * (steps.b >> 2) + t * (steps.t >> 2))
+    return at
 
 
 @triton.jit
 def combined(logits, alpha, b, t, ids, inside):
     """x of tokens ``ids``, fp32, -inf where not ``inside``; NaN, +inf and -0 as they come.
 
-    docs/contracts.md, Combination. alpha = 0 reads base alone. b and t are int64: rows may lie
-    further apart than 2^31 elements.
+    docs/contracts.md, Combination. alpha = 0 reads base alone.
     """
-    strides = logits.strides
-    at = logits.base + (b * strides.base_b + t * strides.base_t)
+    at = line_of(logits.base, logits.base_steps, b, t)
     base = tl.load(at + ids, mask=inside, other=-INF).to(tl.float32)
     x = base
     if logits.expert is not None:
         # A mask, not a branch: all three loads are under way at once. Where alpha is 0 both are 0,
         # and the sum is base exactly.
         steered = inside & (alpha != 0)
-        at = logits.expert + (b * strides.expert_b + t * strides.expert_t)
+        at = line_of(logits.expert, logits.expert_steps, b, t)
         expert = tl.load(at + ids, mask=steered, other=0).to(tl.float32)
-        at = logits.anti + (b * strides.anti_b + t * strides.anti_t)
+        at = line_of(logits.anti, logits.anti_steps, b, t)
         anti = tl.load(at + ids, mask=steered, other=0).to(tl.float32)
         x = tl.fma(alpha, expert - anti, base)
     if logits.bias is not None:
-        at = logits.bias + (b * strides.bias_b + t * strides.bias_t)
+        at = line_of(logits.bias, logits.bias_steps, b, t)
         x = x + tl.load(at + ids, mask=inside, other=0)
     # -inf in base masks the token whatever the others hold (an inf there would make NaN).
     x = tl.where(base == -INF, -INF, x)
     if logits.allowed is not None:
-        at = logits.allowed + (b * strides.allowed_b + t * strides.allowed_t)
+        at = line_of(logits.allowed, logits.allowed_steps, b, t)
         words = tl.load(at + (ids >> 5), mask=inside, other=0)
         x = tl.where((words >> (ids & 31)) & 1 != 0, x, -INF)
     return x

@@ -19,7 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from proxytune_kernels.heads import Head
-from proxytune_kernels.kernels.common import INF, LN2, LOG2E, OPTIONS, TILE, Logits, inputs
+from proxytune_kernels.kernels.common import (
+    INF,
+    LN2,
+    LOG2E,
+    OPTIONS,
+    TILE,
+    Logits,
+    Steps,
+    inputs,
+    line_of,
+    steps_of,
+)
 from proxytune_kernels.kernels.noise import NoiseKey, noise_bound, noise_key, tile_words
 from proxytune_kernels.kernels.sample import launch_selection, tile_sums
 from proxytune_kernels.kernels.selection import is_unfiltered, may_need_mass
@@ -65,12 +76,12 @@ class Role(NamedTuple):
 
 
 class Constraints(NamedTuple):
-    """Optional bias and mask of the combined logits, and their row strides."""
+    """Optional bias and mask of the combined logits."""
 
     bias: Any  # None, or fp32 [B, V]
     allowed: Any  # None, or int32 [B, ceil(V / 32)]
-    bias_stride: int
-    allowed_stride: int
+    bias_steps: Steps
+    allowed_steps: Steps
 
 
 @triton.jit
@@ -187,11 +198,11 @@ def _sample_hidden_kernel(
         x = tl.where(steering == 0, logits, tl.fma(steering, pair, logits))
     line = rows.to(tl.int64)[:, None]
     if constraints.bias is not None:
-        x += tl.load(constraints.bias + line * constraints.bias_stride + held[None, :])
+        x += tl.load(line_of(constraints.bias, constraints.bias_steps, line, 0) + held[None, :])
     x = tl.where(logits == -INF, -INF, x)
     if constraints.allowed is not None:
-        at = constraints.allowed + line * constraints.allowed_stride + (held >> 5)[None, :]
-        x = tl.where((tl.load(at) >> (held & 31)[None, :]) & 1 != 0, x, -INF)
+        at = line_of(constraints.allowed, constraints.allowed_steps, line, 0)
+        x = tl.where((tl.load(at + (held >> 5)[None, :]) >> (held & 31)[None, :]) & 1 != 0, x, -INF)
     x = tl.where(inside[None, :], x, -INF)
     written = x_out + line * x_stride + ids[None, :]
     tl.store(written, x, mask=present[:, None] & inside[None, :])
@@ -239,12 +250,12 @@ def launch_sample_hidden(
     if batch_size > 0:
         roles = [_role(head) for head in heads]
         bias, allowed = constraints
-        steps = (0 if bias is None else bias.stride(0), 0 if allowed is None else allowed.stride(0))
+        given = Constraints(bias, allowed, steps_of(bias), steps_of(allowed, wide=False))
         tile = _tile_of(batch_size, any(h is not None and h.hidden.itemsize > 2 for h in heads))
         even = all(role.size % tile.block_k == 0 for role in roles)
         blocks = triton.cdiv(batch_size, tile.block_b)
         _sample_hidden_kernel[(width * blocks,)](
-            *roles, Constraints(bias, allowed, *steps), params, x, x.stride(0), tiles, batch_size,
+            *roles, given, params, x, x.stride(0), tiles, batch_size,
             vocab_size, width, blocks, noise_stream, BLOCK_B=tile.block_b, BLOCK_K=tile.block_k,
             EVEN=even, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip

@@ -87,7 +87,7 @@ class Residual(NamedTuple):
     arrived: Any  # int32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _coupled_kernel(drawn, draft_ids, out, positions):
     """Grid [B]: the draws as long as the drafts equal them, and the first that differs."""
     b = tl.program_id(0).to(tl.int64)
@@ -164,7 +164,7 @@ def _accepts(target, draft, row, draft_row, row_params, b, t, drafted, vocab_siz
     return kept & ((in_draft == 0) | likelier), logprob, raw
 
 
-@triton.jit(do_not_specialize=["vocab_size"])
+@triton.jit(do_not_specialize=["vocab_size", "positions"])
 def _rejection_kernel(
     target, draft, row_params, draft_ids, out, residual, vocab_size, positions,
     DRAFTS: tl.constexpr,
@@ -202,7 +202,7 @@ def _rejection_kernel(
     tl.store(residual.arrived + b, 0)
 
 
-@triton.jit(do_not_specialize=["vocab_size", "splits"])
+@triton.jit(do_not_specialize=["vocab_size", "positions", "splits"])
 def _residual_kernel(target, draft, row_params, out, residual, vocab_size, positions, splits):
     """Grid [B * splits]: draws from max(0, target - draft) where a draft was rejected.
 
@@ -237,8 +237,8 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
                 best, plain = residual_block(
                     best, plain, kept, rest, x - finite_max(row_max), ids, block, inv_t, noise, PER
                 )
-        tl.atomic_max(residual.best + b * 2, best)
-        tl.atomic_max(residual.best + b * 2 + 1, plain)
+        tl.atomic_max(residual.best + b * 2, best, sem="relaxed")
+        tl.atomic_max(residual.best + b * 2 + 1, plain, sem="relaxed")
         tl.debug_barrier()  # this program's scores before its arrival
         if tl.atomic_add(residual.arrived + b, 1) == splits - 1:
             best = tl.load(residual.best + b * 2, cache_modifier=".cg")

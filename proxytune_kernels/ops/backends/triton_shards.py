@@ -39,7 +39,7 @@ def _part(op: str, x: Tensor, summaries: Tensor, vocab_start: int, name: str = "
     _tensor(op, "summaries", summaries, _LONG, len(summaries), rows, like=x)
     if vocab_start < 0 or vocab_start + size > MAX_VOCAB_SIZE:
         raise ValueError(f"{op}: vocab_start must be in [0, 2^19 - {size}], got {vocab_start}")
-    return Part(x, summaries, size, vocab_start, rows, len(summaries))
+    return Part(x, summaries, size, vocab_start)
 
 
 def _params(op: str, values: tuple[Any, ...], rows: int, like: Tensor) -> RowParams:
