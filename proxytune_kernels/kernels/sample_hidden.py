@@ -25,11 +25,12 @@ from proxytune_kernels.kernels.common import (
     LOG2E,
     OPTIONS,
     TILE,
+    Lines,
     Logits,
-    Steps,
+    cdiv,
     inputs,
     line_of,
-    steps_of,
+    lines_of,
 )
 from proxytune_kernels.kernels.noise import NoiseKey, noise_bound, noise_key, tile_words
 from proxytune_kernels.kernels.sample import launch_selection, tile_sums
@@ -78,10 +79,8 @@ class Role(NamedTuple):
 class Constraints(NamedTuple):
     """Optional bias and mask of the combined logits."""
 
-    bias: Any  # None, or fp32 [B, V]
-    allowed: Any  # None, or int32 [B, ceil(V / 32)]
-    bias_steps: Steps
-    allowed_steps: Steps
+    bias: Lines | None  # fp32 [B, V]
+    allowed: Lines | None  # int32 [B, ceil(V / 32)]
 
 
 @triton.jit
@@ -198,10 +197,10 @@ def _sample_hidden_kernel(
         x = tl.where(steering == 0, logits, tl.fma(steering, pair, logits))
     line = rows.to(tl.int64)[:, None]
     if constraints.bias is not None:
-        x += tl.load(line_of(constraints.bias, constraints.bias_steps, line, 0) + held[None, :])
+        x += tl.load(line_of(constraints.bias, line, 0) + held[None, :])
     x = tl.where(logits == -INF, -INF, x)
     if constraints.allowed is not None:
-        at = line_of(constraints.allowed, constraints.allowed_steps, line, 0)
+        at = line_of(constraints.allowed, line, 0)
         x = tl.where((tl.load(at + (held >> 5)[None, :]) >> (held & 31)[None, :]) & 1 != 0, x, -INF)
     x = tl.where(inside[None, :], x, -INF)
     written = x_out + line * x_stride + ids[None, :]
@@ -244,16 +243,16 @@ def launch_sample_hidden(
     tiles = tiles_of(batch_size, vocab_size, device)
     width = tiles.maximum.shape[1]
     # Whole tiles: rows start at multiples of 16 bytes, for the launches that read them again.
-    shape = (batch_size, triton.cdiv(vocab_size, 128) * 128)
+    shape = (batch_size, cdiv(vocab_size, 128) * 128)
     x = torch.empty(shape, dtype=torch.float32, device=device)
     logits = inputs(x, None, None)
     if batch_size > 0:
         roles = [_role(head) for head in heads]
         bias, allowed = constraints
-        given = Constraints(bias, allowed, steps_of(bias), steps_of(allowed, wide=False))
+        given = Constraints(lines_of(bias), lines_of(allowed, wide=False))
         tile = _tile_of(batch_size, any(h is not None and h.hidden.itemsize > 2 for h in heads))
         even = all(role.size % tile.block_k == 0 for role in roles)
-        blocks = triton.cdiv(batch_size, tile.block_b)
+        blocks = cdiv(batch_size, tile.block_b)
         _sample_hidden_kernel[(width * blocks,)](
             *roles, given, params, x, x.stride(0), tiles, batch_size,
             vocab_size, width, blocks, noise_stream, BLOCK_B=tile.block_b, BLOCK_K=tile.block_k,

@@ -38,6 +38,7 @@ from proxytune_kernels.kernels.common import (
     TOP_K_OFF,
     TOP_P_OFF,
     block_ids,
+    cdiv,
     cleaned,
     digits,
     exponent,
@@ -270,7 +271,7 @@ def launch_shard_keys(part: Part, out: Tensor) -> None:
     if out.numel() == 0:
         return
     width = LANES.value * PER.value
-    blocks = triton.cdiv(part.start + part.size, width) - part.start // width
+    blocks = cdiv(part.start + part.size, width) - part.start // width
     _shard_keys_kernel[(len(out) * blocks,)](
         part, out, part.rows, part.world, blocks, num_warps=_WARPS, **OPTIONS
     )
@@ -283,7 +284,7 @@ def launch_shard_histogram(
     if keys.numel() == 0:
         return
     (rows, size), num_edges = keys.shape, edges.shape[1]
-    blocks = triton.cdiv(size, _KEYS)
+    blocks = cdiv(size, _KEYS)
     _shard_histogram_kernel[(rows * blocks,)](
         keys, summaries, temperature, edges, out, size, num_edges, rows, len(summaries), blocks,
         STEPS=max(_STEPS, num_edges.bit_length()), KEYS=_KEYS, num_warps=_WARPS, **OPTIONS,

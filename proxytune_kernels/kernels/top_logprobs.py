@@ -93,7 +93,7 @@ def _top_logprobs_kernel(
     listed = tl.full([], 0, tl.int32)
     keys, short = ws.list_of(workspace, row, vocab_size)
     row_max = tl.load(workspace.maximum + row)
-    raw = log_mass(tl.load(workspace.masses + row * ws.MASSES_WIDTH + ws.RAW))
+    raw = log_mass(tl.load(workspace.words + row * ws.WORDS_WIDTH + ws.RAW))
     if tl.load(drawn.status + row) < STATUS_EMPTY:
         tile = tl.arange(0, NT)
         maxima = tl.load(tiles.maximum + row * num_tiles + tile, mask=tile < num_tiles, other=-INF)

@@ -138,7 +138,7 @@ def residual_block(best, plain, kept, rest, shifted, ids, block, inv_t, noise, P
 def _logprobs_at(rows, alpha, b, t, row, token, inv_t, greedy, inside):
     """(kept, logprob, raw logprob) of one token of a row; nothing is kept where not ``inside``."""
     row_max = tl.load(rows.workspace.maximum + row)
-    at = rows.workspace.masses + row * ws.MASSES_WIDTH
+    at = rows.workspace.words + row * ws.WORDS_WIDTH
     token = tl.where(inside, token, 0).to(tl.int32)
     x = x_at(rows.logits, alpha, b, t, token, row_max)
     kept = inside & (x > -INF) & (order_key(x, token) >= tl.load(at + ws.CUTOFF))
@@ -220,18 +220,18 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
         row_max = tl.load(work.maximum + row)
         draft_max = tl.load(draft_work.maximum + draft_row)
         drafts = tl.load(draft.drawn.status + draft_row) < STATUS_EMPTY
-        in_target = Kept(work.masses + ws.CUTOFF, work.masses + ws.KEPT)
-        in_draft = Kept(draft_work.masses + ws.CUTOFF, draft_work.masses + ws.KEPT)
+        in_target = Kept(work.words + ws.CUTOFF, work.words + ws.KEPT)
+        in_draft = Kept(draft_work.words + ws.CUTOFF, draft_work.words + ws.KEPT)
         best, plain = tl.full([], LOWEST, tl.int64), tl.full([], LOWEST, tl.int64)
         for block in range(split, tl.cdiv(vocab_size, LANES * PER), splits):
             ids = block_ids(block, PER)
             x = block_x(target.logits, alpha, b, j, block, row_max, vocab_size, PER)
-            kept, rest = share_of(in_target, row * ws.MASSES_WIDTH, x, ids, row_max, e)
+            kept, rest = share_of(in_target, row * ws.WORDS_WIDTH, x, ids, row_max, e)
             if tl.max(tl.ravel(kept.to(tl.int32)), 0) != 0:
                 if drafts:
                     y = block_x(draft.logits, alpha, b, j, block, draft_max, vocab_size, PER)
                     _, drafted = share_of(
-                        in_draft, draft_row * ws.MASSES_WIDTH, y, ids, draft_max, e
+                        in_draft, draft_row * ws.WORDS_WIDTH, y, ids, draft_max, e
                     )
                     rest -= drafted
                 best, plain = residual_block(
