@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from proxytune_kernels.kernels.common import OPTIONS, Logits, cdiv, combined
+from proxytune_kernels.kernels.launches import launch
 
 _BLOCK = 1024
 _WARPS = 4
@@ -37,7 +38,8 @@ def launch_combine(logits: Logits, alpha: Tensor, out: Tensor, vocab_size: int) 
     blocks = cdiv(vocab_size, _BLOCK)
     if len(out) == 0:
         return
-    _combine_kernel[(len(out) * blocks,)](
-        logits, alpha, out, vocab_size, blocks,
-        BLOCK=_BLOCK, num_warps=_WARPS, **OPTIONS,
+    launch(
+        _combine_kernel, (logits.kind, vocab_size, out.data_ptr() % 16 == 0), out.device,
+        (len(out) * blocks,), logits, alpha, out, vocab_size, blocks, _BLOCK, num_warps=_WARPS,
+        **OPTIONS,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Launches that do not ask Triton at each call which of its compiled kernels they need.
 
-Triton looks at every argument for that, 20 us a launch and more. Here a *kind* says it: what differs
-between two calls, of all that Triton compiles a kernel for.
+Triton looks at every argument for that, which takes longer than all else that the host does. Here a
+*kind* says it: whatever differs between two calls, of all that Triton compiles a kernel for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from triton.runtime.driver import driver
 
 REMEMBERS = True
 """Off where something stands in for Triton's launches."""
-_COMPILED: dict[Hashable, Any] = {}
+COMPILED: dict[Hashable, Any] = {}
+"""By kernel, device and kind."""
 
 
 def launch(
@@ -26,20 +27,20 @@ def launch(
 
     Args:
         kernel: a function of ``triton.jit``.
-        kind: launches of a kernel on a device with the same kind have arguments of the same types,
-            tensors at multiples of 16 bytes or not, integers that are 1, multiples of 16 or neither
-            (those that Triton specialises), and the same constants and options.
+        kind: where it is the same, arguments are of the same types; tensors are all at multiples of
+            16 bytes, or all are not; integers that Triton specialises are all 1, multiples of 16 or
+            neither; and constants and options are the same.
         device: the current one.
         grid: number of programs, in one or two dimensions.
         args: all arguments of the kernel, in order, its constants included.
         options: Triton's.
     """
     key = (kernel.__name__, device.index, kind)
-    compiled = _COMPILED.get(key)
+    compiled = COMPILED.get(key)
     if compiled is None or not REMEMBERS or _watched():
         compiled = kernel[grid](*args, **options)  # None in the interpreter
         if compiled is not None and REMEMBERS:
-            _COMPILED[key] = compiled
+            COMPILED[key] = compiled
         return
     stream = driver.active.get_current_stream(device.index)
     height = grid[1] if len(grid) > 1 else 1

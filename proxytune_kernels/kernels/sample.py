@@ -123,7 +123,10 @@ def tile_sums(p):
     return tl.sum(high, 1).to(tl.float32) * 2.0**-22 + tl.sum(low, 1).to(tl.float32) * 2.0**-44
 
 
-@triton.jit(do_not_specialize=["vocab_size", "blocks", "stream"], do_not_specialize_on_alignment=["positions"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "blocks", "stream"],
+    do_not_specialize_on_alignment=["positions"],
+)
 def _scan_kernel(
     logits, row_params, tiles, vocab_size, positions, blocks, stream, draft_ids,
     DRAW: tl.constexpr, TILES: tl.constexpr,
@@ -391,7 +394,9 @@ def may_hold(tiles, row, num_tiles, block, least, PER: tl.constexpr):
     return tl.max(tl.load(tiles.maximum + tile), 0) >= least
 
 
-@triton.jit(do_not_specialize=["vocab_size", "splits"], do_not_specialize_on_alignment=["positions"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "splits"], do_not_specialize_on_alignment=["positions"]
+)
 def _pivots_kernel(logits, row_params, tiles, workspace, vocab_size, positions, num_tiles, splits):
     """Grid [rows * splits]: the amounts from each pivot up."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
@@ -512,7 +517,10 @@ def _settle(logits, row_params, b, t, workspace, out, row, row_max, found, strea
     )
 
 
-@triton.jit(do_not_specialize=["vocab_size", "splits", "stream"], do_not_specialize_on_alignment=["positions"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "splits", "stream"],
+    do_not_specialize_on_alignment=["positions"],
+)
 def _draw_kernel(
     logits, row_params, tiles, workspace, out, vocab_size, positions, num_tiles, splits, stream,
     draft_ids,

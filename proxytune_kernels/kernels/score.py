@@ -23,6 +23,7 @@ from proxytune_kernels.kernels.common import (
     row_mass,
     shifted_at,
 )
+from proxytune_kernels.kernels.launches import launch
 from proxytune_kernels.kernels.sample import launch_scan
 from proxytune_kernels.kernels.workspace import Tiles, at_once, raw_logprob_of, tiles_of
 
@@ -68,7 +69,10 @@ def _score_kernel(
 def launch_score(
     logits: Logits, token_ids: Tensor, alpha: Tensor, out: Tensor, vocab_size: int
 ) -> None:
-    """Writes log-softmax of x at the tokens: token_ids int64 [B, T] contiguous, alpha fp32 [B], out [B, T]."""
+    """Writes log-softmax of x at the tokens: token_ids int64 [B, T], alpha fp32 [B], out [B, T].
+
+    All are contiguous.
+    """
     rows, positions = out.numel(), out.shape[1]
     if rows == 0:
         return
@@ -77,7 +81,8 @@ def launch_score(
     width = summaries.maximum.shape[1]
     params = Alpha(alpha)
     launch_scan(logits, params, tiles, vocab_size, positions, 0, draw=False)
-    _score_kernel[(rows,)](
-        logits, params, tiles, token_ids, out, vocab_size, positions, width, NT=at_once(width),
+    launch(
+        _score_kernel, (logits.kind, vocab_size), out.device, (rows,),
+        logits, params, tiles, token_ids, out, vocab_size, positions, width, at_once(width),
         num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

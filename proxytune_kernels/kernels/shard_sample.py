@@ -105,10 +105,12 @@ class Part(NamedTuple):
 
     @property
     def rows(self) -> int:
+        """B."""
         return len(self.x)
 
     @property
     def world(self) -> int:
+        """W."""
         return len(self.summaries)
 
 

@@ -96,9 +96,7 @@ def _shard_residual_kernel(
         e = exponent(tl.load(row_params.temperature + b))
         row, draft_row = b * (drafts + 1) + j, b * drafts + j
         row_max, _, _ = head_of(part.summaries, row, rows, world)
-        draft_max, draft_tokens, _ = head_of(
-            draft_part.summaries, draft_row, draft_rows, world
-        )
+        draft_max, draft_tokens, _ = head_of(draft_part.summaries, draft_row, draft_rows, world)
         best, plain = tl.full([], LOWEST, tl.int64), tl.full([], LOWEST, tl.int64)
         first, end = blocks_of(part, PER)
         for block in range(first + split, end, splits):

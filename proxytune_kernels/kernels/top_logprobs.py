@@ -30,6 +30,7 @@ from proxytune_kernels.kernels.common import (
     order_key,
     shifted_from,
 )
+from proxytune_kernels.kernels.launches import launch
 from proxytune_kernels.kernels.selection import (
     CHUNK,
     END,
@@ -166,7 +167,8 @@ def launch_top_logprobs(
     if rows == 0:
         return
     width = tiles.maximum.shape[1]
-    _top_logprobs_kernel[(rows,)](
-        logits, params, tiles, workspace, drawn, top, n, vocab_size, width,
-        NT=ws.at_once(width), num_warps=_WARPS, **OPTIONS,
+    launch(
+        _top_logprobs_kernel, (logits.kind, vocab_size), top.token_ids.device, (rows,),
+        logits, params, tiles, workspace, drawn, top, n, vocab_size, width, ws.at_once(width),
+        num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

@@ -42,6 +42,7 @@ from proxytune_kernels.kernels.common import (
     temperature_of,
     x_at,
 )
+from proxytune_kernels.kernels.launches import launch
 from proxytune_kernels.kernels.noise import (
     best_of,
     block_words,
@@ -269,7 +270,10 @@ def launch_coupled(
         return
     drawn = ws.outputs_of(batch_size * positions, out.token_ids.device)
     launch_sample(logits, params, drawn, vocab_size, positions, STREAMS["sample"])
-    _coupled_kernel[(batch_size,)](drawn, draft_ids, out, positions, num_warps=1, **OPTIONS)
+    launch(
+        _coupled_kernel, None, draft_ids.device, (batch_size,), drawn, draft_ids, out, positions,
+        num_warps=1, **OPTIONS,
+    )  # fmt: skip
 
 
 def launch_rejection(
@@ -300,14 +304,17 @@ def launch_rejection(
         torch.empty((batch_size, 2), dtype=torch.int64, device=device),
         torch.empty(batch_size, dtype=torch.int32, device=device),
     )
-    _rejection_kernel[(batch_size,)](
+    kind = target.logits.kind, draft.logits.kind, draft is target
+    launch(
+        _rejection_kernel, kind, device, (batch_size,),
         target, draft, params, draft_ids, out, residual, vocab_size, positions,
-        DRAFTS=draft is not target, num_warps=1, **OPTIONS,
+        draft is not target, num_warps=1, **OPTIONS,
     )  # fmt: skip
     if draft is target:
         return
     splits = splits_of(batch_size, vocab_size, device)
-    _residual_kernel[(batch_size * splits,)](
+    launch(
+        _residual_kernel, kind, device, (batch_size * splits,),
         target, draft, params, out, residual, vocab_size, positions, splits, num_warps=_WARPS,
         **OPTIONS,
     )  # fmt: skip

@@ -14,12 +14,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler import compiler
 from triton.runtime.driver import driver
 
 from benchmarks.static.cases import CASES
+from proxytune_kernels.kernels import launches
 from tests.ptx import build
 from tests.ptx.device import RUN, Device, Launched
 from tests.ptx.program import Report
@@ -76,6 +78,16 @@ class Checked(Device):
         sizes = [8 if "64" in t else 4 for t in wanted.program.parameter_types]
         self._libcuda.expect((ctypes.c_int * len(sizes))(*sizes), len(sizes))
         RUN(kernel, *args, grid=grid, warmup=False, **options)
+        self._compare(wanted, sizes)
+        if len(args) == len(kernel.params):  # what is launched by its kind; the same again
+            launches.COMPILED["kernel", None, "kind"] = compiled
+            name = mock.patch.object(kernel, "__name__", "kernel")
+            with name, mock.patch.object(launches, "REMEMBERS", True):
+                launches.launch(kernel, "kind", torch.device("cpu"), grid, *args, **options)
+            self._compare(wanted, sizes)
+        return compiled
+
+    def _compare(self, wanted: Launched, sizes: list[int]) -> None:
         last = Noted.from_address(self._libcuda.last_launch())
         self.checked += 1
         assert last.launches == self.checked
@@ -83,7 +95,6 @@ class Checked(Device):
         assert tuple(last.block) == (32 * wanted.program.warps, 1, 1)
         assert (last.shared, last.stream, last.num_attributes) == (wanted.shared, STREAM, 0)
         assert list(last.parameters[: len(sizes)]) == wanted.values, wanted.name
-        return compiled
 
 
 def main(capability: int = 90) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -168,8 +169,20 @@ def shard_residual(
     return out
 
 
+def _at_16_bytes(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Has tensors at other addresses copied: Triton compiles its kernels anew for those."""
+
+    @wraps(run)
+    def copying(*arguments: Any) -> Any:
+        return run(
+            *(a.clone() if isinstance(a, Tensor) and a.data_ptr() % 16 else a for a in arguments)
+        )
+
+    return copying
+
+
 SHARD_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    run.__name__: run
+    run.__name__: _at_16_bytes(run)
     for run in (
         shard_scan, shard_keys, shard_draw, shard_histogram, shard_finish, shard_accept,
         shard_residual,
