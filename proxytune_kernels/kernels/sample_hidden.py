@@ -50,17 +50,20 @@ class Block(NamedTuple):
     stages: int  # loads under way
 
 
-def _tile_of(batch_size: int, wide: bool) -> Block:
-    """The program's size for a batch; ``wide`` where a role is fp32."""
+def _tile_of(batch_size: int, wide: bool, plain: bool) -> Block:
+    """The program's size for a batch; ``wide`` where a role is fp32.
+
+    Unless ``plain``, 128 rows take more registers than there are: with a bias, a mask, a soft cap.
+    """
     if wide:  # no tensor core multiplies fp32 exactly
         return Block(16, 32, 4, 3)
     if batch_size <= 16:
         return Block(16, 64, 4, 4)
     if batch_size <= 32:
         return Block(32, 64, 8, 4)
-    if batch_size <= 64:
+    if batch_size <= 64 or not plain:
         return Block(64, 64, 8, 4)
-    return Block(128, 64, 16, 3)
+    return Block(128, 64, 8, 3)
 
 
 class Role(NamedTuple):
@@ -203,7 +206,9 @@ def _sample_hidden_kernel(
         at = line_of(constraints.allowed, line, 0)
         x = tl.where((tl.load(at + (held >> 5)[None, :]) >> (held & 31)[None, :]) & 1 != 0, x, -INF)
     x = tl.where(inside[None, :], x, -INF)
-    written = x_out + line * x_stride + ids[None, :]
+    # Offsets of 32 bits from the block's first row: pointers take twice the registers.
+    first = x_out + (block * BLOCK_B).to(tl.int64) * x_stride
+    written = first + (tl.arange(0, BLOCK_B)[:, None] * x_stride + ids[None, :])
     tl.store(written, x, mask=present[:, None] & inside[None, :])
     tl.debug_barrier()  # read by other threads than wrote them
     for start in range(0, BLOCK_B, SUMMED):
@@ -250,7 +255,11 @@ def launch_sample_hidden(
         roles = [_role(head) for head in heads]
         bias, allowed = constraints
         given = Constraints(lines_of(bias), lines_of(allowed, wide=False))
-        tile = _tile_of(batch_size, any(h is not None and h.hidden.itemsize > 2 for h in heads))
+        wide = any(h is not None and h.hidden.itemsize > 2 for h in heads)
+        plain = bias is allowed is None and all(
+            role.bias is role.cap is None and role.size % 64 == 0 for role in roles
+        )
+        tile = _tile_of(batch_size, wide, plain)
         even = all(role.size % tile.block_k == 0 for role in roles)
         blocks = cdiv(batch_size, tile.block_b)
         _sample_hidden_kernel[(width * blocks,)](
