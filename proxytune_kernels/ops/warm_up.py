@@ -38,6 +38,7 @@ def warm_up(
     *,
     widths: Sequence[int] | None = None,
     operators: Iterable[str] = ("sample",),
+    drafter: tuple[torch.dtype, int] | None = None,
     constraints: bool = True,
     heads: Sequence[Head] | None = None,
     shard: Shard | None = None,
@@ -58,6 +59,7 @@ def warm_up(
         vocab_size: agreed width; with ``shard``, its size.
         widths: columns of each role's logits, where those are more than ``vocab_size``.
         operators: "sample", "combine", "score", "verify".
+        drafter: dtype and columns of ``draft_logits``; the expert's unless told.
         constraints: whether calls may come with ``bias`` or ``allowed_mask``.
         heads: of the roles, to compile ``sample_hidden`` for; with hidden states of any batch.
         shard: to compile :mod:`proxytune_kernels.sharded` for. No collective.
@@ -99,7 +101,9 @@ def warm_up(
     for name, made in asked.items():
         given = shard.backend if shard is not None and name == "sharded" else backend
         found = _compiler(name, place, vocab_size, given)
-        rows = _Rows(place, tuple(zip(kinds, columns, strict=True)), vocab_size, constraints, found)
+        matrices = tuple(zip(kinds, columns, strict=True))
+        drafts = drafter or matrices[:2][-1]
+        rows = _Rows(place, matrices, drafts, vocab_size, constraints, found)
         calls[name] = [] if found is None else list(made(rows))
     with torch.no_grad():
         for call in _shown([call for each in calls.values() for call in each], progress):
@@ -130,7 +134,8 @@ class _Rows:
     """Zeros of each kind that there is."""
 
     device: torch.device
-    matrices: tuple[tuple[torch.dtype, int], ...]  # of each role
+    matrices: tuple[tuple[torch.dtype, int], ...]  # dtype and columns of each role's
+    drafter: tuple[torch.dtype, int]
     vocab_size: int
     constraints: bool
     backend: str | None
@@ -184,7 +189,7 @@ def _score(rows: _Rows) -> Calls:
 
 
 def _verify(rows: _Rows) -> Calls:
-    dtype, width = rows.matrices[min(1, len(rows.matrices) - 1)]  # the drafter's
+    dtype, width = rows.drafter
     for positions in (1, 2, 3):  # of the drafter none, one, and any other number
         ids = rows.zeros(torch.int64, 1, positions - 1)
         drafts = rows.zeros(dtype, 1, positions - 1, width)

@@ -1,7 +1,7 @@
 """Every operator's launches through Triton's own launcher, into a libcuda that launches nothing.
 
 ``python -m tests.ptx.launcher [CAPABILITY]``, in a process of its own: which libcuda is loaded, the
-first decides. Grid, block, shared memory, stream and every parameter's bits must be those that the
+first decides. ``time`` in place of a capability measures the host's part of sample's launches. Grid, block, shared memory, stream and every parameter's bits must be those that the
 machine would carry out.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import timeit
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,9 @@ from triton.compiler import compiler
 from triton.runtime.driver import driver
 
 from benchmarks.static.cases import CASES
-from proxytune_kernels.kernels import launches
+from proxytune_kernels import RowParams, sample
+from proxytune_kernels.kernels import common, launches, workspace
+from proxytune_kernels.kernels.sample import launch_sample
 from tests.ptx import build
 from tests.ptx.device import RUN, Device, Launched
 from tests.ptx.program import Report
@@ -97,6 +100,29 @@ class Checked(Device):
         assert list(last.parameters[: len(sizes)]) == wanted.values, wanted.name
 
 
+def host_times(repeats: int = 200, calls: int = 50) -> dict[str, float]:
+    """Microseconds of an eager call and of its four launches: the least mean of ``calls`` calls.
+
+    Rows are on the CPU, whose allocations take longer than those of a GPU's caching allocator; the
+    driver's own part of a launch is not in it.
+    """
+    B, V = 8, 128_256
+    roles = [torch.zeros((B, V), dtype=torch.bfloat16) for _ in range(3)]
+    params = RowParams.make(B, top_p=0.9)
+    logits, out = common.inputs(*roles), workspace.outputs_of(B, params.alpha.device)
+    timed: dict[str, Any] = {
+        "sample": lambda: sample(*roles, params, backend="triton"),
+        "its workspace and launches": lambda: launch_sample(logits, params, out, V, 1, 0),
+    }
+    with Checked(90) as device, mock.patch.object(launches, "REMEMBERS", True):
+        timed["sample"]()
+        device._libcuda.expect(None, 0)
+        return {
+            name: 1e6 * min(timeit.repeat(call, number=calls, repeat=repeats)) / calls
+            for name, call in timed.items()
+        }
+
+
 def main(capability: int = 90) -> None:
     with Checked(capability) as device:
         for name in CALLS:
@@ -105,4 +131,8 @@ def main(capability: int = 90) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1:] == ["time"]:
+        for what, microseconds in host_times().items():
+            print(f"{what}: {microseconds:.0f} us")
+    else:
+        main(*map(int, sys.argv[1:]))

@@ -128,6 +128,36 @@ def test_heads_compile_nothing_while_serving():
         assert device.kernels <= warm
 
 
+@pytest.mark.parametrize("drafter", ["expert", "prompt_lookup"])
+def test_a_decoder_compiles_nothing_while_it_draws(drafter):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from proxytune_kernels.decoder.sampler import Needs
+
+    trio = ptk.load_trio("shipped")
+    speculation = ptk.Speculation(mode="rejection", drafter=drafter)
+    dtype, V = trio.base.dtype, trio.vocab_size
+    device = Asked()
+    with device:
+        decoder = ptk.Decoder(trio, 4, 64, speculation=speculation, backend="triton", check=False)
+        decoder.warm_up()
+        warm = set(device.kernels)
+        sampler: Any = decoder._sampler
+        for rows, needs, k in product((1, 2, 4), (Needs(False), Needs(True)), (1, 2, 5)):
+            logits = {
+                role: torch.empty((rows, k + 1, model.get_output_embeddings().weight.shape[0]))
+                for role, model in trio.models.items()
+            }
+            logits = {role: x.to(dtype) for role, x in logits.items()}
+            ids = torch.empty((rows, k), dtype=torch.int64)
+            drafts = torch.empty((rows, k, V)) if drafter != "expert" else logits["expert"][:, :-1]
+            for one in (logits, {"base": logits["base"]}):
+                sampler.draw(rows, {role: x[:, 0] for role, x in one.items()}, needs)
+                sampler.verify(rows, one, ids, "rejection", drafts, needs)
+                sampler.verify(rows, one, ids, "coupled", None, needs)
+            sampler.draft(rows, logits["expert"][:, 0], 1, needs, "draft")
+        assert warm and device.kernels <= warm, [*device.kernels - warm][:3]
+
+
 def test_shards_compile_nothing_while_serving():
     start, size, ranks, stream = 16_032, 16_016, 3, STREAMS["sample"]
     shard = ptk.sharded.Shard(
