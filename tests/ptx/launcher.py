@@ -1,8 +1,8 @@
 """Every operator's launches through Triton's own launcher, into a libcuda that launches nothing.
 
 ``python -m tests.ptx.launcher [CAPABILITY]``, in a process of its own: which libcuda is loaded, the
-first decides. ``time`` in place of a capability measures the host's part of sample's launches. Grid, block, shared memory, stream and every parameter's bits must be those that the
-machine would carry out.
+first decides. Grid, block, shared memory, stream and every parameter's bits must be those that the
+machine would carry out. ``python -m tests.ptx.launcher time`` measures the host's part of sample.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler import compiler
 from triton.runtime.driver import driver
 
+import proxytune_kernels as ptk
 from benchmarks.static.cases import CASES
-from proxytune_kernels import RowParams, sample
 from proxytune_kernels.kernels import common, launches, workspace
 from proxytune_kernels.kernels.sample import launch_sample
 from tests.ptx import build
@@ -35,6 +35,7 @@ CALLS = (
 )  # fmt: skip
 """Every operator, by the cases of ``make static``."""
 STREAM = 0x77
+OPS: Any = ptk  # called with roles unpacked
 SHARED = 232_448  # bytes that a block may ask for
 
 
@@ -108,10 +109,10 @@ def host_times(repeats: int = 200, calls: int = 50) -> dict[str, float]:
     """
     B, V = 8, 128_256
     roles = [torch.zeros((B, V), dtype=torch.bfloat16) for _ in range(3)]
-    params = RowParams.make(B, top_p=0.9)
+    params = ptk.RowParams.make(B, top_p=0.9)
     logits, out = common.inputs(*roles), workspace.outputs_of(B, params.alpha.device)
     timed: dict[str, Any] = {
-        "sample": lambda: sample(*roles, params, backend="triton"),
+        "sample": lambda: OPS.sample(*roles, params, backend="triton"),
         "its workspace and launches": lambda: launch_sample(logits, params, out, V, 1, 0),
     }
     with Checked(90) as device, mock.patch.object(launches, "REMEMBERS", True):
