@@ -110,7 +110,7 @@ def lines_of(tensor: Tensor | None, wide: bool = True) -> Lines | None:
     if wide and ((b | t | place) & 15) == 0:
         return Lines(tensor, b, t, 0, _ALIGNED)
     skipped = (tensor.itemsize - place) % 16 // tensor.itemsize
-    if skipped >= tensor.shape[-1]:
+    if skipped >= tensor.shape[-1]:  # the kernel adds what it does not know: no wide access
         skipped = 0
     if skipped:
         tensor = tensor[..., skipped:]
