@@ -129,7 +129,7 @@ def count(
 
 
 class Promise(NamedTuple):
-    """What a kernel may take, beside that it spills nothing.
+    """What a kernel may take; it spills nothing but where ``stack`` says so.
 
     Spills go through the memory that the logits come from.
     """
@@ -138,11 +138,14 @@ class Promise(NamedTuple):
     shared: int
     wide: bool
     """Whether all logits that are counted are loaded by 16 bytes a thread."""
+    stack: int = 0
+    """Bytes a thread."""
 
 
 def broken(figures: Figures, promise: Promise) -> Iterator[str]:
     """What a kernel takes that it may not, and what it does not do as promised."""
-    budget = {"registers": promise.registers, "shared": promise.shared, "stack": 0, "local": 0}
+    budget = {"registers": promise.registers, "shared": promise.shared}
+    budget |= {"stack": promise.stack, "local": promise.stack // 2}  # each stored, and loaded once
     for name, most in budget.items():
         if (got := getattr(figures, name)) > most:
             yield f"{name} {got}, the budget is {most}"

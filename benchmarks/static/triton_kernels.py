@@ -51,6 +51,11 @@ decode_attention holds up to 64 queries of 256 beside keys and values: what the 
 devices (cc 12.0) gives a block when asked."""
 
 
+STACK = {("sample V=262208", "select"): 96}
+"""Bytes a thread that are spilled, by case and kernel. Above 262,144 tokens select holds twice the
+summaries in all registers of a multiprocessor: some numbers of the row wait outside the loops."""
+
+
 def compile_kernel(launch: Callable[[], object], name: str, cc: int) -> Any:
     """Compile one of the kernels that a call launches; the first, where one is launched twice.
 
@@ -130,4 +135,5 @@ def measure(wanted: Sequence[Unit]) -> dict[Unit, Figures]:
 def promise(unit: Unit) -> Promise:
     """What the design promises of a kernel, with any version of Triton."""
     shared = SHARED.get(unit.kernel, 48 * 1024)
-    return Promise(REGISTERS.get(unit.kernel, 255), shared, wide=False)
+    stack = STACK.get((unit.case, unit.kernel), 0)
+    return Promise(REGISTERS.get(unit.kernel, 255), shared, wide=False, stack=stack)

@@ -4,5 +4,15 @@ from proxytune_kernels.ops import attention as attention  # registers its operat
 from proxytune_kernels.ops.backends import backends
 from proxytune_kernels.ops.checks import VERIFY_MODES
 from proxytune_kernels.ops.operators import combine, sample, sample_hidden, score, verify
+from proxytune_kernels.ops.warm_up import warm_up
 
-__all__ = ["VERIFY_MODES", "backends", "combine", "sample", "sample_hidden", "score", "verify"]
+__all__ = [
+    "VERIFY_MODES",
+    "backends",
+    "combine",
+    "sample",
+    "sample_hidden",
+    "score",
+    "verify",
+    "warm_up",
+]

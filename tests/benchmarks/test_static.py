@@ -137,6 +137,9 @@ def test_broken_promises(changes, complaint):
     assert list(broken(GOOD, promise)) == []
     assert list(broken(GOOD._replace(**changes), promise)) == [complaint]
     assert not list(broken(GOOD._replace(logits_loads="9x2"), promise._replace(wide=False)))
+    spilled = GOOD._replace(stack=48, local=24)
+    assert not list(broken(spilled, promise._replace(stack=48)))
+    assert len(list(broken(spilled, promise._replace(stack=40)))) == 2
 
 
 def test_which_kernels_promise_what():
