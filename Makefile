@@ -104,7 +104,7 @@ static: install ## Compile the GPU kernels, no GPU needed, and compare with the 
 .PHONY: interpret
 interpret: install ## Run the Triton kernels' tests in Triton's interpreter, which needs no GPU
 	@echo "Running the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops tests/decoder/test_attention.py
 
 # PTX=all: every shape on every compute capability, and all of the operators' tests: an hour. What
 # starts processes of its own, or asks which backends run, has no use for another device.

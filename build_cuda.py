@@ -15,8 +15,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 SOURCE = "csrc/cuda/launch.cu"
@@ -30,7 +31,8 @@ ARCHITECTURES = "9.0;10.0;12.0"
 What is compiled for 10.0 runs on 10.3 too; for 10.0a, the same code, it would not.
 """
 
-_OLDEST_NVCC = (12, 0)  # the first that knows C++20
+_OLDEST_NVCC = (12, 8)  # it knows fences of shared memory alone (csrc/cuda/team.h)
+_LOCAL = Path("/usr/local")  # where CUDA's installers put toolkits
 _OLDEST = 90  # clusters
 _ENTRY = re.compile(r"(?P<major>\d+)\.(?P<minor>\d)(?P<feature>[af]?)(?P<ptx>\+PTX)?")
 
@@ -85,20 +87,54 @@ def toolchain() -> tuple[Nvcc, list[str]]:
 
 
 def find_nvcc() -> Nvcc:
-    """The compiler under CUDA_HOME, else on the PATH.
+    """The compiler under CUDA_HOME or CUDA_PATH; without these the first of :func:`_installed`.
 
     Raises:
         Unavailable: there is none, or it is too old.
     """
-    home = os.environ.get("CUDA_HOME")
-    path = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
-    if path is None:
-        raise Unavailable(f"there is no nvcc {f'in {home}/bin' if home else 'on the PATH'}")
-    release = re.search(r"release (\d+)\.(\d+)", _said(path, "--version"))
-    if release is None or (int(release[1]), int(release[2])) < _OLDEST_NVCC:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    where = f"in {home}/bin" if home else (
+        f"on the PATH, in {_LOCAL}/cuda*/bin or in the package nvidia-cuda-nvcc"
+    )  # fmt: skip
+    old = []
+    for name in [f"{home}/bin/nvcc"] if home else _installed():
+        if (path := shutil.which(name)) is None:
+            continue
+        release = re.search(r"release (\d+)\.(\d+)", _said(path, "--version"))
+        if release is not None and (int(release[1]), int(release[2])) >= _OLDEST_NVCC:
+            return _described(path)
         found = "of an unknown version" if release is None else release[0]
         wanted = ".".join(map(str, _OLDEST_NVCC))
-        raise Unavailable(f"{path} is {found}, {wanted} or later is needed")
+        old.append(f"{path} is {found}, {wanted} or later is needed")
+    raise Unavailable("; ".join(old) or f"there is no nvcc {where}")
+
+
+def _installed() -> Iterator[str]:
+    """Where nvcc may be, the likeliest first: the PATH, NVIDIA's installers, NVIDIA's wheels.
+
+    Of toolkits side by side only those of torch's major version, the newest first: what they build
+    then runs on any driver that torch runs on.
+    """
+    yield "nvcc"
+    yield f"{_LOCAL}/cuda/bin/nvcc"
+    torch = find_spec("torch")  # not imported: that takes seconds
+    version = Path(torch.origin).with_name("version.py") if torch and torch.origin else None
+    text = version.read_text() if version and version.exists() else ""
+    major = re.search(r"^cuda\b.*= '(\d+)", text, re.MULTILINE)
+
+    def newest(paths: Iterator[Path], place: int) -> Iterator[str]:
+        numbers = {path: re.findall(r"\d+", path.parts[place]) for path in paths}
+        for path in sorted(numbers, key=lambda path: [int(n) for n in numbers[path]], reverse=True):
+            if major is None or numbers[path][:1] in ([], [major[1]]):
+                yield str(path)
+
+    yield from newest(_LOCAL.glob("cuda-*/bin/nvcc"), -3)
+    nvidia = find_spec("nvidia")
+    for folder in (nvidia and nvidia.submodule_search_locations) or ():
+        yield from newest(Path(folder).glob("cu*/bin/nvcc"), -3)
+
+
+def _described(path: str) -> Nvcc:
     # It may be a link or a script: what it would do tells where its toolkit is.
     plan = _said(path, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull)
 

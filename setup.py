@@ -114,14 +114,25 @@ def extensions() -> dict[str, object]:
             "(or set PROXYTUNE_SKIP_EXT=1 to build without the extension)"
         )
     modules = [cpu_extension()]
+    unavailable = ""
     try:
         nvcc, devices = build_cuda.toolchain()
         modules.append(cuda_extension(nvcc))
     except build_cuda.Unavailable as error:
+        unavailable = str(error)
         print(f"CUDA C++ kernels: not built: {error}", file=sys.stderr)
 
     class BuildExt(BuildExtension):
-        """Has nvcc compile the kernels before the binding is built."""
+        """Has nvcc compile the kernels before the binding is built; or notes why it doesn't."""
+
+        def run(self) -> None:
+            super().run()
+            # pip hides what a build prints: ops/backends/cuda.py says it again.
+            module = Path(self.get_ext_fullpath("proxytune_kernels._cuda"))
+            note = module.with_name("_cuda_not_built.txt")
+            note.unlink(missing_ok=True)
+            if unavailable:
+                note.write_text(unavailable)
 
         def build_extension(self, ext: Extension) -> None:
             if ext.sources == CUDA_SOURCES:

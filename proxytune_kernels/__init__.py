@@ -37,6 +37,7 @@ from proxytune_kernels.ops import (
     score,
     sharded,
     verify,
+    warm_up,
 )
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
@@ -67,6 +68,7 @@ __all__ = [
     "score",
     "sharded",
     "verify",
+    "warm_up",
 ]
 
 # What needs transformers is imported when it is first asked for.

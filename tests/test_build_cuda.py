@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,17 +28,30 @@ esac
 @pytest.fixture
 def nvcc(tmp_path, monkeypatch):
     """Puts a script in nvcc's place, alone on the PATH with the shell's tools."""
-    for name in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "PROXYTUNE_SKIP_CUDA_BUILD",
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "PROXYTUNE_SKIP_CUDA_BUILD",
                  "PROXYTUNE_SKIP_EXT", "PROXYTUNE_SANITIZE"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
-    folder = tmp_path / "toolkit" / "bin"
+    # No toolkit of this machine is found: the PATH, /usr/local and torch are the test's.
+    monkeypatch.setattr(build_cuda, "_LOCAL", tmp_path / "local")
+    specs: dict[str, SimpleNamespace] = {}
+    monkeypatch.setattr(build_cuda, "find_spec", specs.get)
+    monkeypatch.setenv("PATH", f"{tmp_path}/toolkit/bin:/bin:/usr/bin")
 
-    def make(release: str = "13.0", codes: str = "sm_100 sm_120", code: int = 0) -> Path:
+    def make(
+        release: str = "13.0", codes: str = "sm_100 sm_120", code: int = 0,
+        place: str = "toolkit", torch: str = "",
+    ) -> Path:  # fmt: skip
+        folder = tmp_path / place / "bin"
         folder.mkdir(parents=True, exist_ok=True)
+        if torch:
+            (tmp_path / "version.py").write_text(f"cuda: Optional[str] = '{torch}'\n")
+            specs["torch"] = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+        if place.startswith("site/nvidia"):
+            folders = [str(tmp_path / "site" / "nvidia")]
+            specs["nvidia"] = SimpleNamespace(submodule_search_locations=folders)
         path = folder / "nvcc"
         path.write_text(NVCC.format(release=release, codes=codes, code=code))
         path.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/bin{os.pathsep}/usr/bin")
         return path
 
     return make
@@ -58,26 +72,46 @@ def test_what_it_says_of_itself(nvcc):
     ]  # fmt: skip
 
 
-def test_cuda_home_comes_first(nvcc, monkeypatch, tmp_path):
-    path = nvcc()
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
-    monkeypatch.setenv("PATH", "/bin:/usr/bin")
+@pytest.mark.parametrize("variable", ("CUDA_HOME", "CUDA_PATH"))
+def test_cuda_home_comes_first(nvcc, monkeypatch, tmp_path, variable):
+    nvcc()
+    path = nvcc(place="home")
+    monkeypatch.setenv(variable, str(tmp_path / "home"))
     assert build_cuda.find_nvcc().path == str(path)
-    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    monkeypatch.setenv(variable, "/nowhere")
     with pytest.raises(build_cuda.Unavailable, match="^there is no nvcc in /nowhere/bin$"):
         build_cuda.toolchain()
 
 
-def test_there_is_none(nvcc, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build_cuda.Unavailable, match="^there is no nvcc on the PATH$"):
+def test_where_it_is_looked_for(nvcc):
+    """The PATH, /usr/local/cuda, toolkits side by side of torch's major version, the wheels."""
+    nvcc(place="local/cuda-14.0", torch="13.0")  # its drivers may be older
+    for place in (
+        "site/nvidia/cuda_nvcc", "site/nvidia/cu13", "local/cuda-13.1", "local/cuda-13.12",
+        "local/cuda", "toolkit",
+    ):  # fmt: skip
+        path = nvcc(place=place)
+        assert build_cuda.find_nvcc().path == str(path)
+    path.unlink()
+    path = nvcc("11.8", place="local/cuda")
+    assert build_cuda.find_nvcc().path.endswith("local/cuda-13.12/bin/nvcc")
+    nvcc(place="local/cuda-14.0", torch="14.2")
+    assert build_cuda.find_nvcc().path.endswith("local/cuda-14.0/bin/nvcc")
+
+
+def test_there_is_none(nvcc, tmp_path):
+    with pytest.raises(build_cuda.Unavailable) as caught:
         build_cuda.toolchain()
+    assert str(caught.value) == (
+        f"there is no nvcc on the PATH, in {tmp_path}/local/cuda*/bin or in the package "
+        "nvidia-cuda-nvcc"
+    )
 
 
-@pytest.mark.parametrize("release", ("11.8", "9.2"))
+@pytest.mark.parametrize("release", ("11.8", "12.6"))
 def test_it_is_too_old(nvcc, release):
     nvcc(release)
-    with pytest.raises(build_cuda.Unavailable, match=f"release {release}, 12.0 or later is needed"):
+    with pytest.raises(build_cuda.Unavailable, match=f"release {release}, 12.8 or later is needed"):
         build_cuda.toolchain()
 
 
@@ -98,7 +132,7 @@ def test_torchs_list_of_devices(nvcc, monkeypatch, listed, wanted):
 
 
 def test_what_is_left_out_is_said(nvcc, monkeypatch, capsys):
-    path = nvcc("12.4", codes="")
+    path = nvcc("12.8", codes="")
     assert devices(build_cuda.toolchain()[1]) == ["compute_90,code=sm_90"]
     assert capsys.readouterr().err.splitlines() == [
         f"CUDA C++ kernels: not compiled for {name}: {path} does not know it"

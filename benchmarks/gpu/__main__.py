@@ -6,6 +6,9 @@ command tests the kernels on the device.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +18,10 @@ import typer
 
 from benchmarks.gpu import operators
 from benchmarks.gpu.cases import BATCH_SIZES, PROVIDERS, plan
-from benchmarks.gpu.device import NoDevice, find_device, slug
+from benchmarks.gpu.device import NoDevice, find_device, say, slug
 from benchmarks.harness.options import parse_choices
 from benchmarks.harness.random_models import TRIOS
-from benchmarks.harness.report import RESULTS
+from benchmarks.harness.report import REPOSITORY, RESULTS
 from benchmarks.harness.samplers import VOCAB_SIZES
 
 DECODER_BATCH_SIZES = (1, 4, 16)
@@ -32,6 +35,25 @@ def _joined(values: Iterable[object]) -> str:
 def _end(why: object) -> typer.Exit:
     typer.echo(f"benchmarks.gpu: {why}", err=True)
     return typer.Exit(2)
+
+
+def build(root: Path = REPOSITORY) -> None:
+    """Build what the sources are newer than, and begin anew: this process has asked what is there.
+
+    A fresh clone has no extensions, and without them the cluster kernels would be left out.
+    """
+    again = "BENCHMARKS_GPU_BUILT"
+    built = [path.stat().st_mtime for path in (root / "proxytune_kernels").glob("_c*.so")]
+    sources = [*(root / "csrc").rglob("*.*"), root / "setup.py", root / "build_cuda.py"]
+    newest = max(path.stat().st_mtime for path in sources)
+    if again in os.environ or (len(built) == 2 and min(built) > newest):
+        return
+    say("Building the extensions: minutes, the first time.")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    if subprocess.run(command, cwd=root, check=False).returncode != 0:
+        raise _end("the build failed: its last lines are above")
+    os.environ[again] = "1"
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]])
 
 
 def main(
@@ -70,6 +92,7 @@ def main(
         device = find_device()
     except NoDevice as error:
         raise _end(error) from None
+    build()
     where = RESULTS / f"gpu-{'decoder-' if decoder else ''}{slug(device.name)}.jsonl"
     if not decoder:
         raise typer.Exit(operators.run(device, units, output or where, budget))

@@ -174,8 +174,13 @@ class Journal:
         return median(copy["bytes_per_second"])
 
     def conclude(self) -> int:
-        """Say where the results are; gives the command's exit code."""
-        say(f"Wrote {self.output}")
+        """Say where the results are, and what to send back; gives the command's exit code."""
+        say(
+            f"Wrote {self.output}\n"
+            f"To send back: that file, committed (`git add {self.output}`) or attached to an issue."
+        )
+        if self.failed:
+            say("And what was printed: something of ours was wrong, or failed.")
         return int(self.failed)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels.ops.backends.triton_operators import IMPLEMENTATIONS as OPS
+from proxytune_kernels.ops.backends.triton_operators import decode_attention
 from proxytune_kernels.ops.checks import VERIFY_MODES
 from proxytune_kernels.rng import STREAMS
 
@@ -124,6 +125,22 @@ def _shard_rejection(case: Case) -> None:
     OPS["shard_residual"](*sides, steps, *params, case.vocab_size)
 
 
+def _attention(
+    groups: int, queries: int, size: int, soft_cap: float | None = None, window: int | None = None
+) -> Callable[[Case], None]:
+    """Two key-value heads of 2,048 keys each; new tokens of ``groups`` heads share one's."""
+
+    def launch(case: Case) -> None:
+        query = torch.empty((BATCH, 2 * groups, queries, size), dtype=case.dtype)
+        cache = torch.empty((BATCH, 2048, 2, size), dtype=case.dtype).transpose(1, 2)
+        out = torch.empty((BATCH, queries, 2 * groups, size), dtype=case.dtype)
+        seq_lens = torch.empty(BATCH, dtype=torch.int32)
+        decode_attention(query, cache, cache, seq_lens, out, 0.1, window, soft_cap, None)
+
+    return launch
+
+
+_ATTENTION = ("decode_attention",)
 _SCAN, _HIDDEN = ("scan",), ("sample_hidden",)
 _SHARDS = ("shard_scan", "shard_keys", "shard_draw", "shard_finish", "shard_histogram")
 
@@ -133,6 +150,7 @@ _CASES = (
     Case("sample V=151936", _sample(0), _SCAN, vocab_size=151_936),
     Case("sample V=50257", _sample(0), _SCAN, vocab_size=50_257),
     Case("sample V=50257+15", _sample(0), _SCAN, vocab_size=50_257, padding=15),
+    Case("sample V=262208", _sample(0), ("select", "pivots", "draw"), vocab_size=262_208),
     Case("sample fp32", _sample(0), _SCAN, dtype=torch.float32),
     Case("sample base alone", _sample(0), _SCAN, steered=False),
     Case("sample bias+mask", _sample(0), _SCAN, constrained=True),
@@ -140,9 +158,13 @@ _CASES = (
     Case("hidden B=16", _hidden(16), _HIDDEN, vocab_size=32_000),
     Case("hidden B=32", _hidden(32), _HIDDEN, vocab_size=32_000),
     Case("hidden B=64", _hidden(64), _HIDDEN, vocab_size=32_000),
+    Case("hidden B=128", _hidden(128), _HIDDEN, vocab_size=32_000),
     Case("hidden cap+bias+mask", _hidden(64, 30.0), _HIDDEN, vocab_size=32_000, constrained=True),
     Case("hidden fp32", _hidden(16), _HIDDEN, vocab_size=32_000, dtype=torch.float32),
     Case("combine", _combine, ("combine",)),
+    Case("attention", _attention(1, 1, 128), _ATTENTION),
+    Case("attention R=48 D=256", _attention(8, 6, 256, 50.0, 1024), _ATTENTION),
+    Case("attention R=16 fp32", _attention(4, 4, 128), _ATTENTION, dtype=torch.float32),
     Case("score", _score, ("scan", "score"), positions=POSITIONS),
     Case("coupled", _verify("coupled"), ("scan", "coupled"), positions=POSITIONS),
     Case("rejection", _verify("rejection"), ("rejection", "residual"), positions=POSITIONS),

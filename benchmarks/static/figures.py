@@ -71,6 +71,8 @@ class Figures(NamedTuple):
     blocks: int  # of a cluster; 1 where there is none
     resident_warps: int
     barriers: int
+    membars: int  # that wait for device memory
+    l1_invalidations: int
     instructions: int
     atomics: int
     logits_loads: str
@@ -116,6 +118,8 @@ def count(
         blocks=blocks,
         resident_warps=resident_warps(cc, resources["REG"], shared, warps),
         barriers=number("BAR"),
+        membars=sum(i.stem == "MEMBAR" and not i.opcode.endswith(".CTA") for i in code),
+        l1_invalidations=sum(i.opcode == "CCTL.IVALL" for i in code),
         instructions=len(code),
         atomics=number("ATOM", "ATOMG", "RED", "REDG"),
         logits_loads=widths(i for i in loads if is_logits(i)),
@@ -125,7 +129,7 @@ def count(
 
 
 class Promise(NamedTuple):
-    """What a kernel may take, beside that it spills nothing.
+    """What a kernel may take; it spills nothing but where ``stack`` says so.
 
     Spills go through the memory that the logits come from.
     """
@@ -134,11 +138,14 @@ class Promise(NamedTuple):
     shared: int
     wide: bool
     """Whether all logits that are counted are loaded by 16 bytes a thread."""
+    stack: int = 0
+    """Bytes a thread."""
 
 
 def broken(figures: Figures, promise: Promise) -> Iterator[str]:
     """What a kernel takes that it may not, and what it does not do as promised."""
-    budget = {"registers": promise.registers, "shared": promise.shared, "stack": 0, "local": 0}
+    budget = {"registers": promise.registers, "shared": promise.shared}
+    budget |= {"stack": promise.stack, "local": promise.stack // 2}  # each stored, and loaded once
     for name, most in budget.items():
         if (got := getattr(figures, name)) > most:
             yield f"{name} {got}, the budget is {most}"

@@ -44,10 +44,16 @@ REGISTERS = {**_STREAMS, **_SPREAD, "scan": 112}
 only base's are. Others may take all 255: kernels of one block a row, where a batch seldom fills the
 device, and draw, whose code holds routes for awkward rows that few blocks take."""
 
-SHARED = {"sample_hidden": 99 * 1024}
+SHARED = dict.fromkeys(("sample_hidden", "decode_attention"), 99 * 1024)
 """Bytes of shared memory a block, where it is not the 48 KiB that a block gets without asking.
-sample_hidden has two accumulators of 64 rows by 128 tokens, and four stages of both operands: what
-the smallest of these devices (cc 12.0) gives a block when asked."""
+sample_hidden has two accumulators of 64 rows by 128 tokens, and four stages of both operands;
+decode_attention holds up to 64 queries of 256 beside keys and values: what the smallest of these
+devices (cc 12.0) gives a block when asked."""
+
+
+STACK = {("sample V=262208", "select"): 96}
+"""Bytes a thread that are spilled, by case and kernel. Above 262,144 tokens select holds twice the
+summaries in all registers of a multiprocessor: some numbers of the row wait outside the loops."""
 
 
 def compile_kernel(launch: Callable[[], object], name: str, cc: int) -> Any:
@@ -129,4 +135,5 @@ def measure(wanted: Sequence[Unit]) -> dict[Unit, Figures]:
 def promise(unit: Unit) -> Promise:
     """What the design promises of a kernel, with any version of Triton."""
     shared = SHARED.get(unit.kernel, 48 * 1024)
-    return Promise(REGISTERS.get(unit.kernel, 255), shared, wide=False)
+    stack = STACK.get((unit.case, unit.kernel), 0)
+    return Promise(REGISTERS.get(unit.kernel, 255), shared, wide=False, stack=stack)

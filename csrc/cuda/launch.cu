@@ -1,6 +1,7 @@
 // The kernels and their launches: the CUDA half of the C API. docs/cuda.md says why.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 
@@ -85,7 +86,8 @@ cudaLaunchConfig_t configure(unsigned clusters, int blocks, size_t shared, cudaS
   return config;
 }
 
-// Allows a kernel all that the current device has, and asks which clusters run then.
+// Allows a kernel all that the current device has, and asks which clusters run then: with all of a
+// multiprocessor for a block, or with half, where the device has no so many multiprocessors side by side.
 template <typename Kernel>
 cudaError_t allow(Kernel* kernel, size_t most, SharedLimits* limits) {
   cudaFuncAttributes attributes;
@@ -97,13 +99,16 @@ cudaError_t allow(Kernel* kernel, size_t most, SharedLimits* limits) {
   const bool more = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
                                          1) == cudaSuccess;
   for (size_t i = 0; i < kSizes.size(); ++i) {
-    cudaLaunchAttribute attribute;
-    const auto config = configure(1, kSizes[i], shared, nullptr, &attribute);
-    int clusters = 0;
-    const bool runs =
-        (kSizes[i] <= kPortable || more) &&
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
-    (*limits)[i] = runs ? shared : 0;
+    (*limits)[i] = 0;
+    if (kSizes[i] > kPortable && !more) continue;
+    for (const size_t bytes : {shared, (shared + kReserved) / kBlocksPerProcessor - kReserved}) {
+      cudaLaunchAttribute attribute;
+      const auto config = configure(1, kSizes[i], bytes, nullptr, &attribute);
+      int clusters = 0;
+      const bool runs =
+          cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
+      if (runs) (*limits)[i] = std::max((*limits)[i], bytes);
+    }
   }
   return cudaSuccess;
 }

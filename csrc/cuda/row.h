@@ -274,6 +274,7 @@ PTK_KERNEL Row prepare_row(Cluster<Team>& cluster, const Source& in, size_t plac
     if (tiles.max[t] > -INFINITY) bottom = ~key > bottom ? ~key : bottom;
   }
   uint64_t all[] = {team.max(top), team.max(bottom), team.sum(seen.live), team.max(seen.nan)};
+  cluster.meet();  // only now: the loads of the row did not wait for other blocks
   cluster.template exchange<Merge::kMax, Merge::kMax, Merge::kSum, Merge::kMax>(all);
   row.max = value_of(uint32_t(all[0]));
   row.least = value_of(~uint32_t(all[1]));

@@ -10,13 +10,14 @@
 namespace ptk {
 namespace cuda {
 
-// x of a token, wherever it lies in the cluster.
+// Whether a token is among this block's; of none (-1) the first block says yes.
 template <class Team>
-PTK_KERNEL float x_of(const Team& team, Shared& s, const Row& row, int64_t id) {
-  const int tile = int(id / kTile), block = block_of_tile(tile, row.tiles, team.blocks());
-  const int first = share_of_block(row.tiles, block, team.blocks()).first;
-  return *team.at(Tiles(s, row).x + (id - int64_t(first) * kTile), block);
+PTK_KERNEL bool owns(const Team& team, const Row& row, int64_t id) {
+  return team.block() == (id < 0 ? 0 : block_of_tile(int(id / kTile), row.tiles, team.blocks()));
 }
+
+// x of a token that this block owns.
+PTK_HOST_DEVICE float x_of(Shared& s, const Row& row, int64_t id) { return Tiles(s, row).x[id - row.first_id]; }
 
 // Reads a row and selects its kept set, into the block's shared memory.
 template <class Team>
@@ -70,12 +71,12 @@ PTK_KERNEL void write_no_top(const Team& team, const proxytune_sample_args& args
   }
 }
 
-// Two threads of the first block write what a row gives: each takes one logarithm.
+// Two threads of the block that owns the token write what a row gives: each takes one logarithm.
 template <class Team>
 PTK_KERNEL void write_drawn(const Team& team, const proxytune_sample_args& args, int64_t row,
                             Shared& s, int64_t token_id, int32_t status) {
-  if (team.block() != 0) return;
-  const float x = token_id >= 0 ? x_of(team, s, s.target.row, token_id) : 0.0f;
+  if (!owns(team, s.target.row, token_id)) return;
+  const float x = token_id >= 0 ? x_of(s, s.target.row, token_id) : 0.0f;
   if (team.thread() == 0) write_draw(args, row, s.target, s.params, token_id, x, status);
   if (team.thread() == Team::kThreads - 32) write_raw_logprob(args, row, s.target, token_id, x);
 }
@@ -113,7 +114,7 @@ PTK_KERNEL void sample_cluster(const Team& team, std::byte* memory, const proxyt
     write_no_top(team, args, row);
   }
   write_drawn(team, args, row, s, token_id, status);
-  cluster.leave();
+  cluster.meet();
 }
 
 }  // namespace cuda

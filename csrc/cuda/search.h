@@ -88,7 +88,7 @@ class Search {
   // The tokens of a prefix of at most kList, sorted in every block's list.
   PTK_KERNEL void list_prefix(const Prefix& prefix) {
     if (s_.lists(prefix)) return;
-    team_.sync_cluster();  // no block is still copying the last lists
+    team_.sync();  // all have asked for what is listed
     const uint32_t n = collect(key_of(prefix.x), key_of(row_.max), prefix.id);
     gather(int(n), true);
   }
@@ -115,7 +115,7 @@ class Search {
     // Masses below the last are 0; counts may have to go down to the lowest tile.
     const float massless = row_.max + kNoMass / e_.hi;
     const float lowest = need.count == UINT32_MAX && massless > row_.least ? massless : row_.least;
-    const int lane = team_.lane(), blocks = team_.blocks();
+    const int lane = team_.lane();
     const float cutoff = level_at(row_.max, lowest, lane);
     const float below = 127.0f * 1.0001f * exponential(cutoff - row_.max, e_);
     float mass = 0.0f;
@@ -132,8 +132,8 @@ class Search {
     team_.sync();  // all have read the list, whose place is written to
     s_.tokens.levels.mass[team_.warp()][lane] = mass;
     s_.tokens.levels.count[team_.warp()][lane] = count;
-    team_.sync();
-    for (int i = team_.thread(); i < kLevels * blocks; i += Team::kThreads) {
+    cluster_.announce(kLevels * sizeof(uint64_t));
+    for (int i = team_.thread(); i < kLevels * team_.blocks(); i += Team::kThreads) {
       const int level = i % kLevels, to = i / kLevels;
       float level_mass = 0.0f;
       uint32_t level_count = 0;
@@ -141,14 +141,15 @@ class Search {
         level_mass += s_.tokens.levels.mass[w][level];
         level_count += s_.tokens.levels.count[w][level];
       }
-      *team_.at(&s_.block_level_mass[team_.block()][level], to) = level_mass;
-      *team_.at(&s_.block_level_count[team_.block()][level], to) = level_count;
+      const uint64_t both = uint64_t(bits_of_float(level_mass)) << 32 | level_count;
+      cluster_.send(&s_.block_levels[team_.block()][level], both, to);
     }
-    team_.sync_cluster();
+    cluster_.receive();
     mass = 0.0f, count = 0;
-    for (int b = 0; b < blocks; ++b) {
-      mass += s_.block_level_mass[b][lane];
-      count += s_.block_level_count[b][lane];
+    PTK_UNROLL(1)
+    for (int b = 0; b < team_.blocks(); ++b) {
+      mass += float_of_bits(uint32_t(s_.block_levels[b][lane] >> 32));
+      count += uint32_t(s_.block_levels[b][lane]);
     }
     // fp32 sums over at most 4,096 tiles, each tile's off by 2e-5 of itself: within 1e-3 of the need.
     const bool enough = count >= need.count || (by_mass && mass >= share_of(need.mass) * 1.001f);
@@ -198,24 +199,25 @@ class Search {
     return uint32_t(found[0]);
   }
 
-  // Copies all blocks' lists, n tokens, into this block's, and sorts it. The blocks write to their lists again
-  // only after the next exchange, which each of them reaches when it has its copy.
+  // Sends this block's list to all, behind those of the blocks before it, and sorts what all sent: n tokens.
+  // Right after collect(), which said how many each has.
   PTK_KERNEL void gather(int n, bool prefix) {
+    const int count = int(s_.own_count);
+    uint64_t* const to = s_.tokens.list.sorted + cluster_.said_before(0);
+    cluster_.announce(uint32_t(count) * sizeof(uint64_t));
     if (prefix && team_.thread() == 0) s_.listed = n;
-    int offset = 0;
-    for (int b = 0; b < team_.blocks(); ++b) {
-      const int count = int(*team_.at(&s_.own_count, b));
-      const uint64_t* from = team_.at(s_.tokens.list.own, b);
-      for (int i = team_.thread(); i < count; i += Team::kThreads) {
-        s_.tokens.list.sorted[offset + i] = from[i];
-      }
-      offset += count;
+    PTK_UNROLL(1)
+    for (int b = team_.warp(); b < team_.blocks(); b += Team::kWarps) {
+      PTK_UNROLL(1)
+      for (int i = team_.lane(); i < count; i += 32) cluster_.send(to + i, s_.tokens.list.own[i], b);
     }
+    cluster_.receive();
     if (n <= Team::kThreads) return sort_by_rank(team_, s_.tokens.list.sorted, n);
     sort_by_network(team_, s_.tokens.list.sorted, n);
   }
 
-  // Counts and masses by bin, over the cluster; returns the first bin with which the need is met.
+  // Counts and masses by bin, over the cluster; returns the first bin with which the need is met, and what is
+  // taken before it. Each block adds up its share of the bins.
   PTK_KERNEL Found histogram(const Binning& binning, Running taken, Need need) {
     auto& bins = s_.tokens.bins;
     for (int i = team_.thread(); i < int(kBins); i += Team::kThreads) {
@@ -233,30 +235,56 @@ class Search {
         for (int d = 0; d < 3; ++d) team_.add_shared(&bins.digits[d][bin], mass_digit(mass, d));
       }
     }
-    team_.sync_cluster();
+    team_.sync();
     constexpr int kEach = int(kBins) / Team::kThreads;  // bins of a thread
     static_assert(kEach * Team::kThreads == int(kBins));
-    Running totals[kEach];
+    Running mine[kEach];
     for (int k = 0; k < kEach; ++k) {
       const int i = team_.thread() + k * Team::kThreads;
-      totals[k] = {0, 0};
+      mine[k] = {bins.count[i], 0};
+      for (int d = 0; d < 3; ++d) mine[k].mass += uint64_t(bins.digits[d][i]) << (15 * d);
+    }
+    cluster_.announce(0);
+    cluster_.receive();  // all blocks have read their bins: the parts take their place
+    auto& parts = s_.tokens.parts;
+    const int blocks = team_.blocks(), share = int(kBins) / blocks;  // powers of 2
+    const int bits = int(popcount(uint32_t(share) - 1));
+    cluster_.announce(uint32_t(share) * 2 * sizeof(uint64_t));
+    for (int k = 0; k < kEach; ++k) {
+      const int i = team_.thread() + k * Team::kThreads, at = team_.block() * share + (i & (share - 1));
+      cluster_.send(&parts.count[at], mine[k].count, i >> bits);
+      cluster_.send(&parts.mass[at], mine[k].mass, i >> bits);
+    }
+    cluster_.receive();
+    uint64_t sums[] = {0, 0};
+    for (int i = team_.thread(); i < int(kBins); i += Team::kThreads) {
+      sums[0] += parts.count[i];
+      sums[1] += parts.mass[i];
+    }
+    for (int mask = 16; mask > 0; mask /= 2) {
+      for (uint64_t& sum : sums) sum += team_.shuffle_xor(sum, mask);
+    }
+    cluster_.template exchange<Merge::kSum, Merge::kSum>(sums);
+    const Running start{taken.count + uint32_t(cluster_.said_before(0)), taken.mass + cluster_.said_before(1)};
+    const Found found = first_met(team_, s_, share, start, need, [&](int i) {
+      Running sum{0, 0};
       PTK_UNROLL(1)
-      for (int b = 0; b < team_.blocks(); ++b) {
-        const auto& theirs = *team_.at(&bins, b);
-        totals[k].count += theirs.count[i];
-        for (int d = 0; d < 3; ++d) totals[k].mass += uint64_t(theirs.digits[d][i]) << (15 * d);
+      for (int b = 0; b < blocks; ++b) {
+        sum = {sum.count + uint32_t(parts.count[b * share + i]), sum.mass + parts.mass[b * share + i]};
       }
-    }
-    team_.sync_cluster();  // all have read
-    for (int k = 0; k < kEach; ++k) {
-      const int i = team_.thread() + k * Team::kThreads;
-      bins.count[i] = totals[k].count;
-      bins.digits[0][i] = uint32_t(totals[k].mass);
-      bins.digits[1][i] = uint32_t(totals[k].mass >> 32);
-    }
-    return first_met(team_, s_, int(kBins), taken, need, [&](int i) {
-      return Running{bins.count[i], uint64_t(bins.digits[1][i]) << 32 | bins.digits[0][i]};
+      return sum;
     });
+    // In one block: those after it start with more than is needed.
+    const bool here = found.index >= 0 && !need.met(start.count, start.mass);
+    uint64_t all[] = {0, 0, 0};
+    if (here) {
+      all[0] = uint64_t(team_.block() * share + found.index + 1);
+      all[1] = found.before.count;
+      all[2] = found.before.mass;
+    }
+    cluster_.template exchange<Merge::kMax, Merge::kMax, Merge::kMax>(all);
+    if (all[0] == 0) return {-1, {taken.count + uint32_t(sums[0]), taken.mass + sums[1]}, {0, 0}};
+    return {int(all[0]) - 1, {uint32_t(all[1]), all[2]}, {0, 0}};
   }
 
   // Adds the tokens with just this key to `taken`, in order of id, until the need is met. There are enough of
@@ -271,15 +299,11 @@ class Search {
     }
     uint32_t own = 0;
     for (int t = team_.warp(); t < row_.count; t += Team::kWarps) own += ties_of(t, value);
-    own = team_.sum(own);
-    if (team_.thread() == 0) s_.own_count = 0;
-    team_.sync();
-    if (team_.lane() == 0) team_.add_shared(&s_.own_count, own);
-    team_.sync_cluster();
-    uint64_t before = 0;
-    for (int b = 0; b < team_.block(); ++b) before += *team_.at(&s_.own_count, b);
+    uint64_t ties[] = {team_.sum(own)};
+    cluster_.template exchange<Merge::kSum>(ties);
+    const uint64_t before = cluster_.said_before(0);
     uint64_t last[] = {0};  // id + 1
-    if (team_.warp() == 0 && before < wanted && wanted <= before + s_.own_count) {
+    if (team_.warp() == 0 && before < wanted && wanted <= before + cluster_.said(team_.block(), 0)) {
       last[0] = tie_at(value, uint32_t(wanted - before));
     }
     cluster_.template exchange<Merge::kMax>(last);

@@ -31,11 +31,11 @@ struct Running {
 // The tokens that selection looks at: in a list, by bins, or the trial cutoffs that bound them. One of these at a time.
 union Tokens {
   struct {
-    uint64_t own[kList];     // this block's, in no order; read by the others
+    uint64_t own[kList];     // this block's, in no order
     uint64_t sorted[kList];  // the cluster's, likeliest first; the same in every block
   } list;
   struct {
-    uint64_t own[kList];  // others may still read it
+    uint64_t own[kList];
     float mass[kMaxWarps][kLevels];
     uint32_t count[kMaxWarps][kLevels];
   } levels;
@@ -43,6 +43,9 @@ union Tokens {
     uint32_t count[kBins];
     uint32_t digits[3][kBins];  // of masses, 15 bits each: a block has room for fewer than 2^16 tokens
   } bins;
+  struct {
+    uint64_t count[kBins], mass[kBins];  // of the bins that this block adds up, from each block
+  } parts;
 };
 
 // A block's share of a row.
@@ -67,11 +70,10 @@ struct Place {
 };
 
 struct Shared {
+  uint64_t boxes[2];                         // of messages, by turns
   uint64_t slots[2][kMaxBlocks][kExchange];  // what each block said, by turns
-  uint64_t partial[kMaxWarps][kExchange];
-  // what each block found above each trial cutoff
-  float block_level_mass[kMaxBlocks][kLevels];
-  uint32_t block_level_count[kMaxBlocks][kLevels];
+  uint64_t partial[2][kMaxWarps][kExchange];  // what each warp said, likewise
+  uint64_t block_levels[kMaxBlocks][kLevels];  // each block's mass (upper half) and count above each trial cutoff
   Tokens tokens;
   uint32_t own_count;
   int listed;  // of tokens.list.sorted, where it is a prefix of the order, else 0
@@ -154,58 +156,90 @@ template <class Team>
 struct Cluster {
   const Team& team;
   Shared& s;
-  int turns = 0;  // exchanges so far
+  int turns = 0;  // of messages so far
+  bool met = false;
 
   PTK_KERNEL Cluster(const Team& team, Shared& s) : team(team), s(s) {
     static_assert(Team::kWarps <= kMaxWarps);
+    if (team.thread() == 0) {
+      for (uint64_t& box : s.boxes) team.open(&box);
+    }
     team.arrive_cluster();
   }
 
-  // No block leaves while another may read its shared memory.
-  PTK_KERNEL void leave() {
-    if (turns == 0) team.wait_cluster();
-    team.sync_cluster();
+  // A block's shared memory is there once the block has started. Before messages, and before the end.
+  PTK_KERNEL void meet() {
+    if (!met) team.wait_cluster();
+    met = true;
   }
 
-  // Merges each warp's values (lane 0's) over the cluster; every thread gets the results. What blocks
-  // wrote to their shared memory before is visible to all of them after.
-  //
-  // Two turns are enough: a block writes into a slot again only after the next exchange's barrier,
-  // which the slot's readers have passed.
+  // A turn: announce() how many bytes this block sends to each, send() them, receive() what the others sent.
+  // Every block takes part in every turn. What its threads read before a turn may be replaced by messages of
+  // the next one, not by this one's: so the two boxes, and all else that is sent by turns, are enough in twos.
+  PTK_KERNEL void announce(uint32_t bytes) {
+    team.sync();
+    if (team.thread() < team.blocks() && team.blocks() > 1) {
+      team.release();
+      team.announce(box(), bytes, team.thread());
+    }
+  }
+  PTK_KERNEL void send(uint64_t* place, uint64_t value, int block) {
+    if (team.blocks() > 1) return team.send(place, value, box(), block);
+    *place = value;
+  }
+  PTK_KERNEL void receive() {
+    if (team.blocks() > 1) {
+      team.await(box(), uint32_t(turns) >> 1 & 1);
+      team.acquire();
+    } else {
+      team.sync();
+    }
+    ++turns;
+  }
+
+  // Merges each warp's values (lane 0's) over the cluster; every thread gets the results.
   template <Merge... kHow>
   PTK_KERNEL void exchange(uint64_t (&values)[sizeof...(kHow)]) {
     constexpr int n = int(sizeof...(kHow));
     static_assert(n <= kExchange);
-    const int blocks = team.blocks();
     if (team.lane() == 0) {
-      for (int i = 0; i < n; ++i) s.partial[team.warp()][i] = values[i];
+      for (int i = 0; i < n; ++i) s.partial[turns & 1][team.warp()][i] = values[i];
     }
-    team.sync();
-    // A block's shared memory is there once the block has started. The loads of the row did not wait for that.
-    if (turns == 0) team.wait_cluster();
-    const int turn = turns++ & 1;
-    if (team.thread() < blocks) {
-      uint64_t (&slot)[kExchange] = *team.at(&s.slots[turn][team.block()], team.thread());
+    announce(n * sizeof(uint64_t));
+    if (team.thread() < team.blocks()) {
+      uint64_t (&slot)[kExchange] = s.slots[turns & 1][team.block()];
       int i = 0;
-      ((slot[i] = merge_warps<kHow>(i), ++i), ...);
+      ((send(&slot[i], merge_warps<kHow>(i), team.thread()), ++i), ...);
     }
-    team.sync_cluster();
+    receive();
     int i = 0;
-    ((values[i] = merge_blocks<kHow>(turn, i, blocks), ++i), ...);
+    ((values[i] = merge_blocks<kHow>(i), ++i), ...);
+  }
+
+  // Of the last exchange, before the next turn: what a block said, and the sum of what those before this one said.
+  PTK_KERNEL uint64_t said(int block, int i) const { return s.slots[(turns - 1) & 1][block][i]; }
+  PTK_KERNEL uint64_t said_before(int i) const {
+    uint64_t sum = 0;
+    PTK_UNROLL(1)
+    for (int b = 0; b < team.block(); ++b) sum += said(b, i);
+    return sum;
   }
 
  private:
+  PTK_KERNEL uint64_t* box() { return &s.boxes[turns & 1]; }
+
   template <Merge kHow>
   PTK_KERNEL uint64_t merge_warps(int i) const {
-    uint64_t value = s.partial[0][i];
-    for (int w = 1; w < Team::kWarps; ++w) value = merge<kHow>(value, s.partial[w][i]);
+    const auto& partial = s.partial[turns & 1];
+    uint64_t value = partial[0][i];
+    for (int w = 1; w < Team::kWarps; ++w) value = merge<kHow>(value, partial[w][i]);
     return value;
   }
   // Each lane takes one block's value: fewer instructions than a loop, and the loads don't wait for each other.
   template <Merge kHow>
-  PTK_KERNEL uint64_t merge_blocks(int turn, int i, int blocks) const {
+  PTK_KERNEL uint64_t merge_blocks(int i) const {
     static_assert(kMaxBlocks <= 32);
-    uint64_t value = team.lane() < blocks ? s.slots[turn][team.lane()][i] : 0;
+    uint64_t value = team.lane() < team.blocks() ? said(team.lane(), i) : 0;
     for (int mask = 16; mask > 0; mask /= 2) value = merge<kHow>(value, team.shuffle_xor(value, mask));
     return value;
   }

@@ -9,7 +9,6 @@ namespace cuda {
 // Sorts n packed tokens, no more than threads, descending: each goes where its rank says.
 template <class Team>
 PTK_KERNEL void sort_by_rank(const Team& team, uint64_t* tokens, int n) {
-  team.sync();
   const bool mine = team.thread() < n;
   const uint64_t token = mine ? tokens[team.thread()] : 0;
   int rank = 0;

@@ -44,12 +44,18 @@ PTK_KERNEL uint64_t draw_residual(Cluster<Team>& cluster, const NoiseKey& key) {
 
 // Whether the target accepts a token of the draft: u < target / draft, in fp64 logs.
 template <class Team>
-PTK_KERNEL bool accepts(const Team& team, Shared& s, int64_t id) {
+PTK_KERNEL bool accepts(Cluster<Team>& cluster, int64_t id) {
+  Shared& s = cluster.s;
   const Target &target = s.target, &draft = s.draft;
-  const float x = x_of(team, s, target.row, id);
+  uint64_t both[] = {0, 0};
+  if (owns(cluster.team, target.row, id)) {
+    both[0] = bits_of_float(x_of(s, target.row, id));
+    both[1] = bits_of_float(x_of(s, draft.row, id));
+  }
+  cluster.template exchange<Merge::kMax, Merge::kMax>(both);
+  const float x = float_of_bits(uint32_t(both[0])), y = float_of_bits(uint32_t(both[1]));
   if (!target.kept.has(x, uint32_t(id))) return false;
   if (!draft.drawable) return true;
-  const float y = x_of(team, s, draft.row, id);
   if (!draft.kept.has(y, uint32_t(id))) return true;  // the draft gives it probability 0
   const NoiseKey key = make_noise_key(s.raw.seed, s.raw.position, kStreamAccept);
   const double log_u = std::log(double(uniform_of(key, uint32_t(id))));
@@ -61,7 +67,7 @@ template <class Team>
 PTK_KERNEL void emit(Cluster<Team>& cluster, bool drafted, int64_t vocab_size, uint32_t stream, Step& step) {
   Shared& s = cluster.s;
   const int64_t draft_id = s.place.draft_id;
-  if (drafted && draft_id < vocab_size && accepts(cluster.team, s, draft_id)) {
+  if (drafted && draft_id < vocab_size && accepts(cluster, draft_id)) {
     step.token_id = draft_id;
     step.accepted = true;
     return;
@@ -132,11 +138,11 @@ PTK_KERNEL void verify_cluster(const Team& team, std::byte* memory, const proxyt
   } else {
     step.status = kStatusBadParams;
   }
-  if (team.block() == 0 && team.thread() == 0) {
+  if (owns(team, s.target.row, step.token_id) && team.thread() == 0) {
     const int64_t positions = args.num_drafts + 1, request = s.place.row;
     const int64_t at = request * positions + s.place.position;
     if (step.token_id >= 0) {
-      const float x = x_of(team, s, s.target.row, step.token_id);
+      const float x = x_of(s, s.target.row, step.token_id);
       step.logprob = s.target.logprob(s.params, x);
       step.raw_logprob = s.target.raw_logprob(x);
     }
@@ -147,7 +153,7 @@ PTK_KERNEL void verify_cluster(const Team& team, std::byte* memory, const proxyt
       arrived[request] = 0;
     }
   }
-  cluster.leave();
+  cluster.meet();
 }
 
 }  // namespace cuda

@@ -7,12 +7,15 @@ attention layer as the keyword ``cache_step``.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from proxytune_kernels.ops.attention import num_arrivals, unusable
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder.cache import CacheStep
@@ -23,6 +26,12 @@ ATTENTION_NAME = "proxytune_slots"
 # Attention terms that other models add and this function does not know. To ignore one would give
 # wrong tokens without an error.
 _UNKNOWN_TERMS = ("s_aux", "position_bias")
+
+_MAX_NEW = 64
+"""More new tokens a row are a prompt's, and go through SDPA where the kernel is ours."""
+
+_SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+"""Not cuDNN, which torch prefers on some devices: it plans anew for every shape."""
 
 _MAX_GROUPED_QUERIES = 64
 """Up to here query heads that share a key are run as its queries; SDPA would copy keys for each."""
@@ -35,15 +44,68 @@ def register_attention() -> None:
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
 
 
+KERNELS = ("triton", "flash-attn", "sdpa")
+"""What attends to the cache in steps: ``proxytune::decode_attention``, flash-attn's decoding
+kernel, torch's SDPA under a mask. The first two read each row's length on the device, and no key
+past it."""
+
+
+class Choice(NamedTuple):
+    """A measurement: the kernel that is fastest in steps on a CUDA device."""
+
+    device: str
+    """How the driver's name of the device begins: ``NVIDIA H100``."""
+    kernel: str
+    """Of :data:`KERNELS`."""
+    source: str
+    """The measurement: a file in benchmarks/results."""
+
+
+CHOICES: tuple[Choice, ...] = ()
+"""The kernel that is tried first, by device. Nothing has been measured yet: ours is."""
+
+
+def choose_kernel(
+    device: torch.device, dtype: torch.dtype, choices: Sequence[Choice] | None = None
+) -> tuple[str, str | None]:
+    """The kernel for a model, of :data:`KERNELS`, and why it is SDPA, as a sentence.
+
+    Args:
+        device, dtype: of the model.
+        choices: lines to look in; None for :data:`CHOICES`.
+    """
+    reasons = {"triton": unusable(device, dtype), "flash-attn": flash_missing(device, dtype)}
+    order = list(reasons)
+    if device.type == "cuda" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name(device)
+        lines = CHOICES if choices is None else choices
+        order[:0] = [line.kernel for line in lines if name.startswith(line.device)][:1]
+    for kernel in order:
+        if reasons[kernel] is None:
+            return kernel, None
+    return "sdpa", reasons["triton"]
+
+
 def flash_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flash-attn's decoding kernel can't be used, as a sentence; None where it can."""
     if device.type != "cuda":
         return f"flash-attn runs on CUDA devices, and this model is on {device}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash-attn takes bfloat16 and float16, and this model has {dtype}"
-    if find_spec("flash_attn") is None:
+    try:
+        _flash_attn_with_kvcache()
+    except ModuleNotFoundError:
         return "flash-attn is not installed (pip install 'proxytune_kernels[flash]')"
+    except Exception as error:  # flash-attn 4 has its name and not its functions; a wrong build
+        return f"flash_attn has no flash_attn_with_kvcache that can be imported: {error}"
     return None
+
+
+def _flash_attn_with_kvcache() -> Callable[..., Tensor]:
+    from flash_attn import flash_attn_with_kvcache
+
+    function: Callable[..., Tensor] = flash_attn_with_kvcache
+    return function
 
 
 def slot_attention(
@@ -89,7 +151,10 @@ def slot_attention(
             f"{ATTENTION_NAME} attention got a mask {list(attention_mask.shape)} from "
             f"{type(module).__name__}, where it makes its own"
         )
-    if not cache_step.fresh and cache_step.cache.flash:
+    kernel = "sdpa" if cache_step.fresh else cache_step.cache.kernel
+    if kernel == "triton" and query.shape[2] <= _MAX_NEW:
+        return _own(query, key, value, cache_step, scaling, sliding_window, softcap), None
+    if kernel == "flash-attn":
         return _flash(query, key, value, cache_step, scaling, sliding_window, softcap), None
     first, masked = cache_step.visible(sliding_window)
     if first:
@@ -104,7 +169,7 @@ def slot_attention(
     groups = heads // key.shape[1]
     if groups == queries == 1 and not masked and not cache_step.fresh:
         # SDPA as it is: no mask, no heads to group.
-        attended = scaled_dot_product_attention(query, key, value, scale=scaling)
+        attended = _sdpa(query, key, value, scale=scaling)
         return attended.transpose(1, 2), None
     if queries * groups <= _MAX_GROUPED_QUERIES and not cache_step.fresh:
         mask = None
@@ -113,13 +178,13 @@ def slot_attention(
             copies = groups if queries > 1 else 1
             mask = _mask(cache_step, sliding_window, copies, query)[..., first:]
         grouped = query.reshape(rows, key.shape[1], groups * queries, width)
-        attended = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+        attended = _sdpa(grouped, key, value, attn_mask=mask, scale=scaling)
         attended = attended.reshape(rows, heads, queries, value.shape[-1])
         if queries == 1:
             return attended.transpose(1, 2), None
     else:
         mask = _mask(cache_step, sliding_window, 1, query)[..., first:] if masked else None
-        attended = scaled_dot_product_attention(
+        attended = _sdpa(
             query,
             key,
             value,
@@ -136,6 +201,36 @@ def _mask(step: CacheStep, window: int | None, groups: int, query: Tensor) -> Te
     return step.mask(window, groups).to(query.device)
 
 
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    if query.device.type == "cuda":
+        with sdpa_kernel(list(_SDPA)):
+            return functional.scaled_dot_product_attention(query, key, value, **options)
+    return functional.scaled_dot_product_attention(query, key, value, **options)
+
+
+def _own(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: CacheStep,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """``proxytune::decode_attention``; result [B, q, heads, D]."""
+    attended: Tensor = torch.ops.proxytune.decode_attention(
+        query,
+        key,
+        value,
+        step.seq_lens().to(query.device),
+        query.shape[3] ** -0.5 if scaling is None else scaling,
+        window,
+        softcap,
+        step.arrivals(query.device, num_arrivals(query)),
+    )
+    return attended
+
+
 def _flash(
     query: Tensor,
     key: Tensor,
@@ -146,9 +241,7 @@ def _flash(
     softcap: float | None,
 ) -> Tensor:
     """flash-attn's decoding kernel, which takes each row's length and reads no key past it."""
-    from flash_attn import flash_attn_with_kvcache
-
-    attended: Tensor = flash_attn_with_kvcache(
+    attended = _flash_attn_with_kvcache()(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),

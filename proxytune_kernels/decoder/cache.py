@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxytune_kernels.ops.attention import MAX_HEAD_SIZE
+
 
 def cache_keyword(function: Callable[..., Any]) -> str:
     """The name under which a forward, or another function of a model, takes its cache.
@@ -39,7 +41,8 @@ class SlotCache:
         device: where token ids and positions live.
         slack: places past ``max_seq_len`` for drafts that will be rolled back.
         exact: the host's lengths are the device's, rather than upper bounds of them.
-        flash: attend with flash-attn's decoding kernel.
+        kernel: what attends to the keys in steps, by its name in
+            :data:`~proxytune_kernels.decoder.attention.KERNELS`.
     """
 
     def __init__(
@@ -50,14 +53,17 @@ class SlotCache:
         *,
         slack: int = 0,
         exact: bool = True,
-        flash: bool = False,
+        kernel: str = "sdpa",
     ) -> None:
         self.rows = rows
         self.max_seq_len = max_seq_len
-        self.capacity = max_seq_len + slack
+        # A multiple of 8: rows of a mask are aligned to 16 bytes.
+        self.capacity = -(-(max_seq_len + slack) // 8) * 8
         self.device = device
         self.exact = exact
-        self.flash = flash
+        self.kernel = kernel
+        # Steps are captured: they reach over whole rows, wherever these end.
+        self.captured = False
         self.lengths = [0] * rows
         self.device_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         # 1 for rows whose request runs: only their lengths move.
@@ -89,8 +95,8 @@ class SlotCache:
         width: int,
         offset: int = 0,
         *,
-        length: int | None = None,
         indexed: bool = False,
+        prompt: bool = False,
     ) -> CacheStep:
         """The forward that adds ``width`` tokens to each of ``rows``; their lengths stay.
 
@@ -98,14 +104,14 @@ class SlotCache:
             rows: which rows, in the order of the forward's batch.
             width: new tokens of each row.
             offset: how many tokens behind a row's length they go.
-            length: keys to attend over, for graphs of one shape; the longest row's unless told.
             indexed: write by index even where all rows have one length.
+            prompt: the rows are a slot's that does not run yet: the host knows their one length.
         """
         host = [self.lengths[row] for row in rows]
         longest = max(host) + offset
-        equal = length is None and self.exact and min(host) == max(host)
-        if length is None:
-            length = longest + width
+        fixed = self.captured and not prompt
+        equal = (self.exact or prompt) and not fixed and min(host) == max(host)
+        length = self.capacity if fixed else longest + width
         write_index, clamped = None, self._position_ids is not self._span
         if equal and not indexed:
             positions = self._span[longest:length].expand(len(rows), -1)
@@ -148,11 +154,12 @@ class SlotCache:
 
     def release(self, row: int) -> None:
         """Empty a row."""
-        # A ragged batch reads past a short row's end with weight 0, and 0 * NaN is NaN: what a
-        # request left must not be there for the next, drafts past its end included.
-        end = min(self.lengths[row] + 1 + self.capacity - self.max_seq_len, self.capacity)
-        for layer in (*self.keys, *self.values):
-            layer[row, :end] = 0
+        if self.kernel == "sdpa":
+            # It reads past a short row's end with weight 0, and 0 * NaN is NaN: what a request left
+            # must not be there for the next, drafts past its end included.
+            end = min(self.lengths[row] + 1 + self.capacity - self.max_seq_len, self.capacity)
+            for layer in (*self.keys, *self.values):
+                layer[row, :end] = 0
         self.set_length(row, 0)
 
     def reset(self) -> None:
@@ -164,13 +171,16 @@ class SlotCache:
             # New memory is zeros that take no room until they are written.
             self.keys.clear()
             self.values.clear()
-        for layer in (*self.keys, *self.values):
-            layer.zero_()  # where it is: captured graphs know the place
+        elif self.kernel == "sdpa":
+            for layer in (*self.keys, *self.values):
+                layer.zero_()  # where it is: captured graphs know the place
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, [rows, capacity, kv_heads, D]; made at the first call."""
         while len(self.keys) <= index:
             shape = (self.rows, self.capacity)
+            if max(key.shape[3], value.shape[3]) > MAX_HEAD_SIZE:
+                self.kernel = "sdpa"  # the others go no further
             new_keys = key.new_zeros(*shape, key.shape[1], key.shape[3])
             new_values = value.new_zeros(*shape, value.shape[1], value.shape[3])
             # The keys say how many layers there are: a fault before they are kept leaves none.
@@ -210,6 +220,7 @@ class CacheStep:
     ragged: bool = False
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict, init=False)
     _seq_lens: Tensor | None = field(default=None, init=False)
+    _arrivals: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, init=False)
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -282,3 +293,10 @@ class CacheStep:
         if self._seq_lens is None:
             self._seq_lens = (self.positions[:, -1] + 1).to(torch.int32)
         return self._seq_lens
+
+    def arrivals(self, device: torch.device, count: int) -> Tensor:
+        """int32 zeros, which each layer of this forward leaves as zeros: one launch for all."""
+        if (device, count) not in self._arrivals:
+            zeros = torch.zeros(count, dtype=torch.int32, device=device)
+            self._arrivals[device, count] = zeros
+        return self._arrivals[device, count]

@@ -185,9 +185,9 @@ def _shortened(model: Any, depth: int | None) -> Iterator[None]:
             vars(owner)[name] = direct
 
 
-def _ways(part: SlotModel) -> tuple[bool, ...]:
+def _ways(part: SlotModel) -> tuple[Any, ...]:
     """What of a decoder's options changes how a model runs."""
-    return part.compiled, part.packed, part.cache.flash
+    return part.compiled, part.packed, part.cache.kernel
 
 
 class Text:
@@ -267,9 +267,8 @@ def _through_cache(part: SlotModel, text: Text) -> list[tuple[str, int, int, Ten
         take("chunk", [0], part.extend(0, chunk))
     if text.step:
         new = [[ids[n]] for ids, n in zip(text.token_ids, lengths, strict=True)]
-        # A length spares what is compiled, which a first request should wait for.
-        length = lengths[0] + 1 if part.compiled else None
-        logits = part.forward(torch.tensor(new, device=part.cache.device), length=length)
+        # What is compiled is compiled later: a first request should wait for it.
+        logits = part.forward(torch.tensor(new, device=part.cache.device), eager=True)
         lengths = [n + 1 for n in lengths]
         take("step", slots, logits[:, -1])
     return found

@@ -21,6 +21,7 @@ from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler
 from proxytune_kernels.decoder.speculation import DraftController, Speculation, SpeculationStats
 from proxytune_kernels.decoder.step import Stepper
+from proxytune_kernels.ops import warm_up
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 
@@ -208,8 +209,32 @@ class Decoder:
                 self._queues[request_id].append(request.cancel())
                 self._remove(request)
 
-    def warm_up(self) -> None:
-        """With ``compile=True``: compile now, so that no request waits for it; else nothing."""
+    def warm_up(self, progress: bool = False) -> None:
+        """Compile now what would be compiled step by step, so that no request waits for it.
+
+        With ``compile=True`` the models' steps, which the first request waits for otherwise; on a
+        GPU the sampling kernels, by :func:`proxytune_kernels.warm_up`, with a bar if ``progress``.
+        """
+        self._compile_models()
+        dtypes, widths = [], []
+        for role in self.roles:
+            head = self.trio.models[role].get_output_embeddings().weight
+            widths.append(head.shape[0])
+            dtype = self.trio.models[role].dtype
+            dtypes.append(torch.float32 if dtype == torch.float64 else dtype)
+        looks_up = self.speculation is not None and self.speculation.drafter == "prompt_lookup"
+        warm_up(
+            self._runner.device,
+            dtypes,
+            self.trio.vocab_size,
+            widths=widths,
+            operators=("sample",) if self.speculation is None else ("sample", "verify"),
+            drafter=(torch.float32, self.trio.vocab_size) if looks_up else None,
+            backend=self._sampler.backend,
+            progress=progress,
+        )
+
+    def _compile_models(self) -> None:
         if self._cold:
             self._runner.warm_up()
             self._cold = False
@@ -225,10 +250,7 @@ class Decoder:
             "pair": self._runner.pair,
             "speculation": None if self.speculation is None else asdict(self.speculation),
             "graphs": self._graphs_info(),
-            "attention": {
-                role: "flash-attn" if reason is None else f"sdpa: {reason}"
-                for role, reason in self._runner.flash_missing.items()
-            },
+            "attention": self._runner.attention(),
             "cache_bytes": self._runner.cache_bytes(),
             "packed_bytes": self._runner.packed_bytes,
         }
@@ -251,7 +273,8 @@ class Decoder:
             reason = self._runner.cannot_capture()
         if reason is None:
             capture = CudaCapture(self._runner.device)
-            return StepGraphs(capture, self.max_batch_size, self._runner.capacity), None
+            self._runner.capture()
+            return StepGraphs(capture, self.max_batch_size), None
         if wanted:
             raise ValueError(f"graphs can't be True here: {reason}")
         return None, reason
@@ -294,7 +317,7 @@ class Decoder:
 
     def _add(self, requests: Sequence[Request], queue: deque[StreamEvent]) -> None:
         """Put requests into the loop; their events go into ``queue``."""
-        self.warm_up()
+        self._compile_models()
         for request in requests:
             self._requests[request.request_id] = request
             self._queues[request.request_id] = queue

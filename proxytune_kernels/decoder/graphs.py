@@ -1,4 +1,4 @@
-"""Captured steps: one CUDA graph for each number of slots, length and kind of step.
+"""Captured steps: one CUDA graph for each number of slots and kind of step.
 
 A graph replays the kernels of one step on the addresses it was captured with. What differs from
 step to step (tokens, lengths, parameters, which slots run) lies in tensors at fixed places; what a
@@ -15,11 +15,9 @@ from torch import Tensor
 
 from proxytune_kernels.decoder.sampler import StepResult
 
-_SHORTEST = 256
-"""Keys of the shortest graph; the others double."""
 _WARM_UPS = 2
 
-Step = Callable[[int, int | None], StepResult]
+Step = Callable[[int], StepResult]
 Replay = Callable[[], StepResult]
 
 
@@ -92,10 +90,9 @@ class CudaCapture(Capture):
 class StepGraphs:
     """Runs steps from graphs, and makes those that are not there yet."""
 
-    def __init__(self, capture: Capture, max_batch_size: int, capacity: int) -> None:
+    def __init__(self, capture: Capture, max_batch_size: int) -> None:
         self._capture = capture
         self._max_batch_size = max_batch_size
-        self._capacity = capacity
         self._replays: dict[Hashable, Replay] = {}
         self.failed: str | None = None
         """Why nothing is captured any more; None while it is."""
@@ -105,37 +102,30 @@ class StepGraphs:
         """How many graphs there are."""
         return len(self._replays)
 
-    def run(
-        self, slots: int, longest: int, kind: Hashable, step: Step, state: Sequence[Tensor]
-    ) -> StepResult:
+    def run(self, slots: int, kind: Hashable, step: Step, state: Sequence[Tensor]) -> StepResult:
         """Run a step of the first slots, from its graph.
 
         Args:
             slots: how many.
-            longest: keys of the longest of them, those of the step included.
             kind: what else the step depends on.
-            step: (rows, length) -> result; length None for whatever is there.
+            step: rows -> result.
             state: what the step changes.
 
         Returns:
             The first rows of the graph's own tensors: the next run writes over them.
         """
         if self.failed is not None:
-            return step(slots, None)
+            return step(slots)
         rows = min(power_of_two(slots, 1), self._max_batch_size)
-        length = power_of_two(longest, _SHORTEST)
-        if length + length // 8 >= self._capacity:
-            # No graph of their own for the few steps between a power of two and the end.
-            length = self._capacity
-        key = (rows, length, kind)
+        key = (rows, kind)
         if key not in self._replays:
             try:
-                self._replays[key] = self._capture(lambda: step(rows, length), state)
+                self._replays[key] = self._capture(lambda: step(rows), state)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self.failed = f"a step can't be captured: {' '.join(str(error).split())}"
-                return step(slots, None)
+                return step(slots)
         return self._replays[key]().first(slots)
 
 

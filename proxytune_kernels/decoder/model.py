@@ -136,13 +136,13 @@ class SlotModel:
         end = self._first + slots * self._rows_per_slot * self._stride
         return range(self._first, end, self._stride)
 
-    def forward(self, token_ids: Tensor, offset: int = 0, length: int | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, offset: int = 0, *, eager: bool = False) -> Tensor:
         """Run q new tokens in each of the first slots; the lengths stay.
 
         Args:
             token_ids: int64 [B, q], for the first B slots; the same for all rows of a slot.
             offset: how many tokens behind a row's length they go.
-            length: keys to attend over; the longest row's unless told.
+            eager: not through torch.compile.
 
         Returns:
             Logits [B, q, V], or [2 B, q, V] where a slot has two rows.
@@ -151,12 +151,12 @@ class SlotModel:
         width = token_ids.shape[1]
         if self._rows_per_slot > 1:
             token_ids = token_ids.repeat_interleave(self._rows_per_slot, 0)
-        if self._compiled is not None and width == 1 and length is None:
+        if self._compiled is not None and width == 1 and not eager:
             step = self.cache.step(rows, width, offset, indexed=True)
             # Always the same tensor: a graph is compiled for kinds of tensors, too.
             inputs = self._token_ids[: token_ids.shape[0]].copy_(token_ids)
             return self._compiled(inputs, step)[:, None]
-        step = self.cache.step(rows, width, offset, length=length)
+        step = self.cache.step(rows, width, offset)
         return self._run(token_ids, step, 0 if width > 1 else 1)
 
     def prefill(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
@@ -189,7 +189,7 @@ class SlotModel:
         start = self._first + slot * self._rows_per_slot * self._stride
         rows = range(start, start + self._rows_per_slot * self._stride, self._stride)
         inputs = torch.tensor([token_ids] * len(rows), device=self.cache.device)
-        logits = self._run(inputs, self.cache.step(rows, len(token_ids)), 1)
+        logits = self._run(inputs, self.cache.step(rows, len(token_ids), prompt=True), 1)
         for row in rows:
             self.cache.set_length(row, self.cache.lengths[row] + len(token_ids))
         return logits[:, 0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels.decoder import packing
-from proxytune_kernels.decoder.attention import flash_missing, register_attention
+from proxytune_kernels.decoder.attention import choose_kernel, register_attention
 from proxytune_kernels.decoder.cache import SlotCache
 from proxytune_kernels.decoder.model import (
     SlotModel,
@@ -18,6 +18,7 @@ from proxytune_kernels.decoder.model import (
     with_slot_attention,
 )
 from proxytune_kernels.decoder.pair import pair_models
+from proxytune_kernels.ops.attention import MAX_HEAD_SIZE
 from proxytune_kernels.trio.roles import PAIR
 
 Roles = tuple[str, ...]
@@ -64,7 +65,7 @@ class Runner:
                     f"compiled code has no place for the hooks that bring them in"
                 )
         self.device = input_device(models["base"])
-        self.flash_missing: dict[str, str | None] = {}
+        self._no_kernel: dict[str, str | None] = {}
         # Stacked weights are neither compiled for nor packed unless asked for.
         may_batch = not compile and not pack_weights
         self.pair, trees = pair_models(models, pair, may_batch=may_batch)
@@ -111,14 +112,14 @@ class Runner:
     def _cache(
         self, role: str, model: Any, rows: int, max_seq_len: int, slack: int, exact: bool
     ) -> SlotCache:
-        self.flash_missing[role] = flash_missing(input_device(model), model.dtype)
+        kernel, self._no_kernel[role] = choose_kernel(input_device(model), model.dtype)
         return SlotCache(
             rows,
             max_seq_len,
             input_device(model),
             slack=slack,
             exact=exact,
-            flash=self.flash_missing[role] is None,
+            kernel=kernel,
         )
 
     def parts(self, roles: Roles) -> list[Roles]:
@@ -130,9 +131,7 @@ class Runner:
         return self._parts[roles]
 
     @torch.inference_mode()
-    def forward(
-        self, roles: Roles, token_ids: Tensor, offset: int = 0, length: int | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, roles: Roles, token_ids: Tensor, offset: int = 0) -> dict[str, Tensor]:
         """Run q tokens int64 [B, q] in each of the first B slots; per role logits [B, q, V].
 
         The lengths stay (see :meth:`advance`); arguments as in :meth:`SlotModel.forward`.
@@ -140,7 +139,7 @@ class Runner:
 
         def run(part: Roles) -> Tensor:
             model = self.models[part]
-            return model.forward(token_ids.to(model.cache.device), offset, length)
+            return model.forward(token_ids.to(model.cache.device), offset)
 
         return self._run(self.parts(roles), run)
 
@@ -203,6 +202,21 @@ class Runner:
             return f"the models lie on several devices ({', '.join(places)})"
         return f"CUDA graphs need a CUDA device, and the models are on {', '.join(places)}"
 
+    def capture(self) -> None:
+        """Let steps be captured: from now on nothing in them depends on the host's lengths."""
+        for cache in self._caches:
+            cache.captured = True
+
+    def attention(self) -> dict[str, str]:
+        """What attends to the cache in steps, by the first of the roles that share one."""
+        found = {}
+        for role, reason in self._no_kernel.items():
+            kernel = self._rows[role][0].kernel
+            if kernel == "sdpa":
+                kernel += f": {reason or f'a head is larger than {MAX_HEAD_SIZE}'}"
+            found[role] = kernel
+        return found
+
     def start(self, slot: int, roles: Sequence[str]) -> None:
         """Let a slot's lengths move on in these roles."""
         for role in roles:
@@ -225,13 +239,6 @@ class Runner:
         for role in roles:
             cache, first, stride = self._rows[role]
             cache.lengths[first + slot * stride] += count
-
-    def longest(self, slots: int) -> int:
-        """The most tokens that any of the first slots holds in any role, as far as is known."""
-        return max(
-            max(cache.lengths[first : first + slots * stride : stride])
-            for cache, first, stride in self._rows.values()
-        )
 
     @torch.inference_mode()
     def warm_up(self) -> None:

@@ -89,15 +89,14 @@ class Stepper:
             B = ``slots`` rows; those whose slot is not running hold nothing of meaning.
         """
 
-        def step(rows: int, length: int | None) -> StepResult:
+        def step(rows: int) -> StepResult:
             if drafts:
-                return self._round(rows, roles, drafts, needs, length)
-            return self._plain(rows, roles, needs, length)
+                return self._round(rows, roles, drafts, needs)
+            return self._plain(rows, roles, needs)
 
         if self.graphs is None:
-            return step(slots, None)
-        longest = self.runner.longest(slots) + 1 + drafts
-        return self.graphs.run(slots, longest, (roles, drafts, needs), step, self.state())
+            return step(slots)
+        return self.graphs.run(slots, (roles, drafts, needs), step, self.state())
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to an empty slot."""
@@ -112,18 +111,14 @@ class Stepper:
         history = [] if self._history is None else self._history.state()
         return [*self.runner.state(), *self.sampler.state(), *history]
 
-    def _plain(
-        self, rows: int, roles: tuple[str, ...], needs: Needs, length: int | None
-    ) -> StepResult:
-        logits = self.runner.forward(roles, self.sampler.token_ids[:rows], length=length)
+    def _plain(self, rows: int, roles: tuple[str, ...], needs: Needs) -> StepResult:
+        logits = self.runner.forward(roles, self.sampler.token_ids[:rows])
         last = {role: x[:, 0] for role, x in logits.items()}
         result = self.sampler.draw(rows, last, needs)
         self._advance(rows, result)
         return result
 
-    def _round(
-        self, rows: int, roles: tuple[str, ...], drafts: int, needs: Needs, length: int | None
-    ) -> StepResult:
+    def _round(self, rows: int, roles: tuple[str, ...], drafts: int, needs: Needs) -> StepResult:
         """Draft, score the drafts, verify them: 1 to drafts + 1 tokens a row."""
         assert self.speculation is not None
         start = self.sampler.token_ids[:rows]
@@ -131,13 +126,13 @@ class Stepper:
         if self._history is not None:
             token_ids = self._history.lookup(rows, drafts)
             inputs = torch.cat([start, token_ids.clamp(min=0)], 1)
-            logits = self.runner.forward(roles, inputs, length=length)
+            logits = self.runner.forward(roles, inputs)
             draft_logits = self._certain(token_ids) if rejection else None
         else:
-            token_ids, expert = self._draft(rows, drafts, needs, length)
+            token_ids, expert = self._draft(rows, drafts, needs)
             inputs = torch.cat([start, token_ids], 1)
             others = tuple(role for role in roles if role != "expert")
-            logits = self.runner.forward(others, inputs, length=length)
+            logits = self.runner.forward(others, inputs)
             logits["expert"] = expert
             draft_logits = expert[:, :-1] if rejection else None
         # No token past max_tokens, whatever is accepted.
@@ -150,15 +145,13 @@ class Stepper:
         self._advance(rows, result)
         return result
 
-    def _draft(
-        self, rows: int, drafts: int, needs: Needs, length: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _draft(self, rows: int, drafts: int, needs: Needs) -> tuple[Tensor, Tensor]:
         """The expert's drafts [B, k], and its logits [B, k + 1, V] at them and behind the last."""
         assert self.speculation is not None
         noise_stream = "draft" if self.speculation.mode == "rejection" else "sample"
         tokens, logits = [self.sampler.token_ids[:rows]], []
         for offset in range(drafts + 1):
-            x = self.runner.forward(("expert",), tokens[-1], offset, length)["expert"]
+            x = self.runner.forward(("expert",), tokens[-1], offset)["expert"]
             logits.append(x)
             if offset < drafts:
                 tokens.append(self.sampler.draft(rows, x[:, 0], offset, needs, noise_stream))

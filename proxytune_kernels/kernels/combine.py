@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxytune_kernels.kernels.common import OPTIONS, Logits, combined
+from proxytune_kernels.kernels.common import OPTIONS, Logits, cdiv, combined
+from proxytune_kernels.kernels.launches import launch
 
 _BLOCK = 1024
 _WARPS = 4
@@ -34,10 +35,11 @@ def _combine_kernel(logits, alpha, out, vocab_size, blocks, BLOCK: tl.constexpr)
 
 def launch_combine(logits: Logits, alpha: Tensor, out: Tensor, vocab_size: int) -> None:
     """Writes x, fp32 [B, vocab_size] contiguous; alpha fp32 [B]."""
-    blocks = triton.cdiv(vocab_size, _BLOCK)
+    blocks = cdiv(vocab_size, _BLOCK)
     if len(out) == 0:
         return
-    _combine_kernel[(len(out) * blocks,)](
-        logits, alpha, out, vocab_size, blocks,
-        BLOCK=_BLOCK, num_warps=_WARPS, **OPTIONS,
+    launch(
+        _combine_kernel, (logits.kind, vocab_size, out.data_ptr() % 16 == 0), out.device,
+        (len(out) * blocks,), logits, alpha, out, vocab_size, blocks, _BLOCK, num_warps=_WARPS,
+        **OPTIONS,
     )  # fmt: skip

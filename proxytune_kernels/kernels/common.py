@@ -17,8 +17,9 @@ from torch import Tensor
 OPTIONS = {"enable_fp_fusion": False}
 """Compile options of every kernel.
 
-What changes with the batch is marked do_not_specialize: a new batch size must not compile anything
-in the middle of serving. So is vocab_size where no wide access depends on it.
+Nothing is compiled while serving: what changes from call to call is marked do_not_specialize, and
+is no field of a tuple, where Triton does not look for the mark. So is vocab_size where no wide
+access depends on it. The number of positions is 1 (sample) or any other (verify).
 """
 TILE = tl.constexpr(128)  # tokens a summary
 LANES = tl.constexpr(128)  # threads a block of tokens is spread over
@@ -50,30 +51,37 @@ NO_CUTOFF = tl.constexpr(0x00800000 << 19)  # the lowest order key of a token th
 _BLOCK = 1024  # tokens that a program reads at once where a row is spread over several
 
 
-class Strides(NamedTuple):
-    """Elements from one request (b) and one position (t) of :class:`Logits` to the next."""
+class Lines(NamedTuple):
+    """Rows of a matrix [B, V] or [B, T, V], :func:`lines_of`.
 
-    base_b: int
-    base_t: int
-    expert_b: int
-    expert_t: int
-    anti_b: int
-    anti_t: int
-    bias_b: int
-    bias_t: int
-    allowed_b: int
-    allowed_t: int
+    Where all begin at multiples of 16 elements and 16 bytes, the steps stand here as they are, and
+    Triton makes wide accesses of it. Where not, n stands as 4 n + 3, and ``first`` begins at no
+    multiple of 16 bytes: Triton compiles the same kernel for all of these.
+    """
+
+    first: Any  # of the row, ``skipped`` elements from its beginning
+    b: Any  # elements from one request to the next
+    t: Any  # and from one position
+    skipped: Any
+    aligned: Any
 
 
 class Logits(NamedTuple):
-    """What makes x: logits [B, T, V] of each role, and the two optional constraints."""
+    """What makes x: logits of each role, and the two optional constraints."""
 
-    base: Any
-    expert: Any  # None with anti: base alone
-    anti: Any
-    bias: Any  # None, or fp32 [B, T, V]
-    allowed: Any  # None, or int32 [B, T, ceil(V / 32)]
-    strides: Strides
+    base: Lines
+    expert: Lines | None  # None with anti: base alone
+    anti: Lines | None
+    bias: Lines | None  # fp32
+    allowed: Lines | None  # int32 [B, T, ceil(V / 32)]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """All that kernels are compiled for."""
+        return tuple(
+            None if lines is None else (lines.first.dtype, lines.aligned is _ALIGNED)
+            for lines in self
+        )
 
 
 class Exponent(NamedTuple):
@@ -84,47 +92,78 @@ class Exponent(NamedTuple):
     floor: Any
 
 
+def packed(tensor: Tensor) -> Tensor:
+    """The same numbers, contiguous, at a multiple of 16 bytes: Triton compiles anew for others."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+_ALIGNED, _UNALIGNED = tl.constexpr(True), tl.constexpr(False)
+
+
+def lines_of(tensor: Tensor | None, wide: bool = True) -> Lines | None:
+    """A matrix as a kernel gets it; without ``wide`` accesses to it are never wide."""
+    if tensor is None:
+        return None
+    b, t = tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0
+    place = tensor.data_ptr() % 16
+    if wide and ((b | t | place) & 15) == 0:
+        return Lines(tensor, b, t, 0, _ALIGNED)
+    skipped = (tensor.itemsize - place) % 16 // tensor.itemsize
+    if skipped >= tensor.shape[-1]:  # the kernel adds what it does not know: no wide access
+        skipped = 0
+    if skipped:
+        tensor = tensor[..., skipped:]
+    return Lines(tensor, 4 * b + 3, 4 * t + 3, 4 * skipped + 3, _UNALIGNED)
+
+
 def inputs(
     base: Tensor, expert: Tensor | None, anti: Tensor | None,
     bias: Tensor | None = None, allowed_mask: Tensor | None = None,
 ) -> Logits:  # fmt: skip
     """Tensors [B, V] or [B, T, V] as kernel arguments."""
-    steps: list[int] = []
-    for tensor in (base, expert, anti, bias, allowed_mask):
-        if tensor is None:
-            steps += [0, 0]
-        else:
-            steps += [tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0]
-    return Logits(base, expert, anti, bias, allowed_mask, Strides(*steps))
+    first = lines_of(base)
+    assert first is not None
+    return Logits(
+        first, lines_of(expert), lines_of(anti), lines_of(bias), lines_of(allowed_mask, wide=False)
+    )
+
+
+@triton.jit
+def line_of(lines, b, t):
+    """Where request b's row at position t begins: int64, as rows may lie 2^31 elements apart."""
+    if lines.aligned:
+        at = lines.first + (b * lines.b + t * lines.t)
+    else:
+        at = lines.first + (b * (lines.b >> 2) + t * (lines.t >> 2) - (lines.skipped >> 2))
+    return at
 
 
 @triton.jit
 def combined(logits, alpha, b, t, ids, inside):
     """x of tokens ``ids``, fp32, -inf where not ``inside``; NaN, +inf and -0 as they come.
 
-    docs/contracts.md, Combination. alpha = 0 reads base alone. b and t are int64: rows may lie
-    further apart than 2^31 elements.
+    docs/contracts.md, Combination. alpha = 0 reads base alone.
     """
-    strides = logits.strides
-    at = logits.base + (b * strides.base_b + t * strides.base_t)
+    at = line_of(logits.base, b, t)
     base = tl.load(at + ids, mask=inside, other=-INF).to(tl.float32)
     x = base
     if logits.expert is not None:
         # A mask, not a branch: all three loads are under way at once. Where alpha is 0 both are 0,
         # and the sum is base exactly.
         steered = inside & (alpha != 0)
-        at = logits.expert + (b * strides.expert_b + t * strides.expert_t)
+        at = line_of(logits.expert, b, t)
         expert = tl.load(at + ids, mask=steered, other=0).to(tl.float32)
-        at = logits.anti + (b * strides.anti_b + t * strides.anti_t)
+        at = line_of(logits.anti, b, t)
         anti = tl.load(at + ids, mask=steered, other=0).to(tl.float32)
         x = tl.fma(alpha, expert - anti, base)
     if logits.bias is not None:
-        at = logits.bias + (b * strides.bias_b + t * strides.bias_t)
+        at = line_of(logits.bias, b, t)
         x = x + tl.load(at + ids, mask=inside, other=0)
     # -inf in base masks the token whatever the others hold (an inf there would make NaN).
     x = tl.where(base == -INF, -INF, x)
     if logits.allowed is not None:
-        at = logits.allowed + (b * strides.allowed_b + t * strides.allowed_t)
+        at = line_of(logits.allowed, b, t)
         words = tl.load(at + (ids >> 5), mask=inside, other=0)
         x = tl.where((words >> (ids & 31)) & 1 != 0, x, -INF)
     return x
@@ -286,6 +325,11 @@ def row_mass(sums, shifted, e):
     return tl.sum((sums.to(tl.float64) * weight * MASS_ONE).to(tl.int64), 0)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own takes 2 us on the host."""
+    return -(-a // b)
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device; 2 where the interpreter stands in for one."""
@@ -300,5 +344,5 @@ def splits_of(rows: int, vocab_size: int, device: torch.device) -> int:
     At least 20: few rows of a large batch may be left to be spread. Results do not depend on it:
     programs exchange integer sums and maxima.
     """
-    waves = max(20, triton.cdiv(2 * processors(device), rows))
-    return max(1, min(waves, triton.cdiv(vocab_size, _BLOCK)))
+    waves = max(20, cdiv(2 * processors(device), rows))
+    return max(1, min(waves, cdiv(vocab_size, _BLOCK)))

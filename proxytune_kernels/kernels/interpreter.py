@@ -1,10 +1,11 @@
 """Corrections to Triton's interpreter, with which it can stand in for a device.
 
 ``TRITON_INTERPRET=1`` runs the kernels on CPU tensors in numpy: slowly, but operation by operation
-as they are written. Eight things differ from a device:
+as they are written. Nine things differ from a device:
 
 - ``tl.fma`` rounds twice there; the contract (docs/contracts.md) rounds once.
 - Subnormal bf16 becomes 0 in fp32 there; a device keeps it, as the contract does.
+- fp32 to bf16 drops bits there; a device rounds to the nearest, ties to even.
 - ``tl.maximum`` and ``tl.minimum`` of NaN and a number give NaN there, the number on a device.
 - ``tl.dot`` of bf16 multiplies the bit patterns there.
 - The truth of ``x != 0.0`` becomes an fp32 number there when it is spread over a block.
@@ -48,12 +49,16 @@ def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     return interpreter.TensorHandle(_fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar)
 
 
-def _widening(convert: Any) -> Any:
-    """A conversion between floats in which bf16 to fp32 is a shift."""
+def _rounding(convert: Any) -> Any:
+    """A conversion between floats in which bf16 to fp32 is a shift, and back rounds."""
 
     def apply(x: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
         if (source, target) == (tl.bfloat16, tl.float32):
             return x.view(np.uint16).astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(x).view(np.uint32)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
         return convert(x, source, target, rounding_mode)
 
     return apply
@@ -114,7 +119,7 @@ def correct() -> None:
     if interpreter.InterpreterBuilder.create_fma is _create_fma:
         return
     interpreter.InterpreterBuilder.create_fma = _create_fma
-    interpreter._convert_float = _widening(interpreter._convert_float)
+    interpreter._convert_float = _rounding(interpreter._convert_float)
     interpreter.InterpreterBuilder.create_dot = _widening_dot(
         interpreter.InterpreterBuilder.create_dot
     )

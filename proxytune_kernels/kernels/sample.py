@@ -16,6 +16,7 @@ derivations.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import triton
@@ -53,6 +54,7 @@ from proxytune_kernels.kernels.common import (
     splits_of,
     temperature_of,
 )
+from proxytune_kernels.kernels.launches import launch
 from proxytune_kernels.kernels.noise import (
     gumbel_max_block,
     gumbel_max_tile,
@@ -121,7 +123,10 @@ def tile_sums(p):
     return tl.sum(high, 1).to(tl.float32) * 2.0**-22 + tl.sum(low, 1).to(tl.float32) * 2.0**-44
 
 
-@triton.jit(do_not_specialize=["vocab_size", "blocks", "stream"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "blocks", "stream"],
+    do_not_specialize_on_alignment=["positions"],
+)
 def _scan_kernel(
     logits, row_params, tiles, vocab_size, positions, blocks, stream, draft_ids,
     DRAW: tl.constexpr, TILES: tl.constexpr,
@@ -214,7 +219,7 @@ def _hand_on(logits, row_params, b, t, workspace, row, row_max, filters, bottom,
     tl.store(counters + ws.DRAWS_DONE, 0)
     tl.store(counters + ws.NUM_CANDIDATES, 0)
     best = tl.full([], LOWEST, tl.int64)
-    tl.store(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, best)
+    tl.store(workspace.words + row * ws.WORDS_WIDTH + ws.BEST, best)
     likely = tl.maximum(bottom, cutoff_of(finite_max(row_max), filters.min_p_shift))
     alpha = tl.load(row_params.alpha + b)
     keys, _short = ws.list_of(workspace, row, vocab_size)
@@ -315,7 +320,7 @@ def _select_filtered(
     return token, kept.most.count, kept.most.mass, kept.low
 
 
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["positions"])
 def _select_kernel(
     logits, row_params, tiles, workspace, out, vocab_size, positions, num_tiles, stream, draft_ids,
     NT: tl.constexpr,
@@ -346,7 +351,7 @@ def _select_kernel(
         _hand_on(logits, row_params, b, t, workspace, row, row_max, filters, bottom, vocab_size)
     else:
         tl.store(out.status + row, status)
-        masses = workspace.masses + row * ws.MASSES_WIDTH
+        masses = workspace.words + row * ws.WORDS_WIDTH
         shifted = shifted_from(top, row_max)
         e = exponent(tl.full([], 1.0, tl.float32))
         sums = tl.load(tiles.raw + at, mask=inside, other=0.0)
@@ -389,7 +394,9 @@ def may_hold(tiles, row, num_tiles, block, least, PER: tl.constexpr):
     return tl.max(tl.load(tiles.maximum + tile), 0) >= least
 
 
-@triton.jit(do_not_specialize=["vocab_size", "splits"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "splits"], do_not_specialize_on_alignment=["positions"]
+)
 def _pivots_kernel(logits, row_params, tiles, workspace, vocab_size, positions, num_tiles, splits):
     """Grid [rows * splits]: the amounts from each pivot up."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
@@ -451,7 +458,7 @@ def _write_drawn(
 ):
     """The results of a row whose kept set is ``kept``."""
     greedy, inv_t = temperature_of(row_params, b)
-    at = workspace.masses + row * ws.MASSES_WIDTH
+    at = workspace.words + row * ws.WORDS_WIDTH
     raw_mass = tl.load(at + ws.RAW, mask=row_max != INF, other=0)
     if row_max == INF:  # the tokens left are alike
         raw_mass = found.row.most.count << 44
@@ -499,7 +506,7 @@ def _settle(logits, row_params, b, t, workspace, out, row, row_max, found, strea
     # Other programs' results: past the first-level cache, which does not see them.
     n = tl.load(counters + ws.NUM_CANDIDATES, cache_modifier=".cg")
     n = tl.minimum(n, ws.max_candidates(vocab_size))  # unless logits changed since pivots
-    best = tl.load(workspace.masses + row * ws.MASSES_WIDTH + ws.BEST, cache_modifier=".cg")
+    best = tl.load(workspace.words + row * ws.WORDS_WIDTH + ws.BEST, cache_modifier=".cg")
     keys, short = ws.list_of(workspace, row, vocab_size)
     listed = List(keys, n, short, finite_max(row_max), e, found.first, found.kept)
     kept, _first = select_kept(find_in_list, listed, found.filters, found.row, found.likely)
@@ -510,7 +517,10 @@ def _settle(logits, row_params, b, t, workspace, out, row, row_max, found, strea
     )
 
 
-@triton.jit(do_not_specialize=["vocab_size", "splits", "stream"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "splits", "stream"],
+    do_not_specialize_on_alignment=["positions"],
+)
 def _draw_kernel(
     logits, row_params, tiles, workspace, out, vocab_size, positions, num_tiles, splits, stream,
     draft_ids,
@@ -550,7 +560,7 @@ def _draw_kernel(
                     if number > 0:
                         start = tl.atomic_add(counters + ws.NUM_CANDIDATES, number, sem="relaxed")
                         append(keys, start, key, taken, ws.max_candidates(vocab_size))
-            best_at = workspace.masses + row * ws.MASSES_WIDTH + ws.BEST
+            best_at = workspace.words + row * ws.WORDS_WIDTH + ws.BEST
             tl.atomic_max(best_at, best, sem="relaxed")
             tl.debug_barrier()  # all of this program's tokens before its arrival
             if tl.atomic_add(counters + ws.DRAWS_DONE, 1) == splits - 1:
@@ -560,6 +570,13 @@ def _draw_kernel(
                 )  # fmt: skip
 
 
+def kind_of(
+    logits: Logits, vocab_size: int, positions: int, draft_ids: Tensor | None = None
+) -> Hashable:
+    """What launches of sample's kernels are compiled for: their tensors are at 16 bytes."""
+    return logits.kind, vocab_size, positions == 1, draft_ids is None
+
+
 def launch_scan(
     logits: Logits, params: Any, tiles: ws.Tiles, vocab_size: int, positions: int,
     noise_stream: int, draft_ids: Tensor | None = None, draw: bool = True,
@@ -567,10 +584,11 @@ def launch_scan(
     """Writes the rows' summaries; without ``draw`` maxima and raw sums, and only alpha is read."""
     rows, width = tiles.maximum.shape
     blocks = width // ws.TILES_PER_PROGRAM
-    _scan_kernel[(rows, blocks)](
-        logits, params, tiles, vocab_size, positions, blocks, noise_stream, draft_ids,
-        DRAW=draw, TILES=ws.TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS,
-        **OPTIONS,
+    launch(
+        _scan_kernel, (kind_of(logits, vocab_size, positions, draft_ids), draw),
+        tiles.maximum.device, (rows, blocks),
+        logits, params, tiles, vocab_size, positions, blocks, noise_stream, draft_ids, draw,
+        ws.TILES_PER_PROGRAM, num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, **OPTIONS,
     )  # fmt: skip
 
 
@@ -579,22 +597,25 @@ def launch_selection(
     positions: int, noise_stream: int, draft_ids: Tensor | None = None,
 ) -> ws.Workspace:  # fmt: skip
     """What comes after the tiles' summaries, whoever wrote them; arguments as in launch_sample."""
-    device, rows = logits.base.device, out.token_ids.numel()
+    device, rows = out.token_ids.device, out.token_ids.numel()
     workspace, width = ws.workspace_of(rows, vocab_size, device), tiles.maximum.shape[1]
     if rows == 0:
         return workspace
-    held = ws.at_once(width)
-    _select_kernel[(rows,)](
+    held, kind = ws.at_once(width), kind_of(logits, vocab_size, positions, draft_ids)
+    launch(
+        _select_kernel, kind, device, (rows,),
         logits, params, tiles, workspace, out, vocab_size, positions, width, noise_stream,
-        draft_ids, NT=held, num_warps=SELECT_WARPS if held <= 2048 else 16,
-        maxnreg=SELECT_REGISTERS, **OPTIONS,
+        draft_ids, held, num_warps=SELECT_WARPS if held <= 2048 else 16, maxnreg=SELECT_REGISTERS,
+        **OPTIONS,
     )  # fmt: skip
     splits = splits_of(rows, vocab_size, device)
-    _pivots_kernel[(rows * splits,)](
+    launch(
+        _pivots_kernel, kind, device, (rows * splits,),
         logits, params, tiles, workspace, vocab_size, positions, width, splits,
         num_warps=SPREAD_WARPS, **OPTIONS,
     )  # fmt: skip
-    _draw_kernel[(rows * splits,)](
+    launch(
+        _draw_kernel, kind, device, (rows * splits,),
         logits, params, tiles, workspace, out, vocab_size, positions, width, splits, noise_stream,
         draft_ids, num_warps=SPREAD_WARPS, **OPTIONS,
     )  # fmt: skip
@@ -621,7 +642,7 @@ def launch_sample(
         The rows' summaries and workspace: their maxima and kept sets, for verify and top_logprobs.
     """
     rows = out.token_ids.numel()
-    tiles = ws.tiles_of(rows, vocab_size, logits.base.device)
+    tiles = ws.tiles_of(rows, vocab_size, out.token_ids.device)
     if rows > 0:
         launch_scan(logits, params, tiles, vocab_size, positions, noise_stream, draft_ids)
     return tiles, launch_selection(

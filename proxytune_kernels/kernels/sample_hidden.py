@@ -19,7 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from proxytune_kernels.heads import Head
-from proxytune_kernels.kernels.common import INF, LN2, LOG2E, OPTIONS, TILE, Logits, inputs
+from proxytune_kernels.kernels.common import (
+    INF,
+    LN2,
+    LOG2E,
+    OPTIONS,
+    TILE,
+    Lines,
+    Logits,
+    cdiv,
+    inputs,
+    line_of,
+    lines_of,
+)
 from proxytune_kernels.kernels.noise import NoiseKey, noise_bound, noise_key, tile_words
 from proxytune_kernels.kernels.sample import launch_selection, tile_sums
 from proxytune_kernels.kernels.selection import is_unfiltered, may_need_mass
@@ -38,17 +50,20 @@ class Block(NamedTuple):
     stages: int  # loads under way
 
 
-def _tile_of(batch_size: int, wide: bool) -> Block:
-    """The program's size for a batch; ``wide`` where a role is fp32."""
+def _tile_of(batch_size: int, wide: bool, plain: bool) -> Block:
+    """The program's size for a batch; ``wide`` where a role is fp32.
+
+    Unless ``plain``, 128 rows take more registers than there are: with a bias, a mask, a soft cap.
+    """
     if wide:  # no tensor core multiplies fp32 exactly
         return Block(16, 32, 4, 3)
     if batch_size <= 16:
         return Block(16, 64, 4, 4)
     if batch_size <= 32:
         return Block(32, 64, 8, 4)
-    if batch_size <= 64:
+    if batch_size <= 64 or not plain:
         return Block(64, 64, 8, 4)
-    return Block(128, 64, 16, 3)
+    return Block(128, 64, 8, 3)
 
 
 class Role(NamedTuple):
@@ -65,12 +80,10 @@ class Role(NamedTuple):
 
 
 class Constraints(NamedTuple):
-    """Optional bias and mask of the combined logits, and their row strides."""
+    """Optional bias and mask of the combined logits."""
 
-    bias: Any  # None, or fp32 [B, V]
-    allowed: Any  # None, or int32 [B, ceil(V / 32)]
-    bias_stride: int
-    allowed_stride: int
+    bias: Lines | None  # fp32 [B, V]
+    allowed: Lines | None  # int32 [B, ceil(V / 32)]
 
 
 @triton.jit
@@ -187,13 +200,15 @@ def _sample_hidden_kernel(
         x = tl.where(steering == 0, logits, tl.fma(steering, pair, logits))
     line = rows.to(tl.int64)[:, None]
     if constraints.bias is not None:
-        x += tl.load(constraints.bias + line * constraints.bias_stride + held[None, :])
+        x += tl.load(line_of(constraints.bias, line, 0) + held[None, :])
     x = tl.where(logits == -INF, -INF, x)
     if constraints.allowed is not None:
-        at = constraints.allowed + line * constraints.allowed_stride + (held >> 5)[None, :]
-        x = tl.where((tl.load(at) >> (held & 31)[None, :]) & 1 != 0, x, -INF)
+        at = line_of(constraints.allowed, line, 0)
+        x = tl.where((tl.load(at + (held >> 5)[None, :]) >> (held & 31)[None, :]) & 1 != 0, x, -INF)
     x = tl.where(inside[None, :], x, -INF)
-    written = x_out + line * x_stride + ids[None, :]
+    # Offsets of 32 bits from the block's first row: pointers take twice the registers.
+    first = x_out + (block * BLOCK_B).to(tl.int64) * x_stride
+    written = first + (tl.arange(0, BLOCK_B)[:, None] * x_stride + ids[None, :])
     tl.store(written, x, mask=present[:, None] & inside[None, :])
     tl.debug_barrier()  # read by other threads than wrote them
     for start in range(0, BLOCK_B, SUMMED):
@@ -233,18 +248,22 @@ def launch_sample_hidden(
     tiles = tiles_of(batch_size, vocab_size, device)
     width = tiles.maximum.shape[1]
     # Whole tiles: rows start at multiples of 16 bytes, for the launches that read them again.
-    shape = (batch_size, triton.cdiv(vocab_size, 128) * 128)
+    shape = (batch_size, cdiv(vocab_size, 128) * 128)
     x = torch.empty(shape, dtype=torch.float32, device=device)
     logits = inputs(x, None, None)
     if batch_size > 0:
         roles = [_role(head) for head in heads]
         bias, allowed = constraints
-        steps = (0 if bias is None else bias.stride(0), 0 if allowed is None else allowed.stride(0))
-        tile = _tile_of(batch_size, any(h is not None and h.hidden.itemsize > 2 for h in heads))
+        given = Constraints(lines_of(bias), lines_of(allowed, wide=False))
+        wide = any(h is not None and h.hidden.itemsize > 2 for h in heads)
+        plain = bias is allowed is None and all(
+            role.bias is role.cap is None and role.size % 64 == 0 for role in roles
+        )
+        tile = _tile_of(batch_size, wide, plain)
         even = all(role.size % tile.block_k == 0 for role in roles)
-        blocks = triton.cdiv(batch_size, tile.block_b)
+        blocks = cdiv(batch_size, tile.block_b)
         _sample_hidden_kernel[(width * blocks,)](
-            *roles, Constraints(bias, allowed, *steps), params, x, x.stride(0), tiles, batch_size,
+            *roles, given, params, x, x.stride(0), tiles, batch_size,
             vocab_size, width, blocks, noise_stream, BLOCK_B=tile.block_b, BLOCK_K=tile.block_k,
             EVEN=even, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip

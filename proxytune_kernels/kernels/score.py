@@ -23,6 +23,7 @@ from proxytune_kernels.kernels.common import (
     row_mass,
     shifted_at,
 )
+from proxytune_kernels.kernels.launches import launch
 from proxytune_kernels.kernels.sample import launch_scan
 from proxytune_kernels.kernels.workspace import Tiles, at_once, raw_logprob_of, tiles_of
 
@@ -36,10 +37,9 @@ class Alpha(NamedTuple):
     alpha: Any
 
 
-@triton.jit(do_not_specialize=["vocab_size", "token_stride"])
+@triton.jit(do_not_specialize=["vocab_size", "positions"])
 def _score_kernel(
-    logits, row_params, tiles, token_ids, token_stride, out, vocab_size, positions, num_tiles,
-    NT: tl.constexpr,
+    logits, row_params, tiles, token_ids, out, vocab_size, positions, num_tiles, NT: tl.constexpr
 ):  # fmt: skip
     """Grid [rows]; NT is num_tiles rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
@@ -48,7 +48,7 @@ def _score_kernel(
     inside, at = tile < num_tiles, row * num_tiles + tile
     top = tl.load(tiles.maximum + at, mask=inside, other=-INF)
     row_max = tl.max(top, 0)
-    token = tl.load(token_ids + b * token_stride + t)
+    token = tl.load(token_ids + row)
     known = (token >= 0) & (token < vocab_size) & (row_max > -INF)
     result = tl.full([], float("nan"), tl.float32)
     if known:
@@ -69,7 +69,10 @@ def _score_kernel(
 def launch_score(
     logits: Logits, token_ids: Tensor, alpha: Tensor, out: Tensor, vocab_size: int
 ) -> None:
-    """Writes log-softmax of x at the tokens: token_ids int64 [B, T], alpha fp32 [B], out [B, T]."""
+    """Writes log-softmax of x at the tokens: token_ids int64 [B, T], alpha fp32 [B], out [B, T].
+
+    All are contiguous.
+    """
     rows, positions = out.numel(), out.shape[1]
     if rows == 0:
         return
@@ -78,7 +81,8 @@ def launch_score(
     width = summaries.maximum.shape[1]
     params = Alpha(alpha)
     launch_scan(logits, params, tiles, vocab_size, positions, 0, draw=False)
-    _score_kernel[(rows,)](
-        logits, params, tiles, token_ids, token_ids.stride(0), out, vocab_size, positions, width,
-        NT=at_once(width), num_warps=_WARPS, **OPTIONS,
+    launch(
+        _score_kernel, (logits.kind, vocab_size), out.device, (rows,),
+        logits, params, tiles, token_ids, out, vocab_size, positions, width, at_once(width),
+        num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

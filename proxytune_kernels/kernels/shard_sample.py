@@ -38,6 +38,7 @@ from proxytune_kernels.kernels.common import (
     TOP_K_OFF,
     TOP_P_OFF,
     block_ids,
+    cdiv,
     cleaned,
     digits,
     exponent,
@@ -70,6 +71,7 @@ from proxytune_kernels.params import RowParams
 PER = tl.constexpr(4)  # fp32: 16 bytes a lane
 _WARPS = 4
 _KEYS = 1024  # keys a program of the histogram takes at once
+_STEPS = 11  # halvings that up to 2,047 edges take
 
 # A summary: 20 bits of tokens, one bit for NaN, and above them the order bits of the maximum
 COUNT_BITS = tl.constexpr(20)
@@ -100,8 +102,16 @@ class Part(NamedTuple):
     summaries: Any  # int64 [W, B]
     size: Any
     start: Any
-    rows: Any
-    world: Any
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.x)
+
+    @property
+    def world(self) -> int:
+        """W."""
+        return len(self.summaries)
 
 
 @triton.jit
@@ -194,10 +204,10 @@ def _shard_scan_kernel(part, sums, out, splits):
         infinite += tl.sum((x == INF).to(tl.int64), 0)
         top = tl.maximum(top, order_key(tl.max(x, 0), tl.full([], 0, tl.int32)) >> 19)
     at = sums + row * 5
-    tl.atomic_max(at, top)
-    tl.atomic_add(at + 1, nan)
-    tl.atomic_add(at + 2, live)
-    tl.atomic_add(at + 3, infinite)
+    tl.atomic_max(at, top, sem="relaxed")
+    tl.atomic_add(at + 1, nan, sem="relaxed")
+    tl.atomic_add(at + 2, live, sem="relaxed")
+    tl.atomic_add(at + 3, infinite, sem="relaxed")
     tl.debug_barrier()  # this program's numbers before its arrival
     if tl.atomic_add(at + 4, 1) == splits - 1:
         top = tl.load(at, cache_modifier=".cg")
@@ -209,23 +219,23 @@ def _shard_scan_kernel(part, sums, out, splits):
         tl.store(out + row, word)
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def _shard_keys_kernel(part, out, blocks):
+@triton.jit(do_not_specialize=["rows", "world", "blocks"])
+def _shard_keys_kernel(part, out, rows, world, blocks):
     """Grid [B * blocks]: order keys, 0 where masked."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    row_max, _, _ = head_of(part.summaries, row, part.rows, part.world)
+    row_max, _, _ = head_of(part.summaries, row, rows, world)
     ids, x = shard_x(part, row, blocks_of(part, PER)[0] + block, row_max, PER)
     local = ids - part.start
     key = tl.where(x > -INF, order_key(x, ids), 0)
     tl.store(out + row * part.size + local, key, mask=(local >= 0) & (local < part.size))
 
 
-@triton.jit(do_not_specialize=["size", "rows", "world", "blocks"])
+@triton.jit(do_not_specialize=["size", "num_edges", "rows", "world", "blocks"])
 def _shard_histogram_kernel(
-    keys, summaries, temperature, edges, out, size, rows, world, blocks,
-    EDGES: tl.constexpr, STEPS: tl.constexpr, KEYS: tl.constexpr,
+    keys, summaries, temperature, edges, out, size, num_edges, rows, world, blocks,
+    STEPS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B * blocks]; out int64 [B, 2 EDGES], zeroed: numbers, then masses."""
+    """Grid [B * blocks]; out int64 [B, 2 num_edges], zeroed: numbers, then masses."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     row_max, _, _ = head_of(summaries, row, rows, world)
     e = exponent(tl.load(temperature + row))
@@ -233,20 +243,20 @@ def _shard_histogram_kernel(
     key = tl.load(keys + row * size + i, mask=i < size, other=0)
     # The first edge that is not above the key, by halving: edges descend.
     low = tl.zeros([KEYS], tl.int32)
-    high = tl.zeros([KEYS], tl.int32) + EDGES
+    high = tl.zeros([KEYS], tl.int32) + num_edges
     for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
         open_ = low < high
-        edge = tl.load(edges + row * EDGES + middle, mask=open_, other=0)
+        edge = tl.load(edges + row * num_edges + middle, mask=open_, other=0)
         low = tl.where(open_ & (edge > key), middle + 1, low)
         high = tl.where(open_ & (edge <= key), middle, high)
-    taken = (key > 0) & (low < EDGES)
+    taken = (key > 0) & (low < num_edges)
     # No key of the row lies above its maximum.
     x = tl.minimum(key_value(key), finite_max(row_max))
     q = mass(x, finite_max(row_max), e)
-    at = out + row * 2 * EDGES
-    tl.atomic_add(at + low, tl.full([KEYS], 1, tl.int64), mask=taken)
-    tl.atomic_add(at + EDGES + low, q, mask=taken)
+    at = out + row * 2 * num_edges
+    tl.atomic_add(at + low, tl.full([KEYS], 1, tl.int64), mask=taken, sem="relaxed")
+    tl.atomic_add(at + num_edges + low, q, mask=taken, sem="relaxed")
 
 
 def launch_shard_scan(part: Part, out: Tensor) -> None:
@@ -263,8 +273,10 @@ def launch_shard_keys(part: Part, out: Tensor) -> None:
     if out.numel() == 0:
         return
     width = LANES.value * PER.value
-    blocks = triton.cdiv(part.start + part.size, width) - part.start // width
-    _shard_keys_kernel[(len(out) * blocks,)](part, out, blocks, num_warps=_WARPS, **OPTIONS)
+    blocks = cdiv(part.start + part.size, width) - part.start // width
+    _shard_keys_kernel[(len(out) * blocks,)](
+        part, out, part.rows, part.world, blocks, num_warps=_WARPS, **OPTIONS
+    )
 
 
 def launch_shard_histogram(
@@ -274,10 +286,10 @@ def launch_shard_histogram(
     if keys.numel() == 0:
         return
     (rows, size), num_edges = keys.shape, edges.shape[1]
-    blocks = triton.cdiv(size, _KEYS)
+    blocks = cdiv(size, _KEYS)
     _shard_histogram_kernel[(rows * blocks,)](
-        keys, summaries, temperature, edges, out, size, rows, len(summaries), blocks,
-        EDGES=num_edges, STEPS=num_edges.bit_length(), KEYS=_KEYS, num_warps=_WARPS, **OPTIONS,
+        keys, summaries, temperature, edges, out, size, num_edges, rows, len(summaries), blocks,
+        STEPS=max(_STEPS, num_edges.bit_length()), KEYS=_KEYS, num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip
 
 
@@ -307,13 +319,13 @@ def _write_words(part, sums, out, wanted, row, row_max, greedy, WIDTH: tl.conste
         tl.store(at + WANTED, tl.where(x > -INF, order_key(x, token), 0))
 
 
-@triton.jit(do_not_specialize=["splits", "stream"])
+@triton.jit(do_not_specialize=["rows", "world", "splits", "stream"])
 def _shard_draw_kernel(
-    part, row_params, cutoff, wanted, sums, out, splits, stream, WIDTH: tl.constexpr
+    part, row_params, cutoff, wanted, sums, out, rows, world, splits, stream, WIDTH: tl.constexpr
 ):  # fmt: skip
     """Grid [B * splits]; sums int64 [B, 6], zeroed but for the best; out [B, WIDTH], zeroed."""
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
-    row_max, tokens, _ = head_of(part.summaries, row, part.rows, part.world)
+    row_max, tokens, _ = head_of(part.summaries, row, rows, world)
     if is_valid(row_params, row, tl.full([], 0, tl.int64)) & (tokens > 0):
         greedy, inv_t = temperature_of(row_params, row)
         noise = noise_key(row_params, row, tl.full([], 0, tl.int64), stream)
@@ -348,11 +360,11 @@ def _shard_draw_kernel(
                 if draws:
                     best = gumbel_max_block(best, shifted, kept, block, inv_t, noise, PER)
         at = sums + row * SUMS
-        tl.atomic_max(at + BEST, best)
-        tl.atomic_add(at + COUNT, count)
-        tl.atomic_add(at + KEPT_MASS, tl.sum(kept_mass, 0))
-        tl.atomic_add(at + MASS, tl.sum(mass, 0))
-        tl.atomic_add(at + RAW_MASS, tl.sum(raw, 0))
+        tl.atomic_max(at + BEST, best, sem="relaxed")
+        tl.atomic_add(at + COUNT, count, sem="relaxed")
+        tl.atomic_add(at + KEPT_MASS, tl.sum(kept_mass, 0), sem="relaxed")
+        tl.atomic_add(at + MASS, tl.sum(mass, 0), sem="relaxed")
+        tl.atomic_add(at + RAW_MASS, tl.sum(raw, 0), sem="relaxed")
         tl.debug_barrier()  # this program's numbers before its arrival
         if tl.atomic_add(at + ARRIVED, 1) == splits - 1:
             _write_words(part, at, out, wanted, row, row_max, greedy, WIDTH)
@@ -370,7 +382,7 @@ def launch_shard_draw(
     sums[:, BEST.value] = LOWEST.value
     splits = splits_of(rows, max(part.size, 1), out.device)
     _shard_draw_kernel[(rows * splits,)](
-        part, params, cutoff, wanted, sums, out, splits, noise_stream,
+        part, params, cutoff, wanted, sums, out, part.rows, part.world, splits, noise_stream,
         WIDTH=WORDS.value + (wanted is not None), num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ RESIDUAL_WORDS = tl.constexpr(2)
 _WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["drafts"])
 def _shard_accept_kernel(
     target_logprobs, target_status, draft_logprobs, draft_ids, seeds, positions, num_accepted,
     steps, drafts,
@@ -78,10 +78,11 @@ def _shard_accept_kernel(
     tl.store(steps + b, stopped)
 
 
-@triton.jit(do_not_specialize=["drafts", "splits"])
+@triton.jit(do_not_specialize=["rows", "draft_rows", "world", "drafts", "splits"])
 def _shard_residual_kernel(
-    part, kept, draft_part, draft_kept, row_params, steps, sums, out, drafts, splits
-):
+    part, kept, draft_part, draft_kept, row_params, steps, sums, out, rows, draft_rows, world,
+    drafts, splits,
+):  # fmt: skip
     """Grid [B * splits]; sums int64 [B, 3]: packed scores of residual and target, arrivals.
 
     out is zeroed.
@@ -94,10 +95,8 @@ def _shard_residual_kernel(
         noise = noise_key(row_params, b, j, STREAM_RESIDUAL)
         e = exponent(tl.load(row_params.temperature + b))
         row, draft_row = b * (drafts + 1) + j, b * drafts + j
-        row_max, _, _ = head_of(part.summaries, row, part.rows, part.world)
-        draft_max, draft_tokens, _ = head_of(
-            draft_part.summaries, draft_row, draft_part.rows, draft_part.world
-        )
+        row_max, _, _ = head_of(part.summaries, row, rows, world)
+        draft_max, draft_tokens, _ = head_of(draft_part.summaries, draft_row, draft_rows, world)
         best, plain = tl.full([], LOWEST, tl.int64), tl.full([], LOWEST, tl.int64)
         first, end = blocks_of(part, PER)
         for block in range(first + split, end, splits):
@@ -113,8 +112,8 @@ def _shard_residual_kernel(
                     best, plain, inside, rest, shifted, ids, block, inv_t, noise, PER
                 )
         at = sums + b * 3
-        tl.atomic_max(at, best)
-        tl.atomic_max(at + 1, plain)
+        tl.atomic_max(at, best, sem="relaxed")
+        tl.atomic_max(at + 1, plain, sem="relaxed")
         tl.debug_barrier()  # this program's scores before its arrival
         if tl.atomic_add(at + 2, 1) == splits - 1:
             best = tl.load(at, cache_modifier=".cg")
@@ -153,6 +152,6 @@ def launch_shard_residual(
     sums[:, :2] = LOWEST.value
     splits = splits_of(rows, max(part.size, 1), out.device)
     _shard_residual_kernel[(rows * splits,)](
-        part, kept, draft_part, draft_kept, params, steps, sums, out, len(draft_part.x) // rows,
-        splits, num_warps=_WARPS, **OPTIONS,
+        part, kept, draft_part, draft_kept, params, steps, sums, out, part.rows, draft_part.rows,
+        part.world, draft_part.rows // rows, splits, num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

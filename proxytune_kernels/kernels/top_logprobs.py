@@ -30,6 +30,7 @@ from proxytune_kernels.kernels.common import (
     order_key,
     shifted_from,
 )
+from proxytune_kernels.kernels.launches import launch
 from proxytune_kernels.kernels.selection import (
     CHUNK,
     END,
@@ -93,7 +94,7 @@ def _top_logprobs_kernel(
     listed = tl.full([], 0, tl.int32)
     keys, short = ws.list_of(workspace, row, vocab_size)
     row_max = tl.load(workspace.maximum + row)
-    raw = log_mass(tl.load(workspace.masses + row * ws.MASSES_WIDTH + ws.RAW))
+    raw = log_mass(tl.load(workspace.words + row * ws.WORDS_WIDTH + ws.RAW))
     if tl.load(drawn.status + row) < STATUS_EMPTY:
         tile = tl.arange(0, NT)
         maxima = tl.load(tiles.maximum + row * num_tiles + tile, mask=tile < num_tiles, other=-INF)
@@ -166,7 +167,8 @@ def launch_top_logprobs(
     if rows == 0:
         return
     width = tiles.maximum.shape[1]
-    _top_logprobs_kernel[(rows,)](
-        logits, params, tiles, workspace, drawn, top, n, vocab_size, width,
-        NT=ws.at_once(width), num_warps=_WARPS, **OPTIONS,
+    launch(
+        _top_logprobs_kernel, (logits.kind, vocab_size), top.token_ids.device, (rows,),
+        logits, params, tiles, workspace, drawn, top, n, vocab_size, width, ws.at_once(width),
+        num_warps=_WARPS, **OPTIONS,
     )  # fmt: skip

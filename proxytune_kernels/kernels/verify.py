@@ -42,6 +42,7 @@ from proxytune_kernels.kernels.common import (
     temperature_of,
     x_at,
 )
+from proxytune_kernels.kernels.launches import launch
 from proxytune_kernels.kernels.noise import (
     best_of,
     block_words,
@@ -87,7 +88,7 @@ class Residual(NamedTuple):
     arrived: Any  # int32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _coupled_kernel(drawn, draft_ids, out, positions):
     """Grid [B]: the draws as long as the drafts equal them, and the first that differs."""
     b = tl.program_id(0).to(tl.int64)
@@ -138,7 +139,7 @@ def residual_block(best, plain, kept, rest, shifted, ids, block, inv_t, noise, P
 def _logprobs_at(rows, alpha, b, t, row, token, inv_t, greedy, inside):
     """(kept, logprob, raw logprob) of one token of a row; nothing is kept where not ``inside``."""
     row_max = tl.load(rows.workspace.maximum + row)
-    at = rows.workspace.masses + row * ws.MASSES_WIDTH
+    at = rows.workspace.words + row * ws.WORDS_WIDTH
     token = tl.where(inside, token, 0).to(tl.int32)
     x = x_at(rows.logits, alpha, b, t, token, row_max)
     kept = inside & (x > -INF) & (order_key(x, token) >= tl.load(at + ws.CUTOFF))
@@ -164,7 +165,7 @@ def _accepts(target, draft, row, draft_row, row_params, b, t, drafted, vocab_siz
     return kept & ((in_draft == 0) | likelier), logprob, raw
 
 
-@triton.jit(do_not_specialize=["vocab_size"])
+@triton.jit(do_not_specialize=["vocab_size", "positions"])
 def _rejection_kernel(
     target, draft, row_params, draft_ids, out, residual, vocab_size, positions,
     DRAFTS: tl.constexpr,
@@ -202,7 +203,7 @@ def _rejection_kernel(
     tl.store(residual.arrived + b, 0)
 
 
-@triton.jit(do_not_specialize=["vocab_size", "splits"])
+@triton.jit(do_not_specialize=["vocab_size", "positions", "splits"])
 def _residual_kernel(target, draft, row_params, out, residual, vocab_size, positions, splits):
     """Grid [B * splits]: draws from max(0, target - draft) where a draft was rejected.
 
@@ -220,25 +221,25 @@ def _residual_kernel(target, draft, row_params, out, residual, vocab_size, posit
         row_max = tl.load(work.maximum + row)
         draft_max = tl.load(draft_work.maximum + draft_row)
         drafts = tl.load(draft.drawn.status + draft_row) < STATUS_EMPTY
-        in_target = Kept(work.masses + ws.CUTOFF, work.masses + ws.KEPT)
-        in_draft = Kept(draft_work.masses + ws.CUTOFF, draft_work.masses + ws.KEPT)
+        in_target = Kept(work.words + ws.CUTOFF, work.words + ws.KEPT)
+        in_draft = Kept(draft_work.words + ws.CUTOFF, draft_work.words + ws.KEPT)
         best, plain = tl.full([], LOWEST, tl.int64), tl.full([], LOWEST, tl.int64)
         for block in range(split, tl.cdiv(vocab_size, LANES * PER), splits):
             ids = block_ids(block, PER)
             x = block_x(target.logits, alpha, b, j, block, row_max, vocab_size, PER)
-            kept, rest = share_of(in_target, row * ws.MASSES_WIDTH, x, ids, row_max, e)
+            kept, rest = share_of(in_target, row * ws.WORDS_WIDTH, x, ids, row_max, e)
             if tl.max(tl.ravel(kept.to(tl.int32)), 0) != 0:
                 if drafts:
                     y = block_x(draft.logits, alpha, b, j, block, draft_max, vocab_size, PER)
                     _, drafted = share_of(
-                        in_draft, draft_row * ws.MASSES_WIDTH, y, ids, draft_max, e
+                        in_draft, draft_row * ws.WORDS_WIDTH, y, ids, draft_max, e
                     )
                     rest -= drafted
                 best, plain = residual_block(
                     best, plain, kept, rest, x - finite_max(row_max), ids, block, inv_t, noise, PER
                 )
-        tl.atomic_max(residual.best + b * 2, best)
-        tl.atomic_max(residual.best + b * 2 + 1, plain)
+        tl.atomic_max(residual.best + b * 2, best, sem="relaxed")
+        tl.atomic_max(residual.best + b * 2 + 1, plain, sem="relaxed")
         tl.debug_barrier()  # this program's scores before its arrival
         if tl.atomic_add(residual.arrived + b, 1) == splits - 1:
             best = tl.load(residual.best + b * 2, cache_modifier=".cg")
@@ -269,7 +270,10 @@ def launch_coupled(
         return
     drawn = ws.outputs_of(batch_size * positions, out.token_ids.device)
     launch_sample(logits, params, drawn, vocab_size, positions, STREAMS["sample"])
-    _coupled_kernel[(batch_size,)](drawn, draft_ids, out, positions, num_warps=1, **OPTIONS)
+    launch(
+        _coupled_kernel, None, draft_ids.device, (batch_size,), drawn, draft_ids, out, positions,
+        num_warps=1, **OPTIONS,
+    )  # fmt: skip
 
 
 def launch_rejection(
@@ -300,14 +304,17 @@ def launch_rejection(
         torch.empty((batch_size, 2), dtype=torch.int64, device=device),
         torch.empty(batch_size, dtype=torch.int32, device=device),
     )
-    _rejection_kernel[(batch_size,)](
+    kind = target.logits.kind, draft.logits.kind, draft is target
+    launch(
+        _rejection_kernel, kind, device, (batch_size,),
         target, draft, params, draft_ids, out, residual, vocab_size, positions,
-        DRAFTS=draft is not target, num_warps=1, **OPTIONS,
+        draft is not target, num_warps=1, **OPTIONS,
     )  # fmt: skip
     if draft is target:
         return
     splits = splits_of(batch_size, vocab_size, device)
-    _residual_kernel[(batch_size * splits,)](
+    launch(
+        _residual_kernel, kind, device, (batch_size * splits,),
         target, draft, params, out, residual, vocab_size, positions, splits, num_warps=_WARPS,
         **OPTIONS,
     )  # fmt: skip

@@ -12,17 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxytune_kernels.kernels.common import TILE, log_mass
+from proxytune_kernels.kernels.common import TILE, cdiv, log_mass
 from proxytune_kernels.kernels.selection import CHUNK, MAX_TILES, NUM_PIVOTS
 
 TILES_PER_PROGRAM = 8  # of scan
 
-# Columns of Workspace.masses
+# Columns of Workspace.words
 CUTOFF = tl.constexpr(0)  # order key that the kept set reaches to
 KEPT = tl.constexpr(1)  # mass of the kept set
 RAW = tl.constexpr(2)  # mass of the row at temperature 1
 BEST = tl.constexpr(3)  # packed score
-MASSES_WIDTH = tl.constexpr(4)
+PIVOTS = tl.constexpr(4)  # their keys, counts and masses
+WORDS_WIDTH = tl.constexpr(4 + 3 * NUM_PIVOTS.value)
 # Columns of Workspace.counters
 MODE = tl.constexpr(0)
 DRAWS_DONE = tl.constexpr(1)  # programs that have drawn
@@ -32,7 +33,7 @@ COUNTERS_WIDTH = tl.constexpr(4)
 DONE = tl.constexpr(0)
 SPREAD = tl.constexpr(1)  # pivots and draw go on, spread over the vocabulary
 SEARCHED = tl.constexpr(2)  # one program of draw searched through the row
-# Of Workspace.pivots: keys, counts and masses
+# Of the pivots
 BOTTOM = tl.constexpr(0)  # no token below this pivot is kept, or counts
 LIKELY = tl.constexpr(1)  # min_p's cutoff
 MIN_CANDIDATES = tl.constexpr(8192)
@@ -52,9 +53,8 @@ class Workspace(NamedTuple):
     """What one launch leaves for the next, and scratch; one line per row."""
 
     maximum: Any  # fp32 [rows]
-    masses: Any  # int64 [rows, 4]: CUTOFF, ...
+    words: Any  # int64 [rows, WORDS_WIDTH]: CUTOFF, ...
     counters: Any  # int32 [rows, 4]: MODE, ...
-    pivots: Any  # int64 [rows, 3 * NUM_PIVOTS]
     keys: Any  # int64 [rows, candidates + CHUNK]: a list of order keys, and scratch
     tiles: Any  # int32 [rows, MAX_TILES]: tiles to read again
 
@@ -104,7 +104,7 @@ def write_drawn(out, row, token, shifted, inv_t, greedy, count, kept_mass, raw_m
 
 def tiles_of(rows: int, vocab_size: int, device: torch.device) -> Tiles:
     """Unwritten summaries, whole programs of scan."""
-    width = triton.cdiv(vocab_size, TILE.value * TILES_PER_PROGRAM) * TILES_PER_PROGRAM
+    width = cdiv(vocab_size, TILE.value * TILES_PER_PROGRAM) * TILES_PER_PROGRAM
     numbers = torch.empty((4, rows, width), dtype=torch.float32, device=device).unbind()
     count = torch.empty((rows, width), dtype=torch.int16, device=device)
     return Tiles._make((*numbers, count))
@@ -112,7 +112,7 @@ def tiles_of(rows: int, vocab_size: int, device: torch.device) -> Tiles:
 
 def at_once(num_tiles: int) -> int:
     """Summaries that one program holds of a whole row: a power of two, few kinds of them."""
-    return max(256, triton.next_power_of_2(num_tiles))
+    return max(256, 1 << (num_tiles - 1).bit_length())
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def list_of(workspace, row, vocab_size):
 @triton.jit
 def pivots_of(workspace, row):
     """Where a row's pivots begin."""
-    return workspace.pivots + row * (3 * NUM_PIVOTS)
+    return workspace.words + (row * WORDS_WIDTH + PIVOTS)
 
 
 def workspace_of(rows: int, vocab_size: int, device: torch.device) -> Workspace:
@@ -143,9 +143,9 @@ def workspace_of(rows: int, vocab_size: int, device: torch.device) -> Workspace:
 
     room = max(MIN_CANDIDATES.value, vocab_size // 16)
     return Workspace(
-        empty(1, torch.float32), empty(MASSES_WIDTH.value, torch.int64),
-        empty(COUNTERS_WIDTH.value, torch.int32), empty(3 * NUM_PIVOTS.value, torch.int64),
-        empty(room + CHUNK.value, torch.int64), empty(MAX_TILES.value, torch.int32),
+        empty(1, torch.float32), empty(WORDS_WIDTH.value, torch.int64),
+        empty(COUNTERS_WIDTH.value, torch.int32), empty(room + CHUNK.value, torch.int64),
+        empty(MAX_TILES.value, torch.int32),
     )  # fmt: skip
 
 

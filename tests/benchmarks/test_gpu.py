@@ -1,17 +1,20 @@
 """What ``python -m benchmarks.gpu`` computes of the operators, on a CPU: plan, checks, figures."""
 
+import os
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 
 import benchmarks.gpu.__main__ as command
 import proxytune_kernels as ptk
 from benchmarks.gpu import operators, peers
 from benchmarks.gpu.cases import BATCH_SIZES, Case, make_inputs, plan
-from benchmarks.gpu.device import first_line, slug
+from benchmarks.gpu.device import Journal, first_line, slug
 from benchmarks.gpu.driver import call_operators
 from benchmarks.gpu.operators import Timed
 from benchmarks.gpu.peers import check_draws, check_sampler, eager_peer
@@ -122,6 +125,63 @@ def test_command(run_command, monkeypatch, arguments, message):
     result = run_command(command.main, *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", "").split())
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A tree with sources and no extensions, and what build() does there."""
+    for path in ("setup.py", "build_cuda.py", "csrc/cuda/launch.cu", "proxytune_kernels/params.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    done = []
+    monkeypatch.delenv("BENCHMARKS_GPU_BUILT", raising=False)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+
+    def run(asked, **_):
+        done.append(asked[1:])
+        return SimpleNamespace(returncode=int(len(done) > 2))  # the second build fails
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("os.execv", lambda _, arguments: done.append(arguments[1:]))
+    monkeypatch.setattr("sys.argv", ["benchmarks.gpu", "--budget", "9"])
+    return tmp_path, done
+
+
+def test_it_builds_first_and_begins_anew(checkout):
+    root, done = checkout
+    command.build(root)
+    building = ["setup.py", "-q", "build_ext", "--inplace"]
+    assert done == [building, ["-m", "benchmarks.gpu", "--budget", "9"]]
+    command.build(root)  # in the process that follows
+    assert len(done) == 2
+    del os.environ["BENCHMARKS_GPU_BUILT"]
+    with pytest.raises(typer.Exit):
+        command.build(root)
+    assert done[2:] == [building]
+
+
+def test_what_is_newer_than_its_sources_is_not_built(checkout):
+    root, done = checkout
+    extensions = [root / "proxytune_kernels" / f"{name}.abi3.so" for name in ("_cpu", "_cuda")]
+    for path in extensions:
+        path.touch()
+        os.utime(path, (path.stat().st_mtime + 60,) * 2)
+    command.build(root)
+    assert done == []
+    source = root / "csrc" / "cuda" / "launch.cu"
+    os.utime(source, (source.stat().st_mtime + 90,) * 2)
+    command.build(root)
+    assert len(done) == 2
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_it_ends_with_what_to_send_back(tmp_path, capsys, failed):
+    journal = Journal(tmp_path / "gpu-h200.jsonl", {})
+    journal.failed = failed
+    assert journal.conclude() == failed
+    wrote, send, *more = capsys.readouterr().out.splitlines()
+    assert wrote.endswith("gpu-h200.jsonl") and f"git add {journal.output}" in send
+    assert bool(more) == failed
 
 
 # Peers and their checks

@@ -44,10 +44,13 @@ SASS = """\
         /*0080*/                   LD.E R4, [R2] ;
         /*0090*/                   ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR6][R2.64], R4 ;
         /*00a0*/                   STG.E.64 desc[UR6][R8.64], R34 ;
-        /*00b0*/                   EXIT ;
+        /*00b0*/                   MEMBAR.ALL.GPU ;
+        /*00c0*/                   MEMBAR.ALL.CTA ;
+        /*00d0*/                   CCTL.IVALL ;
+        /*00e0*/                   EXIT ;
 .L_x_2:
-        /*00c0*/                   BRA `(.L_x_2);
-        /*00d0*/                   NOP;
+        /*00f0*/                   BRA `(.L_x_2);
+        /*0100*/                   NOP;
 """
 USAGE = """
 Resource usage:
@@ -56,7 +59,7 @@ Resource usage:
  Function _scan_kernel:
   REG:40 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:728 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-GOOD = Figures(40, 0, 0, 2048, 1, 48, 3, 100, 1, "6x16", "2x4", "1x4")
+GOOD = Figures(40, 0, 0, 2048, 1, 48, 3, 1, 1, 100, 1, "6x16", "2x4", "1x4")
 UNIT = Unit("Triton 3.7.1", "sample", "scan", 90)
 
 
@@ -91,7 +94,7 @@ def test_figures_of_a_kernel():
     code, resources = parse(SASS), parse_resources(USAGE)
     assert code[2].opcode == "LDG.E.128"
     got = count(code, resources, 90, 2048, 4)
-    assert got == Figures(40, 8, 1, 2048, 1, 48, 1, 12, 1, "", "", "")
+    assert got == Figures(40, 8, 1, 2048, 1, 48, 1, 1, 1, 15, 1, "", "", "")
     seen = count(code, resources, 90, 0, 4, lambda i: i.access_bytes != 4)
     assert seen[-3:] == ("1x16 2x2", "", "1x8 1x4")  # generic ones are not of global memory
     assert accesses(seen.logits_loads) == {16: 1, 2: 2} and accesses("") == {}
@@ -134,6 +137,9 @@ def test_broken_promises(changes, complaint):
     assert list(broken(GOOD, promise)) == []
     assert list(broken(GOOD._replace(**changes), promise)) == [complaint]
     assert not list(broken(GOOD._replace(logits_loads="9x2"), promise._replace(wide=False)))
+    spilled = GOOD._replace(stack=48, local=24)
+    assert not list(broken(spilled, promise._replace(stack=48)))
+    assert len(list(broken(spilled, promise._replace(stack=40)))) == 2
 
 
 def test_which_kernels_promise_what():
@@ -150,6 +156,8 @@ def test_which_kernels_promise_what():
         ({"shared": 4096}, "shared 4096, was 2048"),
         ({"atomics": 2}, "atomics 2, was 1"),
         ({"barriers": 4}, "barriers 4, was 3"),
+        ({"membars": 2}, "membars 2, was 1"),
+        ({"l1_invalidations": 2}, "l1_invalidations 2, was 1"),
         ({"resident_warps": 40}, "resident_warps 40, was 48"),
         ({"logits_loads": "7x16"}, "logits_loads 7x16, was 6x16"),
         ({"other_loads": "1x16 2x4"}, "other_loads 1x16 2x4, was 2x4"),
@@ -186,7 +194,7 @@ def test_the_stored_figures_are_of_all_kernels():
     wanted = triton_kernels.units(LIMITS)
     assert {unit[1:] for unit in wanted} == {u[1:] for u in stored if "Triton" in u.compiler}
     cuda = {(u.case, u.kernel) for u in stored if "nvcc" in u.compiler}
-    assert len(cuda) == len(cuda_kernels.KERNELS) * 3 + 1
+    assert len(cuda) == len(cuda_kernels.KERNELS) * 4 + 1
 
 
 # The CUDA C++ kernels
@@ -243,6 +251,8 @@ def test_clusters_are_those_that_the_launch_chooses():
     assert blocks["V=128256 B=1", "sample", 90] == 16
     assert blocks["V=128256 B=1", "sample", 120] == 8
     assert {blocks["V=32000", "sample", cc] for cc in cuda_kernels.LARGEST} == {2}
+    assert {blocks["V=262208", name, 90] for name in ("sample", "sample_top", "coupled")} == {16}
+    assert blocks["V=262208", "sample", 120] == 0
     assert blocks["V=128256", "rejection", 120] == 0
     most = {90: 227, 100: 227, 120: 99}
     assert all(shared <= 1024 * most[unit[-1]] for unit, (_, _, shared) in found.items())
@@ -276,7 +286,7 @@ def test_without_nvcc_the_command_says_what_it_leaves_out():
 def test_check_compiles_and_compares(tmp_path):
     """Against figures one of which can't be reached, and the others can't be missed."""
     unit, file = Unit(triton_kernels.COMPILER, "combine", "combine", 90), tmp_path / "static.csv"
-    easy = Figures(255, 99, 99, 2**20, 1, 0, 99, 0, 99, "999x1", "999x4", "999x1")
+    easy = Figures(255, 99, 99, 2**20, 1, 0, 99, 99, 99, 0, 99, "999x1", "999x4", "999x1")
     arguments = ("--check", "--kernels", "combine", "--cc", "90", "--file", file)
     write_figures(file, {unit: easy._replace(registers=1)})
     done = static(*arguments)

@@ -148,10 +148,19 @@ def choose(
 
 @pytest.mark.parametrize(
     ("vocab_size", "wanted"), [(1, 1), (16_384, 1), (32_000, 2), (50_257, 4), (128_256, 8),
-                               (151_936, 8), (262_144, 8)],
+                               (151_936, 8), (180_000, 8), (262_208, 16), (360_000, 16)],
 )  # fmt: skip
 def test_blocks_by_width(blocks, vocab_size, wanted):
-    assert choose(blocks, vocab_size, 256, H100)[0] == wanted
+    """Two blocks, with the 1 KiB that the driver takes of each, fit in an H100's 228 KiB."""
+    chosen, used, _ = choose(blocks, vocab_size, 256, H100)
+    assert chosen == wanted and 2 * (used + 1024) <= 228 * 1024
+
+
+def test_no_larger_clusters_where_their_blocks_share_no_multiprocessor_either(blocks):
+    assert choose(blocks, 262_208, 256, H100, largest=8)[0] == 8
+    assert choose(blocks, 400_000, 256, H100)[0] == 8
+    assert choose(blocks, 151_936, 256, RTX_5090)[0] == 8
+    assert choose(blocks, 151_936, 256, H100, rejection=True)[0] == 8
 
 
 def test_sixteen_blocks_where_there_is_room_for_all(blocks):

@@ -1,8 +1,8 @@
 // A thread-block cluster on one CPU core. Every thread is a fiber; it runs until it waits at a barrier
 // or asks for something that other threads' order could show in, and then any that can run goes on,
-// chosen by a seed. What would be undefined on a device is an error here: a barrier that only some
-// threads reach, or that they reach from different places; another block's shared memory before all
-// blocks have started, or when that block may be gone.
+// chosen by a seed. Messages between blocks come in any order, some time after they were sent. What would
+// be undefined on a device is an error here: a barrier that only some threads reach, or that they reach
+// from different places; a message before all blocks have started, or to a block that may be gone.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +43,30 @@ struct Fiber {
   int block = 0, thread = 0;
   uint32_t exchanges = 0;  // of its warp, so far
   int arrived = 0, waited = 0;  // at and for the cluster's barrier: how often
-  int reached = -1;  // `arrived` when it last asked for another block's memory
+  std::vector<int> awaited, acquired;  // phases of each box of its block
+  int64_t released = -1;  // what its block's threads did before this time, it has released
+  std::vector<int64_t> heard, known;  // the same of each block, by what was awaited; and acquired
+};
+
+// What counts messages to a block. A phase ends when all blocks have announced what they send, and it is there.
+struct Box {
+  const std::byte* place;
+  int announced = 0;   // blocks, in this phase
+  int64_t missing = 0;  // bytes that are announced and not there; below 0 where they came first
+  int phases = 0;      // that have ended
+  std::vector<int64_t> releases, released;  // of each block: of this phase, and of those that have ended
+  std::vector<Fiber*> waiting;
+};
+
+// An announcement or 8 bytes, under way.
+struct Message {
+  bool announcement;
+  int to;
+  Fiber* from;
+  size_t box;          // of the receiver's
+  size_t offset;       // where the bytes go in its shared memory
+  uint64_t value;      // those, or how many are announced
+  int64_t time;        // announced: what was released. Else what the sender knows of the receiver
 };
 
 // Where some number of threads wait for each other.
@@ -61,13 +84,13 @@ struct Warp {
   uint64_t values[2][kLanes];  // of one exchange and of the next: one barrier is enough for both
 };
 
-// Accesses to a byte that no barrier parts: when the last one was, by whom, after how many arrivals at
-// the cluster's barrier, and whether others of its warp (1), block (2) or cluster (3) made some.
+// Accesses to a byte that no barrier parts: when the last one was, by whom, and whether others of its warp
+// (1) or block (2) made some. Or a message (3): in which phase of which box it came.
 struct Touch {
   int64_t time = -1;
-  int arrived = 0;
+  int phase = 0;
   uint16_t thread = 0;
-  uint8_t level = 0;
+  uint8_t box = 0, level = 0;
 };
 struct Trace {
   Touch written, read, updated;  // updated: by an atomic operation
@@ -96,8 +119,13 @@ class Cluster {
                            std::source_location from);
   // Now and then lets others run first.
   void give_way();
-  // Bytes that lie `own` into this block's shared memory, in that of another block.
-  std::byte* at(const void* own, size_t bytes, int block);
+  // Messages: csrc/cuda/team.h says what these do.
+  void open(const void* box);
+  void release() { running_->released = passed(running_->block); }
+  void acquire();
+  void announce(const void* box, uint32_t bytes, int block) { post(true, nullptr, bytes, box, block); }
+  void send(const void* place, uint64_t value, const void* box, int block) { post(false, place, value, box, block); }
+  void await(const void* box, uint32_t parity);
   std::byte* shared(int block) const { return arena_.get() + size_t(block) * step_ + kGuard; }
   // Ends the run.
   [[noreturn, gnu::format(printf, 2, 3)]] void fail(const char* format, ...);
@@ -118,6 +146,9 @@ class Cluster {
 
  private:
   static void enter();
+  size_t box_of(const void* box);
+  void post(bool announcement, const void* place, uint64_t value, const void* box, int block);
+  void deliver();
   void meet(Barrier& barrier, bool first, const char* what, std::source_location from);
   void wait(Barrier& barrier, const char* what, std::source_location from);
   void next(Fiber& me);
@@ -137,6 +168,8 @@ class Cluster {
   Barrier barrier_;          // of the cluster: its place is that of the first to arrive
   size_t arrived_ = 0;       // since all last had
   int phases_ = 0;           // how often all have arrived
+  std::vector<std::vector<Box>> boxes_;  // of each block
+  std::vector<Message> messages_;
   std::vector<int> left_in_block_;
   std::vector<Fiber*> runnable_;
   Fiber* running_ = nullptr;
@@ -154,6 +187,9 @@ class Cluster {
 // compiler knows nothing of the calls that -fsanitize=thread adds.
 inline thread_local Cluster* volatile running_cluster = nullptr;
 
+// races.cpp's, where it is linked: 8 bytes come to a block's shared memory, in a phase of a box.
+[[gnu::weak]] void check_message(Cluster& cluster, const Message& message, int phase);
+
 inline Cluster::Cluster(int blocks, int threads, size_t shared_bytes)
     : blocks_(blocks), threads_(threads), shared_bytes_(shared_bytes),
       step_((shared_bytes + 2 * kGuard + 15) / 16 * 16),
@@ -161,7 +197,7 @@ inline Cluster::Cluster(int blocks, int threads, size_t shared_bytes)
       arena_(new std::byte[size_t(blocks) * step_]),
       fibers_(new Fiber[size_t(blocks) * size_t(threads)]), stacks_(blocks * threads),
       warps_(size_t(blocks * threads / kLanes)), block_barriers_(size_t(blocks)),
-      left_in_block_(size_t(blocks)) {
+      boxes_(size_t(blocks)), left_in_block_(size_t(blocks)) {
   for (size_t w = 0; w < warps_.size(); ++w) {
     const int first = int(w) * kLanes;
     warps_[w].barrier.name = "warp " + std::to_string(first % threads / kLanes) + " of block " +
@@ -186,6 +222,8 @@ inline bool Cluster::run(const Body& body, uint64_t seed) {
   barrier_.waiting.clear();
   arrived_ = 0;
   phases_ = 0;
+  messages_.clear();
+  for (auto& boxes : boxes_) boxes.clear();
   for (Barrier& barrier : block_barriers_) barrier.waiting.clear();
   for (Warp& warp : warps_) warp.barrier.waiting.clear();
 #if defined(__SANITIZE_ADDRESS__)
@@ -206,7 +244,11 @@ inline bool Cluster::run(const Body& body, uint64_t seed) {
       fiber.thread = t;
       fiber.exchanges = 0;
       fiber.arrived = fiber.waited = 0;
-      fiber.reached = -1;
+      fiber.awaited.clear();
+      fiber.acquired.clear();
+      fiber.released = -1;
+      fiber.heard.assign(size_t(blocks_), -1);
+      fiber.known = fiber.heard;
       fiber.context.prepare(stacks_.at(i), Stacks::bytes(i), &Cluster::enter);
       runnable_.push_back(&fiber);
     }
@@ -235,10 +277,6 @@ inline void Cluster::scramble(int block, uint64_t word) {
 }
 
 inline void Cluster::leave(Fiber& me) {
-  if (me.reached == me.arrived) {
-    fail("thread %d of block %d returns, but since it last arrived at the cluster's barrier it asked "
-         "for another block's shared memory: that block may be gone", me.thread, me.block);
-  }
   if (me.arrived != me.waited) {
     fail("thread %d of block %d returns without waiting at the cluster's barrier", me.thread, me.block);
   }
@@ -252,6 +290,7 @@ inline void Cluster::leave(Fiber& me) {
 }
 
 inline void Cluster::next(Fiber& me) {
+  while (!messages_.empty() && (runnable_.empty() || random_.below(4) == 0)) deliver();
   if (runnable_.empty()) end();
   const size_t i = random_.below(uint32_t(runnable_.size()));
   Fiber* chosen = runnable_[i];
@@ -277,7 +316,25 @@ inline void Cluster::end() {
     say(barrier_);
     for (const Barrier& barrier : block_barriers_) say(barrier);
     for (const Warp& warp : warps_) say(warp.barrier);
+    for (int b = 0; b < blocks_; ++b) {
+      for (const Box& box : boxes_[size_t(b)]) {
+        if (box.waiting.empty()) continue;
+        all += " " + std::to_string(box.waiting.size()) + " threads of block " + std::to_string(b) +
+               " wait at await: " + std::to_string(box.announced) + " blocks have announced messages, " +
+               std::to_string(box.missing) + " bytes are missing;";
+      }
+    }
     fail("%s %d threads have returned", all.c_str(), blocks_ * threads_ - left_);
+  }
+  for (int i = 0; i < blocks_ * threads_; ++i) {
+    const Fiber& fiber = fibers_[size_t(i)];
+    const auto& boxes = boxes_[size_t(fiber.block)];
+    for (size_t k = 0; k < boxes.size(); ++k) {
+      if (boxes[k].phases > fiber.awaited[k] || boxes[k].announced > 0 || boxes[k].missing != 0) {
+        fail("thread %d of block %d has returned, but not awaited all messages: that block may be gone "
+             "when they come", fiber.thread, fiber.block);
+      }
+    }
   }
   running_->context.switch_to(outside_);
   std::abort();
@@ -368,22 +425,92 @@ inline void Cluster::give_way() {
   next(*running_);
 }
 
-inline std::byte* Cluster::at(const void* own, size_t bytes, int block) {
+// Which of its block's boxes this is.
+inline size_t Cluster::box_of(const void* box) {
+  const auto& boxes = boxes_[size_t(running_->block)];
+  size_t i = 0;
+  while (i < boxes.size() && boxes[i].place != box) ++i;
+  if (i == boxes.size()) fail("block %d has not opened this box", running_->block);
+  return i;
+}
+
+inline void Cluster::open(const void* box) {
+  if (running_->arrived > 0) fail("open: after the arrival at the cluster's barrier");
+  boxes_[size_t(running_->block)].push_back(
+      {.place = static_cast<const std::byte*>(box), .releases = std::vector<int64_t>(size_t(blocks_), -1),
+       .released = std::vector<int64_t>(size_t(blocks_), -1), .waiting = {}});
+  for (int t = 0; t < threads_; ++t) {
+    Fiber& fiber = fibers_[size_t(running_->block * threads_ + t)];
+    fiber.awaited.push_back(0);
+    fiber.acquired.push_back(0);
+  }
+}
+
+inline void Cluster::acquire() {
   Fiber& me = *running_;
-  const auto offset = static_cast<const std::byte*>(own) - shared(me.block);
-  if (offset < 0 || size_t(offset) + bytes > shared_bytes_) {
-    fail("at: byte %td is outside the %zu bytes of block %d's shared memory", offset, shared_bytes_,
-         me.block);
+  me.acquired = me.awaited;
+  for (size_t b = 0; b < me.known.size(); ++b) me.known[b] = std::max(me.known[b], me.heard[b]);
+}
+
+inline void Cluster::post(bool announcement, const void* place, uint64_t value, const void* box, int block) {
+  Fiber& me = *running_;
+  const auto offset = announcement ? 0 : static_cast<const std::byte*>(place) - shared(me.block);
+  if (offset < 0 || size_t(offset) + (announcement ? 0 : sizeof value) > shared_bytes_ || offset % 8 != 0) {
+    fail("send: byte %td is outside the %zu bytes of block %d's shared memory, or no multiple of 8", offset,
+         shared_bytes_, me.block);
   }
-  if (block < 0 || block >= blocks_) fail("at: block %d of a cluster of %d", block, blocks_);
-  if (block != me.block) {
-    if (me.waited == 0) {
-      fail("at: block %d asks for block %d's shared memory, but has not waited at the cluster's "
-           "barrier: it may not have started", me.block, block);
-    }
-    me.reached = me.arrived;
+  if (block < 0 || block >= blocks_) fail("send: block %d of a cluster of %d", block, blocks_);
+  if (blocks_ == 1) fail("send: undefined in a cluster of one block");
+  if (me.waited == 0) {
+    fail("send: block %d sends to block %d, but has not waited at the cluster's barrier: it may not have "
+         "started", me.block, block);
   }
-  return shared(block) + offset;
+  messages_.push_back({announcement, block, &me, box_of(box), size_t(offset), value,
+                       announcement ? me.released : me.known[size_t(block)]});
+  give_way();
+}
+
+// One of the messages that are under way comes.
+inline void Cluster::deliver() {
+  const size_t i = random_.below(uint32_t(messages_.size()));
+  const Message message = messages_[i];
+  messages_[i] = messages_.back();
+  messages_.pop_back();
+  if (gone(message.to)) fail("a message comes to block %d, which has returned", message.to);
+  if (boxes_[size_t(message.to)].size() <= message.box) fail("block %d has not opened this box", message.to);
+  Box& box = boxes_[size_t(message.to)][message.box];
+  if (message.announcement) {
+    ++box.announced;
+    box.missing += int64_t(message.value);
+    int64_t& release = box.releases[size_t(message.from->block)];
+    release = std::max(release, message.time);
+  } else {
+    if (check_message) check_message(*this, message, box.phases);
+    running_cluster = nullptr;  // not an access of this thread's
+    std::memcpy(shared(message.to) + message.offset, &message.value, sizeof message.value);
+    running_cluster = this;
+    box.missing -= int64_t(sizeof message.value);
+  }
+  if (box.announced < blocks_ || box.missing != 0) return;
+  box.announced = 0;
+  ++box.phases;
+  box.released = box.releases;
+  runnable_.insert(runnable_.end(), box.waiting.begin(), box.waiting.end());
+  box.waiting.clear();
+}
+
+inline void Cluster::await(const void* place, uint32_t parity) {
+  Fiber& me = *running_;
+  const size_t i = box_of(place);
+  Box& box = boxes_[size_t(me.block)][i];
+  if (parity != uint32_t(me.awaited[i] & 1)) {
+    fail("await: thread %d of block %d waits for the end of a phase of parity %u, but has seen the end of %d",
+         me.thread, me.block, parity, me.awaited[i]);
+  }
+  (box.phases > me.awaited[i] ? runnable_ : box.waiting).push_back(&me);
+  next(me);
+  if (box.phases != ++me.awaited[i]) fail("await: another phase has ended since");
+  for (size_t b = 0; b < me.heard.size(); ++b) me.heard[b] = std::max(me.heard[b], box.released[b]);
 }
 
 inline void Cluster::check_guards() {

@@ -1,7 +1,9 @@
 // What -fsanitize=thread makes of each access to memory, without the library that belongs to it: every
 // byte of shared memory knows who wrote it, read it and updated it last, and an access that no barrier
-// parts from one that it conflicts with ends the run. Exact, as barriers are all that orders threads
-// here; reads of what nothing wrote, and of blocks that are gone, end it too.
+// parts from one that it conflicts with ends the run. So does a message that comes where its sender has not
+// acquired what the block had released after such an access, and a read of one by who has not awaited and
+// acquired it. Exact, as these are all that orders threads here; reads of what nothing wrote, and of blocks
+// that are gone, end it too.
 //
 // Compiled without -fsanitize=thread, and linked with code compiled with it.
 #include <dlfcn.h>
@@ -12,7 +14,7 @@ namespace ptk {
 namespace model {
 namespace {
 
-enum Level { kThread, kWarp, kBlock, kCluster };
+enum Level { kThread, kWarp, kBlock, kMessage };
 enum class Access { kRead, kWrite, kUpdate };
 
 bool inside = false;  // what is called from here may be instrumented
@@ -46,16 +48,15 @@ class Checker {
   Level level(uint16_t other) const {
     if (other == thread_) return kThread;
     if (other / kLanes == thread_ / kLanes) return kWarp;
-    return other / cluster_.threads() == me_.block ? kBlock : kCluster;
+    return kBlock;
   }
 
   // Whether a barrier that all who may have made the touch passed, and this thread, came after it.
   bool ordered(const Touch& touch) const {
     if (touch.time < cluster_.started()) return true;
+    if (touch.level == kMessage) return me_.acquired[touch.box] > touch.phase;
     const int least = std::max(int(touch.level), int(level(touch.thread)));
     if (least == kThread) return true;
-    // Of the cluster's barrier, one that the touch was before the arrival at, and this is after.
-    if (me_.waited > touch.arrived) return true;
     int64_t last = -1;
     if (least <= kBlock) last = cluster_.passed(me_.block);
     if (least <= kWarp) last = std::max(last, cluster_.passed(me_.block, me_.thread));
@@ -65,7 +66,7 @@ class Checker {
   // Touches that no barrier parts are kept as one, of the smallest group that all who made them are in.
   void note(Touch& touch) const {
     const int wide = ordered(touch) ? kThread : std::max(int(touch.level), int(level(touch.thread)));
-    touch = {cluster_.now(), me_.arrived, thread_, uint8_t(wide)};
+    touch = {cluster_.now(), 0, thread_, 0, uint8_t(wide)};
   }
 
   [[noreturn]] void fail(Access access, const char* how, const Touch& touch) const {
@@ -75,7 +76,8 @@ class Checker {
     const auto offset = static_cast<char*>(from_) - static_cast<char*>(library.dli_fbase) - 1;
     const int block = touch.thread / cluster_.threads(), thread = touch.thread % cluster_.threads();
     std::string who = "thread " + std::to_string(thread) + " of block " + std::to_string(block);
-    if (touch.level != kThread) who += " or one near it";
+    if (touch.level == kMessage) who += ", by a message,";
+    else if (touch.level != kThread) who += " or one near it";
     char what[200];
     std::snprintf(what, sizeof what, how, who.c_str());
     const char* does = access == Access::kRead ? "reads" : access == Access::kWrite ? "writes" : "updates";
@@ -91,6 +93,12 @@ class Checker {
   const uint16_t thread_;
   size_t byte_ = 0;
 };
+
+std::vector<Trace>& traces_of(Cluster& cluster) {
+  std::vector<Trace>& traces = cluster.traces();
+  if (traces.empty()) traces.resize(size_t(cluster.blocks()) * cluster.shared_bytes());
+  return traces;
+}
 
 void check(const volatile void* address, size_t bytes, Access access, void* from) {
   if (inside || !running_cluster) return;
@@ -110,13 +118,34 @@ void check(const volatile void* address, size_t bytes, Access access, void* from
     inside = false;
     cluster.fail("block %zu's shared memory, but that block has returned", block);
   }
-  std::vector<Trace>& traces = cluster.traces();
-  if (traces.empty()) traces.resize(size_t(cluster.blocks()) * size);
-  Checker(cluster, from).touch(access, traces, block * size + size_t(first), bytes);
+  if (block != size_t(cluster.running().block)) {
+    inside = false;
+    cluster.fail("block %zu's shared memory, by block %d, which may only send to it", block, cluster.running().block);
+  }
+  Checker(cluster, from).touch(access, traces_of(cluster), block * size + size_t(first), bytes);
   inside = false;
 }
 
 }  // namespace
+
+void check_message(Cluster& cluster, const Message& message, int phase) {
+  const Fiber& from = *message.from;
+  const uint16_t thread = uint16_t(from.block * cluster.threads() + from.thread);
+  const size_t first = size_t(message.to) * cluster.shared_bytes() + message.offset;
+  for (size_t byte = first; byte < first + sizeof message.value; ++byte) {
+    Trace& trace = traces_of(cluster)[byte];
+    for (const Touch* touch : {&trace.written, &trace.read, &trace.updated}) {
+      if (touch->time >= cluster.started() && touch->time >= message.time) {
+        cluster.fail("race: a message of thread %d of block %d replaces byte %zu of block %d's shared memory with no "
+                     "release and acquire after thread %d %s it",
+                     from.thread, from.block, message.offset + (byte - first), message.to,
+                     touch->thread % cluster.threads(), touch == &trace.read ? "read" : "wrote");
+      }
+    }
+    trace.written = {cluster.now(), phase, thread, uint8_t(message.box), kMessage};
+  }
+}
+
 }  // namespace model
 }  // namespace ptk
 

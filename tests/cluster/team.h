@@ -1,5 +1,5 @@
 // The class that the cluster kernels are written over, on a CPU: csrc/cuda/team.h says what each
-// function means. Barriers, shuffles and shared memory are a model::Cluster's; loads are plain ones.
+// function means. Barriers, messages and shuffles are a model::Cluster's; loads are plain ones.
 #pragma once
 
 #include <atomic>
@@ -41,10 +41,6 @@ class Team {
   int blocks() const { return cluster_.blocks(); }
 
   void sync(From from = From::current()) const { cluster_.sync_block(block_, from); }
-  void sync_cluster(From from = From::current()) const {
-    cluster_.arrive_cluster("sync_cluster", from);
-    cluster_.wait_cluster("sync_cluster", from);
-  }
   void arrive_cluster(From from = From::current()) const {
     cluster_.arrive_cluster("arrive_cluster", from);
     cluster_.give_way();
@@ -52,10 +48,14 @@ class Team {
   void wait_cluster(From from = From::current()) const { cluster_.wait_cluster("wait_cluster", from); }
   void sync_warp(From from = From::current()) const { cluster_.sync_warp(block_, thread_, from); }
 
-  template <typename T>
-  T* at(T* own, int block) const {
-    return reinterpret_cast<T*>(cluster_.at(own, sizeof(T), block));
+  void open(uint64_t* box) const { cluster_.open(box); }
+  void release() const { cluster_.release(); }
+  void acquire() const { cluster_.acquire(); }
+  void announce(uint64_t* box, uint32_t bytes, int block) const { cluster_.announce(box, bytes, block); }
+  void send(uint64_t* place, uint64_t value, uint64_t* box, int block) const {
+    cluster_.send(place, value, box, block);
   }
+  void await(uint64_t* box, uint32_t parity) const { cluster_.await(box, parity); }
 
   template <typename T>
   T shuffle(T value, int lane, From from = From::current()) const {

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from proxytune_kernels.decoder import Decoder, decoder, graphs
+from proxytune_kernels.decoder import Decoder, decoder
 from proxytune_kernels.decoder.graphs import Capture, Replay
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import StepResult
@@ -156,11 +156,7 @@ def make_decoder(
     monkeypatch: pytest.MonkeyPatch, trio: Trio, max_batch_size: int, *,
     taped: bool = False, ahead: int = 0, **options: Any,
 ) -> Decoder:  # fmt: skip
-    """A decoder on the CPU whose steps are taped, or whose host runs ahead, as on a GPU.
-
-    Graphs are made for 8 keys, 16, 32, ..., so that few tokens need several.
-    """
-    monkeypatch.setattr(graphs, "_SHORTEST", 8)
+    """A decoder on the CPU whose steps are taped, or whose host runs ahead, as on a GPU."""
     with monkeypatch.context() as patch:
         patch.setattr(decoder, "run_ahead", lambda device: ahead)
         if taped:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +52,7 @@ def take(backend: str | None, device: str, op: str = "sample", *rows: int) -> st
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Sets up a machine by the compute capabilities of its devices.
 
     It has Triton and, unless told, a CUDA C++ extension that takes rows of up to V tokens, in
@@ -71,6 +72,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(kernels, "find_spec", lambda name: object() if triton else None)
         monkeypatch.setattr(cuda, "find_spec", lambda name: object() if built else None)
+        monkeypatch.setattr(cuda, "__file__", str(tmp_path / "ops" / "backends" / "cuda.py"))
         monkeypatch.setattr(
             cuda, "_extension", lambda: SimpleNamespace(max_vocab_size=max_vocab_size)
         )
@@ -87,6 +89,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     monkeypatch.undo()
     for cached in caches:
         cached.cache_clear()
+
+
+def test_a_build_without_nvcc_says_later_where_it_looked(machine, tmp_path):
+    """By the note that setup.py leaves: pip hides what a build prints."""
+    (tmp_path / "_cuda_not_built.txt").write_text("there is no nvcc in /nowhere/bin")
+    machine((9, 0), built=False)
+    assert backends()["cuda"] == NOT_BUILT.replace(":", " (there is no nvcc in /nowhere/bin):", 1)
 
 
 def check_refused(name: str, device: str, reason: str) -> None:

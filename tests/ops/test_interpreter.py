@@ -64,6 +64,12 @@ def _extrema_kernel(x, y, larger, smaller, highest, N: tl.constexpr):
     tl.store(highest, tl.max(one, 0))
 
 
+@triton.jit
+def _narrow_kernel(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, tl.load(x + i).to(tl.bfloat16))
+
+
 def launch(kernel, *arguments, **constants) -> None:
     from proxytune_kernels.kernels.common import OPTIONS
     from proxytune_kernels.ops.backends import triton_operators  # noqa: F401  (corrects the interpreter)
@@ -96,6 +102,16 @@ def test_fma_rounds_once(exponent):
     else:
         z = z * 2.0 ** (exponent * torch.rand(1024, generator=g)).round()
     assert fma(x, y, z).tolist() == exactly(x, y, z)
+
+
+def test_bf16_is_rounded_to_nearest_even():
+    """Ties in both directions, a carry into the exponent and past the largest, zeros, NaN."""
+    ties = torch.tensor([1.00390625, 1.01171875, 1.9999, 3.4e38, -0.0, INF, NAN, 1e-39])
+    x = torch.cat([ties, torch.randn(504, generator=torch.Generator().manual_seed(1))])
+    out = torch.empty(len(x), dtype=torch.bfloat16, device=TRITON.device)
+    launch(_narrow_kernel, x.to(TRITON.device), out, N=len(x))
+    assert torch.equal(out.cpu().nan_to_num(7.0), x.bfloat16().nan_to_num(7.0))
+    assert out[6].isnan()
 
 
 def test_fma_of_sums_that_fp64_rounds_onto_a_tie():

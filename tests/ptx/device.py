@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from proxytune_kernels import kernels
-from proxytune_kernels.kernels import common
+from proxytune_kernels.kernels import common, launches
 from proxytune_kernels.ops.backends import triton_operators  # noqa: F401  (before it is patched)
 from tests.ptx import build
 from tests.ptx.program import Memory, Order, Program, Report, launch
@@ -36,7 +36,8 @@ CAPABILITIES = (80, 90, 100, 120)
 INPUTS = frozenset(
     "logits target draft row_params draft_ids alpha token_ids base expert anti constraints "
     "part draft_part summaries words candidates ordered given wanted cutoff keys temperature edges "
-    "seeds positions target_logprobs target_status draft_logprobs kept draft_kept".split()
+    "seeds positions query values seq_lens target_logprobs target_status draft_logprobs kept "
+    "draft_kept".split()
 )
 """Arguments of kernels that are not to be written."""
 
@@ -120,6 +121,7 @@ class Device:
             triton.knobs.cache.dir = str(build.BUILT / "cache")
             patch(CUDABackend, "make_cubin", lambda *_: b"none")
             patch(JITFunction, "run", lambda kernel, *a, **k: self._launch(kernel, *a, **k))
+            patch(launches, "REMEMBERS", False)
             patch(common, "processors", lambda device: self.processors)
             patch(kernels, "interpreted", lambda: True)  # CPU tensors are taken
             before = driver._active

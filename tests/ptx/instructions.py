@@ -167,6 +167,8 @@ def _conversions() -> dict[str, Elementwise]:
     for half in ("bf16", "f16"):
         op(f"cvt.f32.{half}", "f32", "b16", f"from_{half}(a)")
         op(f"cvt.rn.{half}.f32", "b16", "f32", f"to_{half}(a)")
+        both = f"((uint32_t)to_{half}(a) << 16) | to_{half}(b)"  # the first is the upper half
+        table[f"cvt.rn.{half}x2.f32"] = Elementwise("b32", ("f32", "f32"), both)
     op("cvt.f64.f32", "f64", "f32", "(double)a")
     op("cvt.rn.f32.f64", "f32", "f64", "canonical((float)a)")
     integers = [f"{k}{bits}" for k in "su" for bits in (16, 32, 64)]

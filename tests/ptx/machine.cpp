@@ -530,11 +530,13 @@ struct Machine {
           const uint32_t a = rows[k * 8 + row] + I.immediate;
           if (a % 16 || (uint64_t)a + 16 > P.shared.size())
             return fail("bad address of a matrix", W, &I, a);
-          if (L.check_races) track_shared(P, W, I, a + column * 2, 2, store, l);
           uint16_t* at = (uint16_t*)(P.shared.data() + a) + column;
           uint32_t& v = values[k * LANES + l];
+          const uint16_t given = v >> (16 * h);
+          if (L.check_races)
+            track_shared(P, W, I, a + column * 2, 2, store, l, store ? (const uint8_t*)&given : nullptr);
           if (store)
-            *at = (uint16_t)(v >> (16 * h));
+            *at = given;
           else
             v = (v & ~(0xFFFFu << (16 * h))) | ((uint32_t)*at << (16 * h));
         }
@@ -543,18 +545,25 @@ struct Machine {
     return true;
   }
 
+  // A lane's registers of a 16 x 16 left side.
+  static void left_side(const Warp& W, const int32_t* registers, bool is_fp16, float A[16][16]) {
+    for (int l = 0; l < LANES; l++)
+      for (int r = 0; r < 4; r++)
+        for (int h = 0; h < 2; h++) {
+          const uint16_t q = ((uint32_t*)(W.frame + registers[r]))[l] >> (16 * h);
+          A[l / 4 + (r & 1) * 8][l % 4 * 2 + h + (r >> 1) * 8] = half(is_fp16, q);
+        }
+  }
+
   // m16n8k16, row.col. o: d[4], a[4], b[2], c[2]; c[2] and c[3] are in immediate and size.
   void multiply(Warp& W, const Instruction& I, bool is_fp16) {
     uint8_t* F = W.frame;
     float A[16][16], B[16][8], C[16][8];
     const int32_t c[4] = {I.o[10], I.o[11], I.immediate, I.size};
+    left_side(W, I.o + 4, is_fp16, A);
     for (int l = 0; l < LANES; l++) {
       const int g = l / 4, t = l % 4;
       for (int h = 0; h < 2; h++) {
-        for (int r = 0; r < 4; r++) {
-          const uint16_t q = ((uint32_t*)(F + I.o[4 + r]))[l] >> (16 * h);
-          A[g + (r & 1) * 8][t * 2 + h + (r >> 1) * 8] = half(is_fp16, q);
-        }
         for (int r = 0; r < 2; r++) {
           const uint16_t q = ((uint32_t*)(F + I.o[8 + r]))[l] >> (16 * h);
           B[t * 2 + h + r * 8][g] = half(is_fp16, q);
@@ -571,24 +580,32 @@ struct Machine {
       }
   }
 
-  // wgmma m64nNk16: both operands in shared memory, K-major, 128-byte swizzle; a warp has 16 rows.
-  // The registers of the result stand in the instructions that follow, twelve in each.
+  // wgmma m64nNk16: the left side in registers or in shared memory, K-major; the right side in shared
+  // memory, K-major, or N-major (I.kind); 128-byte swizzle; a warp has 16 rows. The registers of the
+  // result stand in the instructions that follow, twelve in each.
   bool finish(Program& P, Warp& W, const Product& p) {
     const Instruction& I = L.code[p.pc];
     float A[16][16], B[256][16];
-    const auto element = [&](uint64_t descriptor, int row, int k) -> float {
-      const uint32_t start = (descriptor & 0x3FFF) << 4, stride = ((descriptor >> 32) & 0x3FFF) << 4;
+    const auto element = [&](uint64_t descriptor, int row, int k, bool across) -> float {
+      const auto offset = [descriptor](int bit) { return (descriptor >> bit & 0x3FFF) << 4; };
       if (descriptor >> 62 != 1) return fail("wgmma without 128-byte swizzle", W, &I), 0.0f;
-      uint32_t a = start + (row / 8) * stride + (row % 8) * 128 + k * 2;
+      uint32_t a = offset(0);
+      if (across)
+        a += row / 64 * offset(16) + k / 8 * offset(32) + k % 8 * 128 + row % 64 * 2;
+      else
+        a += row / 8 * offset(32) + row % 8 * 128 + k * 2;
       a ^= ((a >> 7) & 7) << 4;
       if (a + 2 > P.shared.size()) return fail("wgmma out of shared memory", W, &I, a), 0.0f;
       if (L.check_races) track_shared(P, W, I, a, 2, false, 0);
       return half(I.size, *(const uint16_t*)(P.shared.data() + a));
     };
-    for (int r = 0; r < 16; r++)
-      for (int k = 0; k < 16; k++) A[r][k] = element(p.a, 16 * (W.number % 4) + r, k);
+    if (I.o[0] < 0)
+      left_side(W, I.o + 3, I.size, A);
+    else
+      for (int r = 0; r < 16; r++)
+        for (int k = 0; k < 16; k++) A[r][k] = element(p.a, 16 * (W.number % 4) + r, k, false);
     for (int n = 0; n < I.n; n++)
-      for (int k = 0; k < 16; k++) B[n][k] = element(p.b, n, k);
+      for (int k = 0; k < 16; k++) B[n][k] = element(p.b, n, k, I.kind);
     for (int i = 0; i < I.n / 2; i++) {
       float* d = (float*)(W.frame + L.code[p.pc + 1 + i / 12].o[i % 12]);
       for (int l = 0; l < LANES; l++) {
@@ -785,8 +802,9 @@ struct Machine {
           break;
         case WGMMA:
           if (m != ALL) return fail("wgmma in a part of a warp", W, &I);
-          W.products.push_back({W.pc, *(uint64_t*)(F + I.o[0]), *(uint64_t*)(F + I.o[1]),
-                                (bool)(bits_at(I.o[2]) & 1)});
+          W.products.push_back({W.pc, I.o[0] < 0 ? 0 : *(uint64_t*)(F + I.o[0]),
+                                *(uint64_t*)(F + I.o[1]),
+                                I.o[2] >= 0 && (bits_at(I.o[2]) & 1)});
           break;
         case WGMMA_COMMIT:
           W.product_groups.push_back(std::move(W.products));

@@ -348,12 +348,17 @@ class Program:
         elif found := re.match(
             r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(b?f16)\.", name
         ):
-            d = self._vector(arguments[0], "b32")
-            if arguments[4:8] != ["1", "1", "0", "0"] or not arguments[1].startswith("%rd"):
+            d, inner = self._vector(arguments[0], "b32"), arguments[1].startswith("{")
+            a = self._vector(arguments[1], "b32") if inner else []
+            if arguments[4:6] != ["1", "1"] or (not inner and arguments[6] != "0"):
                 raise self._unknown(text)
-            sides = [self._operand(one, "b64") for one in arguments[1:3]]
-            keep = self._operand(arguments[3], PREDICATE)
-            self._emit("wgmma", [*sides, keep], n=int(found[1]), size=int(found[2] == "f16"))
+            sides = [None if inner else self._operand(arguments[1], "b64"),
+                     self._operand(arguments[2], "b64")]  # fmt: skip
+            keep = None if arguments[3] == "0" else self._operand(arguments[3], PREDICATE)
+            self._emit(
+                "wgmma", [*sides, keep, *a], n=int(found[1]), size=int(found[2] == "f16"),
+                kind=int(arguments[-1]),
+            )  # fmt: skip
             for k in range(0, len(d), 12):
                 self._emit("nop", d[k : k + 12])
         elif name == "wgmma.commit_group.sync.aligned":

@@ -22,4 +22,4 @@ def test_every_parameter_of_every_launch():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     launches = re.fullmatch(r"(\d+) launches\n", done.stdout)
-    assert launches is not None and int(launches[1]) == 38
+    assert launches is not None and int(launches[1]) == 72

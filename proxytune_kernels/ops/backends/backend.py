@@ -22,6 +22,8 @@ class Backend:
     device_type: str | None = None
     """The kind of device whose tensors it runs on, and where it may be the default; None: any, and
     nowhere."""
+    compiles: bool = False
+    """Whether a call may have to wait until a kernel is compiled."""
     operators: Sequence[str] = ("sample", "sample_hidden", "combine", "score", "verify", "sharded")
     """The public functions that it runs; "sharded" stands for those of :mod:`ops.sharded`."""
 

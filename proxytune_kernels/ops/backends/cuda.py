@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,8 +57,10 @@ def missing() -> str | None:
     except ModuleNotFoundError:  # what keeps a module from being found may raise instead
         found = None
     if found is None:
+        note = Path(__file__).parents[2] / "_cuda_not_built.txt"  # by setup.py
+        why = f" ({note.read_text()})" if note.exists() else ""
         return (
-            "the CUDA C++ extension is not built: install nvcc 12.8 or later, then run `pip "
+            f"the CUDA C++ extension is not built{why}: install nvcc 12.8 or later, then run `pip "
             "install --no-build-isolation .` without PROXYTUNE_SKIP_CUDA_BUILD"
         )
     if torch.version.cuda is None:

@@ -20,6 +20,7 @@ class Triton(Backend):
 
     name = "triton"
     device_type = "cuda"
+    compiles = True
 
     @override
     def missing(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import wraps
 from typing import Any
 
@@ -19,8 +20,9 @@ if interpreted():
 
     interpreter.correct()
 
+from proxytune_kernels.kernels.attention import launch_decode_attention
 from proxytune_kernels.kernels.combine import launch_combine
-from proxytune_kernels.kernels.common import inputs
+from proxytune_kernels.kernels.common import inputs, packed
 from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
 from proxytune_kernels.kernels.score import launch_score
@@ -30,6 +32,29 @@ from proxytune_kernels.kernels.workspace import Outputs
 from proxytune_kernels.ops.backends.triton_shards import SHARD_IMPLEMENTATIONS
 
 Out = tuple[Tensor, ...]
+
+
+def _aligned(tensors: Iterable[Tensor | None]) -> bool:
+    return not any(t.data_ptr() % 16 for t in tensors if t is not None)
+
+
+def _at_16_bytes(write: Implementation) -> Implementation:
+    """Has parameters read, and results written, at multiples of 16 bytes: elsewhere in copies."""
+
+    def run(*arguments: Any) -> None:
+        *given, out = arguments
+        for i, a in enumerate(given):
+            if isinstance(a, RowParams) and not _aligned(a):
+                given[i] = RowParams(*map(packed, a))
+        if _aligned(out):
+            return write(*given, out)
+        copies = tuple(None if result is None else torch.empty_like(result) for result in out)
+        write(*given, copies)
+        for result, copy in zip(out, copies, strict=True):
+            if result is not None:
+                result.copy_(copy)
+
+    return run
 
 
 def _sample(
@@ -64,7 +89,7 @@ def _combine(
     vocab_size: int, out: Out,
 ) -> None:  # fmt: skip
     logits = inputs(base, expert, anti, bias, allowed_mask)
-    launch_combine(logits, alpha.contiguous(), out[0], vocab_size)
+    launch_combine(logits, packed(alpha), out[0], vocab_size)
 
 
 def _score(
@@ -72,7 +97,7 @@ def _score(
     out: Out,
 ) -> None:  # fmt: skip
     logits = inputs(base, expert, anti)
-    launch_score(logits, token_ids.contiguous(), alpha.contiguous(), out[0], vocab_size)
+    launch_score(logits, packed(token_ids), packed(alpha), out[0], vocab_size)
 
 
 def _verify(
@@ -80,7 +105,7 @@ def _verify(
     params: RowParams, bias: Any, allowed_mask: Any, vocab_size: int, mode: str, out: Out,
 ) -> None:  # fmt: skip
     logits = inputs(base, expert, anti, bias, allowed_mask)
-    ids, verified = draft_token_ids.contiguous(), VerifyOutput(*out)
+    ids, verified = packed(draft_token_ids), VerifyOutput(*out)
     if mode == "coupled":
         launch_coupled(logits, ids, params, verified, vocab_size)
     else:
@@ -100,14 +125,22 @@ def _on_device(run: Implementation) -> Implementation:
     return guarded
 
 
+@_on_device
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, out: Tensor, *given: Any
+) -> None:
+    """Writes ``proxytune::decode_attention`` of checked arguments into ``out``."""
+    launch_decode_attention(query, keys, values, seq_lens, out, *given)
+
+
 IMPLEMENTATIONS = {
     name: _on_device(run)
     for implementations in (
-        from_writer("sample", _sample),
-        from_writer("sample_hidden", _sample_hidden),
+        from_writer("sample", _at_16_bytes(_sample)),
+        from_writer("sample_hidden", _at_16_bytes(_sample_hidden)),
         from_writer("combine", _combine),
-        from_writer("score", _score),
-        from_writer("verify", _verify),
+        from_writer("score", _at_16_bytes(_score)),
+        from_writer("verify", _at_16_bytes(_verify)),
         SHARD_IMPLEMENTATIONS,
     )
     for name, run in implementations.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def _part(op: str, x: Tensor, summaries: Tensor, vocab_start: int, name: str = "
     _tensor(op, "summaries", summaries, _LONG, len(summaries), rows, like=x)
     if vocab_start < 0 or vocab_start + size > MAX_VOCAB_SIZE:
         raise ValueError(f"{op}: vocab_start must be in [0, 2^19 - {size}], got {vocab_start}")
-    return Part(x, summaries, size, vocab_start, rows, len(summaries))
+    return Part(x, summaries, size, vocab_start)
 
 
 def _params(op: str, values: tuple[Any, ...], rows: int, like: Tensor) -> RowParams:
@@ -168,8 +169,20 @@ def shard_residual(
     return out
 
 
+def _at_16_bytes(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Has tensors at other addresses copied: Triton compiles its kernels anew for those."""
+
+    @wraps(run)
+    def copying(*arguments: Any) -> Any:
+        return run(
+            *(a.clone() if isinstance(a, Tensor) and a.data_ptr() % 16 else a for a in arguments)
+        )
+
+    return copying
+
+
 SHARD_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    run.__name__: run
+    run.__name__: _at_16_bytes(run)
     for run in (
         shard_scan, shard_keys, shard_draw, shard_histogram, shard_finish, shard_accept,
         shard_residual,

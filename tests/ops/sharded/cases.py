@@ -231,6 +231,12 @@ def short_list(call: Call, number: int) -> Call:
     return replace(call, sharded={"num_candidates": number})
 
 
+def one_unsent() -> Call:
+    """Of two ranks the first has one token more than it sends, and that token is kept."""
+    params = ptk.RowParams.make(1, top_p=0.7)
+    return short_list(Call((torch.tensor([[0.0, -1.0, -2.0]]),), params, 3), 1)
+
+
 def _rows() -> Iterator[tuple[str, Case]]:
     for seed, dtype in enumerate(oracle.DTYPES):
         for order in oracle.ORDERS:
@@ -245,6 +251,7 @@ def _rows() -> Iterator[tuple[str, Case]]:
     yield "no-rows", partial(random_rows, 1, 0, 50)
     yield "draft-stream", lambda: drawn(random_rows(3, 20, 300), noise_stream="draft")
     yield "short-list", lambda: short_list(random_rows(21, 60, 500), 2)
+    yield "one-unsent", one_unsent
     yield "promised-top-k", promised
 
 
