@@ -78,7 +78,8 @@ class Draw {
     const auto ids = [&](int i) { return add_u(set_u(first + uint32_t(i)), iota()); };
     if (count < kSparse) {
       for (int i = 0; i < kTile; i += kWidth) {
-        if (masks[i / kWidth]) num_waiting_ += compress(scores(i), ids(i), masks[i / kWidth], scores_ + num_waiting_, ids_ + num_waiting_);
+        if (!masks[i / kWidth]) continue;
+        num_waiting_ += compress(scores(i), ids(i), masks[i / kWidth], scores_ + num_waiting_, ids_ + num_waiting_);
       }
       top_ = std::max(top_, top);
       if (num_waiting_ > kWaiting) flush();
@@ -103,7 +104,8 @@ class Draw {
       philox(key_, counters, four);
       for (int i = 0; i < kWidth; ++i) words[i] = four[4 * i + (ids_[start + i] & 3)];
       const U word = load_u(words);
-      const uint32_t able = le_u(word, set_u(winning_word(top_, best.score))) & uint32_t((uint64_t(1) << n) - 1);
+      const U limit = set_u(winning_word(top_, best.score));
+      const uint32_t able = le_u(word, limit) & ((1u << n) - 1);
       if (able) offer(load(scores_ + start), word, load_u(ids_ + start), able);
     }
     num_waiting_ = 0;

@@ -1,6 +1,7 @@
 // Selection: finds the prefixes of the order (x descending, then id ascending) that filters keep. Tile
-// maxima bound x from below; only tokens above the bound are looked at. They are sorted, or counted by bins
-// of x where they are too many.
+// maxima bound x from below; tokens above the bound are collected, put into bins of keys, and sorted. Where they
+// are too many, a sample of the row says between which keys the prefix is likely to end: the tokens above are only
+// counted, and those between are collected. A wrong guess costs time, nothing else.
 #pragma once
 
 namespace ptk {
@@ -171,8 +172,8 @@ inline float tile_bound(const Row& row, float low, const Need& need, Exponent e,
 // A sample of a row in the scratch: a vector of every step-th tile, from another place each time.
 struct Sample {
   int n = 0;
-  float each;        // tokens that a sampled one stands for
-  float total;       // estimate of the mass of the tokens with x >= low, in tokens of the highest mass
+  float each;   // tokens that a sampled one stands for
+  float total;  // estimate of the mass of the tokens with x >= low, in masses of the likeliest
   Sample(const Row& row, float low, Exponent e, Scratch& s) {
     const int step = (row.tiles * kSampled + kCandidates - 1) / kCandidates;
     F all = set(0.0f);
@@ -180,7 +181,7 @@ struct Sample {
       const float* x = row.tile(t) + (t / step * 5 * kSampled) % kTile;
       for (int i = 0; i < kSampled; i += kWidth) {
         const F v = load(x + i), p = exponential(sub(v, set(row.max)), e);
-        // Squares are normal numbers, too.
+        // So squares are normal numbers, too.
         const F part = select(ge(v, set(low)) & ge(p, set(0x1p-60f)), p, set(0.0f));
         all = add(all, part);
         store(s.x + n + i, v);
@@ -199,7 +200,8 @@ struct Guess {
 
 // Guesses from a sample where in [low, high] the prefix ends that meets the need. `total` is the mass of what was
 // sampled: the tail's mass is what is estimated, since its many tokens are alike, where the head's few are not.
-inline Guess guess_end(const Sample& sample, float total, uint32_t low, uint32_t high, const Need& need, Scratch& s) {
+inline Guess guess_end(const Sample& sample, float total, uint32_t low, uint32_t high, const Need& need,
+                       const Scratch& s) {
   const int n = sample.n;
   const float each = sample.each;
   const float wanted_count = float(need.count), wanted_mass = float(need.mass) * 0x1p-44f;
@@ -209,7 +211,7 @@ inline Guess guess_end(const Sample& sample, float total, uint32_t low, uint32_t
   } estimates[32];
   int steps = 0;
   float count_slack = 0.0f, mass_slack = 0.0f;  // two standard deviations of the last estimate
-  int least = 0, most = n;                      // sampled tokens from `to`'s successor on, and from `from` on
+  int least = 0, most = n;                      // sampled tokens above `to`, and from `from` on
   for (uint32_t from = low, to = high; from < to && most - least > kSampled;) {
     const uint32_t key = from + (to - from) / 2 + 1;
     F mass = set(0.0f), square = mass;

@@ -25,7 +25,7 @@ constexpr int kBinBits = 8;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kSampled = 16;       // tokens of a tile: the widest vector
 
-// Working memory of the selection, 193 KiB whatever the vocabulary.
+// Working memory of the selection, 192 KiB whatever the vocabulary.
 struct Scratch {
   alignas(64) float x[kCandidates + kSampled];
   alignas(64) uint32_t ids[kCandidates + kSampled];
