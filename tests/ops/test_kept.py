@@ -251,7 +251,9 @@ def test_searches_do_not_get_lost(kernel, kind):
     filters = sized(kernel, filters, filters[::7])
     base = row.repeat(len(filters), 1)
     top_p, top_k, order = (torch.tensor(column) for column in zip(*filters, strict=True))
-    given: dict[str, Any] = dict(top_p=top_p, top_k=top_k, filter_order=order, temperature=0.7, seed=3)
+    given: dict[str, Any] = dict(
+        top_p=top_p, top_k=top_k, filter_order=order, temperature=0.7, seed=3
+    )
     out = kernel.sample(base, **given)
     expected = ptk.sample(base, **given, backend="reference")
     assert torch.equal(out.num_kept, expected.num_kept)
