@@ -19,7 +19,7 @@ Logits = tuple[Tensor, Tensor, Tensor]
 ALPHA, TEMPERATURE, TOP_P = 1.0, 0.7, 0.9
 """Parameters of what is timed, unless told."""
 
-KINDS = ("peaked", "flat")
+KINDS = ("peaked", "middling", "flat")
 VOCAB_SIZES = (32_000, 128_256, 151_936)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,7 +43,9 @@ def make_logits(
     """Logits of the three roles; another seed, or another kind of device, gives other rows.
 
     ``"peaked"`` rows are like a real trio's, see above: a handful of tokens is kept at top_p 0.9.
-    ``"flat"`` ones are uniform noise in [0, 1), the worst case for pruning: most tokens are kept.
+    ``"middling"`` ones are normal, standard deviation 2.5: at top_p 0.9 and temperature 0.7 some
+    2,000 of 128,256 are kept. ``"flat"`` ones are uniform noise in [0, 1), the worst case for
+    pruning: most tokens are kept.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shape = (rows, vocab_size)
@@ -51,6 +53,9 @@ def make_logits(
     def normal() -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
+    if kind == "middling":
+        base = (2.5 * normal()).to(dtype)
+        return base, torch.zeros_like(base), torch.zeros_like(base)
     if kind == "flat":
         noise = torch.rand(3, *shape, generator=generator, device=device)
         return noise[0].to(dtype), noise[1].to(dtype), noise[2].to(dtype)

@@ -48,11 +48,9 @@ PTK_HOST_DEVICE uint32_t eq(F a, F b) { return a == b; }
 PTK_HOST_DEVICE uint32_t is_nan(F a) { return a != a; }
 PTK_HOST_DEVICE F select(uint32_t mask, F a, F b) { return mask ? a : b; }
 PTK_HOST_DEVICE uint32_t le_u(U a, U b) { return a <= b; }
-PTK_HOST_DEVICE U select_u(uint32_t mask, U a, U b) { return mask ? a : b; }
 
 PTK_HOST_DEVICE U add_u(U a, U b) { return a + b; }
 PTK_HOST_DEVICE U sub_u(U a, U b) { return a - b; }
-PTK_HOST_DEVICE U xor_u(U a, U b) { return a ^ b; }
 template <int kBits> PTK_HOST_DEVICE U shift_left(U a) { return a << kBits; }
 template <int kBits> PTK_HOST_DEVICE U shift_right_signed(U a) { return uint32_t(int32_t(a) >> kBits); }
 PTK_HOST_DEVICE U bits(F a) { return bits_of_float(a); }
@@ -61,13 +59,14 @@ PTK_HOST_DEVICE U to_int_down(F a) { return uint32_t(int32_t(a)); }
 PTK_HOST_DEVICE F int_to_float(U a) { return float(int32_t(a)); }
 PTK_HOST_DEVICE F uint_to_float(U a) { return float(a); }
 
-PTK_HOST_DEVICE void multiply(U a, uint32_t b, U& high, U& low) {
-  const uint64_t product = uint64_t(a) * b;
-  high = uint32_t(product >> 32);
-  low = uint32_t(product);
-}
-PTK_HOST_DEVICE void interleave4(const U w[4], U out[4]) {
-  for (int i = 0; i < 4; ++i) out[i] = w[i];
+constexpr int kWide = 1;
+PTK_HOST_DEVICE uint64_t set_wide(uint32_t v) { return v; }
+PTK_HOST_DEVICE uint64_t load_wide(const uint32_t* p) { return *p; }
+PTK_HOST_DEVICE uint64_t mul_wide(uint64_t a, uint64_t b) { return (a & UINT32_MAX) * (b & UINT32_MAX); }
+PTK_HOST_DEVICE uint64_t upper_half(uint64_t a) { return a >> 32; }
+PTK_HOST_DEVICE uint64_t xor3(uint64_t a, uint64_t b, uint64_t c) { return a ^ b ^ c; }
+PTK_HOST_DEVICE void store_interleaved(uint32_t* out, const uint64_t w[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = uint32_t(w[i]);
 }
 
 PTK_HOST_DEVICE int compress(F x, U id, uint32_t mask, float* x_out, uint32_t* id_out) {

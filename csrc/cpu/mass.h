@@ -7,15 +7,21 @@ namespace PTK_ISA {
 // The sum of round(2^44 p), p in [0, 1 + 2^-22], over the kTile values of a tile. Each value has two digits
 // of 22 bits, rounded by adding kRounder and summed as integers. What the first digit leaves is exact, and
 // the second is rounded as the whole value is, since 2^22 times the first is even.
+struct Digits {
+  F high = set(kRounder), low = set(kRounder);  // of 0
+};
+inline Digits digits(F p) {
+  const F rounder = set(kRounder), digit = set(0x1p22f);
+  const F high = fma(p, digit, rounder);
+  return {high, fma(fma(p, digit, sub(rounder, high)), digit, rounder)};
+}
 struct Mass {
   U high, low;
   Mass() : high(set_u(0)), low(set_u(0)) {}  // written out: an implicit one would miss the target attribute
-  void add(F p) {
-    const F rounder = set(kRounder), digit = set(0x1p22f);
-    const F first = fma(p, digit, rounder);
-    const F rest = fma(p, digit, sub(rounder, first));
-    high = add_u(high, bits(first));
-    low = add_u(low, bits(fma(rest, digit, rounder)));
+  void add(F p) { add(digits(p)); }
+  void add(const Digits& d) {
+    high = add_u(high, bits(d.high));
+    low = add_u(low, bits(d.low));
   }
   // Both sums are below 2^30 when the bits of the rounders are subtracted, modulo 2^32.
   uint64_t total() const {
@@ -35,29 +41,52 @@ inline uint64_t tile_mass(const float* x, float max, Exponent e) {
   return sum.total();
 }
 
-// Masses of the whole row at its temperature and at temperature 1, as far as they are wanted.
+// The same, and adds the tokens with x >= low to `upper`.
+inline uint64_t tile_mass(const float* x, float max, Exponent e, float low, Prefix& upper) {
+  Mass sum, above;
+  for (int i = 0; i < kTile; i += kWidth) {
+    const F v = load(x + i);
+    const Digits d = digits(exponential(sub(v, set(max)), e));
+    const uint32_t inside = ge(v, set(low));
+    upper.count += uint32_t(std::popcount(inside));
+    sum.add(d);
+    above.add(Digits{select(inside, d.high, set(kRounder)), select(inside, d.low, set(kRounder))});
+  }
+  upper.mass += above.total();
+  return sum.total();
+}
+
+// Masses of the whole row at its temperature and at temperature 1, as far as they are wanted; with the former
+// goes `upper`, the tokens from its x on, +inf for none.
 struct RowMass {
   uint64_t scaled = 0, raw = 0;
+  Prefix upper{};
 };
 
-inline RowMass row_mass(const Row& row, Exponent e, bool scaled, bool raw) {
+inline RowMass row_mass(const Row& row, Exponent e, bool scaled, bool raw, float split = INFINITY) {
   const Exponent one = make_exponent(1.0);
   const bool same = scaled && raw && e.hi == one.hi && e.lo == one.lo;
   RowMass parts[kMaxChunks];
   const int chunks = over_tiles(row.parallel, row.tiles, [&](int chunk, int begin, int end) {
-    RowMass sum;
+    RowMass sum{0, 0, {split, UINT32_MAX, 0, 0}};
     for (int t = begin; t < end; ++t) {
       const float* x = row.tile(t);
       const float top = row.tile_max[t];
-      if (scaled && !massless(top, row.max, e)) sum.scaled += tile_mass(x, row.max, e);
+      if (scaled && top >= split) {
+        sum.scaled += tile_mass(x, row.max, e, split, sum.upper);
+      } else if (scaled && !massless(top, row.max, e)) {
+        sum.scaled += tile_mass(x, row.max, e);
+      }
       if (raw && !same && !massless(top, row.max, one)) sum.raw += tile_mass(x, row.max, one);
     }
     parts[chunk] = sum;
   });
-  RowMass total;
+  RowMass total{0, 0, {split, UINT32_MAX, 0, 0}};
   for (int c = 0; c < chunks; ++c) {
     total.scaled += parts[c].scaled;
     total.raw += parts[c].raw;
+    total.upper.count += parts[c].upper.count;
+    total.upper.mass += parts[c].upper.mass;
   }
   if (same) total.raw = total.scaled;
   return total;

@@ -26,9 +26,16 @@ inline Target make_target(const Source& source, const RawParams& raw, bool want_
   target.drawable = target.row.count > 0;
   if (!target.drawable) return target;
   const bool want_scaled = !p.greedy && needs_total_mass(p, target.row.count);
-  const RowMass mass = row_mass(target.row, p.exponent, want_scaled, want_raw);
+  // Flat rows need the masses of many tokens: those above top_p's cut come with the whole row's.
+  Known known{};
+  known.guessed = want_scaled && p.top_p < kTopPOff && is_flat(target.row, p.exponent);
+  if (known.guessed) known.guess = guess_cut(target.row, p, *b.scratch);
+  const float split = known.guessed ? value_of(known.guess.high + 1) : INFINITY;
+  const RowMass mass = row_mass(target.row, p.exponent, want_scaled, want_raw, split);
   target.raw_mass = mass.raw;
-  Search search{target.row, p.exponent, *b.scratch};
+  known.all = {kLowest, UINT32_MAX, target.row.count, mass.scaled};
+  known.upper = mass.upper;
+  Search search{target.row, p.exponent, *b.scratch, known};
   target.kept = p.greedy ? likeliest(target.row)
                          : select_kept(search, p, target.row.max, target.row.count, mass.scaled);
   return target;
@@ -59,8 +66,9 @@ inline int collect_prefix(const Row& row, const Prefix& prefix, Scratch& s) {
 inline void write_top(const proxytune_sample_args& args, int64_t row, const Target& target, Scratch& s) {
   int n = 0;
   if (target.drawable) {
-    const Need need{uint32_t(args.num_top), UINT64_MAX};
-    n = collect_prefix(target.row, find_prefix(target.row, kLowest, need, make_exponent(1.0), s), s);
+    const Known known{{kLowest, UINT32_MAX, target.row.count, target.raw_mass}, false, {}, {}};
+    Search search{target.row, make_exponent(1.0), s, known};
+    n = collect_prefix(target.row, search.find(kLowest, Need{uint32_t(args.num_top), UINT64_MAX}), s);
     sort_collected(n, s);
   }
   for (int i = 0; i < args.num_top; ++i) {

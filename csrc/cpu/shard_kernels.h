@@ -64,37 +64,22 @@ inline Prefix prefix_of(int64_t lowest_kept, uint64_t mass = 0) {
   return {key_value(lowest_kept), key_id(lowest_kept), 0, mass};
 }
 
-// The best token so far, and its x.
-struct ShardBest {
-  Best best;
-  float x = -INFINITY;
-  int64_t key(int64_t bit = 0) const {
-    return best.id == UINT32_MAX ? 0 : token_key(best.score, best.id) | bit;
-  }
-  template <typename Scores, typename Kept>
-  void offer_tile(const float* tile, uint32_t first, float top, const NoiseKey& key, Scores scores, Kept kept) {
-    const uint32_t before = best.id;
-    gumbel_max_tile(key, first, top, scores, kept, best);
-    if (best.id != before) x = tile[best.id - first];
-  }
-  // The tile's first maximum.
-  void take_highest(const float* tile, uint32_t first, float tile_max) {
-    if (!(tile_max > best.score)) return;
-    uint32_t i = 0;
-    while (tile[i] != tile_max) ++i;
-    best.offer(tile_max, first + i);
-    x = tile_max;
-  }
-};
+inline int64_t best_key(const Best& best, int64_t bit = 0) {
+  return best.id == UINT32_MAX ? 0 : token_key(best.score, best.id) | bit;
+}
 
-// Offers the tile's kept tokens by x / T.
-inline void offer_kept(ShardBest& winner, const float* tile, uint32_t first, float tile_max,
-                      const Prefix& kept, float max, const RowParams& p, const NoiseKey& key) {
-  if (!(tile_max >= kept.x)) return;
-  winner.offer_tile(
-      tile, first, (tile_max - max) * p.inv_temperature, key,
-      [&](int i) { return mul(sub(load(tile + i), set(max)), set(p.inv_temperature)); },
-      [&](int i) { return kept_mask(load(tile + i), first + uint32_t(i), kept); });
+// The x that the best token counts with.
+inline float best_x(const Best& best, const ShardRow& row, const RowHead& head) {
+  if (best.id == UINT32_MAX) return -INFINITY;
+  return head.infinite ? 0.0f : row.x[best.id - row.start];
+}
+
+// Offers the tile's first maximum.
+inline void take_highest(Best& best, const float* tile, uint32_t first, float tile_max) {
+  if (!(tile_max > best.score)) return;
+  uint32_t i = 0;
+  while (tile[i] != tile_max) ++i;
+  best.offer(tile_max, first + i);
 }
 
 inline int64_t packed_count(uint32_t count, float x) {
@@ -111,12 +96,12 @@ inline void draw_shard(const ShardRow& row, const RowHead& head, const RowParams
   const bool all = lowest_kept == kLowestKey && !(p.min_p_shift > -INFINITY);
   uint32_t count = 0;
   uint64_t kept_mass = 0, mass = 0, raw = 0;
-  ShardBest winner;
+  Draw winner(key);
   over_shard(row, [&](float* tile, uint32_t first) {
     const float tile_max = clean_tile(tile, head.infinite);
     if (!massless(tile_max, head.max, p.exponent)) mass += tile_mass(tile, head.max, p.exponent);
     if (!same && !massless(tile_max, head.max, one)) raw += tile_mass(tile, head.max, one);
-    if (p.greedy) return winner.take_highest(tile, first, tile_max);
+    if (p.greedy) return take_highest(winner.best, tile, first, tile_max);
     if (!(tile_max >= kept.x)) return;
     uint32_t masks[kTile / kWidth];
     for (int i = 0; i < kTile; i += kWidth) {
@@ -127,13 +112,14 @@ inline void draw_shard(const ShardRow& row, const RowHead& head, const RowParams
     }
     if (!all) kept_mass += masked_mass(tile, masks, head.max, p.exponent);
     if (!drawn) return;
-    winner.offer_tile(
-        tile, first, (tile_max - head.max) * p.inv_temperature, key,
+    winner.take_tile(
+        first, (tile_max - head.max) * p.inv_temperature,
         [&](int i) { return mul(sub(load(tile + i), set(head.max)), set(p.inv_temperature)); },
         [&](int i) { return masks[i / kWidth]; });
   });
-  words[kWordBest] = winner.key();
-  words[kWordCount] = packed_count(count, winner.x);
+  winner.flush();
+  words[kWordBest] = best_key(winner.best);
+  words[kWordCount] = packed_count(count, best_x(winner.best, row, head));
   words[kWordKeptMass] = int64_t(all ? mass : kept_mass);
   words[kWordMass] = int64_t(mass);
   words[kWordRawMass] = int64_t(same ? mass : raw);
@@ -146,7 +132,7 @@ inline void residual_shard(const ShardSide& target, const ShardSide& draft, cons
   const bool drawable = draft.head.count > 0;
   const Side ours{target.head.max, prefix_of(target.lowest_kept, target.kept_mass)};
   const Side theirs{draft.head.max, prefix_of(draft.lowest_kept, draft.kept_mass)};
-  ShardBest residual, plain;
+  Draw residual(key), plain(key);
   alignas(64) float draft_tile[kTile];
   over_shard(target.row, [&](float* tile, uint32_t first) {
     const float tile_max = clean_tile(tile, target.head.infinite);
@@ -160,15 +146,20 @@ inline void residual_shard(const ShardSide& target, const ShardSide& draft, cons
       clean_tile(draft_tile, draft.head.infinite);
     }
     const ResidualTile rest(tile, ours, draft_tile, drawable ? &theirs : nullptr, p.exponent, first);
-    residual.offer_tile(
-        tile, first, 0.0f, key, [&](int i) { return rest.score(i); }, [&](int i) { return rest.mask(i); });
+    residual.take_tile(first, 0.0f, [&](int i) { return rest.score(i); }, [&](int i) { return rest.mask(i); });
     if (residual.best.id != UINT32_MAX) return;
-    if (p.greedy) return plain.take_highest(tile, first, tile_max);
-    offer_kept(plain, tile, first, tile_max, ours.kept, target.head.max, p, key);
+    if (p.greedy) return take_highest(plain.best, tile, first, tile_max);
+    plain.take_tile(
+        first, (tile_max - target.head.max) * p.inv_temperature,
+        [&](int i) { return mul(sub(load(tile + i), set(target.head.max)), set(p.inv_temperature)); },
+        [&](int i) { return kept_mask(load(tile + i), first + uint32_t(i), ours.kept); });
   });
+  residual.flush();
+  plain.flush();
   const bool found = residual.best.id != UINT32_MAX;
-  words[kWordBest] = found ? residual.key(kResidualBit) : plain.key();
-  words[kWordCount] = packed_count(0, found ? residual.x : plain.x);
+  const Best& best = found ? residual.best : plain.best;
+  words[kWordBest] = best_key(best, found ? kResidualBit : 0);
+  words[kWordCount] = packed_count(0, best_x(best, target.row, target.head));
 }
 
 inline void key_masses(const int64_t* keys, int64_t n, float max, Exponent e, uint64_t* out) {

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <span>
 
 #include "../common/addressing.h"
-#include "../common/binning.h"
 #include "../common/target.h"
 
 namespace ptk {
@@ -19,18 +19,19 @@ namespace ptk {
 constexpr int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
 constexpr int kMaxTiles = int(kMaxVocabSize / kTile);
-constexpr int kCandidates = 2048;   // tokens sorted at once
-constexpr int kTables = 4;
-constexpr int kBoundBins = 256;
+constexpr int kCandidates = 8192;  // tokens collected at once
+constexpr int kSorted = 64;        // that are sorted without bins
+constexpr int kBinBits = 8;
+constexpr int kBins = 1 << kBinBits;
+constexpr int kSampled = 16;       // tokens of a tile: the widest vector
 
-// Working memory of the selection, about 84 KiB whatever the vocabulary.
+// Working memory of the selection, 192 KiB whatever the vocabulary.
 struct Scratch {
-  alignas(64) float x[kCandidates];
-  alignas(64) uint32_t ids[kCandidates];
+  alignas(64) float x[kCandidates + kSampled];
+  alignas(64) uint32_t ids[kCandidates + kSampled];
+  alignas(64) float p[kCandidates];
+  alignas(64) uint32_t bins[std::max(kCandidates, kMaxTiles) + kSampled];
   uint64_t order[kCandidates];
-  uint64_t mass[kTables][kBins + 1];  // the last bin is for what is outside the range
-  uint32_t counts[kTables][kBins + 1];
-  uint8_t bins[kMaxTiles];
 };
 
 constexpr int kMaxChunks = 64;  // that the tiles of one row are shared out in

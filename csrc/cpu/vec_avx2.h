@@ -67,11 +67,9 @@ inline F select(uint32_t mask, F a, F b) {
 inline uint32_t le_u(U a, U b) {
   return mask_bits(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_min_epu32(a, b), a)));
 }
-inline U select_u(uint32_t mask, U a, U b) { return _mm256_blendv_epi8(b, a, mask_lanes(mask)); }
 
 inline U add_u(U a, U b) { return _mm256_add_epi32(a, b); }
 inline U sub_u(U a, U b) { return _mm256_sub_epi32(a, b); }
-inline U xor_u(U a, U b) { return _mm256_xor_si256(a, b); }
 template <int kBits> inline U shift_left(U a) { return _mm256_slli_epi32(a, kBits); }
 template <int kBits> inline U shift_right_signed(U a) { return _mm256_srai_epi32(a, kBits); }
 inline U bits(F a) { return _mm256_castps_si256(a); }
@@ -85,21 +83,20 @@ inline F uint_to_float(U a) {
   return _mm256_fmadd_ps(high, set(65536.0f), low);
 }
 
-inline void multiply(U a, uint32_t b, U& high, U& low) {
-  const __m256i even = _mm256_mul_epu32(a, set_u(b));
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), set_u(b));
-  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+constexpr int kWide = kWidth / 2;
+inline U set_wide(uint32_t v) { return _mm256_set1_epi32(int(v)); }
+inline U load_wide(const uint32_t* p) {
+  return _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void interleave4(const U w[4], U out[4]) {
-  const __m256i a = _mm256_unpacklo_epi32(w[0], w[1]), b = _mm256_unpackhi_epi32(w[0], w[1]);
-  const __m256i c = _mm256_unpacklo_epi32(w[2], w[3]), d = _mm256_unpackhi_epi32(w[2], w[3]);
-  const __m256i l0 = _mm256_unpacklo_epi64(a, c), l1 = _mm256_unpackhi_epi64(a, c);
-  const __m256i l2 = _mm256_unpacklo_epi64(b, d), l3 = _mm256_unpackhi_epi64(b, d);
-  out[0] = _mm256_permute2x128_si256(l0, l1, 0x20);
-  out[1] = _mm256_permute2x128_si256(l2, l3, 0x20);
-  out[2] = _mm256_permute2x128_si256(l0, l1, 0x31);
-  out[3] = _mm256_permute2x128_si256(l2, l3, 0x31);
+inline U mul_wide(U a, U b) { return _mm256_mul_epu32(a, b); }
+inline U upper_half(U a) { return _mm256_shuffle_epi32(a, 0xF5); }
+inline U xor3(U a, U b, U c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+inline void store_interleaved(uint32_t* out, const U w[4]) {
+  const U a = _mm256_blend_epi32(w[0], _mm256_slli_epi64(w[1], 32), 0xAA);
+  const U b = _mm256_blend_epi32(w[2], _mm256_slli_epi64(w[3], 32), 0xAA);
+  const U even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b);
+  store_u(out, _mm256_permute2x128_si256(even, odd, 0x20));
+  store_u(out + kWidth, _mm256_permute2x128_si256(even, odd, 0x31));
 }
 
 inline int compress(F x, U id, uint32_t mask, float* x_out, uint32_t* id_out) {

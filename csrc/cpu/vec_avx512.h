@@ -63,11 +63,9 @@ inline uint32_t eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline uint32_t is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 inline F select(uint32_t mask, F a, F b) { return _mm512_mask_blend_ps(__mmask16(mask), b, a); }
 inline uint32_t le_u(U a, U b) { return _mm512_cmple_epu32_mask(a, b); }
-inline U select_u(uint32_t mask, U a, U b) { return _mm512_mask_blend_epi32(__mmask16(mask), b, a); }
 
 inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
 inline U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
-inline U xor_u(U a, U b) { return _mm512_xor_si512(a, b); }
 template <int kBits> inline U shift_left(U a) { return _mm512_slli_epi32(a, kBits); }
 template <int kBits> inline U shift_right_signed(U a) { return _mm512_srai_epi32(a, kBits); }
 inline U bits(F a) { return _mm512_castps_si512(a); }
@@ -78,28 +76,25 @@ inline F int_to_float(U a) { return _mm512_cvtepi32_ps(a); }
 // Rounds to nearest.
 inline F uint_to_float(U a) { return _mm512_cvtepu32_ps(a); }
 
-inline void multiply(U a, uint32_t b, U& high, U& low) {
-  const __m512i even = _mm512_mul_epu32(a, set_u(b));
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), set_u(b));
-  high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+// kWide lanes of 64 bits, of which the upper half may hold anything. (A shuffle: shifts wait for the port that
+// multiplies.)
+constexpr int kWide = kWidth / 2;
+inline U set_wide(uint32_t v) { return _mm512_set1_epi32(int(v)); }
+inline U load_wide(const uint32_t* p) {
+  return _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-
-// out, read as 4 * kWidth lanes, holds w[0][0] w[1][0] w[2][0] w[3][0] w[0][1] ...
-inline void interleave4(const U w[4], U out[4]) {
-  const __m512i a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]);
-  const __m512i c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
-  const __m512i l0 = _mm512_unpacklo_epi64(a, c), l1 = _mm512_unpackhi_epi64(a, c);
-  const __m512i l2 = _mm512_unpacklo_epi64(b, d), l3 = _mm512_unpackhi_epi64(b, d);
-  // lk holds lanes k, 4 + k, 8 + k, 12 + k of the four words: transpose the 128-bit blocks.
-  const __m512i m0 = _mm512_shuffle_i32x4(l0, l1, 0x44), m1 = _mm512_shuffle_i32x4(l0, l1, 0xEE);
-  const __m512i m2 = _mm512_shuffle_i32x4(l2, l3, 0x44), m3 = _mm512_shuffle_i32x4(l2, l3, 0xEE);
-  out[0] = _mm512_shuffle_i32x4(m0, m2, 0x88);
-  out[1] = _mm512_shuffle_i32x4(m0, m2, 0xDD);
-  out[2] = _mm512_shuffle_i32x4(m1, m3, 0x88);
-  out[3] = _mm512_shuffle_i32x4(m1, m3, 0xDD);
+inline U mul_wide(U a, U b) { return _mm512_mul_epu32(a, b); }
+inline U upper_half(U a) { return _mm512_shuffle_epi32(a, _MM_PERM_DDBB); }
+inline U xor3(U a, U b, U c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+// The lower halves, in turn: w[0][0] w[1][0] w[2][0] w[3][0] w[0][1] ...
+inline void store_interleaved(uint32_t* out, const U w[4]) {
+  const U a = _mm512_mask_blend_epi32(0xAAAA, w[0], _mm512_slli_epi64(w[1], 32));
+  const U b = _mm512_mask_blend_epi32(0xAAAA, w[2], _mm512_slli_epi64(w[3], 32));
+  const U even = _mm512_unpacklo_epi64(a, b), odd = _mm512_unpackhi_epi64(a, b);
+  const U low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi64(even, low, odd));
+  _mm512_storeu_si512(out + kWidth, _mm512_permutex2var_epi64(even, high, odd));
 }
-
 
 // Writes the masked lanes in order, returns their number; may write kWidth entries.
 inline int compress(F x, U id, uint32_t mask, float* x_out, uint32_t* id_out) {

@@ -38,16 +38,16 @@ struct ResidualTile {
 inline int64_t draw_residual(const Target& target, const Target& draft, const RowParams& p,
                              const NoiseKey& key) {
   const Side ours{target.row.max, target.kept}, theirs{draft.row.max, draft.kept};
-  Best best;
+  Draw residual(key);
   for (int t = 0; t < target.row.tiles; ++t) {
     if (!(target.row.tile_max[t] >= target.kept.x)) continue;
     const uint32_t first = uint32_t(t) * kTile;
     const ResidualTile tile(target.row.tile(t), ours, draft.row.tile(t), draft.drawable ? &theirs : nullptr,
                             p.exponent, first);
-    gumbel_max_tile(key, first, 0.0f, [&](int i) { return tile.score(i); },
-                    [&](int i) { return tile.mask(i); }, best);
+    residual.take_tile(first, 0.0f, [&](int i) { return tile.score(i); }, [&](int i) { return tile.mask(i); });
   }
-  return best.id != UINT32_MAX ? best.id : draw(target, p, key);
+  residual.flush();
+  return residual.best.id != UINT32_MAX ? residual.best.id : draw(target, p, key);
 }
 
 // Whether the target accepts a token of the draft: u < target / draft, in fp64 logs.

@@ -4,7 +4,7 @@
 #include <cstddef>
 
 #include "../common/addressing.h"
-#include "../common/binning.h"
+#include "binning.h"
 #include "../common/target.h"
 #include "lane.h"
 

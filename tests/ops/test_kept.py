@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import proxytune_kernels as ptk
 from tests.ops import oracle
@@ -208,6 +209,55 @@ def check_wide_rows(kernel, spread, order):
     check_inside(kept, out)
     # Flat rows have thousands of tokens inside 1e-6 of the mass; the decided ones must not be few.
     assert (kept.high - kept.low <= 2 + 3e-6 * base.shape[1]).all()
+
+
+_LOWEST = torch.finfo(torch.float32).min
+HARD = {
+    "ties": lambda normal, uniform: normal.round(),  # thousands of them, at 0 too
+    "steps": lambda normal, uniform: (5 * uniform).floor() / 4,
+    "two values": lambda normal, uniform: torch.where(normal > -0.3, 0.0, -0.5),
+    "geometric": lambda normal, uniform: -torch.exp2(250 * uniform - 125),
+    "far below": lambda normal, uniform: torch.where(uniform < 0.6, -1e9, 2 * normal),
+    "lowest": lambda normal, uniform: torch.where(uniform < 0.5, _LOWEST, 2 * normal),
+    "sorted": lambda normal, uniform: 3 * normal.sort().values,
+    "all floats": lambda normal, uniform: 1 + uniform.argsort() * 2.0**-23,
+    "unsampled": lambda normal, uniform: torch.where(_sampled(len(normal)), normal - 8, normal),
+}
+"""Rows for which estimates are wrong, or in which bins of x or of keys part few tokens."""
+
+
+def _sampled(vocab_size: int) -> Tensor:
+    """The tokens that csrc/cpu/select.h estimates from: 16 of each tile."""
+    ids = torch.arange(vocab_size)
+    return ids % 128 // 16 == ids // 128 * 5 % 8
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_searches_do_not_get_lost(kernel, kind):
+    """Kept sets are the reference's. A sort makes its own: it neither estimates nor bins."""
+    vocab_size = sized(kernel, 24_000, 700)
+    g = torch.Generator().manual_seed(len(kind))
+    row = HARD[kind](torch.randn(vocab_size, generator=g), torch.rand(vocab_size, generator=g))
+    mass = ((row - row.max()) / 0.7).double().exp()
+    middle = float(mass[row >= row.median()].sum() / mass.sum())
+    filters = [
+        (top_p, top_k, order)
+        for top_p, top_k in (
+            (0.1, 0), (0.9, 0), (0.99999, 0), (min(1.0001 * middle, 0.9999), 0),
+            (1.0, vocab_size // 3), (0.999, vocab_size // 2),
+        )
+        for order in range(3)
+    ]  # fmt: skip
+    filters = sized(kernel, filters, filters[::7])
+    base = row.repeat(len(filters), 1)
+    top_p, top_k, order = (torch.tensor(column) for column in zip(*filters, strict=True))
+    given: dict[str, Any] = dict(
+        top_p=top_p, top_k=top_k, filter_order=order, temperature=0.7, seed=3
+    )
+    out = kernel.sample(base, **given)
+    expected = ptk.sample(base, **given, backend="reference")
+    assert torch.equal(out.num_kept, expected.num_kept)
+    assert torch.equal(out.token_ids, expected.token_ids)
 
 
 @functools.cache

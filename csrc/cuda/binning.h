@@ -1,7 +1,7 @@
 // Bins of x: counts and masses by bin, where the tokens are too many to sort.
 #pragma once
 
-#include "order.h"
+#include "../common/order.h"
 
 namespace ptk {
 
