@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from proxytune_kernels.trio.files import (
     reason,
     weight_files,
 )
+from proxytune_kernels.trio.quantization import packed_as_loaded
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # What accelerate spreads over all devices by itself.
@@ -109,18 +110,21 @@ def device_unusable(device: Any) -> str | None:
     return None
 
 
-def open_checkpoint(role: str, place: Place, options: LoadOptions) -> Any:
+def open_checkpoint(
+    role: str, place: Place, options: LoadOptions, *, packed: str | None = None
+) -> Any:
     """A transformers causal LM as its checkpoint has it, placed by its device map if there is one.
 
     Args:
         role: base, expert or anti, for messages.
         place: where it lies.
         options: of these, all but ``device`` and ``quantize``.
+        packed: quantise what :func:`~proxytune_kernels.trio.quantization.packed_as_loaded` does.
 
     Raises:
         LoadError: names the role, the checkpoint and the reason.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     directory = place.directory
     if options.gguf_file is None:
@@ -144,7 +148,12 @@ def open_checkpoint(role: str, place: Place, options: LoadOptions) -> Any:
             "quantization_config": GgufConfig(dequantize=True),
         }
     placed = " that its device_map can place" if options.device_map is not None else ""
-    with opening(role, f"a causal LM{placed}", place.name):
+    with opening(role, f"a causal LM{placed}", place.name), ExitStack() as stack:
+        if packed is not None:
+            trusted = {"trust_remote_code": options.trust_remote_code}
+            config = AutoConfig.from_pretrained(directory, gguf_file=options.gguf_file, **trusted)
+            width = config.get_text_config(decoder=True).vocab_size
+            stack.enter_context(packed_as_loaded(packed, width))
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **named)
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
