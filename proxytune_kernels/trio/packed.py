@@ -39,8 +39,8 @@ PACKED_ROWS = 16
 """Rows up to which a product is packed whatever is faster."""
 _BLOCK = 64
 """Rows of an int4 weight that are packed together."""
-_CHUNK = 1 << 24
-"""Weights that are written out at a time."""
+_CHUNK = 1 << 21
+"""Weights that are written out at a time: few enough for a cache, many enough for a product."""
 _FITS = 4
 """Scales that int4 tries for a group. Of the squared error of the first, the range's, the others
 leave 0.86 (weights of a normal distribution) and 0.87 (Student's t, 5 degrees of freedom)."""

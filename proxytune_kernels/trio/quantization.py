@@ -1,10 +1,9 @@
-"""Weight-only quantisation of a causal LM in place: on a CPU for torch's packed products, on CUDA
-by torchao.
+"""Weight-only quantisation of a causal LM, in place.
 
 The weights of the linear layers become int8 or int4 with scales; activations and norms stay as they
-are. On a CPU the output layer becomes int8 with either, and so does an embedding that is tied to
-it: both then are one tensor. On CUDA they stay plain. What this costs and gains was measured:
-docs/loading.md.
+are. On a CPU torch's packed products multiply by them; there the output layer becomes int8 with
+either, and so does an embedding that is tied to it, as one tensor. On CUDA torchao quantises, and
+both stay plain. What this costs and gains was measured: docs/loading.md.
 """
 
 from __future__ import annotations
