@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import sys
 import weakref
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import proxytune_kernels as ptk
+from proxytune_kernels.decoder import Speculation
 from proxytune_kernels.trio import packed
 from proxytune_kernels.trio.adapters import copy_modules
 from proxytune_kernels.trio.files import LoadError
@@ -26,6 +28,7 @@ from proxytune_kernels.trio.quantization import (
     weight_bytes,
     weight_count,
 )
+from scripts.trio_training import arithmetic
 from tests.decoder.conftest import tiny_llama
 from tests.trio.checkpoints import SHIPPED, make_tokenizer, tiny_qwen2, write_gguf
 
@@ -272,6 +275,39 @@ def test_the_decoder_gives_the_greedy_tokens_of_the_quantised_models(quantize, p
     params = ptk.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     outputs = decoder.generate(PROMPTS, params)
     assert [o.token_ids for o in outputs] == [plain_greedy(trio, p, 8) for p in PROMPTS]
+
+
+def test_speculation_gives_plain_decodings_tokens():
+    trio = ptk.load_trio(
+        "shipped", dtype="float32", quantize={"base": "int4", "expert": "int8", "anti": "int8"}
+    )
+    params = [ptk.SamplingParams(temperature=t, seed=5, max_tokens=24) for t in (0.0, 1.0)]
+    plain = ptk.Decoder(trio, max_batch_size=2).generate(PROMPTS, params)
+    # Two rows of seven drafts and one more token are 16 rows: all products are packed.
+    speculation = Speculation(max_drafts=7, adaptive=False)
+    decoder = ptk.Decoder(trio, max_batch_size=2, speculation=speculation)
+    outputs = decoder.generate(PROMPTS, params)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    assert 0 < decoder.statistics()["accepted"] < decoder.statistics()["drafted"]
+
+
+def test_the_shipped_base_keeps_its_perplexity():
+    trio = ptk.load_trio("shipped", dtype="bfloat16")
+    problems = arithmetic.problems(150, 7, held_out=True)
+    texts = [torch.tensor([trio.tokenizer.encode(p.prompt + p.answer)]) for p in problems]
+
+    @torch.no_grad()
+    def loss(model: Any) -> float:
+        """Mean negative log-likelihood of 9,331 tokens."""
+        logits = [model(ids).logits[0, :-1].float() for ids in texts]
+        tokens = [ids[0, 1:] for ids in texts]
+        return float(torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(tokens)))
+
+    plain = loss(trio.base)
+    # Found: less than 0.01% and 0.95%.
+    for quantization, allowed in (("int8", 1e-3), ("int4", 1.5e-2)):
+        quantized = ptk.load_trio("shipped", quantize={"base": quantization}).base
+        assert abs(math.expm1(loss(quantized) - plain)) <= allowed
 
 
 def test_a_trio_says_what_is_quantised():
