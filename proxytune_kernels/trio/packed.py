@@ -12,9 +12,10 @@ u |y| + (n + 2) 2^-24 sum |w_i x_i| for n features in, u half of the dtype's spa
 bf16); a bias is added behind it and rounded once more.
 
 Up to :data:`PACKED_ROWS` rows the product is packed, and the bits of a row do not depend on the
-other rows. For more rows the weights may be cheaper to write out in the activations' dtype, which
-rounds each once more; which is faster here is measured when a number of rows is first seen, in
-powers of two, once for layers of one shape.
+other rows. For more rows it may be faster to write the weights out in the activations' dtype, a
+part of them at a time, for a plain product: that rounds once more, int8 the product, int4 (and int8
+in fp16) each weight. Which is faster here is measured when a number of rows is first seen, in
+powers of two, once in a process for layers of one shape.
 
 Source: aten/src/ATen/native/cpu/int8mm_kernel.cpp and int4mm_kernel.cpp.
 """
@@ -44,7 +45,7 @@ _CHUNK = 1 << 21
 _FITS = 4
 """Scales that int4 tries for a group. Of the squared error of the first, the range's, the others
 leave 0.86 (weights of a normal distribution) and 0.87 (Student's t, 5 degrees of freedom)."""
-_TINY = 1 << 18
+_PART = 1 << 18
 """Weights that are quantised at a time, so that fp32 copies stay in a cache."""
 
 _ways: dict[tuple[Any, ...], str] = {}
@@ -79,7 +80,10 @@ class PackedLinear(Linear):
     def _written(self, rows: Tensor) -> Tensor:
         size = max(_CHUNK // self.in_features // _BLOCK, 1) * _BLOCK
         ends = range(0, self.out_features, size)
-        return torch.cat([rows @ self.written_out(i, i + size) for i in ends], 1)
+        return torch.cat([self._part(rows, i, i + size) for i in ends], 1)
+
+    def _part(self, rows: Tensor, first: int, last: int) -> Tensor:
+        return rows @ self.written_out(first, last)
 
     def _way(self, rows: Tensor) -> str:
         bucket = 1 << (rows.shape[0] - 1).bit_length()
@@ -107,6 +111,11 @@ class Int8Linear(PackedLinear):
         scales = self.scales[first:last, None]
         return self.weight[first:last].to(scales.dtype).mul_(scales).T
 
+    def _part(self, rows: Tensor, first: int, last: int) -> Tensor:
+        if rows.dtype == torch.float16:  # which 127 times a sum of activations may leave
+            return super()._part(rows, first, last)
+        return (rows @ self.weight[first:last].to(rows.dtype).T).mul_(self.scales[first:last])
+
 
 class Int4Linear(PackedLinear):
     """Weight uint8 [out, in / 2] as torch packs it, scales and zeros [in / group, out, 2]."""
@@ -117,10 +126,12 @@ class Int4Linear(PackedLinear):
 
     def written_out(self, first: int, last: int) -> Tensor:
         """Weights of the outputs first to last, a multiple of 64, as [in, outputs]."""
-        steps = _unpacked(self.weight[first:last]).unflatten(0, (-1, GROUP_SIZE))
         scales, zeros = self.scales[:, None, first:last].unbind(-1)
         scales, zeros = scales.contiguous(), zeros.contiguous()
-        return torch.addcmul(zeros, steps.to(scales.dtype), scales).flatten(0, 1)
+        steps = _unpacked(self.weight[first:last], scales.dtype)
+        groups = steps.unflatten(0, (-1, GROUP_SIZE))
+        torch.addcmul(zeros, groups, scales, out=groups)
+        return steps
 
     @staticmethod
     def may_be_written() -> bool:
@@ -158,7 +169,7 @@ def pack(layer: Linear, quantization: str, weight: Tensor) -> Parameter:
         The weight that the layer must get.
     """
     kind, quantized = _KINDS[quantization]
-    rows = max(_TINY // weight.shape[1] // _BLOCK, 1) * _BLOCK
+    rows = max(_PART // weight.shape[1] // _BLOCK, 1) * _BLOCK
     values, scales = zip(*map(quantized, weight.detach().split(rows)), strict=True)
     layer.__class__ = kind
     _call(layer)
@@ -268,28 +279,28 @@ _KINDS: dict[str, tuple[type[PackedLinear], Callable[[Tensor], tuple[Tensor, Ten
 }
 
 
-def _unpacked(packed: Tensor) -> Tensor:
-    """q int8 [in, out] of a packed weight uint8 [out, in / 2].
+def _unpacked(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Steps q [in, out] of a packed weight uint8 [out, in / 2].
 
     64 outputs lie together, for each input 32 bytes: output i low and i + 32 high. Outputs that are
     left over lie in pairs, 2 i low and 2 i + 1 high.
     """
     outputs, inputs = packed.shape[0], 2 * packed.shape[1]
     whole = outputs // _BLOCK * _BLOCK
-    words = packed[:whole].view(torch.int32).view(-1, inputs, 8).transpose(0, 1)
-    both = words.new_empty(inputs, words.shape[1], 2, 8)
-    both[:, :, 0] = words & 0x0F0F0F0F
-    both[:, :, 1] = (words >> 4) & 0x0F0F0F0F
-    values = both.view(torch.int8).view(inputs, whole)
-    if whole < outputs:
-        rest = packed[whole:].reshape(inputs, -1)
-        pairs = torch.stack((rest & 15, rest >> 4), -1).flatten(1)
-        values = torch.cat((values, pairs.view(torch.int8)), 1)
-    return values.sub_(8)
+    steps = torch.empty(inputs, outputs, dtype=dtype)
+    words = packed[:whole].view(torch.int32)
+    blocks = steps[:, :whole].unflatten(1, (-1, 2, _BLOCK // 2))
+    for i, shifted in enumerate((words, words >> 4)):
+        half = (shifted & 0x0F0F0F0F).view(torch.int8).sub_(8).view(-1, inputs, _BLOCK // 2)
+        blocks[:, :, i] = half.transpose(0, 1)
+    rest = packed[whole:].reshape(inputs, -1).view(torch.int8)
+    steps[:, whole::2] = (rest & 15) - 8
+    steps[:, whole + 1 :: 2] = (rest >> 4 & 15) - 8
+    return steps
 
 
 @cache
 def _knows_packing() -> bool:
     steps = (torch.arange(176 * 32, dtype=torch.int32) * 7 % 16).view(176, 32)
     packed = torch._convert_weight_to_int4pack_for_cpu(steps, 1)
-    return torch.equal(_unpacked(packed).T, (steps - 8).to(torch.int8))
+    return torch.equal(_unpacked(packed, torch.int32).T, steps - 8)
