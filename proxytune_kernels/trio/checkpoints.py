@@ -174,7 +174,8 @@ def _open_packed(directory: Path, named: dict[str, Any], quantization: str) -> A
     config: Any = AutoConfig.from_pretrained(
         directory, gguf_file=gguf_file, trust_remote_code=named["trust_remote_code"]
     )
-    with packed_as_loaded(quantization, config.get_text_config(decoder=True).vocab_size):
+    width = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    with packed_as_loaded(quantization, width):
         if gguf_file is not None:
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(config)

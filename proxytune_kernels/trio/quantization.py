@@ -107,7 +107,7 @@ def finish(model: Any, quantization: str, *, device: str | torch.device | None =
 
 
 @contextmanager
-def packed_as_loaded(quantization: str, vocab_size: int) -> Iterator[None]:
+def packed_as_loaded(quantization: str, vocab_size: int | None) -> Iterator[None]:
     """Quantise linear layers on the CPU as a loader gives them their weights, one by one.
 
     :func:`finish` does those that are left: what has ``vocab_size`` outputs, as the output layer
