@@ -7,9 +7,10 @@ docs/loading.md those of ``--quantized``.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -203,38 +204,7 @@ TEXTS = ("docs/math.md", "proxytune_kernels/params.py")
 PLAIN = "plain"
 
 
-def _quantize(
-    model: Any, kind: str | None = None, group: int | None = None, head: bool = False
-) -> None:
-    """As :func:`quantize` has it, but for the size of int4's groups; or with the output layer."""
-    if kind is None:
-        return
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    own = model.get_output_embeddings()
-    int4 = PrototypeInt4WeightOnlyConfig(group_size=group or 32)
-    config: Any = int4 if kind == "int4" else Int8WeightOnlyConfig()
-    config.set_inductor_config = False
-    if group is None:
-        quantize(model, kind)
-    else:
-        linear = torch.nn.Linear
-        quantize_(model, config, filter_fn=lambda m, _: isinstance(m, linear) and m is not own)
-    if head:
-        quantize_(model, config, filter_fn=lambda module, _: module is own)
-
-
-VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    PLAIN: {},
-    "int8": {"kind": "int8"},
-    "int8+head": {"kind": "int8", "head": True},
-    "int4": {"kind": "int4"},
-    "int4+head": {"kind": "int4", "head": True},
-    "int4/64": {"kind": "int4", "group": 64},
-    "int4/128": {"kind": "int4", "group": 128},
-}
-"""What is measured: as ``quantize`` does it, and what it could do instead."""
+VARIANTS = (PLAIN, "int8", "int4")
 
 
 def quality(token_ids: Tensor, plain: Tensor, logprobs: Tensor) -> dict[str, float]:
@@ -253,7 +223,10 @@ def quality(token_ids: Tensor, plain: Tensor, logprobs: Tensor) -> dict[str, flo
 
 @torch.inference_mode()
 def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> list[Record]:
-    """Open a model once per variant; one record each, the plain model's first."""
+    """Open a model once per variant; one record each, the plain model's first.
+
+    ``perplexity`` is how much of the plain model's the variant's is.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from proxytune_kernels.trio.quantization import weight_bytes
@@ -263,14 +236,15 @@ def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> 
     models: dict[str, Any] = {}
     records: list[Record] = []
     plain: dict[str, Tensor] = {}
-    for variant, how in VARIANTS.items():
+    for variant in VARIANTS:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-        _quantize(model, **how)
-        models[variant] = model
+        models[variant] = model if variant == PLAIN else quantize(model, variant)
         found = {n: model(i[None]).logits[0].float().log_softmax(-1) for n, i in ids.items()}
         plain = plain or found
         rows = [{"text": n, "tokens": len(i), **quality(i, plain[n], found[n])}
                 for n, i in ids.items()]  # fmt: skip
+        for row, first in zip(rows, records[0]["quality"] if records else rows, strict=True):
+            row["perplexity"] = math.exp(row["nll"] - first["nll"])
         records.append({"variant": variant, "bytes": weight_bytes(model), "quality": rows})
     # A token without a past: the step of a short sequence, which reads the weights once.
     one = torch.tensor([[int(ids[TEXTS[0]][0])]])
@@ -287,6 +261,7 @@ QUANTIZED_COLUMNS: tuple[report.Column, ...] = (
     ("text", "text", str),
     ("MB", "bytes", report.decimals(1, 1e-6)),
     ("nll", "nll", report.decimals(4)),
+    ("perplexity\nof plain", "perplexity", report.decimals(4)),
     ("agrees", "agreement", report.percent),
     ("KL", "divergence", report.decimals(4)),
     ("step, ms", "step/median", report.decimals(1, 1e3)),
@@ -307,7 +282,7 @@ def main(
     layers: Annotated[int, typer.Option(min=1, help=f"Of the base of {WIDE}.")] = 4,
     quantized: Annotated[
         str | None,
-        typer.Option(help="Instead, this causal LM, its weights quantised in several ways."),
+        typer.Option(help="Instead, this causal LM, plain and with its weights quantised."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of each text, with --quantized.")] = 1024,
     repeats: Annotated[int, typer.Option(min=1, help="Steps, with --quantized.")] = 15,

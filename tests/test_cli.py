@@ -196,7 +196,6 @@ def test_info_names_backends_versions_and_the_agreement():
 
 
 def test_info_says_how_models_are_held():
-    pytest.importorskip("torchao")
     arguments = ["--quantize", "base=int4,expert=int8", "--device-map", "anti=auto"]
     result = invoke("info", "--trio", "shipped", *arguments)
     assert result.exit_code == 0, result.output

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
+from proxytune_kernels.trio.quantization import quantization_of
+
 # Absent where torch is built without oneDNN.
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -65,7 +67,7 @@ def pack_weights(model: Module, packed: dict[int, Tensor] | None = None) -> int:
     layers = [m for m in model.modules() if type(m) is Linear and "forward" not in vars(m)]
     kinds = {f"{m.weight.dtype} on {m.weight.device}": None for m in layers}
     layers = [m for m in layers if _is_packable(m.weight)]
-    if not layers:
+    if not layers and quantization_of(model) is None:
         raise PackingError(
             f"pack_weights: model must have linear layers with weights of torch.bfloat16 on cpu, "
             f"got {type(model).__name__} with {', '.join(kinds) or 'no plain linear layer'}"

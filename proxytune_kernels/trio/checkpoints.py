@@ -21,11 +21,14 @@ from proxytune_kernels.trio.files import (
     reason,
     weight_files,
 )
+from proxytune_kernels.trio.quantization import packed_as_loaded
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # What accelerate spreads over all devices by itself.
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+# What transformers does to the tensors of a GGUF file, of each by itself.
+_ONE_BY_ONE = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor")
 # Ends of the names of classes whose checkpoints lack the output layer of a language model.
 _OTHER_TASKS = tuple(
     f"For{task}"
@@ -109,13 +112,16 @@ def device_unusable(device: Any) -> str | None:
     return None
 
 
-def open_checkpoint(role: str, place: Place, options: LoadOptions) -> Any:
+def open_checkpoint(
+    role: str, place: Place, options: LoadOptions, *, packed: str | None = None
+) -> Any:
     """A transformers causal LM as its checkpoint has it, placed by its device map if there is one.
 
     Args:
         role: base, expert or anti, for messages.
         place: where it lies.
         options: of these, all but ``device`` and ``quantize``.
+        packed: quantise what :func:`~proxytune_kernels.trio.quantization.packed_as_loaded` does.
 
     Raises:
         LoadError: names the role, the checkpoint and the reason.
@@ -145,7 +151,11 @@ def open_checkpoint(role: str, place: Place, options: LoadOptions) -> Any:
         }
     placed = " that its device_map can place" if options.device_map is not None else ""
     with opening(role, f"a causal LM{placed}", place.name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **named)
+        loaded: Any = (
+            AutoModelForCausalLM.from_pretrained(directory, **named)
+            if packed is None
+            else _open_packed(directory, named, packed)
+        )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise LoadError(
@@ -154,6 +164,63 @@ def open_checkpoint(role: str, place: Place, options: LoadOptions) -> Any:
         )
     model.config._name_or_path = place.name
     return model
+
+
+def _open_packed(directory: Path, named: dict[str, Any], quantization: str) -> Any:
+    """As ``from_pretrained``, linear layers quantised one by one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    gguf_file = named.get("gguf_file")
+    config: Any = AutoConfig.from_pretrained(
+        directory, gguf_file=gguf_file, trust_remote_code=named["trust_remote_code"]
+    )
+    width = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    with packed_as_loaded(quantization, width):
+        if gguf_file is not None:
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(config)
+            tensors = _gguf_tensors(directory / gguf_file, empty)
+            if tensors is not None:
+                dtype = torch.float32 if named["dtype"] == "auto" else named["dtype"]
+                return type(empty).from_pretrained(
+                    None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+                )
+        return AutoModelForCausalLM.from_pretrained(directory, **named)
+
+
+class _GgufTensor:
+    """A tensor of a GGUF file, unpacked whenever it is asked for."""
+
+    dtype = torch.float32
+
+    def __init__(self, tensor: Any, processor: Any) -> None:
+        self._tensor, self._processor = tensor, processor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        import gguf
+
+        values = gguf.dequantize(self._tensor.data, self._tensor.tensor_type)
+        values = self._processor.process(weights=values, name=self._tensor.name).weights
+        # A view of the file cannot be written to.
+        return torch.tensor(values)[index]
+
+
+def _gguf_tensors(path: Path, model: Any) -> dict[str, _GgufTensor] | None:
+    """A model's weights by their names; None where transformers must put them together.
+
+    transformers unpacks most kinds of files as a whole, before a model gets the first tensor.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as unpacking
+
+    reader: Any = gguf.GGUFReader(path)
+    kind = reader.fields["general.architecture"].contents()
+    processor = unpacking.TENSOR_PROCESSORS.get(kind, unpacking.TensorProcessor)
+    if processor.__name__ not in _ONE_BY_ONE or kind not in unpacking.GGUF_SUPPORTED_ARCHITECTURES:
+        return None
+    made: Any = processor(config=model.config.to_dict())
+    names = unpacking.get_gguf_hf_weights_map(model, made)
+    return {names[t.name]: _GgufTensor(t, made) for t in reader.tensors if t.name in names}
 
 
 def read_config(role: str, directory: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from proxytune_kernels.trio import adapters
 from proxytune_kernels.trio.checkpoints import (
     LoadOptions,
@@ -17,7 +19,7 @@ from proxytune_kernels.trio.checkpoints import (
     resolve,
 )
 from proxytune_kernels.trio.files import LoadError, file_in, find, read_object
-from proxytune_kernels.trio.quantization import QuantizationError, check_quantization, quantize
+from proxytune_kernels.trio.quantization import QuantizationError, check_quantization, finish
 from proxytune_kernels.trio.roles import PAIR, ROLES, check_known, check_roles, per_role
 
 TRIO_FILE = "trio.json"
@@ -219,7 +221,9 @@ def load_models(
 
 
 def _load(source: adapters.Source, options: LoadOptions) -> Any:
-    return _place(source.role, _open(source, options), options)
+    on_cpu = options.device is not None and torch.device(options.device).type == "cpu"
+    packed = options.quantize if on_cpu else None
+    return _place(source.role, _open(source, options, packed), options)
 
 
 def _load_pair(
@@ -231,9 +235,9 @@ def _load_pair(
     return {"expert": adapters.beside("expert", anti, expert.own.directory), "anti": anti}
 
 
-def _open(source: adapters.Source, options: LoadOptions) -> Any:
+def _open(source: adapters.Source, options: LoadOptions, packed: str | None = None) -> Any:
     if source.adapted is None:
-        return open_checkpoint(source.role, source.own, options)
+        return open_checkpoint(source.role, source.own, options, packed=packed)
     model = open_checkpoint(source.role, source.plain, replace(options, gguf_file=None))
     return adapters.merged(source.role, model, source.own.directory)
 
@@ -241,7 +245,7 @@ def _open(source: adapters.Source, options: LoadOptions) -> Any:
 def _place(role: str, model: Any, options: LoadOptions) -> Any:
     if options.quantize is not None:
         try:
-            quantize(model, options.quantize, device=options.device)
+            finish(model, options.quantize, device=options.device)
         except QuantizationError as error:
             raise LoadError(f"quantize of {role}: {error}") from error
     elif options.device is not None:

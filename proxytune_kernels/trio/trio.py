@@ -19,8 +19,9 @@ from proxytune_kernels.trio.loading import (
     named_models,
     read_source,
 )
+from proxytune_kernels.trio.packed import products
 from proxytune_kernels.trio.prompts import PROMPT_STYLES, tokenize
-from proxytune_kernels.trio.quantization import quantization_of, weight_bytes
+from proxytune_kernels.trio.quantization import quantization_of, weight_bytes, weight_count
 from proxytune_kernels.trio.roles import ROLES, check_known, check_roles
 from proxytune_kernels.trio.vocabulary import Agreement, RoleVocabulary, VocabularyError, agree
 
@@ -294,20 +295,22 @@ def model_info(model: Any) -> dict[str, Any]:
     """Describe a causal LM.
 
     Returns:
-        ``model`` (its class), ``name``, ``parameters``, ``dtype`` (of the embedding), ``device``
-        (several, comma-separated, where they are several), ``logits`` (the output layer's width),
-        ``quantized`` (``"int8"``, ``"int4"`` or None), ``adapter_parameters`` (those of LoRA layers
-        that stand beside the weights), ``bytes`` (of all weights, packed ones as they are packed).
+        ``model`` (its class), ``name``, ``parameters``, ``dtype`` (of the activations),
+        ``device`` (several, comma-separated, where they are several), ``logits`` (the output
+        layer's width), ``quantized`` (``"int8"``, ``"int4"`` or None), ``products`` (see
+        :func:`~proxytune_kernels.trio.packed.products`), ``adapter_parameters`` (those of LoRA
+        layers that stand beside the weights), ``bytes`` (of all weights, packed ones as they are
+        packed).
     """
-    embedding = model.get_input_embeddings().weight
     return {
         "model": type(model).__name__,
         "name": model.config._name_or_path,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "parameters": weight_count(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "device": ", ".join(_places(model)),
         "logits": model.get_output_embeddings().weight.shape[0],
         "quantized": quantization_of(model),
+        "products": products(model),
         "adapter_parameters": sum(p.numel() for p in adapter_parameters(model)),
         "bytes": weight_bytes(model),
     }

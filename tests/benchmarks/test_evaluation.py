@@ -45,16 +45,18 @@ def test_quality_is_what_the_probabilities_say():
 
 
 def test_quantised_weights(records_of, tmp_path):
-    pytest.importorskip("torchao")
     shutil.copytree(SHIPPED / "base", tmp_path, dirs_exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED / name, tmp_path)
     arguments = ("--quantized", tmp_path, "--tokens", 16, "--repeats", 2)
     records, _ = records_of(evaluation.main, *arguments)
-    assert [record["variant"] for record in records] == list(evaluation.VARIANTS)
+    assert tuple(record["variant"] for record in records) == evaluation.VARIANTS
     size = {record["variant"]: record["bytes"] for record in records}
-    # The embedding is tied to the output layer: quantised apart it comes on top.
-    assert size["int4"] < size["int8"] < size["int8+head"] < size["plain"]
+    assert size["int4"] < size["int8"] < size["plain"]
+    assert [q["perplexity"] for q in records[0]["quality"]] == [1, 1]
+    nll = [q["nll"] for r in records[:2] for q in r["quality"]]
+    wanted = [math.exp(after - before) for before, after in zip(nll[:2], nll[2:], strict=True)]
+    assert [q["perplexity"] for q in records[1]["quality"]] == pytest.approx(wanted)
     assert all(q["divergence"] == 0 and q["agreement"] == 1 for q in records[0]["quality"])
     assert all(q["divergence"] > 0 for record in records[1:] for q in record["quality"])
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from proxytune_kernels import quantize
 from proxytune_kernels.decoder import packing
 from proxytune_kernels.decoder.model import call_directly
 from proxytune_kernels.decoder.packing import PackedLinear, PackingError, cannot_pack, pack_weights
@@ -94,6 +95,14 @@ def test_all_layers_of_a_model_are_packed(directly, monkeypatch):
     with torch.inference_mode():
         model(torch.randint(97, (2, 5)), use_cache=False)
     assert sorted(called) == sorted(of_packed)
+
+
+@needs_packing
+def test_quantised_layers_stay_as_they_are():
+    model = quantize(make_model().eval(), "int8")
+    kinds = [type(module) for module in model.modules()]
+    assert pack_weights(model) == 0
+    assert [type(module) for module in model.modules()] == kinds
 
 
 @needs_packing

@@ -57,11 +57,11 @@ def make_tokenizer(*, swap: bool = False, chat: bool = True, extra: tuple[str, .
     return tokenizer
 
 
-def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
+def tiny_qwen2(seed: int = 0, layers: int = 2) -> Qwen2ForCausalLM:
     """A random model of widths that Q8_0 takes, which are multiples of 32."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
     )  # fmt: skip
     return Qwen2ForCausalLM(config).eval()
