@@ -290,8 +290,7 @@ class CacheStep:
         return self.masks[window, groups]
 
     def take(self, seq_lens: Tensor, arrivals: Tensor) -> None:
-        """Have what :meth:`seq_lens` and :meth:`arrivals` give, made before: each layer's code
-        would make its own."""
+        """Have what :meth:`seq_lens` and :meth:`arrivals` give; compiled layers make their own."""
         self._seq_lens, self._zeros = seq_lens, arrivals
 
     def seq_lens(self) -> Tensor:

@@ -8,6 +8,7 @@ and up. docs/decoder.md has the count.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -229,22 +230,18 @@ def merge_products(model: Module) -> int:
     Returns:
         How many products there are.
     """
-    owners: dict[int, set[int]] = {}
-    for parameter in model.parameters():
-        owners.setdefault(parameter.data_ptr(), set()).add(id(parameter))
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    holders = Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
     count = 0
     for layers in _groups(model):
-        parameters = [p for layer in layers for p in layer.parameters(recurse=False)]
-        if any(uses[id(p)] > 1 or len(owners[p.data_ptr()]) > 1 for p in parameters):
+        if any(holders[id(p)] > 1 for layer in layers for p in layer.parameters()):
             continue
-        merged = [_laid_out([layer._parameters[name] for layer in layers]) for name in _NAMES]
-        if merged[0] is None or (merged[1] is None) != (layers[0].bias is None):
+        weight = _laid_out([layer.weight for layer in layers])
+        bias = None if layers[0].bias is None else _laid_out([layer.bias for layer in layers])
+        if weight is None or (bias is None) != (layers[0].bias is None):
             continue
-        product, start = _Product(merged[0], merged[1]), 0
+        product, start = _Product(weight, bias), 0
         for layer in layers:
             layer.__class__ = MergedLinear
             layer.product, layer.is_last = product, layer is layers[-1]
@@ -254,21 +251,18 @@ def merge_products(model: Module) -> int:
     return count
 
 
-_NAMES = ("weight", "bias")
-
-
 def _groups(model: Module) -> Iterator[list[Any]]:
+    """Layers that may take one input, by what holds them."""
     for module in list(model.modules()):
         for names in _TOGETHER:
-            layers = [module._modules.get(name) for name in names]
-            if all(_is_plain(layer) for layer in layers):
-                first = layers[0]
-                kinds = {
-                    (la.in_features, la.weight.dtype, la.weight.device, la.bias is None)  # type: ignore[union-attr]
-                    for la in layers
-                }
-                if len(kinds) == 1 and first is not None:
-                    yield layers
+            layers: list[Any] = [module._modules.get(name) for name in names]
+            if not all(map(_is_plain, layers)):
+                continue
+            kinds = {
+                (m.in_features, m.weight.dtype, m.weight.device, m.bias is None) for m in layers
+            }
+            if len(kinds) == 1:
+                yield layers
 
 
 def _is_plain(layer: Any) -> bool:
@@ -276,29 +270,29 @@ def _is_plain(layer: Any) -> bool:
         return False
     if layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    parameters = [p for p in layer._parameters.values() if p is not None]
+    parameters = list(layer.parameters())
     return all(type(p) is Parameter and p.device.type != "meta" for p in parameters)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _laid_out(parameters: Sequence[Any]) -> Tensor | None:
-    """One tensor of parameters [n, ...], which become its parts; None for none.
+def _laid_out(parameters: Sequence[Parameter]) -> Tensor | None:
+    """One tensor of parameters [n, ...], which become its parts.
 
-    Those that another decoder has laid out lie there already.
+    Those that another decoder has laid out lie there already. None where others share their memory.
     """
-    if parameters[0] is None:
-        return None
-    first, total = parameters[0].data, sum(len(p) for p in parameters)
-    end = first.data_ptr()
-    adjacent = True
+    first, end = parameters[0].data, parameters[0].data_ptr()
+    storage, adjacent = first.untyped_storage().data_ptr(), True
     for p in parameters:
-        one = p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        adjacent &= one and p.data_ptr() == end and p.is_contiguous()
+        adjacent &= p.untyped_storage().data_ptr() == storage and p.data_ptr() == end
+        adjacent &= p.is_contiguous()
         end += p.nbytes
+    sizes = [len(p) for p in parameters]
     if adjacent:
-        return first.as_strided((total, *first.shape[1:]), first.stride())
+        return first.as_strided((sum(sizes), *first.shape[1:]), first.stride())
+    if any(p.untyped_storage().nbytes() != p.nbytes for p in parameters):
+        return None
     merged = torch.cat([p.data for p in parameters])
-    for p, part in zip(parameters, merged.split([len(p) for p in parameters]), strict=True):
+    for p, part in zip(parameters, merged.split(sizes), strict=True):
         p.data = part
     return merged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -9,9 +11,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from proxytune_kernels.decoder.model import CompiledStep
+from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder import runner as runner_module
+from proxytune_kernels.decoder.compiled import CompiledStep, merge_products
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.adapters import copy_modules
+from tests.decoder import tape
+from tests.decoder.conftest import tiny_llama
 from tests.decoder.test_runner import make
 
 # Importing torch's own compiler calls what torch has deprecated.
@@ -59,3 +66,169 @@ def test_every_length_fits_its_slot():
     assert step.warm_up_lengths(4, 64) == [(5,), (9,), (41,), (5, 4)]
     assert step.warm_up_lengths(1, 20) == [(5,), (9,)]
     assert step.warm_up_lengths(2, 3) == [(2,), (2, 1)]
+
+
+@pytest.fixture
+def static(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Our attention, as on a CUDA device; what is compiled runs as it is; never compiled twice."""
+    monkeypatch.setattr(runner_module, "choose_kernel", lambda device, dtype: ("triton", None))
+    monkeypatch.setattr(torch, "compile", tape.compile_with("eager"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def floats(near: Trio) -> Trio:
+    """Our attention takes no fp64."""
+    models = [copy.deepcopy(near.models[role]).float() for role in near.roles]
+    return Trio.from_models(*models, near.tokenizer)
+
+
+PROMPTS = [[5, 6, 7], [8] * 9]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=1.0, seed=3, max_tokens=9, ignore_eos=True),
+]
+DRAFTS = Speculation(max_drafts=2, adaptive=False)
+
+
+@pytest.mark.parametrize(
+    ("taped", "options", "forwards"),
+    [
+        # One row and two, for each role and number of tokens: drafts at three places are one.
+        (False, {"roles": ("base",)}, 2),
+        (True, {"speculation": DRAFTS, "pair": "separate"}, 2 * 3 + 2 * 2),
+    ],
+    ids=["steps", "captured-drafts"],
+)
+def test_static_forwards_give_the_eager_tokens(
+    static, floats, monkeypatch, taped, options, forwards
+):
+    def tokens(decoder: Decoder, count: int) -> list[list[int]]:
+        outputs = decoder.generate(PROMPTS[:count], PARAMS[:count])
+        return [output.token_ids for output in outputs]
+
+    eager = tape.make_decoder(monkeypatch, floats, 2, compile=False, **options)
+    wanted = tokens(eager, 2)
+    assert eager.info()["compile"] == "none: not asked for"
+    decoder = tape.make_decoder(monkeypatch, floats, 2, compile=True, taped=taped, **options)
+    assert tokens(decoder, 2) == wanted
+    graphs = counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        assert tokens(decoder, 2) == wanted
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    assert decoder.info()["compile"] == f"{forwards} forwards"
+    if taped:
+        assert decoder._graphs is not None
+        assert decoder._graphs.failed is None
+        assert decoder._graphs.count > 0
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(static, floats, monkeypatch):
+    """Unless it was asked for."""
+
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise NotImplementedError("no such thing")
+
+    def answer(**options: Any) -> tuple[list[int], str]:
+        decoder = Decoder(floats, 1, roles=["base"], **options)
+        [output] = decoder.generate(PROMPTS[:1], PARAMS[0])
+        return output.token_ids, decoder.info()["compile"]
+
+    wanted, _ = answer(compile=False)
+    monkeypatch.setattr(torch, "compile", tape.compile_with(refuse))
+    found, reason = answer()
+    assert found == wanted
+    assert reason.startswith("none: BackendCompilerFailed: ")
+    assert "no such thing" in reason
+    with pytest.raises(Exception, match="no such thing"):
+        answer(compile=True)
+
+
+def test_what_is_compiled_unasked(trio, floats, monkeypatch):
+    assert Decoder(trio, 1).info()["compile"] == (
+        "none: base attends through sdpa, which is compiled if asked for"
+    )
+    monkeypatch.setattr(runner_module, "choose_kernel", lambda device, dtype: ("triton", None))
+    assert Decoder(floats, 1).info()["compile"] == "0 forwards"
+    hooked = Trio.from_models(copy.deepcopy(floats.base), tokenizer=floats.tokenizer)
+    hooked.base.lm_head._hf_hook = object()
+    assert "is spread over devices by hooks" in Decoder(hooked, 1, check=False).info()["compile"]
+
+
+def merging(**settings: Any) -> Any:
+    return tiny_llama(3, attention_bias=True, **settings).float()
+
+
+def test_merged_products(tmp_path):
+    """The same numbers from the same parameters, which lie one behind the other."""
+    model, ids = merging(), torch.tensor([[4, 5, 6], [7, 8, 9]])
+    parameters = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    own = copy.deepcopy(model)
+    for _ in range(2):  # the second finds them laid out
+        twin = copy_modules(model)
+        assert merge_products(twin) == 2 * len(model.model.layers)
+        with torch.inference_mode():
+            # Sums of at most 64 products in another order, through two layers.
+            bound = {"rtol": 1e-5, "atol": 1e-4}
+            torch.testing.assert_close(twin(ids).logits, own(ids).logits, **bound)
+        assert torch.equal(model(ids).logits, own(ids).logits)
+    layer = model.model.layers[0]
+    starts = [layer.self_attn.get_submodule(f"{n}_proj").weight.data_ptr() for n in "qkv"]
+    assert starts[1] - starts[0] == layer.self_attn.q_proj.weight.nbytes
+    storages = {layer.mlp.get_submodule(n).weight.untyped_storage().data_ptr()
+                for n in ("gate_proj", "up_proj")}  # fmt: skip
+    assert len(storages) == 1
+    for name, p in model.named_parameters():
+        number, value = parameters[name]
+        assert id(p) == number
+        assert torch.equal(p, value)
+        assert not p.is_inference()
+    # They can be trained, changed, saved.
+    model(ids).logits.sum().backward()
+    with torch.no_grad():
+        layer.mlp.up_proj.weight.mul_(2)
+    assert not torch.equal(twin(ids).logits, own(ids).logits)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_layers_that_take_other_inputs_stay_right():
+    """What one of them computed is not another's."""
+
+    class Layers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = torch.nn.Linear(4, 3), torch.nn.Linear(4, 5)
+
+    model, (x, y) = Layers(), torch.randn(2, 6, 4)
+    wanted = model.gate_proj(x), model.up_proj(y)
+    assert merge_products(model) == 1
+    for found, result in zip((model.gate_proj(x), model.up_proj(y)), wanted, strict=True):
+        torch.testing.assert_close(found, result)
+    assert model.gate_proj.product.output is None
+
+
+@pytest.mark.parametrize("why", ["hook", "subclass", "tied", "view", "dtype", "forward"])
+def test_layers_that_are_left_alone(why):
+    model = merging(layers=1)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    if why == "hook":
+        mlp.up_proj.register_forward_hook(lambda *given: None)
+    elif why == "subclass":
+        mlp.up_proj.__class__ = type("Adapted", (torch.nn.Linear,), {})
+    elif why == "tied":
+        mlp.up_proj.weight = mlp.gate_proj.weight
+    elif why == "view":
+        mlp.up_proj.weight.data = torch.zeros(65, 32)[1:]
+    elif why == "dtype":
+        mlp.up_proj.double()
+    else:
+        mlp.up_proj.forward = lambda x: x
+    weight = mlp.gate_proj.weight.data_ptr()
+    assert merge_products(model) == 1
+    assert mlp.gate_proj.weight.data_ptr() == weight
+    assert type(mlp.gate_proj) is torch.nn.Linear
+    assert type(attention.q_proj) is not torch.nn.Linear
