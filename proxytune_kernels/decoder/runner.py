@@ -141,12 +141,14 @@ class Runner:
 
     def compiled(self) -> str:
         """How many forwards are compiled, or why none is."""
+        if self.eager is not None:
+            return f"none: {self.eager}"
         forwards = [m.forwards for m in self.models.values() if m.forwards is not None]
         failed = [f.failed for f in forwards if f.failed is not None]
-        reason = self.eager or (f"not all: {failed[0]}" if failed else None)
-        if reason is not None:
-            return f"none: {reason}"
-        return f"{sum(f.count for f in forwards)} forwards" if forwards else "plain steps"
+        number = sum(f.count for f in forwards if f.failed is None)
+        if failed:
+            return f"{number or 'none'}: {failed[0]}"
+        return f"{number} forwards" if forwards else "plain steps"
 
     @property
     def static(self) -> bool:

@@ -80,8 +80,8 @@ def static(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def floats(near: Trio) -> Trio:
     """Our attention takes no fp64."""
-    models = [copy.deepcopy(near.models[role]).float() for role in near.roles]
-    return Trio.from_models(*models, near.tokenizer)
+    base, expert, anti = (copy.deepcopy(near.models[role]).float() for role in near.roles)
+    return Trio.from_models(base, expert, anti, near.tokenizer)
 
 
 PROMPTS = [[5, 6, 7], [8] * 9]
@@ -89,29 +89,30 @@ PARAMS = [
     SamplingParams(temperature=0, max_tokens=9, ignore_eos=True),
     SamplingParams(temperature=1.0, seed=3, max_tokens=9, ignore_eos=True),
 ]
-DRAFTS = Speculation(max_drafts=2, adaptive=False)
+DRAFTS = Speculation(max_drafts=1, adaptive=False)
 
 
 @pytest.mark.parametrize(
-    ("taped", "options", "forwards"),
+    ("taped", "slots", "options", "forwards"),
     [
-        # One row and two, for each role and number of tokens: drafts at three places are one.
-        (False, {"roles": ("base",)}, 2),
-        (True, {"speculation": DRAFTS, "pair": "separate"}, 2 * 3 + 2 * 2),
+        # One row and two.
+        (False, 2, {"roles": ("base",)}, 2),
+        # A token of each role (drafts at both places are one), and two of base and anti.
+        (True, 1, {"speculation": DRAFTS, "pair": "separate"}, 3 + 2),
     ],
     ids=["steps", "captured-drafts"],
 )
 def test_static_forwards_give_the_eager_tokens(
-    static, floats, monkeypatch, taped, options, forwards
+    static, floats, monkeypatch, taped, slots, options, forwards
 ):
     def tokens(decoder: Decoder, count: int) -> list[list[int]]:
         outputs = decoder.generate(PROMPTS[:count], PARAMS[:count])
         return [output.token_ids for output in outputs]
 
-    eager = tape.make_decoder(monkeypatch, floats, 2, compile=False, **options)
+    eager = tape.make_decoder(monkeypatch, floats, slots, compile=False, **options)
     wanted = tokens(eager, 2)
     assert eager.info()["compile"] == "none: not asked for"
-    decoder = tape.make_decoder(monkeypatch, floats, 2, compile=True, taped=taped, **options)
+    decoder = tape.make_decoder(monkeypatch, floats, slots, compile=True, taped=taped, **options)
     assert tokens(decoder, 2) == wanted
     graphs = counters["stats"]["unique_graphs"]
     for _ in range(2):
@@ -171,8 +172,7 @@ def test_merged_products(tmp_path):
         assert merge_products(twin) == 2 * len(model.model.layers)
         with torch.inference_mode():
             # Sums of at most 64 products in another order, through two layers.
-            bound = {"rtol": 1e-5, "atol": 1e-4}
-            torch.testing.assert_close(twin(ids).logits, own(ids).logits, **bound)
+            torch.testing.assert_close(twin(ids).logits, own(ids).logits, rtol=1e-5, atol=1e-4)
         assert torch.equal(model(ids).logits, own(ids).logits)
     layer = model.model.layers[0]
     starts = [layer.self_attn.get_submodule(f"{n}_proj").weight.data_ptr() for n in "qkv"]
@@ -203,7 +203,8 @@ def test_layers_that_take_other_inputs_stay_right():
             super().__init__()
             self.gate_proj, self.up_proj = torch.nn.Linear(4, 3), torch.nn.Linear(4, 5)
 
-    model, (x, y) = Layers(), torch.randn(2, 6, 4)
+    model: Any = Layers()
+    x, y = torch.randn(2, 6, 4)
     wanted = model.gate_proj(x), model.up_proj(y)
     assert merge_products(model) == 1
     for found, result in zip((model.gate_proj(x), model.up_proj(y)), wanted, strict=True):

@@ -49,8 +49,8 @@ class _Counted(Exception):
 def cuda_code(found: list[str]) -> Iterator[Any]:
     """A backend that runs what it gets as it is, and leaves inductor's code for CUDA in a list."""
     import torch._inductor.compile_fx as compiler
-    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
     from torch._inductor.runtime.hints import DeviceProperties
@@ -83,19 +83,18 @@ def cuda_code(found: list[str]) -> Iterator[Any]:
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
         max_threads_per_block=1024, warp_size=32,
     )  # fmt: skip
-    device = SimpleNamespace(major=9, minor=0, multi_processor_count=132, gcnArchName="")
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, gcnArchName="")
     with ExitStack() as stack:
         for where, name, value in (
             (GraphLowering, "compile_to_module", keep),
             (DeviceProperties, "create", lambda device: h200),
             (compiler, "_check_triton_bf16_support", lambda graph: None),
-            (torch.cuda, "get_device_properties", lambda device=None: device_of),
+            (torch.cuda, "get_device_properties", lambda device=None: properties),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (torch.cuda, "current_device", lambda: 0),
             (torch._inductor.scheduler, "has_triton", lambda *given: True),
             (torch.utils._triton, "triton_hash_with_backend", lambda: "none"),
         ):
-            device_of = device
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         yield aot_autograd(
@@ -144,7 +143,7 @@ def step(made: Runner) -> Tensor:
     "family", ["Qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("Llama", "Qwen2"))]
 )
 def test_a_layer_launches_few_kernels(monkeypatch, family):
-    """Counted: 11 (4 products, attention, 6 of inductor's), where eager modules are 28 or more."""
+    """11: 4 products, attention, 6 of inductor's. Modules called one by one make 34 or 38."""
     counts = []
     for layers in (1, 2):
         made = runner(monkeypatch, family, False, num_hidden_layers=layers)
@@ -158,8 +157,8 @@ def test_a_layer_launches_few_kernels(monkeypatch, family):
         monkeypatch.setattr(torch, "compile", tape.compile_with(backend))
         step(runner(monkeypatch, family, True))
     launches = layer_launches(found[-1])
-    print(family, eager, launches)
     assert launches["extern"] == 4
     assert launches.total() <= MOST < eager
-    # Keys and values are written where they are: nothing as large as a cache is copied.
-    assert "64, 2, 64" not in found[-1].replace("reinterpret_tensor", "")
+    # Keys and values are written where they are: no kernel has as many elements as a cache.
+    elements = re.findall(r"\.run\([^\n]*?, (\d+), stream", found[-1])
+    assert max(map(int, elements)) < made.models["base",].cache.keys[0].numel()

@@ -105,11 +105,9 @@ def test_models_run_side_by_side(monkeypatch, capturing, streams, parts, places)
     results: list[Any] = runner._side_by_side(run, parts)
     assert [result.name for result in results] == ["+".join(part) for part in parts]
     used = sorted(set(places) - {"main"})
-    ran = {
-        part[0]: log.index(f"{part[0]} on {place}")
-        for part, place in zip(parts, places, strict=True)
-    }
-    for part, place in zip(parts[1:], places[1:], strict=True):
+    beside = list(zip(parts, places, strict=True))
+    ran = {part[0]: log.index(f"{part[0]} on {place}") for part, place in beside}
+    for part, place in beside[1:]:
         if place == "main":
             continue
         # Its inputs are there before; what reads its logits comes after all that is there.
