@@ -132,6 +132,8 @@ class Runner:
         """Why forwards are not compiled, as a sentence; None where they are."""
         if wanted is not None:
             return None if wanted else "not asked for"
+        if self.device.type != "cuda":
+            return f"the models are on {self.device}, where they are compiled if asked for"
         for role, model in models.items():
             if kernels[role] != "triton":
                 return f"{role} attends through {kernels[role]}, which is compiled if asked for"

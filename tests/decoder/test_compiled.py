@@ -139,6 +139,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(static, floats, monkeypatch):
 
     wanted, _ = answer(compile=False)
     monkeypatch.setattr(torch, "compile", tape.compile_with(refuse))
+    monkeypatch.setattr(Runner, "_why_eager", lambda self, models, kernels, wanted: None)
     found, reason = answer()
     assert found == wanted
     assert reason.startswith("none: BackendCompilerFailed: ")
@@ -147,15 +148,22 @@ def test_what_cannot_be_compiled_runs_as_it_is(static, floats, monkeypatch):
         answer(compile=True)
 
 
-def test_what_is_compiled_unasked(trio, floats, monkeypatch):
-    assert Decoder(trio, 1).info()["compile"] == (
-        "none: base attends through sdpa, which is compiled if asked for"
+def test_what_is_compiled_unasked(floats):
+    """On CUDA, where our attention runs and no hook brings weights in."""
+    cpu = Decoder(floats, 1)
+    assert cpu.info()["compile"] == (
+        "none: the models are on cpu, where they are compiled if asked for"
     )
-    monkeypatch.setattr(runner_module, "choose_kernel", lambda device, dtype: ("triton", None))
-    assert Decoder(floats, 1).info()["compile"] == "0 forwards"
-    hooked = Trio.from_models(copy.deepcopy(floats.base), tokenizer=floats.tokenizer)
-    hooked.base.lm_head._hf_hook = object()
-    assert "is spread over devices by hooks" in Decoder(hooked, 1, check=False).info()["compile"]
+    runner, base = cpu._runner, copy.deepcopy(floats.base)
+    runner.device = torch.device("cuda", 0)
+    assert runner._why_eager({"base": base}, {"base": "triton"}, None) is None
+    assert runner._why_eager({"base": base}, {"base": "sdpa"}, None) == (
+        "base attends through sdpa, which is compiled if asked for"
+    )
+    base.lm_head._hf_hook = object()
+    assert runner._why_eager({"base": base}, {"base": "triton"}, None) == (
+        "base is spread over devices by hooks"
+    )
 
 
 def merging(**settings: Any) -> Any:
