@@ -61,6 +61,17 @@ def test_generated_code_gives_the_same_tokens(trio, make_decoder, greedy):
             assert output.token_ids == greedy(alone.models, output.prompt_token_ids, 1.0, 4)
 
 
+@pytest.mark.slow
+def test_generated_code_of_static_forwards(floats, monkeypatch):
+    """Products merged, our attention as an operator; fp32 sums in another order move no argmax."""
+    monkeypatch.setattr(runner_module, "choose_kernel", lambda device, dtype: ("triton", None))
+    tokens = []
+    for compile in (False, True):
+        decoder = Decoder(floats, 1, 40, roles=["base"], compile=compile)
+        tokens.append(decoder.generate(PROMPTS, PARAMS[0])[1].token_ids)
+    assert tokens[0] == tokens[1]
+
+
 def test_every_length_fits_its_slot():
     step = CompiledStep(lambda token_ids, step: token_ids, [None, 8, 40])
     assert step.warm_up_lengths(4, 64) == [(5,), (9,), (41,), (5, 4)]
@@ -139,7 +150,9 @@ def test_what_cannot_be_compiled_runs_as_it_is(static, floats, monkeypatch):
 
     wanted, _ = answer(compile=False)
     monkeypatch.setattr(torch, "compile", tape.compile_with(refuse))
-    monkeypatch.setattr(Runner, "_why_eager", lambda self, models, kernels, wanted: None)
+    monkeypatch.setattr(
+        runner_module.Runner, "_why_eager", lambda self, models, kernels, wanted: None
+    )
     found, reason = answer()
     assert found == wanted
     assert reason.startswith("none: BackendCompilerFailed: ")
