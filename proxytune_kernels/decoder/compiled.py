@@ -21,10 +21,6 @@ from proxytune_kernels.decoder.cache import CacheStep
 
 StepForward = Callable[[Tensor, CacheStep], Tensor]
 
-# Checking thousands of module attributes takes as long as a small model's forward, and the modules
-# are the runner's own, which nobody changes.
-_OPTIONS = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-
 
 class CompiledForwards:
     """A member's forwards, each compiled for one number of rows and of tokens a row.
@@ -105,9 +101,8 @@ class CompiledForwards:
             step.take(seq_lens, arrivals)
             return forward(token_ids, step)
 
-        return torch.compile(
-            _of_its_own(static_forward), dynamic=False, fullgraph=True, options=dict(_OPTIONS)
-        )
+        compiled: Callable[..., Tensor] = _compile(static_forward, fullgraph=True)
+        return compiled
 
 
 def _is_of_the_compiler(error: Exception) -> bool:
@@ -116,14 +111,15 @@ def _is_of_the_compiler(error: Exception) -> bool:
     return isinstance(error, TorchDynamoException)
 
 
-def _of_its_own(function: Any) -> Any:
-    """The function, with code that no other has.
-
-    torch.compile files what it makes under the code object. Forwards of several members, rows or
-    tokens share one, and must not even look at each other's: modules are not guarded.
-    """
+def _compile(function: Any, **options: Any) -> Any:
+    # torch.compile files what it makes under the code object. Forwards of several members, rows or
+    # tokens share one, and must not even look at each other's: modules are not guarded.
     function.__code__ = function.__code__.replace()
-    return function
+    # Checking thousands of module attributes takes as long as a small model's forward, and the
+    # modules are the runner's own, which nobody changes.
+    guard_filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    options["options"] = {"guard_filter_fn": guard_filter}
+    return torch.compile(function, dynamic=False, **options)
 
 
 def windows(config: Any) -> list[int | None]:
@@ -147,9 +143,7 @@ class CompiledStep:
             return forward(token_ids, step)
 
         self._windows = windows
-        self._compiled: StepForward = torch.compile(
-            _of_its_own(step_forward), dynamic=False, options=dict(_OPTIONS)
-        )
+        self._compiled: StepForward = _compile(step_forward)
 
     def __call__(self, token_ids: Tensor, step: CacheStep) -> Tensor:
         """Logits [B, V] of one more token in each of the first B slots."""

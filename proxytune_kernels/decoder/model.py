@@ -139,7 +139,8 @@ class SlotModel:
         if compile == "static":
             twin = copy_modules(model)
             merge_products(twin)
-            heads = model.config.get_text_config(decoder=True).num_attention_heads
+            text = model.config.get_text_config(decoder=True)
+            heads = getattr(text, "num_attention_heads", 1)
             self.forwards = CompiledForwards(Forward(twin).of_step, heads, required)
             cache.captured = True
         if compile != "step":
