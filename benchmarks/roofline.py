@@ -207,8 +207,8 @@ def floor(kernels: Kernels, case: Case, gpu: Gpu) -> Floor:
 
 
 # A decoder's step at batch 1. Launches of a layer are counted (tests/decoder/test_launches.py):
-# modules called one by one; compiled; compiled, with an adapter on each of its seven products.
-EAGER, COMPILED, ADAPTED = 34, 11, 27
+# modules called one by one; compiled; compiled, with adapters on all products.
+EAGER, COMPILED, ADAPTED = 34, 11, 18
 REST = 10  # launches of a member outside its layers, and of the draw; assumed
 KEYS = 1024  # tokens whose keys and values are read, of all heads: these models group none
 

@@ -179,7 +179,7 @@ class CompiledStep:
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that take one input in the models of transformers. Where they do not, the results stay
-right (see :class:`MergedLinear`), and the product is made once for each of them."""
+right (see ``_Part``), and the product is made once for each of them."""
 
 
 class _Product:
@@ -190,19 +190,41 @@ class _Product:
         self.input: Tensor | None = None
         self.output: Tensor | None = None
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """Result [..., sum of out] for input [..., in]."""
+        return linear(x, self.weight, self.bias)
 
-class MergedLinear(Linear):
-    """A linear layer whose result is a part of a product that it shares with its neighbours."""
+
+class _AdaptedProduct(_Product):
+    """With the layers' adapters of low rank: one thin product after another, for all of them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, layers: Sequence[Any]) -> None:
+        super().__init__(weight, bias)
+        first = layers[0]
+        self.lora_A = torch.cat([layer.lora_A.detach() for layer in layers])
+        self.lora_B = torch.block_diag(*(layer.lora_B.detach() for layer in layers))
+        self.scaling, self.rows = first.scaling, slice(0, None, first.row_stride)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As above; the adapters are on the rows that the layers have them on."""
+        y = super().__call__(x)
+        update = linear(linear(x[self.rows].type_as(self.lora_A), self.lora_A), self.lora_B)
+        y[self.rows].add_((update * self.scaling).type_as(y))
+        return y
+
+
+class _Part:
+    """A layer whose result is a part of a product that it shares with its neighbours."""
 
     product: _Product
     place: slice
     is_last: bool
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Result [..., out] for input [..., in], a view."""
         product = self.product
-        if product.output is None or product.input is not input:
-            product.input, product.output = input, linear(input, product.weight, product.bias)
+        if product.output is None or product.input is not x:
+            product.input, product.output = x, product(x)
         output: Tensor = product.output[..., self.place]
         if self.is_last:
             product.input = product.output = None
@@ -214,9 +236,10 @@ def merge_products(model: Module) -> int:
 
     Their weights are laid one behind the other, once, and the parameters become views of that: the
     same parameters with the same values, for whoever else holds them too. While one layer is laid
-    out, it is there twice. Layers stay as they are that are anything but a plain ``Linear`` without
-    hooks (adapters, quantised and packed ones), whose parameters are not plain, or share their
-    memory with others (tied ones).
+    out, it is there twice. So are weights under the adapters of a shared pair; those of the
+    adapters, which are small, are copied. Layers stay as they are that are anything but a plain
+    ``Linear`` without hooks (quantised and packed ones, adapters of others), whose parameters are
+    not plain, or share their memory with others (tied ones).
 
     Args:
         model: its modules are changed.
@@ -229,18 +252,22 @@ def merge_products(model: Module) -> int:
     )
     count = 0
     for layers in _groups(model):
-        if any(holders[id(p)] > 1 for layer in layers for p in layer.parameters()):
+        bases = [getattr(layer, "base", layer) for layer in layers]
+        if any(holders[id(p)] > 1 for base in bases for p in base.parameters()):
             continue
-        weight = _laid_out([layer.weight for layer in layers])
-        bias = None if layers[0].bias is None else _laid_out([layer.bias for layer in layers])
-        if weight is None or (bias is None) != (layers[0].bias is None):
+        weight = _laid_out([base.weight for base in bases])
+        bias = None if bases[0].bias is None else _laid_out([base.bias for base in bases])
+        if weight is None or (bias is None) != (bases[0].bias is None):
             continue
-        product, start = _Product(weight, bias), 0
-        for layer in layers:
-            layer.__class__ = MergedLinear
+        adapted = bases[0] is not layers[0]
+        product = _AdaptedProduct(weight, bias, layers) if adapted else _Product(weight, bias)
+        start = 0
+        for layer, base in zip(layers, bases, strict=True):
+            kind = type(layer)
+            layer.__class__ = type(f"Merged{kind.__name__}", (_Part, kind), {})
             layer.product, layer.is_last = product, layer is layers[-1]
-            layer.place = slice(start, start + layer.out_features)
-            start += layer.out_features
+            layer.place = slice(start, start + base.out_features)
+            start += base.out_features
         count += 1
     return count
 
@@ -249,23 +276,30 @@ def _groups(model: Module) -> Iterator[list[Any]]:
     """Layers that may take one input, by what holds them."""
     for module in list(model.modules()):
         for names in _TOGETHER:
-            layers: list[Any] = [module._modules.get(name) for name in names]
-            if not all(map(_is_plain, layers)):
-                continue
-            kinds = {
-                (m.in_features, m.weight.dtype, m.weight.device, m.bias is None) for m in layers
-            }
-            if len(kinds) == 1:
+            layers = [module._modules.get(name) for name in names]
+            kinds = {_kind(layer) for layer in layers}
+            if len(kinds) == 1 and None not in kinds:
                 yield layers
 
 
-def _is_plain(layer: Any) -> bool:
+def _kind(layer: Any) -> Any:
+    """What layers must have in common to be merged; None for one that can't be."""
+    from proxytune_kernels.decoder.pair.shared import LoRALayer
+
+    adapter: tuple[Any, ...] = ()
+    if isinstance(layer, LoRALayer):
+        if layer.bias is not None:
+            return None
+        adapter = type(layer), layer.scaling, layer.lora_A.dtype
+        layer = layer.base
     if type(layer) is not Linear or "forward" in vars(layer):
-        return False
+        return None
     if layer._forward_hooks or layer._forward_pre_hooks:
-        return False
-    parameters = list(layer.parameters())
-    return all(type(p) is Parameter and p.device.type != "meta" for p in parameters)
+        return None
+    if any(type(p) is not Parameter or p.device.type == "meta" for p in layer.parameters()):
+        return None
+    weight = layer.weight
+    return layer.in_features, weight.dtype, weight.device, layer.bias is None, *adapter
 
 
 @torch.inference_mode(False)

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from proxytune_kernels.decoder import Decoder, Speculation
 from proxytune_kernels.decoder import runner as runner_module
 from proxytune_kernels.decoder.compiled import CompiledStep, merge_products
+from proxytune_kernels.decoder.pair.shared import shared_pair
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.adapters import copy_modules
@@ -79,6 +80,10 @@ def test_every_length_fits_its_slot():
     assert step.warm_up_lengths(2, 3) == [(2,), (2, 1)]
 
 
+# PEFT asks a model for a property that transformers renamed.
+peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
 @pytest.fixture
 def static(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Our attention, as on a CUDA device; what is compiled runs as it is; never compiled twice."""
@@ -135,6 +140,22 @@ def test_static_forwards_give_the_eager_tokens(
         assert decoder._graphs is not None
         assert decoder._graphs.failed is None
         assert decoder._graphs.count > 0
+
+
+@pytest.mark.slow
+@peft_warns
+@pytest.mark.parametrize("speculation", [None, DRAFTS], ids=["plain", "drafts"])
+def test_a_shared_pair_gives_the_eager_tokens(static, lora_trio, monkeypatch, speculation):
+    """In captured steps, with adapters merged; drafts run the expert alone, on every second row."""
+    members = [copy.deepcopy(lora_trio.models[role]).float() for role in lora_trio.roles]
+    trio = Trio.from_models(members[0], members[1], members[2], lora_trio.tokenizer)
+    options: dict[str, Any] = {"pair": "shared", "speculation": speculation}
+    found = []
+    for compile in (False, True):
+        decoder = tape.make_decoder(monkeypatch, trio, 2, compile=compile, taped=compile, **options)
+        found.append([output.token_ids for output in decoder.generate(PROMPTS, PARAMS)])
+    assert found[0] == found[1]
+    assert decoder.info()["graphs"].endswith(" captured")
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(static, floats, monkeypatch):
@@ -231,6 +252,20 @@ def test_layers_that_take_other_inputs_stay_right():
     for found, result in zip((model.gate_proj(x), model.up_proj(y)), wanted, strict=True):
         torch.testing.assert_close(found, result)
     assert model.gate_proj.product.output is None
+
+
+@peft_warns
+def test_merged_products_under_adapters(lora_trio):
+    """Of the pair, whose even rows have them, and of the expert alone."""
+    ids = torch.tensor([[4, 5, 6], [4, 5, 6], [7, 8, 9], [7, 8, 9]])
+    for member in shared_pair(lora_trio.expert, copy.deepcopy(lora_trio.anti)):
+        merged = copy_modules(member)
+        with torch.inference_mode():
+            wanted = member(ids, use_cache=False).logits
+            assert merge_products(merged) == 2 * len(member.model.layers)
+            # fp64: sums in another order, and zeros added.
+            found = merged(ids, use_cache=False).logits
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("why", ["hook", "subclass", "tied", "view", "dtype", "forward"])

@@ -137,6 +137,30 @@ def runner(monkeypatch: pytest.MonkeyPatch, family: str, compile: bool, **settin
     return made
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_layer_of_the_shared_pair(monkeypatch):
+    """18, fewer than two members': a merged product has one of the A's and one of the B's."""
+    peft = pytest.importorskip("peft")
+    model_class, config = kind("Llama", SIZES)
+    anti = model_class(config).bfloat16().eval()
+    adapter = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    made = peft.get_peft_model(copy.deepcopy(anti), adapter, autocast_adapter_dtype=False)
+    expert, base = made.get_base_model().eval(), copy.deepcopy(anti)
+    monkeypatch.setattr(runner_module, "choose_kernel", lambda device, dtype: ("triton", None))
+    models = {"base": base, "expert": expert, "anti": anti}
+    found: list[str] = []
+    with cuda_code(found) as backend:
+        monkeypatch.setattr(torch, "compile", tape.compile_with(backend))
+        runner = Runner(models, 1, 64, compile=True)
+        assert runner.pair == "shared"
+        runner.prefill([0], {role: [[1, 2, 3]] for role in models})
+        runner.forward(("base", "expert", "anti"), torch.ones(1, 1, dtype=torch.int64))
+    launches = layer_launches(found[-1])
+    assert launches["extern"] == 4 * 3
+    assert launches.total() <= 18
+
+
 def step(made: Runner) -> Tensor:
     return made.forward(("base",), torch.ones(1, 1, dtype=torch.int64))["base"]
 
