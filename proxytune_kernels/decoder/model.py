@@ -231,11 +231,11 @@ class SlotModel:
         # The layers' memory is taken before, so that no graph is made for its being absent.
         self.prefill([0], [[0]])
         if self._compiled is None:
-            self.cache.release(self._first)
-            for slots in sorted(
-                {min(2**i, self._slots) for i in range(self._slots.bit_length() + 1)}
-            ):
-                self.forward(self._token_ids[:slots])
+            for row in self.rows(1):
+                self.cache.release(row)
+            for slots in range(1, self._slots + 1):
+                if slots in (power_of_two(slots, 1), self._slots):
+                    self.forward(self._token_ids[:slots])
             return
         several = self._rows_per_slot > 1
         for lengths in self._compiled.warm_up_lengths(self._slots, self.cache.max_seq_len, several):

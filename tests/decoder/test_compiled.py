@@ -111,8 +111,8 @@ DRAFTS = Speculation(max_drafts=1, adaptive=False)
 @pytest.mark.parametrize(
     ("taped", "slots", "options", "forwards"),
     [
-        # One row and two.
-        (False, 2, {"roles": ("base",)}, 2),
+        # One row, two and three.
+        (False, 3, {"roles": ("base",)}, 3),
         # A token of each role (drafts at both places are one), and two of base and anti.
         (True, 1, {"speculation": DRAFTS, "pair": "separate"}, 3 + 2),
     ],
@@ -153,6 +153,8 @@ def test_a_shared_pair_gives_the_eager_tokens(static, lora_trio, monkeypatch, sp
     found = []
     for compile in (False, True):
         decoder = tape.make_decoder(monkeypatch, trio, 2, compile=compile, taped=compile, **options)
+        decoder.warm_up()
+        assert not any(any(decoder._runner.lengths(role)) for role in decoder.roles)
         found.append([output.token_ids for output in decoder.generate(PROMPTS, PARAMS)])
     assert found[0] == found[1]
     assert decoder.info()["graphs"].endswith(" captured")
