@@ -1,4 +1,4 @@
-"""What `sample` and its peers have to move on a GPU, and the least time it takes: a model.
+"""What `sample`, its peers and a decoder's step move on a GPU, and the least time: a model.
 
 ``python -m benchmarks.roofline --help``; docs/roofline.md derives it. Nothing is measured. Each
 algorithm is a list of kernels with the bytes that they move per vocabulary entry of a row.
@@ -14,6 +14,14 @@ from typing import Annotated, NamedTuple
 import typer
 
 from benchmarks.harness.options import parse_choices, parse_integers
+from benchmarks.harness.random_models import (
+    LLAMA_7B,
+    LLAMA_13B,
+    LORA_RANK,
+    ModelShape,
+    empty_model,
+    step_bytes,
+)
 from benchmarks.harness.report import fixed, print_table, significant
 
 LAUNCH_US = 1.0  # from one kernel to the next in a CUDA graph; assumed, like the next two
@@ -198,6 +206,54 @@ def floor(kernels: Kernels, case: Case, gpu: Gpu) -> Floor:
     return Floor(per_entry, sum(k.launches for k in kernels), bytes_us, latency_us, *floors)
 
 
+# A decoder's step at batch 1. Launches of a layer are counted (tests/decoder/test_launches.py):
+# modules called one by one; compiled; compiled, with adapters on all products.
+EAGER, COMPILED, ADAPTED = 34, 11, 18
+REST = 10  # launches of a member outside its layers, and of the draw; assumed
+KEYS = 1024  # tokens whose keys and values are read, of all heads: these models group none
+
+
+def member(shape: ModelShape, layer: int, adapted: bool = False) -> tuple[float, int]:
+    """GB that a forward reads, and its launches; an adapted pair has two rows of keys."""
+    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    adapter = LORA_RANK * (11 * hidden + 3 * shape.intermediate_size)
+    beside = 2 * KEYS * hidden * (1 + adapted) + adapter * adapted
+    read = step_bytes([empty_model(shape)]) + 2 * layers * beside
+    return read / 1e9, layers * layer + REST
+
+
+def step_ms(members: Sequence[tuple[float, int]], streams: int, gpu: Gpu) -> float:
+    """Milliseconds: between two kernels of a stream nothing is read but by other streams."""
+    own = [read / gpu.bandwidth + launches * LAUNCH_US / 1e3 for read, launches in members]
+    parts = {1: [own], 2: [own[:1], own[1:]], 3: [own[:1], own[1:2], own[2:]]}[streams]
+    read = sum(read for read, _ in members) / gpu.bandwidth
+    return max(read, *map(sum, parts)) + REST * LAUNCH_US / 1e3
+
+
+def print_steps(name: str, gpu: Gpu) -> None:
+    """Steps of Llama 13B + 7B + 7B in bf16, on 1, 2 and 3 streams."""
+    base = member(LLAMA_13B, COMPILED)
+    ways = {
+        "base alone": [base],
+        "eager": [member(LLAMA_13B, EAGER), *[member(LLAMA_7B, EAGER)] * 2],
+        "compiled": [base, *[member(LLAMA_7B, COMPILED)] * 2],
+        "shared pair": [base, member(LLAMA_7B, ADAPTED, adapted=True)],
+    }
+    rows: list[tuple[str, Sequence[str]]] = []
+    for way, members in ways.items():
+        read, launches = map(sum, zip(*members, strict=True))
+        times = [read / gpu.bandwidth, *(step_ms(members, n, gpu) for n in (1, 2, 3))]
+        cells = (fixed(read, 1), str(launches + REST), *map(fixed, times))
+        rows.append(("", (way, *cells, fixed(times[1] / times[0]))))
+    caption = (
+        f"A model: nothing here is measured. {gpu.bandwidth:g} TB/s. Milliseconds. bytes: weights, "
+        f"keys and values of {KEYS} tokens. {LAUNCH_US:g} us from one kernel of a stream to the "
+        "next (assumed). x bytes: on 1 stream; 2 and 3 are taken to overlap wherever they can."
+    )
+    columns = ("", "GB", "launches", "bytes", "1 stream", "2", "3", "x bytes")
+    print_table(f"13B + 7B + 7B, batch 1, on {name}", columns, caption, rows)
+
+
 def main(
     gpu: Annotated[str, typer.Option(help=f"Of {','.join(GPUS)}.")] = "h100",
     batch: Annotated[str, typer.Option(help="Rows: batch sizes.")] = "1,8,64,256",
@@ -211,6 +267,7 @@ def main(
         typer.Option(min=0.001, help="TB/s of device memory, in place of the data sheet's."),
     ] = None,
     terms: Annotated[bool, typer.Option("--terms", help="Also each kernel.")] = False,
+    step: Annotated[bool, typer.Option("--step", help="A decoder's step instead.")] = False,
 ) -> None:
     """Bytes, launches and least time of ours and of the peers' algorithms. Nothing is measured.
 
@@ -225,6 +282,9 @@ def main(
     work = list(product(map(Case._make, cases), ALGORITHMS.items()))
     for name in parse_choices("--gpu", gpu, GPUS, None):
         one = GPUS[name]._replace(bandwidth=bandwidth or GPUS[name].bandwidth)
+        if step:
+            print_steps(name, one)
+            continue
         rows: list[tuple[str, Sequence[str]]] = []
         for case, (algorithm, make) in work:
             section = f"{case.kind} {case.filters}\nbf16 V={case.vocab_size:,} B={case.rows}"

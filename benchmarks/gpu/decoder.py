@@ -72,7 +72,10 @@ MODES = (
     Mode("base-only", {"roles": ("base",)}, any_batch=True),
     Mode(OURS, _SEPARATE_PAIR, any_batch=True),
     Mode("ours-shared-pair", {"pair": "shared"}, pair=SHARED, any_batch=True),
-    Mode("ours-eager", {"pair": "separate", "graphs": False}),
+    Mode("ours-2-streams", _SEPARATE_PAIR | {"streams": 2}),
+    Mode("ours-1-stream", _SEPARATE_PAIR | {"streams": 1}),
+    Mode("ours-not-compiled", _SEPARATE_PAIR | {"compile": False}),
+    Mode("ours-eager", _SEPARATE_PAIR | {"compile": False, "graphs": False}),
     *(
         Mode(f"ours-speculative-{k}", _SEPARATE_PAIR, drafts=k, any_batch=k == 4)
         for k in (1, 2, 4, 8)

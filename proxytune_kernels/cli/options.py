@@ -171,8 +171,9 @@ class DecoderOptions:
         int | None, typer.Option(help="Tokens of prompt and output together.")
     ] = None
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the models first (torch.compile).")
-    ] = False
+        bool | None,
+        typer.Option(help="Compile the models (torch.compile).", show_default="on CUDA only"),
+    ] = None
     backend: Annotated[
         str | None, typer.Option(help="Of the sampling op; see `proxytune info`.")
     ] = None

@@ -28,6 +28,13 @@ def size(name: str, value: Any) -> int:
     return value
 
 
+def streams(value: Any) -> int:
+    """CUDA streams for three roles."""
+    if isinstance(value, bool) or value not in (1, 2, 3):
+        raise ValueError(f"streams must be 1, 2 or 3, got {value!r}")
+    return int(value)
+
+
 def shortest_context(models: Mapping[str, Any]) -> tuple[int, str]:
     """Tokens that all roles can read, and what ends there, as words."""
     contexts = []

@@ -220,6 +220,7 @@ class CacheStep:
     ragged: bool = False
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict, init=False)
     _seq_lens: Tensor | None = field(default=None, init=False)
+    _zeros: Tensor | None = field(default=None, init=False)
     _arrivals: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, init=False)
 
     def update(
@@ -288,6 +289,10 @@ class CacheStep:
             self.masks[window, groups] = zeros.masked_fill_(hidden, -torch.inf)
         return self.masks[window, groups]
 
+    def take(self, seq_lens: Tensor, arrivals: Tensor) -> None:
+        """Have what :meth:`seq_lens` and :meth:`arrivals` give; compiled layers make their own."""
+        self._seq_lens, self._zeros = seq_lens, arrivals
+
     def seq_lens(self) -> Tensor:
         """int32 [B]: tokens of each row, new ones included."""
         if self._seq_lens is None:
@@ -296,6 +301,9 @@ class CacheStep:
 
     def arrivals(self, device: torch.device, count: int) -> Tensor:
         """int32 zeros, which each layer of this forward leaves as zeros: one launch for all."""
+        given = self._zeros
+        if given is not None and given.device == device and len(given) >= count:
+            return given
         if (device, count) not in self._arrivals:
             zeros = torch.zeros(count, dtype=torch.int32, device=device)
             self._arrivals[device, count] = zeros

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from proxytune_kernels.decoder.cache import SlotCache
-from proxytune_kernels.decoder.model import Forward, SlotModel, input_device, windows
+from proxytune_kernels.decoder.compiled import windows
+from proxytune_kernels.decoder.model import Forward, SlotModel, input_device
 from proxytune_kernels.trio.adapters import copy_modules
 
 if TYPE_CHECKING:

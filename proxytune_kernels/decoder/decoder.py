@@ -43,8 +43,11 @@ class Decoder:
         max_seq_len: tokens of prompt and output together, for each role; None is the shortest
             context of the roles, at most 4096. A slot's keys and values are reserved for it.
         roles: all of the trio's, or ``("base",)`` for the base alone, unsteered.
-        compile: run decoding steps through torch.compile; needs a C++ compiler, and some seconds
-            per role at the first request, or before it in :meth:`warm_up`.
+        compile: run forwards of few tokens through torch.compile, inside captured steps where there
+            are any. True does, or raises; on a CPU it needs a C++ compiler, and some seconds per
+            role at the first request, or before it in :meth:`warm_up`. False does not. None does on
+            CUDA devices, where our attention runs and no weights are moved about; what can't be
+            compiled runs as it is. :meth:`info` says which, and why.
         backend: of the sampling op; None is the fastest usable one.
         speculation: draft with the expert or from the text; None decodes token by token.
         pair: how expert and anti run. ``"shared"``: one batch over the anti's weights, with the
@@ -55,7 +58,10 @@ class Decoder:
         pack_weights: on a CPU, hold the weights of linear layers once more in the layout that its
             matrix products read fastest.
         prefill_chunk: prompt tokens of each role between two steps, at most.
-        graphs: run steps as CUDA graphs; None does on a CUDA device, unless ``compile`` is set.
+        graphs: run steps as CUDA graphs; None does on a CUDA device, unless ``compile`` is set and
+            attention is not ours.
+        streams: CUDA streams on which the roles' forwards run side by side: 3, 2 (the base, and the
+            pair) or 1.
         check: run a few tokens of each model first, and refuse one whose logits are not those of
             its own forward.
 
@@ -77,13 +83,14 @@ class Decoder:
         max_seq_len: int | None = None,
         *,
         roles: Sequence[str] | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
         backend: str | None = None,
         speculation: Speculation | None = None,
         pair: str | None = None,
         pack_weights: bool = False,
         prefill_chunk: int = 512,
         graphs: bool | None = None,
+        streams: int = 3,
         check: bool = True,
     ) -> None:
         self.trio = trio
@@ -93,8 +100,7 @@ class Decoder:
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
         self.speculation = arguments.speculation(speculation, self.roles)
         arguments.size("prefill_chunk", prefill_chunk)
-        self._compile = compile
-        self._cold = compile
+        self._cold = bool(compile)
         ahead = run_ahead(models["base"].device)
         drafts = 0 if speculation is None else speculation.max_drafts
         self._runner = Runner(
@@ -103,6 +109,7 @@ class Decoder:
             self.max_seq_len,
             pair=pair,
             compile=compile,
+            streams=arguments.streams(streams),
             pack_weights=pack_weights,
             # Steps that the host launches before it learns of an end write behind it.
             slack=drafts + ahead * (drafts + 1),
@@ -245,7 +252,7 @@ class Decoder:
             "roles": list(self.roles),
             "max_batch_size": self.max_batch_size,
             "max_seq_len": self.max_seq_len,
-            "compile": self._compile,
+            "compile": self._runner.compiled(),
             "backend": self._sampler.backend,
             "pair": self._runner.pair,
             "speculation": None if self.speculation is None else asdict(self.speculation),
@@ -267,7 +274,7 @@ class Decoder:
         reason = None
         if wanted is False:
             reason = "not asked for"
-        elif self._compile:
+        elif not self._runner.static:
             reason = "steps run through torch.compile"
         else:
             reason = self._runner.cannot_capture()

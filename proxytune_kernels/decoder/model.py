@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,17 @@ from torch.nn.functional import embedding, linear, rms_norm
 
 from proxytune_kernels.decoder.attention import ATTENTION_NAME
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache, cache_keyword
+from proxytune_kernels.decoder.compiled import (
+    CompiledForwards,
+    CompiledStep,
+    merge_products,
+    windows,
+)
+from proxytune_kernels.decoder.graphs import power_of_two
 from proxytune_kernels.trio.adapters import copy_modules
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-StepForward = Callable[[Tensor, CacheStep], Tensor]
 
 
 def check_model(role: str, model: Module) -> None:
@@ -96,6 +101,12 @@ class Forward:
         # The operators take fp32 and narrower.
         return logits.float() if logits.dtype == torch.float64 else logits
 
+    def of_step(self, token_ids: Tensor, step: CacheStep, keep: int | Tensor = 0) -> Tensor:
+        """Run tokens int64 [B, q] behind what the rows of a step hold; ``keep`` as above."""
+        return self(
+            token_ids, keep=keep, cache=step, position_ids=step.position_ids, cache_step=step
+        )
+
 
 class SlotModel:
     """A model, and the rows of a slot cache that are its own: every ``stride``-th from ``first``.
@@ -106,8 +117,10 @@ class SlotModel:
         first, stride: slot s of this model is row first + s * stride.
         rows_per_slot: 2 for expert and anti as one batch (see
             :func:`~proxytune_kernels.decoder.pair.shared.shared_pair`), whose rows alternate.
-        compile: run forwards of one token a row through torch.compile.
+        compile: None is no torch.compile; ``"step"`` has it for forwards of one token a row,
+            ``"static"`` for all of few tokens, where nothing depends on the host's lengths.
         packed: its weights are packed.
+        required: a forward that can't be compiled is an error; else it runs as it is.
     """
 
     def __init__(
@@ -118,17 +131,28 @@ class SlotModel:
         first: int = 0,
         stride: int = 1,
         rows_per_slot: int = 1,
-        compile: bool = False,
+        compile: str | None = None,
         packed: bool = False,
+        required: bool = True,
     ) -> None:
-        if not compile:
+        self.forwards: CompiledForwards | None = None
+        if compile == "static":
+            twin = copy_modules(model)
+            merge_products(twin)
+            text = model.config.get_text_config(decoder=True)
+            heads = getattr(text, "num_attention_heads", 1)
+            self.forwards = CompiledForwards(Forward(twin).of_step, heads, required)
+            cache.captured = True
+        if compile != "step":
             call_directly(model, cache.max_seq_len)
         self.model = model
         self.cache = cache
+        self._slots = len(range(first, cache.rows, stride * rows_per_slot))
         self._first, self._stride, self._rows_per_slot = first, stride, rows_per_slot
         self._logits = Forward(model)
         self._token_ids = torch.zeros((cache.rows, 1), dtype=torch.int64, device=cache.device)
-        self._compiled = CompiledStep(self._last, windows(model.config)) if compile else None
+        step = compile == "step"
+        self._compiled = CompiledStep(self._last, windows(model.config)) if step else None
         self.compiled, self.packed = compile, packed
 
     def rows(self, slots: int) -> range:
@@ -147,10 +171,16 @@ class SlotModel:
         Returns:
             Logits [B, q, V], or [2 B, q, V] where a slot has two rows.
         """
-        rows = self.rows(token_ids.shape[0])
-        width = token_ids.shape[1]
+        slots, width = token_ids.shape
+        rows = self.rows(slots)
         if self._rows_per_slot > 1:
             token_ids = token_ids.repeat_interleave(self._rows_per_slot, 0)
+        if self.forwards is not None and self.forwards.failed is None and not eager:
+            # As many rows as captured steps have: a few forwards are compiled for all.
+            padded = self.rows(min(power_of_two(slots, 1), self._slots))
+            logits = self.forwards(token_ids, padded, self.cache.step(padded, width, offset))
+            if logits is not None:
+                return logits[: len(rows)]
         if self._compiled is not None and width == 1 and not eager:
             step = self.cache.step(rows, width, offset, indexed=True)
             # Always the same tensor: a graph is compiled for kinds of tensors, too.
@@ -195,14 +225,20 @@ class SlotModel:
         return logits[:, 0]
 
     def warm_up(self) -> None:
-        """Compile all there is to compile; the slots must be empty, and are again."""
-        if self._compiled is None:
+        """Compile plain steps' forwards; the slots must be empty, and are again."""
+        if self._compiled is None and self.forwards is None:
             return
         # The layers' memory is taken before, so that no graph is made for its being absent.
         self.prefill([0], [[0]])
-        slots = len(range(self._first, self.cache.rows, self._stride * self._rows_per_slot))
+        if self._compiled is None:
+            for row in self.rows(1):
+                self.cache.release(row)
+            for slots in range(1, self._slots + 1):
+                if slots in (power_of_two(slots, 1), self._slots):
+                    self.forward(self._token_ids[:slots])
+            return
         several = self._rows_per_slot > 1
-        for lengths in self._compiled.warm_up_lengths(slots, self.cache.max_seq_len, several):
+        for lengths in self._compiled.warm_up_lengths(self._slots, self.cache.max_seq_len, several):
             rows = self.rows(len(lengths))
             for row in rows:
                 self.cache.set_length(row, lengths[0])
@@ -216,72 +252,7 @@ class SlotModel:
         return self._run(token_ids, step, 1)[:, 0]
 
     def _run(self, token_ids: Tensor, step: CacheStep, keep: int | Tensor) -> Tensor:
-        return self._logits(
-            token_ids, keep=keep, cache=step, position_ids=step.position_ids, cache_step=step
-        )
-
-
-def windows(config: Any) -> list[int | None]:
-    """The attention windows of a model's layers, each once; None is full attention."""
-    text = config.get_text_config(decoder=True)
-    window = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None) or ["sliding_attention"]
-    return list({window if kind == "sliding_attention" else None: None for kind in types})
-
-
-class CompiledStep:
-    """A role's decoding forward, compiled once for one row and once for several.
-
-    Args:
-        forward: token ids [B, 1] and the step -> logits [B, V]; its modules must not change.
-        windows: the attention windows of the model's layers; None among them for full attention.
-    """
-
-    def __init__(self, forward: StepForward, windows: Sequence[int | None]) -> None:
-        def step_forward(token_ids: Tensor, step: CacheStep) -> Tensor:
-            return forward(token_ids, step)
-
-        # torch.compile files its graphs under the code object. Roles share the code above, and a
-        # role must not even look at another's graphs: its modules are not guarded (see below).
-        step_forward.__code__ = step_forward.__code__.replace()
-        self._windows = windows
-        # Checking thousands of module attributes takes as long as a small model's forward, and the
-        # modules are the runner's own, which nobody changes.
-        guard_filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        self._compiled: StepForward = torch.compile(
-            step_forward, dynamic=False, options={"guard_filter_fn": guard_filter}
-        )
-
-    def __call__(self, token_ids: Tensor, step: CacheStep) -> Tensor:
-        """Logits [B, V] of one more token in each of the first B slots."""
-        # "Maybe": of two slots, several rows are always two.
-        torch._dynamo.maybe_mark_dynamic(step.span, 0)
-        if token_ids.shape[0] > 1:
-            # Rows that are equally long just now take the ragged rows' graph.
-            step.ragged = True
-            assert step.write_index is not None
-            for tensor in (token_ids, step.position_ids, step.positions, step.write_index):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            # The masks are built here, for all layers, rather than in each layer.
-            for window in self._windows:
-                torch._dynamo.maybe_mark_dynamic(step.mask(window), (0, 3))
-        return self._compiled(token_ids, step)
-
-    def warm_up_lengths(
-        self, max_batch_size: int, max_seq_len: int, several: bool = False
-    ) -> list[tuple[int, ...]]:
-        """Lengths of the rows, batch by batch, that meet every graph once.
-
-        ``several``: a slot has several rows, so that there is no batch of one.
-        """
-        # Unlike the number of rows: dimensions that are equal by chance are compiled as equal.
-        short = min(5, max_seq_len - 1)
-        if several:
-            return [(short,)]
-        # One row has another graph where it has outgrown a window.
-        past = [w + 1 for w in self._windows if w is not None and w + 1 < max_seq_len]
-        batch = [(short, short - 1)] if max_batch_size > 1 else []
-        return [*((length,) for length in (short, *past)), *batch]
+        return self._logits.of_step(token_ids, step, keep)
 
 
 class _DirectLinear(Linear):

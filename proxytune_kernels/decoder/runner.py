@@ -33,7 +33,7 @@ class Runner:
     Args:
         models: role -> causal LM, in the order base, expert, anti; or base alone. They are not
             changed: the runner works on copies of their modules that share every weight.
-        max_batch_size, max_seq_len, pair, compile, pack_weights: as in
+        max_batch_size, max_seq_len, pair, compile, streams, pack_weights: as in
             :class:`~proxytune_kernels.decoder.decoder.Decoder`.
         slack: places past ``max_seq_len`` for drafts that will be rolled back.
         exact: the host knows every length, as it does unless it runs ahead of the device.
@@ -50,7 +50,8 @@ class Runner:
         max_seq_len: int,
         *,
         pair: str | None = None,
-        compile: bool = False,
+        compile: bool | None = False,
+        streams: int = 3,
         pack_weights: bool = False,
         slack: int = 0,
         exact: bool = True,
@@ -59,13 +60,16 @@ class Runner:
         register_attention()
         for role, model in models.items():
             check_model(role, model)
-            if compile and any(p.device.type == "meta" for p in model.parameters()):
+            if compile and _is_offloaded(model):
                 raise ValueError(
                     f"compile must be False where weights are offloaded, as those of {role} are: "
                     f"compiled code has no place for the hooks that bring them in"
                 )
         self.device = input_device(models["base"])
         self._no_kernel: dict[str, str | None] = {}
+        kernels = {role: self._choose_kernel(role, model) for role, model in models.items()}
+        self.eager = self._why_eager(models, kernels, compile)
+        way = None if self.eager else "static" if set(kernels.values()) == {"triton"} else "step"
         # Stacked weights are neither compiled for nor packed unless asked for.
         may_batch = not compile and not pack_weights
         self.pair, trees = pair_models(models, pair, may_batch=may_batch)
@@ -82,8 +86,13 @@ class Runner:
             joint = PAIR in trees and roles != ("base",)
             key = PAIR if joint else roles
             if key not in caches:
-                caches[key] = self._cache(
-                    roles[0], models[roles[0]], max_batch_size * len(key), max_seq_len, slack, exact
+                caches[key] = SlotCache(
+                    max_batch_size * len(key),
+                    max_seq_len,
+                    input_device(models[roles[0]]),
+                    slack=slack,
+                    exact=exact,
+                    kernel=kernels[roles[0]],
                 )
             first, stride = (PAIR.index(roles[0]), 2) if joint and len(roles) == 1 else (0, 1)
             if pack_weights:
@@ -95,8 +104,9 @@ class Runner:
                 stride=stride,
                 rows_per_slot=len(roles),
                 # Beside a joint forward the expert alone only drafts, the anti alone only checks.
-                compile=compile and (key == roles or (drafts and roles == ("expert",))),
+                compile=way if key == roles or (drafts and roles == ("expert",)) else None,
                 packed=pack_weights,
+                required=bool(compile),
             )
             for role in roles:
                 self._rows[role] = (caches[key], key.index(role), len(key))
@@ -107,20 +117,45 @@ class Runner:
         }
         self._parts: dict[Roles, list[Roles]] = {}
         devices = {cache.device for cache in self._caches}
-        self._side = torch.cuda.Stream(self.device) if _one_cuda_device(devices) else None
+        # The base runs on the current stream, the others beside it.
+        self._sides: list[Any] | None = None
+        if _one_cuda_device(devices):
+            self._sides = [torch.cuda.Stream(self.device) for _ in range(streams - 1)]
 
-    def _cache(
-        self, role: str, model: Any, rows: int, max_seq_len: int, slack: int, exact: bool
-    ) -> SlotCache:
+    def _choose_kernel(self, role: str, model: Any) -> str:
         kernel, self._no_kernel[role] = choose_kernel(input_device(model), model.dtype)
-        return SlotCache(
-            rows,
-            max_seq_len,
-            input_device(model),
-            slack=slack,
-            exact=exact,
-            kernel=kernel,
-        )
+        return kernel
+
+    def _why_eager(
+        self, models: Mapping[str, Any], kernels: Mapping[str, str], wanted: bool | None
+    ) -> str | None:
+        """Why forwards are not compiled, as a sentence; None where they are."""
+        if wanted is not None:
+            return None if wanted else "not asked for"
+        if self.device.type != "cuda":
+            return f"the models are on {self.device}, where they are compiled if asked for"
+        for role, model in models.items():
+            if kernels[role] != "triton":
+                return f"{role} attends through {kernels[role]}, which is compiled if asked for"
+            if _is_offloaded(model) or any("_hf_hook" in vars(m) for m in model.modules()):
+                return f"{role} is spread over devices by hooks"
+        return None
+
+    def compiled(self) -> str:
+        """How many forwards are compiled, or why none is."""
+        if self.eager is not None:
+            return f"none: {self.eager}"
+        forwards = [m.forwards for m in self.models.values() if m.forwards is not None]
+        failed = [f.failed for f in forwards if f.failed is not None]
+        number = sum(f.count for f in forwards if f.failed is None)
+        if failed:
+            return f"{number or 'none'}: {failed[0]}"
+        return f"{number} forwards" if forwards else "plain steps"
+
+    @property
+    def static(self) -> bool:
+        """Whether all that is compiled takes everything from tensors, as captured steps must."""
+        return all(model.compiled != "step" for model in self.models.values())
 
     def parts(self, roles: Roles) -> list[Roles]:
         """How these roles run: joint forwards and single ones, the base first."""
@@ -170,17 +205,21 @@ class Runner:
         return self.parts(roles)
 
     def _side_by_side(self, run: Callable[[Roles], Tensor], parts: Sequence[Roles]) -> list[Tensor]:
-        """Run the first part on the current stream, the rest on one beside it, and join them."""
-        if self._side is None or len(parts) < 2:
+        """Run the first part on the current stream, the rest on those beside it, and join them."""
+        sides = (self._sides or [])[: len(parts) - 1]
+        if not sides:
             return [run(part) for part in parts]
         main = torch.cuda.current_stream(self.device)
-        self._side.wait_stream(main)
+        for side in sides:
+            side.wait_stream(main)
         results = [run(parts[0])]
-        with torch.cuda.stream(self._side):
-            results += [run(part) for part in parts[1:]]
-        main.wait_stream(self._side)
+        for i, part in enumerate(parts[1:]):
+            with torch.cuda.stream(sides[min(i, len(sides) - 1)]):
+                results.append(run(part))
+        for side in sides:
+            main.wait_stream(side)
         for result in results[1:] if not torch.cuda.is_current_stream_capturing() else ():
-            # Made on the side stream and read on this one: its memory must not be reused before.
+            # Made on another stream and read on this one: its memory must not be reused before.
             result.record_stream(main)
         return results
 
@@ -195,7 +234,7 @@ class Runner:
 
     def cannot_capture(self) -> str | None:
         """Why steps can't be CUDA graphs, as a sentence; None where they can be tried."""
-        if self._side is not None:
+        if self._sides is not None:
             return None
         places = dict.fromkeys(str(cache.device) for cache in self._caches)
         if all(place.startswith("cuda") for place in places):
@@ -294,6 +333,10 @@ class Runner:
     def cache_bytes(self) -> int:
         """Bytes reserved for keys and values."""
         return sum(cache.nbytes() for cache in self._caches)
+
+
+def _is_offloaded(model: Any) -> bool:
+    return any(p.device.type == "meta" for p in model.parameters())
 
 
 def _one_cuda_device(devices: set[torch.device]) -> bool:

@@ -12,14 +12,18 @@ back to the host, an output whose shape depends on values, a tensor that is made
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
 from torch.utils._pytree import tree_leaves
 
 from proxytune_kernels.decoder import Decoder, decoder
@@ -65,14 +69,26 @@ class _Recorder(TorchDispatchMode):
         self.found: dict[int, Tensor] = {}
         self._made: set[int] = set()
 
+    def whole(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+        """Run and keep what torch.compile made, as one operator: it runs under no recorder."""
+        with _disable_current_modes():
+            result = function(*arguments)
+        self._look(arguments)
+        self._made.add(_place(result))
+        self.calls.append(_Call(function, arguments, {}, [(0, result)]))
+        return result
+
+    def _look(self, tree: Any) -> None:
+        for tensor in _tensors(tree):
+            if _place(tensor) not in self._made:
+                self.found[_place(tensor)] = tensor
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         keywords = kwargs or {}
         _refuse(func, args)
-        for tensor in _tensors((args, keywords)):
-            if _place(tensor) not in self._made:
-                self.found[_place(tensor)] = tensor
+        self._look((args, keywords))
         result = func(*args, **keywords)
         got = {_place(tensor) for tensor in _tensors((args, keywords))}
         made = [
@@ -105,15 +121,40 @@ def _refuse(operator: Any, arguments: tuple[Any, ...]) -> None:
         raise RuntimeError(f"{_REFUSED}: {name} by a mask")
 
 
-class _Reads(TorchFunctionMode):
-    """Refuses to read tensors as lists and arrays."""
+@contextmanager
+def _no_reads() -> Iterator[None]:
+    """Refuses to read tensors as lists and arrays. No mode: what is compiled asks for those."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if getattr(func, "__name__", None) in _READS:
-            raise RuntimeError(f"{_REFUSED}: {func.__name__}")
-        return func(*args, **(kwargs or {}))
+    def refuse(name: str) -> Callable[..., Any]:
+        def read(*given: Any, **named: Any) -> Any:
+            raise RuntimeError(f"{_REFUSED}: {name}")
+
+        return read
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _READS:
+            patch.setattr(torch.Tensor, name, refuse(name))
+        yield
+
+
+_COMPILE = torch.compile
+
+
+def compile_with(backend: Any) -> Callable[..., Any]:
+    """A torch.compile of a quick backend, for what may run in a recorder."""
+
+    def replacement(function: Any, **options: Any) -> Any:
+        compiled: Any = _COMPILE(function, backend=backend, **options)
+
+        def call(*arguments: Any) -> Any:
+            recorder = _get_current_dispatch_mode()
+            if isinstance(recorder, _Recorder):
+                return recorder.whole(compiled, arguments)
+            return compiled(*arguments)
+
+        return call
+
+    return replacement
 
 
 class Tape(Capture):
@@ -136,7 +177,7 @@ class Tape(Capture):
 
     def record(self, step: Replay) -> Replay:
         recorder = _Recorder()
-        with _Reads(), recorder:
+        with _no_reads(), recorder:
             result = step()
         new = [t for place, t in recorder.found.items() if place not in self._found]
         if new:

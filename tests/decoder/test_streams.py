@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from proxytune_kernels.decoder import Decoder
 from proxytune_kernels.decoder.graphs import CudaCapture
 from proxytune_kernels.decoder.loop import _Pending
 from proxytune_kernels.decoder.runner import Runner
@@ -76,14 +77,26 @@ class _Result:
         self.log.append(f"{self.name} recorded on {stream.name}")
 
 
+SEPARATE = [("base",), ("expert",), ("anti",)]
+
+
 @pytest.mark.parametrize("capturing", [False, True])
-@pytest.mark.parametrize("parts", [[("base",), ("expert",), ("anti",)], [("base",), ("pair",)]])
-def test_the_pair_runs_beside_the_base(monkeypatch, capturing, parts):
+@pytest.mark.parametrize(
+    ("streams", "parts", "places"),
+    [
+        (3, SEPARATE, ["main", "side0", "side1"]),
+        (3, [("base",), ("pair",)], ["main", "side0"]),
+        (2, SEPARATE, ["main", "side0", "side0"]),
+        (1, SEPARATE, ["main", "main", "main"]),
+    ],
+)
+def test_models_run_side_by_side(monkeypatch, capturing, streams, parts, places):
     runner = Runner({"base": make("llama")}, 1, 8)
     cuda = _Cuda(monkeypatch)
     cuda.capturing = capturing
     log = cuda.log
-    monkeypatch.setattr(runner, "_side", _Stream("side", log))
+    sides = [f"side{i}" for i in range(streams - 1)]
+    monkeypatch.setattr(runner, "_sides", [_Stream(side, log) for side in sides])
 
     def run(part: tuple[str, ...]) -> Any:
         log.append(f"{'+'.join(part)} on {cuda.current.name}")
@@ -91,23 +104,42 @@ def test_the_pair_runs_beside_the_base(monkeypatch, capturing, parts):
 
     results: list[Any] = runner._side_by_side(run, parts)
     assert [result.name for result in results] == ["+".join(part) for part in parts]
-    others = [part[0] for part in parts[1:]]
-    for other in others:
-        # Its inputs are there before; what reads its logits comes after.
-        ran = log.index(f"{other} on side")
-        assert log.index("side waits for main") < ran < log.index("main waits for side")
-    # The base's work is not waited for by the pair, and runs on the stream of the rest.
-    assert log.index("side waits for main") < log.index("base on main")
-    assert log.index("base on main") < log.index("main waits for side")
-    recorded = [f"{other} recorded on main" for other in others]
+    used = sorted(set(places) - {"main"})
+    beside = list(zip(parts, places, strict=True))
+    ran = {part[0]: log.index(f"{part[0]} on {place}") for part, place in beside}
+    for part, place in beside[1:]:
+        if place == "main":
+            continue
+        # Its inputs are there before; what reads its logits comes after all that is there.
+        first, last = log.index(f"{place} waits for main"), log.index(f"main waits for {place}")
+        assert first < ran[part[0]] < last
+        # Nothing that runs beside it is waited for before: neither by it, nor by the base.
+        assert first < min(ran.values())
+        assert max(ran.values()) < last
+    assert sorted(e for e in log if "waits" in e) == sorted(
+        [*(f"{s} waits for main" for s in used), *(f"main waits for {s}" for s in used)]
+    )
+    recorded = [f"{part[0]} recorded on main" for part in parts[1:]] if used else []
     assert [entry for entry in log if "recorded" in entry] == ([] if capturing else recorded)
     assert cuda.current is cuda.main
+
+
+def test_how_many_streams(monkeypatch, trio):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr("proxytune_kernels.decoder.runner._one_cuda_device", lambda devices: True)
+    for streams in (1, 2, 3):
+        assert (
+            len(Runner({"base": make("llama")}, 1, 8, streams=streams)._sides or []) == streams - 1
+        )
+    for wrong in (0, 4, True):
+        with pytest.raises(ValueError, match=f"streams must be 1, 2 or 3, got {wrong}"):
+            Decoder(trio, streams=wrong)
 
 
 def test_one_model_needs_no_other_stream(monkeypatch):
     runner = Runner({"base": make("llama")}, 1, 8)
     cuda = _Cuda(monkeypatch)
-    monkeypatch.setattr(runner, "_side", _Stream("side", cuda.log))
+    monkeypatch.setattr(runner, "_sides", [_Stream("side", cuda.log)] * 2)
     run: Callable[[Any], Any] = lambda _: cuda.run("base")  # noqa: E731
     runner._side_by_side(run, [("base",)])
     assert cuda.log == ["base on main"]

@@ -59,6 +59,9 @@ class LoRALayer(Module):
         scaling: factor of the update.
     """
 
+    row_stride = 1
+    """Of how many rows one has the update."""
+
     bias: Parameter | None
 
     def __init__(
@@ -90,6 +93,8 @@ class LoRALayer(Module):
 
 class PairLoRALayer(LoRALayer):
     """A linear layer with an update of low rank on the rows 0, 2, 4, ..."""
+
+    row_stride = 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Result [2B, q, out] in the layer's dtype."""
