@@ -44,7 +44,7 @@ class Decoder:
         roles: all of the trio's, or ``("base",)`` for the base alone, unsteered.
         compile: run decoding steps through torch.compile; needs a C++ compiler, and some seconds
             per role at the first request, or before it in :meth:`warm_up`.
-        backend: of the sampling op; None is the fastest usable one.
+        backend: of the operators; None is the fastest usable one, for each operator its own.
         speculation: draft with the expert or from the text; None decodes token by token.
         pair: how expert and anti run. ``"shared"``: one batch over the anti's weights, with the
             expert's LoRA adapter on its rows. ``"batched"``: both models' weights stacked, which
@@ -111,7 +111,7 @@ class Decoder:
         if check:
             check_members(models, self._runner)
         self._sampler = SlotSampler(
-            self.max_batch_size, trio.vocab_size, backend, self._runner.device
+            self.max_batch_size, trio.vocab_size, backend, self._runner.device, speculation
         )
         self._graphs, self._no_graphs = self._make_graphs(graphs)
         self._controller = None if speculation is None else DraftController(speculation)
@@ -221,7 +221,8 @@ class Decoder:
             "max_batch_size": self.max_batch_size,
             "max_seq_len": self.max_seq_len,
             "compile": self._compile,
-            "backend": self._sampler.backend,
+            "backend": self._sampler.backends["sample"],
+            "verify_backend": self._sampler.backends.get("verify"),
             "pair": self._runner.pair,
             "speculation": None if self.speculation is None else asdict(self.speculation),
             "graphs": self._graphs_info(),

@@ -7,6 +7,7 @@ graph must be made for (its shapes) is rounded up, so that a few graphs serve al
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 
@@ -94,6 +95,8 @@ class StepGraphs:
         self._capture = capture
         self._max_batch_size = max_batch_size
         self._replays: dict[Hashable, Replay] = {}
+        self.tried = 0
+        """How many captures were begun."""
         self.failed: str | None = None
         """Why nothing is captured any more; None while it is."""
 
@@ -119,6 +122,7 @@ class StepGraphs:
         rows = min(power_of_two(slots, 1), self._max_batch_size)
         key = (rows, kind)
         if key not in self._replays:
+            self.tried += 1
             try:
                 self._replays[key] = self._capture(lambda: step(rows), state)
             except torch.OutOfMemoryError:
@@ -127,6 +131,12 @@ class StepGraphs:
                 self.failed = f"a step can't be captured: {' '.join(str(error).split())}"
                 return step(slots)
         return self._replays[key]().first(slots)
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
 
 
 def power_of_two(count: int, least: int) -> int:

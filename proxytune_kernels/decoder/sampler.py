@@ -10,6 +10,7 @@ from torch import Tensor
 
 from proxytune_kernels import ops
 from proxytune_kernels.decoder.request import Request
+from proxytune_kernels.decoder.speculation import Speculation
 from proxytune_kernels.ops.backends import resolve
 from proxytune_kernels.params import RowParams
 
@@ -55,15 +56,36 @@ class Needs(NamedTuple):
 
 
 class SlotSampler:
-    """Sampling parameters, position and last token of each slot."""
+    """Sampling parameters, position and last token of each slot.
+
+    Args:
+        max_batch_size: number of slots.
+        vocab_size: agreed width.
+        backend: of the operators; None is the fastest usable one, for each operator its own.
+        device: where the logits are.
+        speculation: how drafts are verified; None where there are none.
+
+    Raises:
+        RuntimeError: a backend asked for by name that lacks one of the operators.
+    """
 
     def __init__(
-        self, max_batch_size: int, vocab_size: int, backend: str | None, device: torch.device
+        self,
+        max_batch_size: int,
+        vocab_size: int,
+        backend: str | None,
+        device: torch.device,
+        speculation: Speculation | None = None,
     ) -> None:
         self.device = device
         self.token_ids = torch.zeros((max_batch_size, 1), dtype=torch.int64, device=device)
         self.vocab_size = vocab_size
-        self.backend = resolve(backend, self.token_ids, "sample", vocab_size)
+        self.backends = {"sample": resolve(backend, self.token_ids, "sample", vocab_size)}
+        if speculation is not None:
+            # Of the logits' shape: the fastest depends on how many rows there are.
+            block = self.token_ids[:, None].expand(-1, speculation.max_drafts + 1, -1)
+            rejection = speculation.mode == "rejection"
+            self.backends["verify"] = resolve(backend, block, "verify", vocab_size, rejection)
         self.params = RowParams.make(max_batch_size, device=device)
         self._first: dict[int, RowParams] = {}
         self._min_tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
@@ -113,7 +135,7 @@ class SlotSampler:
             params,
             allowed_mask=self._allowed(slots, params.position) if needs.masked else None,
             vocab_size=self.vocab_size,
-            backend=self.backend,
+            backend=self.backends["sample"],
         )
         return StepResult(
             drawn.token_ids[:, None],
@@ -142,7 +164,7 @@ class SlotSampler:
             allowed_mask=self._allowed(slots, params.position) if masked else None,
             vocab_size=self.vocab_size,
             noise_stream=noise_stream,
-            backend=self.backend,
+            backend=self.backends["sample"],
         )
         # A drafter without a token to draw must not end the round: any draft can be refused.
         return drawn.token_ids.clamp(min=0)[:, None]
@@ -180,7 +202,7 @@ class SlotSampler:
             draft_logits=draft_logits,
             allowed_mask=allowed_mask,
             vocab_size=self.vocab_size,
-            backend=self.backend,
+            backend=self.backends["verify"],
         )
         return StepResult(
             verified.token_ids,

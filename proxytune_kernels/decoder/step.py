@@ -7,12 +7,12 @@ which drafts may count. So a step can be captured once and replayed (see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from proxytune_kernels.decoder.graphs import StepGraphs
+from proxytune_kernels.decoder.graphs import StepGraphs, compiled_graphs
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import Needs, SlotSampler, StepResult
@@ -34,6 +34,13 @@ class Stepper:
         self.speculation = speculation
         self.graphs = graphs
         self.roles = tuple(runner.active)
+        self.cold = False
+        """Whether the last step was the first of its kind, or was captured or compiled as it ran.
+
+        Kernels are compiled and libraries plan at their first calls: what such a step took, the
+        next ones will not take.
+        """
+        self._seen: set[Hashable] = set()
         slots, capacity = sampler.token_ids.shape[0], runner.capacity
         # Up to how many output tokens a slot may draft: 0 for one that can't have drafts.
         self._draft_until = torch.zeros(slots, dtype=torch.int64, device=runner.device)
@@ -94,9 +101,18 @@ class Stepper:
                 return self._round(rows, roles, drafts, needs)
             return self._plain(rows, roles, needs)
 
+        kind, before = (roles, drafts, needs), self._preparations()
         if self.graphs is None:
-            return step(slots)
-        return self.graphs.run(slots, (roles, drafts, needs), step, self.state())
+            result = step(slots)
+        else:
+            result = self.graphs.run(slots, kind, step, self.state())
+        self.cold = (slots, kind) not in self._seen or self._preparations() != before
+        self._seen.add((slots, kind))
+        return result
+
+    def _preparations(self) -> tuple[int, int]:
+        """How many captures were tried, and how many graphs torch.compile has made here."""
+        return 0 if self.graphs is None else self.graphs.tried, compiled_graphs()
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to an empty slot."""

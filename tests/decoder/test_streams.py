@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from proxytune_kernels.decoder.graphs import CudaCapture
-from proxytune_kernels.decoder.loop import _Pending
+from proxytune_kernels.decoder.loop import _moment, _Pending
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import StepResult
 from tests.decoder.test_runner import make
@@ -171,16 +171,27 @@ def test_a_result_is_read_when_it_is_there(monkeypatch):
     log: list[str] = []
 
     class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
         def record(self, stream: str) -> None:
             log.append(f"recorded on {stream}")
 
         def synchronize(self) -> None:
             log.append("waited for")
 
+        def elapsed_time(self, end: Any) -> float:
+            assert end is not self
+            return 1500.0
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     column: Any = _OnDevice(log)
-    pending = _Pending([], StepResult(column, column, column, column), 0, 0.0)
-    assert log == [*["copied"] * 4, "recorded on stream of cuda:1"]
+    launched = _moment(torch.device("cuda", 1))
+    pending = _Pending([], StepResult(column, column, column, column), 0, launched)
+    recorded = "recorded on stream of cuda:1"
+    assert log == [recorded, *["copied"] * 4, recorded]
     assert pending.lists()[0] == [[3]]
     assert log[-1] == "waited for"
+    # By the device's clock: what ran before the step, and how long the host took, don't count.
+    assert pending.seconds() == 1.5
