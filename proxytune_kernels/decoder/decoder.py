@@ -114,10 +114,12 @@ class Decoder:
             self.max_batch_size, trio.vocab_size, backend, self._runner.device, speculation
         )
         self._graphs, self._no_graphs = self._make_graphs(graphs)
-        self._controller = None if speculation is None else DraftController(speculation)
-        stepper = Stepper(self._runner, self._sampler, speculation, self._graphs)
+        self._controller = None
+        if speculation is not None:
+            self._controller = DraftController(speculation, captured=self._graphs is not None)
+        self._stepper = Stepper(self._runner, self._sampler, speculation, self._graphs)
         self._loop = DecodingLoop(
-            stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
+            self._stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
         )
         self._requests: dict[int, Request] = {}
         self._queues: dict[int, deque[StreamEvent]] = {}
@@ -209,7 +211,19 @@ class Decoder:
                 self._remove(request)
 
     def warm_up(self) -> None:
-        """With ``compile=True``: compile now, so that no request waits for it; else nothing."""
+        """Compile and capture now what most requests need, so that none waits for it.
+
+        With ``compile=True`` steps are compiled, as the first request would do. Where steps are
+        captured (see ``graphs``) this captures them for each power of two of slots and each number
+        of drafts, with a progress bar on a terminal; without it each is captured when it comes.
+        Meanwhile a thread of this process that waits for the device gets an error.
+        """
+        with self._turn():
+            self._compile_steps()
+            sizes = [0] if self._controller is None else self._controller.sizes
+            self._stepper.warm_up(sizes)
+
+    def _compile_steps(self) -> None:
         if self._cold:
             self._runner.warm_up()
             self._cold = False
@@ -256,9 +270,7 @@ class Decoder:
         return None, reason
 
     def _graphs_info(self) -> str:
-        if self._graphs is not None and self._graphs.failed is None:
-            return f"{self._graphs.count} captured"
-        return f"none: {self._no_graphs if self._graphs is None else self._graphs.failed}"
+        return f"none: {self._no_graphs}" if self._graphs is None else self._graphs.info()
 
     def _make_requests(
         self, prompts: Any, params: SamplingParams | Sequence[SamplingParams] | None
@@ -293,7 +305,7 @@ class Decoder:
 
     def _add(self, requests: Sequence[Request], queue: deque[StreamEvent]) -> None:
         """Put requests into the loop; their events go into ``queue``."""
-        self.warm_up()
+        self._compile_steps()
         for request in requests:
             self._requests[request.request_id] = request
             self._queues[request.request_id] = queue

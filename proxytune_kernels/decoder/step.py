@@ -8,6 +8,7 @@ which drafts may count. So a step can be captured once and replayed (see
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -96,12 +97,8 @@ class Stepper:
             B = ``slots`` rows; those whose slot is not running hold nothing of meaning.
         """
 
-        def step(rows: int) -> StepResult:
-            if drafts:
-                return self._round(rows, roles, drafts, needs)
-            return self._plain(rows, roles, needs)
-
         kind, before = (roles, drafts, needs), self._preparations()
+        step = partial(self._step, *kind)
         if self.graphs is None:
             result = step(slots)
         else:
@@ -113,6 +110,22 @@ class Stepper:
     def _preparations(self) -> tuple[int, int]:
         """How many captures were tried, and how many graphs torch.compile has made here."""
         return 0 if self.graphs is None else self.graphs.tried, compiled_graphs()
+
+    @torch.inference_mode()
+    def warm_up(self, draft_sizes: Sequence[int]) -> None:
+        """Capture the steps that most requests need, with a progress bar on a terminal.
+
+        Those of requests that are not steered, or may not stop yet, are captured when they come.
+        """
+        if self.graphs is None:
+            return
+        from tqdm import tqdm  # with transformers
+
+        needs = Needs.of([])
+        wanted = [(rows, drafts) for rows in self.graphs.sizes for drafts in draft_sizes]
+        for rows, drafts in tqdm(wanted, "Capturing steps", unit="graph", disable=None):
+            kind = (self.roles, drafts, needs)
+            self.graphs.prepare(rows, kind, partial(self._step, *kind), self.state())
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to an empty slot."""
@@ -126,6 +139,11 @@ class Stepper:
         """What a step changes beside keys and values."""
         history = [] if self._history is None else self._history.state()
         return [*self.runner.state(), *self.sampler.state(), *history]
+
+    def _step(self, roles: tuple[str, ...], drafts: int, needs: Needs, rows: int) -> StepResult:
+        if drafts:
+            return self._round(rows, roles, drafts, needs)
+        return self._plain(rows, roles, needs)
 
     def _plain(self, rows: int, roles: tuple[str, ...], needs: Needs) -> StepResult:
         logits = self.runner.forward(roles, self.sampler.token_ids[:rows])

@@ -39,6 +39,7 @@ _MADE_ON_THE_HOST = {"lift", "lift_fresh", "lift_fresh_copy"}
 _BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # Reads of a CPU tensor's memory that go through no operator.
 _READS = {"__array__", "numpy", "tolist"}
+_WAITS = "called a synchronizing CUDA operation"
 _REFUSED = "operation not permitted when stream is capturing"
 
 
@@ -57,10 +58,14 @@ class _Call:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the operators that run, and the storages that were there before them."""
+    """Keeps the operators that run, and the storages that were there before them.
 
-    def __init__(self) -> None:
+    ``refusal``: of the operators that wait; None lets them run.
+    """
+
+    def __init__(self, refusal: str | None = _REFUSED) -> None:
         super().__init__()
+        self._refusal = refusal
         self.calls: list[_Call] = []
         self.found: dict[int, Tensor] = {}
         self._made: set[int] = set()
@@ -69,7 +74,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         keywords = kwargs or {}
-        _refuse(func, args)
+        if self._refusal is not None:
+            _refuse(func, args, self._refusal)
         for tensor in _tensors((args, keywords)):
             if _place(tensor) not in self._made:
                 self.found[_place(tensor)] = tensor
@@ -94,25 +100,29 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _refuse(operator: Any, arguments: tuple[Any, ...]) -> None:
+def _refuse(operator: Any, arguments: tuple[Any, ...], refusal: str) -> None:
     name = operator._schema.name.split("::")[1]
     full = f"{name}.{operator._overloadname}"
     if name in _WAITING or full in _WAITING:
-        raise RuntimeError(f"{_REFUSED}: {name}")
+        raise RuntimeError(f"{refusal}: {name}")
     if name in _MADE_ON_THE_HOST:
-        raise RuntimeError(f"{_REFUSED}: a copy of memory that is not pinned")
+        raise RuntimeError(f"{refusal}: a copy of memory that is not pinned")
     if name in _BY_INDEX and any(t.dtype == torch.bool for t in _tensors(arguments[1])):
-        raise RuntimeError(f"{_REFUSED}: {name} by a mask")
+        raise RuntimeError(f"{refusal}: {name} by a mask")
 
 
 class _Reads(TorchFunctionMode):
     """Refuses to read tensors as lists and arrays."""
 
+    def __init__(self, refusal: str = _REFUSED) -> None:
+        super().__init__()
+        self._refusal = refusal
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if getattr(func, "__name__", None) in _READS:
-            raise RuntimeError(f"{_REFUSED}: {func.__name__}")
+            raise RuntimeError(f"{self._refusal}: {func.__name__}")
         return func(*args, **(kwargs or {}))
 
 
@@ -124,17 +134,21 @@ class Tape(Capture):
     """
 
     def __init__(self) -> None:
-        self.replays = 0
+        self.replays = self.records = 0
         self._found: dict[int, Tensor] = {}
 
     def warm_up(self, step: Replay) -> None:
+        step()
+
+    def rehearse(self, step: Replay) -> None:
         # A step may make what it keeps at its first run; from then on it must find it there.
-        recorder = _Recorder()
-        with recorder:
+        recorder = _Recorder(_WAITS)
+        with _Reads(_WAITS), recorder:
             step()
         self._found = recorder.found
 
     def record(self, step: Replay) -> Replay:
+        self.records += 1
         recorder = _Recorder()
         with _Reads(), recorder:
             result = step()
