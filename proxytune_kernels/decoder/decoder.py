@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from proxytune_kernels.decoder import arguments
+from proxytune_kernels.decoder import arguments, memory
 from proxytune_kernels.decoder.check import check_members
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
@@ -38,9 +38,11 @@ class Decoder:
 
     Args:
         trio: the models; they are not changed.
-        max_batch_size: requests that run at the same time.
+        max_batch_size: requests that run at the same time. None takes what fits into the memory
+            that is free, up to 256 on CUDA and 16 elsewhere.
         max_seq_len: tokens of prompt and output together, for each role; None is the shortest
-            context of the roles, at most 4096. A slot's keys and values are reserved for it.
+            context of the roles, at most 4096. A slot's keys and values are reserved for it as the
+            decoder is made, and may take nine tenths of what is free.
         roles: all of the trio's, or ``("base",)`` for the base alone, unsteered.
         compile: run decoding steps through torch.compile; needs a C++ compiler, and some seconds
             per role at the first request, or before it in :meth:`warm_up`.
@@ -59,7 +61,8 @@ class Decoder:
             its own forward.
 
     Raises:
-        ValueError: names the argument, what it got and what it wanted.
+        ValueError: names the argument, what it got and what it wanted; keys and values that don't
+            fit, with the bytes and the ``max_batch_size`` that fits.
         RuntimeError: a backend asked for by name that can't run here.
 
     Example:
@@ -72,7 +75,7 @@ class Decoder:
     def __init__(
         self,
         trio: Trio,
-        max_batch_size: int = 16,
+        max_batch_size: int | None = 16,
         max_seq_len: int | None = None,
         *,
         roles: Sequence[str] | None = None,
@@ -87,7 +90,8 @@ class Decoder:
     ) -> None:
         self.trio = trio
         self.roles = arguments.roles(trio, roles)
-        self.max_batch_size = arguments.size("max_batch_size", max_batch_size)
+        if max_batch_size is not None:
+            arguments.size("max_batch_size", max_batch_size)
         models = {role: trio.models[role] for role in self.roles}
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
         self.speculation = arguments.speculation(speculation, self.roles)
@@ -96,6 +100,13 @@ class Decoder:
         self._cold = compile
         ahead = run_ahead(models["base"].device)
         drafts = 0 if speculation is None else speculation.max_drafts
+        # Steps that the host launches before it learns of an end write behind it.
+        slack = drafts + ahead * (drafts + 1)
+        layers = {role: memory.layers_of(model) for role, model in models.items()}
+        known = {role: found for role, found in layers.items() if found is not None}
+        self.max_batch_size = memory.slots(
+            models, known, max_batch_size, self.max_seq_len, slack, pair
+        )
         self._runner = Runner(
             models,
             self.max_batch_size,
@@ -103,11 +114,12 @@ class Decoder:
             pair=pair,
             compile=compile,
             pack_weights=pack_weights,
-            # Steps that the host launches before it learns of an end write behind it.
-            slack=drafts + ahead * (drafts + 1),
+            slack=slack,
             exact=not ahead or speculation is None,
             drafts=speculation is not None and speculation.drafter == "expert",
         )
+        if len(known) == len(models):
+            self._runner.reserve(known)
         if check:
             check_members(models, self._runner)
         self._sampler = SlotSampler(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proxytune_kernels.decoder import packing
 from proxytune_kernels.decoder.attention import choose_kernel, register_attention
-from proxytune_kernels.decoder.cache import SlotCache
+from proxytune_kernels.decoder.cache import Layer, SlotCache
 from proxytune_kernels.decoder.model import (
     SlotModel,
     check_model,
@@ -121,6 +121,13 @@ class Runner:
             exact=exact,
             kernel=kernel,
         )
+
+    @torch.inference_mode()
+    def reserve(self, layers: Mapping[str, Sequence[Layer]]) -> None:
+        """Take the memory of keys and values, for the layers of each role."""
+        for role, (cache, first, _) in self._rows.items():
+            if first == 0:
+                cache.reserve(layers[role])
 
     def parts(self, roles: Roles) -> list[Roles]:
         """How these roles run: joint forwards and single ones, the base first."""
@@ -249,17 +256,16 @@ class Runner:
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Move a slot's content to an empty slot."""
-        for role, (cache, first, stride) in self._rows.items():
-            cache.move(first + source * stride, first + target * stride)
-            self.active[role][target] = self.active[role][source]
-            self.active[role][source] = 0
+        for cache in self._caches:
+            rows = cache.rows // self.slots
+            cache.move(source * rows, target * rows, rows)
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Empty a slot."""
-        for role, (cache, first, stride) in self._rows.items():
-            cache.release(first + slot * stride)
-            self.active[role][slot] = 0
+        for cache in self._caches:
+            rows = cache.rows // self.slots
+            cache.release(slot * rows, rows)
 
     @torch.inference_mode()
     def reset(self) -> None:

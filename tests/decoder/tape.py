@@ -166,6 +166,14 @@ class Tape(Capture):
         return replay
 
 
+def mutations(run: Callable[[], object]) -> list[str]:
+    """The operators that write: on a GPU each is a launch."""
+    recorder = _Recorder(None)
+    with recorder:
+        run()
+    return [call.operator.__name__ for call in recorder.calls]
+
+
 def make_decoder(
     monkeypatch: pytest.MonkeyPatch, trio: Trio, max_batch_size: int, *,
     taped: bool = False, ahead: int = 0, **options: Any,
