@@ -110,14 +110,13 @@ class SlotCache:
         # A model with a table of positions has none for drafts past the end.
         self._position_ids = self._span.clamp(max=max_seq_len - 1) if slack else self._span
 
-    def fresh_step(self, rows: Sequence[int], width: int) -> CacheStep:
-        """The forward that fills empty ``rows`` with up to ``width`` tokens each.
+    def fresh_step(self, rows: Tensor, width: int) -> CacheStep:
+        """The forward that fills empty ``rows``, int64 [B], with up to ``width`` tokens each.
 
         A shorter prompt is padded at its end: what comes behind a row's length does not exist.
         """
         positions = self._span[:width].expand(len(rows), -1)
-        starts = self._starts[torch.tensor(rows, device=self.device)]
-        write_index = (starts[:, None] + positions).flatten()
+        write_index = (self._starts.index_select(0, rows)[:, None] + positions).flatten()
         return CacheStep(
             self, positions, positions, write_index, self._span[:width], first_row=0, fresh=True
         )
@@ -170,10 +169,19 @@ class SlotCache:
         moved = self.active[:rows]
         self.device_lengths[:rows].add_(moved if counts is None else moved * counts)
 
-    def set_length(self, row: int, length: int) -> None:
-        """Set a row's length, on the host and on the device."""
-        self.lengths[row] = length
-        self.device_lengths[row] = length
+    def set_lengths(
+        self, rows: Sequence[int], lengths: Sequence[int], on_device: tuple[Tensor, Tensor]
+    ) -> None:
+        """Set rows' lengths, on the host and, by the same numbers int64 [B] there, on the device."""
+        for row, length in zip(rows, lengths, strict=True):
+            self.lengths[row] = length
+        self.device_lengths.index_copy_(0, *on_device)
+
+    def extend(self, rows: range, count: int) -> None:
+        """Make rows longer by ``count``, on the host and on the device."""
+        for row in rows:
+            self.lengths[row] += count
+        self.device_lengths[rows.start : rows.stop : rows.step].add_(count)
 
     def move(self, source: int, target: int, rows: int = 1) -> None:
         """Move the tokens of neighbouring rows, and whether they run, to as many empty rows."""

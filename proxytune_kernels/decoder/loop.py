@@ -220,11 +220,8 @@ class DecodingLoop:
             self._stepper.move(source, target)
         # After a chunk comes a step: running requests wait for one chunk at most.
         self._started = not self._started and self._prefill()
-        if self._started:
-            # Their first tokens are handed out before the next step is taken.
-            left = 0
-        else:
-            left = self._run_ahead if self._launch() else 0
+        # Prompts, too, are on their way while the next step is launched.
+        left = self._run_ahead if self._started or self._launch() else 0
         while len(self._pending) > left:
             yield from self._take(self._pending.popleft())
 

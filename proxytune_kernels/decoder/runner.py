@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune_kernels.decoder import packing
+from proxytune_kernels.decoder import packing, transfer
 from proxytune_kernels.decoder.attention import choose_kernel, register_attention
 from proxytune_kernels.decoder.cache import Layer, SlotCache
 from proxytune_kernels.decoder.model import (
@@ -161,13 +161,29 @@ class Runner:
             prompts: per role B prompts; those of two roles may differ.
         """
         parts = self._parts_of(prompts)
-        return self._run(parts, lambda part: self.models[part].prefill(slots, prompts[part[0]]))
+        sent = self._send(parts, lambda p: self.models[p].prompt_numbers(slots, prompts[p[0]]))
+        return self._run(parts, lambda p: self.models[p].prefill(slots, prompts[p[0]], sent[p]))
 
     @torch.inference_mode()
     def extend(self, slot: int, prompts: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Run parts of prompts behind what a slot holds; per role the logits [1, V] after them."""
         parts = self._parts_of(prompts)
-        return self._run(parts, lambda part: self.models[part].extend(slot, prompts[part[0]]))
+        sent = self._send(parts, lambda p: [torch.tensor([prompts[p[0]]])])
+        return self._run(parts, lambda p: self.models[p].extend(slot, prompts[p[0]], sent[p]))
+
+    def _send(
+        self, parts: Sequence[Roles], make: Callable[[Roles], list[Tensor]]
+    ) -> dict[Roles, list[Tensor]]:
+        """What each part needs, on its device: one copy to each device."""
+        sent: dict[Roles, list[Tensor]] = {part: [] for part in parts}
+        devices = {part: self.models[part].cache.device for part in parts}
+        for device in dict.fromkeys(devices.values()):
+            made = {part: make(part) for part in parts if devices[part] == device}
+            whose = [part for part, tensors in made.items() for _ in tensors]
+            there = transfer.to_device(lambda: [x for m in made.values() for x in m], device)
+            for part, tensor in zip(whose, there, strict=True):
+                sent[part].append(tensor)
+        return sent
 
     def _parts_of(self, prompts: Mapping[str, Any]) -> list[Roles]:
         """As :meth:`parts`; roles with different prompts run apart."""
@@ -224,10 +240,10 @@ class Runner:
             found[role] = kernel
         return found
 
-    def start(self, slot: int, roles: Sequence[str]) -> None:
-        """Let a slot's lengths move on in these roles."""
+    def start(self, slots: Tensor, roles: Sequence[str]) -> None:
+        """Let the lengths of slots, int64 [B], move on in these roles."""
         for role in roles:
-            self.active[role][slot] = 1
+            self.active[role].index_fill_(0, slots, 1)
 
     def advance(self, slots: int, counts: Tensor | None) -> None:
         """Move the first slots' lengths on by ``counts``, int64 [B], on the device; None is by 1.

@@ -284,16 +284,25 @@ class History:
         self.lengths = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         self._span = torch.arange(capacity, device=device)
 
-    def start(self, slot: int, token_ids: list[int]) -> None:
-        """Begin with a prompt and the first output token."""
-        self.token_ids[slot] = -1
-        self.token_ids[slot, : len(token_ids)] = torch.tensor(token_ids).to(self.token_ids.device)
-        self.lengths[slot] = len(token_ids)
+    @staticmethod
+    def numbers(prompts: Sequence[list[int]]) -> list[Tensor]:
+        """What :meth:`start` wants of its device, on the host: tokens [n, q] and lengths [n]."""
+        width = max(map(len, prompts), default=0)
+        padded = [[*prompt, *[-1] * (width - len(prompt))] for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
+        return [torch.tensor(x, dtype=torch.int64) for x in (padded, lengths)]
+
+    def start(self, slots: Tensor, token_ids: Tensor, lengths: Tensor, first: Tensor) -> None:
+        """Begin in slots [n] with prompts (:meth:`numbers`) and the first output tokens [n]."""
+        self.token_ids.index_fill_(0, slots, -1)
+        self.token_ids[:, : token_ids.shape[1]].index_copy_(0, slots, token_ids)
+        self.token_ids.index_put_((slots, lengths), first)
+        self.lengths.index_copy_(0, slots, lengths + 1)
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to another."""
-        self.token_ids[target] = self.token_ids[source]
-        self.lengths[target] = self.lengths[source]
+        self.token_ids[target].copy_(self.token_ids[source])
+        self.lengths[target].copy_(self.lengths[source])
 
     def state(self) -> list[Tensor]:
         """What a step changes; a text past its length is never read."""

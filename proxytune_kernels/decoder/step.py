@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from proxytune_kernels.decoder import transfer
 from proxytune_kernels.decoder.graphs import StepGraphs, compiled_graphs
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
@@ -57,22 +58,30 @@ class Stepper:
 
     @torch.inference_mode()
     def prefill(self, requests: Sequence[Request], logits: dict[str, Tensor]) -> StepResult:
-        """Draw the first tokens of requests whose prompts are in their slots."""
-        slots = [request.slot for request in requests if request.slot is not None]
-        for request in requests:
-            self.sampler.start(request)
-        index = torch.tensor(slots, device=self.runner.device)
-        result = self.sampler.draw(index, logits, Needs.of(requests))
+        """Draw the first tokens of requests whose prompts are in their slots, all in the same roles.
+
+        Their numbers go to the device in one copy.
+        """
+
+
+        def numbers() -> list[Tensor]:
+            until = [r.params.max_tokens if self.can_draft(r) else 0 for r in requests]
+            prompts = [r.prompt_token_ids["base"] for r in requests] if self._history else []
+            return [
+                torch.tensor([request.slot for request in requests]),
+                torch.tensor(until),
+                *self.sampler.numbers(requests),
+                *History.numbers(prompts),
+            ]
+
+        slots, until, *sent = transfer.to_device(numbers, self.runner.device)
+        self.sampler.start(slots, *sent[:4])
+        result = self.sampler.draw(slots, logits, Needs.of(requests))
         self.sampler.take_first(slots, result)
-        for request, slot in zip(requests, slots, strict=True):
-            self.runner.start(slot, request.roles)
-            self._draft_until[slot] = request.params.max_tokens if self.can_draft(request) else 0
+        self.runner.start(slots, requests[0].roles)
+        self._draft_until.index_copy_(0, slots, until)
         if self._history is not None:
-            first = result.token_ids.clamp(min=0)
-            for row, (request, slot) in enumerate(zip(requests, slots, strict=True)):
-                self._history.start(slot, request.prompt_token_ids["base"])
-                self._history.token_ids[slot, self._history.lengths[slot]] = first[row, 0]
-                self._history.lengths[slot] += 1
+            self._history.start(slots, *sent[4:], result.token_ids[:, 0].clamp(min=0))
         return result
 
     def at_hand(self, slots: int, drafts: int) -> int:
@@ -131,7 +140,7 @@ class Stepper:
         """Move what a slot holds to an empty slot."""
         self.runner.move(source, target)
         self.sampler.move(source, target)
-        self._draft_until[target] = self._draft_until[source]
+        self._draft_until[target].copy_(self._draft_until[source])
         if self._history is not None:
             self._history.move(source, target)
 

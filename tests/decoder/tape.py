@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from proxytune_kernels.decoder import Decoder, decoder
+from proxytune_kernels.decoder import Decoder, decoder, transfer
 from proxytune_kernels.decoder.graphs import Capture, Replay
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import StepResult
@@ -38,7 +38,7 @@ _WAITING = set(
 _MADE_ON_THE_HOST = {"lift", "lift_fresh", "lift_fresh_copy"}
 _BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # Reads of a CPU tensor's memory that go through no operator.
-_READS = {"__array__", "numpy", "tolist"}
+_READS = {"__array__", "cpu", "numpy", "tolist"}
 _WAITS = "called a synchronizing CUDA operation"
 _REFUSED = "operation not permitted when stream is capturing"
 
@@ -121,7 +121,7 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if getattr(func, "__name__", None) in _READS:
+        if getattr(func, "__name__", None) in _READS or (func is Tensor.to and "cpu" in args):
             raise RuntimeError(f"{self._refusal}: {func.__name__}")
         return func(*args, **(kwargs or {}))
 
@@ -172,6 +172,45 @@ def mutations(run: Callable[[], object]) -> list[str]:
     with recorder:
         run()
     return [call.operator.__name__ for call in recorder.calls]
+
+
+class NeverWaits:
+    """Runs functions of a decoder as a GPU would: they may send numbers, and wait for nothing.
+
+    What :func:`~proxytune_kernels.decoder.transfer.to_device` makes and sends is counted; a tensor
+    that is made on the host elsewhere, or read there, is refused.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[tuple[str, int]] = []
+        """Each function's name, and how many copies it sent."""
+        self._monkeypatch = monkeypatch
+        self._recorder = _Recorder(_WAITS)
+        self._sent = 0
+        send = transfer.to_device
+
+        def to_device(make: Any, device: torch.device) -> list[Tensor]:
+            self._sent += 1
+            refusal, self._recorder._refusal = self._recorder._refusal, None
+            try:
+                return send(make, device)
+            finally:
+                self._recorder._refusal = refusal
+
+        monkeypatch.setattr(transfer, "to_device", to_device)
+
+    def watch(self, owner: type, name: str) -> None:
+        """Refuse what waits in a method."""
+        method = getattr(owner, name)
+
+        def watched(*arguments: Any) -> Any:
+            before = self._sent
+            with _Reads(_WAITS), self._recorder:
+                result = method(*arguments)
+            self.runs.append((name, self._sent - before))
+            return result
+
+        self._monkeypatch.setattr(owner, name, watched)
 
 
 def make_decoder(
