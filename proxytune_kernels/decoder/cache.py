@@ -172,7 +172,7 @@ class SlotCache:
     def set_lengths(
         self, rows: Sequence[int], lengths: Sequence[int], on_device: tuple[Tensor, Tensor]
     ) -> None:
-        """Set rows' lengths, on the host and, by the same numbers int64 [B] there, on the device."""
+        """Set rows' lengths: on the host, and on the device by the same numbers, int64 [B] each."""
         for row, length in zip(rows, lengths, strict=True):
             self.lengths[row] = length
         self.device_lengths.index_copy_(0, *on_device)

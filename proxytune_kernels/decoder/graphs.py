@@ -4,8 +4,8 @@ A graph replays the kernels of one step on the addresses it was captured with. W
 step to step (tokens, lengths, parameters, which slots run) lies in tensors at fixed places; what a
 graph must be made for (its shapes) is rounded up, so that a few graphs serve all steps.
 
-A step that waits for the device can't be captured, and a capture that fails leaves torch's allocator
-(2.11) unable to free memory. So a step is run first where waiting is an error, and only then captured.
+A step that waits for the device can't be captured, and a capture that fails leaves the allocator of
+torch 2.11 unable to free memory. So a step is run first where waiting is an error, then captured.
 """
 
 from __future__ import annotations

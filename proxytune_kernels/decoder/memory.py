@@ -19,7 +19,7 @@ _SHARE = 0.9
 """Of what is free, keys and values may take this much; activations, logits and captured steps need
 the rest."""
 _MOST_SLOTS, _FEWER_SLOTS = 256, 16
-"""``max_batch_size=None`` takes no more, on CUDA and elsewhere: a step of more rows takes longer."""
+"""``max_batch_size=None`` takes no more, on CUDA and elsewhere: steps of more rows take longer."""
 
 
 def layers_of(model: Any) -> list[Layer] | None:
@@ -44,9 +44,10 @@ def layers_of(model: Any) -> list[Layer] | None:
         raise
     except Exception:
         return None  # what is wrong with it, the check will say
-    if any(layer.keys is None or layer.values is None for layer in cache.layers):
+    written: list[Any] = list(cache.layers)
+    if any(getattr(layer, "values", None) is None for layer in written):
         return None
-    seen = [(Part.of(layer.keys), Part.of(layer.values)) for layer in cache.layers]
+    seen = [(Part.of(layer.keys), Part.of(layer.values)) for layer in written]
     if depth is None:
         return seen
     # As many as ran; a model that is being trained, or shares keys, has others.
@@ -67,7 +68,8 @@ def slots(
         models: role -> causal LM, in place.
         layers: of each role, see :func:`layers_of`.
         wanted: ``max_batch_size``.
-        max_seq_len, slack: tokens of a row, see :class:`~proxytune_kernels.decoder.cache.SlotCache`.
+        max_seq_len, slack: tokens of a row, as :class:`~proxytune_kernels.decoder.cache.SlotCache`
+            takes them.
         pair: ``"batched"`` copies the pair's weights.
 
     Raises:
@@ -101,7 +103,9 @@ def slots(
                 f"max_batch_size must be at most {most}, got {wanted}: {what} "
                 f"(None takes what fits; a shorter max_seq_len lets more fit)"
             )
-        raise ValueError(f"max_seq_len must be so short that a slot fits, got {max_seq_len}: {what}")
+        raise ValueError(
+            f"max_seq_len must be so short that a slot fits, got {max_seq_len}: {what}"
+        )
     return fit
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,14 +176,14 @@ class Runner:
         self, parts: Sequence[Roles], make: Callable[[Roles], list[Tensor]]
     ) -> dict[Roles, list[Tensor]]:
         """What each part needs, on its device: one copy to each device."""
-        sent: dict[Roles, list[Tensor]] = {part: [] for part in parts}
-        devices = {part: self.models[part].cache.device for part in parts}
-        for device in dict.fromkeys(devices.values()):
-            made = {part: make(part) for part in parts if devices[part] == device}
-            whose = [part for part, tensors in made.items() for _ in tensors]
-            there = transfer.to_device(lambda: [x for m in made.values() for x in m], device)
-            for part, tensor in zip(whose, there, strict=True):
-                sent[part].append(tensor)
+        by_device: dict[torch.device, list[Roles]] = {}
+        for part in parts:
+            by_device.setdefault(self.models[part].cache.device, []).append(part)
+        sent: dict[Roles, list[Tensor]] = {}
+        for device, there in by_device.items():
+            tensors = transfer.to_device(partial(_made, make, there), device)
+            each = len(tensors) // len(there)
+            sent |= {part: tensors[i * each : (i + 1) * each] for i, part in enumerate(there)}
         return sent
 
     def _parts_of(self, prompts: Mapping[str, Any]) -> list[Roles]:
@@ -316,6 +317,10 @@ class Runner:
     def cache_bytes(self) -> int:
         """Bytes reserved for keys and values."""
         return sum(cache.nbytes() for cache in self._caches)
+
+
+def _made(make: Callable[[Roles], list[Tensor]], parts: Sequence[Roles]) -> list[Tensor]:
+    return [tensor for part in parts for tensor in make(part)]
 
 
 def _one_cuda_device(devices: set[torch.device]) -> bool:

@@ -85,14 +85,11 @@ class SlotSampler:
         self._narrow = torch.zeros((6, room), dtype=torch.int32, device=device)
         seed, position, self._min_tokens, last = self._wide[:, :max_batch_size]
         self.token_ids = last[:, None]
-        self.params = RowParams(
-            *(
-                self._narrow[i, :max_batch_size].view(ROW_FIELDS[name].dtype)
-                for i, name in enumerate(RowParams._fields[:6])
-            ),
-            seed=seed,
-            position=position,
-        )
+        narrow: list[Any] = [
+            column[:max_batch_size].view(ROW_FIELDS[name].dtype)
+            for name, column in zip(RowParams._fields, self._narrow, strict=False)
+        ]
+        self.params = RowParams(*narrow, seed, position)
         for column, value in zip(self.params, RowParams.make(1), strict=True):
             column.fill_(value[0])
         self.vocab_size = vocab_size

@@ -58,15 +58,15 @@ class Stepper:
 
     @torch.inference_mode()
     def prefill(self, requests: Sequence[Request], logits: dict[str, Tensor]) -> StepResult:
-        """Draw the first tokens of requests whose prompts are in their slots, all in the same roles.
+        """Draw the first tokens of requests whose prompts are in their slots.
 
-        Their numbers go to the device in one copy.
+        They run in the same roles. Their numbers go to the device in one copy.
         """
-
+        looks_up = self._history is not None
 
         def numbers() -> list[Tensor]:
             until = [r.params.max_tokens if self.can_draft(r) else 0 for r in requests]
-            prompts = [r.prompt_token_ids["base"] for r in requests] if self._history else []
+            prompts = [r.prompt_token_ids["base"] for r in requests] if looks_up else []
             return [
                 torch.tensor([request.slot for request in requests]),
                 torch.tensor(until),
@@ -81,7 +81,8 @@ class Stepper:
         self.runner.start(slots, requests[0].roles)
         self._draft_until.index_copy_(0, slots, until)
         if self._history is not None:
-            self._history.start(slots, *sent[4:], result.token_ids[:, 0].clamp(min=0))
+            prompts, lengths = sent[4:]
+            self._history.start(slots, prompts, lengths, result.token_ids[:, 0].clamp(min=0))
         return result
 
     def at_hand(self, slots: int, drafts: int) -> int:

@@ -129,8 +129,9 @@ def free(monkeypatch: pytest.MonkeyPatch, count: float) -> None:
 def test_what_does_not_fit_is_refused_with_numbers(monkeypatch, trio):
     """13B + 7B + 7B in bf16 with 16 slots of 4,096 tokens, on a device of 141 GB."""
     device = torch.device("cuda", 0)
-    layers = {
-        role: [(Part(heads, 128, torch.bfloat16, device),) * 2] * count
+    layers: dict[str, list[Layer]] = {
+        role: [(Part(heads, 128, torch.bfloat16, device), Part(heads, 128, torch.bfloat16, device))]
+        * count
         for role, heads, count in (("base", 40, 40), ("expert", 32, 32), ("anti", 32, 32))
     }
     free(monkeypatch, 141e9 - 53e9)
@@ -139,15 +140,17 @@ def test_what_does_not_fit_is_refused_with_numbers(monkeypatch, trio):
         r"take 122 GB on cuda:0, beside 0.00\d+ GB of weights; of the 88 GB that are free there "
         r"they may take 79.2 GB \(None takes what fits; a shorter max_seq_len lets more fit\)"
     )
-    arguments: Any = (trio.models, layers)
+
+    def slots(wanted: int | None, max_seq_len: int) -> int:
+        return memory.slots(trio.models, layers, wanted, max_seq_len, 0)
+
     with pytest.raises(ValueError, match=message):
-        memory.slots(*arguments, 16, 4096, 0)
-    assert memory.slots(*arguments, 10, 4096, 0) == 10
-    assert memory.slots(*arguments, None, 4096, 0) == 10
+        slots(16, 4096)
+    assert slots(10, 4096) == slots(None, 4096) == 10
     monkeypatch.setattr(memory, "input_device", lambda model: device)
-    assert memory.slots(*arguments, None, 16, 0) == 256  # no more, however much fits
+    assert slots(None, 16) == 256  # no more, however much fits
     with pytest.raises(ValueError, match="so short that a slot fits, got 65536: .* of 1 slot of"):
-        memory.slots(*arguments, None, 65536, 0)
+        slots(None, 65536)
 
 
 def test_the_number_that_fits_does(monkeypatch, trio):

@@ -22,8 +22,8 @@ WIDTH = st.integers(1, 5)
 
 def begin(history: History, slot: int, text: list[int]) -> None:
     """The last token is the first that was drawn."""
-    numbers = History.numbers([text[:-1]])
-    history.start(torch.tensor([slot]), *numbers, torch.tensor(text[-1:] or [-1]))
+    token_ids, lengths = History.numbers([text[:-1]])
+    history.start(torch.tensor([slot]), token_ids, lengths, torch.tensor(text[-1:] or [-1]))
     history.lengths[slot] = len(text)
 
 

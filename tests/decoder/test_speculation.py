@@ -90,7 +90,7 @@ def test_drafts_follow_the_clock_and_tokens_do_not(
         assert counts["plain_steps"] <= 3 and counts["speculative_rounds"] <= 40
     else:
         # Of each size the first is not timed.
-        assert 1 <= counts["speculative_rounds"] <= 8 and counts["plain_steps"] >= 140
+        assert 1 <= counts["speculative_rounds"] <= 8 and counts["plain_steps"] >= 130
 
 
 DRAFTERS = ("expert", "prompt_lookup")

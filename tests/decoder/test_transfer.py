@@ -31,7 +31,7 @@ NEEDS_KERNELS = pytest.mark.skipif(BACKEND == "reference", reason="the reference
 def test_a_prefill_waits_for_nothing(near, lora_trio, monkeypatch, pair, speculation):
     """Prompts per role, together and in chunks, min_tokens; refills and moves of slots."""
     trio = lora_trio if pair == "shared" else near
-    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation], "prefill_chunk": 24}
+    options: dict[str, Any] = {"speculation": SPECULATIONS[speculation], "prefill_chunk": 12}
     prompts, params = requests(6, 9)
     wanted = make_decoder(monkeypatch, trio, 4, pair=pair, **options).generate(prompts, params)
     decoder = make_decoder(monkeypatch, trio, 4, ahead=1, pair=pair, **options)
@@ -45,7 +45,6 @@ def test_a_prefill_waits_for_nothing(near, lora_trio, monkeypatch, pair, specula
     copies = {name: {count for n, count in watched.runs if n == name} for name, _ in watched.runs}
     assert copies.pop("prefill") == copies.pop("extend") == {1}
     assert copies.pop("run") == copies.pop("release") == {0}
-    # Within one of the stepper's, and by itself.
     assert copies == {"move": {0}}
 
 
