@@ -89,7 +89,7 @@ class SlotSampler:
             column[:max_batch_size].view(ROW_FIELDS[name].dtype)
             for name, column in zip(RowParams._fields, self._narrow, strict=False)
         ]
-        self.params = RowParams(*narrow, seed, position)
+        self.params = RowParams._make([*narrow, seed, position])
         for column, value in zip(self.params, RowParams.make(1), strict=True):
             column.fill_(value[0])
         self.vocab_size = vocab_size

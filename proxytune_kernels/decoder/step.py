@@ -106,7 +106,6 @@ class Stepper:
         Returns:
             B = ``slots`` rows; those whose slot is not running hold nothing of meaning.
         """
-
         kind, before = (roles, drafts, needs), self._preparations()
         step = partial(self._step, *kind)
         if self.graphs is None:
