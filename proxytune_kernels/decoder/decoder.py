@@ -23,6 +23,7 @@ from proxytune_kernels.decoder.speculation import DraftController, Speculation, 
 from proxytune_kernels.decoder.step import Stepper
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.roles import PAIR
 
 
 class Decoder:
@@ -104,8 +105,11 @@ class Decoder:
         slack = drafts + ahead * (drafts + 1)
         layers = {role: memory.layers_of(model) for role, model in models.items()}
         known = {role: found for role, found in layers.items() if found is not None}
+        copied = [] if pair != "batched" else [models[role] for role in models if role in PAIR]
+        if pack_weights:
+            copied += models.values()
         self.max_batch_size = memory.slots(
-            models, known, max_batch_size, self.max_seq_len, slack, pair
+            models, known, max_batch_size, self.max_seq_len, slack, copied
         )
         self._runner = Runner(
             models,

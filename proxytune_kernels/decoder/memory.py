@@ -60,7 +60,7 @@ def slots(
     wanted: int | None,
     max_seq_len: int,
     slack: int,
-    pair: str | None = None,
+    copied: Sequence[Any] = (),
 ) -> int:
     """How many slots there are: as many as wanted, or, for None, as many as fit.
 
@@ -70,7 +70,7 @@ def slots(
         wanted: ``max_batch_size``.
         max_seq_len, slack: tokens of a row, as :class:`~proxytune_kernels.decoder.cache.SlotCache`
             takes them.
-        pair: ``"batched"`` copies the pair's weights.
+        copied: models whose weights the decoder is going to hold once more.
 
     Raises:
         ValueError: they don't fit; with the bytes of weights, of the cache and of what is free.
@@ -82,12 +82,12 @@ def slots(
     if fit is None:
         fit = _MOST_SLOTS if input_device(models["base"]).type == "cuda" else _FEWER_SLOTS
     weights = _bytes(list(models.values()))
-    copied = _bytes([models["expert"], models["anti"]]) if pair == "batched" else 0
+    more = _bytes(copied)
     for device, one in each.items():
         free = free_bytes(device)
         if free is None or one == 0:
             continue
-        room = max(0, int(_SHARE * (free - copied)))
+        room = max(0, int(_SHARE * (free - more)))
         most = room // one
         if most >= (wanted or 1):
             fit = min(fit, most)

@@ -166,6 +166,10 @@ def test_the_number_that_fits_does(monkeypatch, trio):
     # Drafts need places behind a row's end, too.
     with pytest.raises(ValueError, match="max_batch_size must be at most 2, got 3"):
         Decoder(trio, 3, 40, speculation=Speculation(max_drafts=16))
+    # Stacked weights are copies, which take room, too.
+    pair = sum(p.nbytes for role in ("expert", "anti") for p in trio.models[role].parameters())
+    free(monkeypatch, 3.5 * one / 0.9 + pair)
+    assert Decoder(trio, None, 40, pair="batched").max_batch_size == 3
     free(monkeypatch, 1e15)
     assert Decoder(trio, None, 40).max_batch_size == 16
 
