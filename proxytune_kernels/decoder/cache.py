@@ -7,12 +7,16 @@ position. To roll back is to make the length smaller: no query attends to what l
 from __future__ import annotations
 
 import inspect
+import math
+import mmap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from proxytune_kernels.ops.attention import MAX_HEAD_SIZE
 
@@ -27,11 +31,39 @@ def cache_keyword(function: Callable[..., Any]) -> str:
     return "cache" if "cache" in names and "past_key_values" not in names else "past_key_values"
 
 
+class Part(NamedTuple):
+    """A layer's keys, or its values: what they are of one token in one row."""
+
+    heads: int
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Part:
+        """Of keys or values [B, kv_heads, q, D]."""
+        return cls(tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device)
+
+    def nbytes(self) -> int:
+        """Bytes of a token."""
+        return self.heads * self.size * self.dtype.itemsize
+
+
+Layer = tuple[Part, Part]
+"""A layer's keys and its values."""
+
+
+def row_capacity(max_seq_len: int, slack: int) -> int:
+    """Places in a row: a multiple of 8, since rows of a mask are aligned to 16 bytes."""
+    return -(-(max_seq_len + slack) // 8) * 8
+
+
 class SlotCache:
     """Keys and values of ``rows`` rows of ``max_seq_len`` tokens, for each layer.
 
     A row is a slot of one role. A layer has memory [rows, capacity, kv_heads, D] for its keys and
-    as much for its values, made when it first writes, with the dtype and device of what it writes.
+    as much for its values. All that are alike lie in one slab: a row is emptied or moved by one
+    launch. :meth:`reserve` takes it; what it was not asked for is taken when a layer first writes.
     The lengths are kept twice: on the device, for forwards, and on the host, which so knows how far
     the keys reach without asking the device.
 
@@ -57,19 +89,20 @@ class SlotCache:
     ) -> None:
         self.rows = rows
         self.max_seq_len = max_seq_len
-        # A multiple of 8: rows of a mask are aligned to 16 bytes.
-        self.capacity = -(-(max_seq_len + slack) // 8) * 8
+        self.capacity = row_capacity(max_seq_len, slack)
         self.device = device
         self.exact = exact
         self.kernel = kernel
         # Steps are captured: they reach over whole rows, wherever these end.
         self.captured = False
         self.lengths = [0] * rows
-        self.device_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        # 1 for rows whose request runs: only their lengths move.
-        self.active = torch.zeros_like(self.device_lengths)
+        self._state = torch.zeros((2, rows), dtype=torch.int64, device=device)
+        # The second is 1 for rows whose request runs: only their lengths move.
+        self.device_lengths, self.active = self._state
+        self.slabs: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._layers: list[Layer] = []
         # Where it is a set, it gets the window of each layer that attends.
         self.windows: set[int | None] | None = None
         self._starts = torch.arange(rows, device=device) * self.capacity
@@ -77,14 +110,13 @@ class SlotCache:
         # A model with a table of positions has none for drafts past the end.
         self._position_ids = self._span.clamp(max=max_seq_len - 1) if slack else self._span
 
-    def fresh_step(self, rows: Sequence[int], width: int) -> CacheStep:
-        """The forward that fills empty ``rows`` with up to ``width`` tokens each.
+    def fresh_step(self, rows: Tensor, width: int) -> CacheStep:
+        """The forward that fills empty ``rows``, int64 [B], with up to ``width`` tokens each.
 
         A shorter prompt is padded at its end: what comes behind a row's length does not exist.
         """
         positions = self._span[:width].expand(len(rows), -1)
-        starts = self._starts[torch.tensor(rows, device=self.device)]
-        write_index = (starts[:, None] + positions).flatten()
+        write_index = (self._starts.index_select(0, rows)[:, None] + positions).flatten()
         return CacheStep(
             self, positions, positions, write_index, self._span[:width], first_row=0, fresh=True
         )
@@ -137,60 +169,98 @@ class SlotCache:
         moved = self.active[:rows]
         self.device_lengths[:rows].add_(moved if counts is None else moved * counts)
 
-    def set_length(self, row: int, length: int) -> None:
-        """Set a row's length, on the host and on the device."""
-        self.lengths[row] = length
-        self.device_lengths[row] = length
+    def set_lengths(
+        self, rows: Sequence[int], lengths: Sequence[int], on_device: tuple[Tensor, Tensor]
+    ) -> None:
+        """Set rows' lengths: on the host, and on the device by the same numbers, int64 [B] each."""
+        for row, length in zip(rows, lengths, strict=True):
+            self.lengths[row] = length
+        self.device_lengths.index_copy_(0, *on_device)
 
-    def move(self, source: int, target: int) -> None:
-        """Move a row's tokens to an empty row."""
-        length = self.lengths[source]
-        for layer in (*self.keys, *self.values):
-            layer[target, :length] = layer[source, :length]
+    def extend(self, rows: range, count: int) -> None:
+        """Make rows longer by ``count``, on the host and on the device."""
+        for row in rows:
+            self.lengths[row] += count
+        self.device_lengths[rows.start : rows.stop : rows.step].add_(count)
+
+    def move(self, source: int, target: int, rows: int = 1) -> None:
+        """Move the tokens of neighbouring rows, and whether they run, to as many empty rows."""
+        old, new = slice(source, source + rows), slice(target, target + rows)
+        length = max(self.lengths[old])
+        for slab in self.slabs:
+            slab[:, new, :length].copy_(slab[:, old, :length])
         # On the device, which may know better than the host.
-        self.device_lengths[target] = self.device_lengths[source]
-        self.lengths[target] = length
-        self.release(source)
+        self._state[:, new].copy_(self._state[:, old])
+        self.lengths[new] = self.lengths[old]
+        self.release(source, rows)
 
-    def release(self, row: int) -> None:
-        """Empty a row."""
+    def release(self, row: int, rows: int = 1) -> None:
+        """Empty neighbouring rows, which run no more."""
+        which = slice(row, row + rows)
         if self.kernel == "sdpa":
             # It reads past a short row's end with weight 0, and 0 * NaN is NaN: what a request left
             # must not be there for the next, drafts past its end included.
-            end = min(self.lengths[row] + 1 + self.capacity - self.max_seq_len, self.capacity)
-            for layer in (*self.keys, *self.values):
-                layer[row, :end] = 0
-        self.set_length(row, 0)
+            end = max(self.lengths[which]) + 1 + self.capacity - self.max_seq_len
+            for slab in self.slabs:
+                slab[:, which, :end].zero_()
+        self._state[:, which].zero_()
+        self.lengths[which] = [0] * rows
 
     def reset(self) -> None:
         """Empty all rows, whatever was written where."""
         self.lengths[:] = [0] * self.rows
-        self.device_lengths.zero_()
-        self.active.zero_()
+        self._state.zero_()
         if self.device.type == "cpu":
             # New memory is zeros that take no room until they are written.
-            self.keys.clear()
-            self.values.clear()
+            layers, self._layers = self._layers, []
+            for taken in (self.slabs, self.keys, self.values):
+                taken.clear()
+            self.reserve(layers)
         elif self.kernel == "sdpa":
-            for layer in (*self.keys, *self.values):
-                layer.zero_()  # where it is: captured graphs know the place
+            for slab in self.slabs:
+                slab.zero_()  # where it is: captured graphs know the place
+
+    def reserve(self, layers: Sequence[Layer]) -> None:
+        """Take memory for these layers, behind those that there are: for all of them or none."""
+        counts = Counter(part for layer in layers for part in layer)
+        slabs = {
+            part: _zeros((count, self.rows, self.capacity, part.heads, part.size), part)
+            for part, count in counts.items()
+        }
+        # Each has a storage of its own: torch.compile guards views of one storage as aliases.
+        places = {part: iter([from_dlpack(x) for x in slab]) for part, slab in slabs.items()}
+        taken = [(next(places[keys]), next(places[values])) for keys, values in layers]
+        if any(part.size > MAX_HEAD_SIZE for part in counts):
+            self.kernel = "sdpa"  # the others go no further
+        self.slabs += slabs.values()
+        self._layers += layers
+        self.values += [values for _, values in taken]
+        # Last: they say how many layers there are.
+        self.keys += [keys for keys, _ in taken]
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values, [rows, capacity, kv_heads, D]; made at the first call."""
+        """A layer's keys and values, [rows, capacity, kv_heads, D], for what it writes."""
         while len(self.keys) <= index:
-            shape = (self.rows, self.capacity)
-            if max(key.shape[3], value.shape[3]) > MAX_HEAD_SIZE:
-                self.kernel = "sdpa"  # the others go no further
-            new_keys = key.new_zeros(*shape, key.shape[1], key.shape[3])
-            new_values = value.new_zeros(*shape, value.shape[1], value.shape[3])
-            # The keys say how many layers there are: a fault before they are kept leaves none.
-            self.values[len(self.keys) :] = [new_values]
-            self.keys.append(new_keys)
+            self.reserve([(Part.of(key), Part.of(value))])
         return self.keys[index], self.values[index]
 
     def nbytes(self) -> int:
         """Bytes reserved; on a CPU the system hands out the pages as they are first written."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(slab.nbytes for slab in self.slabs)
+
+
+def _zeros(shape: Sequence[int], part: Part) -> Tensor:
+    """Zeros on a device; on a CPU pages that the system hands out as they are written."""
+    count = math.prod(shape)
+    private = getattr(mmap, "MAP_PRIVATE", None)
+    if part.device.type != "cpu" or private is None or not count:
+        return torch.zeros(shape, dtype=part.dtype, device=part.device)
+    try:
+        pages = mmap.mmap(-1, count * part.dtype.itemsize, private | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        wanted = f"{count * part.dtype.itemsize:,} bytes"
+        raise MemoryError(f"no memory for keys and values: {wanted}: {error}") from error
+    return torch.frombuffer(pages, dtype=part.dtype).view(shape)
 
 
 @dataclass(eq=False)

@@ -95,7 +95,7 @@ def _own_logits_of(
 ) -> dict[str, Tensor]:
     for role in roles:
         if (role, depth) not in known:
-            model = models[role] if depth is None else _first_layers(models[role], depth)
+            model = models[role] if depth is None else first_layers(models[role], depth)
             known[role, depth] = own_logits(role, model, texts[role].token_ids)
     return {role: known[role, depth] for role in roles}
 
@@ -117,18 +117,21 @@ def _depth(models: Sequence[Any]) -> int | None:
 
     Layers that are alike need not run: a large model's check takes a few layers' time.
     """
-    depths = []
-    for model in models:
-        if (place := _layers(model)) is None:
-            return None
-        path, name = place
-        owners = [model.get_submodule(p) for p in _ancestors(path)]
-        # A forward of its own is bound to the module that it was put into.
-        if any("forward" in vars(owner) for owner in owners):
-            return None
-        kinds = [_kind(layer) for layer in owners[-1]._modules[name]]
-        depths.append(max([2, *(i + 1 for i, kind in enumerate(kinds) if kind not in kinds[:i])]))
-    return max(depths)
+    depths = [kinds_of_layers(model)[0] for model in models]
+    return None if None in depths else max(depth for depth in depths if depth is not None)
+
+
+def kinds_of_layers(model: Any) -> tuple[int | None, list[Any]]:
+    """As above of one model, and what tells its layers apart, layer by layer."""
+    if (place := _layers(model)) is None:
+        return None, []
+    path, name = place
+    owners = [model.get_submodule(p) for p in _ancestors(path)]
+    kinds = [_kind(layer) for layer in owners[-1]._modules[name]]
+    # A forward of its own is bound to the module that it was put into.
+    if any("forward" in vars(owner) for owner in owners):
+        return None, kinds
+    return max([2, *(i + 1 for i, kind in enumerate(kinds) if kind not in kinds[:i])]), kinds
 
 
 def _ancestors(path: str) -> list[str]:
@@ -149,7 +152,7 @@ def _is_setting(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _first_layers(model: Any, depth: int) -> Any:
+def first_layers(model: Any, depth: int) -> Any:
     """A model of another's first layers, with all its modules and weights; that one stays."""
     place = _layers(model)
     assert place is not None
@@ -210,7 +213,7 @@ class Text:
         self.chunk = min(_CHUNK, self.length - 1 - self.step)
         self.prompt = self.length - self.chunk - self.step
         self.rows = min(2, slots)
-        ids = _ordinary_ids(model)
+        ids = ordinary_ids(model)
         self.token_ids = [
             [ids[(7 * i * i + 5 * i + 31 * row) % len(ids)] for i in range(self.length)]
             for row in range(self.rows)
@@ -218,7 +221,7 @@ class Text:
         self.key = (self.length, self.rows, self.windows, _fingerprint(model))
 
 
-def _ordinary_ids(model: Any) -> list[int]:
+def ordinary_ids(model: Any) -> list[int]:
     """Up to 512 ids without those that a configuration names: padding, images and the like."""
     named: set[Any] = set()
     for name, value in model.config.to_dict().items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from proxytune_kernels.decoder import arguments
+from proxytune_kernels.decoder import arguments, memory
 from proxytune_kernels.decoder.check import check_members
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
@@ -24,6 +24,7 @@ from proxytune_kernels.decoder.step import Stepper
 from proxytune_kernels.ops import warm_up
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.roles import PAIR
 
 
 class Decoder:
@@ -39,16 +40,18 @@ class Decoder:
 
     Args:
         trio: the models; they are not changed.
-        max_batch_size: requests that run at the same time.
+        max_batch_size: requests that run at the same time. None takes what fits into the memory
+            that is free, up to 256 on CUDA and 16 elsewhere.
         max_seq_len: tokens of prompt and output together, for each role; None is the shortest
-            context of the roles, at most 4096. A slot's keys and values are reserved for it.
+            context of the roles, at most 4096. A slot's keys and values are reserved for it as the
+            decoder is made, and may take nine tenths of what is free.
         roles: all of the trio's, or ``("base",)`` for the base alone, unsteered.
         compile: run forwards of few tokens through torch.compile, inside captured steps where there
             are any. True does, or raises; on a CPU it needs a C++ compiler, and some seconds per
             role at the first request, or before it in :meth:`warm_up`. False does not. None does on
             CUDA devices, where our attention runs and no weights are moved about; what can't be
             compiled runs as it is. :meth:`info` says which, and why.
-        backend: of the sampling op; None is the fastest usable one.
+        backend: of the operators; None is the fastest usable one, for each operator its own.
         speculation: draft with the expert or from the text; None decodes token by token.
         pair: how expert and anti run. ``"shared"``: one batch over the anti's weights, with the
             expert's LoRA adapter on its rows. ``"batched"``: both models' weights stacked, which
@@ -66,7 +69,8 @@ class Decoder:
             its own forward.
 
     Raises:
-        ValueError: names the argument, what it got and what it wanted.
+        ValueError: names the argument, what it got and what it wanted; keys and values that don't
+            fit, with the bytes and the ``max_batch_size`` that fits.
         RuntimeError: a backend asked for by name that can't run here.
 
     Example:
@@ -79,7 +83,7 @@ class Decoder:
     def __init__(
         self,
         trio: Trio,
-        max_batch_size: int = 16,
+        max_batch_size: int | None = 16,
         max_seq_len: int | None = None,
         *,
         roles: Sequence[str] | None = None,
@@ -95,7 +99,8 @@ class Decoder:
     ) -> None:
         self.trio = trio
         self.roles = arguments.roles(trio, roles)
-        self.max_batch_size = arguments.size("max_batch_size", max_batch_size)
+        if max_batch_size is not None:
+            arguments.size("max_batch_size", max_batch_size)
         models = {role: trio.models[role] for role in self.roles}
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
         self.speculation = arguments.speculation(speculation, self.roles)
@@ -103,6 +108,16 @@ class Decoder:
         self._cold = bool(compile)
         ahead = run_ahead(models["base"].device)
         drafts = 0 if speculation is None else speculation.max_drafts
+        # Steps that the host launches before it learns of an end write behind it.
+        slack = drafts + ahead * (drafts + 1)
+        layers = {role: memory.layers_of(model) for role, model in models.items()}
+        known = {role: found for role, found in layers.items() if found is not None}
+        copied = [] if pair != "batched" else [models[role] for role in models if role in PAIR]
+        if pack_weights:
+            copied += models.values()
+        self.max_batch_size = memory.slots(
+            models, known, max_batch_size, self.max_seq_len, slack, copied
+        )
         self._runner = Runner(
             models,
             self.max_batch_size,
@@ -111,21 +126,24 @@ class Decoder:
             compile=compile,
             streams=arguments.streams(streams),
             pack_weights=pack_weights,
-            # Steps that the host launches before it learns of an end write behind it.
-            slack=drafts + ahead * (drafts + 1),
+            slack=slack,
             exact=not ahead or speculation is None,
             drafts=speculation is not None and speculation.drafter == "expert",
         )
+        if len(known) == len(models):
+            self._runner.reserve(known)
         if check:
             check_members(models, self._runner)
         self._sampler = SlotSampler(
-            self.max_batch_size, trio.vocab_size, backend, self._runner.device
+            self.max_batch_size, trio.vocab_size, backend, self._runner.device, speculation
         )
         self._graphs, self._no_graphs = self._make_graphs(graphs)
-        self._controller = None if speculation is None else DraftController(speculation)
-        stepper = Stepper(self._runner, self._sampler, speculation, self._graphs)
+        self._controller = None
+        if speculation is not None:
+            self._controller = DraftController(speculation, captured=self._graphs is not None)
+        self._stepper = Stepper(self._runner, self._sampler, speculation, self._graphs)
         self._loop = DecodingLoop(
-            stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
+            self._stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
         )
         self._requests: dict[int, Request] = {}
         self._queues: dict[int, deque[StreamEvent]] = {}
@@ -217,12 +235,21 @@ class Decoder:
                 self._remove(request)
 
     def warm_up(self, progress: bool = False) -> None:
-        """Compile now what would be compiled step by step, so that no request waits for it.
+        """Compile and capture now what most requests need, so that none waits for it.
 
-        With ``compile=True`` the models' steps, which the first request waits for otherwise; on a
-        GPU the sampling kernels, by :func:`proxytune_kernels.warm_up`, with a bar if ``progress``.
+        On a GPU the sampling kernels, by :func:`proxytune_kernels.warm_up`, with a bar if
+        ``progress``. With ``compile=True`` the models' forwards, as the first request would do.
+        Where steps are captured (see ``graphs``) this captures them for each power of two of slots
+        and each number of drafts, with a progress bar on a terminal; without it each is captured
+        when it comes. Meanwhile a thread of this process that waits for the device gets an error.
         """
-        self._compile_models()
+        with self._turn():
+            self._compile_models()
+            self._compile_sampling(progress)
+            sizes = [0] if self._controller is None else self._controller.sizes
+            self._stepper.warm_up(sizes)
+
+    def _compile_sampling(self, progress: bool) -> None:
         dtypes, widths = [], []
         for role in self.roles:
             head = self.trio.models[role].get_output_embeddings().weight
@@ -230,16 +257,17 @@ class Decoder:
             dtype = self.trio.models[role].dtype
             dtypes.append(torch.float32 if dtype == torch.float64 else dtype)
         looks_up = self.speculation is not None and self.speculation.drafter == "prompt_lookup"
-        warm_up(
-            self._runner.device,
-            dtypes,
-            self.trio.vocab_size,
-            widths=widths,
-            operators=("sample",) if self.speculation is None else ("sample", "verify"),
-            drafter=(torch.float32, self.trio.vocab_size) if looks_up else None,
-            backend=self._sampler.backend,
-            progress=progress,
-        )
+        for operator, backend in self._sampler.backends.items():
+            warm_up(
+                self._runner.device,
+                dtypes,
+                self.trio.vocab_size,
+                widths=widths,
+                operators=(operator,),
+                drafter=(torch.float32, self.trio.vocab_size) if looks_up else None,
+                backend=backend,
+                progress=progress,
+            )
 
     def _compile_models(self) -> None:
         if self._cold:
@@ -253,7 +281,8 @@ class Decoder:
             "max_batch_size": self.max_batch_size,
             "max_seq_len": self.max_seq_len,
             "compile": self._runner.compiled(),
-            "backend": self._sampler.backend,
+            "backend": self._sampler.backends["sample"],
+            "verify_backend": self._sampler.backends.get("verify"),
             "pair": self._runner.pair,
             "speculation": None if self.speculation is None else asdict(self.speculation),
             "graphs": self._graphs_info(),
@@ -287,9 +316,7 @@ class Decoder:
         return None, reason
 
     def _graphs_info(self) -> str:
-        if self._graphs is not None and self._graphs.failed is None:
-            return f"{self._graphs.count} captured"
-        return f"none: {self._no_graphs if self._graphs is None else self._graphs.failed}"
+        return f"none: {self._no_graphs}" if self._graphs is None else self._graphs.info()
 
     def _make_requests(
         self, prompts: Any, params: SamplingParams | Sequence[SamplingParams] | None

@@ -3,10 +3,14 @@
 A graph replays the kernels of one step on the addresses it was captured with. What differs from
 step to step (tokens, lengths, parameters, which slots run) lies in tensors at fixed places; what a
 graph must be made for (its shapes) is rounded up, so that a few graphs serve all steps.
+
+A step that waits for the device can't be captured, and a capture that fails leaves the allocator of
+torch 2.11 unable to free memory. So a step is run first where waiting is an error, then captured.
 """
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 
@@ -15,7 +19,8 @@ from torch import Tensor
 
 from proxytune_kernels.decoder.sampler import StepResult
 
-_WARM_UPS = 2
+MAX_GRAPHS = 64
+"""Captured steps of a decoder at most: each holds memory on the device. The rest run eagerly."""
 
 Step = Callable[[int], StepResult]
 Replay = Callable[[], StepResult]
@@ -34,8 +39,8 @@ class Capture(ABC):
 
         try:
             # Libraries set themselves up, and kernels are compiled, at their first calls.
-            for _ in range(_WARM_UPS):
-                self.warm_up(step)
+            for run in (self.warm_up, self.rehearse):
+                run(step)
                 # Each run begins where the step does: a full row has no room for another.
                 restore()
             return self.record(step)
@@ -45,6 +50,10 @@ class Capture(ABC):
     @abstractmethod
     def warm_up(self, step: Replay) -> None:
         """Run ``step`` without recording it."""
+
+    @abstractmethod
+    def rehearse(self, step: Replay) -> None:
+        """Run ``step`` without recording it; a RuntimeError where it waits for the device."""
 
     @abstractmethod
     def record(self, step: Replay) -> Replay:
@@ -68,6 +77,15 @@ class CudaCapture(Capture):
             step()
         main.wait_stream(self._stream)
 
+    def rehearse(self, step: Replay) -> None:
+        """See :class:`Capture`. Torch's mode is that of all threads: others must not wait, too."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.warm_up(step)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
     def record(self, step: Replay) -> Replay:
         """See :class:`Capture`."""
         graph = torch.cuda.CUDAGraph()
@@ -76,7 +94,13 @@ class CudaCapture(Capture):
         with (
             torch.cuda.device(self._device),
             torch.cuda.stream(main),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=self._stream,
+                # Other threads may use the device meanwhile.
+                capture_error_mode="thread_local",
+            ),
         ):
             result = step()
 
@@ -88,12 +112,24 @@ class CudaCapture(Capture):
 
 
 class StepGraphs:
-    """Runs steps from graphs, and makes those that are not there yet."""
+    """Runs steps from graphs, and makes those that are not there yet.
 
-    def __init__(self, capture: Capture, max_batch_size: int) -> None:
+    Args:
+        capture: makes them.
+        max_batch_size: slots there are.
+        most: graphs at most; other kinds of steps run eagerly.
+    """
+
+    def __init__(self, capture: Capture, max_batch_size: int, most: int = MAX_GRAPHS) -> None:
         self._capture = capture
-        self._max_batch_size = max_batch_size
+        self._most = most
+        rows = {power_of_two(slots, 1) for slots in range(1, max_batch_size + 1)}
+        self.sizes = sorted({min(r, max_batch_size) for r in rows}, reverse=True)
+        """Rows that graphs are made for, the most first: the others fit into its memory."""
         self._replays: dict[Hashable, Replay] = {}
+        self._without: set[Hashable] = set()
+        self.tried = 0
+        """How many captures were begun."""
         self.failed: str | None = None
         """Why nothing is captured any more; None while it is."""
 
@@ -102,8 +138,15 @@ class StepGraphs:
         """How many graphs there are."""
         return len(self._replays)
 
+    def info(self) -> str:
+        """What runs from graphs, as words."""
+        if self.failed is not None:
+            return f"none: {self.failed}"
+        more = f", the most there may be: {len(self._without)} other kinds of step run eagerly"
+        return f"{self.count} captured{more if self._without else ''}"
+
     def run(self, slots: int, kind: Hashable, step: Step, state: Sequence[Tensor]) -> StepResult:
-        """Run a step of the first slots, from its graph.
+        """Run a step of the first slots, from its graph where it can have one.
 
         Args:
             slots: how many.
@@ -114,19 +157,41 @@ class StepGraphs:
         Returns:
             The first rows of the graph's own tensors: the next run writes over them.
         """
-        if self.failed is not None:
-            return step(slots)
-        rows = min(power_of_two(slots, 1), self._max_batch_size)
+        rows = min(size for size in self.sizes if size >= slots)
+        replay = self.prepare(rows, kind, step, state)
+        return step(slots) if replay is None else replay().first(slots)
+
+    def prepare(
+        self, rows: int, kind: Hashable, step: Step, state: Sequence[Tensor]
+    ) -> Replay | None:
+        """The graph of a step of one of :attr:`sizes`; made if there is room, None if it can't be.
+
+        Raises:
+            OutOfMemoryError: there is no memory for it.
+        """
         key = (rows, kind)
-        if key not in self._replays:
-            try:
-                self._replays[key] = self._capture(lambda: step(rows), state)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.failed = f"a step can't be captured: {' '.join(str(error).split())}"
-                return step(slots)
-        return self._replays[key]().first(slots)
+        if self.failed is not None:
+            return None
+        if key in self._replays:
+            return self._replays[key]
+        if self.count >= self._most:
+            self._without.add(key)
+            return None
+        self.tried += 1
+        try:
+            self._replays[key] = self._capture(lambda: step(rows), state)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.failed = f"a step can't be captured: {' '.join(str(error).split())}"
+            return None
+        return self._replays[key]
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
 
 
 def power_of_two(count: int, least: int) -> int:

@@ -122,26 +122,42 @@ class _Pending:
     result: InitVar[StepResult]
     drafts: int
     """Of each row; -1 for the first tokens after prompts."""
-    launched: float
-    """When, by ``time.perf_counter``."""
+    launched: float | torch.cuda.Event
+    """When, by :func:`_moment`."""
+    cold: bool = False
+    """Whether its time tells nothing of the next: see :attr:`Stepper.cold`."""
 
     def __post_init__(self, result: StepResult) -> None:
         # The next step writes over a graph's tensors: they are copied before it is launched.
-        device = result.token_ids.device
         self._host = [
             None if t is None else t.to("cpu", non_blocking=True, copy=True) for t in result
         ]
-        self._event = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()
-            # Of this device, which need not be the current one.
-            self._event.record(torch.cuda.current_stream(device))
+        self._done = _moment(result.token_ids.device)
 
     def lists(self) -> list[list[Any]]:
         """Wait for the step; its columns, row by row."""
-        if self._event is not None:
-            self._event.synchronize()
+        if not isinstance(self._done, float):
+            self._done.synchronize()
         return [[] if t is None else t.tolist() for t in self._host]
+
+    def seconds(self) -> float:
+        """What the step took, once it has been waited for."""
+        if isinstance(self._done, float):
+            assert isinstance(self.launched, float)
+            return self._done - self.launched
+        # Between two moments of its stream: prompts before it, and a busy host, don't count.
+        milliseconds: float = self.launched.elapsed_time(self._done)  # type: ignore[union-attr]
+        return milliseconds / 1000
+
+
+def _moment(device: torch.device) -> float | torch.cuda.Event:
+    """Now; on a GPU when what is launched by now will be done."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    # Of this device, which need not be the current one.
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class DecodingLoop:
@@ -169,7 +185,6 @@ class DecodingLoop:
         self._prefill_chunk = prefill_chunk
         self._run_ahead = run_ahead
         self._pending: deque[_Pending] = deque()
-        self._taken = 0.0
         self._started = False
 
     def add(self, request: Request) -> None:
@@ -205,11 +220,8 @@ class DecodingLoop:
             self._stepper.move(source, target)
         # After a chunk comes a step: running requests wait for one chunk at most.
         self._started = not self._started and self._prefill()
-        if self._started:
-            # Their first tokens are handed out before the next step is taken.
-            left = 0
-        else:
-            left = self._run_ahead if self._launch() else 0
+        # Prompts, too, are on their way while the next step is launched.
+        left = self._run_ahead if self._started or self._launch() else 0
         while len(self._pending) > left:
             yield from self._take(self._pending.popleft())
 
@@ -251,7 +263,7 @@ class DecodingLoop:
         return True
 
     def _start(self, requests: list[Request], logits: dict[str, Tensor]) -> None:
-        launched = time.perf_counter()
+        launched = _moment(self._runner.device)
         result = self._stepper.prefill(requests, logits)
         for request in requests:
             request.launched = 1
@@ -266,14 +278,14 @@ class DecodingLoop:
         slots = 1 + max(slot for slot, _ in rows)
         steered = any(len(request.roles) > 1 for request in running)
         roles = self._stepper.roles if steered else ("base",)
-        launched = time.perf_counter()
+        launched = _moment(self._runner.device)
         drafts = self._stepper.at_hand(slots, self._choose(running))
         result = self._stepper.run(slots, roles, drafts, Needs.of(running))
         for slot, request in rows:
             request.launched += 1
             # The most it can be; what was refused is subtracted when the host learns of it.
             self._runner.advance_host(slot, request.roles, drafts + 1)
-        self._pending.append(_Pending(rows, result, drafts, launched))
+        self._pending.append(_Pending(rows, result, drafts, launched, self._stepper.cold))
         return True
 
     def _choose(self, running: Sequence[Request]) -> int:
@@ -290,11 +302,9 @@ class DecodingLoop:
     def _take(self, pending: _Pending) -> Iterator[tuple[Request, StreamEvent]]:
         """Hand the rows of a step to their requests; those that end leave their slots."""
         token_ids, logprobs, raw_logprobs, status, drafted, accepted = pending.lists()
-        now = time.perf_counter()
-        seconds, self._taken = now - max(pending.launched, self._taken), now
         is_step = pending.drafts >= 0
         if is_step:
-            self._count(pending, seconds)
+            self._count(pending)
         for row, request in pending.requests:
             if request.slot is None:
                 continue  # it ended while this step was on its way
@@ -325,7 +335,7 @@ class DecodingLoop:
                     ),
                 )
 
-    def _count(self, pending: _Pending, seconds: float) -> None:
+    def _count(self, pending: _Pending) -> None:
         statistics = self.statistics
         statistics.base_forwards += 1
         statistics.slot_steps += self._scheduler.max_batch_size
@@ -333,8 +343,9 @@ class DecodingLoop:
             statistics.speculative_rounds += 1
         else:
             statistics.plain_steps += 1
-        if self._controller is not None:
-            self._controller.observe_time(len(pending.requests), pending.drafts, seconds)
+        if self._controller is not None and not pending.cold:
+            rows, drafts = len(pending.requests), pending.drafts
+            self._controller.observe_time(rows, drafts, pending.seconds())
 
     def _observe(self, request: Request, drafted: int, accepted: int, emitted: int) -> None:
         assert self._controller is not None and request.acceptance is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, ModuleList
 from torch.nn.functional import embedding, linear, rms_norm
 
+from proxytune_kernels.decoder import transfer
 from proxytune_kernels.decoder.attention import ATTENTION_NAME
 from proxytune_kernels.decoder.cache import CacheStep, SlotCache, cache_keyword
 from proxytune_kernels.decoder.compiled import (
@@ -189,39 +191,70 @@ class SlotModel:
         step = self.cache.step(rows, width, offset)
         return self._run(token_ids, step, 0 if width > 1 else 1)
 
-    def prefill(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
+    def prompt_numbers(
+        self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """What :meth:`prefill` wants of its device, on the host: rows, tokens, lengths, ends."""
+        rows, lengths = self._prompt_rows(slots, token_ids)
+        width = max(lengths)
+        prompts = [prompt for prompt in token_ids for _ in range(self._rows_per_slot)]
+        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+        ends = sorted(set(lengths))
+        place = [i * len(ends) + ends.index(n) for i, n in enumerate(lengths)]
+        return [torch.tensor(x) for x in (rows, padded, lengths, [n - 1 for n in ends], place)]
+
+    def _prompt_rows(
+        self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]
+    ) -> tuple[list[int], list[int]]:
+        """The rows of these slots, and the tokens that go into each."""
+        rows = [row for slot in slots for row in self._rows_of(slot)]
+        return rows, [len(prompt) for prompt in token_ids for _ in range(self._rows_per_slot)]
+
+    def _rows_of(self, slot: int) -> range:
+        start = self._first + slot * self._rows_per_slot * self._stride
+        return range(start, start + self._rows_per_slot * self._stride, self._stride)
+
+    def prefill(
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[Sequence[int]],
+        numbers: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Run whole prompts into empty slots; logits [B, V] after their last tokens.
 
         Where a slot has two rows both get its prompt, and B is twice the number of slots.
+
+        Args:
+            slots, token_ids: the slots, and the prompt of each.
+            numbers: what :meth:`prompt_numbers` makes of them, on the device; None sends it.
         """
-        each = range(self._rows_per_slot)
-        step_of_slot = self._rows_per_slot * self._stride
-        rows = [self._first + s * step_of_slot + i * self._stride for s in slots for i in each]
-        prompts = [prompt for prompt in token_ids for _ in each]
-        lengths = [len(prompt) for prompt in prompts]
-        width = max(lengths)
-        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-        step = self.cache.fresh_step(rows, width)
+        if numbers is None:
+            make = partial(self.prompt_numbers, slots, token_ids)
+            numbers = transfer.to_device(make, self.cache.device)
+        row_index, padded, lengths_there, ends, place = numbers
+        rows, lengths = self._prompt_rows(slots, token_ids)
+        step = self.cache.fresh_step(row_index, max(lengths))
         # Of each row the logits after the last token of any: of rows x lengths the diagonal counts.
-        ends = sorted(set(lengths))
-        device = self.cache.device
-        keep = 1 if len(ends) == 1 else torch.tensor(ends, device=device) - 1
-        logits = self._run(torch.tensor(padded, device=device), step, keep)
-        for row, length in zip(rows, lengths, strict=True):
-            self.cache.set_length(row, length)
+        logits = self._run(padded, step, 1 if len(ends) == 1 else ends)
+        self.cache.set_lengths(rows, lengths, (row_index, lengths_there))
         if len(ends) == 1:
             return logits[:, 0]
-        place = torch.tensor([ends.index(n) for n in lengths], device=logits.device)
-        return logits[torch.arange(len(rows), device=logits.device), place]
+        place = place.to(logits.device, non_blocking=True)
+        return logits.flatten(0, 1).index_select(0, place)
 
-    def extend(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        """Run a part of a prompt behind what a slot holds; logits [1 or 2, V] after its end."""
-        start = self._first + slot * self._rows_per_slot * self._stride
-        rows = range(start, start + self._rows_per_slot * self._stride, self._stride)
-        inputs = torch.tensor([token_ids] * len(rows), device=self.cache.device)
+    def extend(
+        self, slot: int, token_ids: Sequence[int], numbers: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Run a part of a prompt behind what a slot holds; logits [1 or 2, V] after its end.
+
+        ``numbers``: the tokens [1, q] on the device; None sends them.
+        """
+        rows = self._rows_of(slot)
+        if numbers is None:
+            numbers = transfer.to_device(lambda: [torch.tensor([token_ids])], self.cache.device)
+        inputs = numbers[0].expand(len(rows), -1)
         logits = self._run(inputs, self.cache.step(rows, len(token_ids), prompt=True), 1)
-        for row in rows:
-            self.cache.set_length(row, self.cache.lengths[row] + len(token_ids))
+        self.cache.extend(rows, len(token_ids))
         return logits[:, 0]
 
     def warm_up(self) -> None:
@@ -230,9 +263,8 @@ class SlotModel:
             return
         # The layers' memory is taken before, so that no graph is made for its being absent.
         self.prefill([0], [[0]])
+        self.cache.release(0, self._rows_per_slot * self._stride)
         if self._compiled is None:
-            for row in self.rows(1):
-                self.cache.release(row)
             for slots in range(1, self._slots + 1):
                 if slots in (power_of_two(slots, 1), self._slots):
                     self.forward(self._token_ids[:slots])
@@ -240,10 +272,10 @@ class SlotModel:
         several = self._rows_per_slot > 1
         for lengths in self._compiled.warm_up_lengths(self._slots, self.cache.max_seq_len, several):
             rows = self.rows(len(lengths))
-            for row in rows:
-                self.cache.set_length(row, lengths[0])
+            self.cache.extend(rows, lengths[0])
             # The rows differ where there are several.
-            self.cache.set_length(rows[-1], lengths[-1] if not several else lengths[-1] - 1)
+            last = lengths[-1] if not several else lengths[-1] - 1
+            self.cache.extend(rows[-1:], last - lengths[0])
             self.forward(self._token_ids[: len(lengths)])
             for row in rows:
                 self.cache.release(row)

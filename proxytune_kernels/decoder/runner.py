@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxytune_kernels.decoder import packing
+from proxytune_kernels.decoder import packing, transfer
 from proxytune_kernels.decoder.attention import choose_kernel, register_attention
-from proxytune_kernels.decoder.cache import SlotCache
+from proxytune_kernels.decoder.cache import Layer, SlotCache
 from proxytune_kernels.decoder.model import (
     SlotModel,
     check_model,
@@ -157,6 +158,13 @@ class Runner:
         """Whether all that is compiled takes everything from tensors, as captured steps must."""
         return all(model.compiled != "step" for model in self.models.values())
 
+    @torch.inference_mode()
+    def reserve(self, layers: Mapping[str, Sequence[Layer]]) -> None:
+        """Take the memory of keys and values, for the layers of each role."""
+        for role, (cache, first, _) in self._rows.items():
+            if first == 0:
+                cache.reserve(layers[role])
+
     def parts(self, roles: Roles) -> list[Roles]:
         """How these roles run: joint forwards and single ones, the base first."""
         if roles not in self._parts:
@@ -189,13 +197,29 @@ class Runner:
             prompts: per role B prompts; those of two roles may differ.
         """
         parts = self._parts_of(prompts)
-        return self._run(parts, lambda part: self.models[part].prefill(slots, prompts[part[0]]))
+        sent = self._send(parts, lambda p: self.models[p].prompt_numbers(slots, prompts[p[0]]))
+        return self._run(parts, lambda p: self.models[p].prefill(slots, prompts[p[0]], sent[p]))
 
     @torch.inference_mode()
     def extend(self, slot: int, prompts: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Run parts of prompts behind what a slot holds; per role the logits [1, V] after them."""
         parts = self._parts_of(prompts)
-        return self._run(parts, lambda part: self.models[part].extend(slot, prompts[part[0]]))
+        sent = self._send(parts, lambda p: [torch.tensor([prompts[p[0]]])])
+        return self._run(parts, lambda p: self.models[p].extend(slot, prompts[p[0]], sent[p]))
+
+    def _send(
+        self, parts: Sequence[Roles], make: Callable[[Roles], list[Tensor]]
+    ) -> dict[Roles, list[Tensor]]:
+        """What each part needs, on its device: one copy to each device."""
+        by_device: dict[torch.device, list[Roles]] = {}
+        for part in parts:
+            by_device.setdefault(self.models[part].cache.device, []).append(part)
+        sent: dict[Roles, list[Tensor]] = {}
+        for device, there in by_device.items():
+            tensors = transfer.to_device(partial(_made, make, there), device)
+            each = len(tensors) // len(there)
+            sent |= {part: tensors[i * each : (i + 1) * each] for i, part in enumerate(there)}
+        return sent
 
     def _parts_of(self, prompts: Mapping[str, Any]) -> list[Roles]:
         """As :meth:`parts`; roles with different prompts run apart."""
@@ -256,10 +280,10 @@ class Runner:
             found[role] = kernel
         return found
 
-    def start(self, slot: int, roles: Sequence[str]) -> None:
-        """Let a slot's lengths move on in these roles."""
+    def start(self, slots: Tensor, roles: Sequence[str]) -> None:
+        """Let the lengths of slots, int64 [B], move on in these roles."""
         for role in roles:
-            self.active[role][slot] = 1
+            self.active[role].index_fill_(0, slots, 1)
 
     def advance(self, slots: int, counts: Tensor | None) -> None:
         """Move the first slots' lengths on by ``counts``, int64 [B], on the device; None is by 1.
@@ -288,17 +312,16 @@ class Runner:
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Move a slot's content to an empty slot."""
-        for role, (cache, first, stride) in self._rows.items():
-            cache.move(first + source * stride, first + target * stride)
-            self.active[role][target] = self.active[role][source]
-            self.active[role][source] = 0
+        for cache in self._caches:
+            rows = cache.rows // self.slots
+            cache.move(source * rows, target * rows, rows)
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Empty a slot."""
-        for role, (cache, first, stride) in self._rows.items():
-            cache.release(first + slot * stride)
-            self.active[role][slot] = 0
+        for cache in self._caches:
+            rows = cache.rows // self.slots
+            cache.release(slot * rows, rows)
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -337,6 +360,10 @@ class Runner:
 
 def _is_offloaded(model: Any) -> bool:
     return any(p.device.type == "meta" for p in model.parameters())
+
+
+def _made(make: Callable[[Roles], list[Tensor]], parts: Sequence[Roles]) -> list[Tensor]:
+    return [tensor for part in parts for tensor in make(part)]
 
 
 def _one_cuda_device(devices: set[torch.device]) -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from proxytune_kernels import ops
 from proxytune_kernels.decoder.request import Request
+from proxytune_kernels.decoder.speculation import Speculation
 from proxytune_kernels.ops.backends import resolve
-from proxytune_kernels.params import RowParams
+from proxytune_kernels.params import ROW_FIELDS, RowParams
 
 
 class StepResult(NamedTuple):
@@ -55,37 +56,85 @@ class Needs(NamedTuple):
 
 
 class SlotSampler:
-    """Sampling parameters, position and last token of each slot."""
+    """Sampling parameters, position and last token of each slot.
+
+    Args:
+        max_batch_size: number of slots.
+        vocab_size: agreed width.
+        backend: of the operators; None is the fastest usable one, for each operator its own.
+        device: where the logits are.
+        speculation: how drafts are verified; None where there are none.
+
+    Raises:
+        RuntimeError: a backend asked for by name that lacks one of the operators.
+    """
 
     def __init__(
-        self, max_batch_size: int, vocab_size: int, backend: str | None, device: torch.device
+        self,
+        max_batch_size: int,
+        vocab_size: int,
+        backend: str | None,
+        device: torch.device,
+        speculation: Speculation | None = None,
     ) -> None:
         self.device = device
-        self.token_ids = torch.zeros((max_batch_size, 1), dtype=torch.int64, device=device)
+        # Columns of all slots, so that a slot is set, or moved, by one launch for each width. Each
+        # begins at a multiple of 16 bytes.
+        room = -(-max_batch_size // 4) * 4
+        self._wide = torch.zeros((4, room), dtype=torch.int64, device=device)
+        self._narrow = torch.zeros((6, room), dtype=torch.int32, device=device)
+        seed, position, self._min_tokens, last = self._wide[:, :max_batch_size]
+        self.token_ids = last[:, None]
+        narrow: list[Any] = [
+            column[:max_batch_size].view(ROW_FIELDS[name].dtype)
+            for name, column in zip(RowParams._fields, self._narrow, strict=False)
+        ]
+        self.params = RowParams._make([*narrow, seed, position])
+        for column, value in zip(self.params, RowParams.make(1), strict=True):
+            column.fill_(value[0])
         self.vocab_size = vocab_size
-        self.backend = resolve(backend, self.token_ids, "sample", vocab_size)
-        self.params = RowParams.make(max_batch_size, device=device)
+        self.backends = {"sample": resolve(backend, self.token_ids, "sample", vocab_size)}
+        if speculation is not None:
+            # Of the logits' shape: the fastest depends on how many rows there are.
+            block = self.token_ids[:, None].expand(-1, speculation.max_drafts + 1, -1)
+            rejection = speculation.mode == "rejection"
+            self.backends["verify"] = resolve(backend, block, "verify", vocab_size, rejection)
         self._first: dict[int, RowParams] = {}
-        self._min_tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         # All tokens but those that end the request; all, for requests without min_tokens.
         words = -(-vocab_size // 32)
         self._no_stop = torch.full((max_batch_size, words), -1, dtype=torch.int32, device=device)
 
-    def start(self, request: Request) -> None:
-        """Set a slot's parameters to its new request's, at position 0."""
-        slot = request.slot
-        one = RowParams.from_sampling_params([request.params], device=self.device)
-        for column, value in zip(self.params, one, strict=True):
-            column[slot] = value[0]
-        mask = request.rules.allowed_mask
-        self._min_tokens[slot] = 0 if mask is None else request.params.min_tokens
-        if mask is not None:
-            self._no_stop[slot] = mask.to(self.device)
+    @staticmethod
+    def numbers(requests: Sequence[Request]) -> list[Tensor]:
+        """What :meth:`start` wants of its device, on the host.
+
+        Returns:
+            int64 [3, n] and int32 [6, n], the parameters of the requests; int64 [m] and int32
+            [m, words], the slots and masks of those that may not stop at once.
+        """
+        rows = RowParams.from_sampling_params([request.params for request in requests])
+        masked = {r.slot: m for r in requests if (m := r.rules.allowed_mask) is not None}
+        least = [r.params.min_tokens if r.slot in masked else 0 for r in requests]
+        return [
+            torch.stack([rows.seed, rows.position, torch.tensor(least)]),
+            torch.stack([column.view(torch.int32) for column in rows[:6]]),
+            torch.tensor(list(masked), dtype=torch.int64),
+            torch.stack([*masked.values()]) if masked else torch.empty(0, dtype=torch.int32),
+        ]
+
+    def start(
+        self, slots: Tensor, wide: Tensor, narrow: Tensor, masked: Tensor, masks: Tensor
+    ) -> None:
+        """Set the parameters of slots to their new requests', at position 0: :meth:`numbers`."""
+        self._wide[:3].index_copy_(1, slots, wide)
+        self._narrow.index_copy_(1, slots, narrow)
+        if masked.numel():
+            self._no_stop.index_copy_(0, masked, masks)
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to another."""
-        for column in (*self.params, self.token_ids, self._min_tokens, self._no_stop):
-            column[target] = column[source]
+        for columns in (self._wide, self._narrow, self._no_stop.t()):
+            columns[:, target].copy_(columns[:, source])
 
     def state(self) -> list[Tensor]:
         """What a step changes."""
@@ -113,7 +162,7 @@ class SlotSampler:
             params,
             allowed_mask=self._allowed(slots, params.position) if needs.masked else None,
             vocab_size=self.vocab_size,
-            backend=self.backend,
+            backend=self.backends["sample"],
         )
         return StepResult(
             drawn.token_ids[:, None],
@@ -142,7 +191,7 @@ class SlotSampler:
             allowed_mask=self._allowed(slots, params.position) if masked else None,
             vocab_size=self.vocab_size,
             noise_stream=noise_stream,
-            backend=self.backend,
+            backend=self.backends["sample"],
         )
         # A drafter without a token to draw must not end the round: any draft can be refused.
         return drawn.token_ids.clamp(min=0)[:, None]
@@ -180,7 +229,7 @@ class SlotSampler:
             draft_logits=draft_logits,
             allowed_mask=allowed_mask,
             vocab_size=self.vocab_size,
-            backend=self.backend,
+            backend=self.backends["verify"],
         )
         return StepResult(
             verified.token_ids,
@@ -207,11 +256,10 @@ class SlotSampler:
         self.first(slots).position.add_(moved)
         return counts
 
-    def take_first(self, slots: Sequence[int], result: StepResult) -> None:
-        """Take the first tokens of requests whose prompts have just been run."""
-        index = torch.tensor(slots, device=self.device)
-        self.token_ids[index] = result.token_ids.clamp(min=0)
-        self.params.position[index] += 1
+    def take_first(self, slots: Tensor, result: StepResult) -> None:
+        """Take the first tokens of requests whose prompts have just been run, in slots [B]."""
+        self.token_ids.index_copy_(0, slots, result.token_ids.clamp(min=0))
+        self.params.position.index_fill_(0, slots, 1)
 
     def _allowed(self, slots: int | Tensor, positions: Tensor) -> Tensor:
         """Packed masks [B, words] or [B, k + 1, words]: no stop token before min_tokens are out.

@@ -179,10 +179,20 @@ class DraftController:
     """Chooses how many drafts the next round has: what promises the most tokens a second.
 
     In coupled mode the choice changes no token, so it may depend on the clock.
+
+    Args:
+        speculation: what is asked for.
+        captured: rounds are captured, so they are of few sizes: powers of two, and the largest;
+            that one alone where the number is fixed. Drafts that a row can't use are not verified.
     """
 
-    def __init__(self, speculation: Speculation) -> None:
+    def __init__(self, speculation: Speculation, captured: bool = False) -> None:
         self._speculation = speculation
+        most = speculation.max_drafts
+        sizes = [n for n in range(1, most) if n.bit_count() == 1 or not captured]
+        fixed = captured and not speculation.adaptive
+        self.sizes = [0, *([] if fixed else sizes), most]
+        """How many drafts a round can have, 0 for a plain step among them; in order."""
         self._times = StepTimes()
         self._overall = Acceptance()
         self._untimed = 0
@@ -205,8 +215,7 @@ class DraftController:
         Args:
             requests: of each row, its acceptance and the drafts it can use at most.
         """
-        most = max((n for _, n in requests), default=0)
-        limit = min(self._speculation.max_drafts, most)
+        limit = self._size(max((n for _, n in requests), default=0))
         if limit == 0 or not self._speculation.adaptive:
             return limit
         if self._rest > 0:
@@ -216,24 +225,29 @@ class DraftController:
         if seconds is None:
             # A plain step and a round, to see what they take.
             self._untimed += 1
-            return min(_FIRST_DRAFTS, limit) if self._untimed % 2 == 0 else 0
+            return min(self._size(_FIRST_DRAFTS), limit) if self._untimed % 2 == 0 else 0
         if self._probing:
             self._probing = False
             # The rounds before may have been timed at a bad moment.
             self._times.forget_rounds()
-            return min(_PROBE_DRAFTS, limit)
-        promise = [
-            sum(acceptance.tokens(min(drafts, can)) for acceptance, can in requests)
+            return min(self._size(_PROBE_DRAFTS), limit)
+        promise = {
+            drafts: sum(acceptance.tokens(min(drafts, can)) for acceptance, can in requests)
             / max(seconds[drafts], 1e-9)
-            for drafts in range(limit + 1)
-        ]
-        best = max(range(limit + 1), key=promise.__getitem__)
+            for drafts in self.sizes
+            if drafts <= limit
+        }
+        best = max(promise, key=promise.__getitem__)
         if promise[best] > _MARGIN * promise[0]:
             self._next_rest = _SHORTEST_REST
             return best
         self._rest, self._probing = self._next_rest, True
         self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
         return 0
+
+    def _size(self, drafts: int) -> int:
+        """The smallest size for so many drafts, or the largest there is."""
+        return next((size for size in self.sizes if size >= drafts), self.sizes[-1])
 
     def observe_time(self, rows: int, drafts: int, seconds: float) -> None:
         """A step of so many rows and drafts took ``seconds``."""
@@ -270,16 +284,25 @@ class History:
         self.lengths = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         self._span = torch.arange(capacity, device=device)
 
-    def start(self, slot: int, token_ids: list[int]) -> None:
-        """Begin with a prompt and the first output token."""
-        self.token_ids[slot] = -1
-        self.token_ids[slot, : len(token_ids)] = torch.tensor(token_ids).to(self.token_ids.device)
-        self.lengths[slot] = len(token_ids)
+    @staticmethod
+    def numbers(prompts: Sequence[list[int]]) -> list[Tensor]:
+        """What :meth:`start` wants of its device, on the host: tokens [n, q] and lengths [n]."""
+        width = max(map(len, prompts), default=0)
+        padded = [[*prompt, *[-1] * (width - len(prompt))] for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
+        return [torch.tensor(x, dtype=torch.int64) for x in (padded, lengths)]
+
+    def start(self, slots: Tensor, token_ids: Tensor, lengths: Tensor, first: Tensor) -> None:
+        """Begin in slots [n] with prompts (:meth:`numbers`) and the first output tokens [n]."""
+        self.token_ids.index_fill_(0, slots, -1)
+        self.token_ids[:, : token_ids.shape[1]].index_copy_(0, slots, token_ids)
+        self.token_ids.index_put_((slots, lengths), first)
+        self.lengths.index_copy_(0, slots, lengths + 1)
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to another."""
-        self.token_ids[target] = self.token_ids[source]
-        self.lengths[target] = self.lengths[source]
+        self.token_ids[target].copy_(self.token_ids[source])
+        self.lengths[target].copy_(self.lengths[source])
 
     def state(self) -> list[Tensor]:
         """What a step changes; a text past its length is never read."""

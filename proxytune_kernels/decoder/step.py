@@ -7,12 +7,14 @@ which drafts may count. So a step can be captured once and replayed (see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from proxytune_kernels.decoder.graphs import StepGraphs
+from proxytune_kernels.decoder import transfer
+from proxytune_kernels.decoder.graphs import StepGraphs, compiled_graphs
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import Needs, SlotSampler, StepResult
@@ -34,6 +36,13 @@ class Stepper:
         self.speculation = speculation
         self.graphs = graphs
         self.roles = tuple(runner.active)
+        self.cold = False
+        """Whether the last step was the first of its kind, or was captured or compiled as it ran.
+
+        Kernels are compiled and libraries plan at their first calls: what such a step took, the
+        next ones will not take.
+        """
+        self._seen: set[Hashable] = set()
         slots, capacity = sampler.token_ids.shape[0], runner.capacity
         # Up to how many output tokens a slot may draft: 0 for one that can't have drafts.
         self._draft_until = torch.zeros(slots, dtype=torch.int64, device=runner.device)
@@ -49,22 +58,31 @@ class Stepper:
 
     @torch.inference_mode()
     def prefill(self, requests: Sequence[Request], logits: dict[str, Tensor]) -> StepResult:
-        """Draw the first tokens of requests whose prompts are in their slots."""
-        slots = [request.slot for request in requests if request.slot is not None]
-        for request in requests:
-            self.sampler.start(request)
-        index = torch.tensor(slots, device=self.runner.device)
-        result = self.sampler.draw(index, logits, Needs.of(requests))
+        """Draw the first tokens of requests whose prompts are in their slots.
+
+        They run in the same roles. Their numbers go to the device in one copy.
+        """
+        looks_up = self._history is not None
+
+        def numbers() -> list[Tensor]:
+            until = [r.params.max_tokens if self.can_draft(r) else 0 for r in requests]
+            prompts = [r.prompt_token_ids["base"] for r in requests] if looks_up else []
+            return [
+                torch.tensor([request.slot for request in requests]),
+                torch.tensor(until),
+                *self.sampler.numbers(requests),
+                *History.numbers(prompts),
+            ]
+
+        slots, until, *sent = transfer.to_device(numbers, self.runner.device)
+        self.sampler.start(slots, *sent[:4])
+        result = self.sampler.draw(slots, logits, Needs.of(requests))
         self.sampler.take_first(slots, result)
-        for request, slot in zip(requests, slots, strict=True):
-            self.runner.start(slot, request.roles)
-            self._draft_until[slot] = request.params.max_tokens if self.can_draft(request) else 0
+        self.runner.start(slots, requests[0].roles)
+        self._draft_until.index_copy_(0, slots, until)
         if self._history is not None:
-            first = result.token_ids.clamp(min=0)
-            for row, (request, slot) in enumerate(zip(requests, slots, strict=True)):
-                self._history.start(slot, request.prompt_token_ids["base"])
-                self._history.token_ids[slot, self._history.lengths[slot]] = first[row, 0]
-                self._history.lengths[slot] += 1
+            prompts, lengths = sent[4:]
+            self._history.start(slots, prompts, lengths, result.token_ids[:, 0].clamp(min=0))
         return result
 
     def at_hand(self, slots: int, drafts: int) -> int:
@@ -88,21 +106,41 @@ class Stepper:
         Returns:
             B = ``slots`` rows; those whose slot is not running hold nothing of meaning.
         """
-
-        def step(rows: int) -> StepResult:
-            if drafts:
-                return self._round(rows, roles, drafts, needs)
-            return self._plain(rows, roles, needs)
-
+        kind, before = (roles, drafts, needs), self._preparations()
+        step = partial(self._step, *kind)
         if self.graphs is None:
-            return step(slots)
-        return self.graphs.run(slots, (roles, drafts, needs), step, self.state())
+            result = step(slots)
+        else:
+            result = self.graphs.run(slots, kind, step, self.state())
+        self.cold = (slots, kind) not in self._seen or self._preparations() != before
+        self._seen.add((slots, kind))
+        return result
+
+    def _preparations(self) -> tuple[int, int]:
+        """How many captures were tried, and how many graphs torch.compile has made here."""
+        return 0 if self.graphs is None else self.graphs.tried, compiled_graphs()
+
+    @torch.inference_mode()
+    def warm_up(self, draft_sizes: Sequence[int]) -> None:
+        """Capture the steps that most requests need, with a progress bar on a terminal.
+
+        Those of requests that are not steered, or may not stop yet, are captured when they come.
+        """
+        if self.graphs is None:
+            return
+        from tqdm import tqdm  # with transformers
+
+        needs = Needs.of([])
+        wanted = [(rows, drafts) for rows in self.graphs.sizes for drafts in draft_sizes]
+        for rows, drafts in tqdm(wanted, "Capturing steps", unit="graph", disable=None):
+            kind = (self.roles, drafts, needs)
+            self.graphs.prepare(rows, kind, partial(self._step, *kind), self.state())
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to an empty slot."""
         self.runner.move(source, target)
         self.sampler.move(source, target)
-        self._draft_until[target] = self._draft_until[source]
+        self._draft_until[target].copy_(self._draft_until[source])
         if self._history is not None:
             self._history.move(source, target)
 
@@ -110,6 +148,11 @@ class Stepper:
         """What a step changes beside keys and values."""
         history = [] if self._history is None else self._history.state()
         return [*self.runner.state(), *self.sampler.state(), *history]
+
+    def _step(self, roles: tuple[str, ...], drafts: int, needs: Needs, rows: int) -> StepResult:
+        if drafts:
+            return self._round(rows, roles, drafts, needs)
+        return self._plain(rows, roles, needs)
 
     def _plain(self, rows: int, roles: tuple[str, ...], needs: Needs) -> StepResult:
         logits = self.runner.forward(roles, self.sampler.token_ids[:rows])

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves
 
-from proxytune_kernels.decoder import Decoder, decoder
+from proxytune_kernels.decoder import Decoder, decoder, transfer
 from proxytune_kernels.decoder.graphs import Capture, Replay
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import StepResult
@@ -42,7 +42,8 @@ _WAITING = set(
 _MADE_ON_THE_HOST = {"lift", "lift_fresh", "lift_fresh_copy"}
 _BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # Reads of a CPU tensor's memory that go through no operator.
-_READS = {"__array__", "numpy", "tolist"}
+_READS = {"__array__", "cpu", "numpy", "tolist"}
+_WAITS = "called a synchronizing CUDA operation"
 _REFUSED = "operation not permitted when stream is capturing"
 
 
@@ -61,10 +62,14 @@ class _Call:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the operators that run, and the storages that were there before them."""
+    """Keeps the operators that run, and the storages that were there before them.
 
-    def __init__(self) -> None:
+    ``refusal``: of the operators that wait; None lets them run.
+    """
+
+    def __init__(self, refusal: str | None = _REFUSED) -> None:
         super().__init__()
+        self._refusal = refusal
         self.calls: list[_Call] = []
         self.found: dict[int, Tensor] = {}
         self._made: set[int] = set()
@@ -87,7 +92,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         keywords = kwargs or {}
-        _refuse(func, args)
+        if self._refusal is not None:
+            _refuse(func, args, self._refusal)
         self._look((args, keywords))
         result = func(*args, **keywords)
         got = {_place(tensor) for tensor in _tensors((args, keywords))}
@@ -110,30 +116,38 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _refuse(operator: Any, arguments: tuple[Any, ...]) -> None:
+def _refuse(operator: Any, arguments: tuple[Any, ...], refusal: str) -> None:
     name = operator._schema.name.split("::")[1]
     full = f"{name}.{operator._overloadname}"
     if name in _WAITING or full in _WAITING:
-        raise RuntimeError(f"{_REFUSED}: {name}")
+        raise RuntimeError(f"{refusal}: {name}")
     if name in _MADE_ON_THE_HOST:
-        raise RuntimeError(f"{_REFUSED}: a copy of memory that is not pinned")
+        raise RuntimeError(f"{refusal}: a copy of memory that is not pinned")
     if name in _BY_INDEX and any(t.dtype == torch.bool for t in _tensors(arguments[1])):
-        raise RuntimeError(f"{_REFUSED}: {name} by a mask")
+        raise RuntimeError(f"{refusal}: {name} by a mask")
 
 
 @contextmanager
-def _no_reads() -> Iterator[None]:
+def _no_reads(refusal: str = _REFUSED) -> Iterator[None]:
     """Refuses to read tensors as lists and arrays. No mode: what is compiled asks for those."""
 
     def refuse(name: str) -> Callable[..., Any]:
         def read(*given: Any, **named: Any) -> Any:
-            raise RuntimeError(f"{_REFUSED}: {name}")
+            raise RuntimeError(f"{refusal}: {name}")
 
         return read
+
+    to = torch.Tensor.to
+
+    def moved(tensor: Tensor, *given: Any, **named: Any) -> Any:
+        if "cpu" in given:
+            raise RuntimeError(f"{refusal}: to")
+        return to(tensor, *given, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         for name in _READS:
             patch.setattr(torch.Tensor, name, refuse(name))
+        patch.setattr(torch.Tensor, "to", moved)
         yield
 
 
@@ -165,17 +179,21 @@ class Tape(Capture):
     """
 
     def __init__(self) -> None:
-        self.replays = 0
+        self.replays = self.records = 0
         self._found: dict[int, Tensor] = {}
 
     def warm_up(self, step: Replay) -> None:
+        step()
+
+    def rehearse(self, step: Replay) -> None:
         # A step may make what it keeps at its first run; from then on it must find it there.
-        recorder = _Recorder()
-        with recorder:
+        recorder = _Recorder(_WAITS)
+        with _no_reads(_WAITS), recorder:
             step()
         self._found = recorder.found
 
     def record(self, step: Replay) -> Replay:
+        self.records += 1
         recorder = _Recorder()
         with _no_reads(), recorder:
             result = step()
@@ -191,6 +209,53 @@ class Tape(Capture):
             return result
 
         return replay
+
+
+def mutations(run: Callable[[], object]) -> list[str]:
+    """The operators that write: on a GPU each is a launch."""
+    recorder = _Recorder(None)
+    with recorder:
+        run()
+    return [call.operator.__name__ for call in recorder.calls]
+
+
+class NeverWaits:
+    """Runs functions of a decoder as a GPU would: they may send numbers, and wait for nothing.
+
+    What :func:`~proxytune_kernels.decoder.transfer.to_device` makes and sends is counted; a tensor
+    that is made on the host elsewhere, or read there, is refused.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[tuple[str, int]] = []
+        """Each function's name, and how many copies it sent."""
+        self._monkeypatch = monkeypatch
+        self._recorder = _Recorder(_WAITS)
+        self._sent = 0
+        send = transfer.to_device
+
+        def to_device(make: Any, device: torch.device) -> list[Tensor]:
+            self._sent += 1
+            refusal, self._recorder._refusal = self._recorder._refusal, None
+            try:
+                return send(make, device)
+            finally:
+                self._recorder._refusal = refusal
+
+        monkeypatch.setattr(transfer, "to_device", to_device)
+
+    def watch(self, owner: type, name: str) -> None:
+        """Refuse what waits in a method."""
+        method = getattr(owner, name)
+
+        def watched(*arguments: Any) -> Any:
+            before = self._sent
+            with _no_reads(_WAITS), self._recorder:
+                result = method(*arguments)
+            self.runs.append((name, self._sent - before))
+            return result
+
+        self._monkeypatch.setattr(owner, name, watched)
 
 
 def make_decoder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from proxytune_kernels.decoder import Decoder, RequestOutput, Speculation
+from proxytune_kernels.decoder.graphs import StepGraphs
 from proxytune_kernels.decoder.sampler import StepResult
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
@@ -182,9 +184,10 @@ def test_a_model_that_waits_for_the_device_runs_eagerly(trio, monkeypatch):
     waiting = Trio.from_models(base, trio.expert, trio.anti, trio.tokenizer)
     decoder = check_taped(monkeypatch, waiting, 3, *requests(3, 4))
     assert decoder.info()["graphs"] == (
-        "none: a step can't be captured: operation not permitted when stream is capturing: "
-        "is_nonzero"
+        "none: a step can't be captured: called a synchronizing CUDA operation: is_nonzero"
     )
+    # That was found out before a capture that would have failed.
+    assert graphs(decoder)._capture.records == 0
 
 
 class _Failing(Tape):
@@ -213,6 +216,51 @@ def test_a_failed_capture_harms_nothing(near, monkeypatch, speculation, works):
     graphs(decoder)._capture = _Failing(works, RuntimeError("no\n  such thing"))
     check(decoder.generate(prompts, params), wanted)
     assert decoder.info()["graphs"] == "none: a step can't be captured: no such thing"
+
+
+@pytest.mark.parametrize("most", [64, 3])
+def test_captures_before_the_first_request(near, monkeypatch, most):
+    """By rows and kind, the largest first; past the bound steps run eagerly, and that is said."""
+    monkeypatch.setattr(StepGraphs.__init__, "__defaults__", (most,))
+    shown: list[Any] = []
+
+    def bar(wanted: Any, *texts: Any, **options: Any) -> Any:
+        shown.append((list(wanted), *texts, options["disable"]))
+        return iter(wanted)
+
+    monkeypatch.setattr("tqdm.tqdm", bar)
+    options: dict[str, Any] = {"speculation": Speculation(max_drafts=5)}
+    decoder = make_decoder(monkeypatch, near, 3, taped=True, **options)
+    decoder.warm_up()
+    wanted = [(rows, drafts) for rows in (3, 2, 1) for drafts in (0, 1, 2, 4, 5)]
+    assert shown == [(wanted, "Capturing steps", None)]
+    assert replays(decoder) == 0 and graphs(decoder)._capture.records == min(most, 15)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    prompts = [[5, 6, 7], [8], [9, 9], [4]]
+    check(
+        decoder.generate(prompts, params),
+        make_decoder(monkeypatch, near, 3, **options).generate(prompts, params),
+    )
+    # Nothing was captured while a request waited, and what was serves.
+    assert replays(decoder) > 0
+    assert graphs(decoder)._capture.records == min(most, 15)
+    text = decoder.info()["graphs"]
+    if most == 64:
+        assert text == "15 captured"
+    else:
+        assert re.fullmatch(
+            r"3 captured, the most there may be: 1[2-9] other kinds of step run eagerly", text
+        )
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_captured_rounds_are_of_few_sizes(near, monkeypatch, adaptive):
+    drafts = Speculation(max_drafts=6, adaptive=adaptive)
+    params = SamplingParams(temperature=0, max_tokens=33, ignore_eos=True)
+    decoder = check_taped(monkeypatch, near, 1, [[5, 6, 7]], params, speculation=drafts)
+    assert {kind[1] for _, kind in graphs(decoder)._replays} <= (
+        {0, 1, 2, 4, 6} if adaptive else {0, 6}
+    )
 
 
 def test_other_errors_are_not_hidden(trio, monkeypatch):

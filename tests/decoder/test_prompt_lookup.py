@@ -20,6 +20,13 @@ TEXT = st.lists(TOKEN, min_size=1, max_size=CAPACITY)
 WIDTH = st.integers(1, 5)
 
 
+def begin(history: History, slot: int, text: list[int]) -> None:
+    """The last token is the first that was drawn."""
+    token_ids, lengths = History.numbers([text[:-1]])
+    history.start(torch.tensor([slot]), token_ids, lengths, torch.tensor(text[-1:] or [-1]))
+    history.lengths[slot] = len(text)
+
+
 def search(text: list[int], width: int) -> list[int]:
     """What followed the latest earlier occurrence of the last three tokens, else of the last two.
 
@@ -53,7 +60,7 @@ def search(text: list[int], width: int) -> list[int]:
 def test_lookup(text, wanted):
     assert search(text, 3) == wanted
     history = History(1, 16, 10, CPU)
-    history.start(0, text)
+    begin(history, 0, text)
     assert history.lookup(1, 3).tolist() == [wanted]
 
 
@@ -84,7 +91,7 @@ def test_nothing_is_drafted_behind_an_id_that_a_member_lacks():
         ([1, 2, 3, 9, 10, 1, 2, 3], [9, -1, -1]),
         ([1, 2, 10, 9, 8, 1, 2, 10], [9, 8, 1]),
     ):
-        history.start(0, text)
+        begin(history, 0, text)
         assert history.lookup(1, 3).tolist() == [wanted]
 
 
@@ -93,7 +100,7 @@ def test_lookup_is_the_naive_search(texts, garbage, width):
     """Lengths from one token to the capacity; what lies behind them is never read."""
     history = History(len(texts) + 1, CAPACITY, 3, CPU)
     for slot, text in enumerate(texts):
-        history.start(slot, text)
+        begin(history, slot, text)
         history.token_ids[slot, len(text) :] = torch.tensor(garbage[: CAPACITY - len(text)])
     wanted = [search(text, width) for text in texts]
     assert history.lookup(len(texts), width).tolist() == wanted
@@ -107,8 +114,8 @@ def test_text_grows_by_what_rounds_emit(first, second, rounds, width):
     """Of three tokens the first 0 to 3 count. The slot beside it does not run: it is written to
     behind its end, and does not grow."""
     history = History(3, CAPACITY, 3, CPU)
-    history.start(0, second)
-    history.start(1, first)
+    begin(history, 0, second)
+    begin(history, 1, first)
     text = list(first)
     for tokens, count in rounds:
         if len(text) + len(tokens) > CAPACITY:
@@ -119,5 +126,5 @@ def test_text_grows_by_what_rounds_emit(first, second, rounds, width):
         assert history.lookup(2, width).tolist() == wanted
     history.move(1, 0)
     assert history.lookup(1, width).tolist() == [search(text, width)]
-    history.start(0, second)
+    begin(history, 0, second)
     assert history.lookup(1, width).tolist() == [search(second, width)]

@@ -140,7 +140,7 @@ class Driver:
         self.sampler.params.position.zero_()
         everyone = torch.arange(SLOTS)
         first = self.sampler.draw(everyone, self.logits, Needs(masked=False))
-        self.sampler.take_first(everyone.tolist(), first)
+        self.sampler.take_first(everyone, first)
         history = self.stepper._history
         if history is not None:
             start = len(PROMPTS["base"])

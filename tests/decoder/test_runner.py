@@ -74,8 +74,7 @@ def random_ids(length: int, seed: int) -> list[int]:
 
 def prefill(runner: Runner, slots: list[int], prompts: list[list[int]]) -> Tensor:
     """Logits [B, V] after whole prompts in empty slots, which run from now on."""
-    for slot in slots:
-        runner.start(slot, ["base"])
+    runner.start(torch.tensor(slots), ["base"])
     return runner.prefill(slots, {"base": prompts})["base"]
 
 
@@ -202,7 +201,7 @@ def test_models_that_hide_their_attention_are_refused():
 def test_unknown_attention_terms_are_refused():
     model = make("llama")
     ours = Runner({"base": model}, 2, 64).models["base",]
-    fresh = ours.cache.fresh_step([0], 2)
+    fresh = ours.cache.fresh_step(torch.tensor([0]), 2)
     with pytest.raises(NotImplementedError, match="got s_aux from LlamaAttention"):
         ours.model(
             torch.tensor([[1, 2]]),

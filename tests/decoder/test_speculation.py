@@ -89,7 +89,8 @@ def test_drafts_follow_the_clock_and_tokens_do_not(
         # A plain step to time it, rounds of up to seven tokens, and a short one at the end.
         assert counts["plain_steps"] <= 3 and counts["speculative_rounds"] <= 40
     else:
-        assert 1 <= counts["speculative_rounds"] <= 4 and counts["plain_steps"] >= 140
+        # Of each size the first is not timed.
+        assert 1 <= counts["speculative_rounds"] <= 8 and counts["plain_steps"] >= 130
 
 
 DRAFTERS = ("expert", "prompt_lookup")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from proxytune_kernels.decoder import Decoder
 from proxytune_kernels.decoder.graphs import CudaCapture
-from proxytune_kernels.decoder.loop import _Pending
+from proxytune_kernels.decoder.loop import _moment, _Pending
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import StepResult
 from tests.decoder.test_runner import make
@@ -42,6 +43,9 @@ class _Cuda:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        self.sync_mode = "default"
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.sync_mode)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", partial(setattr, self, "sync_mode"))
 
     @contextmanager
     def stream(self, stream: _Stream) -> Iterator[None]:
@@ -52,8 +56,11 @@ class _Cuda:
             self.current = before
 
     @contextmanager
-    def graph(self, graph: _Cuda, *, pool: str, stream: _Stream) -> Iterator[None]:
-        assert (graph, pool) == (self, "pool")
+    def graph(
+        self, graph: _Cuda, *, pool: str, stream: _Stream, capture_error_mode: str
+    ) -> Iterator[None]:
+        assert (graph, pool, capture_error_mode) == (self, "pool", "thread_local")
+        assert self.sync_mode == "default"
         before, self.current, self.capturing = self.current, stream, True
         yield
         self.capturing = False
@@ -66,7 +73,8 @@ class _Cuda:
         self.log.append(f"replay on {self.current.name}")
 
     def run(self, what: str) -> None:
-        self.log.append(f"{what} on {self.current.name}{' captured' * self.capturing}")
+        how = " captured" * self.capturing + " or an error" * (self.sync_mode == "error")
+        self.log.append(f"{what} on {self.current.name}{how}")
 
 
 class _Result:
@@ -146,7 +154,10 @@ def test_one_model_needs_no_other_stream(monkeypatch):
 
 
 def test_a_capture(monkeypatch):
-    """Two runs that are not recorded, each from the state that was; then the one that is."""
+    """A run, one in which it is an error to wait, and the one that is recorded.
+
+    Each begins in the state that was.
+    """
     cuda = _Cuda(monkeypatch)
     state = torch.tensor([5])
     begun: list[int] = []
@@ -160,14 +171,17 @@ def test_a_capture(monkeypatch):
     replay: Callable[[], Any] = CudaCapture(torch.device("cuda", 1))(step, [state])
     assert begun == [5, 5, 5]
     assert int(state) == 5
-    warm_up = ["side waits for main", "step on side", "main waits for side"]
-    assert cuda.log == [*warm_up, *warm_up, "step on side captured"]
+    assert cuda.log == [
+        "side waits for main", "step on side", "main waits for side",
+        "side waits for main", "step on side or an error", "main waits for side",
+        "step on side captured",
+    ]  # fmt: skip
     assert replay() == "result"
     assert cuda.log[-1] == "replay on main"
     assert begun == [5, 5, 5]
 
 
-@pytest.mark.parametrize("where", ["warm-up", "capture"])
+@pytest.mark.parametrize("where", ["warm-up", "rehearsal", "capture"])
 def test_a_failed_capture_leaves_stream_and_state(monkeypatch, where):
     cuda = _Cuda(monkeypatch)
     cuda.graph_fails = where == "capture"
@@ -175,13 +189,14 @@ def test_a_failed_capture_leaves_stream_and_state(monkeypatch, where):
 
     def step() -> Any:
         state.add_(1)
-        if where == "warm-up":
+        if where == "warm-up" or (where == "rehearsal" and cuda.sync_mode == "error"):
             raise RuntimeError("out of order")
 
     with pytest.raises(RuntimeError, match="capture_end|out of order"):
         CudaCapture(torch.device("cuda", 0))(step, [state])
     assert int(state) == 5
     assert cuda.current is cuda.main
+    assert cuda.sync_mode == "default"
 
 
 class _OnDevice:
@@ -203,16 +218,27 @@ def test_a_result_is_read_when_it_is_there(monkeypatch):
     log: list[str] = []
 
     class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
         def record(self, stream: str) -> None:
             log.append(f"recorded on {stream}")
 
         def synchronize(self) -> None:
             log.append("waited for")
 
+        def elapsed_time(self, end: Any) -> float:
+            assert end is not self
+            return 1500.0
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     column: Any = _OnDevice(log)
-    pending = _Pending([], StepResult(column, column, column, column), 0, 0.0)
-    assert log == [*["copied"] * 4, "recorded on stream of cuda:1"]
+    launched = _moment(torch.device("cuda", 1))
+    pending = _Pending([], StepResult(column, column, column, column), 0, launched)
+    recorded = "recorded on stream of cuda:1"
+    assert log == [recorded, *["copied"] * 4, recorded]
     assert pending.lists()[0] == [[3]]
     assert log[-1] == "waited for"
+    # By the device's clock: what ran before the step, and how long the host took, don't count.
+    assert pending.seconds() == 1.5
