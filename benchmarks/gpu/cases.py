@@ -175,11 +175,11 @@ def _all_units() -> list[Unit]:
     # What needs no compiling comes first.
     return [
         *samples("peaked", main, *peers),
-        *samples("flat", main, *peers),
+        *(unit for kind in ("flat", "middling") for unit in samples(kind, main, *peers)),
         *verifies("verify", "peaked", *verifiers),
         *(Unit(replace(heads, batch_size=b), ("ours", "eager")) for b in (64, 256, 1, 8)),
         *samples("peaked", others, *peers),
-        *samples("flat", others, *peers),
+        *(unit for kind in ("flat", "middling") for unit in samples(kind, others, *peers)),
         *samples("peaked", main, *compiled),
         *verifies("verify", "flat", *verifiers),
         *verifies("verify-rejection", "peaked", *BACKENDS),
