@@ -39,7 +39,8 @@ class Decoder:
     that ran are gone, and the decoder is as new.
 
     Args:
-        trio: the models; they are not changed.
+        trio: the models; their values are not changed. Where forwards are compiled, weights of
+            products of one input become views of one tensor, which ``save_pretrained`` takes.
         max_batch_size: requests that run at the same time. None takes what fits into the memory
             that is free, up to 256 on CUDA and 16 elsewhere.
         max_seq_len: tokens of prompt and output together, for each role; None is the shortest
@@ -244,6 +245,8 @@ class Decoder:
         when it comes. Meanwhile a thread of this process that waits for the device gets an error.
         """
         with self._turn():
+            if self._stepper.graphs is None and not self._requests:
+                self._cold = self._runner.eager is None
             self._compile_models()
             self._compile_sampling(progress)
             sizes = [0] if self._controller is None else self._controller.sizes

@@ -73,9 +73,12 @@ class CudaCapture(Capture):
         """See :class:`Capture`."""
         main = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            step()
-        main.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                step()
+        finally:
+            # After an error, too: what was launched goes on.
+            main.wait_stream(self._stream)
 
     def rehearse(self, step: Replay) -> None:
         """See :class:`Capture`. Torch's mode is that of all threads: others must not wait, too."""

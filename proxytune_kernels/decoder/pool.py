@@ -66,8 +66,7 @@ class DecoderPool:
                 range.
             MemberError: a model that the decoder would not decode as its own forward says.
         """
-        made_of = [trio.vocab_size, *(part for m in trio.models.values() for part in _parts(m))]
-        if made_of != self._made_of:
+        if self._made_of != (made_of := _made_of(trio)):
             self._decoder, self._unserved, self._made_of = None, None, made_of
         if self._unserved is not None:
             raise MemberError(self._unserved)
@@ -83,6 +82,7 @@ class DecoderPool:
             except MemberError as error:
                 self._unserved = str(error)
                 raise
+            self._made_of = _made_of(trio)  # a decoder may lay weights out anew
             return self._decoder
         most_slots, most_tokens = self._decoder.max_batch_size, self._decoder.max_seq_len
         if slots > most_slots or tokens > most_tokens:
@@ -92,11 +92,16 @@ class DecoderPool:
             self._decoder = Decoder(
                 trio, max(slots, most_slots), min(length, limit), **self._options
             )
+            self._made_of = _made_of(trio)
         return self._decoder
 
 
-def _parts(model: Any) -> Iterator[Any]:
+def _made_of(trio: Trio) -> list[Any]:
     """What a decoder's modules are made of; once any of it changes they are made anew."""
+    return [trio.vocab_size, *(part for m in trio.models.values() for part in _parts(m))]
+
+
+def _parts(model: Any) -> Iterator[Any]:
     for parameter in model.parameters():
         version = 0 if parameter.is_inference() else parameter._version
         # A packed (quantised) weight has no memory of its own.

@@ -32,8 +32,9 @@ class Runner:
     run in a role. What these rows write lies behind their length, where nobody reads it.
 
     Args:
-        models: role -> causal LM, in the order base, expert, anti; or base alone. They are not
-            changed: the runner works on copies of their modules that share every weight.
+        models: role -> causal LM, in the order base, expert, anti; or base alone. Their modules
+            are not changed: the runner works on copies that share every weight. Where forwards are
+            compiled, weights of products of one input become views of one tensor, same values.
         max_batch_size, max_seq_len, pair, compile, streams, pack_weights: as in
             :class:`~proxytune_kernels.decoder.decoder.Decoder`.
         slack: places past ``max_seq_len`` for drafts that will be rolled back.
@@ -75,6 +76,7 @@ class Runner:
         may_batch = not compile and not pack_weights
         self.pair, trees = pair_models(models, pair, may_batch=may_batch)
         trees["base",] = with_slot_attention(models["base"])
+        self._trees = trees
         self.models: dict[Roles, SlotModel] = {}
         self._rows: dict[str, tuple[SlotCache, int, int]] = {}
         caches: dict[Roles, SlotCache] = {}
@@ -151,7 +153,9 @@ class Runner:
         number = sum(f.count for f in forwards if f.failed is None)
         if failed:
             return f"{number or 'none'}: {failed[0]}"
-        return f"{number} forwards" if forwards else "plain steps"
+        if not forwards:
+            return "plain steps"
+        return f"{number} forwards" if number else "forwards, as they come"
 
     @property
     def static(self) -> bool:
@@ -236,12 +240,15 @@ class Runner:
         main = torch.cuda.current_stream(self.device)
         for side in sides:
             side.wait_stream(main)
-        results = [run(parts[0])]
-        for i, part in enumerate(parts[1:]):
-            with torch.cuda.stream(sides[min(i, len(sides) - 1)]):
-                results.append(run(part))
-        for side in sides:
-            main.wait_stream(side)
+        try:
+            results = [run(parts[0])]
+            for i, part in enumerate(parts[1:]):
+                with torch.cuda.stream(sides[min(i, len(sides) - 1)]):
+                    results.append(run(part))
+        finally:
+            # After an error, too: what was launched goes on, in memory that others may get.
+            for side in sides:
+                main.wait_stream(side)
         for result in results[1:] if not torch.cuda.is_current_stream_capturing() else ():
             # Made on another stream and read on this one: its memory must not be reused before.
             result.record_stream(main)
@@ -269,6 +276,11 @@ class Runner:
         """Let steps be captured: from now on nothing in them depends on the host's lengths."""
         for cache in self._caches:
             cache.captured = True
+        # Graphs read the weights where they lie now. Another decoder of these models may lay them
+        # out anew (see compiled.merge_products): the old memory must not be given away.
+        self._captured_weights = [
+            p.data for tree in self._trees.values() for p in tree.parameters()
+        ]
 
     def attention(self) -> dict[str, str]:
         """What attends to the cache in steps, by the first of the roles that share one."""

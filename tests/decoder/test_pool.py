@@ -11,7 +11,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from proxytune_kernels import SamplingParams
-from proxytune_kernels.decoder import MemberError, attention
+from proxytune_kernels.decoder import Decoder, MemberError, attention, runner
 from proxytune_kernels.decoder.pool import DecoderPool
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import VOCAB_SIZE, tiny_llama
@@ -87,3 +87,25 @@ def test_a_context_of_unknown_length_is_named(tokenizer):
     base = BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="base must say its context's length .*BloomForCausalLM"):
         DecoderPool().decoder_for(Trio.from_models(base, tokenizer=tokenizer), 1, 8)
+
+
+def test_a_decoder_that_lays_weights_out_is_kept(own_trio, monkeypatch):
+    """Forwards that are compiled for static rows merge products: the same values elsewhere."""
+    monkeypatch.setattr(runner, "choose_kernel", lambda device, dtype: ("triton", None))
+    pool = DecoderPool(compile=True, check=False)
+    place = own_trio.base.model.layers[0].self_attn.k_proj.weight.data_ptr()
+    first = pool.decoder_for(own_trio, 1, 12)
+    assert own_trio.base.model.layers[0].self_attn.k_proj.weight.data_ptr() != place
+    assert pool.decoder_for(own_trio, 1, 12) is first
+
+
+def test_memory_that_a_captured_step_reads_is_kept(own_trio, monkeypatch):
+    """Another decoder of the same models may lay weights out anew."""
+    made = Decoder(own_trio, compile=False)
+    made._runner.capture()
+    weight = own_trio.base.model.layers[0].self_attn.k_proj.weight
+    place = weight.data_ptr()
+    monkeypatch.setattr(runner, "choose_kernel", lambda device, dtype: ("triton", None))
+    Decoder(own_trio, compile=True, check=False)
+    assert weight.data_ptr() != place
+    assert place in {kept.data_ptr() for kept in made._runner._captured_weights}

@@ -132,6 +132,28 @@ def test_models_run_side_by_side(monkeypatch, capturing, streams, parts, places)
     assert cuda.current is cuda.main
 
 
+def test_streams_meet_after_an_error(monkeypatch):
+    """What was launched goes on, in memory that others may get: they come after it."""
+    runner = Runner({"base": make("llama")}, 1, 8)
+    cuda = _Cuda(monkeypatch)
+    monkeypatch.setattr(runner, "_sides", [_Stream("side", cuda.log)])
+
+    def run(part: tuple[str, ...]) -> Any:
+        if part == ("anti",):
+            raise RuntimeError("it waits")
+        return cuda.run(part[0])
+
+    with pytest.raises(RuntimeError, match="it waits"):
+        runner._side_by_side(run, [("base",), ("expert",), ("anti",)])
+    with pytest.raises(RuntimeError, match="it waits"):
+        CudaCapture(torch.device("cuda", 1)).warm_up(lambda: run(("anti",)))
+    assert cuda.log == [
+        "side waits for main", "base on main", "expert on side", "main waits for side",
+        "side waits for main", "main waits for side",
+    ]  # fmt: skip
+    assert cuda.current is cuda.main
+
+
 def test_how_many_streams(monkeypatch, trio):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
     monkeypatch.setattr("proxytune_kernels.decoder.runner._one_cuda_device", lambda devices: True)
