@@ -11,9 +11,14 @@ back to the host, an output whose shape depends on values, a tensor that is made
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,6 +154,26 @@ def _no_reads(refusal: str = _REFUSED) -> Iterator[None]:
             patch.setattr(torch.Tensor, name, refuse(name))
         patch.setattr(torch.Tensor, "to", moved)
         yield
+
+
+def in_fresh_process(test: Callable[..., None]) -> Callable[..., None]:
+    """The test in a process of its own, where no other has left anything in torch's compiler."""
+
+    @functools.wraps(test)
+    def run(*given: Any, **named: Any) -> None:
+        if "FRESH_PROCESS" in os.environ:
+            return test(*given, **named)
+        name = os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0]
+        left = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*pytest_here, "-p", "no:xdist", name],
+            env=left | {"FRESH_PROCESS": "1"}, cwd=Path(__file__).parents[2],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+    return run
 
 
 _COMPILE = torch.compile
