@@ -55,7 +55,6 @@ template <int kBits> PTK_HOST_DEVICE U shift_left(U a) { return a << kBits; }
 template <int kBits> PTK_HOST_DEVICE U shift_right_signed(U a) { return uint32_t(int32_t(a) >> kBits); }
 PTK_HOST_DEVICE U bits(F a) { return bits_of_float(a); }
 PTK_HOST_DEVICE F from_bits(U a) { return float_of_bits(a); }
-PTK_HOST_DEVICE U to_int_down(F a) { return uint32_t(int32_t(a)); }
 PTK_HOST_DEVICE F int_to_float(U a) { return float(int32_t(a)); }
 PTK_HOST_DEVICE F uint_to_float(U a) { return float(a); }
 

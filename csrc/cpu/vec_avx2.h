@@ -74,7 +74,6 @@ template <int kBits> inline U shift_left(U a) { return _mm256_slli_epi32(a, kBit
 template <int kBits> inline U shift_right_signed(U a) { return _mm256_srai_epi32(a, kBits); }
 inline U bits(F a) { return _mm256_castps_si256(a); }
 inline F from_bits(U a) { return _mm256_castsi256_ps(a); }
-inline U to_int_down(F a) { return _mm256_cvttps_epi32(a); }
 inline F int_to_float(U a) { return _mm256_cvtepi32_ps(a); }
 inline F uint_to_float(U a) {
   // Both halves convert exactly, and the product is exact: one rounding, in the sum.

@@ -70,8 +70,6 @@ template <int kBits> inline U shift_left(U a) { return _mm512_slli_epi32(a, kBit
 template <int kBits> inline U shift_right_signed(U a) { return _mm512_srai_epi32(a, kBits); }
 inline U bits(F a) { return _mm512_castps_si512(a); }
 inline F from_bits(U a) { return _mm512_castsi512_ps(a); }
-// Towards zero; a must be in the range of int32.
-inline U to_int_down(F a) { return _mm512_cvttps_epi32(a); }
 inline F int_to_float(U a) { return _mm512_cvtepi32_ps(a); }
 // Rounds to nearest.
 inline F uint_to_float(U a) { return _mm512_cvtepu32_ps(a); }
