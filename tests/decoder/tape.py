@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.harness.memory import in_fresh_process as in_other_process
 from proxytune_kernels.decoder import Decoder, decoder, transfer
 from proxytune_kernels.decoder.graphs import Capture, Replay
 from proxytune_kernels.decoder.runner import Runner
@@ -156,6 +155,9 @@ def _no_reads(refusal: str = _REFUSED) -> Iterator[None]:
         yield
 
 
+_ROOT = Path(__file__).parents[2]
+
+
 def in_fresh_process(test: Callable[..., None]) -> Callable[..., None]:
     """The test in a process of its own, where no other has left anything in torch's compiler."""
 
@@ -164,14 +166,14 @@ def in_fresh_process(test: Callable[..., None]) -> Callable[..., None]:
         if "FRESH_PROCESS" in os.environ:
             return test(*given, **named)
         name = os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0]
-        left = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-        pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        done = subprocess.run(
-            [*pytest_here, "-p", "no:xdist", name],
-            env=left | {"FRESH_PROCESS": "1"}, cwd=Path(__file__).parents[2],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+        # By its whole path: the other process need not be where this one is.
+        arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        with pytest.MonkeyPatch.context() as patch:
+            for variable in [v for v in os.environ if v.startswith("PYTEST_XDIST")]:
+                patch.delenv(variable)
+            patch.setenv("FRESH_PROCESS", "1")
+            code = in_other_process(pytest.main, [*arguments, str(_ROOT / name)])
+        assert code == pytest.ExitCode.OK
 
     return run
 
