@@ -11,12 +11,9 @@ back to the host, an output whose shape depends on values, a tensor that is made
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +26,6 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness.memory import in_fresh_process as in_other_process
 from proxytune_kernels.decoder import Decoder, decoder, transfer
 from proxytune_kernels.decoder.graphs import Capture, Replay
 from proxytune_kernels.decoder.runner import Runner
@@ -153,29 +149,6 @@ def _no_reads(refusal: str = _REFUSED) -> Iterator[None]:
             patch.setattr(torch.Tensor, name, refuse(name))
         patch.setattr(torch.Tensor, "to", moved)
         yield
-
-
-_ROOT = Path(__file__).parents[2]
-
-
-def in_fresh_process(test: Callable[..., None]) -> Callable[..., None]:
-    """The test in a process of its own, where no other has left anything in torch's compiler."""
-
-    @functools.wraps(test)
-    def run(*given: Any, **named: Any) -> None:
-        if "FRESH_PROCESS" in os.environ:
-            return test(*given, **named)
-        name = os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0]
-        # By its whole path: the other process need not be where this one is.
-        arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        with pytest.MonkeyPatch.context() as patch:
-            for variable in [v for v in os.environ if v.startswith("PYTEST_XDIST")]:
-                patch.delenv(variable)
-            patch.setenv("FRESH_PROCESS", "1")
-            code = in_other_process(pytest.main, [*arguments, str(_ROOT / name)])
-        assert code == pytest.ExitCode.OK
-
-    return run
 
 
 _COMPILE = torch.compile

@@ -160,7 +160,6 @@ def test_a_shared_pair_gives_the_eager_tokens(static, lora_trio, monkeypatch, sp
     assert decoder.info()["graphs"].endswith(" captured")
 
 
-@tape.in_fresh_process
 def test_what_cannot_be_compiled_runs_as_it_is(static, floats, monkeypatch):
     """Unless it was asked for."""
 

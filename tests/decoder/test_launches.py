@@ -139,7 +139,6 @@ def runner(monkeypatch: pytest.MonkeyPatch, family: str, compile: bool, **settin
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-@tape.in_fresh_process
 def test_a_layer_of_the_shared_pair(monkeypatch):
     """18, fewer than two members': a merged product has one of the A's and one of the B's."""
     peft = pytest.importorskip("peft")
@@ -169,7 +168,6 @@ def step(made: Runner) -> Tensor:
 @pytest.mark.parametrize(
     "family", ["Qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("Llama", "Qwen2"))]
 )
-@tape.in_fresh_process
 def test_a_layer_launches_few_kernels(monkeypatch, family):
     """11: 4 products, attention, 6 of inductor's. Modules called one by one make 34 or 38."""
     counts = []

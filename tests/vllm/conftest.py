@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,15 +16,17 @@ import pytest
 
 # Read when vLLM is imported. One process: engines can be looked into, and start in seconds. One
 # thread: vLLM's own do not mix with OpenMP's (14 times slower with both). Nothing is compiled.
-for name, value in {
+_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TORCHDYNAMO_DISABLE": "1",
-}.items():
-    os.environ.setdefault(name, value)
+}
+# Only where vLLM is: elsewhere pytest reads this file among all tests, and theirs do compile.
+if find_spec("vllm"):
+    os.environ |= _ENVIRONMENT | os.environ
 
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
