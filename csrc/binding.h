@@ -252,6 +252,7 @@ inline NewTensor empty(const Tensor& like, ScalarType type, int64_t rows, int64_
   int32_t dtype = aoti_torch_dtype_float32();
   if (type == ScalarType::Long) dtype = aoti_torch_dtype_int64();
   if (type == ScalarType::Int) dtype = aoti_torch_dtype_int32();
+  if (type == ScalarType::BFloat16) dtype = aoti_torch_dtype_bfloat16();
   const int64_t sizes[] = {rows, columns}, strides[] = {columns < 0 ? 1 : columns, 1};
   const int32_t device_type =
       like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
