@@ -24,6 +24,7 @@ from proxytune_kernels.decoder.step import Stepper
 from proxytune_kernels.ops import warm_up
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.packed import products
 from proxytune_kernels.trio.roles import PAIR
 
 
@@ -106,7 +107,8 @@ class Decoder:
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
         self.speculation = arguments.speculation(speculation, self.roles)
         arguments.size("prefill_chunk", prefill_chunk)
-        self._cold = bool(compile)
+        # Compiled at the first request if asked for; else by warm_up, or as it comes.
+        self._cold, self._unasked = bool(compile), compile is None
         ahead = run_ahead(models["base"].device)
         drafts = 0 if speculation is None else speculation.max_drafts
         # Steps that the host launches before it learns of an end write behind it.
@@ -130,9 +132,8 @@ class Decoder:
             slack=slack,
             exact=not ahead or speculation is None,
             drafts=speculation is not None and speculation.drafter == "expert",
+            layers=known if len(known) == len(models) else None,
         )
-        if len(known) == len(models):
-            self._runner.reserve(known)
         if check:
             check_members(models, self._runner)
         self._sampler = SlotSampler(
@@ -246,7 +247,8 @@ class Decoder:
         """
         with self._turn():
             if self._stepper.graphs is None and not self._requests:
-                self._cold = self._runner.eager is None
+                self._cold |= self._unasked and self._runner.eager is None
+                self._unasked = False
             self._compile_models()
             self._compile_sampling(progress)
             sizes = [0] if self._controller is None else self._controller.sizes
@@ -292,6 +294,7 @@ class Decoder:
             "attention": self._runner.attention(),
             "cache_bytes": self._runner.cache_bytes(),
             "packed_bytes": self._runner.packed_bytes,
+            "products": {role: products(self.trio.models[role]) for role in self.roles},
         }
 
     def statistics(self) -> dict[str, int]:

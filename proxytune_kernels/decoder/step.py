@@ -112,6 +112,7 @@ class Stepper:
             result = step(slots)
         else:
             result = self.graphs.run(slots, kind, step, self.state())
+            self._leave_graphs()
         self.cold = (slots, kind) not in self._seen or self._preparations() != before
         self._seen.add((slots, kind))
         return result
@@ -135,6 +136,13 @@ class Stepper:
         for rows, drafts in tqdm(wanted, "Capturing steps", unit="graph", disable=None):
             kind = (self.roles, drafts, needs)
             self.graphs.prepare(rows, kind, partial(self._step, *kind), self.state())
+        self._leave_graphs()
+
+    def _leave_graphs(self) -> None:
+        """Once nothing can be captured, steps are those of a decoder that captures nothing."""
+        if self.graphs is not None and self.graphs.failed is not None:
+            self.graphs = None
+            self.runner.capture(False)
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to an empty slot."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from proxytune_kernels.decoder import memory
 from proxytune_kernels.decoder import runner as runner_module
 from proxytune_kernels.decoder.runner import Runner
 from tests.decoder import tape
@@ -129,10 +130,15 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def layers_of(models: dict[str, Any]) -> dict[str, Any]:
+    return {role: memory.layers_of(model) for role, model in models.items()}
+
+
 def runner(monkeypatch: pytest.MonkeyPatch, family: str, compile: bool, **settings: Any) -> Runner:
     monkeypatch.setattr(runner_module, "choose_kernel", lambda device, dtype: ("triton", None))
     model_class, config = kind(family, {**SIZES, **settings})
-    made = Runner({"base": model_class(config).bfloat16().eval()}, 1, 64, compile=compile)
+    models = {"base": model_class(config).bfloat16().eval()}
+    made = Runner(models, 1, 64, compile=compile, layers=layers_of(models))
     made.prefill([0], {"base": [[1, 2, 3]]})
     return made
 
@@ -152,7 +158,7 @@ def test_a_layer_of_the_shared_pair(monkeypatch):
     found: list[str] = []
     with cuda_code(found) as backend:
         monkeypatch.setattr(torch, "compile", tape.compile_with(backend))
-        runner = Runner(models, 1, 64, compile=True)
+        runner = Runner(models, 1, 64, compile=True, layers=layers_of(models))
         assert runner.pair == "shared"
         runner.prefill([0], {role: [[1, 2, 3]] for role in models})
         runner.forward(("base", "expert", "anti"), torch.ones(1, 1, dtype=torch.int64))
