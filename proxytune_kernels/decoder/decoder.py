@@ -14,6 +14,7 @@ import torch
 
 from proxytune_kernels.decoder import arguments, memory
 from proxytune_kernels.decoder.check import check_members
+from proxytune_kernels.decoder.grammar import GrammarCompiler
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
 from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
@@ -147,6 +148,7 @@ class Decoder:
         self._loop = DecodingLoop(
             self._stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
         )
+        self._grammars = GrammarCompiler(trio.tokenizer, trio.vocab_size, trio.eos_token_ids)
         self._requests: dict[int, Request] = {}
         self._queues: dict[int, deque[StreamEvent]] = {}
         self._submitted: deque[StreamEvent] = deque()
@@ -340,6 +342,7 @@ class Decoder:
             rules = StopRules.of(
                 params, self.trio.eos_token_ids, self.trio.vocab_size, self.trio.tokenizer
             )
+            grammar = None if params.grammar is None else self._grammars.state(params.grammar)
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from error
         controller = self._controller
@@ -353,6 +356,7 @@ class Decoder:
             tokenizer=self.trio.tokenizer,
             speculation=None if controller is None else SpeculationStats(),
             acceptance=None if controller is None else controller.new_request(),
+            grammar=grammar,
         )
 
     def _add(self, requests: Sequence[Request], queue: deque[StreamEvent]) -> None:
