@@ -200,6 +200,10 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
+        # Its class is the decoder's, which this module does not import.
+        if self.grammar is not None and not hasattr(self.grammar, "kind"):
+            raise ValueError(f"grammar must be a Grammar or None, got {self.grammar!r}")
+
     def with_seed(self) -> SamplingParams:
         """These parameters with a seed drawn from the operating system where none was given."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))

@@ -168,15 +168,12 @@ class GrammarCompiler:
         self._opened: Any = None
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
 
-    def state(self, grammar: Any) -> GrammarState:
+    def state(self, grammar: Grammar) -> GrammarState:
         """The state before a text.
 
         Raises:
-            TypeError: it is no :class:`Grammar`.
             GrammarError: llguidance is missing, or can't compile it; says where and why.
         """
-        if not isinstance(grammar, Grammar):
-            raise TypeError(f"grammar must be a Grammar or None, got {type(grammar).__name__}")
         with self._lock:
             if grammar not in self._compiled:
                 self._compiled[grammar] = self._compile(grammar)
