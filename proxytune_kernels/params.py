@@ -126,6 +126,8 @@ class SamplingParams:
         skip_special_tokens: leave tokens such as the end of a turn out of the text.
         add_special_tokens: begin a prompt that is text as its tokenizer does, with BOS for most.
             Chat templates write their own.
+        grammar: a :class:`proxytune_kernels.Grammar` that the output must be a text of; the
+            request ends where it does. None allows all.
 
     Raises:
         ValueError: names the field, its value and its range.
@@ -146,6 +148,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
+    grammar: Any = None
 
     @classmethod
     def from_generation_config(cls, source: Any, **overrides: Any) -> SamplingParams:
@@ -196,6 +199,10 @@ class SamplingParams:
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+        # Its class is the decoder's, which this module does not import.
+        if self.grammar is not None and not hasattr(self.grammar, "kind"):
+            raise ValueError(f"grammar must be a Grammar or None, got {self.grammar!r}")
 
     def with_seed(self) -> SamplingParams:
         """These parameters with a seed drawn from the operating system where none was given."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from proxytune_kernels.decoder import Grammar
 from proxytune_kernels.params import (
     FILTER_ORDERS,
     ROW_FIELDS,
@@ -28,6 +29,7 @@ GOOD = {
     "stop": ("a", ("a", "b"), ["x"], ()), "stop_token_ids": ((), (0, 5), [7]),
     "ignore_eos": (True, False), "include_stop_str_in_output": (True, False),
     "skip_special_tokens": (True, False), "add_special_tokens": (True, False),
+    "grammar": (None, Grammar.regex("a")),
 }  # fmt: skip
 BAD = {
     "alpha": (math.nan, math.inf, "1", None, True),
@@ -45,6 +47,7 @@ BAD = {
     "include_stop_str_in_output": (1, None),
     "skip_special_tokens": (1, None),
     "add_special_tokens": (0, None),
+    "grammar": ("[0-9]", {"regex": "[0-9]"}, False),
 }
 
 

@@ -71,6 +71,21 @@ class SamplingOptions:
         bool, typer.Option(help="Whether a prompt begins as its tokenizer does, with BOS for most.")
     ] = True
 
+    json_schema: Annotated[
+        str | None,
+        typer.Option(metavar="JSON|FILE", help="The output is JSON of this schema."),
+    ] = None
+    regex: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="This expression matches the output.")
+    ] = None
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="The output is one of these; is repeated."),
+    ] = None
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The output is of this Lark grammar.")
+    ] = None
+
     def params(self, recommended: Mapping[str, Any] = MappingProxyType({})) -> SamplingParams:
         """The same as parameters; leaves with the reason where one is out of its range.
 
@@ -78,8 +93,26 @@ class SamplingOptions:
         """
         values = asdict(self)
         lists = {name: values[name] or () for name in ("stop", "stop_token_ids")}
-        with expected(ValueError, code=USAGE):
+        grammars = {name: values.pop(name) for name in ("json_schema", "regex", "choice")}
+        with expected(ValueError, TypeError, OSError, code=USAGE):
+            values["grammar"] = _grammar(values["grammar"], **grammars)
             return SamplingParams(**{**values, **lists, **recommended})
+
+
+def _grammar(file: Path | None, json_schema: str | None, **given: Any) -> Any:
+    if json_schema is not None:
+        is_json = json_schema.lstrip()[:1] in ("{", "t", "f")
+        given["json_schema"] = json_schema if is_json else Path(json_schema).read_text("utf-8")
+    if file is not None:
+        given["lark"] = file.read_text("utf-8")
+    given = {kind: value for kind, value in given.items() if value is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError("give one of --json-schema, --regex, --choice and --grammar")
+    from proxytune_kernels.decoder import Grammar
+
+    return Grammar.of(given)
 
 
 @with_options
@@ -217,6 +250,10 @@ def _from_json(where: str, line: str, params: SamplingParams) -> CliRequest:
         known = ", ".join(SAMPLING_FIELDS)
         raise stop(f"{where} has unknown key {unknown[0]!r}; known are prompt, {known}", USAGE)
     try:
+        if value.get("grammar") is not None:
+            from proxytune_kernels.decoder import Grammar
+
+            value["grammar"] = Grammar.of(value["grammar"])
         return CliRequest(prompt, replace(params, **value))
     except (ValueError, TypeError) as error:
         raise stop(f"{where}: {error}", USAGE) from error

@@ -14,6 +14,7 @@ import torch
 
 from proxytune_kernels.decoder import arguments, memory
 from proxytune_kernels.decoder.check import check_members
+from proxytune_kernels.decoder.grammar import GrammarCompiler
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
 from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
@@ -24,6 +25,7 @@ from proxytune_kernels.decoder.step import Stepper
 from proxytune_kernels.ops import warm_up
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.packed import products
 from proxytune_kernels.trio.roles import PAIR
 
 
@@ -106,7 +108,8 @@ class Decoder:
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
         self.speculation = arguments.speculation(speculation, self.roles)
         arguments.size("prefill_chunk", prefill_chunk)
-        self._cold = bool(compile)
+        # Compiled at the first request if asked for; else by warm_up, or as it comes.
+        self._cold, self._unasked = bool(compile), compile is None
         ahead = run_ahead(models["base"].device)
         drafts = 0 if speculation is None else speculation.max_drafts
         # Steps that the host launches before it learns of an end write behind it.
@@ -130,9 +133,8 @@ class Decoder:
             slack=slack,
             exact=not ahead or speculation is None,
             drafts=speculation is not None and speculation.drafter == "expert",
+            layers=known if len(known) == len(models) else None,
         )
-        if len(known) == len(models):
-            self._runner.reserve(known)
         if check:
             check_members(models, self._runner)
         self._sampler = SlotSampler(
@@ -146,6 +148,7 @@ class Decoder:
         self._loop = DecodingLoop(
             self._stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
         )
+        self._grammars = GrammarCompiler(trio.tokenizer, trio.vocab_size, trio.eos_token_ids)
         self._requests: dict[int, Request] = {}
         self._queues: dict[int, deque[StreamEvent]] = {}
         self._submitted: deque[StreamEvent] = deque()
@@ -246,7 +249,8 @@ class Decoder:
         """
         with self._turn():
             if self._stepper.graphs is None and not self._requests:
-                self._cold = self._runner.eager is None
+                self._cold |= self._unasked and self._runner.eager is None
+                self._unasked = False
             self._compile_models()
             self._compile_sampling(progress)
             sizes = [0] if self._controller is None else self._controller.sizes
@@ -292,6 +296,7 @@ class Decoder:
             "attention": self._runner.attention(),
             "cache_bytes": self._runner.cache_bytes(),
             "packed_bytes": self._runner.packed_bytes,
+            "products": {role: products(self.trio.models[role]) for role in self.roles},
         }
 
     def statistics(self) -> dict[str, int]:
@@ -337,6 +342,7 @@ class Decoder:
             rules = StopRules.of(
                 params, self.trio.eos_token_ids, self.trio.vocab_size, self.trio.tokenizer
             )
+            grammar = None if params.grammar is None else self._grammars.state(params.grammar)
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from error
         controller = self._controller
@@ -350,6 +356,7 @@ class Decoder:
             tokenizer=self.trio.tokenizer,
             speculation=None if controller is None else SpeculationStats(),
             acceptance=None if controller is None else controller.new_request(),
+            grammar=grammar,
         )
 
     def _add(self, requests: Sequence[Request], queue: deque[StreamEvent]) -> None:

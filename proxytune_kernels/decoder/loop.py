@@ -214,6 +214,10 @@ class DecodingLoop:
 
         A request that ended or failed has left its slot when its last event is given.
         """
+        if any(request.grammar is not None for request in self._scheduler.running):
+            # What a grammar allows next depends on what was drawn.
+            while self._pending:
+                yield from self._take(self._pending.popleft())
         for request in self._scheduler.admit():
             request.started = time.monotonic()
         for source, target in self._scheduler.compact():
@@ -280,7 +284,10 @@ class DecodingLoop:
         roles = self._stepper.roles if steered else ("base",)
         launched = _moment(self._runner.device)
         drafts = self._stepper.at_hand(slots, self._choose(running))
-        result = self._stepper.run(slots, roles, drafts, Needs.of(running))
+        needs = Needs.of(running)
+        if needs.grammar:
+            self._stepper.constrain(running)
+        result = self._stepper.run(slots, roles, drafts, needs)
         for slot, request in rows:
             request.launched += 1
             # The most it can be; what was refused is subtracted when the host learns of it.

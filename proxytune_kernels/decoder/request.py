@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from proxytune_kernels.decoder.grammar import GrammarState
 from proxytune_kernels.decoder.speculation import Acceptance, SpeculationStats
 from proxytune_kernels.decoder.text import Detokenizer, StopStrings, special_tokens
 from proxytune_kernels.params import SamplingParams, mask_without
@@ -144,6 +145,7 @@ class Request:
         tokenizer: decodes its output.
         speculation: counts its drafts; None where nothing is drafted.
         acceptance: of its drafts, as seen lately; None likewise.
+        grammar: how far its text is in its grammar; None without one.
     """
 
     request_id: int
@@ -155,6 +157,7 @@ class Request:
     tokenizer: Any
     speculation: SpeculationStats | None = None
     acceptance: Acceptance | None = None
+    grammar: GrammarState | None = None
     slot: int | None = None
     prefilled: dict[str, int] = field(default_factory=dict)
     prompt_logits: dict[str, Tensor] = field(default_factory=dict)
@@ -211,6 +214,10 @@ class Request:
             taken += 1
             self.token_ids.append(token_id)
             text += self._text_of(token_id)
+            if self.grammar is not None:
+                self.grammar.take(token_id)
+                if self.grammar.ended and self.finish_reason is None:
+                    text += self._ended("stop", None)
             if self.finish_reason is not None:
                 break
         self.logprobs += logprobs[:taken]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels import ops
+from proxytune_kernels.decoder import transfer
+from proxytune_kernels.decoder.grammar import GrammarState
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.speculation import Speculation
 from proxytune_kernels.ops.backends import resolve
@@ -42,16 +44,20 @@ class Needs(NamedTuple):
 
     masked: bool
     """Whether any of them may not stop yet."""
+    grammar: bool = False
+    """Whether any of them has a grammar."""
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Needs:
         """Of the step that comes next."""
+        requests = list(requests)
         return cls(
+            grammar=any(request.grammar is not None for request in requests),
             masked=any(
                 request.rules.allowed_mask is not None
                 and request.params.min_tokens > request.launched
                 for request in requests
-            )
+            ),
         )
 
 
@@ -103,6 +109,10 @@ class SlotSampler:
         # All tokens but those that end the request; all, for requests without min_tokens.
         words = -(-vocab_size // 32)
         self._no_stop = torch.full((max_batch_size, words), -1, dtype=torch.int32, device=device)
+        # What grammars allow at each place of a round, for each slot; where captured steps find it.
+        self._places = 1 if speculation is None else speculation.max_drafts + 1
+        self._by_grammar: Tensor | None = None
+        self._states: list[GrammarState | None] = []
 
     @staticmethod
     def numbers(requests: Sequence[Request]) -> list[Tensor]:
@@ -160,7 +170,7 @@ class SlotSampler:
             logits.get("expert"),
             logits.get("anti"),
             params,
-            allowed_mask=self._allowed(slots, params.position) if needs.masked else None,
+            allowed_mask=self._mask(slots, params.position, needs),
             vocab_size=self.vocab_size,
             backend=self.backends["sample"],
         )
@@ -179,16 +189,16 @@ class SlotSampler:
         Args:
             logits: [B, V], the drafter's.
             needs: of their requests.
-            noise_stream: ``"sample"`` shares the target's noise, and leaves out what may not end
-                the text yet, as the target will; ``"draft"`` does neither.
+            noise_stream: ``"sample"`` shares the target's noise, and leaves out what may not come
+                there, as the target will; ``"draft"`` does neither.
         """
         params = self.first(slots)
         params = params._replace(position=params.position + offset)
-        masked = needs.masked and noise_stream == "sample"
+        shared = noise_stream == "sample"
         drawn = ops.sample(
             logits,
             params=params,
-            allowed_mask=self._allowed(slots, params.position) if masked else None,
+            allowed_mask=self._mask(slots, params.position, needs, offset) if shared else None,
             vocab_size=self.vocab_size,
             noise_stream=noise_stream,
             backend=self.backends["sample"],
@@ -215,10 +225,7 @@ class SlotSampler:
             needs: of their requests.
         """
         params = self.first(slots)
-        allowed_mask = None
-        if needs.masked:
-            ahead = torch.arange(logits["base"].shape[1], device=self.device)
-            allowed_mask = self._allowed(slots, params.position[:, None] + ahead)
+        ahead = torch.arange(logits["base"].shape[1], device=self.device)
         verified = ops.verify(
             logits["base"],
             logits.get("expert"),
@@ -227,7 +234,7 @@ class SlotSampler:
             params,
             mode=mode,
             draft_logits=draft_logits,
-            allowed_mask=allowed_mask,
+            allowed_mask=self._mask(slots, params.position[:, None] + ahead, needs),
             vocab_size=self.vocab_size,
             backend=self.backends["verify"],
         )
@@ -260,6 +267,60 @@ class SlotSampler:
         """Take the first tokens of requests whose prompts have just been run, in slots [B]."""
         self.token_ids.index_copy_(0, slots, result.token_ids.clamp(min=0))
         self.params.position.index_fill_(0, slots, 1)
+
+    def constrain(self, states: Mapping[int, GrammarState], slots: int) -> None:
+        """Leave the next draw of the first slots what their grammars allow; the host waits."""
+        if self._by_grammar is None:
+            shape = self._places, *self._no_stop.shape
+            self._by_grammar = torch.full(shape, -1, dtype=torch.int32, device=self.device)
+        self._states = [states.get(slot) for slot in range(slots)]
+        self._fill(0)
+
+    def follow(self, drafts: Tensor, offset: int) -> None:
+        """Go on by the drafts int64 [B] that lie before the place ``offset``; the host waits."""
+        for state, token_id in zip(self._states, drafts.tolist(), strict=True):
+            if state is not None:
+                state.follow(token_id)
+        self._fill(offset)
+
+    def rewind(self) -> None:
+        """Go back to where the round began."""
+        for state in self._states:
+            if state is not None:
+                state.rewind()
+
+    def _fill(self, offset: int) -> None:
+        def masks() -> list[Tensor]:
+            made = torch.full((len(self._states), self._no_stop.shape[1]), -1, dtype=torch.int32)
+            for row, state in zip(made, self._states, strict=True):
+                if state is not None:
+                    state.fill(row)
+            return [made]
+
+        assert self._by_grammar is not None
+        [sent] = transfer.to_device(masks, self.device)
+        self._by_grammar[offset, : len(sent)].copy_(sent)
+
+    def _mask(
+        self, slots: int | Tensor, positions: Tensor, needs: Needs, offset: int = 0
+    ) -> Tensor | None:
+        """Packed masks of all that is asked for, as :meth:`_allowed`'s; None where nothing is.
+
+        Args:
+            slots, positions: as there.
+            needs: of the slots' requests.
+            offset: the place of [B] positions in a round.
+        """
+        mask = self._allowed(slots, positions) if needs.masked else None
+        if needs.grammar:
+            assert self._by_grammar is not None
+            if positions.dim() == 2:
+                own = self._by_grammar[: positions.shape[1], :slots].transpose(0, 1).contiguous()
+            else:
+                of_place = self._by_grammar[offset]
+                own = of_place[:slots] if isinstance(slots, int) else of_place[slots]
+            mask = own if mask is None else mask & own
+        return mask
 
     def _allowed(self, slots: int | Tensor, positions: Tensor) -> Tensor:
         """Packed masks [B, words] or [B, k + 1, words]: no stop token before min_tokens are out.

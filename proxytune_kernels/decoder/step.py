@@ -76,7 +76,10 @@ class Stepper:
 
         slots, until, *sent = transfer.to_device(numbers, self.runner.device)
         self.sampler.start(slots, *sent[:4])
-        result = self.sampler.draw(slots, logits, Needs.of(requests))
+        needs = Needs.of(requests)
+        if needs.grammar:
+            self.constrain(requests)
+        result = self.sampler.draw(slots, logits, needs)
         self.sampler.take_first(slots, result)
         self.runner.start(slots, requests[0].roles)
         self._draft_until.index_copy_(0, slots, until)
@@ -108,10 +111,12 @@ class Stepper:
         """
         kind, before = (roles, drafts, needs), self._preparations()
         step = partial(self._step, *kind)
-        if self.graphs is None:
+        # A grammar follows the drafts one by one, on the host.
+        if self.graphs is None or (drafts and needs.grammar):
             result = step(slots)
         else:
             result = self.graphs.run(slots, kind, step, self.state())
+            self._leave_graphs()
         self.cold = (slots, kind) not in self._seen or self._preparations() != before
         self._seen.add((slots, kind))
         return result
@@ -135,6 +140,19 @@ class Stepper:
         for rows, drafts in tqdm(wanted, "Capturing steps", unit="graph", disable=None):
             kind = (self.roles, drafts, needs)
             self.graphs.prepare(rows, kind, partial(self._step, *kind), self.state())
+        self._leave_graphs()
+
+    @torch.inference_mode()
+    def constrain(self, requests: Sequence[Request]) -> None:
+        """Leave these requests, in their slots, what their grammars allow in the next draw."""
+        states = {r.slot: r.grammar for r in requests if r.slot is not None and r.grammar}
+        self.sampler.constrain(states, 1 + max(r.slot or 0 for r in requests))
+
+    def _leave_graphs(self) -> None:
+        """Once nothing can be captured, steps are those of a decoder that captures nothing."""
+        if self.graphs is not None and self.graphs.failed is not None:
+            self.graphs = None
+            self.runner.capture(False)
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to an empty slot."""
@@ -168,6 +186,8 @@ class Stepper:
         rejection = self.speculation.mode == "rejection"
         if self._history is not None:
             token_ids = self._history.lookup(rows, drafts)
+            for offset in range(drafts if needs.grammar else 0):
+                self.sampler.follow(token_ids[:, offset], offset + 1)
             inputs = torch.cat([start, token_ids.clamp(min=0)], 1)
             logits = self.runner.forward(roles, inputs)
             draft_logits = self._certain(token_ids) if rejection else None
@@ -178,6 +198,8 @@ class Stepper:
             logits = self.runner.forward(others, inputs)
             logits["expert"] = expert
             draft_logits = expert[:, :-1] if rejection else None
+        if needs.grammar:
+            self.sampler.rewind()
         # No token past max_tokens, whatever is accepted.
         useful = (self._draft_until[:rows] - self.sampler.params.position[:rows] - 1)[:, None]
         ahead = torch.arange(drafts, device=token_ids.device)
@@ -198,6 +220,8 @@ class Stepper:
             logits.append(x)
             if offset < drafts:
                 tokens.append(self.sampler.draft(rows, x[:, 0], offset, needs, noise_stream))
+                if needs.grammar:
+                    self.sampler.follow(tokens[-1][:, 0], offset + 1)
         return torch.cat(tokens[1:], 1), torch.cat(logits, 1)
 
     def _certain(self, token_ids: Tensor) -> Tensor:

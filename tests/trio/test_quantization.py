@@ -303,6 +303,9 @@ def test_the_decoder_gives_the_greedy_tokens_of_the_quantised_models(quantize, p
     held = packed_tensors()
     decoder = ptk.Decoder(trio, max_batch_size=2)
     assert packed_tensors() == held > 0
+    roles = trio.info()["roles"]
+    assert decoder.info()["products"] == {role: roles[role]["products"] for role in roles}
+    assert decoder.info()["products"]["base"]
     # Few: on a CPU, int4 has fast kernels for bf16 only, and bf16 rounds where tokens are close.
     params = ptk.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     outputs = decoder.generate(PROMPTS, params)

@@ -23,6 +23,7 @@ if interpreted():
 from proxytune_kernels.kernels.attention import launch_decode_attention
 from proxytune_kernels.kernels.combine import launch_combine
 from proxytune_kernels.kernels.common import inputs, packed
+from proxytune_kernels.kernels.lora import launch_add_lora
 from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
 from proxytune_kernels.kernels.score import launch_score
@@ -131,6 +132,12 @@ def decode_attention(
 ) -> None:
     """Writes ``proxytune::decode_attention`` of checked arguments into ``out``."""
     launch_decode_attention(query, keys, values, seq_lens, out, *given)
+
+
+@_on_device
+def add_lora(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *given: Any) -> None:
+    """Carries out ``proxytune::add_lora`` of checked arguments."""
+    launch_add_lora(y, x, lora_A, lora_B, *given)
 
 
 IMPLEMENTATIONS = {
