@@ -16,6 +16,7 @@ from proxytune_kernels.decoder import arguments, memory
 from proxytune_kernels.decoder.check import check_members
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
+from proxytune_kernels.decoder.constraints import Constraints
 from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler
@@ -337,6 +338,12 @@ class Decoder:
             rules = StopRules.of(
                 params, self.trio.eos_token_ids, self.trio.vocab_size, self.trio.tokenizer
             )
+            constraints = Constraints.of(
+                params, prompt_token_ids["base"], rules.token_ids, self.trio.vocab_size,
+                self.trio.tokenizer,
+            )  # fmt: skip
+            if constraints.room and self._sampler.no_edits:
+                raise ValueError(f"penalties and logit_bias can't be: {self._sampler.no_edits}")
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from error
         controller = self._controller
@@ -347,6 +354,7 @@ class Decoder:
             prompt_token_ids=prompt_token_ids,
             params=params.with_seed(),
             rules=rules,
+            constraints=constraints,
             tokenizer=self.trio.tokenizer,
             speculation=None if controller is None else SpeculationStats(),
             acceptance=None if controller is None else controller.new_request(),

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxytune_kernels.decoder.constraints import Needs
 from proxytune_kernels.decoder.request import Request, StreamEvent
-from proxytune_kernels.decoder.sampler import Needs, StepResult
+from proxytune_kernels.decoder.sampler import StepResult
 from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 

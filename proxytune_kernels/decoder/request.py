@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from proxytune_kernels.decoder.constraints import Constraints
 from proxytune_kernels.decoder.speculation import Acceptance, SpeculationStats
 from proxytune_kernels.decoder.text import Detokenizer, StopStrings, special_tokens
-from proxytune_kernels.params import SamplingParams, mask_without
+from proxytune_kernels.params import SamplingParams
 
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
@@ -96,23 +97,21 @@ class StreamEvent:
 
 @dataclass(frozen=True)
 class StopRules:
-    """Which tokens end a request, and which can't be drawn before ``min_tokens`` are out.
+    """Which tokens end a request.
 
     Args:
         token_ids: tokens that end the request.
-        allowed_mask: int32 [ceil(vocab_size / 32)], every token but those; None without min_tokens.
         special: token -> the stop string that it is. Special tokens have no text to be found in.
     """
 
     token_ids: frozenset[int]
-    allowed_mask: Tensor | None
     special: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int, tokenizer: Any
     ) -> StopRules:
-        """The rules of a request; ValueError if min_tokens leaves no token to draw."""
+        """The rules of a request."""
         eos = () if params.ignore_eos else eos_token_ids
         special = {
             i: s
@@ -125,11 +124,7 @@ class StopRules:
             raise ValueError(
                 f"stop_token_ids must be below the vocabulary's size {vocab_size}, got {outside[0]}"
             )
-        if not params.min_tokens or not token_ids:
-            return cls(token_ids, None, special)
-        if len(token_ids) == vocab_size:
-            raise ValueError("min_tokens must be 0 where every token is a stop token")
-        return cls(token_ids, mask_without(token_ids, vocab_size), special)
+        return cls(token_ids, special)
 
 
 @dataclass(eq=False, repr=False)  # a prompt has no place in a message
@@ -142,6 +137,7 @@ class Request:
         params: with a seed.
         rules: what ends it.
         tokenizer: decodes its output.
+        constraints: what it asks of its draws.
         speculation: counts its drafts; None where nothing is drafted.
         acceptance: of its drafts, as seen lately; None likewise.
     """
@@ -153,6 +149,7 @@ class Request:
     params: SamplingParams
     rules: StopRules
     tokenizer: Any
+    constraints: Constraints = Constraints()
     speculation: SpeculationStats | None = None
     acceptance: Acceptance | None = None
     slot: int | None = None
@@ -180,7 +177,7 @@ class Request:
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles it runs in: the base alone where it is not steered."""
-        return tuple(self.prompt_token_ids) if self.params.alpha else ("base",)
+        return tuple(self.prompt_token_ids) if any(self.params.alphas) else ("base",)
 
     @property
     def longest_prompt(self) -> int:

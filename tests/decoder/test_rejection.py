@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from proxytune_kernels.decoder import Decoder, Speculation
-from proxytune_kernels.decoder.sampler import Needs
+from proxytune_kernels.decoder.constraints import Needs
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import noisy_copy, tiny_llama, word_tokenizer
@@ -140,7 +140,7 @@ class Driver:
         self.sampler.params.position.zero_()
         everyone = torch.arange(SLOTS)
         first = self.sampler.draw(everyone, self.logits, Needs(masked=False))
-        self.sampler.take_first(everyone, first)
+        self.sampler.take_first(everyone, first, Needs())
         history = self.stepper._history
         if history is not None:
             start = len(PROMPTS["base"])
