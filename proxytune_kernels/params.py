@@ -246,7 +246,7 @@ class SamplingParams:
     @property
     def alphas(self) -> tuple[float, ...]:
         """alpha of each output token up to the last one that is its own."""
-        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)  # type: ignore[return-value]
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
 
     @property
     def penalties(self) -> tuple[float, float, float]:

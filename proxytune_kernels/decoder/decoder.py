@@ -14,9 +14,9 @@ import torch
 
 from proxytune_kernels.decoder import arguments, memory
 from proxytune_kernels.decoder.check import check_members
+from proxytune_kernels.decoder.constraints import Constraints
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
-from proxytune_kernels.decoder.constraints import Constraints
 from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler

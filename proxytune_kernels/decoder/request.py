@@ -149,7 +149,7 @@ class Request:
     params: SamplingParams
     rules: StopRules
     tokenizer: Any
-    constraints: Constraints = Constraints()
+    constraints: Constraints = field(default_factory=Constraints)
     speculation: SpeculationStats | None = None
     acceptance: Acceptance | None = None
     slot: int | None = None

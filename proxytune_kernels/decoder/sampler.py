@@ -207,8 +207,8 @@ class SlotSampler:
         if needs.alphas and "expert" in logits:
             # An alpha of its own at each position, which verify does not have: the same x.
             alpha = self._alpha(slots, positions).flatten()
-            flat = (logits[role].flatten(0, 1) for role in ("base", "expert", "anti"))
-            x = ops.combine(*flat, alpha, vocab_size=self.vocab_size)
+            base, expert, anti = (logits[role].flatten(0, 1) for role in ("base", "expert", "anti"))
+            x = ops.combine(base, expert, anti, alpha, vocab_size=self.vocab_size)
             logits = {"base": x.view(*positions.shape, -1)}
         verified = ops.verify(
             logits["base"],

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from proxytune_kernels import reference
 from proxytune_kernels.decoder import Decoder, Speculation
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import VOCAB_SIZE, naive_loop, near_trio
+from tests.decoder.conftest import as_asked, naive_loop, near_trio
 
 PROMPT = [5, 9, 9, 40, 41, 42, 60]
 # Strong enough that each changes the tokens: test_each_changes_tokens.
@@ -54,28 +52,6 @@ def params_of(*names: str, seed: int = 3, count: int = 20, **more: Any) -> Sampl
     )
 
 
-def edited(x: Tensor, params: SamplingParams, prompt: Sequence[int], output: list[int]) -> Tensor:
-    """vLLM's order, over the whole vocabulary: masks, bias, repetition, frequency, presence."""
-    x = x.clone()
-    if params.allowed_token_ids:
-        x[[i for i in range(VOCAB_SIZE) if i not in set(params.allowed_token_ids)]] = -torch.inf
-    for word in params.bad_words:
-        if list(word[:-1]) == output[len(output) - len(word) + 1 :] or len(word) == 1:
-            x[word[-1]] = -torch.inf
-    if len(output) < params.min_tokens:
-        x[list(params.stop_token_ids)] = -torch.inf
-    for token_id, value in params.logit_bias.items():
-        x[token_id] += value
-    counts = Counter(output)
-    for token_id in {*output, *(prompt if params.penalty_prompt else ())}:
-        r = torch.tensor(params.repetition_penalty, dtype=torch.float32)
-        x[token_id] = x[token_id] / r if x[token_id] > 0 else x[token_id] * r
-    for token_id, count in counts.items():
-        x[token_id] -= torch.tensor(params.frequency_penalty) * count
-        x[token_id] -= params.presence_penalty
-    return x
-
-
 def naive_tokens(trio: Trio, params: SamplingParams, prompt: list[int]) -> list[int]:
     output: list[int] = []
 
@@ -83,7 +59,7 @@ def naive_tokens(trio: Trio, params: SamplingParams, prompt: list[int]) -> list[
         row = RowParams.from_sampling_params([params], [position])
         base, expert, anti = (logits[role].float()[None] for role in ("base", "expert", "anti"))
         x = reference.combine(base, expert, anti, row.alpha)[0]
-        x = edited(x, params, prompt, output)
+        x = as_asked(x, params, prompt, output)
         output.append(int(reference.sample(x[None], row).token_ids))
         return output[-1]
 
