@@ -257,6 +257,13 @@ class SamplingParams:
         """These parameters with a seed drawn from the operating system where none was given."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
+    def seeded(self) -> list[SamplingParams]:
+        """Those of each of the n outputs, with its seed."""
+        first = self.with_seed()
+        assert first.seed is not None
+        others = (replace(first, seed=(first.seed + i) % _SEED_LIMIT) for i in range(1, self.n))
+        return [first, *others]
+
 
 def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
     if isinstance(ids, str) or not isinstance(ids, Sequence):

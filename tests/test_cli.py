@@ -442,7 +442,7 @@ def test_a_terminal_gets_no_control_characters(monkeypatch, capsys, expected):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     output.write_text(events, requests)
     assert capsys.readouterr().out == printable(text) + "\n"
-    output.write_jsonl(events)
+    output.write_jsonl(events, requests)
     line = capsys.readouterr().out
     assert json.loads(line)["text"] == text
     assert printable(line) == line

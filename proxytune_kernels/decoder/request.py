@@ -50,6 +50,7 @@ class RequestOutput:
         metrics: its times.
         speculation: drafts and what became of them; None where the decoder doesn't speculate.
         error: what went wrong, with finish_reason ``"error"``; else None.
+        sample: which of the n outputs of its prompt this is.
     """
 
     index: int
@@ -66,6 +67,7 @@ class RequestOutput:
     metrics: RequestMetrics
     speculation: SpeculationStats | None = None
     error: str | None = None
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class StreamEvent:
             cancellation or an error.
         logprobs: per new token.
         output: the whole output, in the request's last event; None before.
+        sample: which of the n outputs of its prompt this is.
     """
 
     request_id: int
@@ -88,6 +91,7 @@ class StreamEvent:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     output: RequestOutput | None = None
+    sample: int = 0
 
     @property
     def finish_reason(self) -> str | None:
@@ -127,6 +131,16 @@ class StopRules:
         return cls(token_ids, special)
 
 
+@dataclass(eq=False)
+class Siblings:
+    """The outputs of one prompt, which runs once while one of them has a slot."""
+
+    waiting: int
+    """How many are not in slots yet."""
+    prompt_logits: dict[str, Tensor] = field(default_factory=dict)
+    """Of the prompt's last token, per role [1, V], once it has run and while any waits."""
+
+
 @dataclass(eq=False, repr=False)  # a prompt has no place in a message
 class Request:
     """A request in the decoder; made by :class:`~proxytune_kernels.decoder.decoder.Decoder`.
@@ -138,6 +152,8 @@ class Request:
         rules: what ends it.
         tokenizer: decodes its output.
         constraints: what it asks of its draws.
+        sample: as in :class:`RequestOutput`.
+        siblings: the outputs of its prompt; None where it is the only one.
         speculation: counts its drafts; None where nothing is drafted.
         acceptance: of its drafts, as seen lately; None likewise.
     """
@@ -150,6 +166,8 @@ class Request:
     rules: StopRules
     tokenizer: Any
     constraints: Constraints = field(default_factory=Constraints)
+    sample: int = 0
+    siblings: Siblings | None = None
     speculation: SpeculationStats | None = None
     acceptance: Acceptance | None = None
     slot: int | None = None
@@ -276,7 +294,9 @@ class Request:
         self, text: str, token_ids: tuple[int, ...], logprobs: tuple[float, ...]
     ) -> StreamEvent:
         output = None if self.finish_reason is None else self._output(self.finish_reason)
-        return StreamEvent(self.request_id, self.index, text, token_ids, logprobs, output)
+        return StreamEvent(
+            self.request_id, self.index, text, token_ids, logprobs, output, self.sample
+        )
 
     def _output(self, finish_reason: str) -> RequestOutput:
         assert self.params.seed is not None
@@ -299,4 +319,5 @@ class Request:
             ),
             speculation=self.speculation,
             error=self.error,
+            sample=self.sample,
         )

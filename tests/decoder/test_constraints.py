@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +15,7 @@ from proxytune_kernels import reference
 from proxytune_kernels.decoder import Decoder, Speculation
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.trio import Trio
+from tests.decoder import tape
 from tests.decoder.conftest import as_asked, naive_loop, near_trio
 
 PROMPT = [5, 9, 9, 40, 41, 42, 60]
@@ -89,23 +91,74 @@ SPECULATIONS = {
 }
 
 
-@pytest.mark.parametrize(("drafter", "accepted"), [("expert", 300), ("lookup", 1)])
-def test_drafts_change_no_token(
-    near: Trio, make_decoder: Callable[..., Decoder], drafter: str, accepted: int
-) -> None:
-    """Each thing that can be asked, and each pair, side by side with rows that ask nothing."""
-    pairs = [(), *((name,) for name in ASKED), *combinations(ASKED, 2), tuple(ASKED)]
+def every_pair(longest: int) -> tuple[list[list[int]], list[SamplingParams], list[tuple[str, ...]]]:
+    """Requests that ask nothing, each thing, each pair of them, and all."""
+    names = [(), *((name,) for name in ASKED), *combinations(ASKED, 2), tuple(ASKED)]
     rng = random.Random(1)
     asked = [
         params_of(
-            *names, seed=i, count=rng.choice([16, 28]), temperature=rng.choice([0.0, 0.3, 0.8])
+            *each,
+            seed=i,
+            count=rng.choice([16, longest]),
+            temperature=rng.choice([0.0, 0.3, 0.8]),
         )
-        for i, names in enumerate(pairs)
+        for i, each in enumerate(names)
     ]
     prompts = [[3 + rng.randrange(259) for _ in range(rng.randint(1, 30))] for _ in asked]
-    plain = make_decoder(near, 8).generate(prompts, asked)
-    decoder = make_decoder(near, 5, speculation=SPECULATIONS[drafter])
+    return prompts, asked, names
+
+
+@pytest.mark.parametrize("taped", [False, True])
+@pytest.mark.parametrize(("drafter", "accepted"), [("expert", 200), ("lookup", 1)])
+def test_drafts_change_no_token(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, drafter: str, accepted: int, taped: bool
+) -> None:
+    """Side by side in a few slots; in steps that are captured, and run ahead of the host, too."""
+    prompts, asked, names = every_pair(24)
+    plain = tape.make_decoder(monkeypatch, near, 8).generate(prompts, asked)
+    settings: dict[str, Any] = {"taped": taped, "ahead": int(taped)}
+    settings["speculation"] = SPECULATIONS[drafter]
+    decoder = tape.make_decoder(monkeypatch, near, 5, **settings)
     drafted = decoder.generate(prompts, asked)
-    for one, other, names in zip(plain, drafted, pairs, strict=True):
-        assert one.token_ids == other.token_ids, names
+    for one, other, each in zip(plain, drafted, names, strict=True):
+        assert one.token_ids == other.token_ids, each
     assert decoder.statistics()["accepted"] >= accepted
+    assert "captured" in decoder.info()["graphs"] or not taped
+
+
+@pytest.mark.parametrize("slots", [2, 8])
+@pytest.mark.parametrize("speculation", [None, *SPECULATIONS.values()])
+def test_n_outputs_are_those_of_their_seeds(
+    near: Trio, make_decoder: Callable[..., Decoder], speculation: Speculation | None, slots: int
+) -> None:
+    """Beside other requests, in more and in fewer slots than outputs; one prompt a role."""
+    prompt = {"base": PROMPT, "expert": PROMPT[2:], "anti": [4]}
+    params = params_of("repetition", seed=2**64 - 2, n=5, temperature=1.0)
+    alone = [
+        make_decoder(near, 1).generate([prompt], replace(params, n=1, seed=seed))
+        for seed in (2**64 - 2, 2**64 - 1, 0, 1, 2)
+    ]
+    decoder = make_decoder(near, slots, speculation=speculation)
+    asked = [params_of(), params, params_of()]
+    before, *outputs, after = decoder.generate([[9], prompt, [7, 7]], asked)
+    assert [output.sample for output in (before, *outputs, after)] == [0, 0, 1, 2, 3, 4, 0]
+    assert [output.token_ids for output in outputs] == [one.token_ids for [one] in alone]
+    assert len({tuple(output.token_ids) for output in outputs}) == 5
+
+
+@pytest.mark.parametrize("chunk", [512, 3])
+def test_a_prompt_of_n_outputs_runs_once(
+    near: Trio, make_decoder: Callable[..., Decoder], chunk: int
+) -> None:
+    parts = -(-len(PROMPT) // chunk)
+    decoder = make_decoder(near, 3, prefill_chunk=chunk)
+    # All end at the same step but for the first, which is the shortest.
+    decoder.generate([PROMPT], params_of(n=3))
+    assert decoder.statistics()["prefill_forwards"] == parts
+    first = decoder.submit(PROMPT, params_of(n=4))
+    decoder.cancel(first + 1)
+    done = set[int]()
+    while decoder.unfinished:
+        done |= {event.sample for event in decoder.step() if event.output is not None}
+    assert done == {0, 1, 2, 3}
+    assert decoder.statistics()["prefill_forwards"] <= 3 * parts

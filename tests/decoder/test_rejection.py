@@ -114,7 +114,7 @@ class Driver:
         self.stepper = decoder._loop._stepper
         self.runner, self.sampler = decoder._runner, decoder._sampler
         self.constraints = decoder._sampler.constraints
-        requests = [decoder._make_request(i, PROMPTS, params) for i in range(SLOTS)]
+        requests = decoder._make_requests([PROMPTS] * SLOTS, params)
         for slot, request in enumerate(requests):
             request.slot = slot
         slots = list(range(SLOTS))
