@@ -180,7 +180,7 @@ class SamplingParams:
             overrides: of this class's fields; they go before what the config says.
 
         Raises:
-            ValueError: names the field that has no counterpart here (repetition_penalty 1.1, beams)
+            ValueError: names the field that has no counterpart here (no_repeat_ngram_size 2, beams)
                 or a value out of its range.
 
         Example:
@@ -280,7 +280,12 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 
 # Field of transformers' generation configs -> ours.
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
-_LENGTHS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop"}
+_SAME = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+    "repetition_penalty": "repetition_penalty",
+}
 # What says nothing of how a request is drawn or ended. The trio has end-of-sequence tokens from
 # elsewhere, and the decoder bounds prompt and output together by max_seq_len.
 _SILENT = re.compile(
@@ -291,7 +296,7 @@ _SILENT = re.compile(
 # Fields that are off at 1; all others are off at what is false.
 _OFF_AT_1 = (
     *("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "guidance_scale"),
-    *("repetition_penalty", "encoder_repetition_penalty", "typical_p", "top_h"),
+    *("encoder_repetition_penalty", "typical_p", "top_h"),
 )
 
 
@@ -310,7 +315,7 @@ def generation_settings(source: Any) -> dict[str, Any]:
     if not isinstance(sampled, bool):
         raise ValueError(f"do_sample must be True or False, got {sampled!r}")
     filters = {"top_k": 50} | {name: values.pop(name) for name in _SAMPLED if name in values}
-    settings = {ours: values.pop(name) for name, ours in _LENGTHS.items() if name in values}
+    settings = {ours: values.pop(name) for name, ours in _SAME.items() if name in values}
     for name, value in values.items():
         # An id of 0 is an id.
         off = False if name.endswith("_token_id") else value == (name in _OFF_AT_1)

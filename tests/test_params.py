@@ -146,7 +146,7 @@ def test_from_generation_config(kind, config, wanted):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("repetition_penalty", 1.05), ("num_beams", 4), ("typical_p", 0.9), ("no_repeat_ngram_size", 1),
+    ("num_beams", 4), ("typical_p", 0.9), ("no_repeat_ngram_size", 1),
     ("forced_eos_token_id", 0), ("suppress_tokens", [0]), ("min_length", 5), ("guidance_scale", 1.5),
     ("renamed", "something"),
 ])  # fmt: skip
