@@ -109,7 +109,8 @@ class Case:
         head = [self.rows, self.positions, self.width, self.vocab_size, DTYPES[self.dtype]]
         arrays = [
             self.base, self.expert, self.anti, self.params.alpha, self.bias, self.allowed_mask,
-            *(self.edits or (None, None)), *self.params[1:], self.token_ids, self.draft_token_ids, self.draft_logits,
+            *(self.edits or (None, None)), *self.params[1:], self.token_ids, self.draft_token_ids,
+            self.draft_logits,
         ]  # fmt: skip
         with path.open("wb") as file:
             file.write(np.array(head, np.int64).tobytes())

@@ -22,8 +22,8 @@ NOTE = (
     "Golden draws: changing them changes what a seed means, and is an entry in CHANGELOG.md. "
     "Written by `python -m tests.ops.golden`. Logits of role r in 0, 1, 2 at token i: "
     "(((i + 1) * (2654435761 + 2 * r) + 40503 * case * (r + 1)) mod 2^32 >> 22) - 512, "
-    "over 2^shift for base and over 2^(shift + 1) for expert and anti. From case 180 on tokens have "
-    "edits, golden.edits_of."
+    "over 2^shift for base and over 2^(shift + 1) for expert and anti. From case 180 on tokens "
+    "have edits, golden.edits_of."
 )
 
 WIDTHS = (1, 6, 128, 1000, 50_257)
