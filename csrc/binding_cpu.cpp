@@ -114,7 +114,7 @@ void score_out(PTK_LOGITS, Tensor token_ids, Tensor alpha,
   STD_TORCH_CHECK(base.dim() == 3 && base.size(1) >= 1, "proxytune: base has the wrong shape");
   const int64_t rows = base.size(0), positions = base.size(1);
   proxytune_score_args args{};
-  args.inputs = inputs_of(base, expert, anti, alpha, std::nullopt, std::nullopt, vocab_size);
+  args.inputs = inputs_of(base, expert, anti, alpha, std::nullopt, std::nullopt, std::nullopt, std::nullopt, vocab_size);
   args.positions = positions;
   STD_TORCH_CHECK(positions >= 1, "proxytune: base must have at least one position");
   STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && token_ids.dim() == 2 &&

@@ -39,7 +39,7 @@ from proxytune_kernels.ops import (
     verify,
     warm_up,
 )
-from proxytune_kernels.params import RowParams, SamplingParams
+from proxytune_kernels.params import Edits, RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Decoder",
+    "Edits",
     "Grammar",
     "Head",
     "RowParams",

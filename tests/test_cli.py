@@ -157,8 +157,8 @@ def test_a_generation_config_goes_before_defaults_and_behind_options(monkeypatch
         ptk.SamplingParams(**said, temperature=0.6, top_p=0.9, max_tokens=9),
         ptk.SamplingParams(**said, temperature=1, top_p=0.5, max_tokens=128),
     ]
-    edit(trio / "base" / "generation_config.json", repetition_penalty=1.05)
-    assert_one_sentence(invoke("generate", *arguments), 1, "repetition_penalty", "1.05", logs=True)
+    edit(trio / "base" / "generation_config.json", no_repeat_ngram_size=2)
+    assert_one_sentence(invoke("generate", *arguments), 1, "no_repeat_ngram_size", "2", logs=True)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -471,7 +471,7 @@ def test_a_terminal_gets_no_control_characters(monkeypatch, capsys, expected):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     output.write_text(events, requests)
     assert capsys.readouterr().out == printable(text) + "\n"
-    output.write_jsonl(events)
+    output.write_jsonl(events, requests)
     line = capsys.readouterr().out
     assert json.loads(line)["text"] == text
     assert printable(line) == line

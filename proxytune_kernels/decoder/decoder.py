@@ -7,17 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
-from threading import Condition, get_ident
+from threading import Condition, Lock, get_ident
 from typing import Any
 
 import torch
 
 from proxytune_kernels.decoder import arguments, memory
 from proxytune_kernels.decoder.check import check_members
+from proxytune_kernels.decoder.constraints import Constraints
 from proxytune_kernels.decoder.grammar import GrammarCompiler
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
-from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
+from proxytune_kernels.decoder.request import (
+    Request,
+    RequestOutput,
+    Siblings,
+    StopRules,
+    StreamEvent,
+)
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler
 from proxytune_kernels.decoder.speculation import DraftController, Speculation, SpeculationStats
@@ -153,6 +160,7 @@ class Decoder:
         self._queues: dict[int, deque[StreamEvent]] = {}
         self._submitted: deque[StreamEvent] = deque()
         self._ids = count(1)
+        self._id_lock = Lock()
         self._turns = Turns()
         self._broken = False
 
@@ -161,14 +169,14 @@ class Decoder:
         prompts: Any,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Decode prompts to their ends; outputs in the order of the prompts.
+        """Decode prompts to their ends; outputs in the order of the prompts, n of each.
 
         Arguments and errors as in :meth:`stream`, except that a request whose logits leave no token
         to draw has its output too, with the finish_reason ``"error"``.
         """
         events = EventStream(self, self._make_requests(prompts, params), raises=False)
         outputs = [event.output for event in events if event.output is not None]
-        return sorted(outputs, key=lambda output: output.index)
+        return sorted(outputs, key=lambda output: (output.index, output.sample))
 
     def stream(
         self,
@@ -200,15 +208,16 @@ class Decoder:
         """Queue a prompt, for engines with a loop of their own; its events come from :meth:`step`.
 
         Returns:
-            The request's id, for :meth:`cancel`; its events have it too.
+            The request's id, for :meth:`cancel`; its events have it too. Where ``params.n`` is
+            above 1 the id of the first output; those of the others follow.
 
         Raises:
             ValueError, TypeError: a prompt or parameter that can never run.
         """
-        [request] = self._make_requests([prompt], params)
+        requests = self._make_requests([prompt], params)
         with self._turn():
-            self._add([request], self._submitted)
-        return request.request_id
+            self._add(requests, self._submitted)
+        return requests[0].request_id
 
     def step(self) -> list[StreamEvent]:
         """Run one step of all requests; the events of those that were submitted.
@@ -332,9 +341,10 @@ class Decoder:
         listed = arguments.prompts(prompts)
         each = arguments.params_per_prompt(params, len(listed))
         pairs = enumerate(zip(listed, each, strict=True))
-        return [self._make_request(i, p, s) for i, (p, s) in pairs]
+        return [request for i, (p, s) in pairs for request in self._make_request(i, p, s)]
 
-    def _make_request(self, index: int, prompt: Any, params: SamplingParams) -> Request:
+    def _make_request(self, index: int, prompt: Any, params: SamplingParams) -> list[Request]:
+        """The requests for a prompt, one for each of its n outputs."""
         try:
             token_ids = self.trio.tokenize(prompt, params.add_special_tokens)
             prompt_token_ids = {role: token_ids[role] for role in self.roles}
@@ -342,22 +352,40 @@ class Decoder:
             rules = StopRules.of(
                 params, self.trio.eos_token_ids, self.trio.vocab_size, self.trio.tokenizer
             )
-            grammar = None if params.grammar is None else self._grammars.state(params.grammar)
+            constraints = Constraints.of(
+                params, prompt_token_ids["base"], rules.token_ids, self.trio.vocab_size,
+                self.trio.tokenizer,
+            )  # fmt: skip
+            if constraints.room and self._sampler.no_edits:
+                raise ValueError(f"penalties and logit_bias can't be: {self._sampler.no_edits}")
+            grammars = [
+                None if params.grammar is None else self._grammars.state(params.grammar)
+                for _ in range(params.n)
+            ]
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from error
         controller = self._controller
-        return Request(
-            request_id=next(self._ids),
-            index=index,
-            prompt=prompt,
-            prompt_token_ids=prompt_token_ids,
-            params=params.with_seed(),
-            rules=rules,
-            tokenizer=self.trio.tokenizer,
-            speculation=None if controller is None else SpeculationStats(),
-            acceptance=None if controller is None else controller.new_request(),
-            grammar=grammar,
-        )
+        with self._id_lock:
+            ids = [next(self._ids) for _ in range(params.n)]
+        siblings = Siblings(params.n) if params.n > 1 else None
+        return [
+            Request(
+                request_id=request_id,
+                index=index,
+                prompt=prompt,
+                prompt_token_ids=prompt_token_ids,
+                params=seeded,
+                rules=rules,
+                constraints=constraints,
+                tokenizer=self.trio.tokenizer,
+                speculation=None if controller is None else SpeculationStats(),
+                acceptance=None if controller is None else controller.new_request(),
+                sample=sample,
+                siblings=siblings,
+                grammar=grammars[sample],
+            )
+            for sample, (request_id, seeded) in enumerate(zip(ids, params.seeded(), strict=True))
+        ]
 
     def _add(self, requests: Sequence[Request], queue: deque[StreamEvent]) -> None:
         """Put requests into the loop; their events go into ``queue``."""

@@ -347,6 +347,13 @@ class Runner:
             cache.move(source * rows, target * rows, rows)
 
     @torch.inference_mode()
+    def copy(self, source: int, target: int, lengths: Mapping[str, int]) -> None:
+        """Copy the first tokens of a slot, as many as each role has, into an empty slot."""
+        for role, count in lengths.items():
+            cache, first, stride = self._rows[role]
+            cache.copy(first + source * stride, first + target * stride, count)
+
+    @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Empty a slot."""
         for cache in self._caches:
