@@ -28,6 +28,8 @@ GOOD = {
     "stop": ("a", ("a", "b"), ["x"], ()), "stop_token_ids": ((), (0, 5), [7]),
     "ignore_eos": (True, False), "include_stop_str_in_output": (True, False),
     "skip_special_tokens": (True, False), "add_special_tokens": (True, False),
+    "logprobs": (-1, 0, 20), "prompt_logprobs": (-1, 5), "logprobs_mode": ("raw", "drawn"),
+    "steering": (True, False),
 }  # fmt: skip
 BAD = {
     "alpha": (math.nan, math.inf, "1", None, True),
@@ -45,6 +47,10 @@ BAD = {
     "include_stop_str_in_output": (1, None),
     "skip_special_tokens": (1, None),
     "add_special_tokens": (0, None),
+    "logprobs": (-2, 21, True, 1.0, None),
+    "prompt_logprobs": (-2, 21, None),
+    "logprobs_mode": ("processed_logprobs", None, 0),
+    "steering": (1, None),
 }
 
 

@@ -71,6 +71,21 @@ class SamplingOptions:
         bool, typer.Option(help="Whether a prompt begins as its tokenizer does, with BOS for most.")
     ] = True
 
+    logprobs: Annotated[
+        int,
+        typer.Option(help="Report this many of the likeliest tokens at each; -1 is none."),
+    ] = -1
+    logprobs_mode: Annotated[
+        str, typer.Option(help="raw: before temperature and filters; drawn: behind them.")
+    ] = "raw"
+    prompt_logprobs: Annotated[
+        int, typer.Option(help="The same at each position of the prompt.")
+    ] = -1
+
+    steering: Annotated[
+        bool, typer.Option("--steering", help="Report what steering did to each token.")
+    ] = False
+
     def params(self, recommended: Mapping[str, Any] = MappingProxyType({})) -> SamplingParams:
         """The same as parameters; leaves with the reason where one is out of its range.
 

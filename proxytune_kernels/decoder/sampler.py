@@ -11,8 +11,9 @@ from torch import Tensor
 from proxytune_kernels import ops
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.speculation import Speculation
-from proxytune_kernels.ops.backends import resolve
-from proxytune_kernels.params import ROW_FIELDS, RowParams
+from proxytune_kernels.ops.backends import BY_NAME, resolve
+from proxytune_kernels.params import MAX_LOGPROBS, ROW_FIELDS, RowParams
+from proxytune_kernels.reference import SampleOutput
 
 
 class StepResult(NamedTuple):
@@ -30,6 +31,14 @@ class StepResult(NamedTuple):
     """int64 [B]: drafts that were verified; None in a plain step."""
     num_accepted: Tensor | None = None
     """int32 [B]: those that were kept."""
+    num_kept: Tensor | None = None
+    """int32 [B, q]: size of each kept set; None, as what follows, where no request asks for it."""
+    top_token_ids: Tensor | None = None
+    """int64 [B, q, n]: the likeliest tokens."""
+    top_logprobs: Tensor | None = None
+    """fp32 [B, q, n]: their raw logprobs."""
+    steering: Tensor | None = None
+    """fp32 [B, q, 7]: the fields of :class:`~proxytune_kernels.reference.Attribution`."""
 
     def first(self, rows: int) -> StepResult:
         """The first rows, as views."""
@@ -42,16 +51,23 @@ class Needs(NamedTuple):
 
     masked: bool
     """Whether any of them may not stop yet."""
+    likeliest: bool = False
+    """Whether any of them reports the likeliest tokens."""
+    steering: bool = False
+    """Whether any of them reports what steering did."""
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Needs:
         """Of the step that comes next."""
+        requests = list(requests)
         return cls(
             masked=any(
                 request.rules.allowed_mask is not None
                 and request.params.min_tokens > request.launched
                 for request in requests
-            )
+            ),
+            likeliest=any(request.params.logprobs > 0 for request in requests),
+            steering=any(request.params.steering for request in requests),
         )
 
 
@@ -162,13 +178,16 @@ class SlotSampler:
             params,
             allowed_mask=self._allowed(slots, params.position) if needs.masked else None,
             vocab_size=self.vocab_size,
-            backend=self.backends["sample"],
+            top_logprobs=MAX_LOGPROBS if needs.likeliest else 0,
+            attribution=needs.steering,
+            backend=self._backend(needs),
         )
         return StepResult(
             drawn.token_ids[:, None],
             drawn.logprobs[:, None],
             drawn.raw_logprobs[:, None],
             drawn.status,
+            **_asked(drawn, (len(drawn.status), 1)),
         )
 
     def draft(
@@ -231,6 +250,9 @@ class SlotSampler:
             vocab_size=self.vocab_size,
             backend=self.backends["verify"],
         )
+        asked = {}
+        if needs.likeliest or needs.steering:
+            asked = self._look_again(logits, params, verified.token_ids, allowed_mask, needs)
         return StepResult(
             verified.token_ids,
             verified.logprobs,
@@ -238,7 +260,71 @@ class SlotSampler:
             verified.status,
             (draft_token_ids >= 0).sum(1),
             verified.num_accepted,
+            **asked,
         )
+
+    def _look_again(
+        self,
+        logits: Mapping[str, Tensor],
+        params: RowParams,
+        token_ids: Tensor,
+        allowed_mask: Tensor | None,
+        needs: Needs,
+    ) -> dict[str, Tensor]:
+        """What requests ask of positions [B, q] that a round emitted; of the others nothing."""
+        shape = token_ids.shape
+        each = RowParams(*(column.repeat_interleave(shape[1]) for column in params))
+        ahead = torch.arange(shape[1], device=self.device).repeat(shape[0])
+        # Rows whose parameters are out of range are not read.
+        position = torch.where(token_ids.flatten() >= 0, each.position + ahead, -1)
+        rows = {role: x.flatten(0, 1) for role, x in logits.items()}
+        drawn = ops.sample(
+            rows["base"],
+            rows.get("expert"),
+            rows.get("anti"),
+            each._replace(position=position),
+            allowed_mask=None if allowed_mask is None else allowed_mask.flatten(0, 1),
+            vocab_size=self.vocab_size,
+            top_logprobs=MAX_LOGPROBS if needs.likeliest else 0,
+            attribution=token_ids.flatten() if needs.steering else False,
+            backend=self._backend(needs),
+        )
+        return _asked(drawn, shape)
+
+    def _backend(self, needs: Needs) -> str | None:
+        """Of ``sample``: the default one where the chosen one has no attribution."""
+        name = self.backends["sample"]
+        return name if not needs.steering or "attribution" in BY_NAME[name].operators else None
+
+    def prompt_logprobs(
+        self, alpha: float, logits: Mapping[str, Tensor], token_ids: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logprobs of prompt tokens at n positions, and of the likeliest tokens there.
+
+        Args:
+            alpha: of the request.
+            logits: per role [n, V_role], before each of the tokens.
+            token_ids: the tokens that stand there.
+
+        Returns:
+            fp32 [n]; int64 and fp32 [n, MAX_LOGPROBS].
+        """
+        count = len(token_ids)
+        given = torch.tensor(token_ids).to(self.device, non_blocking=True)
+        base, expert, anti = logits["base"], logits.get("expert"), logits.get("anti")
+        params = RowParams.make(count, device=self.device, alpha=alpha, temperature=0.0)
+        likeliest = ops.sample(
+            base, expert, anti, params, vocab_size=self.vocab_size, top_logprobs=MAX_LOGPROBS,
+            backend=self.backends["sample"],
+        )  # fmt: skip
+        assert likeliest.top is not None
+        # Of a row all but two logits have been read: a token's is held to the likeliest one's.
+        pair = torch.stack([given, likeliest.token_ids], 1).clamp(0, self.vocab_size - 1)
+        columns = (None if x is None else x.gather(1, pair) for x in (base, expert, anti))
+        x = ops.combine(*columns, params.alpha)  # type: ignore[arg-type]
+        logprobs = likeliest.raw_logprobs + (x[:, 0] - x[:, 1])
+        logprobs = logprobs.masked_fill(given >= self.vocab_size, torch.nan)
+        return logprobs, *likeliest.top
 
     def advance(self, slots: int, result: StepResult, active: Tensor) -> Tensor | None:
         """Take the first slots' last tokens, and move on those that are active (1, else 0).
@@ -272,3 +358,16 @@ class SlotSampler:
         shape = (len(positions), *(1,) * (positions.dim() - 1))
         early = positions < self._min_tokens[place].view(shape)
         return torch.where(early[..., None], self._no_stop[place].view(*shape, -1), -1)
+
+
+def _asked(drawn: SampleOutput, shape: Sequence[int]) -> dict[str, Tensor]:
+    """What some requests ask for, as columns of a :class:`StepResult`; ``shape`` is [B, q]."""
+    asked = {}
+    if drawn.top is not None:
+        asked["num_kept"] = drawn.num_kept.view(*shape)
+        asked["top_token_ids"] = drawn.top.token_ids.view(*shape, -1)
+        asked["top_logprobs"] = drawn.top.logprobs.view(*shape, -1)
+    if drawn.attribution is not None:
+        fields = torch.stack([field.float() for field in drawn.attribution], -1)
+        asked["steering"] = fields.view(*shape, -1)
+    return asked

@@ -24,7 +24,9 @@ class Backend:
     nowhere."""
     compiles: bool = False
     """Whether a call may have to wait until a kernel is compiled."""
-    operators: Sequence[str] = ("sample", "sample_hidden", "combine", "score", "verify", "sharded")
+    operators: Sequence[str] = (
+        *("sample", "attribution", "sample_hidden", "combine", "score", "verify", "sharded"),
+    )
     """The public functions that it runs; "sharded" stands for those of :mod:`ops.sharded`."""
 
     def missing(self) -> str | None:

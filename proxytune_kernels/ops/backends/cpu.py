@@ -117,7 +117,18 @@ def _sample_hidden(
     vocab_size: int, noise_stream: int, top_logprobs: int, out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     x = combined((base, expert, anti), params.alpha, bias, vocab_size)
-    given = (x, None, None, *params, None, allowed_mask, vocab_size, noise_stream, top_logprobs)
+    given = (
+        x,
+        None,
+        None,
+        *params,
+        None,
+        allowed_mask,
+        vocab_size,
+        noise_stream,
+        top_logprobs,
+        None,
+    )
     outputs = dict(zip(OPERATORS["sample"].out_names, out, strict=True))
     torch.ops.proxytune.sample_out(*given, **outputs)
 
