@@ -19,6 +19,7 @@ from proxytune_kernels.kernels import workspace as ws
 from proxytune_kernels.kernels.common import (
     INF,
     LANES,
+    MASS_ONE,
     OPTIONS,
     STATUS_EMPTY,
     Logits,
@@ -129,9 +130,10 @@ def _attribution_scan_kernel(
                 anti = _logits_of(logits.anti, b, t, ids, steered)
                 anti_top, anti_sum = _added(anti_top, anti_sum, anti)
             live = (x > -INF) & (base < INF)
-            shifted = tl.where(live, x - top_x, -INF)
-            moved = tl.where(live, shifted - (base - centre), 0.0)
-            divergence += tl.sum(tl.ravel(tl.exp(shifted) * moved), 0)
+            p = tl.exp(tl.where(live, x - top_x, -INF))
+            # Where p is 0 the difference may be infinite.
+            moved = tl.where(p > 0, (x - top_x) - (base - centre), 0.0)
+            divergence += tl.sum(tl.ravel(p * moved), 0)
             finite += tl.sum(tl.ravel(live.to(tl.int32)), 0)
             ahead = inside & ((base > own) | ((base == own) & (ids < token)))
             before += tl.sum(tl.ravel(ahead.to(tl.int32)), 0)
@@ -167,7 +169,7 @@ def _merged(sums, part, there):
 def _probability(logit, top, total):
     """exp(logit - top) / total, NaN where all logits are -inf."""
     share = tl.where(top == INF, (logit == INF).to(tl.float32), tl.exp(logit - top))
-    return tl.where(top == -INF, float("nan"), share / total)
+    return tl.where(top == -INF, float("nan"), tl.div_rn(share, total))
 
 
 @triton.jit(do_not_specialize=["vocab_size", "parts"])
@@ -212,7 +214,8 @@ def _attribution_kernel(
         else:
             moved = tl.load(sums + part * SUMS_WIDTH + DIVERGENCE, mask=there, other=0.0)
             centre = tl.where(own == -INF, 0.0, own)
-            exact = tl.sum(moved.to(tl.float64), 0) / tl.exp(log_x) - log_x
+            mass = raw.to(tl.float64) / MASS_ONE
+            exact = tl.sum(moved.to(tl.float64), 0) / mass - log_x
             exact += tl.log(base_sum.to(tl.float64)) + (base_top - centre).to(tl.float64)
         kl = tl.where(exact < 0, 0.0, exact).to(tl.float32)
     at = result + row * RESULTS

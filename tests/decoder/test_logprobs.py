@@ -17,7 +17,8 @@ from tests.decoder.conftest import BACKEND, by_request, ended
 PROMPTS = ["a stop", "to be or not to be, that", "x"]
 
 # The decoder rounds the roles' fp64 logits to fp32: x moves by at most 4 * 2^-24 * 12 (logits here
-# are below 12 in size, alpha 1.5), a log-softmax by twice that, 5.8e-6, and at temperature .7 by 8.2e-6.
+# are below 12 in size, alpha 1.5), a log-softmax by twice that, 5.8e-6, and at temperature .7 by
+# 8.2e-6.
 TOLERANCE = 1e-5
 
 SPECULATIONS = {
@@ -35,15 +36,20 @@ def decoder(request: Any, near: Trio) -> Decoder:
 
 
 @torch.no_grad()
+def logits_of(
+    trio: Trio, output: RequestOutput, params: SamplingParams
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """x, and the roles' logits, after each token of prompt and output but the last."""
+    text = torch.tensor([[*output.prompt_token_ids["base"], *output.token_ids]])
+    roles = {role: trio.models[role](text).logits[0, :-1, : trio.vocab_size] for role in trio.roles}
+    return roles["base"] + params.alpha * (roles["expert"] - roles["anti"]), roles
+
+
 def distributions(trio: Trio, output: RequestOutput, params: SamplingParams) -> Any:
-    """The reference's distribution after each token of prompt and output but the last."""
-    text = [*output.prompt_token_ids["base"], *output.token_ids]
-    rows: list[Tensor] = [
-        trio.models[role](torch.tensor([text])).logits[0, :-1, : trio.vocab_size]
-        for role in trio.roles
-    ]
-    each = RowParams.from_sampling_params([params.with_seed()] * len(rows[0]))
-    return reference.distribution(reference.combine(*rows, each.alpha.double()), each)
+    """The reference's distribution at each of these places."""
+    x, _ = logits_of(trio, output, params)
+    each = RowParams.from_sampling_params([params.with_seed()] * len(x))
+    return reference.distribution(x, each)
 
 
 def expected(logprobs: Tensor, token_id: int, count: int) -> dict[int, float]:
@@ -81,6 +87,33 @@ def test_logprobs_of_outputs(decoder: Decoder, near: Trio) -> None:
             check(output.top_logprobs[j], wanted)
         told = [entry for event in streams[i] for entry in event.top_logprobs or ()]
         assert told == output.top_logprobs
+
+
+@pytest.mark.parametrize("alpha", [1.5, 0.0])
+def test_steering(decoder: Decoder, near: Trio, alpha: float) -> None:
+    """Of a request beside one that asks for nothing, held to the models' own softmaxes."""
+    asking = SamplingParams(max_tokens=14, seed=8, alpha=alpha, steering=True, temperature=0.9)
+    streams = by_request(
+        decoder.stream(["ab", PROMPTS[1]], [SamplingParams(max_tokens=9, seed=1), asking])
+    )
+    other, output = ended(streams[0]), ended(streams[1])
+    assert other.steering is None
+    assert output.steering is not None and len(output.steering) == len(output.token_ids)
+    assert [s for event in streams[1] for s in event.steering or ()] == output.steering
+    x, roles = logits_of(near, output, asking)
+    p, q = x.log_softmax(-1), roles["base"].log_softmax(-1)
+    start = len(output.prompt_token_ids["base"]) - 1
+    for j, (token_id, told) in enumerate(zip(output.token_ids, output.steering, strict=True)):
+        row = start + j
+        for name in ("expert", "anti"):
+            wanted = float(roles[name][row].softmax(-1)[token_id]) if alpha else torch.nan
+            assert getattr(told, name) == pytest.approx(wanted, rel=TOLERANCE, nan_ok=True)
+        assert told.base == pytest.approx(float(q[row].exp()[token_id]), rel=TOLERANCE)
+        assert told.proxy == pytest.approx(float(p[row].exp()[token_id]), rel=TOLERANCE)
+        assert told.base_rank == 1 + int((q[row] > q[row, token_id]).sum())
+        assert told.changed == (int(p[row].argmax()) != int(q[row].argmax()))
+        kl = float((p[row].exp() * (p[row] - q[row])).sum())
+        assert told.kl == pytest.approx(kl, abs=5 * TOLERANCE)  # x - base is below 4 here
 
 
 def test_greedy_draws_have_one_token_that_was_likely(decoder: Decoder) -> None:
