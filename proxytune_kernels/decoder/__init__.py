@@ -6,6 +6,7 @@ from proxytune_kernels.decoder.request import (
     FINISH_REASONS,
     RequestMetrics,
     RequestOutput,
+    Steering,
     StreamEvent,
 )
 from proxytune_kernels.decoder.speculation import Speculation, SpeculationStats
@@ -20,5 +21,6 @@ __all__ = [
     "RequestOutput",
     "Speculation",
     "SpeculationStats",
+    "Steering",
     "StreamEvent",
 ]

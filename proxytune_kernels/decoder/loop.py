@@ -20,7 +20,6 @@ from proxytune_kernels.decoder.sampler import Needs, StepResult
 from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 
-
 _SCORED_CHUNK = 128
 """Tokens at once of a prompt whose logprobs are asked for: all their logits are held."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -258,7 +258,8 @@ class Request:
 
         Args:
             token_ids, logprobs, raw_logprobs: the tokens, and what goes with each.
-            num_kept, top_token_ids, top_logprobs, steering: columns of the step's result, where it has them.
+            num_kept, top_token_ids, top_logprobs, steering: columns of the step's result, where it
+                has them.
         """
         first = self.first_token is None
         if first:
@@ -277,14 +278,14 @@ class Request:
         top = None
         if self.params.logprobs >= 0:
             columns = (logprobs, raw_logprobs, num_kept, top_token_ids, top_logprobs)
-            entries = zip_longest(token_ids[:taken], *(column[:taken] for column in columns))
+            entries: Iterable[Any] = zip_longest(token_ids[:taken], *(c[:taken] for c in columns))
             top = [self._likeliest(*entry) for entry in entries]
             self.top_logprobs += top
         steered = None
         if self.params.steering:
             steered = [
-                Steering(*probabilities, int(rank), bool(changed), kl)
-                for *probabilities, rank, changed, kl in steering[:taken]
+                Steering(base, expert, anti, proxy, int(rank), bool(changed), kl)
+                for base, expert, anti, proxy, rank, changed, kl in steering[:taken]
             ]
             self.steering += steered
         return self._event(text, token_ids[:taken], logprobs[:taken], top, steered, first)

@@ -320,8 +320,8 @@ class SlotSampler:
         assert likeliest.top is not None
         # Of a row all but two logits have been read: a token's is held to the likeliest one's.
         pair = torch.stack([given, likeliest.token_ids], 1).clamp(0, self.vocab_size - 1)
-        columns = (None if x is None else x.gather(1, pair) for x in (base, expert, anti))
-        x = ops.combine(*columns, params.alpha)  # type: ignore[arg-type]
+        columns: Any = [None if x is None else x.gather(1, pair) for x in (base, expert, anti)]
+        x = ops.combine(columns[0], columns[1], columns[2], params.alpha)
         logprobs = likeliest.raw_logprobs + (x[:, 0] - x[:, 1])
         logprobs = logprobs.masked_fill(given >= self.vocab_size, torch.nan)
         return logprobs, *likeliest.top

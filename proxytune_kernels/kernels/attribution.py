@@ -3,7 +3,8 @@
 The first spreads a row over programs, which read each logit once more and leave what they sum up;
 the second merges that. A program's sums are relative to the highest logit that it has seen:
 
-    sum of exp(v - max) of each role, and of exp(x - max x) ((x - max x) - (base - the token's base))
+    sum of exp(v - max) of each role
+    sum of exp(x - max x) ((x - max x) - (base - the token's base))
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def _sampled(results: Any, top_logprobs: int, attributed: Tensor | None = None) 
     top = TopLogprobs(top_token_ids, tops) if top_logprobs else None
     attribution = None
     if attributed is not None:
-        *probabilities, rank, changed, kl = packed.unbind(1)
-        attribution = Attribution(*probabilities, rank.int(), changed.bool(), kl)
+        base, expert, anti, proxy, rank, changed, kl = packed.unbind(1)
+        attribution = Attribution(base, expert, anti, proxy, rank.int(), changed.bool(), kl)
     return SampleOutput._make((*drawn, top, attribution))
 
 

@@ -167,7 +167,7 @@ def test_given_tokens(backend):
     params = ptk.RowParams.make(7, alpha=1.0, seed=2)
     given = torch.tensor([5, -1, V - 1, 17, V, 2**40, 0])
     found = backend.sample(*roles, params, attribution=given)
-    x = ptk.combine(*roles, 1.0)
+    x = ptk.combine(roles[0], roles[1], roles[2], 1.0)
     ids = torch.where(given < 0, found.token_ids, given)
     check(found, roles, params.alpha, x, torch.where(ids >= V, -1, ids))
     none = backend.sample(*[r[:0] for r in roles], attribution=True).attribution
@@ -176,13 +176,13 @@ def test_given_tokens(backend):
 
 @pytest.mark.skipif(BY_NAME["cpu"].unusable() is not None, reason="the C++ extension is not built")
 def test_threads_that_share_a_row_change_no_bit():
-    roles = torch.randn(3, 1, 40_001)
+    roles: Any = torch.randn(3, 1, 40_001)
     params = ptk.RowParams.make(1, seed=4)
-    alone = ptk.sample(*roles, params, attribution=True, backend="cpu")
+    alone = ptk.sample(roles[0], roles[1], roles[2], params, attribution=True, backend="cpu")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        shared = ptk.sample(*roles, params, attribution=True, backend="cpu")
+        shared = ptk.sample(roles[0], roles[1], roles[2], params, attribution=True, backend="cpu")
     finally:
         torch.set_num_threads(threads)
     oracle.assert_same(alone, shared)

@@ -58,9 +58,9 @@ def _sample(
     *results, none = _sample_x(x, params, noise_stream, top_logprobs)
     if attributed is None:
         return (*results, none)
-    rows = (None if t is None else t[:, :vocab_size].float() for t in (base, expert, anti))
+    rows: Any = [None if t is None else t[:, :vocab_size].float() for t in (base, expert, anti)]
     token_ids = torch.where(attributed < 0, results[0], attributed).masked_fill(results[0] < 0, -1)
-    fields = reference.attribute(*rows, params.alpha, x, token_ids)  # type: ignore[arg-type]
+    fields = reference.attribute(rows[0], rows[1], rows[2], params.alpha, x, token_ids)
     return (*results, torch.stack([field.float() for field in fields], 1))
 
 
