@@ -5,12 +5,12 @@
 namespace ptk {
 namespace PTK_ISA {
 
-// 2^t, t at most 126, to 1.5e-7 relative: 0 at -inf.
+// 2^t to 2.7e-6 relative, t at most 126: 0, or nearly, at -inf.
 inline F exp2_of(F t) {
-  constexpr float kExp2[] = {1.8775767e-3f, 8.9893406e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f};
+  constexpr float kExp2[] = {1.35341678e-2f, 5.20114638e-2f, 2.41442755e-1f, 6.93003833e-1f, 1.00000262f};
   const F f = fraction(t);
   F p = set(kExp2[0]);
-  for (int i = 1; i < 6; ++i) p = fma(p, f, set(kExp2[i]));
+  for (int i = 1; i < 5; ++i) p = fma(p, f, set(kExp2[i]));
   return times_exp2(p, t);
 }
 
@@ -23,22 +23,24 @@ struct Shifts {
 };
 struct Sums {
   double base = 0.0, expert = 0.0, anti = 0.0, divergence = 0.0;
+  float base_max[kMaxTiles];  // of each tile
 };
 
 // Takes a tile as ScanSink does, with the sums.
 struct AttributionSink : ScanSink {
   static constexpr bool kRoles = true;
   F shift_base, shift_expert, shift_anti, shift_x, centre;
-  F base, expert, anti, divergence, logit;
+  F base, expert, anti, divergence, logit, base_top;
 
   AttributionSink(float* out, const Shifts& s)
       : ScanSink(out), shift_base(set(s.base)), shift_expert(set(s.expert)), shift_anti(set(s.anti)),
         shift_x(set(s.x)), centre(set(s.centre)), base(set(0.0f)), expert(set(0.0f)), anti(set(0.0f)),
-        divergence(set(0.0f)), logit(set(0.0f)) {}
+        divergence(set(0.0f)), logit(set(0.0f)), base_top(set(-INFINITY)) {}
   static F exponential_of(F v, F shift) { return exp2_of(fma(v, set(float(kLog2E)), shift)); }
 
   void roles(F b, F e, F a) {
     logit = b;
+    base_top = ptk::PTK_ISA::max(b, base_top);
     base = add(base, exponential_of(b, shift_base));
     expert = add(expert, exponential_of(e, shift_expert));
     anti = add(anti, exponential_of(a, shift_anti));
@@ -93,7 +95,11 @@ inline Row prepare_attributed(const Source& in, const RowBuffer& buffer, const p
     Scanned own;
     for (int g = begin; g < end; ++g) {
       AttributionSink sink(nullptr, shifts);
-      for (int t = g * kGroup; t < std::min((g + 1) * kGroup, row.tiles); ++t) scan_tile(in, row, t, sink, own);
+      for (int t = g * kGroup; t < std::min((g + 1) * kGroup, row.tiles); ++t) {
+        sink.base_top = set(-INFINITY);
+        scan_tile(in, row, t, sink, own);
+        sums.base_max[t] = reduce_max(sink.base_top);
+      }
       parts[0][g] = reduce_halves(sink.base);
       parts[1][g] = reduce_halves(sink.expert);
       parts[2][g] = reduce_halves(sink.anti);
@@ -155,36 +161,18 @@ inline double divergence_of(const Target& target, const Source& in, const Softma
   return kl;
 }
 
-// A token's place in the base's order, 1 the first; beyond `most`, any number that is.
-template <typename T>
-int64_t rank_of(const T* base, const Source& in, int64_t token_id, int64_t most) {
+// A token's place in the base's order, 1 the first.
+inline int64_t rank_in_base(const Source& in, const Sums& sums, int64_t token_id) {
   const float logit = logit_at(in.base, in.base_dtype, token_id);
-  const auto count = [&](int64_t begin, int64_t end) {
-    int64_t before = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const float v = logit_at(in.base, in.base_dtype, i);
-      before += v > logit || (v == logit && i < token_id);
-    }
-    return before;
-  };
-  int64_t rank = 1, start = 0;
-  for (; start + kTile <= in.vocab_size && rank <= most; start += kTile) {
-    if (start <= token_id && token_id < start + kTile) {
-      rank += count(start, start + kTile);
-      continue;
-    }
-    for (int64_t i = start; i < start + kTile; i += kWidth) {
-      const F v = load(base + i);
-      rank += std::popcount(start < token_id ? ge(v, set(logit)) : gt(v, set(logit)));
-    }
+  int64_t rank = 1;
+  for (int64_t start = 0; start < in.vocab_size; start += kTile) {
+    if (sums.base_max[start / kTile] < logit) continue;
+    const int n = int(std::min<int64_t>(kTile, in.vocab_size - start));
+    float base[kTile];
+    widen_tile(in.base, in.base_dtype, start, n, -INFINITY, base);
+    for (int i = 0; i < n; ++i) rank += base[i] > logit || (base[i] == logit && start + i < token_id);
   }
-  return rank > most ? rank : rank + count(start, in.vocab_size);
-}
-
-inline int64_t rank_in_base(const Source& in, int64_t token_id, int64_t most = INT64_MAX) {
-  if (in.base_dtype == kDtypeBf16) return rank_of(static_cast<const Bf16*>(in.base), in, token_id, most);
-  if (in.base_dtype == kDtypeF16) return rank_of(static_cast<const F16*>(in.base), in, token_id, most);
-  return rank_of(static_cast<const float*>(in.base), in, token_id, most);
+  return rank;
 }
 
 // Writes a row's numbers for a token; NaN, and rank 0, where it has none.
@@ -208,10 +196,10 @@ inline void attribute(const Source& in, const Target& target, int64_t token_id, 
     out[PROXYTUNE_ATTRIBUTION_ANTI] = probability(anti, in.anti, in.anti_dtype);
   }
   out[PROXYTUNE_ATTRIBUTION_PROXY] = std::exp(target.raw_logprob(target.row.x[token_id]));
-  const int64_t likeliest_id = likeliest(target.row).id, rank = rank_in_base(in, token_id);
+  const int64_t likeliest_id = likeliest(target.row).id, rank = rank_in_base(in, sums, token_id);
   out[PROXYTUNE_ATTRIBUTION_BASE_RANK] = float(rank);
-  out[PROXYTUNE_ATTRIBUTION_CHANGED] =
-      float((likeliest_id == token_id ? rank : rank_in_base(in, likeliest_id, 1)) != 1);
+  const bool first = likeliest_id == token_id ? rank == 1 : rank_in_base(in, sums, likeliest_id) == 1;
+  out[PROXYTUNE_ATTRIBUTION_CHANGED] = float(!first);
   const double kl = divergence_of(target, in, base, shifts, sums);
   out[PROXYTUNE_ATTRIBUTION_KL] = kl < 0.0 ? 0.0f : float(kl);
 }

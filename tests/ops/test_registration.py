@@ -138,9 +138,8 @@ def _public(inputs, out):
     first = first._replace(hidden=first.hidden * 1)
     hidden = ptk.sample_hidden(first, second, third, params, top_logprobs=2)
     again = ptk.sample_hidden(first, second, third, temperature=3.0, seed=9, out=out)
-    assert (
-        drawn.top is drawn.attribution is None and likely.top is not None and hidden.top is not None
-    )
+    assert drawn.top is None and likely.top is not None and hidden.top is not None
+    assert drawn.attribution is None
     return (
         *(x + 1, *drawn[:-2], *likely[:-2], *likely.top, scored, *coupled, *rejected),
         *(*hidden[:-2], *hidden.top, again.logprobs + 1),
