@@ -20,7 +20,7 @@ import torch
 import typer
 from transformers import DynamicCache
 
-from benchmarks.harness import agreement, decoding, options, report, trios
+from benchmarks.harness import agreement, decoding, llama, options, report, trios
 from benchmarks.harness.decoding import GREEDY, Case, Generation, Prompts, Provider, Sampling
 from benchmarks.harness.measure import in_turns, ratios, speed_over, summary
 from benchmarks.harness.memory import in_fresh_process, peak_memory
@@ -28,6 +28,7 @@ from benchmarks.harness.samplers import ALPHA, TEMPERATURE, TOP_P
 from proxytune_kernels import Speculation, Trio
 from proxytune_kernels.decoder.packing import PackingError
 from proxytune_kernels.decoder.pair.shared import PairError
+from proxytune_kernels.trio.files import LoadError
 
 _SPECULATION = {"speculation": Speculation()}
 _PACKED, _SHARED = {"pack_weights": True}, {"pair": "shared"}
@@ -41,14 +42,18 @@ DECODERS: dict[str, dict[str, Any]] = {
     "ours-lookup": {"speculation": Speculation(drafter="prompt_lookup")},
     "ours-compiled": {"compile": True},
     "base-only-packed": {"roles": ("base",)} | _PACKED,
+    "base-only-int8": {"roles": ("base",), "quantize": "int8"},
+    "base-only-int4": {"roles": ("base",), "quantize": "int4"},
     "ours-packed": _PACKED,
     "ours-packed-speculative": _PACKED | _SPECULATION,
+    "ours-int8-speculative": {"quantize": "int8"} | _SPECULATION,
+    "ours-int4-speculative": {"quantize": "int4"} | _SPECULATION,
 }
-"""Options of our decoder, by the name of the provider."""
-PROVIDERS = ("naive", *DECODERS)
+"""Options of our decoder, by the name of the provider; ``quantize`` is load_trio's."""
+PROVIDERS = ("naive", llama.NAME, *DECODERS)
 """In the order of tables and plots."""
 DEFAULT_PROVIDERS = "naive,base-only,ours,ours-shared-pair,ours-speculative"
-COMPARED = ("naive", "base-only", "ours", "ours-shared-pair")
+COMPARED = ("naive", llama.NAME, "base-only", "ours", "ours-shared-pair")
 """Providers that the speeds of the others are taken over, where they ran too."""
 
 Record = dict[str, Any]
@@ -111,8 +116,12 @@ def make_provider(
     """The provider of a name, with room for ``rows`` requests of ``length`` tokens."""
     if name == "naive":
         return decoding.NaiveLoop(forms.trio, sampling=sampling)
+    if name == llama.NAME:
+        return llama.LlamaProvider(forms.trio, forms.directory, sampling, rows, length)
     own = {"max_batch_size": rows, "max_seq_len": length, **DECODERS[name]}
     trio = forms.unmerged if own.get("pair") == "shared" else forms.trio
+    if "quantize" in own:
+        trio = forms.quantized(own.pop("quantize"))
     return decoding.DecoderProvider(name, trio, sampling, **own)
 
 
@@ -122,7 +131,8 @@ def make_providers(
     """The providers asked for, each with room for the largest case and the agreement check.
 
     One that this trio or processor has no use for is left out, and said so: without an adapter
-    there is no shared pair, two architectures are no batched one, and only bf16 is packed.
+    there is no shared pair, two architectures are no batched one, only bf16 is packed, and int4
+    needs layers of some sizes.
     """
     rows = max(work.case.batch_size for work in works)
     length = max(agreement.CHECKED_LENGTH, *(work.longest for work in works))
@@ -130,7 +140,7 @@ def make_providers(
     for name in settings.providers:
         try:
             made.append(make_provider(name, forms, settings.sampling, rows, length))
-        except (trios.AdapterMissing, PackingError, PairError) as reason:
+        except (trios.TrioMissing, LoadError, PackingError, PairError) as reason:
             report.say(f"{name} is left out: {reason}.", "yellow")
     return made
 
@@ -277,6 +287,8 @@ def measure(
         outputs = [(w.case.batch_size, w.longest, w.case.output_length) for w in works]
         cases = [(rows, longest - output, output) for rows, longest, output in outputs]
         for provider in providers if settings.memory else ():
+            if provider.name == llama.NAME:  # beside a trio that it does not use
+                continue
             given = settings.trio, settings.dtype, provider.name, cases, torch.get_num_threads()
             own = (record for record in records if record["provider"] == provider.name)
             for record, peak in zip(own, in_fresh_process(peaks, *given), strict=True):
@@ -358,7 +370,7 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
     trio, name = forms.trio, options.trio_label(settings.trio)
     works = make_work(trio, settings)
     providers = make_providers(forms, settings, works)
-    ties = agreement.check_greedy(providers)
+    ties = agreement.check_greedy([p for p in providers if p.name != llama.NAME])
     for provider in providers:
         # What it saw of another text, in the check, would last far into a short timed run.
         if isinstance(provider, decoding.DecoderProvider) and provider.decoder.speculation:
