@@ -24,6 +24,7 @@ CODE = tuple(f"{head.rstrip()}\n" for head in (_TEXTS / "code.txt").read_text().
 """Heads of Python functions: a signature, a docstring, an example. Written for these benchmarks,
 in the manner of HumanEval (Chen et al. 2021, arXiv 2107.03374)."""
 
+SHIPPED = REPOSITORY / "proxytune_kernels" / "data" / "trio"
 _QWEN = Path("trios") / "qwen"
 _ADAPTER = "expert-lora"
 """Where scripts/qwen_trio.py leaves the expert's adapter, beside the merged expert."""
@@ -39,7 +40,7 @@ class TrioMissing(ValueError):
 def find_trio(name: str) -> str:
     """What ``load_trio`` opens for ``shipped``, ``qwen`` or a directory."""
     places = {
-        "shipped": [REPOSITORY / "proxytune_kernels" / "data" / "trio"],
+        "shipped": [SHIPPED],
         "qwen": [_QWEN, REPOSITORY / _QWEN],
     }.get(name, [Path(name)])
     for directory in places:
