@@ -91,9 +91,10 @@ SPECULATIONS = {
 }
 
 
-def every_pair(longest: int) -> tuple[list[list[int]], list[SamplingParams], list[tuple[str, ...]]]:
-    """Requests that ask nothing, each thing, each pair of them, and all."""
-    names = [(), *((name,) for name in ASKED), *combinations(ASKED, 2), tuple(ASKED)]
+def requests(longest: int, pairs: bool) -> tuple[list[Any], list[SamplingParams], list[Any]]:
+    """Requests that ask nothing, each thing, all, and each pair of them."""
+    names = [(), *((name,) for name in ASKED), tuple(ASKED)]
+    names += combinations(ASKED, 2) if pairs else ()
     rng = random.Random(1)
     asked = [
         params_of(
@@ -108,22 +109,43 @@ def every_pair(longest: int) -> tuple[list[list[int]], list[SamplingParams], lis
     return prompts, asked, names
 
 
-@pytest.mark.parametrize("taped", [False, True])
-@pytest.mark.parametrize(("drafter", "accepted"), [("expert", 200), ("lookup", 1)])
-def test_drafts_change_no_token(
-    near: Trio, monkeypatch: pytest.MonkeyPatch, drafter: str, accepted: int, taped: bool
-) -> None:
-    """Side by side in a few slots; in steps that are captured, and run ahead of the host, too."""
-    prompts, asked, names = every_pair(24)
-    plain = tape.make_decoder(monkeypatch, near, 8).generate(prompts, asked)
-    settings: dict[str, Any] = {"taped": taped, "ahead": int(taped)}
-    settings["speculation"] = SPECULATIONS[drafter]
-    decoder = tape.make_decoder(monkeypatch, near, 5, **settings)
-    drafted = decoder.generate(prompts, asked)
-    for one, other, each in zip(plain, drafted, names, strict=True):
+def check_drafts(
+    monkeypatch: pytest.MonkeyPatch, trio: Trio, drafter: str, given: Any, **options: Any
+) -> Decoder:
+    prompts, asked, names = given
+    plain = tape.make_decoder(monkeypatch, trio, 8).generate(prompts, asked)
+    speculation = SPECULATIONS[drafter]
+    decoder = tape.make_decoder(monkeypatch, trio, 5, speculation=speculation, **options)
+    for one, other, each in zip(plain, decoder.generate(prompts, asked), names, strict=True):
         assert one.token_ids == other.token_ids, each
+    return decoder
+
+
+@pytest.mark.parametrize(("drafter", "accepted"), [("expert", 300), ("lookup", 1)])
+def test_drafts_change_no_token(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, drafter: str, accepted: int
+) -> None:
+    """Side by side in a few slots."""
+    decoder = check_drafts(monkeypatch, near, drafter, requests(24, pairs=True))
     assert decoder.statistics()["accepted"] >= accepted
-    assert "captured" in decoder.info()["graphs"] or not taped
+
+
+@pytest.mark.parametrize("drafter", SPECULATIONS)
+def test_captured_steps_see_it_in_place(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    """And behind a host that runs ahead; requests that need more room than there was, too."""
+    given = requests(24, pairs=False)
+    decoder = check_drafts(monkeypatch, near, drafter, given, taped=True, ahead=1)
+    assert "captured" in decoder.info()["graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", SPECULATIONS)
+def test_drafts_change_no_token_of_long_texts(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    check_drafts(monkeypatch, near, drafter, requests(60, pairs=True))
 
 
 @pytest.mark.parametrize("slots", [2, 8])
