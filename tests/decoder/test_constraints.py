@@ -26,7 +26,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "bad_words": {"bad_words": [[30], [31]] + [[i, i + d] for i in range(3, 250) for d in (1, 2, 5)]
         + [[i, i + 3, i + 4] for i in range(3, 250)]},
     "repetition": {"repetition_penalty": 3.0},
-    "output_only": {"repetition_penalty": 3.0, "penalty_prompt": False},
+    "output_only": {"repetition_penalty": 0.3, "penalty_prompt": False},
     "presence": {"presence_penalty": 2.0},
     "frequency": {"frequency_penalty": 1.9},
     "alphas": {"alpha": [1.0, -0.5, 2.0, 0.0, 0.7]},
@@ -81,14 +81,38 @@ def test_each_is_what_its_definition_says(
     params = params_of(name)
     [output] = make_decoder(near).generate([PROMPT], params)
     assert output.token_ids == cut(naive_tokens(near, params, PROMPT), params)
-    plain = make_decoder(near).generate([PROMPT], params_of())[0]
-    assert output.token_ids != plain.token_ids  # what is asked matters here
+    with_prompt = replace(params, penalty_prompt=True) if name == "output_only" else params_of()
+    other = make_decoder(near).generate([PROMPT], with_prompt)[0]
+    assert output.token_ids != other.token_ids  # what is asked matters here
 
 
 SPECULATIONS = {
     "expert": Speculation(max_drafts=4, adaptive=False),
     "lookup": Speculation(drafter="prompt_lookup", max_drafts=3, adaptive=False),
 }
+
+# Of eight tokens one comes again and again, in a round, too.
+FEW: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3, "presence_penalty": -0.2, "frequency_penalty": 0.1,
+     "logit_bias": {1: 0.8, 4: -0.7}},
+    {"bad_words": [[2, 3], [5, 1, 2], [1, 1, 6], [6, 6, 6, 6], [3, 6], [2, 1, 6]]},
+    {"allowed_token_ids": [0, 1, 3, 5, 6], "min_tokens": 12, "stop_token_ids": [3],
+     "bad_words": [[0], [1, 5]]},
+    {"frequency_penalty": -0.1, "alpha": [1.0, -0.5, 2.0, 0.0, 0.7], "temperature": 0.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", FEW)
+def test_few_tokens_again_and_again(
+    eight: Trio, make_decoder: Callable[..., Decoder], asked: dict[str, Any]
+) -> None:
+    prompt = [1, 2, 5, 2, 6]
+    params = [SamplingParams(**asked, seed=seed, max_tokens=24) for seed in range(4)]
+    wanted = [cut(naive_tokens(eight, one, prompt), one) for one in params]
+    for speculation in (None, *SPECULATIONS.values()):
+        decoder = make_decoder(eight, 3, max_seq_len=64, speculation=speculation)
+        outputs = decoder.generate([prompt] * len(params), params)
+        assert [output.token_ids for output in outputs] == wanted
 
 
 def requests(longest: int, pairs: bool) -> tuple[list[Any], list[SamplingParams], list[Any]]:
