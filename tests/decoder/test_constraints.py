@@ -98,6 +98,7 @@ FEW: list[dict[str, Any]] = [
     {"bad_words": [[2, 3], [5, 1, 2], [1, 1, 6], [6, 6, 6, 6], [3, 6], [2, 1, 6]]},
     {"allowed_token_ids": [0, 1, 3, 5, 6], "min_tokens": 12, "stop_token_ids": [3],
      "bad_words": [[0], [1, 5]]},
+    {"allowed_token_ids": [1, 3, 6], "min_tokens": 12},
     {"frequency_penalty": -0.1, "alpha": [1.0, -0.5, 2.0, 0.0, 0.7], "temperature": 0.0},
 ]  # fmt: skip
 
