@@ -16,6 +16,7 @@ from proxytune_kernels.cli.export import export_vllm
 from proxytune_kernels.cli.generate import generate
 from proxytune_kernels.cli.info import info
 from proxytune_kernels.cli.options import FAILED, printable, stop
+from proxytune_kernels.cli.serve import serve
 
 # Without rich markup, errors stay plain lines that scripts can read.
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(serve)
 app.command()(info)
 app.command()(demo)
 app.command("eval")(evaluate)
