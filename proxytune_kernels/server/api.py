@@ -33,6 +33,7 @@ from proxytune_kernels.server.requests import (
     asked_max_tokens,
     grammar_of,
     sampling_values,
+    top_logprobs,
 )
 from proxytune_kernels.server.settings import Settings
 from proxytune_kernels.server.vocabulary import Vocabulary
@@ -67,17 +68,6 @@ class Reply(NamedTuple):
     def n(self) -> int:
         """Outputs of each prompt."""
         return self.body.n or 1
-
-    @property
-    def drawn(self) -> bool:
-        """Whether logprobs are those that tokens were drawn with."""
-        return self.body.logprobs_mode == "drawn"
-
-    @property
-    def logprobs(self) -> bool:
-        """Whether logprobs are asked for."""
-        asked = self.body.logprobs
-        return asked is not None and asked is not False
 
     @property
     def echo(self) -> bool:
@@ -233,10 +223,8 @@ class Api:
         }
 
     def _writer(self, reply: Reply) -> responses.Writer:
-        steering = bool(reply.body.steering)
-        return responses.Writer(
-            self.vocabulary, reply.chat, reply.logprobs, reply.drawn, steering
-        )
+        top, steering = top_logprobs(reply.body), bool(reply.body.steering)
+        return responses.Writer(self.vocabulary, reply.chat, top, steering)
 
     def _prompt_text(self, reply: Reply, index: int) -> str:
         assert isinstance(reply.body, CompletionRequest)

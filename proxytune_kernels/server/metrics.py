@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -48,6 +55,7 @@ class Metrics:
         self._queued, self._first = times["queue"], times["time_to_first_token"]
         self._between, self._whole = times["time_between_tokens"], times["request"]
         registry.register(_DecoderCounts(statistics))
+        ProcessCollector(registry=registry)
 
     def response(self, path: str, status: int) -> None:
         """Count a response."""

@@ -19,7 +19,7 @@ SAME = (
     *("alpha", "temperature", "top_k", "top_p", "min_p", "filter_order", "seed", "min_tokens"),
     *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_prompt"),
-    *("allowed_token_ids", "bad_words", "logprobs_mode", "prompt_logprobs", "steering"),
+    *("allowed_token_ids", "bad_words", "logprobs_mode", "steering"),
 )
 """Fields of the API that are fields of SamplingParams under the same name."""
 
@@ -141,7 +141,6 @@ class Common(Strict):
         None, description="An extension."
     )
     logprobs_mode: Literal["raw", "drawn"] | None = Field(None, description="An extension.")
-    prompt_logprobs: int | None = Field(None, description="An extension.")
     steering: bool | None = Field(
         None, description="An extension: what steering changed at each token."
     )
@@ -181,11 +180,6 @@ class CompletionRequest(Common):
         if isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
-
-    @property
-    def top_logprobs(self) -> int:
-        """Likeliest tokens that are asked for at each position; -1 for no logprobs at all."""
-        return -1 if self.logprobs is None else self.logprobs
 
 
 class TextPart(Strict):
@@ -255,14 +249,10 @@ def sampling_values(request: CompletionRequest | ChatRequest, settings: Settings
     """
     values = {name: getattr(request, name, None) for name in SAME}
     values["add_special_tokens"] = getattr(request, "add_special_tokens", None)
-    if isinstance(request, ChatRequest):
-        top = (request.top_logprobs or 0) if request.logprobs else -1
-    else:
-        top = request.top_logprobs
-        if request.echo and top >= 0:
-            values["prompt_logprobs"] = max(top, request.prompt_logprobs or 0)
-    if top >= 0:
+    if (top := top_logprobs(request)) >= 0:
         values["logprobs"] = top
+        if isinstance(request, CompletionRequest) and request.echo:
+            values["prompt_logprobs"] = top
     if request.logit_bias:
         values["logit_bias"] = {_id(key): bias for key, bias in request.logit_bias.items()}
     values = {name: value for name, value in values.items() if value is not None}
@@ -272,6 +262,13 @@ def sampling_values(request: CompletionRequest | ChatRequest, settings: Settings
     if (n := request.n or 1) > settings.max_n:
         raise ValueError(f"n must be at most {settings.max_n}, got {n}")
     return values
+
+
+def top_logprobs(request: CompletionRequest | ChatRequest) -> int:
+    """Likeliest tokens that are asked for at each position; -1 for no logprobs at all."""
+    if isinstance(request, ChatRequest):
+        return (request.top_logprobs or 0) if request.logprobs else -1
+    return -1 if request.logprobs is None else request.logprobs
 
 
 def _id(text: str) -> int:

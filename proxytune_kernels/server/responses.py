@@ -173,30 +173,26 @@ class Health(BaseModel):
 
 
 class Token(NamedTuple):
-    """What is known of one token, drawn or of the prompt."""
+    """A token, and the logprobs at its place, its own among them; None where there are none."""
 
     token_id: int
-    logprob: float | None
-    top: Mapping[int, float]
-    steering: Any
+    logprobs: Mapping[int, float] | None
+
+    @property
+    def logprob(self) -> float | None:
+        """Its own."""
+        return None if self.logprobs is None else self.logprobs[self.token_id]
 
 
-def _drawn_tokens(made: RequestOutput | StreamEvent, drawn: bool) -> list[Token]:
-    """The tokens of an output, or of a step; logprobs as drawn, or raw."""
-    logprobs = made.logprobs if drawn else getattr(made, "raw_logprobs", made.logprobs)
-    top = getattr(made, "top_logprobs", None) or [{}] * len(made.token_ids)
-    steering = getattr(made, "steering", None) or [None] * len(made.token_ids)
-    return [Token(*each) for each in zip(made.token_ids, logprobs, top, steering, strict=True)]
+def _drawn_tokens(made: RequestOutput | StreamEvent) -> list[Token]:
+    known = made.top_logprobs or [None] * len(made.token_ids)
+    return [Token(*each) for each in zip(made.token_ids, known, strict=True)]
 
 
 def _prompt_tokens(output: RequestOutput) -> list[Token]:
-    """The tokens of the base's prompt, with logprobs where they were asked for."""
     ids = output.prompt_token_ids["base"]
-    top = getattr(output, "prompt_logprobs", None) or [None] * len(ids)
-    return [
-        Token(i, None if known is None else known[i], known or {}, None)
-        for i, known in zip(ids, top, strict=True)
-    ]
+    known = output.prompt_logprobs or [None] * len(ids)
+    return [Token(*each) for each in zip(ids, known, strict=True)]
 
 
 class Writer:
@@ -205,37 +201,30 @@ class Writer:
     Args:
         vocabulary: of the base's tokenizer.
         chat: the schema of ``/v1/chat/completions``, not that of ``/v1/completions``.
-        logprobs: write them.
-        drawn: logprobs are those that tokens were drawn with, not raw ones.
+        top: of the likeliest tokens at each place, how many to write; -1 for no logprobs at all.
         steering: write what steering changed.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, chat: bool, logprobs: bool, drawn: bool, steering: bool
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, chat: bool, top: int, steering: bool) -> None:
         self._vocabulary = vocabulary
         self._chat = chat
-        self._logprobs = logprobs
-        self._drawn = drawn
-        self._steered = steering
+        self._top = top
+        self._steers = steering
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def fields(
-        self, made: RequestOutput | StreamEvent, echo: bool = False
-    ) -> dict[str, Any]:
+    def fields(self, made: RequestOutput | StreamEvent, echo: bool = False) -> dict[str, Any]:
         """The fields of a choice that speak of (new) tokens; with ``echo`` the prompt's, too."""
         fields: dict[str, Any] = {"logprobs": None}
-        if not self._logprobs and not self._steered:
-            return fields
-        tokens = _drawn_tokens(made, self._drawn)
-        if self._steered:
-            fields["steering"] = [self._steering(token) for token in tokens]
-        if echo:
-            assert isinstance(made, RequestOutput)
-            tokens = _prompt_tokens(made) + tokens
-        if self._logprobs:
+        if self._top >= 0:
+            tokens = _drawn_tokens(made)
+            if echo:
+                assert isinstance(made, RequestOutput)
+                tokens = _prompt_tokens(made) + tokens
             fields["logprobs"] = self._of_chat(tokens) if self._chat else self._plain(tokens)
+        if self._steers:
+            pairs = zip(made.token_ids, made.steering or (), strict=True)
+            fields["steering"] = [self._steering(*pair) for pair in pairs]
         return fields
 
     def _plain(self, tokens: Sequence[Token]) -> dict[str, Any]:
@@ -248,22 +237,19 @@ class Writer:
             "tokens": [text_of(token.token_id) for token in tokens],
             "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": [
-                None
-                if token.logprob is None
-                else {text_of(i): _finite(logprob) for i, logprob in token.top.items()}
-                for token in tokens
+                None if t.logprobs is None else {text_of(i): _finite(p) for i, p in t.logprobs.items()}
+                for t in tokens
             ],
             "text_offset": offsets,
         }
 
     def _of_chat(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        content = [
-            {
-                **self._entry(token.token_id, token.logprob),
-                "top_logprobs": [self._entry(*each) for each in token.top.items()],
-            }
-            for token in tokens
-        ]
+        content = []
+        for token in tokens:
+            known = token.logprobs or {}
+            likeliest = sorted(known.items(), key=lambda entry: -entry[1])[: self._top]
+            top = [self._entry(*entry) for entry in likeliest]
+            content.append({**self._entry(token.token_id, token.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
@@ -273,11 +259,9 @@ class Writer:
             "bytes": list(self._vocabulary.bytes_of(token_id)),
         }
 
-    def _steering(self, token: Token) -> dict[str, Any]:
-        return {
-            "token": self._vocabulary.text_of(token.token_id),
-            **{name: _finite(value) for name, value in token.steering._asdict().items()},
-        }
+    def _steering(self, token_id: int, steering: Any) -> dict[str, Any]:
+        numbers = {name: _finite(value) for name, value in steering._asdict().items()}
+        return {"token": self._vocabulary.text_of(token_id), **numbers}
 
 
 def _finite(value: Any) -> Any:
