@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import logging
 import re
 import traceback
@@ -44,6 +45,7 @@ _TYPES = {
     500: "server_error",
     503: "server_error",
 }
+_MESSAGE = 1000  # characters
 _MEANS = {
     400: "A parameter that is wrong or not supported; the error names it.",
     401: "The API key is missing or wrong.",
@@ -65,11 +67,12 @@ def error_response(
     param: str | None = None,
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
+) -> Response:
     """An answer in OpenAI's form of errors."""
     kind = _TYPES.get(status, "invalid_request_error")
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status, headers)
+    error = {"message": message[:_MESSAGE], "type": kind, "param": param, "code": code}
+    # In ASCII: a name of an unknown parameter may be no Unicode.
+    return Response(json.dumps({"error": error}), status, headers, "application/json")
 
 
 def create_app(decoder: Decoder, settings: Settings) -> FastAPI:
@@ -243,7 +246,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ValueError)
     @app.exception_handler(TypeError)
     async def wrong(_: Request, error: Exception) -> Response:
-        message = str(error)
+        message = re.sub(r"^prompts\[\d+\]: ", "", str(error))
         word = re.match(r"\w+", message)
         known = CompletionRequest.model_fields | ChatRequest.model_fields
         param = word[0] if word is not None and word[0] in known else None
@@ -285,7 +288,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        schemas = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
-            schema["components"]["schemas"].pop(name, None)
+            schemas.pop(name, None)
+        for request in (CompletionRequest, ChatRequest):
+            schemas[request.__name__]["properties"]["model"]["enum"] = [app.state.api.settings.model]
         app.openapi_schema = schema
     return app.openapi_schema

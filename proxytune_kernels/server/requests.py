@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from proxytune_kernels.params import SAMPLING_FIELDS
 from proxytune_kernels.server.settings import Settings
@@ -105,6 +105,15 @@ class Grammar(Strict):
         return self
 
 
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be text that UTF-8 can write, got a lone surrogate") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 _Ids = Annotated[list[int], Field(max_length=_IDS)]
 
 
@@ -163,8 +172,8 @@ class CompletionRequest(Common):
     """The body of ``POST /v1/completions``."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[int], Field(min_length=1)]
         | Annotated[list[list[int]], Field(min_length=1)]
     )
@@ -186,14 +195,14 @@ class TextPart(Strict):
     """A part of a message; texts are the only ones."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
     """A turn of a chat."""
 
     role: Literal["developer", "system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
     name: Any = None
     annotations: Any = None
 
@@ -223,7 +232,7 @@ class TokenizeRequest(Strict):
     """The body of ``POST /tokenize``: a prompt, or messages."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
 

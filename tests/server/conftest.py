@@ -42,8 +42,8 @@ class Serving:
         self, path: str, body: Any = None, method: str | None = None, **headers: str
     ) -> tuple[HTTPResponse, bytes]:
         """A request by the standard library's client; a body is sent as JSON."""
-        response = self.open(path, body, method, **headers)
-        return response, response.read()
+        with self.open(path, body, method, **headers) as response:
+            return response, response.read()
 
     def open(
         self, path: str, body: Any = None, method: str | None = None, **headers: str
@@ -52,11 +52,11 @@ class Serving:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"content-type": "application/json"} if data is not None else {}
+        sent |= {"connection": "close"}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method or ("GET" if data is None else "POST"), path, data, sent)
-        response = connection.getresponse()
-        connection.close()  # the answer holds the socket until it is closed
-        return response
+        # The connection's socket is the answer's alone: the server closes behind it.
+        return connection.getresponse()
 
     def error(self, body: Any, status: int = 400, path: str = "/v1/completions") -> dict[str, Any]:
         """The error of a request that must be refused."""
