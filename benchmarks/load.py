@@ -1,7 +1,8 @@
 """The server under load: clients in a process of their own, against the decoder alone.
 
-``python -m benchmarks.load`` starts ``proxytune serve --trio shipped`` on a free port of the loopback,
-sends it 1,000 streaming requests from 32 clients, and decodes the same prompts without a server.
+``python -m benchmarks.load`` starts ``proxytune serve --trio shipped`` on a free port of the
+loopback, sends it 1,000 streaming requests from 32 clients, and decodes the same prompts without a
+server.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from urllib.request import urlopen
 
 import typer
 
-_PROMPT = "Question: Tom has {} apples and buys {} more. How many apples does Tom have now?\nAnswer:"
+_PROMPT = (
+    "Question: Tom has {} apples and buys {} more. How many apples does Tom have now?\nAnswer:"
+)
 _START_SECONDS = 120
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import proxytune_kernels
+from proxytune_kernels.cli.chat import chat
 from proxytune_kernels.cli.demo import demo
 from proxytune_kernels.cli.evaluate import evaluate
 from proxytune_kernels.cli.export import export_vllm
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(serve)
+app.command()(chat)
 app.command()(info)
 app.command()(demo)
 app.command("eval")(evaluate)

@@ -119,9 +119,7 @@ def serve(
     if not hosts and limits.api_key is None:
         typer.echo(f"Warning: {host} lets other machines in, and there is no API key", err=True)
     opened = open_decoder(trio.open(), **settings)
-    logging.basicConfig(
-        stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("proxytune_kernels.server").setLevel(logging.INFO)
     address = f"[{host}]" if ":" in host else host
     typer.echo(f"http://{address}:{bound.getsockname()[1]} serves {model}", err=True)

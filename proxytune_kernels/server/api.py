@@ -177,7 +177,7 @@ class Api:
         self, prompts: Sequence[Any], values: Mapping[str, Any], most: int | None, n: int
     ) -> list[tuple[Prompt, SamplingParams]]:
         """Tokens and parameters of every output; ``most`` is the max_tokens that is asked for."""
-        prepared = []
+        prepared: list[tuple[Prompt, SamplingParams]] = []
         add_special_tokens = values.get("add_special_tokens", True)
         for prompt in prompts:
             token_ids = self.decoder.trio.tokenize(prompt, add_special_tokens)

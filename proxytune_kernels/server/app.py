@@ -112,9 +112,7 @@ def create_app(decoder: Decoder, settings: Settings) -> FastAPI:
             allow_methods=("GET", "POST"),
             allow_headers=("authorization", "content-type"),
         )
-    app.add_middleware(
-        Guard, settings=settings, refuse=error_response, count=api.metrics.response
-    )
+    app.add_middleware(Guard, settings=settings, refuse=error_response, count=api.metrics.response)
     return app
 
 
@@ -292,6 +290,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         for request in (CompletionRequest, ChatRequest):
-            schemas[request.__name__]["properties"]["model"]["enum"] = [app.state.api.settings.model]
+            schemas[request.__name__]["properties"]["model"]["enum"] = [
+                app.state.api.settings.model
+            ]
         app.openapi_schema = schema
     return app.openapi_schema

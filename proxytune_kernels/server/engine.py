@@ -92,17 +92,17 @@ class Generation:
         Raises:
             StoppingError, LostError: the requests were ended from outside.
         """
-        while self._left or self._events:
-            if self._error is not None:
-                raise self._error
-            if not self._events:
-                await self._wait()
-                continue
-            events, self._events = self._events, []
-            for _, event in events:
-                if event.finish_reason == "cancelled":
+        while self._error is None:
+            if self._events:
+                events, self._events = self._events, []
+                if any(event.finish_reason == "cancelled" for _, event in events):
                     raise LostError
-            yield events
+                yield events
+            elif self._left:
+                await self._wait()
+            else:
+                return
+        raise self._error
 
     def close(self) -> None:
         """Free the slots of what has not ended; nothing where all has."""
@@ -202,9 +202,7 @@ class Engine:
         """Give back room that was reserved and has not been used."""
         self._change(-count)
 
-    def submit(
-        self, requests: Sequence[tuple[Prompt, SamplingParams]], whole: bool
-    ) -> Generation:
+    def submit(self, requests: Sequence[tuple[Prompt, SamplingParams]], whole: bool) -> Generation:
         """Run requests for which there is room reserved; see :class:`Generation`."""
         generation = Generation(self, len(requests), whole)
         self._commands.put(lambda: self._submit(generation, requests))

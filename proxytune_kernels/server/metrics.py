@@ -1,4 +1,4 @@
-"""What the server tells Prometheus: a registry of its own, so that several can be in one process."""
+"""What the server tells Prometheus, in a registry of its own: a process may have several."""
 
 from __future__ import annotations
 

@@ -38,16 +38,16 @@ class Usage(BaseModel):
 
 
 class SteeringBody(BaseModel):
-    """What steering changed at one token."""
+    """What steering changed at one token; null is what its role did not say."""
 
     token: str
-    base: float
-    expert: float
-    anti: float
-    proxy: float
+    base: float | None
+    expert: float | None
+    anti: float | None
+    proxy: float | None
     base_rank: int
     changed: bool
-    kl: float
+    kl: float | None
 
 
 class CompletionLogprobs(BaseModel):
@@ -237,7 +237,9 @@ class Writer:
             "tokens": [text_of(token.token_id) for token in tokens],
             "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": [
-                None if t.logprobs is None else {text_of(i): _finite(p) for i, p in t.logprobs.items()}
+                None
+                if t.logprobs is None
+                else {text_of(i): _finite(p) for i, p in t.logprobs.items()}
                 for t in tokens
             ],
             "text_offset": offsets,

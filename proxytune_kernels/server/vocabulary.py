@@ -39,9 +39,9 @@ class Vocabulary:
         return known
 
     def text_of(self, token_id: int) -> str:
-        """A token as text: two tokens of different bytes have different texts.
+        r"""A token as text: two tokens of different bytes have different texts.
 
-        Bytes that are no characters of their own are written as ``bytes:\\xe2\\x80``.
+        Bytes that are no characters of their own are written as ``bytes:\xe2\x80``.
         """
         data = self.bytes_of(token_id)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ openai = pytest.importorskip("openai", reason="the package openai is not install
 
 CHAT = [{"role": "system", "content": "Answer."}, {"role": "user", "content": PROMPT}]
 FLAT = f"Answer.\n\n{PROMPT}"  # what a role of plain prompts reads of it
-SAMPLED = {"max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 7}
+SAMPLED: dict[str, Any] = {"max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 7}
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +132,16 @@ def test_echo_and_stop(client, expected):
 
 def test_a_completion_has_16_tokens_unless_told_and_a_chat_what_fits(server):
     body = {"model": "shipped", "ignore_eos": True, "temperature": 0}
-    whole = {"max_tokens": "usage"}
-    for path, prompt, count in (
+    asked: Any = (
         ("/v1/completions", {"prompt": PROMPT}, 16),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * 1000}]}, None),
-    ):
+    )
+    for path, prompt, count in asked:
         response, data = server.ask(path, {**body, **prompt})
         assert response.status == 200, data
         usage = json.loads(data)["usage"]
         wanted = count or server.decoder.max_seq_len + 1 - usage["prompt_tokens"]
-        assert usage["completion_tokens"] == wanted, whole
+        assert usage["completion_tokens"] == wanted
 
 
 def test_what_clients_send_by_habit_is_taken(client):

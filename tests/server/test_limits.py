@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import socket
+from typing import Any
 
 import pytest
 
@@ -96,12 +97,7 @@ def test_what_is_no_json_object_is_a_400(strict, body):
 
 def test_a_full_queue_is_a_429_that_says_when(strict):
     streams = [strict.open("/v1/completions", {**LONG, "stream": True}, **KEY) for _ in range(2)]
-    waiting = [socket.create_connection(("127.0.0.1", strict.port)) for _ in range(2)]
-    data = json.dumps(LONG).encode()
-    for connection in waiting:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}"
-        head += "\r\nAuthorization: Bearer right\r\nContent-Type: application/json\r\n\r\n"
-        connection.sendall(head.encode() + data)
+    waiting = [post(strict.port, LONG, "Authorization: Bearer right\r\n") for _ in range(2)]
 
     def refused():
         response, data = strict.ask("/v1/completions", BODY, **KEY)
@@ -127,14 +123,9 @@ def test_a_client_that_goes_away_frees_its_slot_whole_or_streaming(server):
             assert response.readline().startswith(b"data: ")
             response.close()
         else:
-            with pytest.raises(TimeoutError):
-                with socket.create_connection(("127.0.0.1", server.port), timeout=0.3) as raw:
-                    data = json.dumps(LONG).encode()
-                    raw.sendall(
-                        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/"
-                        b"json\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data)
-                    )
-                    raw.recv(1)
+            raw = post(server.port, LONG)
+            wait_for(lambda: server.metric("proxytune_slots_in_use") > 0)
+            raw.close()
         server.wait_idle()
         assert server.metric("proxytune_decoder_emitted_total") - before < 800
 
@@ -168,13 +159,7 @@ def test_a_cancelled_request_is_out_of_its_slot_within_two_steps(trio32):
 
 
 def test_a_client_that_reads_nothing_holds_nobody_up(server):
-    with socket.create_connection(("127.0.0.1", server.port)) as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        data = json.dumps({**LONG, "stream": True, "n": 8}).encode()
-        slow.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(data), data)
-        )
+    with post(server.port, {**LONG, "stream": True, "n": 8}) as slow:
         wait_for(lambda: server.metric("proxytune_slots_in_use") >= 8)
         assert server.ask("/v1/completions", BODY)[0].status == 200
         slow.close()
@@ -183,7 +168,7 @@ def test_a_client_that_reads_nothing_holds_nobody_up(server):
 
 def test_prompts_are_in_no_log_and_no_error(server, caplog):
     secret = "xyzzy-plugh"
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {"prompt": secret}, {"prompt": secret, "top_p": 3}, {"prompt": [secret, 1]},
         {"prompt": {"a": secret}}, {"prompt": secret + "\ud800"}, {"prompt": secret * 2000},
     ]  # fmt: skip
@@ -196,9 +181,9 @@ def test_prompts_are_in_no_log_and_no_error(server, caplog):
 
 
 def test_prompts_are_logged_where_asked(trio32, caplog):
+    caplog.set_level(logging.INFO, "proxytune_kernels")
     with serving(ptk.Decoder(trio32, max_batch_size=1), log_prompts=True) as talkative:
-        with caplog.at_level(logging.INFO, "proxytune_kernels"):
-            talkative.ask("/v1/completions", {**BODY, "prompt": "xyzzy"})
+        talkative.ask("/v1/completions", {**BODY, "prompt": "xyzzy"})
     assert "xyzzy" in caplog.text
 
 
@@ -243,6 +228,18 @@ def test_a_step_that_fails_is_a_500_and_the_server_goes_on(trio32, monkeypatch, 
         assert failing.error(BODY, 500)["type"] == "server_error"
         assert failing.ask("/v1/completions", BODY)[0].status == 200
     assert "MemoryError" in caplog.text
+
+
+def post(port, body, headers=""):
+    """A connection on which a completion is asked for, to be read or not."""
+    data = json.dumps(body)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    connection.connect(("127.0.0.1", port))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+    head += f"{headers}Content-Type: application/json\r\n\r\n"
+    connection.sendall(f"{head}{data}".encode())
+    return connection
 
 
 def _refuses(port):
