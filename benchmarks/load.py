@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -135,25 +134,32 @@ def _memory(port: int) -> list[int]:
     return [] if found is None else [int(float(found[1]))]
 
 
-@contextmanager
-def serving(*options: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """``proxytune serve`` on a free port; the port, and the process, which is ended."""
+def start(*options: str) -> subprocess.Popen[str]:
+    """Start ``proxytune serve`` on a free port."""
     command = [sys.executable, "-m", "proxytune_kernels", "serve", "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    """The port of a server that was started, once it answers."""
     assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if (found := re.match(r"http://\S+:(\d+) serves", line)) is not None:
+            _wait(int(found[1]))
+            return int(found[1])
+    raise RuntimeError("".join(said))
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[int]:
+    """The port of a server that runs meanwhile."""
+    process = start(*options)
     try:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if (found := re.match(r"http://\S+:(\d+) serves", line)) is not None:
-                break
-        else:
-            raise RuntimeError("".join(said))
-        port = int(found[1])
-        _wait(port)
-        yield port, process
+        yield port_of(process)
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         process.communicate(timeout=60)
 
 
@@ -194,7 +200,7 @@ def main(
     if port:
         seen: Any = asyncio.run(load(port, clients, requests, max_tokens))
     else:
-        with serving("--trio", "shipped") as (free, _):
+        with serving("--trio", "shipped") as free:
             seen = asyncio.run(load(free, clients, requests, max_tokens))
     for line in seen.lines():
         print(line)

@@ -95,7 +95,9 @@ def from_decoder(decoder: Any) -> Reply:
         stream = decoder.stream([messages], params)
         try:
             for event in stream:
-                yield piece(event.text, [s._asdict() for s in getattr(event, 'steering', None) or ()])
+                yield piece(
+                    event.text, [s._asdict() for s in getattr(event, "steering", None) or ()]
+                )
         finally:
             stream.close()
 
