@@ -32,7 +32,12 @@ HEAVY = set(
     "accelerate fastapi lm_eval matplotlib peft prometheus_client pydantic rich starlette torchao "
     "transformers triton typer uvicorn vllm".split()
 )
-HEAVY_AT_TOP = {"cli": {"typer", "rich"}, "kernels": {"triton"}, "integrations": HEAVY, "server": HEAVY}
+HEAVY_AT_TOP = {
+    "cli": {"typer", "rich"},
+    "kernels": {"triton"},
+    "integrations": HEAVY,
+    "server": HEAVY,
+}
 
 MODULES = sorted(ROOT.rglob("*.py"))
 

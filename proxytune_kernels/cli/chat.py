@@ -34,7 +34,8 @@ _HELP = """\
 /max-tokens NUMBER   of a reply
 /seed NUMBER         repeats the draws; /seed alone draws one
 /clear               forget what was said
-/quit                leave, as the end of input does"""
+/quit                leave, as the end of input does
+A line that ends with \\ goes on in the next one."""
 
 _MOVED_BITS = 0.5
 """log2 of proxy over base from which a token counts as moved."""
@@ -110,7 +111,7 @@ def from_server(url: str, key: str | None) -> Reply:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--url must be such as http://127.0.0.1:8000, got {url!r}")
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json", "connection": "close"}
     if key is not None:
         headers["authorization"] = f"Bearer {key}"
 
@@ -186,6 +187,8 @@ class Chat:
         while True:
             try:
                 line = input("> " if asks else "").strip()
+                while line.endswith("\\"):
+                    line = line[:-1] + "\n" + input("").rstrip()
             except EOFError:
                 return
             if line in ("/quit", "/exit"):

@@ -116,11 +116,14 @@ def serve(
     limits = server.settings(model, hosts)
     with expected(OSError):
         bound = run.listen(host, port)
-    if not hosts and limits.api_key is None:
-        typer.echo(f"Warning: {host} lets other machines in, and there is no API key", err=True)
-    opened = open_decoder(trio.open(), **settings)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("proxytune_kernels.server").setLevel(logging.INFO)
-    address = f"[{host}]" if ":" in host else host
-    typer.echo(f"http://{address}:{bound.getsockname()[1]} serves {model}", err=True)
-    run.server_of(app.create_app(opened, limits), limits).run([bound])
+    with bound:
+        if not hosts and limits.api_key is None:
+            typer.echo(f"Warning: {host} lets other machines in, and there is no API key", err=True)
+        opened = open_decoder(trio.open(), **settings)
+        logging.basicConfig(
+            stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        logging.getLogger("proxytune_kernels.server").setLevel(logging.INFO)
+        address = f"[{host}]" if ":" in host else host
+        typer.echo(f"http://{address}:{bound.getsockname()[1]} serves {model}", err=True)
+        run.server_of(app.create_app(opened, limits), limits).run([bound])

@@ -53,7 +53,7 @@ def test_pieces_are_coloured_by_what_steering_moved():
 
 def test_mistakes_are_one_sentence(server, trio32):
     assert_one_sentence(invoke("chat"), 2, "--url")
-    assert_one_sentence(invoke("chat", "--url", "x"), 2, "--url")
+    assert_one_sentence(invoke("chat", "--url", "x"), 1, "--url")
     assert_one_sentence(invoke("chat", "--url", "http://127.0.0.1:1"), 1, "refused")
     assert_one_sentence(invoke("chat", "--trio", "shipped", "--alpha", "nan"), 2, "alpha")
     with serving(ptk.Decoder(trio32, max_batch_size=1), api_key="right") as guarded:

@@ -68,6 +68,7 @@ def test_the_commands_of_the_documentation_run(tmp_path):
     commands = "\n".join(examples("docs/serving.md", "sh")).replace("8000", port)
     [client] = examples("docs/serving.md", "python")
     (tmp_path / "client.py").write_text(client.replace("8000", port))
+    commands = f"trap 'kill $(jobs -p) 2> /dev/null || true' EXIT\n{commands}"
     printed = run_example(tmp_path, commands, "bash", "-ec")
     assert printed.count("3 + 4 = 7") >= 3, printed  # curl, Python's client, chat
     assert "the server ended with 0" in printed
