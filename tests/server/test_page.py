@@ -49,12 +49,12 @@ def test_it_shows_what_the_decoder_gives(seen, reference):
     [proxy] = reference.generate(PROMPT, ptk.SamplingParams(steering=True, **ASKED))
     for found in seen.values():
         assert found["temperature"] == "0.65"
-        assert found["base"] == base.text
+        assert (found["base"], found["count"]) == (base.text, f"{len(base.token_ids)} tokens")
         texts = [token["text"].replace("\u21b5\n", "\n") for token in found["tokens"]]
         assert texts[-1] == "end" and "".join(texts[:-1]) == proxy.text
         assert len(texts) == len(proxy.steering)
         second = proxy.steering[1]
-        assert f"It is number {second.base_rank} of the base's" in found["detail"]
+        assert f"Its rank under the base: {second.base_rank}." in found["detail"]
         for role in ("base", "expert", "anti-expert", "proxy"):
             assert role in found["detail"]
         assert re.fullmatch(r"Done: steering moved \d+ of \d+ tokens\.", found["status"])

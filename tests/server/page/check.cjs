@@ -31,6 +31,7 @@ async function look(browser, name) {
   await page.waitForFunction(() => /^(Done|It failed)/.test(document.getElementById("status").textContent), null, {timeout: 60000});
   const status = await page.textContent("#status");
   const base = await page.textContent("#base-text");
+  const count = await page.textContent("#base-count");
   const tokens = await page.$$eval("#proxy-text .token", all => all.map(token => ({
     text: token.textContent, label: token.getAttribute("aria-label"), tab: token.tabIndex,
     line: getComputedStyle(token).textDecorationLine, kind: getComputedStyle(token).textDecorationStyle,
@@ -54,7 +55,7 @@ async function look(browser, name) {
   await page.evaluate(require("fs").readFileSync(require.resolve("axe-core/axe.min.js"), "utf8"));
   const found = await page.evaluate(() => axe.run());
   const result = {
-    problems, order, temperature, status, base, tokens, detail, tapped,
+    problems, order, temperature, status, base, count, tokens, detail, tapped,
     violations: found.violations.map(v => [v.id, v.nodes.map(node => node.html)]), passes: found.passes.length,
     overflows: await page.evaluate(() => document.documentElement.scrollWidth > innerWidth),
     animation: await page.evaluate(() => {
