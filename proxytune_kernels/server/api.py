@@ -55,9 +55,6 @@ class Reply(NamedTuple):
 
     body: CompletionRequest | ChatRequest
     head: dict[str, Any]
-    params: Sequence[SamplingParams]
-    prompts: Sequence[Prompt]
-    """One for each output, as of ``params``."""
 
     @property
     def chat(self) -> bool:
@@ -123,13 +120,12 @@ class Api:
         try:
             if (grammar := await self._grammar(body)) is not None:
                 values["grammar"] = grammar
-            prepared = await self._aside(self._prepare, prompts, values, most, n)
+            prepared = await self._aside(self._prepare, prompts, values, most)
             generation = self.engine.submit(prepared, whole=not body.stream)
         except BaseException:
             self.engine.release(len(prompts) * n)
             raise
-        prompts, params = zip(*prepared, strict=True)
-        reply = Reply(body, self._head(isinstance(body, ChatRequest)), params, prompts)
+        reply = Reply(body, self._head(isinstance(body, ChatRequest)))
         watch = asyncio.ensure_future(_watch(request, generation))
         try:
             await generation.accepted()
@@ -174,9 +170,9 @@ class Api:
             raise ValueError(f"grammar must compile within {seconds} seconds") from error
 
     def _prepare(
-        self, prompts: Sequence[Any], values: Mapping[str, Any], most: int | None, n: int
+        self, prompts: Sequence[Any], values: Mapping[str, Any], most: int | None
     ) -> list[tuple[Prompt, SamplingParams]]:
-        """Tokens and parameters of every output; ``most`` is the max_tokens that is asked for."""
+        """Tokens and parameters of each prompt; ``most`` is the max_tokens that is asked for."""
         prepared: list[tuple[Prompt, SamplingParams]] = []
         add_special_tokens = values.get("add_special_tokens", True)
         for prompt in prompts:
@@ -189,7 +185,7 @@ class Api:
             room = max(self.decoder.max_seq_len - longest + 1, 1)
             rest = min(room, self.settings.max_tokens or room) if chat else COMPLETION_TOKENS
             params = SamplingParams(**values, max_tokens=rest if most is None else most)
-            prepared += [(token_ids, one) for one in _outputs(params, n)]
+            prepared.append((token_ids, params))
         return prepared
 
     async def _whole(self, reply: Reply, generation: Generation) -> Response:
@@ -309,13 +305,6 @@ async def _watch(request: Request, generation: Generation) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     generation.leave()
-
-
-def _outputs(params: SamplingParams, n: int) -> list[SamplingParams]:
-    """The parameters of each of the outputs of a prompt: seeds that follow one another."""
-    seeded = params.with_seed()
-    assert seeded.seed is not None
-    return [replace(seeded, seed=(seeded.seed + i) % 2**64) for i in range(n)]
 
 
 def _merged(events: Sequence[tuple[int, StreamEvent]]) -> list[tuple[int, StreamEvent]]:

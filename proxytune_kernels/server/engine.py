@@ -203,8 +203,12 @@ class Engine:
         self._change(-count)
 
     def submit(self, requests: Sequence[tuple[Prompt, SamplingParams]], whole: bool) -> Generation:
-        """Run requests for which there is room reserved; see :class:`Generation`."""
-        generation = Generation(self, len(requests), whole)
+        """Run requests for which there is room reserved; see :class:`Generation`.
+
+        A request's outputs are as many as its ``n``, one behind another.
+        """
+        count = sum(getattr(params, "n", 1) for _, params in requests)
+        generation = Generation(self, count, whole)
         self._commands.put(lambda: self._submit(generation, requests))
         return generation
 
@@ -256,10 +260,11 @@ class Engine:
         self, generation: Generation, requests: Sequence[tuple[Prompt, SamplingParams]]
     ) -> None:
         try:
-            for index, (prompt, params) in enumerate(requests):
-                request_id = self._decoder.submit(prompt, params)
-                generation.ids[request_id] = index
-                self._live[request_id] = generation, None
+            for prompt, params in requests:
+                first = self._decoder.submit(prompt, params)
+                for request_id in range(first, first + getattr(params, "n", 1)):
+                    generation.ids[request_id] = len(generation.ids)
+                    self._live[request_id] = generation, None
         except Exception as error:
             self._cancel(generation)
             self._call(self._failed, [generation], error)

@@ -101,6 +101,38 @@ def test_alpha_0_is_the_base_alone(client, reference):
     assert made.choices[0].text == alone.text
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"logit_bias": {"221": 9.0, "3": -100}},
+        {"presence_penalty": 1.5, "alpha": 0.0},
+        {"frequency_penalty": 1.5, "alpha": 0.0},
+        {"repetition_penalty": 1.8},
+        {"repetition_penalty": 1.8, "penalty_prompt": False},
+        {"allowed_token_ids": list(range(20, 60))},
+        {"bad_words": [" 3", " +"]},
+        {"alpha": [0.0, 2.0, 1.0], "penalty_prompt": True},
+        {"min_tokens": 20, "top_k": 5, "min_p": 0.01, "filter_order": "hf"},
+        {"stop_token_ids": [19, 20, 21]},
+    ],
+    ids=lambda asked: "-".join(asked),
+)
+def test_a_parameter_does_what_it_does_in_the_decoder(server, reference, asked):
+    if not set(asked) <= set(SAMPLING_FIELDS):
+        pytest.skip(f"SamplingParams has no {', '.join(asked)} yet")
+    body = {"model": "shipped", "prompt": PROMPT, **SAMPLED, **asked}
+    response, data = server.ask("/v1/completions", body)
+    assert response.status == 200, data
+    given = dict(asked)
+    if bias := asked.get("logit_bias"):
+        given["logit_bias"] = {int(i): value for i, value in bias.items()}
+    [output] = reference.generate(PROMPT, ptk.SamplingParams(**{**SAMPLED, **given}))
+    assert json.loads(data)["choices"][0]["text"] == output.text
+    given.pop(next(iter(given)))
+    [without] = reference.generate(PROMPT, ptk.SamplingParams(**{**SAMPLED, **given}))
+    assert output.token_ids != without.token_ids
+
+
 def test_several_prompts_as_texts_and_as_tokens(client, reference, expected):
     token_ids = [output.prompt_token_ids["base"] for output in expected]
     for prompts in ([PROMPT, FLAT], token_ids):
@@ -110,6 +142,7 @@ def test_several_prompts_as_texts_and_as_tokens(client, reference, expected):
         assert made.usage.prompt_tokens == sum(map(len, token_ids))
 
 
+@pytest.mark.skipif("n" not in SAMPLING_FIELDS, reason="SamplingParams has no n yet")
 def test_n_outputs_have_seeds_that_differ_and_one_prompt(client, reference):
     made = client.completions.create(model="shipped", prompt=PROMPT, n=3, **SAMPLED)
     assert len({choice.seed for choice in made.choices}) == 3
