@@ -264,14 +264,14 @@ def sampling_values(request: CompletionRequest | ChatRequest, settings: Settings
             values["prompt_logprobs"] = top
     if request.logit_bias:
         values["logit_bias"] = {_id(key): bias for key, bias in request.logit_bias.items()}
-    if (n := request.n or 1) > 1:
+    if (n := request.n or 1) > settings.max_n:
+        raise ValueError(f"n must be at most {settings.max_n}, got {n}")
+    if n > 1:
         values["n"] = n
     values = {name: value for name, value in values.items() if value is not None}
     for name in values:
         if name not in SAMPLING_FIELDS:
             raise UnsupportedError(name)
-    if n > settings.max_n:
-        raise ValueError(f"n must be at most {settings.max_n}, got {n}")
     return values
 
 

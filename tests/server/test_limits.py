@@ -78,7 +78,7 @@ def test_a_large_body_is_refused(strict, chunked):
         ({"n": 3}, "n must be at most 2, got 3"),
         ({"max_tokens": 901}, "max_tokens must be at most 900, got 901"),
         ({"prompt": "1 " * 200}, "prompt must have at most 100 tokens"),
-        ({"prompt": ["a"] * 3, "n": 2}, "at most 4 outputs"),
+        ({"prompt": ["a"] * 5}, "at most 4 outputs"),
         ({"stop": ["a"] * 65}, "stop"),
     ],
 )
