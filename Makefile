@@ -81,6 +81,11 @@ vllm: .venv-vllm/stamp ## Run the tests of the vLLM plugin on vLLM's CPU build (
 	$(call logged,Installing the package beside vLLM,vllm-package,PROXYTUNE_SKIP_EXT=1 $(VLLM)/pip install --no-deps --no-build-isolation -e .)
 	touch $@
 
+.PHONY: page
+page: install ## Test the server's page in headless Chromium (Debian: chromium, nodejs, npm)
+	@$(call logged,Installing axe and playwright-core,page,cd tests/server/page && npm install --no-package-lock --no-audit --no-fund)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/server/test_page.py
+
 .PHONY: asan
 asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer and UBSan (build/asan)
 	@rm -rf build/asan
