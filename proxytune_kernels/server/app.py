@@ -45,6 +45,7 @@ _TYPES = {
     500: "server_error",
     503: "server_error",
 }
+_KIND = re.compile(r"str|int|float|.*\[.*")  # what pydantic calls the kinds of a union
 _MESSAGE = 1000  # characters
 _MEANS = {
     400: "A parameter that is wrong or not supported; the error names it.",
@@ -232,8 +233,11 @@ def _check_model(api: Api, name: str | None) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"][1:]]
+        errors = error.errors()
+        # Of what a value might have been, the kind in which most of it was right.
+        same = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
+        first = max(same, key=lambda each: len(each["loc"]))
+        place = [str(part) for part in first["loc"][1:] if not _KIND.fullmatch(str(part))]
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             return error_response(400, f"{'.'.join(place)} is not supported", place[0])

@@ -11,7 +11,7 @@ import pytest
 import proxytune_kernels as ptk
 from proxytune_kernels.params import SAMPLING_FIELDS
 from proxytune_kernels.server import requests
-from tests.server.conftest import PROMPT
+from tests.server.serving import PROMPT
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")
 
@@ -221,7 +221,8 @@ def test_a_wrong_parameter_is_named(server, given, param):
 def test_the_message_of_a_chat_must_be_text(server):
     image = [{"type": "image_url", "image_url": {"url": "x"}}]
     body = {"model": "shipped", "messages": [{"role": "user", "content": image}]}
-    assert server.error(body, path="/v1/chat/completions")["param"] == "messages"
+    error = server.error(body, path="/v1/chat/completions")
+    assert (error["param"], "Input should be 'text'" in error["message"]) == ("messages", True)
     body["messages"] = []
     assert server.error(body, path="/v1/chat/completions")["param"] == "messages"
 

@@ -14,7 +14,7 @@ import proxytune_kernels as ptk
 from proxytune_kernels.server.engine import Engine
 from proxytune_kernels.server.guard import loopback_names
 from proxytune_kernels.server.metrics import Metrics
-from tests.server.conftest import PROMPT, serving, wait_for
+from tests.server.serving import PROMPT, serving, wait_for
 
 BODY = {"model": "shipped", "prompt": PROMPT, "max_tokens": 1}
 LONG = {**BODY, "max_tokens": 900, "ignore_eos": True, "temperature": 1.5}

@@ -9,11 +9,11 @@ import pytest
 
 import proxytune_kernels as ptk
 from proxytune_kernels.params import SAMPLING_FIELDS
-from tests.server.conftest import PROMPT
+from tests.server.serving import PROMPT
 
-SAMPLED = {"temperature": 0.8, "seed": 7, "max_tokens": 12}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 7, "max_tokens": 12}
 # Two batches of other sizes differ by the rounding of fp32 products.
-CLOSE = {"rel": 1e-4, "abs": 1e-4}
+CLOSE: Any = {"rel": 1e-4, "abs": 1e-4}
 
 pytestmark = pytest.mark.skipif(
     "steering" not in SAMPLING_FIELDS, reason="SamplingParams has no logprobs and no steering yet"
@@ -67,8 +67,9 @@ def test_chat(server, output):
 
 
 def test_streams_have_the_same_piece_by_piece(server):
-    for path, asked in (("/v1/completions", {"logprobs": 2}),
-                        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2})):  # fmt: skip
+    plain = "/v1/completions", {"logprobs": 2}
+    chat = "/v1/chat/completions", {"logprobs": True, "top_logprobs": 2}
+    for path, asked in (plain, chat):
         [whole] = choices(server, path, steering=True, **asked)
         pieces = choices(server, path, stream=True, steering=True, **asked)
         parts = [piece["logprobs"] for piece in pieces if piece["logprobs"] is not None]

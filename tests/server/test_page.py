@@ -9,12 +9,13 @@ import subprocess
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import proxytune_kernels as ptk
 from proxytune_kernels.params import SAMPLING_FIELDS
-from tests.server.conftest import PROMPT
+from tests.server.serving import PROMPT
 
 HERE = Path(__file__).parent / "page"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -29,7 +30,7 @@ MISSING = [
 ]
 
 # What the page asks for before anything is changed, but for one step of the temperature.
-ASKED = {"temperature": 0.65, "seed": 7, "max_tokens": 64}
+ASKED: dict[str, Any] = {"temperature": 0.65, "seed": 7, "max_tokens": 64}
 
 pytestmark = pytest.mark.skipif(
     "steering" not in SAMPLING_FIELDS, reason="SamplingParams has no logprobs and no steering yet"
@@ -97,7 +98,7 @@ def test_it_can_be_used_by_all(seen):
 
 def test_it_is_one_file_that_asks_for_nothing_elsewhere(server):
     page = (files("proxytune_kernels") / "server" / "page.html").read_text("utf-8")
-    found = []
+    found: list[Any] = []
 
     class Links(HTMLParser):
         def handle_starttag(self, tag, attrs):

@@ -18,7 +18,7 @@ from benchmarks.load import load, port_of, start
 from proxytune_kernels.server.run import listen
 from tests.cli import assert_one_sentence, invoke
 from tests.documents import examples, run_example
-from tests.server.conftest import PROMPT
+from tests.server.serving import PROMPT
 
 LONG = {"model": "shipped", "prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "stream": True}
 
