@@ -208,7 +208,7 @@ class Api:
         if reply.echo:
             text = self._prompt_text(reply, index) + text
         writer = self._writer(reply)
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
         return {
             "index": index,
             **({"message": message} if reply.chat else {"text": text}),
@@ -240,7 +240,7 @@ class Api:
             for choice in self._openings(reply, generation.count):
                 yield _data({**head, "choices": [choice]})
             async for events in generation:
-                for index, event in _merged(events):
+                for index, event in merged(events):
                     if event.output is not None:
                         outputs[index] = _checked(event.output)
                     choice = self._delta(reply, index, event, writers[index].fields(event))
@@ -307,7 +307,7 @@ async def _watch(request: Request, generation: Generation) -> None:
     generation.leave()
 
 
-def _merged(events: Sequence[tuple[int, StreamEvent]]) -> list[tuple[int, StreamEvent]]:
+def merged(events: Sequence[tuple[int, StreamEvent]]) -> list[tuple[int, StreamEvent]]:
     """One event for each output: a stream that is read slowly gets several tokens at once."""
     merged: dict[int, StreamEvent] = {}
     for index, event in events:

@@ -121,7 +121,8 @@ def _add_generation(app: FastAPI, api: Api) -> None:
     errors = _documented(400, 401, 404, 413, 429, 500, 503)
 
     def answers(model: Any) -> dict[int | str, dict[str, Any]]:
-        stream = {"text/event-stream": {"schema": {"type": "string"}}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}}
+        stream = {"text/event-stream": {"schema": event}}
         description = "The outputs; with stream, server-sent events."
         return {200: {"model": model, "content": stream, "description": description}, **errors}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -329,6 +330,6 @@ def grammar_of(request: CompletionRequest | ChatRequest, settings: Settings) -> 
     size = len(json.dumps(source))
     if size > settings.max_schema_bytes:
         raise ValueError(f"{name} must have at most {settings.max_schema_bytes} bytes, got {size}")
-    from proxytune_kernels.decoder import grammar
-
-    return getattr(grammar.Grammar, kind)(source)
+    # What compiles grammars is an extra, imported when it is asked for.
+    grammars = import_module("proxytune_kernels.decoder.grammar")
+    return getattr(grammars.Grammar, kind)(source)

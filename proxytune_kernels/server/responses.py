@@ -114,6 +114,7 @@ class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str
     refusal: None
+    annotations: list[Any]
 
 
 class ChatChoice(Choice):

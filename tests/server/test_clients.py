@@ -11,6 +11,7 @@ import pytest
 import proxytune_kernels as ptk
 from proxytune_kernels.params import SAMPLING_FIELDS
 from proxytune_kernels.server import requests
+from proxytune_kernels.server.api import merged
 from tests.server.serving import PROMPT
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")
@@ -90,6 +91,17 @@ def test_more_clients_than_slots_get_each_what_it_would_get_alone(server, refere
             return await asyncio.gather(*(one(client, seed) for seed in range(count)))
 
     assert asyncio.run(all_of_them()) == wanted
+
+
+def test_a_stream_that_is_read_late_gets_several_tokens_at_once(reference):
+    params = ptk.SamplingParams(**SAMPLED)
+    events = [(i % 2, event) for i, event in enumerate(reference.stream([PROMPT], params))]
+    for (index, event), own in zip(merged(events), (events[::2], events[1::2]), strict=True):
+        of_one = [each for _, each in own]
+        assert index == own[0][0] and event.output is of_one[-1].output
+        assert event.text == "".join(each.text for each in of_one)
+        assert event.token_ids == sum((each.token_ids for each in of_one), ())
+        assert event.logprobs == sum((each.logprobs for each in of_one), ())
 
 
 def test_alpha_0_is_the_base_alone(client, reference):
