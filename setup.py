@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SOURCES = [
     "csrc/binding_cpu.cpp",
     "csrc/binding_shard.cpp",
+    "csrc/cpu/amx.cpp",
     "csrc/cpu/capi.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/shard.cpp",

@@ -129,8 +129,8 @@ PEERS: dict[str, Callable[[Filters], Peer]] = {
     "torch": lambda f: Peer.of("torch", partial(torch_distribution, filters=f), torch_draw),
     "numpy": lambda f: Peer.of("numpy", partial(numpy_distribution, filters=f), numpy_draw),
 }
-OURS, YARDSTICK = "ours", "softmax only"
-PROVIDERS = (OURS, YARDSTICK, *PEERS)
+OURS, EDITED, YARDSTICK = "ours", "ours + 256 edits", "softmax only"
+PROVIDERS = (OURS, EDITED, YARDSTICK, *PEERS)
 """In the order of tables."""
 
 
@@ -187,6 +187,11 @@ def make_calls(case: OpCase, providers: Sequence[str]) -> Calls:
     def checked(name: str) -> Callable[[Logits], object]:
         if name == YARDSTICK:
             return softmax_only
+        if name == EDITED:
+            edits = many_edits(case.batch_size, case.vocab_size)
+            wanted = ptk.sample(*sets[0], params, edits=edits, backend="reference")
+            samplers.check_outputs(str(case), ptk.sample(*sets[0], params, edits=edits), wanted)
+            return lambda logits: ptk.sample(*logits, params, edits=edits)
         if name == OURS:
             base, expert, anti = (x[: len(target.kept)] for x in sets[0])
             few = params.rows(slice(0, len(base)))
@@ -202,6 +207,22 @@ def make_calls(case: OpCase, providers: Sequence[str]) -> Calls:
         return lambda: call(next(turn))
 
     return {name: turning(checked(name)) for name in providers}
+
+
+def many_edits(batch_size: int, vocab_size: int) -> ptk.Edits:
+    """A long text's: 256 tokens of each row, all penalties and a bias."""
+    g = torch.Generator().manual_seed(1)
+    rows = [torch.randperm(vocab_size, generator=g)[:256] for _ in range(batch_size)]
+    ids = torch.stack([torch.nn.functional.pad(row, (0, 256 - len(row)), value=-1) for row in rows])
+    return ptk.Edits.make(
+        ids,
+        counts=ids % 4,
+        in_prompt=ids % 2,
+        bias=(ids % 9 - 4) / 8,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=0.1,
+    )
 
 
 def print_times(title: str, records: Sequence[Record], read: str) -> None:

@@ -208,7 +208,7 @@ def floor(kernels: Kernels, case: Case, gpu: Gpu) -> Floor:
 
 # A decoder's step at batch 1. Launches of a layer are counted (tests/decoder/test_launches.py):
 # modules called one by one; compiled; compiled, with adapters on all products.
-EAGER, COMPILED, ADAPTED = 34, 11, 18
+EAGER, COMPILED, ADAPTED = 34, 11, 14
 REST = 10  # launches of a member outside its layers, and of the draw; assumed
 KEYS = 1024  # tokens whose keys and values are read, of all heads: these models group none
 

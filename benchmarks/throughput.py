@@ -28,6 +28,7 @@ from benchmarks.harness.samplers import ALPHA, TEMPERATURE, TOP_P
 from proxytune_kernels import Speculation, Trio
 from proxytune_kernels.decoder.packing import PackingError
 from proxytune_kernels.decoder.pair.shared import PairError
+from proxytune_kernels.trio.files import LoadError
 
 _SPECULATION = {"speculation": Speculation()}
 _PACKED, _SHARED = {"pack_weights": True}, {"pair": "shared"}
@@ -43,8 +44,10 @@ DECODERS: dict[str, dict[str, Any]] = {
     "base-only-packed": {"roles": ("base",)} | _PACKED,
     "ours-packed": _PACKED,
     "ours-packed-speculative": _PACKED | _SPECULATION,
+    "ours-int8-speculative": {"quantize": "int8"} | _SPECULATION,
+    "ours-int4-speculative": {"quantize": "int4"} | _SPECULATION,
 }
-"""Options of our decoder, by the name of the provider."""
+"""Options of our decoder, by the name of the provider; ``quantize`` is load_trio's."""
 PROVIDERS = ("naive", *DECODERS)
 """In the order of tables and plots."""
 DEFAULT_PROVIDERS = "naive,base-only,ours,ours-shared-pair,ours-speculative"
@@ -113,6 +116,8 @@ def make_provider(
         return decoding.NaiveLoop(forms.trio, sampling=sampling)
     own = {"max_batch_size": rows, "max_seq_len": length, **DECODERS[name]}
     trio = forms.unmerged if own.get("pair") == "shared" else forms.trio
+    if "quantize" in own:
+        trio = forms.quantized(own.pop("quantize"))
     return decoding.DecoderProvider(name, trio, sampling, **own)
 
 
@@ -122,7 +127,8 @@ def make_providers(
     """The providers asked for, each with room for the largest case and the agreement check.
 
     One that this trio or processor has no use for is left out, and said so: without an adapter
-    there is no shared pair, two architectures are no batched one, and only bf16 is packed.
+    there is no shared pair, two architectures are no batched one, only bf16 is packed, and int4
+    needs layers of some sizes.
     """
     rows = max(work.case.batch_size for work in works)
     length = max(agreement.CHECKED_LENGTH, *(work.longest for work in works))
@@ -130,7 +136,7 @@ def make_providers(
     for name in settings.providers:
         try:
             made.append(make_provider(name, forms, settings.sampling, rows, length))
-        except (trios.AdapterMissing, PackingError, PairError) as reason:
+        except (trios.AdapterMissing, LoadError, PackingError, PairError) as reason:
             report.say(f"{name} is left out: {reason}.", "yellow")
     return made
 

@@ -31,8 +31,11 @@ using MaybeTensor = std::optional<Tensor>;
 #define PTK_PARAM_NAME(type, name, fallback) name
 #define PTK_PARAMS const Tensor &alpha, PTK_EACH_PARAM(PTK_PARAM_TENSOR)
 #define PTK_PARAM_VALUES alpha, PTK_EACH_PARAM(PTK_PARAM_NAME)
-#define PTK_CONSTRAINTS const MaybeTensor &bias, const MaybeTensor &allowed_mask, int64_t vocab_size
-#define PTK_CONSTRAINT_VALUES bias, allowed_mask, vocab_size
+#define PTK_CONSTRAINTS                                                                    \
+  const MaybeTensor &bias, const MaybeTensor &allowed_mask, const MaybeTensor &entries,  \
+      const MaybeTensor &penalties, int64_t vocab_size
+#define PTK_CONSTRAINT_TENSORS bias, allowed_mask, entries, penalties
+#define PTK_CONSTRAINT_VALUES PTK_CONSTRAINT_TENSORS, vocab_size
 #define PTK_SAMPLE PTK_LOGITS, PTK_PARAMS, PTK_CONSTRAINTS, int64_t noise_stream, int64_t top_logprobs
 #define PTK_SAMPLE_VALUES \
   base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_VALUES, noise_stream, top_logprobs
@@ -109,6 +112,16 @@ inline proxytune_inputs inputs_of(PTK_LOGITS, const Tensor& alpha, PTK_CONSTRAIN
   in.allowed = reinterpret_cast<const uint32_t*>(
       constraint_of<int32_t>(allowed_mask, rows, positions, (vocab_size + 31) / 32, "allowed_mask",
                              in.allowed_row_stride, in.allowed_position_stride));
+  if (entries) {
+    const int64_t last = entries->dim() - 1;
+    STD_TORCH_CHECK(last >= 2 && entries->size(last) == 4, "proxytune: edits.entries has the wrong shape");
+    in.num_edits = entries->size(last - 1);
+    in.edits = reinterpret_cast<const proxytune_edit*>(
+        values_of<int32_t>(*entries, rows * positions * in.num_edits * 4, "edits.entries"));
+    in.edits_position_stride = in.num_edits;
+    in.edits_row_stride = positions * in.num_edits;
+  }
+  if (penalties) in.penalties = values_of<float>(*penalties, rows * 3, "edits.penalties");
   return in;
 }
 
@@ -153,6 +166,8 @@ class Arguments {
     add({"bias", in.bias, width * 4, in.bias_row_stride * 4, in.bias_position_stride * 4, rows, positions});
     add({"allowed_mask", in.allowed, words * 4, in.allowed_row_stride * 4, in.allowed_position_stride * 4, rows,
          positions});
+    add({"edits.entries", in.edits, in.edits ? rows * positions * in.num_edits * 16 : 0});
+    add({"edits.penalties", in.penalties, rows * 12});
   }
   explicit Arguments(const proxytune_sample_args& args, int64_t rows) : Arguments(args.inputs, rows, 1) {
     add(args.params);
@@ -191,7 +206,7 @@ class Arguments {
   }
 
   int64_t rows_;
-  std::array<Memory, 24> held_;
+  std::array<Memory, 26> held_;
   size_t count_ = 0;
 };
 
@@ -252,6 +267,7 @@ inline NewTensor empty(const Tensor& like, ScalarType type, int64_t rows, int64_
   int32_t dtype = aoti_torch_dtype_float32();
   if (type == ScalarType::Long) dtype = aoti_torch_dtype_int64();
   if (type == ScalarType::Int) dtype = aoti_torch_dtype_int32();
+  if (type == ScalarType::BFloat16) dtype = aoti_torch_dtype_bfloat16();
   const int64_t sizes[] = {rows, columns}, strides[] = {columns < 0 ? 1 : columns, 1};
   const int32_t device_type =
       like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
@@ -346,7 +362,7 @@ class Operators {
   }
 
   static auto sample(PTK_SAMPLE) {
-    Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, bias, allowed_mask);
+    Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_TENSORS);
     proxytune_sample_args args = sample_args(PTK_SAMPLE_VALUES);
     auto results = allocate(kSampleResults, args, base, base.size(0), top_logprobs);
     Backend::sample(args, base);
@@ -366,7 +382,7 @@ class Operators {
 
   template <typename... Results>
   static void sample_out(PTK_SAMPLE, const ResultTensor<Results>&... results) {
-    Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, bias, allowed_mask, results...);
+    Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_TENSORS, results...);
     proxytune_sample_args args = sample_args(PTK_SAMPLE_VALUES);
     attach(kSampleResults, args, base.size(0), top_logprobs, results...);
     Arguments(args, base.size(0)).write(kSampleResults, args, top_logprobs);
@@ -375,8 +391,8 @@ class Operators {
 
   // The drafts are copied where they are not contiguous.
   static auto verify(PTK_VERIFY) {
-    Backend::check_devices(base, expert, anti, draft_token_ids, draft_logits, PTK_PARAM_VALUES, bias,
-                           allowed_mask);
+    Backend::check_devices(base, expert, anti, draft_token_ids, draft_logits, PTK_PARAM_VALUES,
+                           PTK_CONSTRAINT_TENSORS);
     const Tensor drafts = torch::stable::contiguous(draft_token_ids);
     proxytune_verify_args args = verify_args(PTK_VERIFY_VALUES(drafts));
     auto results = allocate(kVerifyResults, args, base, base.size(0), base.size(1));
@@ -386,8 +402,8 @@ class Operators {
 
   template <typename... Results>
   static void verify_out(PTK_VERIFY, const ResultTensor<Results>&... results) {
-    Backend::check_devices(base, expert, anti, draft_token_ids, draft_logits, PTK_PARAM_VALUES, bias,
-                           allowed_mask, results...);
+    Backend::check_devices(base, expert, anti, draft_token_ids, draft_logits, PTK_PARAM_VALUES,
+                           PTK_CONSTRAINT_TENSORS, results...);
     const Tensor drafts = torch::stable::contiguous(draft_token_ids);
     proxytune_verify_args args = verify_args(PTK_VERIFY_VALUES(drafts));
     attach(kVerifyResults, args, base.size(0), base.size(1), results...);

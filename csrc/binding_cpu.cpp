@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "binding.h"
+#include "cpu/amx.h"
 
 namespace {
 
@@ -113,7 +114,7 @@ void score_out(PTK_LOGITS, Tensor token_ids, Tensor alpha,
   STD_TORCH_CHECK(base.dim() == 3 && base.size(1) >= 1, "proxytune: base has the wrong shape");
   const int64_t rows = base.size(0), positions = base.size(1);
   proxytune_score_args args{};
-  args.inputs = inputs_of(base, expert, anti, alpha, std::nullopt, std::nullopt, vocab_size);
+  args.inputs = inputs_of(base, expert, anti, alpha, std::nullopt, std::nullopt, std::nullopt, std::nullopt, vocab_size);
   args.positions = positions;
   STD_TORCH_CHECK(positions >= 1, "proxytune: base must have at least one position");
   STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && token_ids.dim() == 2 &&
@@ -173,6 +174,34 @@ void head_logits_out(Tensor hidden, Tensor weight, int64_t begin, int64_t end, T
   });
 }
 
+// Rows bf16 [T, K] times weights int8 [N, K] with scales bf16 [N].
+Tensor int8_linear(Tensor rows, Tensor weight, Tensor scales) {
+  STD_TORCH_CHECK(ptk::amx::available(), "proxytune: int8_linear needs a processor with AMX");
+  STD_TORCH_CHECK(rows.dim() == 2 && weight.dim() == 2 && scales.dim() == 1 && rows.size(1) == weight.size(1) &&
+                      scales.size(0) == weight.size(0) && rows.size(1) % ptk::amx::kInputs == 0,
+                  "proxytune: rows, weight and scales must have shapes [T, K], [N, K] and [N], K a multiple of ",
+                  ptk::amx::kInputs);
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::BFloat16 && weight.scalar_type() == ScalarType::Char &&
+                      scales.scalar_type() == ScalarType::BFloat16,
+                  "proxytune: rows and scales must be bfloat16, weight int8");
+  STD_TORCH_CHECK(rows.is_contiguous() && weight.is_contiguous() && scales.is_contiguous(),
+                  "proxytune: rows, weight and scales must be contiguous");
+  const int64_t count = rows.size(0), inputs = rows.size(1), outputs = weight.size(0);
+  Tensor y = new_tensor(rows, ScalarType::BFloat16, count, outputs);
+  if (count == 0 || outputs == 0) return y;
+  Tensor packed = new_tensor(rows, ScalarType::Int, ptk::amx::packed_words(count, inputs));
+  auto* const x = static_cast<uint32_t*>(packed.data_ptr());
+  ptk::amx::pack(static_cast<const uint16_t*>(rows.data_ptr()), count, inputs, x);
+  const int64_t panels = (outputs + ptk::amx::kOutputs - 1) / ptk::amx::kOutputs;
+  torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+    ptk::amx::linear(static_cast<const int8_t*>(weight.data_ptr()), static_cast<const uint16_t*>(scales.data_ptr()),
+                     outputs, inputs, x, count, static_cast<uint16_t*>(y.data_ptr()), begin, end);
+  });
+  return y;
+}
+
+PyObject* has_amx(PyObject*, PyObject*) { return PyBool_FromLong(ptk::amx::available()); }
+
 PyObject* isa(PyObject*, PyObject*) {
   const char* name = proxytune_cpu_isa();
   if (name) return PyUnicode_FromString(name);
@@ -195,6 +224,7 @@ PyObject* set_isa(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Instruction set of the kernels in use."},
     {"set_isa", set_isa, METH_VARARGS, "Use this instruction set; None for the widest."},
+    {"has_amx", has_amx, METH_NOARGS, "Whether int8_linear runs here."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", "CPU kernels.", -1, methods,
@@ -208,6 +238,7 @@ STABLE_TORCH_LIBRARY_IMPL(proxytune, CPU, m) {
   m.impl("combine_out", TORCH_BOX(&combine_out));
   m.impl("score", TORCH_BOX(&score));
   m.impl("score_out", TORCH_BOX(&score_out));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear));
   m.impl("head_logits_out", TORCH_BOX(&head_logits_out));
 }
 

@@ -39,11 +39,11 @@ from proxytune_kernels.ops import (
     verify,
     warm_up,
 )
-from proxytune_kernels.params import RowParams, SamplingParams
+from proxytune_kernels.params import Edits, RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 
 if TYPE_CHECKING:
-    from proxytune_kernels.decoder import Decoder, Speculation
+    from proxytune_kernels.decoder import Decoder, Grammar, Speculation
     from proxytune_kernels.trio import Trio, load_trio
     from proxytune_kernels.trio.quantization import quantize
 
@@ -51,6 +51,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Decoder",
+    "Edits",
+    "Grammar",
     "Head",
     "RowParams",
     "SampleOutput",
@@ -74,6 +76,7 @@ __all__ = [
 # What needs transformers is imported when it is first asked for.
 _LAZY = {
     "Decoder": "decoder",
+    "Grammar": "decoder",
     "Speculation": "decoder",
     "Trio": "trio",
     "load_trio": "trio",

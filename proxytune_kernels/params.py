@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -108,7 +108,8 @@ class SamplingParams:
     """How one request is steered, filtered, sampled and stopped.
 
     Args:
-        alpha: strength of the steering, finite; 1 is the paper's method, 0 the base alone.
+        alpha: strength of the steering, finite; 1 is the paper's method, 0 the base alone. Or one
+            for each output token, of which the last is that of all that follow.
         temperature: 0 for greedy, or positive and finite.
         top_k: keep this many tokens; 0 or -1 turns it off.
         top_p: keep the shortest prefix whose mass reaches this share, in (0, 1]; 1 turns it off.
@@ -117,6 +118,16 @@ class SamplingParams:
         filter_order: of what top_p's mass is a share: ``"vllm"``, ``"hf"`` or ``"joint"``
             (docs/contracts.md, Selection).
         seed: key of the request's noise, in [-2^63, 2^64); None draws one.
+        n: outputs for one prompt, at least 1. Output i has the seed ``seed + i`` modulo 2^64.
+        logit_bias: token -> what is added to its combined logit, a finite number.
+        allowed_token_ids: the only tokens that may be drawn; none is all of them.
+        bad_words: what may not be drawn: strings, or tokens ids in a row, of which the last is
+            barred where the output ends with the others.
+        repetition_penalty: combined logits of tokens in prompt or output are divided by it where
+            they are positive, else multiplied; positive, 1 turns it off.
+        presence_penalty: subtracted from those of tokens in the output, in [-2, 2].
+        frequency_penalty: as often as the output has them, in [-2, 2].
+        penalty_prompt: whether the base's prompt counts for repetition_penalty.
         max_tokens: output tokens at most, at least 1.
         min_tokens: output tokens before a stop token or string may end the request, at least 0.
         stop: strings that end the request.
@@ -126,18 +137,28 @@ class SamplingParams:
         skip_special_tokens: leave tokens such as the end of a turn out of the text.
         add_special_tokens: begin a prompt that is text as its tokenizer does, with BOS for most.
             Chat templates write their own.
+        grammar: a :class:`proxytune_kernels.Grammar` that the output must be a text of; the
+            request ends where it does. None allows all.
 
     Raises:
         ValueError: names the field, its value and its range.
     """
 
-    alpha: float = 1.0
+    alpha: float | Sequence[float] = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     filter_order: str = "vllm"
     seed: int | None = None
+    n: int = 1
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    allowed_token_ids: Sequence[int] = ()
+    bad_words: Sequence[str | Sequence[int]] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_prompt: bool = True
     max_tokens: int = 16
     min_tokens: int = 0
     stop: str | Sequence[str] = ()
@@ -146,6 +167,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
+    grammar: Any = None
 
     @classmethod
     def from_generation_config(cls, source: Any, **overrides: Any) -> SamplingParams:
@@ -161,7 +183,7 @@ class SamplingParams:
             overrides: of this class's fields; they go before what the config says.
 
         Raises:
-            ValueError: names the field that has no counterpart here (repetition_penalty 1.1, beams)
+            ValueError: names the field that has no counterpart here (no_repeat_ngram_size 2, beams)
                 or a value out of its range.
 
         Example:
@@ -173,10 +195,16 @@ class SamplingParams:
         return cls(**{**generation_settings(source), **overrides})
 
     def __post_init__(self) -> None:
-        for name, field in ROW_FIELDS.items():
-            value = getattr(self, name, None)
+        if isinstance(self.alpha, Sequence) and not isinstance(self.alpha, str):
+            if not self.alpha:
+                raise ValueError("alpha must be a finite number or a sequence of them, got ()")
+            object.__setattr__(self, "alpha", tuple(check_alpha(a) for a in self.alpha))
+        for name, row_field in ROW_FIELDS.items():
+            value = self.alphas[0] if name == "alpha" else getattr(self, name, None)
             if value is not None or name not in ("seed", "position"):
-                field.number(value)
+                row_field.number(value)
+        _integer("n", self.n, 1, "an integer of at least 1")
+        self._check_edits()
         _integer("max_tokens", self.max_tokens, 1, "an integer of at least 1")
         _integer("min_tokens", self.min_tokens, 0, "an integer of at least 0")
         if self.min_tokens > self.max_tokens:
@@ -184,22 +212,70 @@ class SamplingParams:
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
         object.__setattr__(self, "stop", _stop_strings(self.stop))
-        ids = self.stop_token_ids
-        if isinstance(ids, str) or not isinstance(ids, Sequence):
-            raise ValueError(f"stop_token_ids must be a sequence of token ids, got {ids!r}")
-        wanted = "token ids of at least 0"
-        checked = tuple(_integer("stop_token_ids", i, 0, wanted) for i in ids)
-        object.__setattr__(self, "stop_token_ids", checked)
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         for name in (
-            *("ignore_eos", "include_stop_str_in_output"),
+            *("ignore_eos", "include_stop_str_in_output", "penalty_prompt"),
             *("skip_special_tokens", "add_special_tokens"),
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
+        # Its class is the decoder's, which this module does not import.
+        if self.grammar is not None and not hasattr(self.grammar, "kind"):
+            raise ValueError(f"grammar must be a Grammar or None, got {self.grammar!r}")
+
+    def _check_edits(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(
+                f"logit_bias must be a mapping from token ids to numbers, got {self.logit_bias!r}"
+            )
+        bias = {
+            _integer("logit_bias", i, 0, "of token ids of at least 0"): _number(
+                f"logit_bias of token {i}", value, "a finite number"
+            )
+            for i, value in self.logit_bias.items()
+        }
+        object.__setattr__(self, "logit_bias", bias)
+        words = self.bad_words
+        if isinstance(words, str) or not isinstance(words, Sequence) or "" in words:
+            raise ValueError(
+                f"bad_words must be a sequence of strings or lists of token ids, got {words!r}"
+            )
+        checked = tuple(w if isinstance(w, str) else _token_ids("bad_words", w) for w in words)
+        if () in checked:
+            raise ValueError(f"bad_words must be of at least one token, got {words!r}")
+        object.__setattr__(self, "bad_words", checked)
+        _number("repetition_penalty", self.repetition_penalty, "a positive number", lambda p: p > 0)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _number(name, getattr(self, name), "in [-2, 2]", lambda p: -2 <= p <= 2)
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """alpha of each output token up to the last one that is its own."""
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        """Repetition, presence and frequency penalty, as in :class:`Edits`."""
+        return self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+
     def with_seed(self) -> SamplingParams:
         """These parameters with a seed drawn from the operating system where none was given."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+
+    def seeded(self) -> list[SamplingParams]:
+        """Those of each of the n outputs, with its seed."""
+        first = self.with_seed()
+        assert first.seed is not None
+        others = (replace(first, seed=(first.seed + i) % _SEED_LIMIT) for i in range(1, self.n))
+        return [first, *others]
+
+
+def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise ValueError(f"{name} must be a sequence of token ids, got {ids!r}")
+    return tuple(_integer(name, i, 0, "token ids of at least 0") for i in ids)
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
@@ -211,7 +287,12 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 
 # Field of transformers' generation configs -> ours.
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
-_LENGTHS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop"}
+_SAME = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+    "repetition_penalty": "repetition_penalty",
+}
 # What says nothing of how a request is drawn or ended. The trio has end-of-sequence tokens from
 # elsewhere, and the decoder bounds prompt and output together by max_seq_len.
 _SILENT = re.compile(
@@ -222,7 +303,7 @@ _SILENT = re.compile(
 # Fields that are off at 1; all others are off at what is false.
 _OFF_AT_1 = (
     *("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "guidance_scale"),
-    *("repetition_penalty", "encoder_repetition_penalty", "typical_p", "top_h"),
+    *("encoder_repetition_penalty", "typical_p", "top_h"),
 )
 
 
@@ -241,7 +322,7 @@ def generation_settings(source: Any) -> dict[str, Any]:
     if not isinstance(sampled, bool):
         raise ValueError(f"do_sample must be True or False, got {sampled!r}")
     filters = {"top_k": 50} | {name: values.pop(name) for name in _SAMPLED if name in values}
-    settings = {ours: values.pop(name) for name, ours in _LENGTHS.items() if name in values}
+    settings = {ours: values.pop(name) for name, ours in _SAME.items() if name in values}
     for name, value in values.items():
         # An id of 0 is an id.
         off = False if name.endswith("_token_id") else value == (name in _OFF_AT_1)
@@ -264,6 +345,13 @@ def mask_without(token_ids: Iterable[int], vocab_size: int) -> Tensor:
             words[i >> 5] &= ~(1 << (i & 31))
     # As int32 bit patterns: a word with bit 31 cleared is positive.
     return torch.tensor(words, dtype=torch.int64).to(torch.int32)
+
+
+def pack_mask(allowed: Tensor) -> Tensor:
+    """Packed mask, int32 [ceil(V / 32)], of the tokens that are allowed, bool [V]."""
+    bits = torch.zeros(-(-len(allowed) // 32) * 32, dtype=torch.int64)
+    bits[: len(allowed)] = allowed
+    return (bits.view(-1, 32) << torch.arange(32)).sum(1).to(torch.int32)
 
 
 class RowParams(NamedTuple):
@@ -302,7 +390,7 @@ class RowParams(NamedTuple):
         batch_size: int,
         *,
         device: torch.device | str = "cpu",
-        alpha: float | Tensor = SamplingParams.alpha,
+        alpha: float | Tensor = 1.0,
         temperature: float | Tensor = SamplingParams.temperature,
         top_k: int | Tensor = SamplingParams.top_k,
         top_p: float | Tensor = SamplingParams.top_p,
@@ -354,17 +442,63 @@ class RowParams(NamedTuple):
         if any(p.seed is None for p in params):
             raise ValueError("seed must be set in each SamplingParams, got None: use with_seed()")
         columns = []
-        for name, field in ROW_FIELDS.items():
+        for name, row_field in ROW_FIELDS.items():
             if name == "position":
                 numbers: list[float] = list(positions)
+            elif name == "alpha":
+                pairs = zip(params, positions, strict=True)
+                numbers = [p.alphas[min(i, len(p.alphas) - 1)] for p, i in pairs]
             else:
-                numbers = [field.number(getattr(p, name)) for p in params]
-            columns.append(torch.tensor(numbers, dtype=field.dtype, device=device))
+                numbers = [row_field.number(getattr(p, name)) for p in params]
+            columns.append(torch.tensor(numbers, dtype=row_field.dtype, device=device))
         return cls(*columns)
 
     def rows(self, index: slice | Tensor) -> RowParams:
         """The parameters of some of the rows, by slice (views) or by index tensor (copies)."""
         return RowParams(*(column[index] for column in self))
+
+
+class Edits(NamedTuple):
+    """What penalties and biases do to some tokens of each row: docs/contracts.md, Edits.
+
+    The kernels read them where they are, as :class:`RowParams`. Both tensors are contiguous.
+    """
+
+    entries: Tensor
+    """int32 [B, M, 4], or [B, T, M, 4] at T positions. Of each entry: the token's id, unlike all
+    others of its row, -1 for none; how often the output has it; whether the prompt has it; the bits
+    of an fp32 bias."""
+    penalties: Tensor
+    """fp32 [B, 3]: repetition, 1 is off; presence and frequency, 0 is off."""
+
+    @classmethod
+    def make(
+        cls,
+        ids: Tensor,
+        *,
+        counts: Tensor | None = None,
+        in_prompt: Tensor | None = None,
+        bias: Tensor | None = None,
+        repetition_penalty: float | Tensor = 1.0,
+        presence_penalty: float | Tensor = 0.0,
+        frequency_penalty: float | Tensor = 0.0,
+    ) -> Edits:
+        """Build from the entries' columns, each [B, M] or [B, T, M], and a penalty or one per row.
+
+        Example:
+            >>> edits = Edits.make(torch.tensor([[5, 7]]), bias=torch.tensor([[1.0, -2.0]]))
+            >>> edits.entries.shape, edits.penalties.tolist()
+            (torch.Size([1, 2, 4]), [[1.0, 0.0, 0.0]])
+        """
+        none = torch.zeros_like(ids, dtype=torch.int32)
+        numbers = [none if column is None else column.int() for column in (counts, in_prompt)]
+        bits = none if bias is None else bias.float().contiguous().view(torch.int32)
+        columns = torch.broadcast_tensors(ids.int(), *numbers, bits)
+        values = (repetition_penalty, presence_penalty, frequency_penalty)
+        penalties = torch.empty((ids.shape[0], 3), device=ids.device)
+        for i, value in enumerate(values):
+            penalties[:, i] = value
+        return cls(torch.stack(columns, -1), penalties)
 
 
 def _column(

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from proxytune_kernels import rng
 from proxytune_kernels.heads import Head
-from proxytune_kernels.params import RowParams
+from proxytune_kernels.params import Edits, RowParams
 
 MASS_ONE = 2.0**44
 """Mass of the likeliest token: masses are integers, so their sums don't depend on the order."""
@@ -95,6 +95,7 @@ def combine(
     alpha: Tensor,
     bias: Tensor | None = None,
     allowed_mask: Tensor | None = None,
+    edits: Edits | None = None,
 ) -> Tensor:
     """Combined logits ``fma(alpha, expert - anti, base)``, [B, V], NaN and inf not yet dealt with.
 
@@ -113,7 +114,27 @@ def combine(
     x = x.masked_fill(masked == -torch.inf, -torch.inf)
     if allowed_mask is not None:
         x = x.masked_fill(~unpack_mask(allowed_mask, x.shape[-1]), -torch.inf)
-    return x
+    return x if edits is None else edit(x, edits)
+
+
+def edit(x: Tensor, edits: Edits) -> Tensor:
+    """Combined logits [B, V] with biases and penalties: docs/contracts.md, Edits."""
+    ids, counts, in_prompt, bits = edits.entries.unbind(-1)
+    inside = (ids >= 0) & (ids < x.shape[-1])
+    at = torch.where(inside, ids, 0).long()
+    given = x.gather(-1, at)
+    repetition, presence, frequency = edits.penalties.to(x.dtype)[:, :, None].unbind(1)
+    y = given + bits.contiguous().view(torch.float32)
+    seen = counts > 0
+    repeated = torch.where(y > 0, y / repetition, y * repetition)
+    y = torch.where(seen | (in_prompt != 0), repeated, y)
+    y = torch.where(seen, y - frequency * counts - presence, y)
+    # A token that is masked stays so.
+    change = inside & (given > -torch.inf)
+    row = torch.arange(len(x), device=x.device)[:, None].expand_as(at)
+    result = x.clone()
+    result[row[change], at[change]] = y[change]
+    return result
 
 
 def unpack_mask(allowed_mask: Tensor, vocab_size: int) -> Tensor:

@@ -113,6 +113,31 @@ def test_every_option_reaches_the_sampling_parameters(monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("arguments", "grammar"),
+    [
+        (["--json-schema", '{"type": "null"}'], ptk.Grammar.json_schema({"type": "null"})),
+        (["--json-schema", "schema.json"], ptk.Grammar.json_schema({"type": "null"})),
+        (["--regex", "[0-9]+"], ptk.Grammar.regex("[0-9]+")),
+        (["--choice", "yes", "--choice", "no"], ptk.Grammar.choice(["yes", "no"])),
+        (["--grammar", "one.lark"], ptk.Grammar.lark('start: "1"')),
+    ],
+)
+def test_grammars_reach_the_sampling_parameters(monkeypatch, tmp_path, arguments, grammar):
+    seen = []
+
+    def read_requests(prompts, file, jsonl, params):
+        seen.append(params.grammar)
+        return []
+
+    monkeypatch.setattr("proxytune_kernels.cli.generate.read_requests", read_requests)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "schema.json").write_text('{"type": "null"}')
+    (tmp_path / "one.lark").write_text('start: "1"')
+    invoke(*SHIPPED, *arguments, "x")
+    assert seen == [grammar]
+
+
 def test_a_generation_config_goes_before_defaults_and_behind_options(monkeypatch, trio):
     seen = []
 
@@ -132,8 +157,8 @@ def test_a_generation_config_goes_before_defaults_and_behind_options(monkeypatch
         ptk.SamplingParams(**said, temperature=0.6, top_p=0.9, max_tokens=9),
         ptk.SamplingParams(**said, temperature=1, top_p=0.5, max_tokens=128),
     ]
-    edit(trio / "base" / "generation_config.json", repetition_penalty=1.05)
-    assert_one_sentence(invoke("generate", *arguments), 1, "repetition_penalty", "1.05", logs=True)
+    edit(trio / "base" / "generation_config.json", no_repeat_ngram_size=2)
+    assert_one_sentence(invoke("generate", *arguments), 1, "no_repeat_ngram_size", "2", logs=True)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -259,6 +284,9 @@ def test_info_gives_the_reason_of_an_unusable_backend(monkeypatch):
         (["--speculate", "expert", "--max-drafts", "0"], ["max_drafts must be an integer in [1, "]),
         (["--pair", "shared"], ["pair='shared' takes an expert"]),
         (["--file", "prompts.txt"], ["not both"]),
+        (["--regex", "a", "--choice", "b"], ["one of --json-schema, --regex, --choice and --gra"]),
+        (["--json-schema", "{"], ["json_schema must be JSON", "column 2"]),
+        (["--grammar", "nowhere.lark"], ["nowhere.lark"]),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_exit_code_2(arguments, words):
@@ -273,6 +301,7 @@ def test_a_wrong_option_is_one_sentence_and_exit_code_2(arguments, words):
         ('{"prompt": "a", "topp": 1}', ["line 2", "'topp'", "top_p"]),
         ('{"prompt": "a", "top_p": 2}', ["line 2", "top_p must be in (0, 1]"]),
         ('{"prompt": "a", "alpha": "1"}', ["line 2", "alpha", "'1'"]),
+        ('{"prompt": "a", "grammar": "b"}', ["line 2", "one of json_schema, regex, lark"]),
     ],
 )
 def test_a_wrong_json_line_is_named(line, words):
@@ -442,7 +471,7 @@ def test_a_terminal_gets_no_control_characters(monkeypatch, capsys, expected):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     output.write_text(events, requests)
     assert capsys.readouterr().out == printable(text) + "\n"
-    output.write_jsonl(events)
+    output.write_jsonl(events, requests)
     line = capsys.readouterr().out
     assert json.loads(line)["text"] == text
     assert printable(line) == line

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from proxytune_kernels.decoder import Grammar
 from proxytune_kernels.params import (
     FILTER_ORDERS,
     ROW_FIELDS,
@@ -22,15 +23,20 @@ from proxytune_kernels.params import (
 )
 
 GOOD = {
-    "alpha": (0, -2.5, 1e30), "temperature": (0, 1e-30, 5), "top_k": (-1, 0, 1, 10**9),
+    "alpha": (0, -2.5, 1e30, (1.0, 0.0)), "temperature": (0, 1e-30, 5), "top_k": (-1, 0, 1, 10**9),
     "top_p": (1e-9, 1, 1.0), "min_p": (0, 0.3, 1), "filter_order": FILTER_ORDERS,
     "seed": (None, 0, -(2**63), 2**64 - 1), "max_tokens": (1, 10**6), "min_tokens": (0, 16),
     "stop": ("a", ("a", "b"), ["x"], ()), "stop_token_ids": ((), (0, 5), [7]),
     "ignore_eos": (True, False), "include_stop_str_in_output": (True, False),
     "skip_special_tokens": (True, False), "add_special_tokens": (True, False),
+    "grammar": (None, Grammar.regex("a")),
+    "n": (1, 10**6), "logit_bias": ({}, {0: -1e30, 7: 2.5}), "allowed_token_ids": ((), [0, 5]),
+    "bad_words": ((), ("a", (1, 2)), ((5,),)), "repetition_penalty": (1e-9, 1, 1.5),
+    "presence_penalty": (-2, 0, 2.0), "frequency_penalty": (-2, 0.5),
+    "penalty_prompt": (True, False),
 }  # fmt: skip
 BAD = {
-    "alpha": (math.nan, math.inf, "1", None, True),
+    "alpha": (math.nan, math.inf, "1", None, True, ()),
     "temperature": (-1e-9, math.nan, math.inf, "hot", True),
     "top_k": (-2, 1.0, "5", True, None),
     "top_p": (0, -0.1, 1.0001, math.nan, None),
@@ -45,6 +51,15 @@ BAD = {
     "include_stop_str_in_output": (1, None),
     "skip_special_tokens": (1, None),
     "add_special_tokens": (0, None),
+    "grammar": ("[0-9]", {"regex": "[0-9]"}, False),
+    "n": (0, 1.0, True, None),
+    "logit_bias": ([1], None, 5),
+    "allowed_token_ids": ((-1,), "ab", 3),
+    "bad_words": ("ab", ("",), ((),), None),
+    "repetition_penalty": (0, -1.0, math.inf, None),
+    "presence_penalty": (-2.1, 3, None, math.nan),
+    "frequency_penalty": (-2.1, 3, "1"),
+    "penalty_prompt": (0, None),
 }
 
 
@@ -53,7 +68,7 @@ def test_good_values(name, value):
     kept = getattr(SamplingParams(**{name: value}), name)
     if name == "stop":
         assert kept == ((value,) if isinstance(value, str) else tuple(value))
-    elif name == "stop_token_ids":
+    elif name.endswith("token_ids"):
         assert kept == tuple(value)
     else:
         assert kept == value
@@ -65,8 +80,14 @@ def test_bad_values_name_field_and_value(name, value):
         SamplingParams(**{name: value})
     message = str(error.value)
     assert message.startswith(f"{name} must be ")
-    got = value[0] if name == "stop_token_ids" and isinstance(value, tuple) else value
+    got = value[0] if name.endswith("token_ids") and isinstance(value, tuple) else value
     assert message.endswith(f"got {got!r}")
+
+
+@pytest.mark.parametrize("bias", [{-1: 0.0}, {1.0: 0.0}, {1: math.inf}, {1: "2"}])
+def test_logit_bias_names_what_is_wrong(bias):
+    with pytest.raises(ValueError, match="^logit_bias .*must be .*, got "):
+        SamplingParams(logit_bias=bias)
 
 
 def test_every_field_is_covered():
@@ -128,7 +149,7 @@ def test_from_generation_config(kind, config, wanted):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("repetition_penalty", 1.05), ("num_beams", 4), ("typical_p", 0.9), ("no_repeat_ngram_size", 1),
+    ("num_beams", 4), ("typical_p", 0.9), ("no_repeat_ngram_size", 1),
     ("forced_eos_token_id", 0), ("suppress_tokens", [0]), ("min_length", 5), ("guidance_scale", 1.5),
     ("renamed", "something"),
 ])  # fmt: skip

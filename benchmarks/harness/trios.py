@@ -84,15 +84,22 @@ class AdapterMissing(ValueError):
 
 
 class TrioForms:
-    """A trio, and the same with the expert's LoRA adapter apart from the weights."""
+    """A trio, as :func:`open_trio` has it, and the same in other forms, made when asked for."""
 
-    def __init__(self, trio: Trio, adapter: Path) -> None:
-        self.trio, self._adapter = trio, adapter
+    def __init__(self, trio: Trio, directory: str | Path) -> None:
+        self.trio, self._directory = trio, directory
+        self._quantized: dict[str, Trio] = {}
 
     @classmethod
     def open(cls, name: str, dtype: str | None) -> TrioForms:
-        """As :func:`open_trio`."""
-        return cls(open_trio(name, dtype), Path(find_trio(name)) / _ADAPTER)
+        """Of a trio by name."""
+        return cls(open_trio(name, dtype), find_trio(name))
+
+    def quantized(self, quantization: str) -> Trio:
+        """All three members quantised."""
+        if quantization not in self._quantized:
+            self._quantized[quantization] = load_trio(self._directory, quantize=quantization)
+        return self._quantized[quantization]
 
     @cached_property
     def unmerged(self) -> Trio:
@@ -100,7 +107,7 @@ class TrioForms:
 
         Its weights are the merged expert's but for rounding to their dtype after the merge.
         """
-        trio, adapter = self.trio, self._adapter
+        trio, adapter = self.trio, Path(self._directory) / _ADAPTER
         if not (adapter / "adapter_config.json").is_file():
             raise AdapterMissing(
                 f"the expert has no adapter beside it ({adapter.name}/adapter_config.json)"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import proxytune_kernels as ptk
 from proxytune_kernels.ops.backends.triton_operators import IMPLEMENTATIONS as OPS
-from proxytune_kernels.ops.backends.triton_operators import decode_attention
+from proxytune_kernels.ops.backends.triton_operators import add_lora, decode_attention
 from proxytune_kernels.ops.checks import VERIFY_MODES
 from proxytune_kernels.rng import STREAMS
 
@@ -140,6 +140,15 @@ def _attention(
     return launch
 
 
+def _lora(case: Case) -> None:
+    """Queries, keys and values of two rows a request, the first of which has adapters."""
+    widths = [4096, 1024, 1024]
+    y, x = (torch.empty((2 * BATCH, 1, n), dtype=case.dtype) for n in (sum(widths), 4096))
+    lora_A = torch.empty((3 * 16, 4096), dtype=case.dtype)
+    lora_B = torch.empty((sum(widths), 16), dtype=case.dtype)
+    add_lora(y, x, lora_A, lora_B, widths, 2.0, 2)
+
+
 _ATTENTION = ("decode_attention",)
 _SCAN, _HIDDEN = ("scan",), ("sample_hidden",)
 _SHARDS = ("shard_scan", "shard_keys", "shard_draw", "shard_finish", "shard_histogram")
@@ -165,6 +174,7 @@ _CASES = (
     Case("attention", _attention(1, 1, 128), _ATTENTION),
     Case("attention R=48 D=256", _attention(8, 6, 256, 50.0, 1024), _ATTENTION),
     Case("attention R=16 fp32", _attention(4, 4, 128), _ATTENTION, dtype=torch.float32),
+    Case("lora", _lora, ("add_lora",)),
     Case("score", _score, ("scan", "score"), positions=POSITIONS),
     Case("coupled", _verify("coupled"), ("scan", "coupled"), positions=POSITIONS),
     Case("rejection", _verify("rejection"), ("rejection", "residual"), positions=POSITIONS),

@@ -44,11 +44,11 @@ REGISTERS = {**_STREAMS, **_SPREAD, "scan": 112}
 only base's are. Others may take all 255: kernels of one block a row, where a batch seldom fills the
 device, and draw, whose code holds routes for awkward rows that few blocks take."""
 
-SHARED = dict.fromkeys(("sample_hidden", "decode_attention"), 99 * 1024)
+SHARED = dict.fromkeys(("sample_hidden", "decode_attention", "add_lora"), 99 * 1024)
 """Bytes of shared memory a block, where it is not the 48 KiB that a block gets without asking.
 sample_hidden has two accumulators of 64 rows by 128 tokens, and four stages of both operands;
-decode_attention holds up to 64 queries of 256 beside keys and values: what the smallest of these
-devices (cc 12.0) gives a block when asked."""
+decode_attention holds up to 64 queries of 256 beside keys and values, add_lora three stages of A
+and x: what the smallest of these devices (cc 12.0) gives a block when asked."""
 
 
 STACK = {("sample V=262208", "select"): 96}

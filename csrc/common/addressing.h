@@ -13,6 +13,9 @@ struct Source {
   float alpha;
   const float* bias;        // null, or [vocab_size]
   const uint32_t* allowed;  // null, or [ceil(vocab_size / 32)]
+  const proxytune_edit* edits;  // [num_edits]
+  int64_t num_edits;
+  const float* penalties;  // null, or [3]
   int64_t vocab_size;
 };
 
@@ -39,6 +42,9 @@ PTK_HOST_DEVICE Source source_at(const proxytune_inputs& in, float alpha, int64_
   if (in.allowed) {
     source.allowed = in.allowed + row * in.allowed_row_stride + position * in.allowed_position_stride;
   }
+  source.num_edits = in.num_edits;
+  if (in.num_edits) source.edits = in.edits + row * in.edits_row_stride + position * in.edits_position_stride;
+  if (in.penalties) source.penalties = in.penalties + row * 3;
   source.vocab_size = in.vocab_size;
   return source;
 }

@@ -14,7 +14,7 @@ inline bool valid_logits(const proxytune_logits& l) {
 
 inline bool valid_inputs(const proxytune_inputs& in) {
   return in.vocab_size >= 1 && in.vocab_size <= kMaxVocabSize && in.base.data &&
-         !in.expert.data == !in.anti.data && valid_logits(in.base) && valid_logits(in.expert) &&
+         in.num_edits >= 0 && (in.edits || in.num_edits == 0) && !in.expert.data == !in.anti.data && valid_logits(in.base) && valid_logits(in.expert) &&
          valid_logits(in.anti);
 }
 
@@ -63,6 +63,7 @@ inline const char* error_text(int code) {
       return "the device has a compute capability below 9.0, or one that nothing was compiled for";
     case PROXYTUNE_ERROR_SHAPE:
       return "a row does not fit in the shared memory of the largest cluster that the device runs";
+    case PROXYTUNE_ERROR_EDITS: return "the kernels for GPUs take no edits";
     default: return "unknown error code";
   }
 }

@@ -179,6 +179,49 @@ int over_tiles(const proxytune_parallel* parallel, int tiles, Body body) {
   return chunks;
 }
 
+// x of a token that is not masked, after what an entry does to it (contract, Edits).
+inline float edited(float x, const proxytune_edit& edit, const float* penalties) {
+  float y = x + edit.bias;
+  if (penalties) {
+    const float count = float(edit.count);
+    if (edit.count > 0 || edit.in_prompt) y = y > 0.0f ? y / penalties[0] : y * penalties[0];
+    if (edit.count > 0) y = y - penalties[2] * count - penalties[1];
+  }
+  return y + 0.0f;  // -0 becomes +0
+}
+
+// Calls change(id, x after the edit) for the row's entries whose token is not masked; x is the row so far.
+template <typename Change>
+void each_edit(const Source& in, const float* x, Change change) {
+  for (int64_t i = 0; i < in.num_edits; ++i) {
+    const int64_t id = in.edits[i].id;
+    if (id < 0 || id >= in.vocab_size || !(x[id] > -INFINITY)) continue;
+    change(id, edited(x[id], in.edits[i], in.penalties));
+  }
+}
+
+// The tile maxima and the count follow.
+inline void apply_edits(const Source& in, Row& row) {
+  each_edit(in, row.x, [&](int64_t id, float y) {
+    if (y != y) row.status |= kStatusNan;
+    if (!(y > -INFINITY)) {
+      y = -INFINITY;
+      --row.count;
+    }
+    const float before = row.x[id];
+    row.x[id] = y;
+    float& top = row.tile_max[id / kTile];
+    if (y >= top) {
+      top = y;
+    } else if (before == top) {
+      const float* tile = row.tile(int(id / kTile));
+      F found = load(tile);
+      for (int i = kWidth; i < kTile; i += kWidth) found = max(found, load(tile + i));
+      top = reduce_max(found);
+    }
+  });
+}
+
 inline Row prepare_row(const Source& in, const RowBuffer& buffer, const proxytune_parallel* parallel) {
   float *x = buffer.x, *tile_max = buffer.tile_max;
   Row row{x, tile_max, in.vocab_size, int(tiles_of(in.vocab_size)), parallel};
@@ -197,11 +240,12 @@ inline Row prepare_row(const Source& in, const RowBuffer& buffer, const proxytun
   });
   // Read in whole vectors.
   std::fill(tile_max + row.tiles, tile_max + padded(row.tiles), -INFINITY);
-  for (int t = 0; t < row.tiles; ++t) row.max = row.max > tile_max[t] ? row.max : tile_max[t];
   for (int c = 0; c < chunks; ++c) {
     row.count += counts[c];
     row.status |= nans[c] ? kStatusNan : 0;
   }
+  apply_edits(in, row);
+  for (int t = 0; t < row.tiles; ++t) row.max = row.max > tile_max[t] ? row.max : tile_max[t];
   if (row.max == INFINITY) keep_positive_inf(row);
   if (row.count == 0) row.status |= kStatusEmpty;
   return row;
@@ -213,10 +257,12 @@ inline void combine_row(const proxytune_combine_args& args, int64_t row) {
   float* const out = args.x + row * args.x_row_stride;
   int64_t start = 0;
   for (; start + kTile <= in.vocab_size; start += kTile) combine_at(in, start, PlainSink{out + start});
-  if (start == in.vocab_size) return;
-  float last[kTile];
-  combine_at(in, start, PlainSink{last});
-  std::memcpy(out + start, last, size_t(in.vocab_size - start) * sizeof(float));
+  if (start < in.vocab_size) {
+    float last[kTile];
+    combine_at(in, start, PlainSink{last});
+    std::memcpy(out + start, last, size_t(in.vocab_size - start) * sizeof(float));
+  }
+  each_edit(in, out, [&](int64_t id, float x) { out[id] = x; });
 }
 
 }  // namespace PTK_ISA

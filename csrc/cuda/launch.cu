@@ -194,6 +194,7 @@ int proxytune_cuda_supported(int device, int rejection, int64_t* max_vocab_size)
 
 int proxytune_cuda_sample(const proxytune_sample_args* args, int64_t rows, void* stream) {
   if (!valid_sample(args) || rows < 0 || rows > kMaxClusters) return PROXYTUNE_ERROR_ARGUMENT;
+  if (args->inputs.edits) return PROXYTUNE_ERROR_EDITS;
   const bool top = args->num_top > 0;
   return launch(top ? top_kernel : plain_kernel, top ? &Limits::top : &Limits::plain, false, rows,
                 stream, *args);
@@ -208,6 +209,7 @@ size_t proxytune_cuda_workspace_size(int64_t rows, int64_t num_drafts) {
 int proxytune_cuda_verify(const proxytune_verify_args* args, int64_t rows, void* workspace,
                           size_t workspace_size, void* stream) {
   if (!valid_verify(args) || rows < 0) return PROXYTUNE_ERROR_ARGUMENT;
+  if (args->inputs.edits) return PROXYTUNE_ERROR_EDITS;
   const size_t wanted = proxytune_cuda_workspace_size(rows, args->num_drafts);
   if ((rows > 0 && !wanted) || !valid_workspace(workspace, workspace_size, wanted, sizeof(int32_t))) {
     return PROXYTUNE_ERROR_ARGUMENT;

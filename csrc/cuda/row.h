@@ -18,7 +18,7 @@ struct Seen {
 // Stands for a token whose base is -inf: masked, whatever the others hold. No operation gives this NaN.
 constexpr uint32_t kMaskedBits = 0x7FC0DEADu;
 
-// The rest of the combination, of a token's x or kMaskedBits (contract, 2 to 6).
+// The rest of the combination, of a token's x or kMaskedBits (contract, 2 to 7; there are no edits).
 PTK_HOST_DEVICE float constrained(const Source& in, float x, int64_t id, Seen& seen) {
   if (bits_of_float(x) == kMaskedBits) return -INFINITY;
   if (in.bias) x += in.bias[id];

@@ -47,6 +47,7 @@ enum {
   PROXYTUNE_ERROR_MEMORY = 3,   /* the workspace could not be allocated */
   PROXYTUNE_ERROR_DEVICE = 4,   /* no code for the device */
   PROXYTUNE_ERROR_SHAPE = 5,    /* a row that the device can't hold on chip */
+  PROXYTUNE_ERROR_EDITS = 6,    /* edits on a GPU */
   PROXYTUNE_ERROR_CUDA = 1000   /* and above: this plus CUDA's own cudaError_t */
 };
 
@@ -57,6 +58,14 @@ typedef struct {
   int64_t position_stride; /* unused where there is one position */
   int32_t dtype;           /* PROXYTUNE_F32, _F16, _BF16 */
 } proxytune_logits;
+
+/* What a row's penalties and bias do to one token (docs/contracts.md, Edits). */
+typedef struct {
+  int32_t id;        /* unlike all others of its row; -1 for none */
+  int32_t count;     /* how often the output has it */
+  int32_t in_prompt; /* whether the prompt has it */
+  float bias;
+} proxytune_edit;
 
 /* What is combined, shared by all calls. */
 typedef struct {
@@ -69,6 +78,9 @@ typedef struct {
   int64_t bias_row_stride, bias_position_stride;
   const uint32_t* allowed;  /* [rows, positions, ceil(vocab_size / 32)], bit i & 31 of word i >> 5 */
   int64_t allowed_row_stride, allowed_position_stride;
+  const proxytune_edit* edits; /* [rows, positions, num_edits]; not for proxytune_cpu_score, nor on a GPU */
+  int64_t num_edits, edits_row_stride, edits_position_stride;
+  const float* penalties;      /* [rows, 3]: repetition, presence, frequency; default 1, 0, 0 */
 } proxytune_inputs;
 
 /* One value per row. */

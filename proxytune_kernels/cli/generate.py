@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -45,6 +46,29 @@ class SamplingOptions:
         str, typer.Option(help="Of what top-p takes its share: vllm, hf or joint.")
     ] = "vllm"
     seed: Annotated[int | None, typer.Option(help="Repeats the draws; random if not given.")] = None
+    n: Annotated[int, typer.Option("--n", help="Outputs for each prompt.")] = 1
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID=NUMBER", help="Added to a token's logit; may be repeated."),
+    ] = None
+    allowed_token_ids: Annotated[
+        list[int] | None,
+        typer.Option("--allowed-token-id", metavar="ID", help="Draw no others; may be repeated."),
+    ] = None
+    bad_words: Annotated[
+        list[str] | None,
+        typer.Option("--bad-word", metavar="TEXT", help="Never drawn; may be repeated."),
+    ] = None
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Of tokens in prompt and output; 1 is off.")
+    ] = 1.0
+    presence_penalty: Annotated[float, typer.Option(help="Of tokens in the output.")] = 0.0
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Of tokens in the output, each time they are.")
+    ] = 0.0
+    penalty_prompt: Annotated[
+        bool, typer.Option(help="Whether the prompt counts for --repetition-penalty.")
+    ] = True
     max_tokens: Annotated[int, typer.Option(help="Output tokens at most.")] = 128
     min_tokens: Annotated[int, typer.Option(help="Output tokens before anything may end it.")] = 0
     stop: Annotated[
@@ -71,15 +95,57 @@ class SamplingOptions:
         bool, typer.Option(help="Whether a prompt begins as its tokenizer does, with BOS for most.")
     ] = True
 
+    json_schema: Annotated[
+        str | None,
+        typer.Option(metavar="JSON|FILE", help="The output is JSON of this schema."),
+    ] = None
+    regex: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="This expression matches the output.")
+    ] = None
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="The output is one of these; is repeated."),
+    ] = None
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The output is of this Lark grammar.")
+    ] = None
+
     def params(self, recommended: Mapping[str, Any] = MappingProxyType({})) -> SamplingParams:
         """The same as parameters; leaves with the reason where one is out of its range.
 
         ``recommended`` goes before them.
         """
         values = asdict(self)
-        lists = {name: values[name] or () for name in ("stop", "stop_token_ids")}
-        with expected(ValueError, code=USAGE):
+        names = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+        lists = {name: values[name] or () for name in names}
+        lists["logit_bias"] = dict(map(_pair, values["logit_bias"] or ()))
+        grammars = {name: values.pop(name) for name in ("json_schema", "regex", "choice")}
+        with expected(ValueError, TypeError, OSError, code=USAGE):
+            values["grammar"] = _grammar(values["grammar"], **grammars)
             return SamplingParams(**{**values, **lists, **recommended})
+
+
+def _grammar(file: Path | None, json_schema: str | None, **given: Any) -> Any:
+    if json_schema is not None:
+        is_json = json_schema.lstrip()[:1] in ("{", "t", "f")
+        given["json_schema"] = json_schema if is_json else Path(json_schema).read_text("utf-8")
+    if file is not None:
+        given["lark"] = file.read_text("utf-8")
+    given = {kind: value for kind, value in given.items() if value is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError("give one of --json-schema, --regex, --choice and --grammar")
+    from proxytune_kernels.decoder import Grammar
+
+    return Grammar.of(given)
+
+
+def _pair(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    with suppress(ValueError):
+        return int(token_id), float(value)
+    raise stop(f"--logit-bias must be ID=NUMBER, got {text!r}", USAGE)
 
 
 @with_options
@@ -145,13 +211,15 @@ def _write(
         raise stop("--format side-by-side needs --expert and --anti", USAGE)
     tuned = open_decoder(trio, **settings)
     if output_format == "side-by-side":
+        if any(r.params.n > 1 for r in requests):
+            raise stop("--format side-by-side shows one output of a prompt: n must be 1", USAGE)
         alone = {**settings, "roles": ("base",), "speculation": None, "pair": None}
         base = open_decoder(trio, **alone)
         output.side_by_side(base, tuned, requests)
         return
     events = tuned.stream([r.prompt for r in requests], [r.params for r in requests])
     if output_format == "jsonl":
-        output.write_jsonl(events)
+        output.write_jsonl(events, requests)
     else:
         output.write_text(events, requests)
 
@@ -217,6 +285,12 @@ def _from_json(where: str, line: str, params: SamplingParams) -> CliRequest:
         known = ", ".join(SAMPLING_FIELDS)
         raise stop(f"{where} has unknown key {unknown[0]!r}; known are prompt, {known}", USAGE)
     try:
+        if value.get("grammar") is not None:
+            from proxytune_kernels.decoder import Grammar
+
+            value["grammar"] = Grammar.of(value["grammar"])
+        if isinstance(value.get("logit_bias"), dict):  # JSON has no other keys than strings
+            value["logit_bias"] = {int(i): bias for i, bias in value["logit_bias"].items()}
         return CliRequest(prompt, replace(params, **value))
     except (ValueError, TypeError) as error:
         raise stop(f"{where}: {error}", USAGE) from error

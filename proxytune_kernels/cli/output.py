@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -41,13 +41,16 @@ class CliRequest:
 
 def write_text(events: Iterable[StreamEvent], requests: Sequence[CliRequest]) -> None:
     """Texts in the order of the prompts, as they come; under headings if there are several."""
+    places = _places(requests)
+    requests = [request for request in requests for _ in range(request.params.n)]
     waiting = [""] * len(requests)
     finished = [False] * len(requests)
     current = 0
     _heading(requests, current)
     for event in events:
-        waiting[event.index] += event.text
-        finished[event.index] |= event.output is not None
+        place = places[event.index] + event.sample
+        waiting[place] += event.text
+        finished[place] |= event.output is not None
         while current < len(requests):
             print(_shown(waiting[current]), end="", flush=True)
             waiting[current] = ""
@@ -56,6 +59,11 @@ def write_text(events: Iterable[StreamEvent], requests: Sequence[CliRequest]) ->
             print(flush=True)
             current += 1
             _heading(requests, current)
+
+
+def _places(requests: Sequence[CliRequest]) -> list[int]:
+    """The place of each prompt's first output among all."""
+    return [0, *accumulate(request.params.n for request in requests)]
 
 
 def _shown(text: str) -> str:
@@ -69,13 +77,14 @@ def _heading(requests: Sequence[CliRequest], index: int) -> None:
         print(f"{'' if index == 0 else chr(10)}==> {printable(label)} <==", flush=True)
 
 
-def write_jsonl(events: Iterable[StreamEvent]) -> None:
-    """One object per prompt, in the order of the prompts, as soon as it is there."""
+def write_jsonl(events: Iterable[StreamEvent], requests: Sequence[CliRequest]) -> None:
+    """One object per output, in the order of the prompts, as soon as it is there."""
     outputs: dict[int, RequestOutput] = {}
+    places = _places(requests)
     current = 0
     for event in events:
         if event.output is not None:
-            outputs[event.index] = event.output
+            outputs[places[event.index] + event.sample] = event.output
         while current in outputs:
             line = json.dumps(_record(outputs.pop(current)), ensure_ascii=False)
             print(_C1.sub(lambda match: f"\\u00{ord(match[0]):02x}", line), flush=True)
@@ -85,6 +94,7 @@ def write_jsonl(events: Iterable[StreamEvent]) -> None:
 def _record(output: RequestOutput) -> dict[str, Any]:
     return {
         "index": output.index,
+        **({"sample": output.sample} if output.sample else {}),
         "prompt": output.prompt,
         "text": output.text,
         "token_ids": output.token_ids,

@@ -2,6 +2,7 @@
 
 from proxytune_kernels.decoder.check import MemberError
 from proxytune_kernels.decoder.decoder import DecodeError, Decoder, EventStream
+from proxytune_kernels.decoder.grammar import Grammar, GrammarError
 from proxytune_kernels.decoder.request import (
     FINISH_REASONS,
     RequestMetrics,
@@ -15,6 +16,8 @@ __all__ = [
     "DecodeError",
     "Decoder",
     "EventStream",
+    "Grammar",
+    "GrammarError",
     "MemberError",
     "RequestMetrics",
     "RequestOutput",

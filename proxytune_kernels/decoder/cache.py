@@ -194,6 +194,13 @@ class SlotCache:
         self.lengths[new] = self.lengths[old]
         self.release(source, rows)
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy a row's first tokens into an empty row, which becomes as long."""
+        for slab in self.slabs:
+            slab[:, target, :count].copy_(slab[:, source, :count])
+        self.lengths[target] = count
+        self.device_lengths[target].fill_(count)
+
     def release(self, row: int, rows: int = 1) -> None:
         """Empty neighbouring rows, which run no more."""
         which = slice(row, row + rows)

@@ -18,6 +18,7 @@ from torch.nn import Linear, Module, Parameter
 from torch.nn.functional import linear
 
 from proxytune_kernels.decoder.cache import CacheStep
+from proxytune_kernels.ops.lora import MAX_RANK
 
 StepForward = Callable[[Tensor, CacheStep], Tensor]
 
@@ -196,20 +197,22 @@ class _Product:
 
 
 class _AdaptedProduct(_Product):
-    """With the layers' adapters of low rank: one thin product after another, for all of them."""
+    """With the layers' adapters of low rank, which one operator adds."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, layers: Sequence[Any]) -> None:
         super().__init__(weight, bias)
         first = layers[0]
         self.lora_A = torch.cat([layer.lora_A.detach() for layer in layers])
-        self.lora_B = torch.block_diag(*(layer.lora_B.detach() for layer in layers))
-        self.scaling, self.rows = first.scaling, slice(0, None, first.row_stride)
+        self.lora_B = torch.cat([layer.lora_B.detach() for layer in layers])
+        self.widths = [len(layer.lora_B) for layer in layers]
+        self.scaling, self.row_stride = first.scaling, first.row_stride
 
     def __call__(self, x: Tensor) -> Tensor:
         """As above; the adapters are on the rows that the layers have them on."""
         y = super().__call__(x)
-        update = linear(linear(x[self.rows].type_as(self.lora_A), self.lora_A), self.lora_B)
-        y[self.rows].add_((update * self.scaling).type_as(y))
+        torch.ops.proxytune.add_lora(
+            y, x, self.lora_A, self.lora_B, self.widths, self.scaling, self.row_stride
+        )
         return y
 
 
@@ -273,13 +276,16 @@ def merge_products(model: Module) -> int:
 
 
 def _groups(model: Module) -> Iterator[list[Any]]:
-    """Layers that may take one input, by what holds them."""
+    """Layers that may take one input, by what holds them; then what is left with an adapter."""
     for module in list(model.modules()):
         for names in _TOGETHER:
             layers = [module._modules.get(name) for name in names]
             kinds = {_kind(layer) for layer in layers}
             if len(kinds) == 1 and None not in kinds:
                 yield layers
+    for module in list(model.modules()):
+        if hasattr(module, "lora_A") and not isinstance(module, _Part) and _kind(module):
+            yield [module]
 
 
 def _kind(layer: Any) -> Any:
@@ -290,7 +296,10 @@ def _kind(layer: Any) -> Any:
     if isinstance(layer, LoRALayer):
         if layer.bias is not None:
             return None
-        adapter = type(layer), layer.scaling, layer.lora_A.dtype
+        rank = len(layer.lora_A)
+        if rank > MAX_RANK:
+            return None
+        adapter = type(layer), layer.scaling, layer.lora_A.dtype, rank
         layer = layer.base
     if type(layer) is not Linear or "forward" in vars(layer):
         return None

@@ -7,16 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
-from threading import Condition, get_ident
+from threading import Condition, Lock, get_ident
 from typing import Any
 
 import torch
 
 from proxytune_kernels.decoder import arguments, memory
 from proxytune_kernels.decoder.check import check_members
+from proxytune_kernels.decoder.constraints import Constraints
+from proxytune_kernels.decoder.grammar import Grammar, GrammarCompiler
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
-from proxytune_kernels.decoder.request import Request, RequestOutput, StopRules, StreamEvent
+from proxytune_kernels.decoder.request import (
+    Request,
+    RequestOutput,
+    Siblings,
+    StopRules,
+    StreamEvent,
+)
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler
 from proxytune_kernels.decoder.speculation import DraftController, Speculation, SpeculationStats
@@ -24,6 +32,7 @@ from proxytune_kernels.decoder.step import Stepper
 from proxytune_kernels.ops import warm_up
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.packed import products
 from proxytune_kernels.trio.roles import PAIR
 
 
@@ -106,7 +115,8 @@ class Decoder:
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
         self.speculation = arguments.speculation(speculation, self.roles)
         arguments.size("prefill_chunk", prefill_chunk)
-        self._cold = bool(compile)
+        # Compiled at the first request if asked for; else by warm_up, or as it comes.
+        self._cold, self._unasked = bool(compile), compile is None
         ahead = run_ahead(models["base"].device)
         drafts = 0 if speculation is None else speculation.max_drafts
         # Steps that the host launches before it learns of an end write behind it.
@@ -130,9 +140,8 @@ class Decoder:
             slack=slack,
             exact=not ahead or speculation is None,
             drafts=speculation is not None and speculation.drafter == "expert",
+            layers=known if len(known) == len(models) else None,
         )
-        if len(known) == len(models):
-            self._runner.reserve(known)
         if check:
             check_members(models, self._runner)
         self._sampler = SlotSampler(
@@ -146,10 +155,12 @@ class Decoder:
         self._loop = DecodingLoop(
             self._stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
         )
+        self._grammars = GrammarCompiler(trio.tokenizer, trio.vocab_size, trio.eos_token_ids)
         self._requests: dict[int, Request] = {}
         self._queues: dict[int, deque[StreamEvent]] = {}
         self._submitted: deque[StreamEvent] = deque()
         self._ids = count(1)
+        self._id_lock = Lock()
         self._turns = Turns()
         self._broken = False
 
@@ -158,14 +169,14 @@ class Decoder:
         prompts: Any,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Decode prompts to their ends; outputs in the order of the prompts.
+        """Decode prompts to their ends; outputs in the order of the prompts, n of each.
 
         Arguments and errors as in :meth:`stream`, except that a request whose logits leave no token
         to draw has its output too, with the finish_reason ``"error"``.
         """
         events = EventStream(self, self._make_requests(prompts, params), raises=False)
         outputs = [event.output for event in events if event.output is not None]
-        return sorted(outputs, key=lambda output: output.index)
+        return sorted(outputs, key=lambda output: (output.index, output.sample))
 
     def stream(
         self,
@@ -197,15 +208,16 @@ class Decoder:
         """Queue a prompt, for engines with a loop of their own; its events come from :meth:`step`.
 
         Returns:
-            The request's id, for :meth:`cancel`; its events have it too.
+            The request's id, for :meth:`cancel`; its events have it too. Where ``params.n`` is
+            above 1 the id of the first output; those of the others follow.
 
         Raises:
             ValueError, TypeError: a prompt or parameter that can never run.
         """
-        [request] = self._make_requests([prompt], params)
+        requests = self._make_requests([prompt], params)
         with self._turn():
-            self._add([request], self._submitted)
-        return request.request_id
+            self._add(requests, self._submitted)
+        return requests[0].request_id
 
     def step(self) -> list[StreamEvent]:
         """Run one step of all requests; the events of those that were submitted.
@@ -220,6 +232,14 @@ class Decoder:
         while self._submitted:
             events.append(self._submitted.popleft())
         return events
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar in the caller's thread, and keep it: its requests need not wait then.
+
+        Raises:
+            GrammarError: it can't be compiled; says where and why.
+        """
+        self._grammars.state(grammar)
 
     @property
     def unfinished(self) -> bool:
@@ -246,7 +266,8 @@ class Decoder:
         """
         with self._turn():
             if self._stepper.graphs is None and not self._requests:
-                self._cold = self._runner.eager is None
+                self._cold |= self._unasked and self._runner.eager is None
+                self._unasked = False
             self._compile_models()
             self._compile_sampling(progress)
             sizes = [0] if self._controller is None else self._controller.sizes
@@ -292,6 +313,7 @@ class Decoder:
             "attention": self._runner.attention(),
             "cache_bytes": self._runner.cache_bytes(),
             "packed_bytes": self._runner.packed_bytes,
+            "products": {role: products(self.trio.models[role]) for role in self.roles},
         }
 
     def statistics(self) -> dict[str, int]:
@@ -327,9 +349,10 @@ class Decoder:
         listed = arguments.prompts(prompts)
         each = arguments.params_per_prompt(params, len(listed))
         pairs = enumerate(zip(listed, each, strict=True))
-        return [self._make_request(i, p, s) for i, (p, s) in pairs]
+        return [request for i, (p, s) in pairs for request in self._make_request(i, p, s)]
 
-    def _make_request(self, index: int, prompt: Any, params: SamplingParams) -> Request:
+    def _make_request(self, index: int, prompt: Any, params: SamplingParams) -> list[Request]:
+        """The requests for a prompt, one for each of its n outputs."""
         try:
             token_ids = self.trio.tokenize(prompt, params.add_special_tokens)
             prompt_token_ids = {role: token_ids[role] for role in self.roles}
@@ -337,20 +360,40 @@ class Decoder:
             rules = StopRules.of(
                 params, self.trio.eos_token_ids, self.trio.vocab_size, self.trio.tokenizer
             )
+            constraints = Constraints.of(
+                params, prompt_token_ids["base"], rules.token_ids, self.trio.vocab_size,
+                self.trio.tokenizer,
+            )  # fmt: skip
+            if constraints.room and self._sampler.no_edits:
+                raise ValueError(f"penalties and logit_bias can't be: {self._sampler.no_edits}")
+            grammars = [
+                None if params.grammar is None else self._grammars.state(params.grammar)
+                for _ in range(params.n)
+            ]
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from error
         controller = self._controller
-        return Request(
-            request_id=next(self._ids),
-            index=index,
-            prompt=prompt,
-            prompt_token_ids=prompt_token_ids,
-            params=params.with_seed(),
-            rules=rules,
-            tokenizer=self.trio.tokenizer,
-            speculation=None if controller is None else SpeculationStats(),
-            acceptance=None if controller is None else controller.new_request(),
-        )
+        with self._id_lock:
+            ids = [next(self._ids) for _ in range(params.n)]
+        siblings = Siblings(params.n) if params.n > 1 else None
+        return [
+            Request(
+                request_id=request_id,
+                index=index,
+                prompt=prompt,
+                prompt_token_ids=prompt_token_ids,
+                params=seeded,
+                rules=rules,
+                constraints=constraints,
+                tokenizer=self.trio.tokenizer,
+                speculation=None if controller is None else SpeculationStats(),
+                acceptance=None if controller is None else controller.new_request(),
+                sample=sample,
+                siblings=siblings,
+                grammar=grammars[sample],
+            )
+            for sample, (request_id, seeded) in enumerate(zip(ids, params.seeded(), strict=True))
+        ]
 
     def _add(self, requests: Sequence[Request], queue: deque[StreamEvent]) -> None:
         """Put requests into the loop; their events go into ``queue``."""

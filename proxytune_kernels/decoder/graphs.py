@@ -131,6 +131,8 @@ class StepGraphs:
         """Rows that graphs are made for, the most first: the others fit into its memory."""
         self._replays: dict[Hashable, Replay] = {}
         self._without: set[Hashable] = set()
+        # No more is tried: what is freed later is for requests, and each try costs a step.
+        self._no_memory = False
         self.tried = 0
         """How many captures were begun."""
         self.failed: str | None = None
@@ -145,7 +147,8 @@ class StepGraphs:
         """What runs from graphs, as words."""
         if self.failed is not None:
             return f"none: {self.failed}"
-        more = f", the most there may be: {len(self._without)} other kinds of step run eagerly"
+        why = "no memory for more" if self._no_memory else "the most there may be"
+        more = f", {why}: {len(self._without)} other kinds of step run eagerly"
         return f"{self.count} captured{more if self._without else ''}"
 
     def run(self, slots: int, kind: Hashable, step: Step, state: Sequence[Tensor]) -> StepResult:
@@ -167,24 +170,22 @@ class StepGraphs:
     def prepare(
         self, rows: int, kind: Hashable, step: Step, state: Sequence[Tensor]
     ) -> Replay | None:
-        """The graph of a step of one of :attr:`sizes`; made if there is room, None if it can't be.
-
-        Raises:
-            OutOfMemoryError: there is no memory for it.
-        """
+        """The graph of a step of one of :attr:`sizes`, made if there is room; None without one."""
         key = (rows, kind)
         if self.failed is not None:
             return None
         if key in self._replays:
             return self._replays[key]
-        if self.count >= self._most:
+        if self.count >= self._most or self._no_memory:
             self._without.add(key)
             return None
         self.tried += 1
         try:
             self._replays[key] = self._capture(lambda: step(rows), state)
         except torch.OutOfMemoryError:
-            raise
+            self._no_memory = True
+            self._without.add(key)
+            return None
         except RuntimeError as error:
             self.failed = f"a step can't be captured: {' '.join(str(error).split())}"
             return None

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune_kernels.decoder.request import Request, StreamEvent
-from proxytune_kernels.decoder.sampler import Needs, StepResult
+from proxytune_kernels.decoder.constraints import Needs
+from proxytune_kernels.decoder.request import Request, Siblings, StreamEvent
+from proxytune_kernels.decoder.sampler import StepResult
 from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 
@@ -150,6 +151,19 @@ class _Pending:
         return milliseconds / 1000
 
 
+def _first_of(request: Request, waiting: Sequence[Request]) -> Request:
+    return next(r for r in waiting if r.siblings is request.siblings)
+
+
+def _keep_logits(siblings: Siblings, logits: dict[str, Tensor]) -> None:
+    """One of them starts: its prompt's logits [V] are kept for those that do not yet."""
+    siblings.waiting -= 1
+    if not siblings.waiting:
+        siblings.prompt_logits = {}
+    elif not siblings.prompt_logits:
+        siblings.prompt_logits = {role: x[None].clone() for role, x in logits.items()}
+
+
 def _moment(device: torch.device) -> float | torch.cuda.Event:
     """Now; on a GPU when what is launched by now will be done."""
     if device.type != "cuda":
@@ -214,6 +228,10 @@ class DecodingLoop:
 
         A request that ended or failed has left its slot when its last event is given.
         """
+        if any(request.grammar is not None for request in self._scheduler.running):
+            # What a grammar allows next depends on what was drawn.
+            while self._pending:
+                yield from self._take(self._pending.popleft())
         for request in self._scheduler.admit():
             request.started = time.monotonic()
         for source, target in self._scheduler.compact():
@@ -231,6 +249,10 @@ class DecodingLoop:
         if not waiting:
             return False
         waiting.sort(key=lambda request: request.request_id)
+        if self._start_siblings(waiting):
+            return True
+        # The first of several outputs runs their prompt, and the others wait for it.
+        waiting = [r for r in waiting if r.siblings is None or r is _first_of(r, waiting)]
         head = waiting[0]
         if head.prefilled or head.longest_prompt > self._prefill_chunk:
             return self._prefill_part(head)
@@ -249,6 +271,22 @@ class DecodingLoop:
         self._start(batch, self._runner.prefill(slots, prompts))
         return True
 
+    def _start_siblings(self, waiting: Sequence[Request]) -> bool:
+        """Start requests whose prompt is in the slot of another output of it; whether any is."""
+        for request in self._scheduler.running:
+            others = [r for r in waiting if r.siblings is request.siblings is not None]
+            if not request.ready or not others:
+                continue
+            assert request.siblings is not None and request.slot is not None
+            lengths = {role: len(request.prompt_token_ids[role]) for role in request.roles}
+            for other in others:
+                assert other.slot is not None
+                self._runner.copy(request.slot, other.slot, lengths)
+            logits = request.siblings.prompt_logits
+            self._start(others, {role: x.expand(len(others), -1) for role, x in logits.items()})
+            return True
+        return False
+
     def _prefill_part(self, request: Request) -> bool:
         assert request.slot is not None
         parts = request.next_part(self._prefill_chunk)
@@ -265,8 +303,10 @@ class DecodingLoop:
     def _start(self, requests: list[Request], logits: dict[str, Tensor]) -> None:
         launched = _moment(self._runner.device)
         result = self._stepper.prefill(requests, logits)
-        for request in requests:
+        for i, request in enumerate(requests):
             request.launched = 1
+            if request.siblings is not None:
+                _keep_logits(request.siblings, {role: x[i] for role, x in logits.items()})
         self._pending.append(_Pending(list(enumerate(requests)), result, -1, launched))
 
     def _launch(self) -> bool:
@@ -280,7 +320,10 @@ class DecodingLoop:
         roles = self._stepper.roles if steered else ("base",)
         launched = _moment(self._runner.device)
         drafts = self._stepper.at_hand(slots, self._choose(running))
-        result = self._stepper.run(slots, roles, drafts, Needs.of(running))
+        needs = Needs.of(running)
+        if needs.grammar:
+            self._stepper.constrain(running)
+        result = self._stepper.run(slots, roles, drafts, needs)
         for slot, request in rows:
             request.launched += 1
             # The most it can be; what was refused is subtracted when the host learns of it.

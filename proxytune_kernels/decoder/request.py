@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from proxytune_kernels.decoder.constraints import Constraints
+from proxytune_kernels.decoder.grammar import GrammarState
 from proxytune_kernels.decoder.speculation import Acceptance, SpeculationStats
 from proxytune_kernels.decoder.text import Detokenizer, StopStrings, special_tokens
-from proxytune_kernels.params import SamplingParams, mask_without
+from proxytune_kernels.params import SamplingParams
 
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
@@ -49,6 +51,7 @@ class RequestOutput:
         metrics: its times.
         speculation: drafts and what became of them; None where the decoder doesn't speculate.
         error: what went wrong, with finish_reason ``"error"``; else None.
+        sample: which of the n outputs of its prompt this is.
     """
 
     index: int
@@ -65,6 +68,7 @@ class RequestOutput:
     metrics: RequestMetrics
     speculation: SpeculationStats | None = None
     error: str | None = None
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class StreamEvent:
             cancellation or an error.
         logprobs: per new token.
         output: the whole output, in the request's last event; None before.
+        sample: which of the n outputs of its prompt this is.
     """
 
     request_id: int
@@ -87,6 +92,7 @@ class StreamEvent:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     output: RequestOutput | None = None
+    sample: int = 0
 
     @property
     def finish_reason(self) -> str | None:
@@ -96,23 +102,21 @@ class StreamEvent:
 
 @dataclass(frozen=True)
 class StopRules:
-    """Which tokens end a request, and which can't be drawn before ``min_tokens`` are out.
+    """Which tokens end a request.
 
     Args:
         token_ids: tokens that end the request.
-        allowed_mask: int32 [ceil(vocab_size / 32)], every token but those; None without min_tokens.
         special: token -> the stop string that it is. Special tokens have no text to be found in.
     """
 
     token_ids: frozenset[int]
-    allowed_mask: Tensor | None
     special: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int, tokenizer: Any
     ) -> StopRules:
-        """The rules of a request; ValueError if min_tokens leaves no token to draw."""
+        """The rules of a request."""
         eos = () if params.ignore_eos else eos_token_ids
         special = {
             i: s
@@ -125,11 +129,17 @@ class StopRules:
             raise ValueError(
                 f"stop_token_ids must be below the vocabulary's size {vocab_size}, got {outside[0]}"
             )
-        if not params.min_tokens or not token_ids:
-            return cls(token_ids, None, special)
-        if len(token_ids) == vocab_size:
-            raise ValueError("min_tokens must be 0 where every token is a stop token")
-        return cls(token_ids, mask_without(token_ids, vocab_size), special)
+        return cls(token_ids, special)
+
+
+@dataclass(eq=False)
+class Siblings:
+    """The outputs of one prompt, which runs once while one of them has a slot."""
+
+    waiting: int
+    """How many are not in slots yet."""
+    prompt_logits: dict[str, Tensor] = field(default_factory=dict)
+    """Of the prompt's last token, per role [1, V], once it has run and while any waits."""
 
 
 @dataclass(eq=False, repr=False)  # a prompt has no place in a message
@@ -142,8 +152,12 @@ class Request:
         params: with a seed.
         rules: what ends it.
         tokenizer: decodes its output.
+        constraints: what it asks of its draws.
+        sample: as in :class:`RequestOutput`.
+        siblings: the outputs of its prompt; None where it is the only one.
         speculation: counts its drafts; None where nothing is drafted.
         acceptance: of its drafts, as seen lately; None likewise.
+        grammar: how far its text is in its grammar; None without one.
     """
 
     request_id: int
@@ -153,8 +167,12 @@ class Request:
     params: SamplingParams
     rules: StopRules
     tokenizer: Any
+    constraints: Constraints = field(default_factory=Constraints)
+    sample: int = 0
+    siblings: Siblings | None = None
     speculation: SpeculationStats | None = None
     acceptance: Acceptance | None = None
+    grammar: GrammarState | None = None
     slot: int | None = None
     prefilled: dict[str, int] = field(default_factory=dict)
     prompt_logits: dict[str, Tensor] = field(default_factory=dict)
@@ -180,7 +198,7 @@ class Request:
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles it runs in: the base alone where it is not steered."""
-        return tuple(self.prompt_token_ids) if self.params.alpha else ("base",)
+        return tuple(self.prompt_token_ids) if any(self.params.alphas) else ("base",)
 
     @property
     def longest_prompt(self) -> int:
@@ -211,6 +229,10 @@ class Request:
             taken += 1
             self.token_ids.append(token_id)
             text += self._text_of(token_id)
+            if self.grammar is not None:
+                self.grammar.take(token_id)
+                if self.grammar.ended and self.finish_reason is None:
+                    text += self._ended("stop", None)
             if self.finish_reason is not None:
                 break
         self.logprobs += logprobs[:taken]
@@ -279,7 +301,9 @@ class Request:
         self, text: str, token_ids: tuple[int, ...], logprobs: tuple[float, ...]
     ) -> StreamEvent:
         output = None if self.finish_reason is None else self._output(self.finish_reason)
-        return StreamEvent(self.request_id, self.index, text, token_ids, logprobs, output)
+        return StreamEvent(
+            self.request_id, self.index, text, token_ids, logprobs, output, self.sample
+        )
 
     def _output(self, finish_reason: str) -> RequestOutput:
         assert self.params.seed is not None
@@ -302,4 +326,5 @@ class Request:
             ),
             speculation=self.speculation,
             error=self.error,
+            sample=self.sample,
         )

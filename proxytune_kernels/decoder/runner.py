@@ -40,6 +40,8 @@ class Runner:
         slack: places past ``max_seq_len`` for drafts that will be rolled back.
         exact: the host knows every length, as it does unless it runs ahead of the device.
         drafts: the expert also runs alone.
+        layers: of each role, where they are known before they write: their memory is taken at once.
+            What is compiled for captured steps wants them.
 
     Raises:
         ValueError: a model that can't be served, or a pair that can't run as asked.
@@ -58,6 +60,7 @@ class Runner:
         slack: int = 0,
         exact: bool = True,
         drafts: bool = False,
+        layers: Mapping[str, Sequence[Layer]] | None = None,
     ) -> None:
         register_attention()
         for role, model in models.items():
@@ -69,9 +72,15 @@ class Runner:
                 )
         self.device = input_device(models["base"])
         self._no_kernel: dict[str, str | None] = {}
-        kernels = {role: self._choose_kernel(role, model) for role, model in models.items()}
-        self.eager = self._why_eager(models, kernels, compile)
-        way = None if self.eager else "static" if set(kernels.values()) == {"triton"} else "step"
+        layers = layers or {}
+        kernels = {
+            role: self._choose_kernel(role, model, layers.get(role, ()))
+            for role, model in models.items()
+        }
+        self.eager = self._why_eager(models, kernels, compile, layers)
+        # Memory that is taken as a layer first writes would be taken by what is compiled.
+        static = set(kernels.values()) == {"triton"} and set(models) <= set(layers)
+        way = None if self.eager else "static" if static else "step"
         # Stacked weights are neither compiled for nor packed unless asked for.
         may_batch = not compile and not pack_weights
         self.pair, trees = pair_models(models, pair, may_batch=may_batch)
@@ -114,6 +123,10 @@ class Runner:
             for role in roles:
                 self._rows[role] = (caches[key], key.index(role), len(key))
         self._caches = list(caches.values())
+        with torch.inference_mode():
+            for role, (cache, first_row, _) in self._rows.items():
+                if first_row == 0 and role in layers:
+                    cache.reserve(layers[role])
         # 1 for the slots whose request runs in a role: only their lengths move.
         self.active = {
             role: cache.active[first::stride] for role, (cache, first, stride) in self._rows.items()
@@ -125,12 +138,18 @@ class Runner:
         if _one_cuda_device(devices):
             self._sides = [torch.cuda.Stream(self.device) for _ in range(streams - 1)]
 
-    def _choose_kernel(self, role: str, model: Any) -> str:
+    def _choose_kernel(self, role: str, model: Any, layers: Sequence[Layer]) -> str:
         kernel, self._no_kernel[role] = choose_kernel(input_device(model), model.dtype)
+        if any(part.size > MAX_HEAD_SIZE for layer in layers for part in layer):
+            kernel = "sdpa"  # the others go no further
         return kernel
 
     def _why_eager(
-        self, models: Mapping[str, Any], kernels: Mapping[str, str], wanted: bool | None
+        self,
+        models: Mapping[str, Any],
+        kernels: Mapping[str, str],
+        wanted: bool | None,
+        layers: Mapping[str, Sequence[Layer]],
     ) -> str | None:
         """Why forwards are not compiled, as a sentence; None where they are."""
         if wanted is not None:
@@ -142,6 +161,8 @@ class Runner:
                 return f"{role} attends through {kernels[role]}, which is compiled if asked for"
             if _is_offloaded(model) or any("_hf_hook" in vars(m) for m in model.modules()):
                 return f"{role} is spread over devices by hooks"
+            if role not in layers:
+                return f"{role} does not show its layers' keys and values before it runs"
         return None
 
     def compiled(self) -> str:
@@ -161,13 +182,6 @@ class Runner:
     def static(self) -> bool:
         """Whether all that is compiled takes everything from tensors, as captured steps must."""
         return all(model.compiled != "step" for model in self.models.values())
-
-    @torch.inference_mode()
-    def reserve(self, layers: Mapping[str, Sequence[Layer]]) -> None:
-        """Take the memory of keys and values, for the layers of each role."""
-        for role, (cache, first, _) in self._rows.items():
-            if first == 0:
-                cache.reserve(layers[role])
 
     def parts(self, roles: Roles) -> list[Roles]:
         """How these roles run: joint forwards and single ones, the base first."""
@@ -272,15 +286,19 @@ class Runner:
             return f"the models lie on several devices ({', '.join(places)})"
         return f"CUDA graphs need a CUDA device, and the models are on {', '.join(places)}"
 
-    def capture(self) -> None:
-        """Let steps be captured: from now on nothing in them depends on the host's lengths."""
+    def capture(self, wanted: bool = True) -> None:
+        """Let steps be captured: from now on nothing in them depends on the host's lengths.
+
+        Not ``wanted``: they can't be after all, and reach no further than their rows.
+        """
         for cache in self._caches:
-            cache.captured = True
+            cache.captured = wanted
+        for model in self.models.values():
+            model.cache.captured |= model.forwards is not None
         # Graphs read the weights where they lie now. Another decoder of these models may lay them
         # out anew (see compiled.merge_products): the old memory must not be given away.
-        self._captured_weights = [
-            p.data for tree in self._trees.values() for p in tree.parameters()
-        ]
+        trees = self._trees.values() if wanted else ()
+        self._captured_weights = [p.data for tree in trees for p in tree.parameters()]
 
     def attention(self) -> dict[str, str]:
         """What attends to the cache in steps, by the first of the roles that share one."""
@@ -327,6 +345,13 @@ class Runner:
         for cache in self._caches:
             rows = cache.rows // self.slots
             cache.move(source * rows, target * rows, rows)
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, lengths: Mapping[str, int]) -> None:
+        """Copy the first tokens of a slot, as many as each role has, into an empty slot."""
+        for role, count in lengths.items():
+            cache, first, stride = self._rows[role]
+            cache.copy(first + source * stride, first + target * stride, count)
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from proxytune_kernels import ops
+from proxytune_kernels.decoder import transfer
+from proxytune_kernels.decoder.constraints import Needs, SlotConstraints
+from proxytune_kernels.decoder.grammar import GrammarState
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.speculation import Speculation
 from proxytune_kernels.ops.backends import resolve
@@ -35,24 +38,6 @@ class StepResult(NamedTuple):
         """The first rows, as views."""
         columns: list[Any] = [None if column is None else column[:rows] for column in self]
         return StepResult(*columns)
-
-
-class Needs(NamedTuple):
-    """What some of a step's requests ask of its draw, known to the host: it decides what is run."""
-
-    masked: bool
-    """Whether any of them may not stop yet."""
-
-    @classmethod
-    def of(cls, requests: Iterable[Request]) -> Needs:
-        """Of the step that comes next."""
-        return cls(
-            masked=any(
-                request.rules.allowed_mask is not None
-                and request.params.min_tokens > request.launched
-                for request in requests
-            )
-        )
 
 
 class SlotSampler:
@@ -94,51 +79,55 @@ class SlotSampler:
             column.fill_(value[0])
         self.vocab_size = vocab_size
         self.backends = {"sample": resolve(backend, self.token_ids, "sample", vocab_size)}
+        self.constraints = SlotConstraints(max_batch_size, vocab_size, device)
+        self._wanted = backend
+        self.no_edits: str | None = None
+        """Why no row can have penalties or biases; None where it can."""
+        try:
+            resolve(backend, self.token_ids, "sample", vocab_size, edited=True)
+        except RuntimeError as error:
+            self.no_edits = str(error)
         if speculation is not None:
             # Of the logits' shape: the fastest depends on how many rows there are.
             block = self.token_ids[:, None].expand(-1, speculation.max_drafts + 1, -1)
             rejection = speculation.mode == "rejection"
             self.backends["verify"] = resolve(backend, block, "verify", vocab_size, rejection)
         self._first: dict[int, RowParams] = {}
-        # All tokens but those that end the request; all, for requests without min_tokens.
-        words = -(-vocab_size // 32)
-        self._no_stop = torch.full((max_batch_size, words), -1, dtype=torch.int32, device=device)
+        # What grammars allow at each place of a round, for each slot; where captured steps find it.
+        self._places = 1 if speculation is None else speculation.max_drafts + 1
+        self._by_grammar: Tensor | None = None
+        self._states: list[GrammarState | None] = []
 
-    @staticmethod
-    def numbers(requests: Sequence[Request]) -> list[Tensor]:
+    def numbers(self, requests: Sequence[Request]) -> list[Tensor]:
         """What :meth:`start` wants of its device, on the host.
 
         Returns:
-            int64 [3, n] and int32 [6, n], the parameters of the requests; int64 [m] and int32
-            [m, words], the slots and masks of those that may not stop at once.
+            int64 [3, n] and int32 [6, n], the parameters of the requests, and what
+            :meth:`SlotConstraints.numbers` makes of them.
         """
         rows = RowParams.from_sampling_params([request.params for request in requests])
-        masked = {r.slot: m for r in requests if (m := r.rules.allowed_mask) is not None}
-        least = [r.params.min_tokens if r.slot in masked else 0 for r in requests]
+        least = torch.tensor([request.params.min_tokens for request in requests])
         return [
-            torch.stack([rows.seed, rows.position, torch.tensor(least)]),
+            torch.stack([rows.seed, rows.position, least]),
             torch.stack([column.view(torch.int32) for column in rows[:6]]),
-            torch.tensor(list(masked), dtype=torch.int64),
-            torch.stack([*masked.values()]) if masked else torch.empty(0, dtype=torch.int32),
+            *self.constraints.numbers(requests),
         ]
 
-    def start(
-        self, slots: Tensor, wide: Tensor, narrow: Tensor, masked: Tensor, masks: Tensor
-    ) -> None:
+    def start(self, slots: Tensor, wide: Tensor, narrow: Tensor, *constraints: Tensor) -> None:
         """Set the parameters of slots to their new requests', at position 0: :meth:`numbers`."""
         self._wide[:3].index_copy_(1, slots, wide)
         self._narrow.index_copy_(1, slots, narrow)
-        if masked.numel():
-            self._no_stop.index_copy_(0, masked, masks)
+        self.constraints.start(slots, constraints)
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to another."""
-        for columns in (self._wide, self._narrow, self._no_stop.t()):
+        for columns in (self._wide, self._narrow):
             columns[:, target].copy_(columns[:, source])
+        self.constraints.move(source, target)
 
     def state(self) -> list[Tensor]:
         """What a step changes."""
-        return [self.params.position, self.token_ids]
+        return [self.params.position, self.token_ids, *self.constraints.state()]
 
     def first(self, slots: int) -> RowParams:
         """The parameters of the first slots, as views."""
@@ -155,14 +144,16 @@ class SlotSampler:
             needs: of their requests.
         """
         params = self.first(slots) if isinstance(slots, int) else self.params.rows(slots)
+        if needs.alphas:
+            params = params._replace(alpha=self._alpha(slots, params.position[:, None])[:, 0])
         drawn = ops.sample(
             logits["base"],
             logits.get("expert"),
             logits.get("anti"),
             params,
-            allowed_mask=self._allowed(slots, params.position) if needs.masked else None,
+            **self._constraints(slots, params.position, None, needs),
             vocab_size=self.vocab_size,
-            backend=self.backends["sample"],
+            backend=self._backend("sample", needs),
         )
         return StepResult(
             drawn.token_ids[:, None],
@@ -172,26 +163,28 @@ class SlotSampler:
         )
 
     def draft(
-        self, slots: int, logits: Tensor, offset: int, needs: Needs, noise_stream: str
+        self, slots: int, logits: Tensor, drafts: Tensor, needs: Needs, noise_stream: str
     ) -> Tensor:
-        """Draw a draft token [B, 1] for the first slots, ``offset`` places behind their position.
+        """Draw a draft token [B, 1] for the first slots, behind those that they have.
 
         Args:
             logits: [B, V], the drafter's.
+            drafts: int64 [B, n], those so far.
             needs: of their requests.
-            noise_stream: ``"sample"`` shares the target's noise, and leaves out what may not end
-                the text yet, as the target will; ``"draft"`` does neither.
+            noise_stream: ``"sample"`` shares the target's noise, and its constraints; ``"draft"``
+                does neither.
         """
         params = self.first(slots)
-        params = params._replace(position=params.position + offset)
-        masked = needs.masked and noise_stream == "sample"
+        params = params._replace(position=params.position + drafts.shape[1])
+        if noise_stream != "sample":
+            needs = Needs()
         drawn = ops.sample(
             logits,
             params=params,
-            allowed_mask=self._allowed(slots, params.position) if masked else None,
+            **self._constraints(slots, params.position, drafts, needs),
             vocab_size=self.vocab_size,
             noise_stream=noise_stream,
-            backend=self.backends["sample"],
+            backend=self._backend("sample", needs),
         )
         # A drafter without a token to draw must not end the round: any draft can be refused.
         return drawn.token_ids.clamp(min=0)[:, None]
@@ -215,10 +208,14 @@ class SlotSampler:
             needs: of their requests.
         """
         params = self.first(slots)
-        allowed_mask = None
-        if needs.masked:
-            ahead = torch.arange(logits["base"].shape[1], device=self.device)
-            allowed_mask = self._allowed(slots, params.position[:, None] + ahead)
+        ahead = torch.arange(logits["base"].shape[1], device=self.device)
+        positions = params.position[:, None] + ahead
+        if needs.alphas and "expert" in logits:
+            # An alpha of its own at each position, which verify does not have: the same x.
+            alpha = self._alpha(slots, positions).flatten()
+            base, expert, anti = (logits[role].flatten(0, 1) for role in ("base", "expert", "anti"))
+            x = ops.combine(base, expert, anti, alpha, vocab_size=self.vocab_size)
+            logits = {"base": x.view(*positions.shape, -1)}
         verified = ops.verify(
             logits["base"],
             logits.get("expert"),
@@ -227,9 +224,9 @@ class SlotSampler:
             params,
             mode=mode,
             draft_logits=draft_logits,
-            allowed_mask=allowed_mask,
+            **self._constraints(slots, positions, draft_token_ids, needs),
             vocab_size=self.vocab_size,
-            backend=self.backends["verify"],
+            backend=self._backend("verify", needs),
         )
         return StepResult(
             verified.token_ids,
@@ -240,7 +237,9 @@ class SlotSampler:
             verified.num_accepted,
         )
 
-    def advance(self, slots: int, result: StepResult, active: Tensor) -> Tensor | None:
+    def advance(
+        self, slots: int, result: StepResult, active: Tensor, needs: Needs
+    ) -> Tensor | None:
         """Take the first slots' last tokens, and move on those that are active (1, else 0).
 
         Returns:
@@ -254,21 +253,83 @@ class SlotSampler:
             moved = counts * active
         self.token_ids[:slots].copy_(last).clamp_(min=0)
         self.first(slots).position.add_(moved)
+        self.constraints.take(slots, result.token_ids, moved, needs)
         return counts
 
-    def take_first(self, slots: Tensor, result: StepResult) -> None:
+    def take_first(self, slots: Tensor, result: StepResult, needs: Needs) -> None:
         """Take the first tokens of requests whose prompts have just been run, in slots [B]."""
         self.token_ids.index_copy_(0, slots, result.token_ids.clamp(min=0))
         self.params.position.index_fill_(0, slots, 1)
+        self.constraints.take(slots, result.token_ids, torch.ones_like(slots), needs)
 
-    def _allowed(self, slots: int | Tensor, positions: Tensor) -> Tensor:
-        """Packed masks [B, words] or [B, k + 1, words]: no stop token before min_tokens are out.
+    def constrain(self, states: Mapping[int, GrammarState], slots: int) -> None:
+        """Leave the next draw of the first slots what their grammars allow; the host waits."""
+        if self._by_grammar is None:
+            shape = self._places, len(self.token_ids), -(-self.vocab_size // 32)
+            self._by_grammar = torch.full(shape, -1, dtype=torch.int32, device=self.device)
+        self._states = [states.get(slot) for slot in range(slots)]
+        self._fill(0)
 
-        Args:
-            slots: the first B, or which B.
-            positions: int64 [B] or [B, k + 1].
-        """
+    def follow(self, drafts: Tensor, offset: int) -> None:
+        """Go on by the drafts int64 [B] that lie before the place ``offset``; the host waits."""
+        for state, token_id in zip(self._states, drafts.tolist(), strict=True):
+            if state is not None:
+                state.follow(token_id)
+        self._fill(offset)
+
+    def rewind(self) -> None:
+        """Go back to where the round began."""
+        for state in self._states:
+            if state is not None:
+                state.rewind()
+
+    def _fill(self, offset: int) -> None:
+        def masks() -> list[Tensor]:
+            made = torch.full((len(self._states), -(-self.vocab_size // 32)), -1, dtype=torch.int32)
+            for row, state in zip(made, self._states, strict=True):
+                if state is not None:
+                    state.fill(row)
+            return [made]
+
+        assert self._by_grammar is not None
+        [sent] = transfer.to_device(masks, self.device)
+        self._by_grammar[offset, : len(sent)].copy_(sent)
+
+    def _alpha(self, slots: int | Tensor, positions: Tensor) -> Tensor:
         place = slice(0, slots) if isinstance(slots, int) else slots
-        shape = (len(positions), *(1,) * (positions.dim() - 1))
-        early = positions < self._min_tokens[place].view(shape)
-        return torch.where(early[..., None], self._no_stop[place].view(*shape, -1), -1)
+        return self.constraints.alpha(slots, positions, self.params.alpha[place])
+
+    def _backend(self, operator: str, needs: Needs) -> str | None:
+        """As chosen once, but for edits, which not all of them take."""
+        return self._wanted if needs.edits else self.backends[operator]
+
+    def _constraints(
+        self, slots: int | Tensor, positions: Tensor, drafts: Tensor | None, needs: Needs
+    ) -> dict[str, Any]:
+        """Edits and masks of the tokens at positions [B], or [B, T] with T - 1 drafts, if any.
+
+        At positions [B] all of the drafts have been taken.
+        """
+        found: dict[str, Any] = {}
+        each = positions.dim() > 1
+        if needs.edits:
+            found["edits"] = self.constraints.edits(slots, drafts, each)
+        if needs.masked:
+            place = slice(0, slots) if isinstance(slots, int) else slots
+            ahead = positions if each else positions[:, None]
+            masks = self.constraints.allowed(
+                slots, ahead, self._min_tokens[place], drafts, each, needs
+            )
+            found["allowed_mask"] = masks if each else masks[:, 0]
+        if needs.grammar:
+            own = self._by_grammars(slots, positions.shape[1] if each else None, drafts)
+            found["allowed_mask"] = own & found.get("allowed_mask", own)
+        return found
+
+    def _by_grammars(self, slots: int | Tensor, width: int | None, drafts: Tensor | None) -> Tensor:
+        """Packed masks [B, width, words], or [B, words] behind the drafts: what they allow."""
+        assert self._by_grammar is not None
+        if width is not None:
+            return self._by_grammar[:width, :slots].transpose(0, 1).contiguous()
+        of_place = self._by_grammar[0 if drafts is None else drafts.shape[1]]
+        return of_place[:slots] if isinstance(slots, int) else of_place[slots]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels.decoder import transfer
+from proxytune_kernels.decoder.constraints import Needs
 from proxytune_kernels.decoder.graphs import StepGraphs, compiled_graphs
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
-from proxytune_kernels.decoder.sampler import Needs, SlotSampler, StepResult
+from proxytune_kernels.decoder.sampler import SlotSampler, StepResult
 from proxytune_kernels.decoder.speculation import History, Speculation
 
 
@@ -63,6 +64,7 @@ class Stepper:
         They run in the same roles. Their numbers go to the device in one copy.
         """
         looks_up = self._history is not None
+        self.sampler.constraints.reserve(requests)
 
         def numbers() -> list[Tensor]:
             until = [r.params.max_tokens if self.can_draft(r) else 0 for r in requests]
@@ -75,13 +77,16 @@ class Stepper:
             ]
 
         slots, until, *sent = transfer.to_device(numbers, self.runner.device)
-        self.sampler.start(slots, *sent[:4])
-        result = self.sampler.draw(slots, logits, Needs.of(requests))
-        self.sampler.take_first(slots, result)
+        self.sampler.start(slots, *sent[:-2])
+        needs = Needs.of(requests)
+        if needs.grammar:
+            self.constrain(requests)
+        result = self.sampler.draw(slots, logits, needs)
+        self.sampler.take_first(slots, result, needs)
         self.runner.start(slots, requests[0].roles)
         self._draft_until.index_copy_(0, slots, until)
         if self._history is not None:
-            prompts, lengths = sent[4:]
+            prompts, lengths = sent[-2:]
             self._history.start(slots, prompts, lengths, result.token_ids[:, 0].clamp(min=0))
         return result
 
@@ -106,12 +111,15 @@ class Stepper:
         Returns:
             B = ``slots`` rows; those whose slot is not running hold nothing of meaning.
         """
-        kind, before = (roles, drafts, needs), self._preparations()
+        kind = (roles, drafts, self.sampler.constraints.sized(needs))
+        before = self._preparations()
         step = partial(self._step, *kind)
-        if self.graphs is None:
+        # A grammar follows the drafts one by one, on the host.
+        if self.graphs is None or (drafts and needs.grammar):
             result = step(slots)
         else:
             result = self.graphs.run(slots, kind, step, self.state())
+            self._leave_graphs()
         self.cold = (slots, kind) not in self._seen or self._preparations() != before
         self._seen.add((slots, kind))
         return result
@@ -135,6 +143,19 @@ class Stepper:
         for rows, drafts in tqdm(wanted, "Capturing steps", unit="graph", disable=None):
             kind = (self.roles, drafts, needs)
             self.graphs.prepare(rows, kind, partial(self._step, *kind), self.state())
+        self._leave_graphs()
+
+    @torch.inference_mode()
+    def constrain(self, requests: Sequence[Request]) -> None:
+        """Leave these requests, in their slots, what their grammars allow in the next draw."""
+        states = {r.slot: r.grammar for r in requests if r.slot is not None and r.grammar}
+        self.sampler.constrain(states, 1 + max(r.slot or 0 for r in requests))
+
+    def _leave_graphs(self) -> None:
+        """Once nothing can be captured, steps are those of a decoder that captures nothing."""
+        if self.graphs is not None and self.graphs.failed is not None:
+            self.graphs = None
+            self.runner.capture(False)
 
     def move(self, source: int, target: int) -> None:
         """Move what a slot holds to an empty slot."""
@@ -158,7 +179,7 @@ class Stepper:
         logits = self.runner.forward(roles, self.sampler.token_ids[:rows])
         last = {role: x[:, 0] for role, x in logits.items()}
         result = self.sampler.draw(rows, last, needs)
-        self._advance(rows, result)
+        self._advance(rows, result, needs)
         return result
 
     def _round(self, rows: int, roles: tuple[str, ...], drafts: int, needs: Needs) -> StepResult:
@@ -168,6 +189,8 @@ class Stepper:
         rejection = self.speculation.mode == "rejection"
         if self._history is not None:
             token_ids = self._history.lookup(rows, drafts)
+            for offset in range(drafts if needs.grammar else 0):
+                self.sampler.follow(token_ids[:, offset], offset + 1)
             inputs = torch.cat([start, token_ids.clamp(min=0)], 1)
             logits = self.runner.forward(roles, inputs)
             draft_logits = self._certain(token_ids) if rejection else None
@@ -178,6 +201,8 @@ class Stepper:
             logits = self.runner.forward(others, inputs)
             logits["expert"] = expert
             draft_logits = expert[:, :-1] if rejection else None
+        if needs.grammar:
+            self.sampler.rewind()
         # No token past max_tokens, whatever is accepted.
         useful = (self._draft_until[:rows] - self.sampler.params.position[:rows] - 1)[:, None]
         ahead = torch.arange(drafts, device=token_ids.device)
@@ -185,7 +210,7 @@ class Stepper:
         result = self.sampler.verify(
             rows, logits, token_ids, self.speculation.mode, draft_logits, needs
         )
-        self._advance(rows, result)
+        self._advance(rows, result, needs)
         return result
 
     def _draft(self, rows: int, drafts: int, needs: Needs) -> tuple[Tensor, Tensor]:
@@ -197,7 +222,10 @@ class Stepper:
             x = self.runner.forward(("expert",), tokens[-1], offset)["expert"]
             logits.append(x)
             if offset < drafts:
-                tokens.append(self.sampler.draft(rows, x[:, 0], offset, needs, noise_stream))
+                drafted = torch.cat(tokens, 1)[:, 1:]
+                tokens.append(self.sampler.draft(rows, x[:, 0], drafted, needs, noise_stream))
+                if needs.grammar:
+                    self.sampler.follow(tokens[-1][:, 0], offset + 1)
         return torch.cat(tokens[1:], 1), torch.cat(logits, 1)
 
     def _certain(self, token_ids: Tensor) -> Tensor:
@@ -206,9 +234,9 @@ class Stepper:
         logits = torch.full(shape, -torch.inf, device=token_ids.device)
         return logits.scatter_(2, token_ids.clamp(min=0)[..., None], 0.0)
 
-    def _advance(self, rows: int, result: StepResult) -> None:
+    def _advance(self, rows: int, result: StepResult, needs: Needs) -> None:
         active = self.runner.active["base"][:rows]
-        counts = self.sampler.advance(rows, result, active)
+        counts = self.sampler.advance(rows, result, active, needs)
         self.runner.advance(rows, counts)
         if self._history is not None:
             moved = active if counts is None else counts * active

@@ -66,22 +66,33 @@ class Lines(NamedTuple):
     aligned: Any
 
 
+class EditLines(NamedTuple):
+    """Penalties and biases of some tokens of each row: :mod:`proxytune_kernels.kernels.edits`."""
+
+    entries: Lines  # int32 [B, T, 4 M]: id, count, in prompt, bits of the bias
+    index: Lines  # int32 [B, T, 2 W + M]: words, entries before each, entries by token
+    penalties: Any  # fp32 [B, 3]
+    words: Any  # W, as 4 W + 3
+
+
 class Logits(NamedTuple):
-    """What makes x: logits of each role, and the two optional constraints."""
+    """What makes x: logits of each role, and the optional constraints."""
 
     base: Lines
     expert: Lines | None  # None with anti: base alone
     anti: Lines | None
     bias: Lines | None  # fp32
     allowed: Lines | None  # int32 [B, T, ceil(V / 32)]
+    edits: EditLines | None = None
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """All that kernels are compiled for."""
-        return tuple(
+        kinds = (
             None if lines is None else (lines.first.dtype, lines.aligned is _ALIGNED)
-            for lines in self
+            for lines in self[:-1]
         )
+        return (*kinds, self.edits is not None)
 
 
 class Exponent(NamedTuple):
@@ -166,7 +177,42 @@ def combined(logits, alpha, b, t, ids, inside):
         at = line_of(logits.allowed, b, t)
         words = tl.load(at + (ids >> 5), mask=inside, other=0)
         x = tl.where((words >> (ids & 31)) & 1 != 0, x, -INF)
+    if logits.edits is not None:
+        x = edited_x(logits.edits, b, t, ids, inside, x)
     return x
+
+
+@triton.jit
+def ones_below(word, bit):
+    """How many of the bits of an int32 below ``bit``, at most 32, are set."""
+    low = (word.to(tl.uint32).to(tl.int64) & ((1 << bit.to(tl.int64)) - 1)).to(tl.uint32)
+    low = low - ((low >> 1) & 0x55555555)
+    low = (low & 0x33333333) + ((low >> 2) & 0x33333333)
+    low = (low + (low >> 4)) & 0x0F0F0F0F
+    low = low + (low >> 8)
+    return ((low + (low >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def edited_x(edits, b, t, ids, inside, x):
+    """x of tokens after what their entries do; docs/contracts.md, Edits."""
+    index, words = line_of(edits.index, b, t), edits.words >> 2
+    word = tl.load(index + (ids >> 5), mask=inside, other=0)
+    # A token that is masked stays so.
+    hit = ((word >> (ids & 31)) & 1 != 0) & (x > -INF)
+    rank = tl.load(index + words + (ids >> 5), mask=hit, other=0) + ones_below(word, ids & 31)
+    entry = tl.load(index + 2 * words + rank, mask=hit, other=0)
+    at = line_of(edits.entries, b, t) + 4 * entry
+    count = tl.load(at + 1, mask=hit, other=0)
+    in_prompt = tl.load(at + 2, mask=hit, other=0)
+    y = x + tl.load(at + 3, mask=hit, other=0).to(tl.float32, bitcast=True)
+    repetition, presence = tl.load(edits.penalties + 3 * b), tl.load(edits.penalties + 3 * b + 1)
+    frequency = tl.load(edits.penalties + 3 * b + 2)
+    factor = repetition + tl.zeros_like(y)
+    repeated = tl.where(y > 0, tl.div_rn(y, factor), y * factor)
+    y = tl.where((count > 0) | (in_prompt != 0), repeated, y)
+    y = tl.where(count > 0, y - frequency * count.to(tl.float32) - presence, y)
+    return tl.where(hit, y, x)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from proxytune_kernels.heads import Head
 from proxytune_kernels.ops.table import NUM_PARAMS, OPERATORS
-from proxytune_kernels.params import ROW_FIELDS, RowParams, SamplingParams
+from proxytune_kernels.params import ROW_FIELDS, Edits, RowParams, SamplingParams
 from proxytune_kernels.rng import STREAMS
 
 MAX_VOCAB_SIZE = 2**19
@@ -146,8 +146,10 @@ def _requests(op: str, params: Any, batch_size: int) -> None:
         )
 
 
-def constraints(op: str, base: Tensor, bias: Any, allowed_mask: Any, vocab_size: int) -> None:
-    """Check the optional additive bias and packed mask."""
+def constraints(
+    op: str, base: Tensor, bias: Any, allowed_mask: Any, edits: Any, vocab_size: int
+) -> None:
+    """Check the optional additive bias, packed mask and edits."""
     for name, value, dtype, width in (
         ("bias", bias, torch.float32, vocab_size),
         ("allowed_mask", allowed_mask, torch.int32, -(-vocab_size // 32)),
@@ -155,6 +157,18 @@ def constraints(op: str, base: Tensor, bias: Any, allowed_mask: Any, vocab_size:
         if value is not None:
             exactly(op, name, value, dtype, [*base.shape[:-1], width], base.device)
             _contiguous_columns(op, name, value)
+    if edits is not None:
+        _edits(op, base, edits)
+
+
+def _edits(op: str, base: Tensor, edits: Any) -> None:
+    _is_a(op, "edits", edits, Edits)
+    entries = _tensor(op, "edits.entries", edits.entries)
+    shape = [*base.shape[:-1], entries.shape[-2] if entries.dim() > 1 else "M", 4]
+    exactly(op, "edits.entries", entries, torch.int32, shape, base.device, contiguous=True)
+    shape = [base.shape[0], 3]
+    name = "edits.penalties"
+    exactly(op, name, edits.penalties, torch.float32, shape, base.device, contiguous=True)
 
 
 def noise_stream(op: str, value: Any, known: Collection[Any] = tuple(STREAMS)) -> None:
@@ -171,22 +185,22 @@ def _top_logprobs(op: str, value: Any) -> None:
 
 
 def _sampling(
-    op: str, base: Tensor, width: int, params: Any, bias: Any, allowed_mask: Any, stream: Any,
-    top: Any, streams: Collection[Any],
+    op: str, base: Tensor, width: int, params: Any, bias: Any, allowed_mask: Any, edits: Any,
+    stream: Any, top: Any, streams: Collection[Any],
 ) -> None:  # fmt: skip
     row_params(op, params, base.shape[0], base.device)
-    constraints(op, base, bias, allowed_mask, width)
+    constraints(op, base, bias, allowed_mask, edits, width)
     noise_stream(op, stream, streams)
     _top_logprobs(op, top)
 
 
 def sample(
-    base: Any, expert: Any, anti: Any, params: Any, bias: Any, allowed_mask: Any, vocab_size: Any,
-    stream: Any, top: Any, streams: Collection[Any] = tuple(STREAMS),
+    base: Any, expert: Any, anti: Any, params: Any, bias: Any, allowed_mask: Any, edits: Any,
+    vocab_size: Any, stream: Any, top: Any, streams: Collection[Any] = tuple(STREAMS),
 ) -> None:  # fmt: skip
     """Check the arguments of ``sample``."""
     width = logits("sample", base, expert, anti, 2, vocab_size)
-    _sampling("sample", base, width, params, bias, allowed_mask, stream, top, streams)
+    _sampling("sample", base, width, params, bias, allowed_mask, edits, stream, top, streams)
 
 
 def sample_hidden(
@@ -196,16 +210,17 @@ def sample_hidden(
     """Check the arguments of ``sample_hidden``."""
     op = "sample_hidden"
     width = heads(op, base, expert, anti, vocab_size)
-    _sampling(op, base.hidden, width, params, bias, allowed_mask, stream, top, streams)
+    _sampling(op, base.hidden, width, params, bias, allowed_mask, None, stream, top, streams)
 
 
 def combine(
-    base: Any, expert: Any, anti: Any, alphas: Any, bias: Any, allowed_mask: Any, vocab_size: Any
-) -> None:
+    base: Any, expert: Any, anti: Any, alphas: Any, bias: Any, allowed_mask: Any, edits: Any,
+    vocab_size: Any,
+) -> None:  # fmt: skip
     """Check the arguments of ``combine``."""
     width = logits("combine", base, expert, anti, 2, vocab_size)
     alpha("combine", alphas, base)
-    constraints("combine", base, bias, allowed_mask, width)
+    constraints("combine", base, bias, allowed_mask, edits, width)
 
 
 def score(base: Any, expert: Any, anti: Any, token_ids: Any, alphas: Any, vocab_size: Any) -> None:
@@ -217,12 +232,12 @@ def score(base: Any, expert: Any, anti: Any, token_ids: Any, alphas: Any, vocab_
 
 def verify(
     base: Any, expert: Any, anti: Any, draft_token_ids: Any, draft_logits: Any, params: Any,
-    bias: Any, allowed_mask: Any, vocab_size: Any, mode: Any,
+    bias: Any, allowed_mask: Any, edits: Any, vocab_size: Any, mode: Any,
 ) -> None:  # fmt: skip
     """Check the arguments of ``verify``."""
     width = logits("verify", base, expert, anti, 3, vocab_size)
     row_params("verify", params, base.shape[0], base.device)
-    constraints("verify", base, bias, allowed_mask, width)
+    constraints("verify", base, bias, allowed_mask, edits, width)
     drafts("verify", base, draft_token_ids, draft_logits, mode, width)
 
 
@@ -435,6 +450,10 @@ def operator_arguments(op: str, arguments: Sequence[Any]) -> list[Any]:
     if "seed" in names:
         at = names.index("alpha")
         given[at : at + NUM_PARAMS] = [RowParams(*given[at : at + NUM_PARAMS])]
+    if "entries" in names:  # from behind: heads and parameters before them are in one piece
+        at = names.index("entries") - len(names) + len(given)
+        pair = given[at : at + 2]
+        given[at : at + 2] = [None if pair == [None, None] else Edits(*pair)]
     if names[-1] == "verify_mode" and given[-1] in range(len(VERIFY_MODES)):
         given[-1] = VERIFY_MODES[given[-1]]
     if op == "sample_hidden":

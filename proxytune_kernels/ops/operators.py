@@ -18,7 +18,7 @@ from proxytune_kernels.ops import checks
 from proxytune_kernels.ops.backends import implementation, resolve
 from proxytune_kernels.ops.checks import VERIFY_MODES
 from proxytune_kernels.ops.table import OPERATORS
-from proxytune_kernels.params import RowParams, SamplingParams
+from proxytune_kernels.params import Edits, RowParams, SamplingParams
 from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
 from proxytune_kernels.rng import STREAMS
 
@@ -28,6 +28,7 @@ Params = RowParams | SamplingParams | Sequence[SamplingParams] | None
 
 _SAMPLE_OUT = OPERATORS["sample"].out_names
 _NONE = (None,) * len(RowParams._fields)
+_NO_EDITS = (None,) * len(Edits._fields)
 
 
 def rows_of(op: str, base: Tensor, params: Any, *singles: Any) -> RowParams:
@@ -105,6 +106,7 @@ def sample(
     position: int | Tensor | None = None,
     bias: Tensor | None = None,
     allowed_mask: Tensor | None = None,
+    edits: Edits | None = None,
     vocab_size: int | None = None,
     noise_stream: str = "sample",
     top_logprobs: int = 0,
@@ -123,6 +125,7 @@ def sample(
         bias: fp32 [B, vocab_size], added to the combined logits.
         allowed_mask: int32 [B, ceil(vocab_size / 32)]; token i is allowed where bit ``i & 31`` of
             word ``i >> 5`` is set.
+        edits: penalties and biases of some tokens of each row; see :class:`Edits`.
         vocab_size: agreed width; what lies past it is never read. The narrowest role's unless told.
         noise_stream: which noise the draw uses: "sample", or "draft" for a drafter in rejection
             mode.
@@ -156,10 +159,10 @@ def sample(
         )  # fmt: skip
         width = _width(base, expert, anti, vocab_size)
         arguments = (
-            base, expert, anti, *rows, bias, allowed_mask, width, STREAMS[noise_stream],
-            top_logprobs,
+            base, expert, anti, *rows, bias, allowed_mask, *(edits or _NO_EDITS), width,
+            STREAMS[noise_stream], top_logprobs,
         )  # fmt: skip
-        resolved = resolve(backend, base, "sample", width)
+        resolved = resolve(backend, base, "sample", width, edited=edits is not None)
         if out is None:
             results = implementation(resolved, "sample", base)(*arguments)
             _refuse_gradient(results[1])
@@ -170,11 +173,12 @@ def sample(
         return out
     except Exception:
         checks.sample(
-            base, expert, anti, params, bias, allowed_mask, vocab_size, noise_stream, top_logprobs
-        )
+            base, expert, anti, params, bias, allowed_mask, edits, vocab_size, noise_stream,
+            top_logprobs,
+        )  # fmt: skip
         read = dict(
             base=base, expert=expert, anti=anti, params=params, alpha=alpha,
-            temperature=temperature, bias=bias, allowed_mask=allowed_mask,
+            temperature=temperature, bias=bias, allowed_mask=allowed_mask, edits=edits,
         )  # fmt: skip
         checks.no_gradient("sample", read)
         checks.out("sample", out, base, read, top_logprobs=top_logprobs)
@@ -213,7 +217,7 @@ def sample_hidden(
             ``weight`` [V_role, H_role] are of one dtype, any row stride, last dimension
             contiguous. Without expert and anti: base alone.
         vocab_size: agreed width; weights past it are never read. The narrowest role's unless told.
-        params and all others: as in :func:`proxytune_kernels.sample`.
+        params and all others: as in :func:`proxytune_kernels.sample`, which alone takes edits.
 
     Returns:
         As :func:`proxytune_kernels.sample` of the combined logits x; x itself is right to the
@@ -276,6 +280,7 @@ def combine(
     *,
     bias: Tensor | None = None,
     allowed_mask: Tensor | None = None,
+    edits: Edits | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
@@ -294,7 +299,7 @@ def combine(
     try:
         width = _width(base, expert, anti, vocab_size)
         alphas = checks.alpha("combine", alpha, base)
-        arguments = (base, expert, anti, alphas, bias, allowed_mask, width)
+        arguments = (base, expert, anti, alphas, bias, allowed_mask, *(edits or _NO_EDITS), width)
         resolved = resolve(backend, base, "combine", width)
         if out is None:
             x = implementation(resolved, "combine", base)(*arguments)
@@ -304,10 +309,11 @@ def combine(
         implementation(resolved, "combine_out", base)(*arguments, out_x=out)
         return out
     except Exception:
-        checks.combine(base, expert, anti, alpha, bias, allowed_mask, vocab_size)
+        checks.combine(base, expert, anti, alpha, bias, allowed_mask, edits, vocab_size)
         read = dict(
-            base=base, expert=expert, anti=anti, alpha=alpha, bias=bias, allowed_mask=allowed_mask
-        )
+            base=base, expert=expert, anti=anti, alpha=alpha, bias=bias, allowed_mask=allowed_mask,
+            edits=edits,
+        )  # fmt: skip
         checks.no_gradient("combine", read)
         checks.out("combine", out, base, read, vocab_size=width)
         raise
@@ -381,6 +387,7 @@ def verify(
     draft_logits: Tensor | None = None,
     bias: Tensor | None = None,
     allowed_mask: Tensor | None = None,
+    edits: Edits | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
     out: VerifyOutput | None = None,
@@ -396,8 +403,9 @@ def verify(
             tokens are plain decoding's. "rejection": the drafter drew with noise stream "draft".
             A row without any draft gets what :func:`sample` draws, in both.
         draft_logits: [B, k, V_draft], what the drafter drew from; rejection only.
-        bias, allowed_mask: as in :func:`sample`, with a dimension k + 1 after the first; they
-            apply to the target alone.
+        bias, allowed_mask, edits: as in :func:`sample`, with a dimension k + 1 after the first;
+            they apply to the target alone. The counts at a position are those after the drafts
+            before it.
         out: tensors to write into, returned.
 
     Returns:
@@ -425,10 +433,10 @@ def verify(
         if rejection is (draft_logits is None):
             raise ValueError("draft_logits")  # checks.verify finds the words
         arguments = (
-            base, expert, anti, draft_token_ids, draft_logits, *rows, bias, allowed_mask, width,
-            VERIFY_MODES.index(mode),
+            base, expert, anti, draft_token_ids, draft_logits, *rows, bias, allowed_mask,
+            *(edits or _NO_EDITS), width, VERIFY_MODES.index(mode),
         )  # fmt: skip
-        resolved = resolve(backend, base, "verify", width, rejection)
+        resolved = resolve(backend, base, "verify", width, rejection, edits is not None)
         if out is None:
             results = VerifyOutput(*implementation(resolved, "verify", base)(*arguments))
             _refuse_gradient(results.logprobs)
@@ -440,12 +448,12 @@ def verify(
     except Exception:
         checks.verify(
             base, expert, anti, draft_token_ids, draft_logits, params, bias, allowed_mask,
-            vocab_size, mode,
+            edits, vocab_size, mode,
         )  # fmt: skip
         read = dict(
             base=base, expert=expert, anti=anti, draft_token_ids=draft_token_ids,
             draft_logits=draft_logits, params=params, alpha=alpha, temperature=temperature,
-            bias=bias, allowed_mask=allowed_mask,
+            bias=bias, allowed_mask=allowed_mask, edits=edits,
         )  # fmt: skip
         checks.no_gradient("verify", read)
         checks.out("verify", out, base, read)

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels.heads import Head
-from proxytune_kernels.params import RowParams
+from proxytune_kernels.params import Edits, RowParams
 from proxytune_kernels.reference import SampleOutput, VerifyOutput
 
 NUM_PARAMS = len(RowParams._fields)
 
 _LOGITS = "Tensor base, Tensor? expert, Tensor? anti"
 _PARAMS = ", ".join(f"Tensor {name}" for name in RowParams._fields)
-_CONSTRAINTS = "Tensor? bias, Tensor? allowed_mask, int vocab_size"
+_EDITS = ", ".join(f"Tensor? {name}" for name in Edits._fields)
+_CONSTRAINTS = f"Tensor? bias, Tensor? allowed_mask, {_EDITS}, int vocab_size"
 # The fields of three Heads, those of an absent role all None.
 _HEAD_TYPES = ("Tensor", "Tensor", "Tensor?", "float?", "float?")
 _HEADS = ", ".join(
@@ -170,20 +171,20 @@ class Accepted(NamedTuple):
     """The step that a residual is drawn at, -1 for none."""
 
 
-_SAMPLING = f"{_PARAMS}, {_CONSTRAINTS}, int noise_stream, int top_logprobs"
+_SAMPLING = "int noise_stream, int top_logprobs"
 
 OPERATORS = {
     op.name: op
     for op in (
         Operator(
             "sample",
-            f"{_LOGITS}, {_SAMPLING}",
+            f"{_LOGITS}, {_PARAMS}, {_CONSTRAINTS}, {_SAMPLING}",
             SampleOutput,
             lambda a: {"B": a["base"].shape[0], "n": a["top_logprobs"]},
         ),
         Operator(
             "sample_hidden",
-            f"{_HEADS}, {_SAMPLING}",
+            f"{_HEADS}, {_PARAMS}, Tensor? bias, Tensor? allowed_mask, int vocab_size, {_SAMPLING}",
             SampleOutput,
             lambda a: {"B": a["base_hidden"].shape[0], "n": a["top_logprobs"]},
         ),
@@ -318,3 +319,10 @@ LIBRARY.define(
     "-> ()"
 )
 """The CPU's part of ``sample_hidden``: fp32 hidden [B, H] by the weights of tokens [begin, end)."""
+LIBRARY.define("int8_linear(Tensor rows, Tensor weight, Tensor scales) -> Tensor")
+torch.library.register_fake(
+    "proxytune::int8_linear",
+    lambda rows, weight, scales: rows.new_empty(rows.shape[0], weight.shape[0]),
+    lib=LIBRARY,
+)
+"""bf16 rows [T, K] by int8 weights [N, K], scales bf16 [N]: [T, N], by AMX, K a multiple of 64."""

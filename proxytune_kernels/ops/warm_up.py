@@ -19,7 +19,7 @@ from proxytune_kernels.heads import Head
 from proxytune_kernels.ops import operators
 from proxytune_kernels.ops.backends import ALL, BY_NAME, resolve
 from proxytune_kernels.ops.sharded import Shard
-from proxytune_kernels.params import RowParams
+from proxytune_kernels.params import Edits, RowParams
 from proxytune_kernels.rng import STREAMS
 
 Calls = Iterator[Callable[[], object]]
@@ -60,7 +60,8 @@ def warm_up(
         widths: columns of each role's logits, where those are more than ``vocab_size``.
         operators: "sample", "combine", "score", "verify".
         drafter: dtype and columns of ``draft_logits``; the expert's unless told.
-        constraints: whether calls may come with ``bias`` or ``allowed_mask``.
+        constraints: whether calls may come with ``bias``, ``allowed_mask``, or ``edits`` without
+            bias.
         heads: of the roles, to compile ``sample_hidden`` for; with hidden states of any batch.
         shard: to compile :mod:`proxytune_kernels.sharded` for. No collective.
         backend: as for the operators; None is whichever may run.
@@ -157,7 +158,7 @@ class _Rows:
         ]
 
     def options(self, *shape: int) -> Iterator[dict[str, Any]]:
-        """Neither bias nor mask, one of them, both."""
+        """Neither bias nor mask, one of them, both; edits with and without a mask."""
         bias = self.zeros(torch.float32, *shape, self.vocab_size)
         mask = self.zeros(torch.int32, *shape, -(-self.vocab_size // 32))
         common = {"vocab_size": self.vocab_size, "backend": self.backend}
@@ -168,6 +169,9 @@ class _Rows:
                 "allowed_mask": mask if masked else None,
             }
             yield common | constraints
+        edits = Edits.make(self.zeros(torch.int32, *shape, 1))
+        for masked in given if self.constraints else ():
+            yield common | {"edits": edits, "allowed_mask": mask if masked else None}
 
 
 def _sample(rows: _Rows) -> Calls:
@@ -204,6 +208,8 @@ def _sample_hidden(heads: Sequence[Head], rows: _Rows) -> Calls:
     for batch_size, kind in product(_HIDDEN_ROWS, kinds):
         given = [h._replace(hidden=h.hidden.new_zeros(batch_size, h.hidden.shape[1])) for h in kind]
         for options in rows.options(batch_size):
+            if "edits" in options:
+                continue  # it takes none
             params = rows.params(batch_size)
             yield partial(_OPS.sample_hidden, *given, params=params, top_logprobs=1, **options)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from proxytune_kernels.decoder import Decoder, RequestOutput, StreamEvent
+from proxytune_kernels.decoder import Decoder, Grammar, RequestOutput, StreamEvent
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.server import responses
 from proxytune_kernels.server.engine import (
@@ -158,16 +158,20 @@ class Api:
             self._preparing, function, *arguments
         )
 
-    async def _grammar(self, body: CompletionRequest | ChatRequest) -> Any:
+    async def _grammar(self, body: CompletionRequest | ChatRequest) -> Grammar | None:
         """The request's grammar, compiled in a thread that is left behind where it takes long."""
-        if body.grammar is None and body.response_format is None:
+        grammar = grammar_of(body, self.settings)
+        if grammar is None:
             return None
-        compiling = asyncio.to_thread(grammar_of, body, self.settings)
+        seconds = self.settings.grammar_seconds
         try:
-            return await asyncio.wait_for(compiling, self.settings.grammar_seconds)
+            compiling = asyncio.to_thread(self.decoder.compile_grammar, grammar)
+            await asyncio.wait_for(compiling, seconds)
         except TimeoutError as error:
-            seconds = self.settings.grammar_seconds
             raise ValueError(f"grammar must compile within {seconds} seconds") from error
+        except RecursionError as error:
+            raise ValueError("grammar must not be nested as deeply") from error
+        return grammar
 
     def _prepare(
         self, prompts: Sequence[Any], values: Mapping[str, Any], most: int | None

@@ -207,7 +207,7 @@ class Engine:
 
         A request's outputs are as many as its ``n``, one behind another.
         """
-        count = sum(getattr(params, "n", 1) for _, params in requests)
+        count = sum(params.n for _, params in requests)
         generation = Generation(self, count, whole)
         self._commands.put(lambda: self._submit(generation, requests))
         return generation
@@ -262,7 +262,7 @@ class Engine:
         try:
             for prompt, params in requests:
                 first = self._decoder.submit(prompt, params)
-                for request_id in range(first, first + getattr(params, "n", 1)):
+                for request_id in range(first, first + params.n):
                     generation.ids[request_id] = len(generation.ids)
                     self._live[request_id] = generation, None
         except Exception as error:

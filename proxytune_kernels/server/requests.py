@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from proxytune_kernels.decoder import Grammar
 from proxytune_kernels.params import SAMPLING_FIELDS
 from proxytune_kernels.server.settings import Settings
 
@@ -91,7 +91,7 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
-class Grammar(Strict):
+class GrammarBody(Strict):
     """What the output must keep to: one of these."""
 
     json_schema: dict[str, Any] | None = None
@@ -100,7 +100,7 @@ class Grammar(Strict):
     lark: str | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Grammar:
+    def _one(self) -> GrammarBody:
         if len(self.model_fields_set) != 1:
             raise ValueError("grammar must have exactly one of json_schema, regex, choice, lark")
         return self
@@ -155,7 +155,7 @@ class Common(Strict):
         None, description="An extension: what steering changed at each token."
     )
     response_format: ResponseFormat | None = None
-    grammar: Grammar | None = Field(None, description="An extension.")
+    grammar: GrammarBody | None = Field(None, description="An extension.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Taken since clients send them by habit; they mean nothing here.
@@ -304,11 +304,13 @@ def asked_max_tokens(request: CompletionRequest | ChatRequest, settings: Setting
     return asked
 
 
-def grammar_of(request: CompletionRequest | ChatRequest, settings: Settings) -> Any:
-    """The compiled grammar that a request's output must keep to; None where it asks for none.
+def grammar_of(
+    request: CompletionRequest | ChatRequest, settings: Settings
+) -> Grammar | None:
+    """The grammar that a request's output must keep to; None where it asks for none.
 
     Raises:
-        ValueError: no grammars here, two at once, one that is too large, or none at all.
+        ValueError: two at once, one that is too large, or a type without its schema.
     """
     asked = request.grammar.model_dump(exclude_none=True) if request.grammar else {}
     form = request.response_format
@@ -323,13 +325,8 @@ def grammar_of(request: CompletionRequest | ChatRequest, settings: Settings) -> 
             asked = {"json_schema": {"type": "object"}}
     if not asked:
         return None
-    [(kind, source)] = asked.items()
     name = "grammar" if request.grammar else "response_format"
-    if "grammar" not in SAMPLING_FIELDS:
-        raise UnsupportedError(name)
-    size = len(json.dumps(source))
+    size = len(json.dumps(asked))
     if size > settings.max_schema_bytes:
         raise ValueError(f"{name} must have at most {settings.max_schema_bytes} bytes, got {size}")
-    # What compiles grammars is an extra, imported when it is asked for.
-    grammars = import_module("proxytune_kernels.decoder.grammar")
-    return getattr(grammars.Grammar, kind)(source)
+    return Grammar.of(asked)

@@ -11,6 +11,10 @@ layer multiplies by exactly the weights above. Of the exact y = w x a packed pro
 u |y| + (n + 2) 2^-24 sum |w_i x_i| for n features in, u half of the dtype's spacing at 1 (2^-9 in
 bf16); a bias is added behind it and rounded once more.
 
+Where the processor has AMX, the packed product of int8 in bf16 is
+``torch.ops.proxytune.int8_linear`` (csrc/cpu/amx.h), which reads a weight once for 32 rows. Numbers
+below 2^-126 count as zero there.
+
 Up to :data:`PACKED_ROWS` rows the product is packed, and the bits of a row do not depend on the
 other rows. For more rows it may be faster to write the weights out in the activations' dtype, a
 part of them at a time, for a plain product: that rounds once more, int8 the product, int4 (and int8
@@ -56,6 +60,8 @@ class PackedLinear(Linear):
     """A linear layer over a packed weight."""
 
     scales: Parameter
+    has_tiles = False
+    """Whether AMX multiplies where activations are bf16."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Result [..., out] for input [..., in]."""
@@ -103,8 +109,10 @@ class Int8Linear(PackedLinear):
     """Weight int8 [out, in], scales [out]."""
 
     def _packed(self, rows: Tensor) -> Tensor:
-        parameters = self._parameters
-        return torch._weight_int8pack_mm(rows, parameters["weight"], self._parameters["scales"])  # type: ignore[arg-type]
+        weight, scales = self._parameters["weight"], self._parameters["scales"]
+        tiled = self.has_tiles and rows.dtype == torch.bfloat16
+        product = torch.ops.proxytune.int8_linear if tiled else torch._weight_int8pack_mm
+        return product(rows, weight, scales)  # type: ignore[arg-type]
 
     def written_out(self, first: int, last: int) -> Tensor:
         """Weights of the outputs first to last as [in, outputs]."""
@@ -172,12 +180,22 @@ def pack(layer: Linear, quantization: str, weight: Tensor) -> Parameter:
     rows = max(_PART // weight.shape[1] // _BLOCK, 1) * _BLOCK
     values, scales = zip(*map(quantized, weight.detach().split(rows)), strict=True)
     layer.__class__ = kind
+    assert isinstance(layer, PackedLinear)
     _call(layer)
     of_rows = torch.cat(scales, -2)
     if kind is Int8Linear:
         of_rows = of_rows.flatten()
+        layer.has_tiles = layer.in_features % 64 == 0 and _has_amx()
     layer.register_parameter("scales", Parameter(of_rows, requires_grad=False))
     return Parameter(torch.cat(values), requires_grad=False)
+
+
+def _has_amx() -> bool:
+    try:
+        from proxytune_kernels import _cpu
+    except ImportError:  # built without extensions
+        return False
+    return bool(_cpu.has_amx())
 
 
 def share(table: Embedding, head: PackedLinear) -> None:

@@ -44,14 +44,16 @@ def make(name, forms, sampling=None):
 def forms(trio, tmp_path_factory):
     """The trio with an expert that is a random LoRA adapter over the anti-expert, merged."""
     peft = pytest.importorskip("peft")
-    directory = tmp_path_factory.mktemp("expert-lora")
+    directory = tmp_path_factory.mktemp("trio") / "expert-lora"
     torch.manual_seed(5)
     config = peft.LoraConfig(
         r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
     )
     peft.get_peft_model(copy.deepcopy(trio.anti), config).save_pretrained(directory)
     merged = peft.PeftModel.from_pretrained(copy.deepcopy(trio.anti), directory).merge_and_unload()
-    return TrioForms(Trio.from_models(trio.base, merged, trio.anti, trio.tokenizer), directory)
+    return TrioForms(
+        Trio.from_models(trio.base, merged, trio.anti, trio.tokenizer), directory.parent
+    )
 
 
 @pytest.fixture
@@ -319,7 +321,7 @@ def test_prompts(trio):
 
 
 def test_providers_that_cannot_run_are_left_out(trio, tmp_path, capsys):
-    bare = TrioForms(trio, tmp_path / "expert-lora")
+    bare = TrioForms(trio, tmp_path)
     wanted = settings(providers=("naive", "ours-shared-pair", "ours", "ours-packed"))
     works = throughput.make_work(trio, wanted)
     made = throughput.make_providers(bare, wanted, works)

@@ -84,6 +84,11 @@ static test_case read_case(const char* path) {
   in->allowed = read_array(file);
   in->allowed_position_stride = (c.vocab_size + 31) / 32;
   in->allowed_row_stride = c.positions * in->allowed_position_stride;
+  in->edits = read_array(file);
+  in->penalties = read_array(file);
+  in->num_edits = in->edits ? 20 : 0;
+  in->edits_position_stride = 20;
+  in->edits_row_stride = c.positions * 20;
   c.params.temperature = read_array(file);
   c.params.top_k = read_array(file);
   c.params.top_p = read_array(file);
@@ -212,6 +217,7 @@ static void score(const test_case* c, void* workspace, size_t size, const proxyt
                             .logprobs = ARRAY(n, float)};
   a.inputs.bias = NULL; /* scores are of the combined logits alone */
   a.inputs.allowed = NULL;
+  a.inputs.num_edits = 0;
   /* In two calls: positions are as independent as rows. */
   check(proxytune_cpu_score(&a, 0, n / 2, workspace, size, parallel));
   check(proxytune_cpu_score(&a, n / 2, n, workspace, size, parallel));

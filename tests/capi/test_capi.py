@@ -52,10 +52,22 @@ class Case:
         self.anti: torch.Tensor | None = logits(*shape) if steered else None
         self.draft_logits = logits(rows, self.positions - 1, self.width)
         self.bias = self.allowed_mask = None
+        self.edits: ptk.Edits | None = None
         if constrained:
             self.bias = torch.from_numpy(make.integers(-4, 5, (*shape[:2], vocab_size)) / 4).float()
             words = (*shape[:2], -(-vocab_size // 32))
             self.allowed_mask = torch.from_numpy(make.integers(-(2**31), 2**31, words)).int()
+            ids = torch.from_numpy(make.permuted(np.tile(np.arange(40), (rows, 1)), axis=1))[:, :20]
+            ids = ids[:, None].expand(-1, self.positions, -1)
+            self.edits = ptk.Edits.make(
+                ids,
+                counts=ids % 3 + torch.arange(self.positions)[:, None],
+                in_prompt=ids % 2,
+                bias=ids / 8 - 2,
+                repetition_penalty=1.25,
+                presence_penalty=torch.arange(float(rows)),
+                frequency_penalty=0.5,
+            )
         self.token_ids = torch.from_numpy(make.integers(-1, vocab_size, shape[:2]))
         self.params = ptk.RowParams.make(
             rows,
@@ -87,13 +99,18 @@ class Case:
 
     def constraints(self, position=slice(None)):
         names = ("bias", "allowed_mask")
-        return {n: v[:, position] for n in names if (v := getattr(self, n)) is not None}
+        found = {n: v[:, position] for n in names if (v := getattr(self, n)) is not None}
+        if self.edits is not None:
+            entries = self.edits.entries[:, position].contiguous()
+            found["edits"] = self.edits._replace(entries=entries)
+        return found
 
     def write(self, path: Path) -> None:
         head = [self.rows, self.positions, self.width, self.vocab_size, DTYPES[self.dtype]]
         arrays = [
             self.base, self.expert, self.anti, self.params.alpha, self.bias, self.allowed_mask,
-            *self.params[1:], self.token_ids, self.draft_token_ids, self.draft_logits,
+            *(self.edits or (None, None)), *self.params[1:], self.token_ids, self.draft_token_ids,
+            self.draft_logits,
         ]  # fmt: skip
         with path.open("wb") as file:
             file.write(np.array(head, np.int64).tobytes())

@@ -35,7 +35,9 @@ class Inputs(Structure):
         ("vocab_size", c_int64), ("base", Logits), ("expert", Logits), ("anti", Logits),
         ("alpha", c_void_p), ("bias", c_void_p), ("bias_row_stride", c_int64),
         ("bias_position_stride", c_int64), ("allowed", c_void_p), ("allowed_row_stride", c_int64),
-        ("allowed_position_stride", c_int64),
+        ("allowed_position_stride", c_int64), ("edits", c_void_p),
+        ("num_edits", c_int64), ("edits_row_stride", c_int64), ("edits_position_stride", c_int64),
+        ("penalties", c_void_p),
     )  # fmt: skip
 
 
@@ -142,7 +144,8 @@ class Model(Backend):
 
     def _sample(
         self, base: Any, expert: Any, anti: Any, params: ptk.RowParams, bias: Any,
-        allowed_mask: Any, vocab_size: int, noise_stream: int, top_logprobs: int, out: Any,
+        allowed_mask: Any, edits: None, vocab_size: int, noise_stream: int, top_logprobs: int,
+        out: Any,
     ) -> None:  # fmt: skip
         inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, vocab_size)
         *drawn, top_token_ids, top = map(_address, out)
@@ -153,7 +156,8 @@ class Model(Backend):
 
     def _verify(
         self, base: Any, expert: Any, anti: Any, draft_token_ids: Any, draft_logits: Any,
-        params: ptk.RowParams, bias: Any, allowed_mask: Any, vocab_size: int, mode: str, out: Any,
+        params: ptk.RowParams, bias: Any, allowed_mask: Any, edits: None, vocab_size: int,
+        mode: str, out: Any,
     ) -> None:  # fmt: skip
         drafts = draft_token_ids.contiguous()
         inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, vocab_size)

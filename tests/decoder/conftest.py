@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from proxytune_kernels.decoder import Decoder, RequestOutput, StreamEvent
 from proxytune_kernels.ops.backends import backends
+from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 
 VOCAB_SIZE = 262
@@ -171,6 +172,28 @@ def make_decoder() -> Callable[..., Decoder]:
         return Decoder(trio, max_batch_size, **{"backend": BACKEND, **options})
 
     return make
+
+
+def as_asked(x: Tensor, params: SamplingParams, prompt: Sequence[int], output: list[int]) -> Tensor:
+    """vLLM's order, over the whole vocabulary: masks, bias, repetition, frequency, presence."""
+    x = x.clone()
+    if params.allowed_token_ids:
+        x[[i for i in range(len(x)) if i not in set(params.allowed_token_ids)]] = -torch.inf
+    for word in params.bad_words:
+        assert not isinstance(word, str)
+        if list(word[:-1]) == output[len(output) - len(word) + 1 :] or len(word) == 1:
+            x[word[-1]] = -torch.inf
+    if len(output) < params.min_tokens:
+        x[list(params.stop_token_ids)] = -torch.inf
+    for token_id, value in params.logit_bias.items():
+        x[token_id] += value
+    for token_id in {*output, *(prompt if params.penalty_prompt else ())}:
+        r = torch.tensor(params.repetition_penalty)
+        x[token_id] = x[token_id] / r if x[token_id] > 0 else x[token_id] * r
+    for token_id, count in Counter(output).items():
+        x[token_id] -= torch.tensor(params.frequency_penalty) * count
+        x[token_id] -= params.presence_penalty
+    return x
 
 
 def argmax(logits: dict[str, Tensor], alpha: float) -> int:

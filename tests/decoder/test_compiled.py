@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder import Decoder, Speculation, memory
 from proxytune_kernels.decoder import runner as runner_module
 from proxytune_kernels.decoder.compiled import CompiledStep, merge_products
 from proxytune_kernels.decoder.pair.shared import shared_pair
+from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.adapters import copy_modules
@@ -174,7 +175,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(static, floats, monkeypatch):
     wanted, _ = answer(compile=False)
     monkeypatch.setattr(torch, "compile", tape.compile_with(refuse))
     monkeypatch.setattr(
-        runner_module.Runner, "_why_eager", lambda self, models, kernels, wanted: None
+        runner_module.Runner, "_why_eager", lambda self, models, kernels, wanted, layers: None
     )
     found, reason = answer()
     assert found == wanted
@@ -192,14 +193,34 @@ def test_what_is_compiled_unasked(floats):
     )
     runner, base = cpu._runner, copy.deepcopy(floats.base)
     runner.device = torch.device("cuda", 0)
-    assert runner._why_eager({"base": base}, {"base": "triton"}, None) is None
-    assert runner._why_eager({"base": base}, {"base": "sdpa"}, None) == (
-        "base attends through sdpa, which is compiled if asked for"
-    )
+
+    def why(kernel: str, layers: dict[str, Any]) -> str | None:
+        return runner._why_eager({"base": base}, {"base": kernel}, None, layers)
+
+    assert why("triton", {"base": []}) is None
+    assert why("sdpa", {"base": []}) == "base attends through sdpa, which is compiled if asked for"
+    assert why("triton", {}) == "base does not show its layers' keys and values before it runs"
     base.lm_head._hf_hook = object()
-    assert runner._why_eager({"base": base}, {"base": "triton"}, None) == (
-        "base is spread over devices by hooks"
-    )
+    assert why("triton", {"base": []}) == "base is spread over devices by hooks"
+
+
+@pytest.mark.parametrize("why", ["a large head", "layers that are not known"])
+def test_what_captured_steps_cannot_hold_is_not_compiled_for_them(static, monkeypatch, why):
+    """It is known before the forwards are made: a head of more than 256 goes through SDPA."""
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = make("qwen3", head_dim=264 if why == "a large head" else 256, **sizes).float()
+    layers = memory.layers_of(model)
+    known = {"base": layers} if why == "a large head" and layers else {}
+    runner = Runner({"base": model}, 2, 16, compile=True, layers=known)
+    assert runner.models["base",].compiled == "step" and not runner.static
+    assert runner.attention()["base"].startswith("sdpa: a head" if known else "triton")
+
+
+def test_forwards_are_warmed_up_once(static, floats, monkeypatch):
+    decoder = Decoder(floats, 1, roles=["base"], compile=True)
+    decoder.warm_up()
+    monkeypatch.setattr(Runner, "warm_up", lambda self: pytest.fail("once more"))
+    decoder.warm_up()
 
 
 def merging(**settings: Any) -> Any:
@@ -264,8 +285,9 @@ def test_merged_products_under_adapters(lora_trio):
         merged = copy_modules(member)
         with torch.inference_mode():
             wanted = member(ids, use_cache=False).logits
-            assert merge_products(merged) == 2 * len(member.model.layers)
-            # fp64: sums in another order, and zeros added.
+            # Those of one input, and the two that are alone with their adapters.
+            assert merge_products(merged) == 4 * len(member.model.layers)
+            # fp64: sums in another order.
             found = merged(ids, use_cache=False).logits
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 

@@ -216,6 +216,8 @@ def test_a_failed_capture_harms_nothing(near, monkeypatch, speculation, works):
     graphs(decoder)._capture = _Failing(works, RuntimeError("no\n  such thing"))
     check(decoder.generate(prompts, params), wanted)
     assert decoder.info()["graphs"] == "none: a step can't be captured: no such thing"
+    # Nor do eager steps go on to attend to whole rows, as captured ones do.
+    assert not any(cache.captured for cache in decoder._runner._caches)
 
 
 @pytest.mark.parametrize("most", [64, 3])
@@ -264,18 +266,33 @@ def test_captured_rounds_are_of_few_sizes(near, monkeypatch, adaptive):
 
 
 def test_other_errors_are_not_hidden(trio, monkeypatch):
-    """A device without memory is no reason to go on; nor is an interrupt."""
+    """An interrupt is no reason to go on."""
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     [wanted] = make_decoder(monkeypatch, trio, 2).generate("hello", params)
     decoder = make_decoder(monkeypatch, trio, 2, taped=True)
     error: type[BaseException]
-    for error in (torch.OutOfMemoryError, ValueError, KeyboardInterrupt):
+    for error in (ValueError, KeyboardInterrupt):
         graphs(decoder)._capture = _Failing(0, error("out of it"))
         with pytest.raises(error, match="out of it"):
             decoder.generate("hello", params)
         assert graphs(decoder).failed is None
     graphs(decoder)._capture = Tape()
     check(decoder.generate("hello", params), [wanted])
+
+
+@pytest.mark.parametrize("works", [0, 2])
+def test_without_memory_for_a_graph_steps_run_eagerly(near, monkeypatch, works):
+    """Those that are there serve, none is tried again, and it is said."""
+    prompts, params = requests(4, 6)
+    wanted = make_decoder(monkeypatch, near, 3).generate(prompts, params)
+    decoder = make_decoder(monkeypatch, near, 3, taped=True)
+    tape = graphs(decoder)._capture = _Failing(works, torch.OutOfMemoryError("out of it"))
+    for _ in range(2):
+        check(decoder.generate(prompts, params), wanted)
+    assert (tape.records, graphs(decoder).count) == (works + 1, works)
+    assert (tape.replays > 0) == (works > 0)
+    text = decoder.info()["graphs"]
+    assert re.fullmatch(rf"{works} captured, no memory for more: \d+ other .* run eagerly", text)
 
 
 def test_why_there_are_no_graphs(trio):

@@ -39,8 +39,9 @@ def test_layers_are_known_before_they_write(architecture):
     layers = memory.layers_of(model)
     assert layers is not None and torch.equal(noise, torch.get_rng_state())
     # What they do write, where nothing was taken before.
-    lazy, planned = (Runner({"base": model}, 3, 32) for _ in range(2))
-    planned.reserve({"base": layers})
+    lazy, planned = (
+        Runner({"base": model}, 3, 32, layers=given) for given in ({}, {"base": layers})
+    )
     caches = [runner.models["base",].cache for runner in (lazy, planned)]
     assert len(caches[1].slabs) == (2 if architecture == "two-kinds" else 1)
     taken = [slab.data_ptr() for slab in caches[1].slabs]

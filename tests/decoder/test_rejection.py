@@ -18,10 +18,10 @@ from scipy import stats
 from torch import Tensor
 
 from proxytune_kernels.decoder import Decoder, Speculation
-from proxytune_kernels.decoder.sampler import Needs
+from proxytune_kernels.decoder.constraints import Needs
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import noisy_copy, tiny_llama, word_tokenizer
+from tests.decoder.conftest import as_asked, noisy_copy, tiny_llama, word_tokenizer
 from tests.ops import oracle
 
 Make = Callable[..., Decoder]
@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 
 V, K, COUNT = 8, 3, 4
 """Tokens there are, drafts of a round, tokens that are looked at: the prompt's, and a round's."""
-SLOTS, BATCHES = 2048, 164
+SLOTS, BATCHES = 2048, 123
 SIGNIFICANCE = 1e-5
 # After the base's prompt some tokens repeat two of it, and have drafts.
 PROMPTS = {"base": [1, 2, 5, 3, 2, 6, 7, 2, 4, 2], "expert": [3, 2], "anti": [4]}
@@ -37,7 +37,11 @@ FILTERS: list[dict[str, Any]] = [
     {"alpha": 0.8},
     {"alpha": 1.2, "temperature": 0.8, "top_k": 6, "top_p": 0.95},
     {"alpha": -0.5, "temperature": 1.4, "min_p": 0.12, "top_p": 0.95, "filter_order": "hf"},
-]
+    {
+        "alpha": [0.8, 1.2, -0.5], "logit_bias": {1: 0.8, 4: -0.7}, "repetition_penalty": 1.5,
+        "presence_penalty": 0.4, "frequency_penalty": 0.6, "bad_words": [[7], [2, 3], [5, 1, 2]],
+    },
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,11 @@ def laws(trio: Trio, params: SamplingParams) -> Laws:
             inputs = torch.tensor([[*PROMPTS[role], *text] for text in texts])
             logits = model(inputs, use_cache=False).logits[:, -1]
             x[role] = logits.reshape(*[V] * (length + 1))
-        combined = x["base"] + params.alpha * (x["expert"] - x["anti"])
+        alpha = params.alphas[min(length, len(params.alphas) - 1)]
+        combined = x["base"] + alpha * (x["expert"] - x["anti"])
+        rows = combined.reshape(-1, V)
+        for i, text in enumerate(texts):
+            rows[i] = as_asked(rows[i], params, PROMPTS["base"], list(text))
         found.target.append(law(combined, params))
         found.draft.append(law(x["expert"], params))
     return found
@@ -105,12 +113,14 @@ class Driver:
     def __init__(self, decoder: Decoder, params: SamplingParams) -> None:
         self.stepper = decoder._loop._stepper
         self.runner, self.sampler = decoder._runner, decoder._sampler
-        requests = [decoder._make_request(i, PROMPTS, params) for i in range(SLOTS)]
+        self.constraints = decoder._sampler.constraints
+        requests = decoder._make_requests([PROMPTS] * SLOTS, params)
         for slot, request in enumerate(requests):
             request.slot = slot
         slots = list(range(SLOTS))
         self.logits = self.runner.prefill(slots, {r: [PROMPTS[r]] * SLOTS for r in PROMPTS})
         self.stepper.prefill(requests, self.logits)
+        self.needs, self.numbers = Needs.of(requests), self.constraints.numbers(requests)
         self.lengths = [cache.device_lengths.clone() for cache in self.runner._caches]
 
     @torch.inference_mode()
@@ -124,7 +134,7 @@ class Driver:
         while int(counts.min()) < COUNT:
             for cache in self.runner._caches:
                 cache.lengths[:] = cache.device_lengths.tolist()
-            result = self.stepper.run(SLOTS, self.stepper.roles, K, Needs(masked=False))
+            result = self.stepper.run(SLOTS, self.stepper.roles, K, self.needs)
             first = result if first is None else first
             places = counts[:, None] + torch.arange(K + 1)
             tokens.scatter_(1, places, result.token_ids)
@@ -139,8 +149,9 @@ class Driver:
         self.sampler.params.seed.copy_(first_seed + torch.arange(SLOTS))
         self.sampler.params.position.zero_()
         everyone = torch.arange(SLOTS)
-        first = self.sampler.draw(everyone, self.logits, Needs(masked=False))
-        self.sampler.take_first(everyone, first)
+        self.constraints.start(everyone, self.numbers)
+        first = self.sampler.draw(everyone, self.logits, self.needs)
+        self.sampler.take_first(everyone, first, self.needs)
         history = self.stepper._history
         if history is not None:
             start = len(PROMPTS["base"])
@@ -184,7 +195,10 @@ def assert_joint_law(token_ids: Tensor, target: list[Array]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(FILTERS)))
 def test_rejection_has_the_targets_joint_law(eight, make_decoder, case):
-    """More than 10^6 draws in all, prompts per role; and as much is accepted as can be."""
+    """10^6 draws in all, prompts per role, one case with all that a request can ask.
+
+    And as much is accepted as can be.
+    """
     driver, params = make_driver(make_decoder, eight, FILTERS[case], mode="rejection")
     draws = many(driver, BATCHES)
     target, draft = laws(eight, params)

@@ -177,7 +177,11 @@ def test_two_streams_share_the_slots(trio, make_decoder, plain):
         (3, params(), "prompts must be a string or a list of prompts, got int"),
         ([3], params(), r"prompts\[0\]: prompt of base must be a string, .* got 3"),
         ([{"base": "a"}], params(), "one entry per role .base, expert, anti.*, got base"),
-        (["a"], params(min_tokens=1, stop_token_ids=list(range(262))), "min_tokens must be 0"),
+        (
+            ["a"],
+            params(min_tokens=1, stop_token_ids=list(range(262))),
+            "min_tokens must leave a token",
+        ),
     ],
 )
 def test_requests_that_can_never_run_are_refused(trio, make_decoder, prompts, settings, message):

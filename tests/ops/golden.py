@@ -22,7 +22,8 @@ NOTE = (
     "Golden draws: changing them changes what a seed means, and is an entry in CHANGELOG.md. "
     "Written by `python -m tests.ops.golden`. Logits of role r in 0, 1, 2 at token i: "
     "(((i + 1) * (2654435761 + 2 * r) + 40503 * case * (r + 1)) mod 2^32 >> 22) - 512, "
-    "over 2^shift for base and over 2^(shift + 1) for expert and anti."
+    "over 2^shift for base and over 2^(shift + 1) for expert and anti. From case 180 on tokens "
+    "have edits, golden.edits_of."
 )
 
 WIDTHS = (1, 6, 128, 1000, 50_257)
@@ -55,6 +56,23 @@ def params_of(entry: dict[str, Any]) -> ptk.RowParams:
     return ptk.RowParams.make(1, seed=entry["seed"], position=entry["position"], **entry["params"])
 
 
+def edits_of(entry: dict[str, Any]) -> ptk.Edits | None:
+    """Of a case from 180 on, half of the first 200 tokens."""
+    vocab_size, case = entry["vocab_size"], entry["case"]
+    if case < 180:
+        return None
+    ids = torch.arange(case % 2, 200, 2)[None]
+    return ptk.Edits.make(
+        torch.where(ids < vocab_size, ids, -1),
+        counts=ids % 5 // 2,
+        in_prompt=ids % 3 == 0,
+        bias=(ids % 7 - 3) / 4,
+        repetition_penalty=1.25,
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+    )
+
+
 def _entry(case: int) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "case": case,
@@ -66,14 +84,15 @@ def _entry(case: int) -> dict[str, Any]:
         "params": FILTERS[case % len(FILTERS)],
     }
     params = params_of(entry)
-    x = reference.combine(*logits(case, entry["vocab_size"], entry["shift"]), params.alpha)
+    roles = logits(case, entry["vocab_size"], entry["shift"])
+    x = reference.combine(*roles, params.alpha, edits=edits_of(entry))
     out = reference.sample(x, params, entry["stream"])
     return entry | {"token_id": int(out.token_ids), "num_kept": int(out.num_kept)}
 
 
 def write() -> None:
     """Write the file again."""
-    entries = ",\n  ".join(json.dumps(_entry(case)) for case in range(180))
+    entries = ",\n  ".join(json.dumps(_entry(case)) for case in range(200))
     PATH.write_text(f'{{"note": {json.dumps(NOTE)},\n "draws": [\n  {entries}\n]}}\n')
 
 

@@ -254,7 +254,7 @@ def test_direct_callers_are_kept_on_one_device():
     roles, params = rows()
     cpu = params._replace(seed=params.seed.cpu())
     with pytest.raises(RuntimeError, match="all tensors must be on the device of base"):
-        torch.ops.proxytune_cuda.sample(*roles, *cpu, None, None, VOCAB_SIZE, 0)
+        torch.ops.proxytune_cuda.sample(*roles, *cpu, None, None, None, None, VOCAB_SIZE, 0)
 
 
 @NEEDS_CUDA
@@ -289,7 +289,7 @@ def test_triton_is_the_default_and_the_registered_operator():
     assert ptk.backends()["triton"] is None
     wanted = ptk.sample(*roles, params, backend="triton")
     oracle.assert_same(ptk.sample(*roles, params), wanted)
-    direct = torch.ops.proxytune.sample(*roles, *params, None, None, VOCAB_SIZE, 0)
+    direct = torch.ops.proxytune.sample(*roles, *params, None, None, None, None, VOCAB_SIZE, 0)
     oracle.assert_same(ptk.SampleOutput(*direct), wanted)
 
 

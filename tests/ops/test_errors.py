@@ -175,12 +175,12 @@ def test_the_operators_themselves_stay_in_bounds(widest, args):
     """Direct callers of torch.ops meet a check too, if a plainer one."""
     base, expert, anti = (*args, None, None)[:3]
     with pytest.raises((RuntimeError, ValueError), match="proxytune: |sample: "):
-        widest.operator("sample")(base, expert, anti, *ROWS, None, None, 4, 0, 0)
+        widest.operator("sample")(base, expert, anti, *ROWS, None, None, None, None, 4, 0, 0)
 
 
 @pytest.mark.parametrize("number", (-1, 129, 2**32 + 1, 2**62))
 def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(widest, number):
-    arguments = (X, None, None, *ROWS, None, None, 8, 0)
+    arguments = (X, None, None, *ROWS, None, None, None, None, 8, 0)
     refused = pytest.raises((RuntimeError, ValueError), match="(proxytune|sample): top_logprobs")
     with refused:
         widest.operator("sample")(*arguments, number)
@@ -199,9 +199,11 @@ def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(widest, 
 def test_the_operators_themselves_refuse_streams_and_modes_past_the_last(widest, number):
     """Also numbers whose low bits are one that there is."""
     with pytest.raises((RuntimeError, ValueError), match="noise_stream"):
-        widest.operator("sample")(X, None, None, *ROWS, None, None, 8, number, 0)
+        widest.operator("sample")(X, None, None, *ROWS, None, None, None, None, 8, number, 0)
     with pytest.raises((RuntimeError, ValueError), match="mode"):
-        widest.operator("verify")(XT, None, None, DRAFTS, None, *ROWS, None, None, 8, number)
+        widest.operator("verify")(
+            XT, None, None, DRAFTS, None, *ROWS, None, None, None, None, 8, number
+        )
 
 
 def test_the_cpus_head_refuses_tokens_that_there_are_not():
@@ -306,7 +308,9 @@ def test_the_operators_themselves_refuse_outputs_that_overlap(widest):
         top = torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0)
         written = dict(zip(OPERATORS[op].out_names, (*out[:-1], *top), strict=True))
         with pytest.raises((RuntimeError, ValueError), match="must not overlap"):
-            widest.operator("sample_out")(*args, None, None, *ROWS, None, None, 8, 0, 0, **written)
+            widest.operator("sample_out")(
+                *args, None, None, *ROWS, None, None, None, None, 8, 0, 0, **written
+            )
 
 
 def test_the_widest_vocabulary(widest):

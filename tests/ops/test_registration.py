@@ -49,10 +49,13 @@ def _arguments(name: str, optional: bool) -> tuple[Any, ...]:
     pair = (randn(*shape).half(), randn(*shape).half()) if optional else (None, None)
     bias = randn(*shape) if optional else None
     mask = torch.full((*shape[:-1], -(-V // 32)), -1, dtype=torch.int32) if optional else None
+    # They change nothing: the drafts below are those without.
+    ids = torch.arange(7).expand(*shape[:-1], 7)
+    edits: Any = ptk.Edits.make(ids) if optional else (None, None)
     if name == "sample":
-        return (base, *pair, *params, bias, mask, V, 0, 5 * optional)
+        return (base, *pair, *params, bias, mask, *edits, V, 0, 5 * optional)
     if name == "combine":
-        return (base, *pair, params.alpha, bias, mask, V)
+        return (base, *pair, params.alpha, bias, mask, *edits, V)
     if name == "sample_hidden":
         first, expert, anti = integer_heads(30, B, V)
         absent: Any = ptk.Head(None, None)  # type: ignore[arg-type]
@@ -73,7 +76,7 @@ def _arguments(name: str, optional: bool) -> tuple[Any, ...]:
     drawn = [reference.sample((draft_logits if optional else base)[:, j], p)
              for j, p in enumerate(steps)]  # fmt: skip
     drafts = torch.stack([d.token_ids for d in drawn], 1)
-    return (base, *pair, drafts, draft_logits, *params, bias, mask, V, int(optional))
+    return (base, *pair, drafts, draft_logits, *params, bias, mask, *edits, V, int(optional))
 
 
 def listed(out: Any) -> tuple[torch.Tensor, ...]:

@@ -30,8 +30,8 @@ from tests.ptx.device import RUN, Device, Launched
 from tests.ptx.program import Report
 
 CALLS = (
-    "sample bias+mask", "top_logprobs", "hidden B=16", "combine", "attention", "score", "coupled",
-    "rejection", "shards", "shards rejection",
+    "sample bias+mask", "top_logprobs", "hidden B=16", "combine", "attention", "lora", "score",
+    "coupled", "rejection", "shards", "shards rejection",
 )  # fmt: skip
 """Every operator, by the cases of ``make static``."""
 STREAM = 0x77

@@ -117,6 +117,23 @@ def check(run: Any, given: Device, exact: bool = False) -> None:
     assert_alike(found, run(RIGHT), exact)
 
 
+def edits_of(rows: int, vocab_size: int, g: torch.Generator) -> ptk.Edits:
+    """Of 90 tokens of each row, some side by side, and of none."""
+    ids = torch.stack([torch.randperm(vocab_size, generator=g)[:90] for _ in range(rows)])
+    ids[0, :40] = torch.arange(40)
+    ids[0, 40:] = torch.arange(50) + vocab_size - 50
+    ids[:, ::9] = -1
+    return ptk.Edits.make(
+        ids,
+        counts=torch.randint(0, 4, ids.shape, generator=g),
+        in_prompt=torch.randint(0, 2, ids.shape, generator=g),
+        bias=torch.randn(ids.shape, generator=g),
+        repetition_penalty=1.3,
+        presence_penalty=torch.randn(rows, generator=g),
+        frequency_penalty=0.3,
+    )
+
+
 @pytest.mark.parametrize(("name", "capability"), cases())
 @pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (2, 3))])
 def test_operators(name, capability, seed):
@@ -136,6 +153,7 @@ def test_operators(name, capability, seed):
         options["bias"] = torch.randn(B, V, generator=g)
         words = torch.randint(-(2**31), 2**31, (B, -(-V // 32)), generator=g)
         options["allowed_mask"] = words.int()
+        options["edits"] = edits_of(B, V, g)
     at = device(capability, seed)
     for n in (0, 20):
         check(lambda b, n=n: OPS.sample(*roles, params, top_logprobs=n, backend=b, **options), at)
@@ -147,6 +165,10 @@ def test_operators(name, capability, seed):
     for option in ("bias", "allowed_mask"):
         if option in options:
             options[option] = options[option][: R * T].view(R, T, -1)
+    if "edits" in options:
+        entries, penalties = options["edits"]
+        entries = entries[: R * T].unflatten(0, (R, T)).contiguous()
+        options["edits"] = ptk.Edits(entries, penalties[:R])
     ids = torch.randint(-1, V + 1, (R, T), generator=g)
     check(lambda b: OPS.score(*deep, ids, several.alpha, vocab_size=V, backend=b), at)
     if (name, capability) in WITHOUT_VERIFY:

@@ -131,7 +131,7 @@ def test_heads_compile_nothing_while_serving():
 @pytest.mark.parametrize("drafter", ["expert", "prompt_lookup"])
 def test_a_decoder_compiles_nothing_while_it_draws(drafter):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from proxytune_kernels.decoder.sampler import Needs
+    from proxytune_kernels.decoder.constraints import Needs
 
     trio = ptk.load_trio("shipped")
     speculation = ptk.Speculation(mode="rejection", drafter=drafter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
@@ -123,15 +124,13 @@ def test_alpha_0_is_the_base_alone(client, reference):
         {"repetition_penalty": 1.8, "penalty_prompt": False},
         {"allowed_token_ids": list(range(20, 60))},
         {"bad_words": [" 3", " +"]},
-        {"alpha": [0.0, 2.0, 1.0], "penalty_prompt": True},
+        {"alpha": [0.0, 2.0, 1.0]},
         {"min_tokens": 20, "top_k": 5, "min_p": 0.01, "filter_order": "hf"},
         {"stop_token_ids": [19, 20, 21]},
     ],
     ids=lambda asked: "-".join(asked),
 )
 def test_a_parameter_does_what_it_does_in_the_decoder(server, reference, asked):
-    if not set(asked) <= set(SAMPLING_FIELDS):
-        pytest.skip(f"SamplingParams has no {', '.join(asked)} yet")
     body = {"model": "shipped", "prompt": PROMPT, **SAMPLED, **asked}
     response, data = server.ask("/v1/completions", body)
     assert response.status == 200, data
@@ -145,6 +144,49 @@ def test_a_parameter_does_what_it_does_in_the_decoder(server, reference, asked):
     assert output.token_ids != without.token_ids
 
 
+SCHEMA = {
+    "type": "object", "required": ["count"], "additionalProperties": False,
+    "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 99}},
+}  # fmt: skip
+
+
+def test_output_keeps_to_a_schema_or_a_grammar(server, client):
+    pytest.importorskip("llguidance", reason="grammars need llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "count", "schema": SCHEMA}}
+    made = client.chat.completions.create(
+        model="shipped", messages=CHAT, response_format=form, n=4, max_tokens=40, seed=1
+    )
+    for choice in made.choices:
+        assert 0 <= json.loads(choice.message.content)["count"] <= 99
+        assert choice.finish_reason == "stop"
+    for grammar, wanted in (
+        ({"regex": "[0-9]{3}-[0-9]{2}"}, r"\d{3}-\d{2}"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"lark": 'start: "a" "b"+ "c"'}, "ab+c"),
+        ({"json_schema": SCHEMA}, r'{"count": \d+}'),
+    ):
+        body = {"model": "shipped", "prompt": PROMPT, "grammar": grammar, "max_tokens": 40}
+        response, data = server.ask("/v1/completions", body)
+        assert response.status == 200, data
+        assert re.fullmatch(wanted, json.loads(data)["choices"][0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"grammar": {"regex": "("}}, "grammar (regex)"),
+        ({"grammar": {"json_schema": {"properties": {"a": {"type": "x"}}}}}, "#/properties/a"),
+        ({"grammar": {"lark": "a" * 70_000}}, "at most 65536 bytes"),
+        ({"grammar": {"regex": "a"}, "response_format": {"type": "json_object"}}, "left out"),
+        ({"response_format": {"type": "json_schema"}}, "must have json_schema"),
+    ],
+)
+def test_a_wrong_grammar_is_named(server, given, words):
+    pytest.importorskip("llguidance", reason="grammars need llguidance")
+    error = server.error({"model": "shipped", "prompt": PROMPT, **given})
+    assert words in error["message"] and error["param"] in ("grammar", "response_format")
+
+
 def test_several_prompts_as_texts_and_as_tokens(client, reference, expected):
     token_ids = [output.prompt_token_ids["base"] for output in expected]
     for prompts in ([PROMPT, FLAT], token_ids):
@@ -154,7 +196,6 @@ def test_several_prompts_as_texts_and_as_tokens(client, reference, expected):
         assert made.usage.prompt_tokens == sum(map(len, token_ids))
 
 
-@pytest.mark.skipif("n" not in SAMPLING_FIELDS, reason="SamplingParams has no n yet")
 def test_n_outputs_have_seeds_that_differ_and_one_prompt(client, reference):
     made = client.completions.create(model="shipped", prompt=PROMPT, n=3, **SAMPLED)
     assert len({choice.seed for choice in made.choices}) == 3

@@ -159,7 +159,7 @@ def test_a_cancelled_request_is_out_of_its_slot_within_two_steps(trio32):
 
 
 def test_a_client_that_reads_nothing_holds_nobody_up(server):
-    with post(server.port, {**LONG, "stream": True, "prompt": [PROMPT] * 8}) as slow:
+    with post(server.port, {**LONG, "stream": True, "n": 8}) as slow:
         wait_for(lambda: server.metric("proxytune_slots_in_use") >= 8)
         assert server.ask("/v1/completions", BODY)[0].status == 200
         slow.close()

@@ -157,6 +157,38 @@ def test_the_bytes_are_those_of_the_packed_weights(quantization, dtype):
     assert model(IDS).logits.dtype == dtype
 
 
+# Inputs of 2 tiles, of 18; outputs of a panel, of two and a rest.
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (576, 75)])
+def test_products_by_amx(inputs, outputs):
+    _cpu = pytest.importorskip("proxytune_kernels._cpu", reason="the CPU extension is not built")
+    if not _cpu.has_amx():
+        pytest.skip("the processor has no AMX, or the system keeps it back")
+    torch.manual_seed(3)
+    x = torch.randn(70, inputs).bfloat16()
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    weight[0, :4] = torch.tensor([-127, 0, 127, 1])
+    scales = torch.rand(outputs).bfloat16() / 100
+    linear = torch.ops.proxytune.int8_linear
+    found = linear(x, weight, scales)
+    factors = weight.double() * scales.double()[:, None]
+    exact, size = x.double() @ factors.T, x.double().abs() @ factors.abs().T
+    # trio/packed.py: the sum's roundings in fp32, and one to bf16 (2^-9 of a number's own size).
+    bound = 2**-8 * exact.abs() + (inputs + 2) * 2**-24 * size
+    assert ((found.double() - exact).abs() <= bound).all()
+    for rows in (1, 16, 17, 33):
+        assert torch.equal(linear(x[:rows].contiguous(), weight, scales), found[:rows])
+    x[5, 7] = torch.nan
+    spoilt = linear(x, weight, scales)
+    assert spoilt[5].isnan().all()
+    assert torch.equal(spoilt[6:], found[6:])
+    try:
+        _cpu.set_isa("avx2")
+        with pytest.raises(RuntimeError, match="needs a processor with AMX"):
+            linear(x, weight, scales)
+    finally:
+        _cpu.set_isa(None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 # Whole blocks of 64 outputs and a rest; several of the parts that are written out at a time.
@@ -271,6 +303,9 @@ def test_the_decoder_gives_the_greedy_tokens_of_the_quantised_models(quantize, p
     held = packed_tensors()
     decoder = ptk.Decoder(trio, max_batch_size=2)
     assert packed_tensors() == held > 0
+    roles = trio.info()["roles"]
+    assert decoder.info()["products"] == {role: roles[role]["products"] for role in roles}
+    assert decoder.info()["products"]["base"]
     # Few: on a CPU, int4 has fast kernels for bf16 only, and bf16 rounds where tokens are close.
     params = ptk.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     outputs = decoder.generate(PROMPTS, params)

@@ -125,6 +125,7 @@ class EngineGenerate:
     """A ``custom_generate=`` that runs :class:`proxytune_kernels.Decoder`.
 
     What it honours of a ``generate()`` call: greedy decoding, temperature, top_k, top_p and min_p;
+    repetition_penalty, sequence_bias and bad_words_ids of single tokens, suppress_tokens;
     min_new_tokens and max_new_tokens (or lengths), end-of-sequence tokens and all other stopping
     criteria, which see one row at a time; num_return_sequences; left-padded batches; streamers;
     ``return_dict_in_generate``; ``alpha`` and, per role, ``expert_input_ids`` and the like.
@@ -276,13 +277,21 @@ class EngineGenerate:
         strength = checked_alpha(own_alpha if alpha is None else alpha, rows)
         max_length, eos_token_ids, criteria = _sorted_criteria(stopping_criteria)
         sampling = _sampling(logits_processor, generation_config.do_sample)
-        min_lengths = [_min_length(block, eos_token_ids) for block in sampling.blocks]
+        penalty_prompt = _counts_prompt(sampling, mask)
+        never = {i for b in sampling.blocks if _always(b) for i in b.token_ids}
+        min_lengths = [
+            _min_length(block, eos_token_ids) for block in sampling.blocks if not _always(block)
+        ]
         max_tokens = max(1, (max_length or generation_config.max_length) - width)
         params = SamplingParams(
             **sampling.filters,
+            logit_bias=sampling.bias,
+            # Those past the vocabulary are never drawn.
+            bad_words=[[i] for i in sorted(never) if i < trio.vocab_size],
+            repetition_penalty=sampling.repetition_penalty,
+            penalty_prompt=penalty_prompt,
             max_tokens=max_tokens,
             min_tokens=min(max([width, *min_lengths]) - width, max_tokens),
-            # Those past the vocabulary are never drawn.
             stop_token_ids=sorted(i for i in eos_token_ids if i < trio.vocab_size),
             ignore_eos=True,
         )
@@ -431,12 +440,26 @@ def _sorted_criteria(criteria: Iterable[Any]) -> tuple[int | None, set[int], tup
 
 def _sampling(logits_processor: Any, do_sample: bool) -> OpSampling:
     try:
-        sampling = read_processors(logits_processor, do_sample=do_sample)
+        return read_processors(logits_processor, do_sample=do_sample, knows_text=True)
     except NotInOp as reason:
         raise NotInDecoder(str(reason)) from reason
-    if sampling.bias:
-        raise NotInDecoder("sequence_bias is not in the decoder")
-    return sampling
+
+
+def _counts_prompt(sampling: OpSampling, mask: Tensor) -> bool:
+    """Whether prompts [B, P] count for the repetition penalty: without padding, or not at all."""
+    rows, width = mask.shape
+    ignored = sampling.ignored if sampling.ignored is not None else 0
+    start = torch.as_tensor(ignored, device=mask.device).expand(rows)
+    if sampling.repetition_penalty == 1 or torch.equal(start, (mask == 0).sum(1)):
+        return True
+    if not bool((start == width).all()):
+        raise NotInDecoder("repetition_penalty of a part of the prompt is not in the decoder")
+    return False
+
+
+def _always(block: Block) -> bool:
+    """Whether its tokens can't be drawn at any length."""
+    return block == Block(block.option, block.token_ids)
 
 
 def _min_length(block: Block, eos_token_ids: set[int]) -> int:

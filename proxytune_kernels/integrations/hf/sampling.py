@@ -54,6 +54,8 @@ class OpSampling:
             greedy.
         blocks: tokens that its ``allowed_mask`` leaves out.
         bias: token -> what its ``bias`` adds.
+        repetition_penalty: of tokens in prompt and output, for who knows the text.
+        ignored: how much of the beginning of each prompt does not count for it; None is nothing.
     """
 
     temperature: float = 1.0
@@ -62,6 +64,8 @@ class OpSampling:
     min_p: float = 0.0
     blocks: tuple[Block, ...] = ()
     bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = 1.0
+    ignored: int | Tensor | None = None
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -70,7 +74,9 @@ class OpSampling:
         return {name: getattr(self, name) for name in names} | {"filter_order": "hf"}
 
 
-def read_processors(processors: Iterable[Any], *, do_sample: bool) -> OpSampling:
+def read_processors(
+    processors: Iterable[Any], *, do_sample: bool, knows_text: bool = False
+) -> OpSampling:
     """What the op must do so that its tokens follow the law of these processors.
 
     Allowed are: first, in any order, ``suppress_tokens``, ``begin_suppress_tokens``,
@@ -86,6 +92,7 @@ def read_processors(processors: Iterable[Any], *, do_sample: bool) -> OpSampling
     Args:
         processors: of a :class:`transformers.LogitsProcessorList`.
         do_sample: False is greedy: filters don't move the likeliest token.
+        knows_text: also read ``repetition_penalty``, behind all biases, which depends on the text.
 
     Raises:
         NotInOp: names the first processor that the op does not have.
@@ -96,7 +103,7 @@ def read_processors(processors: Iterable[Any], *, do_sample: bool) -> OpSampling
         kind = type(processor)
         if kind is hf.LogitNormalization:
             continue
-        if kind not in _READERS:
+        if kind not in _READERS or (kind is _REPETITION and not knows_text):
             raise NotInOp(f"{_describe(processor)} is not in the op")
         own_rank, read = _READERS[kind]
         if own_rank < rank or own_rank == rank > 0:
@@ -150,6 +157,13 @@ def _min_new_tokens(sampling: OpSampling, processor: Any) -> OpSampling:
     return _blocked(sampling, processor, processor.eos_token_id.flatten().tolist(), 0, stop)
 
 
+def _repetition(sampling: OpSampling, processor: Any) -> OpSampling:
+    if sampling.repetition_penalty != 1:
+        raise NotInOp(f"{_describe(processor)} behind another one is not in the op")
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    return replace(sampling, repetition_penalty=processor.penalty, ignored=ignored)
+
+
 def _bias(sampling: OpSampling, processor: Any) -> OpSampling:
     longer = [list(token_ids) for token_ids in processor.sequence_bias if len(token_ids) > 1]
     if longer:
@@ -159,6 +173,8 @@ def _bias(sampling: OpSampling, processor: Any) -> OpSampling:
         )
     added = {token_ids[0]: value for token_ids, value in processor.sequence_bias.items()}
     blocked = {token_id for token_id, value in added.items() if value == -math.inf}
+    if sampling.repetition_penalty != 1 and added.keys() - blocked:
+        raise NotInOp(f"{_option(processor)} behind repetition_penalty is not in the op")
     bias = dict(sampling.bias)
     for token_id in added.keys() - blocked:
         bias[token_id] = bias.get(token_id, 0.0) + added[token_id]
@@ -167,6 +183,7 @@ def _bias(sampling: OpSampling, processor: Any) -> OpSampling:
 
 
 _Reader = Callable[[OpSampling, Any], OpSampling]
+_REPETITION = hf.RepetitionPenaltyLogitsProcessor
 
 # Kind -> its place and what reads it. Place 0 is before all filters, in any order: a mask and a
 # bias commute with each other, and with nothing that cuts or scales.
@@ -177,6 +194,7 @@ _READERS: dict[type, tuple[int, _Reader]] = {
     hf.MinNewTokensLengthLogitsProcessor: (0, _min_new_tokens),
     hf.SequenceBiasLogitsProcessor: (0, _bias),
     hf.NoBadWordsLogitsProcessor: (0, _bias),
+    _REPETITION: (0, _repetition),
     hf.TemperatureLogitsWarper: (1, _filter),
     hf.TopKLogitsWarper: (2, _filter),
     hf.TopPLogitsWarper: (3, _filter),

@@ -119,9 +119,11 @@ def _device_name(device: torch.device) -> str:
 
 
 def _unusable(
-    backend: str, device: torch.device, op: str, vocab_size: int, rejection: bool
+    backend: str, device: torch.device, op: str, vocab_size: int, rejection: bool, edited: bool
 ) -> str | None:
     reason = _refusal(backend, op, device)
+    if reason is None and edited and not BY_NAME[backend].edits:
+        reason = "it takes no edits, backend 'triton' does"
     if reason is not None:
         return reason
     widest = _max_vocab_size(backend, device, rejection)
@@ -145,8 +147,9 @@ _CPU_RUNS = BY_NAME["cpu"].unusable() is None
 
 
 def resolve(
-    backend: str | None, base: Tensor, op: str, vocab_size: int, rejection: bool = False
-) -> str:
+    backend: str | None, base: Tensor, op: str, vocab_size: int, rejection: bool = False,
+    edited: bool = False,
+) -> str:  # fmt: skip
     """Name of the backend that runs ``op`` on these logits: as asked for, or the fastest usable.
 
     Args:
@@ -155,6 +158,7 @@ def resolve(
         op: the public operator.
         vocab_size: agreed width.
         rejection: for ``verify``, whether that is its mode.
+        edited: whether rows have :class:`~proxytune_kernels.Edits`.
 
     Raises:
         ValueError: an unknown name.
@@ -171,7 +175,7 @@ def resolve(
             names = [fastest, *(name for name in names if name != fastest)]
         reasons = []
         for name in names:
-            reason = _unusable(name, device, op, vocab_size, rejection)
+            reason = _unusable(name, device, op, vocab_size, rejection, edited)
             if reason is None:
                 return name
             reasons.append(reason)
@@ -180,7 +184,7 @@ def resolve(
     if backend not in BY_NAME:
         names = sorted(known.name for known in ALL)
         raise ValueError(f"{op}: backend must be one of {names} or None, got {backend!r}")
-    reason = _unusable(backend, device, op, vocab_size, rejection)
+    reason = _unusable(backend, device, op, vocab_size, rejection, edited)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} can't run: {reason}")
     return backend

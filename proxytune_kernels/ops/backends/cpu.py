@@ -105,8 +105,8 @@ def combined(
         constraint = None if bias is None else bias[:, start:stop]
         part = memory[: batch_size * (stop - start)].view(batch_size, -1)
         torch.ops.proxytune.combine_out(
-            base.logits(start, stop), expert, anti, alpha, constraint, None, stop - start,
-            out_x=part,
+            base.logits(start, stop), expert, anti, alpha, constraint, None, None, None,
+            stop - start, out_x=part,
         )  # fmt: skip
         x[:, start:stop] = part
     return x
@@ -117,7 +117,10 @@ def _sample_hidden(
     vocab_size: int, noise_stream: int, top_logprobs: int, out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     x = combined((base, expert, anti), params.alpha, bias, vocab_size)
-    given = (x, None, None, *params, None, allowed_mask, vocab_size, noise_stream, top_logprobs)
+    given = (
+        x, None, None, *params, None, allowed_mask, None, None, vocab_size, noise_stream,
+        top_logprobs,
+    )  # fmt: skip
     outputs = dict(zip(OPERATORS["sample"].out_names, out, strict=True))
     torch.ops.proxytune.sample_out(*given, **outputs)
 

@@ -27,6 +27,7 @@ class Cuda(Backend):
 
     name = device_type = "cuda"
     operators = _NAMES
+    edits = False
 
     @override
     def missing(self) -> str | None:

@@ -11,7 +11,7 @@ from typing_extensions import override
 from proxytune_kernels import reference
 from proxytune_kernels.heads import Head
 from proxytune_kernels.ops.backends.backend import Backend, Implementation, from_function
-from proxytune_kernels.params import RowParams
+from proxytune_kernels.params import Edits, RowParams
 from proxytune_kernels.rng import STREAMS
 
 _STREAM_NAMES = {number: name for name, number in STREAMS.items()}
@@ -29,7 +29,7 @@ class Reference(Backend):
 
 def combined(
     base: Tensor, expert: Tensor | None, anti: Tensor | None, alpha: Tensor, bias: Tensor | None,
-    allowed_mask: Tensor | None, vocab_size: int,
+    allowed_mask: Tensor | None, edits: Edits | None, vocab_size: int,
 ) -> Tensor:  # fmt: skip
     """Combined logits of [B, V] or [B, T, V] inputs, in the shape of base."""
     shape = (*base.shape[:-1], vocab_size)
@@ -38,8 +38,11 @@ def combined(
     mask = None if allowed_mask is None else allowed_mask.reshape(-1, allowed_mask.shape[-1])
     if base.dim() == 3:
         alpha = alpha.repeat_interleave(base.shape[1])
+        if edits is not None:
+            penalties = edits.penalties.repeat_interleave(base.shape[1], 0)
+            edits = Edits(edits.entries.flatten(0, 1), penalties)
     assert rows[0] is not None
-    return reference.combine(rows[0], rows[1], rows[2], alpha, rows[3], mask).reshape(shape)
+    return reference.combine(rows[0], rows[1], rows[2], alpha, rows[3], mask, edits).reshape(shape)
 
 
 def _sample_x(
@@ -52,9 +55,9 @@ def _sample_x(
 
 def _sample(
     base: Tensor, expert: Any, anti: Any, params: RowParams, bias: Any, allowed_mask: Any,
-    vocab_size: int, noise_stream: int, top_logprobs: int,
+    edits: Edits | None, vocab_size: int, noise_stream: int, top_logprobs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    x = combined(base, expert, anti, params.alpha, bias, allowed_mask, vocab_size)
+    x = combined(base, expert, anti, params.alpha, bias, allowed_mask, edits, vocab_size)
     return _sample_x(x, params, noise_stream, top_logprobs)
 
 
@@ -75,15 +78,16 @@ def _combine(*arguments: Any) -> tuple[Tensor, ...]:
 def _score(
     base: Tensor, expert: Any, anti: Any, token_ids: Tensor, alpha: Tensor, vocab_size: int
 ) -> tuple[Tensor, ...]:
-    x = combined(base, expert, anti, alpha, None, None, vocab_size)
+    x = combined(base, expert, anti, alpha, None, None, None, vocab_size)
     return (reference.score(x, token_ids),)
 
 
 def _verify(
     base: Tensor, expert: Any, anti: Any, draft_token_ids: Tensor, draft_logits: Tensor | None,
-    params: RowParams, bias: Any, allowed_mask: Any, vocab_size: int, mode: str,
+    params: RowParams, bias: Any, allowed_mask: Any, edits: Edits | None, vocab_size: int,
+    mode: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    x = combined(base, expert, anti, params.alpha, bias, allowed_mask, vocab_size)
+    x = combined(base, expert, anti, params.alpha, bias, allowed_mask, edits, vocab_size)
     draft_x = None if draft_logits is None else draft_logits[..., :vocab_size].float()
     return reference.verify(x, draft_token_ids, params, mode, draft_x)
 

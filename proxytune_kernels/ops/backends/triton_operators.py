@@ -12,7 +12,7 @@ from torch import Tensor
 from proxytune_kernels.heads import Head
 from proxytune_kernels.kernels import interpreted
 from proxytune_kernels.ops.backends.backend import Implementation, from_writer
-from proxytune_kernels.params import RowParams
+from proxytune_kernels.params import Edits, RowParams
 from proxytune_kernels.reference import TopLogprobs, VerifyOutput
 
 if interpreted():
@@ -23,6 +23,8 @@ if interpreted():
 from proxytune_kernels.kernels.attention import launch_decode_attention
 from proxytune_kernels.kernels.combine import launch_combine
 from proxytune_kernels.kernels.common import inputs, packed
+from proxytune_kernels.kernels.edits import edited
+from proxytune_kernels.kernels.lora import launch_add_lora
 from proxytune_kernels.kernels.sample import launch_sample
 from proxytune_kernels.kernels.sample_hidden import launch_sample_hidden
 from proxytune_kernels.kernels.score import launch_score
@@ -59,11 +61,11 @@ def _at_16_bytes(write: Implementation) -> Implementation:
 
 def _sample(
     base: Tensor, expert: Any, anti: Any, params: RowParams, bias: Any, allowed_mask: Any,
-    vocab_size: int, noise_stream: int, top_logprobs: int, out: Out,
+    edits: Edits | None, vocab_size: int, noise_stream: int, top_logprobs: int, out: Out,
 ) -> None:  # fmt: skip
     *results, top_token_ids, top = out
     drawn = Outputs(*results)
-    logits = inputs(base, expert, anti, bias, allowed_mask)
+    logits = edited(inputs(base, expert, anti, bias, allowed_mask), edits, vocab_size)
     tiles, workspace = launch_sample(logits, params, drawn, vocab_size, 1, noise_stream)
     if top_logprobs:
         likeliest = TopLogprobs(top_token_ids, top)
@@ -86,9 +88,9 @@ def _sample_hidden(
 
 def _combine(
     base: Tensor, expert: Any, anti: Any, alpha: Tensor, bias: Any, allowed_mask: Any,
-    vocab_size: int, out: Out,
+    edits: Edits | None, vocab_size: int, out: Out,
 ) -> None:  # fmt: skip
-    logits = inputs(base, expert, anti, bias, allowed_mask)
+    logits = edited(inputs(base, expert, anti, bias, allowed_mask), edits, vocab_size)
     launch_combine(logits, packed(alpha), out[0], vocab_size)
 
 
@@ -102,9 +104,10 @@ def _score(
 
 def _verify(
     base: Tensor, expert: Any, anti: Any, draft_token_ids: Tensor, draft_logits: Any,
-    params: RowParams, bias: Any, allowed_mask: Any, vocab_size: int, mode: str, out: Out,
+    params: RowParams, bias: Any, allowed_mask: Any, edits: Edits | None, vocab_size: int,
+    mode: str, out: Out,
 ) -> None:  # fmt: skip
-    logits = inputs(base, expert, anti, bias, allowed_mask)
+    logits = edited(inputs(base, expert, anti, bias, allowed_mask), edits, vocab_size)
     ids, verified = packed(draft_token_ids), VerifyOutput(*out)
     if mode == "coupled":
         launch_coupled(logits, ids, params, verified, vocab_size)
@@ -131,6 +134,12 @@ def decode_attention(
 ) -> None:
     """Writes ``proxytune::decode_attention`` of checked arguments into ``out``."""
     launch_decode_attention(query, keys, values, seq_lens, out, *given)
+
+
+@_on_device
+def add_lora(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *given: Any) -> None:
+    """Carries out ``proxytune::add_lora`` of checked arguments."""
+    launch_add_lora(y, x, lora_A, lora_B, *given)
 
 
 IMPLEMENTATIONS = {

@@ -114,7 +114,7 @@ def _prepared(
     read = {"base": base, "expert": expert, "anti": anti, "params": rows, "bias": bias}
     checks.no_gradient(op, read)
     if shard.size:
-        checks.constraints(op, base, bias, allowed_mask, shard.size)
+        checks.constraints(op, base, bias, allowed_mask, None, shard.size)
     return rows
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import (
     LogitsProcessor,
     MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     set_seed,
@@ -83,15 +84,26 @@ GREEDY: dict[str, dict[str, Any]] = {
     "time": {"max_time": 0.0},
     "strings": STRINGS,
     "renormalized": {"renormalize_logits": True},
+    "suppressed": {"suppress_tokens": [*range(250), 9999]},
+    "bad words": {"bad_words_ids": [[i] for i in range(3, 200)], "min_new_tokens": 3, **ENDS},
+    "biases": {"sequence_bias": [[[i], 9.0 - i / 8] for i in range(50)]},
 }
+UNPADDED: dict[str, dict[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.7},
+    "repetition and others": {
+        "repetition_penalty": 0.6, "sequence_bias": [[[i], 4.0 - i / 8] for i in range(50)],
+        "suppress_tokens": [7, 9, 11],
+    },
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints")  # what is tried
-@pytest.mark.parametrize("case", GREEDY)
-def test_likeliest_tokens_are_those_of_transformers_loop(hf_model, batch, case):
-    got = generate(hf_model, batch, **GREEDY[case])
+@pytest.mark.parametrize("case", [*GREEDY, *UNPADDED])
+def test_likeliest_tokens_are_those_of_transformers_loop(hf_model, batch, one, case):
+    inputs, asked = (one, UNPADDED[case]) if case in UNPADDED else (batch, GREEDY[case])
+    got = generate(hf_model, inputs, **asked)
     assert hf_model.info()["sampling"] == DECODER
-    wanted = generate(hf_model, batch, **GREEDY[case], **TRANSFORMERS)
+    wanted = generate(hf_model, inputs, **asked, **TRANSFORMERS)
     assert "transformers' loop" in hf_model.info()["sampling"]
     assert got.dtype == wanted.dtype
     assert got.tolist() == wanted.tolist()
@@ -254,17 +266,16 @@ class Nothing(LogitsProcessor):
 
 
 FALLBACKS: dict[str, dict[str, Any]] = {
-    "repetition_penalty 1.3 is not in the op": {"repetition_penalty": 1.3},
+    "repetition_penalty of a part of the prompt is not in the decoder": {
+        "logits_processor": [RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=2)]
+    },
     "no_repeat_ngram_size 2 is not in the op": {"no_repeat_ngram_size": 2},
     "typical_p 0.9 is not in the op": {"do_sample": True, "typical_p": 0.9},
     "Nothing is not in the op": {"do_sample": True, "logits_processor": [Nothing()]},
     "prefix_allowed_tokens_fn is not in the op": {
         "prefix_allowed_tokens_fn": lambda row, ids: list(range(100))
     },
-    "suppress_tokens is not in the decoder": {"suppress_tokens": list(range(250))},
     "begin_suppress_tokens is not in the decoder": {"begin_suppress_tokens": list(range(250))},
-    "bad_words_ids is not in the decoder": {"bad_words_ids": [[i] for i in range(3, 200)]},
-    "sequence_bias is not in the decoder": {"sequence_bias": [[[i], 9.0] for i in range(50)]},
     "use_cache False is not in the decoder": {"use_cache": False},
     "synced_gpus is not in the decoder": {"synced_gpus": True},
     "cache_implementation 'static' is asked for": {"cache_implementation": "static"},
