@@ -304,9 +304,7 @@ def asked_max_tokens(request: CompletionRequest | ChatRequest, settings: Setting
     return asked
 
 
-def grammar_of(
-    request: CompletionRequest | ChatRequest, settings: Settings
-) -> Grammar | None:
+def grammar_of(request: CompletionRequest | ChatRequest, settings: Settings) -> Grammar | None:
     """The grammar that a request's output must keep to; None where it asks for none.
 
     Raises:

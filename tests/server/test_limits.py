@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -164,6 +165,15 @@ def test_a_client_that_reads_nothing_holds_nobody_up(server):
         assert server.ask("/v1/completions", BODY)[0].status == 200
         slow.close()
     server.wait_idle()
+
+
+def test_a_grammar_that_takes_long_is_refused(trio32, monkeypatch):
+    decoder = ptk.Decoder(trio32, max_batch_size=1)
+    monkeypatch.setattr(decoder, "compile_grammar", lambda grammar: time.sleep(0.5))
+    with serving(decoder, grammar_seconds=0.05) as busy:
+        error = busy.error({**BODY, "grammar": {"regex": "a"}})
+        assert error["message"] == "grammar must compile within 0.05 seconds"
+        assert busy.ask("/v1/completions", BODY)[0].status == 200
 
 
 def test_prompts_are_in_no_log_and_no_error(server, caplog):
