@@ -212,7 +212,12 @@ class Api:
         if reply.echo:
             text = self._prompt_text(reply, index) + text
         writer = self._writer(reply)
-        message = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": text,
+            "refusal": None,
+            "annotations": [],
+        }
         return {
             "index": index,
             **({"message": message} if reply.chat else {"text": text}),

@@ -23,7 +23,7 @@ THOROUGH = os.environ.get("PROXYTUNE_FUZZ") == "1"
 
 
 def test_random_requests_get_documented_answers(server, tmp_path):
-    amount = ["--max-examples", "150"] if THOROUGH else ["--max-examples", "8", "--phases=fuzzing"]
+    amount = ["--max-examples", "150"] if THOROUGH else ["--max-examples", "5", "--phases=fuzzing"]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
@@ -34,7 +34,7 @@ def test_random_requests_get_documented_answers(server, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     found = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
     assert found is not None and found[1] == found[2]
-    assert int(found[1]) >= (2000 if THOROUGH else 40)
+    assert int(found[1]) >= (2000 if THOROUGH else 30)
     server.wait_idle()
 
 
