@@ -12,6 +12,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -205,17 +206,41 @@ PLAIN = "plain"
 
 
 VARIANTS = (PLAIN, "int8", "int4")
+Pieces = list[tuple[Tensor, int]]
+"""A text in parts that stand by themselves: tokens int64 [T], and how many of them are given."""
+
+
+def read_texts(directory: str, tokens: int) -> dict[str, Pieces]:
+    """Texts as a model's tokenizer has them; of a trio's member the expert's problems, too.
+
+    Their questions are apart from their answers, which alone the expert was tuned to predict.
+    """
+    from transformers import AutoTokenizer
+
+    trio = Path(directory).resolve().parent
+    own = Path(directory) if (Path(directory) / "tokenizer.json").is_file() else trio
+    encode = AutoTokenizer.from_pretrained(own).encode
+    texts: dict[str, Pieces] = {
+        name: [(torch.tensor(encode((report.REPOSITORY / name).read_text())[:tokens]), 1)]
+        for name in TEXTS
+    }
+    if (trio / "trio.json").is_file():
+        name = "shipped" if trio == trios.SHIPPED else directory
+        pairs = [(encode(q), encode(a or "")) for q, a in trios.task_prompts("arithmetic", name)]
+        texts["questions"] = [(torch.tensor(question), 1) for question, _ in pairs]
+        texts["answers"] = [(torch.tensor([*q, *a]), len(q)) for q, a in pairs]
+    return texts
 
 
 def quality(token_ids: Tensor, plain: Tensor, logprobs: Tensor) -> dict[str, float]:
-    """Compare log-probabilities [T, V] after each of T tokens int64 [T] with the plain model's.
+    """Compare log-probabilities [T, V] before each of T tokens int64 [T] with the plain model's.
 
     ``nll`` is the mean negative log-likelihood of the text's tokens in nats; ``agreement`` the
     share of positions whose likeliest token is the plain model's; ``divergence`` the mean KL
     divergence from the plain model's distribution to this one, in nats.
     """
     return {
-        "nll": -float(logprobs[:-1].gather(1, token_ids[1:, None]).mean()),
+        "nll": -float(logprobs.gather(1, token_ids[:, None]).mean()),
         "agreement": float((plain.argmax(-1) == logprobs.argmax(-1)).float().mean()),
         "divergence": float((plain.exp() * (plain - logprobs)).sum(-1).mean()),
     }
@@ -227,19 +252,28 @@ def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> 
 
     ``perplexity`` is how much of the plain model's the variant's is.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from proxytune_kernels.trio.quantization import weight_bytes
+    from proxytune_kernels.trio.quantization import QuantizationError, weight_bytes
 
-    encode = AutoTokenizer.from_pretrained(directory).encode
-    ids = {n: torch.tensor(encode((report.REPOSITORY / n).read_text())[:tokens]) for n in TEXTS}
+    texts = read_texts(directory, tokens)
+    ids = {n: torch.cat([t[given:] for t, given in pieces]) for n, pieces in texts.items()}
+
+    def predicted(model: Any, pieces: Pieces) -> Tensor:
+        rows = [model(t[None]).logits[0, given - 1 : -1] for t, given in pieces]
+        return torch.cat(rows).float().log_softmax(-1)
+
     models: dict[str, Any] = {}
     records: list[Record] = []
     plain: dict[str, Tensor] = {}
     for variant in VARIANTS:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-        models[variant] = model if variant == PLAIN else quantize(model, variant)
-        found = {n: model(i[None]).logits[0].float().log_softmax(-1) for n, i in ids.items()}
+        try:
+            models[variant] = model if variant == PLAIN else quantize(model, variant)
+        except QuantizationError as reason:
+            report.say(f"{variant} is left out: {reason}", "yellow")
+            continue
+        found = {name: predicted(model, pieces) for name, pieces in texts.items()}
         plain = plain or found
         rows = [{"text": n, "tokens": len(i), **quality(i, plain[n], found[n])}
                 for n, i in ids.items()]  # fmt: skip
@@ -247,7 +281,7 @@ def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> 
             row["perplexity"] = math.exp(row["nll"] - first["nll"])
         records.append({"variant": variant, "bytes": weight_bytes(model), "quality": rows})
     # A token without a past: the step of a short sequence, which reads the weights once.
-    one = torch.tensor([[int(ids[TEXTS[0]][0])]])
+    one = ids[TEXTS[0]][None, :1]
     calls = {variant: lambda m=model: m(one) for variant, model in models.items()}
     seconds = time_in_turns(calls, repeats)
     for record in records:
@@ -258,7 +292,7 @@ def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> 
 
 QUANTIZED_COLUMNS: tuple[report.Column, ...] = (
     ("", "variant", str),
-    ("text", "text", str),
+    ("text", "text", lambda path: Path(path).name),
     ("MB", "bytes", report.decimals(1, 1e-6)),
     ("nll", "nll", report.decimals(4)),
     ("perplexity\nof plain", "perplexity", report.decimals(4)),

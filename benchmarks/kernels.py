@@ -132,6 +132,8 @@ PEERS: dict[str, Callable[[Filters], Peer]] = {
 OURS, EDITED, YARDSTICK = "ours", "ours + 256 edits", "softmax only"
 PROVIDERS = (OURS, EDITED, YARDSTICK, *PEERS)
 """In the order of tables."""
+ATTRIBUTION = "attribution"
+"""Ours with attribution: a provider that is timed where it is named."""
 
 
 class Work(NamedTuple):
@@ -192,6 +194,8 @@ def make_calls(case: OpCase, providers: Sequence[str]) -> Calls:
             wanted = ptk.sample(*sets[0], params, edits=edits, backend="reference")
             samplers.check_outputs(str(case), ptk.sample(*sets[0], params, edits=edits), wanted)
             return lambda logits: ptk.sample(*logits, params, edits=edits)
+        if name == ATTRIBUTION:
+            return lambda logits: ptk.sample(*logits, params, attribution=True)
         if name == OURS:
             base, expert, anti = (x[: len(target.kept)] for x in sets[0])
             few = params.rows(slice(0, len(base)))
@@ -413,9 +417,9 @@ def main(
     filters: Annotated[str | None, _axis("filters")] = None,
     vocab_sizes: Annotated[str | None, _axis("vocab-sizes")] = None,
     batch_sizes: Annotated[str | None, _axis("batch-sizes")] = None,
-    providers: Annotated[str, typer.Option(help=f"Of {','.join(PROVIDERS)}.")] = ",".join(
-        PROVIDERS
-    ),
+    providers: Annotated[
+        str, typer.Option(help=f"Of {','.join((*PROVIDERS, ATTRIBUTION))}.")
+    ] = ",".join(PROVIDERS),
     heads: Annotated[
         str | None,
         typer.Option(help=f"Instead, sample_hidden at shapes of {','.join(samplers.SHAPES)}."),
@@ -450,7 +454,7 @@ def main(
         for text, (name, (known, default)) in zip(given, AXES.items(), strict=True)
     ]
     cases = [OpCase(*c) for c in product(*axes)] if any(given) else DEFAULT_CASES
-    names = parse_choices("--providers", providers, PROVIDERS, OURS)
+    names = parse_choices("--providers", providers, (*PROVIDERS, ATTRIBUTION), OURS)
     records = measure([sample_work(case, names) for case in cases], repeats)
     report.write_results(output, "kernels", {}, records)
     title = "sample: combine, filter and draw a token per row"

@@ -20,7 +20,7 @@ import torch
 import typer
 from transformers import DynamicCache
 
-from benchmarks.harness import agreement, decoding, options, report, trios
+from benchmarks.harness import agreement, decoding, llama, options, report, trios
 from benchmarks.harness.decoding import GREEDY, Case, Generation, Prompts, Provider, Sampling
 from benchmarks.harness.measure import in_turns, ratios, speed_over, summary
 from benchmarks.harness.memory import in_fresh_process, peak_memory
@@ -42,16 +42,18 @@ DECODERS: dict[str, dict[str, Any]] = {
     "ours-lookup": {"speculation": Speculation(drafter="prompt_lookup")},
     "ours-compiled": {"compile": True},
     "base-only-packed": {"roles": ("base",)} | _PACKED,
+    "base-only-int8": {"roles": ("base",), "quantize": "int8"},
+    "base-only-int4": {"roles": ("base",), "quantize": "int4"},
     "ours-packed": _PACKED,
     "ours-packed-speculative": _PACKED | _SPECULATION,
     "ours-int8-speculative": {"quantize": "int8"} | _SPECULATION,
     "ours-int4-speculative": {"quantize": "int4"} | _SPECULATION,
 }
 """Options of our decoder, by the name of the provider; ``quantize`` is load_trio's."""
-PROVIDERS = ("naive", *DECODERS)
+PROVIDERS = ("naive", llama.NAME, *DECODERS)
 """In the order of tables and plots."""
 DEFAULT_PROVIDERS = "naive,base-only,ours,ours-shared-pair,ours-speculative"
-COMPARED = ("naive", "base-only", "ours", "ours-shared-pair")
+COMPARED = ("naive", llama.NAME, "base-only", "ours", "ours-shared-pair")
 """Providers that the speeds of the others are taken over, where they ran too."""
 
 Record = dict[str, Any]
@@ -114,6 +116,8 @@ def make_provider(
     """The provider of a name, with room for ``rows`` requests of ``length`` tokens."""
     if name == "naive":
         return decoding.NaiveLoop(forms.trio, sampling=sampling)
+    if name == llama.NAME:
+        return llama.LlamaProvider(forms.trio, forms.directory, sampling, rows, length)
     own = {"max_batch_size": rows, "max_seq_len": length, **DECODERS[name]}
     trio = forms.unmerged if own.get("pair") == "shared" else forms.trio
     if "quantize" in own:
@@ -136,7 +140,7 @@ def make_providers(
     for name in settings.providers:
         try:
             made.append(make_provider(name, forms, settings.sampling, rows, length))
-        except (trios.AdapterMissing, LoadError, PackingError, PairError) as reason:
+        except (trios.TrioMissing, LoadError, PackingError, PairError) as reason:
             report.say(f"{name} is left out: {reason}.", "yellow")
     return made
 
@@ -283,6 +287,8 @@ def measure(
         outputs = [(w.case.batch_size, w.longest, w.case.output_length) for w in works]
         cases = [(rows, longest - output, output) for rows, longest, output in outputs]
         for provider in providers if settings.memory else ():
+            if provider.name == llama.NAME:  # beside a trio that it does not use
+                continue
             given = settings.trio, settings.dtype, provider.name, cases, torch.get_num_threads()
             own = (record for record in records if record["provider"] == provider.name)
             for record, peak in zip(own, in_fresh_process(peaks, *given), strict=True):
@@ -364,7 +370,7 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
     trio, name = forms.trio, options.trio_label(settings.trio)
     works = make_work(trio, settings)
     providers = make_providers(forms, settings, works)
-    ties = agreement.check_greedy(providers)
+    ties = agreement.check_greedy([p for p in providers if p.name != llama.NAME])
     for provider in providers:
         # What it saw of another text, in the check, would last far into a short timed run.
         if isinstance(provider, decoding.DecoderProvider) and provider.decoder.speculation:

@@ -36,9 +36,10 @@ using MaybeTensor = std::optional<Tensor>;
       const MaybeTensor &penalties, int64_t vocab_size
 #define PTK_CONSTRAINT_TENSORS bias, allowed_mask, entries, penalties
 #define PTK_CONSTRAINT_VALUES PTK_CONSTRAINT_TENSORS, vocab_size
-#define PTK_SAMPLE PTK_LOGITS, PTK_PARAMS, PTK_CONSTRAINTS, int64_t noise_stream, int64_t top_logprobs
+#define PTK_SAMPLE PTK_LOGITS, PTK_PARAMS, PTK_CONSTRAINTS, int64_t noise_stream, int64_t top_logprobs, \
+                   const MaybeTensor &attributed
 #define PTK_SAMPLE_VALUES \
-  base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_VALUES, noise_stream, top_logprobs
+  base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_VALUES, noise_stream, top_logprobs, attributed
 #define PTK_VERIFY                                                                              \
   PTK_LOGITS, const Tensor &draft_token_ids, const MaybeTensor &draft_logits, PTK_PARAMS,       \
       PTK_CONSTRAINTS, int64_t verify_mode
@@ -125,6 +126,9 @@ inline proxytune_inputs inputs_of(PTK_LOGITS, const Tensor& alpha, PTK_CONSTRAIN
   return in;
 }
 
+// A call's numbers of columns, by Result::columns: 1 for results that have none.
+using Columns = std::array<int64_t, 3>;
+
 // An argument's memory: pieces of `bytes`, at each row and position. data null: there is no such argument.
 struct Memory {
   const char* name;
@@ -171,6 +175,7 @@ class Arguments {
   }
   explicit Arguments(const proxytune_sample_args& args, int64_t rows) : Arguments(args.inputs, rows, 1) {
     add(args.params);
+    add({"attributed", args.attributed, rows * 8});
   }
   Arguments(const proxytune_verify_args& args, int64_t rows) : Arguments(args.inputs, rows, args.num_drafts + 1) {
     add(args.params);
@@ -190,9 +195,9 @@ class Arguments {
 
   // The results that the caller owns.
   template <typename... Results, typename Args>
-  void write(const std::tuple<Results...>& results, const Args& args, int64_t columns) {
+  void write(const std::tuple<Results...>& results, const Args& args, const Columns& columns) {
     const auto bytes = [&](const auto& result) {
-      return int64_t(sizeof(*(args.*result.field))) * rows_ * (result.has_columns ? columns : 1);
+      return int64_t(sizeof(*(args.*result.field))) * rows_ * columns[result.columns];
     };
     std::apply(
         [&](const Results&... each) { (write({each.name, args.*each.field, bytes(each)}), ...); }, results);
@@ -232,6 +237,7 @@ inline proxytune_sample_args sample_args(PTK_SAMPLE) {
   args.params = params_of(base.size(0), PTK_PARAM_VALUES);
   args.noise_stream = int32_t(noise_stream);
   args.num_top = int32_t(top_logprobs);
+  if (attributed) args.attributed = values_of<int64_t>(*attributed, base.size(0), "attributed");
   return args;
 }
 
@@ -284,25 +290,27 @@ inline Tensor new_tensor(const Tensor& like, ScalarType type, int64_t rows, int6
 
 template <typename Args, typename T, bool kOptional>
 NewTensor allocate(const Result<T* Args::*, kOptional>& result, Args& args, const Tensor& like,
-                   int64_t rows, int64_t columns) {
-  NewTensor made = empty(like, kTypeOf<T>, rows, result.has_columns ? columns : -1);
+                   int64_t rows, const Columns& columns) {
+  NewTensor made = empty(like, kTypeOf<T>, rows, result.columns ? columns[result.columns] : -1);
   void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(made.get(), &data));
-  args.*result.field = static_cast<T*>(data);
+  // An empty tensor's address may be anything.
+  args.*result.field = columns[result.columns] ? static_cast<T*>(data) : nullptr;
   return made;
 }
 
 template <typename Args, typename T>
 void attach(const Result<T* Args::*>& result, Args& args, const Tensor& given, int64_t rows,
-            int64_t columns) {
-  args.*result.field = values_of<T>(given, result.has_columns ? rows * columns : rows, result.name);
+            const Columns& columns) {
+  args.*result.field = values_of<T>(given, rows * columns[result.columns], result.name);
 }
 
 template <typename Args, typename T>
 void attach(const Result<T* Args::*, true>& result, Args& args, const MaybeTensor& given, int64_t rows,
-            int64_t columns) {
-  STD_TORCH_CHECK(given || columns == 0, "proxytune: ", result.name, " must be given");
-  if (columns > 0) args.*result.field = values_of<T>(*given, rows * columns, result.name);
+            const Columns& columns) {
+  const int64_t own = columns[result.columns];
+  STD_TORCH_CHECK(given || own == 0, "proxytune: ", result.name, " must be given");
+  if (own > 0) args.*result.field = values_of<T>(*given, rows * own, result.name);
 }
 
 template <size_t kCount>
@@ -310,7 +318,7 @@ using NewTensors = std::array<NewTensor, kCount>;
 
 template <typename... Results, typename Args>
 NewTensors<sizeof...(Results)> allocate(const std::tuple<Results...>& results, Args& args,
-                                        const Tensor& like, int64_t rows, int64_t columns) {
+                                        const Tensor& like, int64_t rows, const Columns& columns) {
   return std::apply(
       [&](const Results&... each) {
         return NewTensors<sizeof...(Results)>{allocate(each, args, like, rows, columns)...};
@@ -319,7 +327,7 @@ NewTensors<sizeof...(Results)> allocate(const std::tuple<Results...>& results, A
 }
 
 template <typename... Results, typename Args, typename... Tensors>
-void attach(const std::tuple<Results...>& results, Args& args, int64_t rows, int64_t columns,
+void attach(const std::tuple<Results...>& results, Args& args, int64_t rows, const Columns& columns,
             const Tensors&... given) {
   std::apply([&](const Results&... each) { (attach(each, args, given, rows, columns), ...); }, results);
 }
@@ -361,10 +369,14 @@ class Operators {
     m.impl("verify_out", TORCH_BOX((&verify_out<VerifyResults...>)));
   }
 
+  static Columns sample_columns(int64_t top_logprobs, const MaybeTensor& attributed) {
+    return {1, top_logprobs, attributed ? int64_t(PROXYTUNE_ATTRIBUTION) : 0};
+  }
+
   static auto sample(PTK_SAMPLE) {
-    Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_TENSORS);
+    Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_TENSORS, attributed);
     proxytune_sample_args args = sample_args(PTK_SAMPLE_VALUES);
-    auto results = allocate(kSampleResults, args, base, base.size(0), top_logprobs);
+    auto results = allocate(kSampleResults, args, base, base.size(0), sample_columns(top_logprobs, attributed));
     Backend::sample(args, base);
     return results;
   }
@@ -382,10 +394,11 @@ class Operators {
 
   template <typename... Results>
   static void sample_out(PTK_SAMPLE, const ResultTensor<Results>&... results) {
-    Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_TENSORS, results...);
+    Backend::check_devices(base, expert, anti, PTK_PARAM_VALUES, PTK_CONSTRAINT_TENSORS, attributed, results...);
     proxytune_sample_args args = sample_args(PTK_SAMPLE_VALUES);
-    attach(kSampleResults, args, base.size(0), top_logprobs, results...);
-    Arguments(args, base.size(0)).write(kSampleResults, args, top_logprobs);
+    const Columns columns = sample_columns(top_logprobs, attributed);
+    attach(kSampleResults, args, base.size(0), columns, results...);
+    Arguments(args, base.size(0)).write(kSampleResults, args, columns);
     Backend::sample(args, base);
   }
 
@@ -395,7 +408,7 @@ class Operators {
                            PTK_CONSTRAINT_TENSORS);
     const Tensor drafts = torch::stable::contiguous(draft_token_ids);
     proxytune_verify_args args = verify_args(PTK_VERIFY_VALUES(drafts));
-    auto results = allocate(kVerifyResults, args, base, base.size(0), base.size(1));
+    auto results = allocate(kVerifyResults, args, base, base.size(0), {1, base.size(1), 0});
     Backend::verify(args, base);
     return results;
   }
@@ -406,8 +419,9 @@ class Operators {
                            PTK_CONSTRAINT_TENSORS, results...);
     const Tensor drafts = torch::stable::contiguous(draft_token_ids);
     proxytune_verify_args args = verify_args(PTK_VERIFY_VALUES(drafts));
-    attach(kVerifyResults, args, base.size(0), base.size(1), results...);
-    Arguments(args, base.size(0)).write(kVerifyResults, args, base.size(1));
+    const Columns columns{1, base.size(1), 0};
+    attach(kVerifyResults, args, base.size(0), columns, results...);
+    Arguments(args, base.size(0)).write(kVerifyResults, args, columns);
     Backend::verify(args, base);
   }
 };

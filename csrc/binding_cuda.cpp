@@ -41,6 +41,7 @@ struct Cuda {
   }
 
   static void sample(const proxytune_sample_args& args, const Tensor& base) {
+    STD_TORCH_CHECK(!args.attributed, "proxytune: attributed has no kernel in CUDA C++, Triton has one");
     const int64_t rows = base.size(0);
     if (rows == 0) return;  // an empty tensor's pointer is null, which the C API refuses
     const int32_t device = base.get_device_index();

@@ -40,7 +40,7 @@ from proxytune_kernels.ops import (
     warm_up,
 )
 from proxytune_kernels.params import Edits, RowParams, SamplingParams
-from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
+from proxytune_kernels.reference import Attribution, SampleOutput, TopLogprobs, VerifyOutput
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder import Decoder, Grammar, Speculation
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attribution",
     "Decoder",
     "Edits",
     "Grammar",

@@ -18,6 +18,12 @@ from torch import Tensor
 FILTER_ORDERS = ("vllm", "hf", "joint")
 """Filter orders by their code in :attr:`RowParams.filter_order`."""
 
+LOGPROBS_MODES = ("raw", "drawn")
+"""Of what :attr:`SamplingParams.logprobs` are: see there."""
+
+MAX_LOGPROBS = 20
+"""The most of the likeliest tokens that a request may ask for at each position."""
+
 _SEED_LIMIT = 2**64
 
 # The kernels hold numbers in fp32: what would overflow there is not finite.
@@ -139,6 +145,15 @@ class SamplingParams:
             Chat templates write their own.
         grammar: a :class:`proxytune_kernels.Grammar` that the output must be a text of; the
             request ends where it does. None allows all.
+        logprobs: report this many of the likeliest tokens at each output position, beside the one
+            drawn, in [0, 20]; -1 reports none.
+        logprobs_mode: ``"raw"``: log-softmax of the combined logits, before temperature and
+            filters. ``"drawn"``: of what the token was drawn from; tokens that the filters leave
+            out are not reported.
+        prompt_logprobs: the same at each position of the prompt, always raw; -1 reports none. It
+            needs one prompt for all roles.
+        steering: report at each output position what steering did to its token (docs/contracts.md,
+            Attribution).
 
     Raises:
         ValueError: names the field, its value and its range.
@@ -168,6 +183,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
     grammar: Any = None
+    logprobs: int = -1
+    logprobs_mode: str = "raw"
+    prompt_logprobs: int = -1
+    steering: bool = False
 
     @classmethod
     def from_generation_config(cls, source: Any, **overrides: Any) -> SamplingParams:
@@ -211,11 +230,18 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = "an integer of at least -1"
+            _integer(name, getattr(self, name), -1, wanted, high=MAX_LOGPROBS + 1)
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            raise ValueError(
+                f"logprobs_mode must be one of {LOGPROBS_MODES}, got {self.logprobs_mode!r}"
+            )
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         for name in ("stop_token_ids", "allowed_token_ids"):
             object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         for name in (
-            *("ignore_eos", "include_stop_str_in_output", "penalty_prompt"),
+            *("ignore_eos", "include_stop_str_in_output", "penalty_prompt", "steering"),
             *("skip_special_tokens", "add_special_tokens"),
         ):
             if not isinstance(getattr(self, name), bool):

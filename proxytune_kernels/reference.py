@@ -38,6 +38,29 @@ class TopLogprobs(NamedTuple):
     """fp32 [B, n]: their raw logprobs; NaN where the token is -1."""
 
 
+class Attribution(NamedTuple):
+    """What steering did to each row, of one token there: the one drawn, or one that was given.
+
+    Probabilities are at temperature 1 and without filters; NaN where the row has no such token, and
+    those of the pair also where alpha is 0 or there is no pair.
+    """
+
+    base: Tensor
+    """fp32 [B]: the token's probability under the base."""
+    expert: Tensor
+    """fp32 [B]: under the expert."""
+    anti: Tensor
+    """fp32 [B]: under the anti-expert."""
+    proxy: Tensor
+    """fp32 [B]: under the combined logits x, bias and mask applied."""
+    base_rank: Tensor
+    """int32 [B]: its place in the base's order, 1 the likeliest; 0 where there is no token."""
+    changed: Tensor
+    """bool [B]: whether the likeliest token of x is another than the base's."""
+    kl: Tensor
+    """fp32 [B]: the Kullback-Leibler divergence of x from the base, in nats."""
+
+
 class SampleOutput(NamedTuple):
     """What ``sample`` returns, one value per row."""
 
@@ -53,6 +76,8 @@ class SampleOutput(NamedTuple):
     """int32 [B]: 0, or the sum of 1 (NaN masked), 2 (+inf), 4 (nothing left), 8 (bad parameter)."""
     top: TopLogprobs | None = None
     """The likeliest tokens, where they were asked for."""
+    attribution: Annotated[Attribution | None, torch.float32, "B", "a"] = None
+    """What steering did, where it was asked for; of the operator one fp32 matrix."""
 
 
 class VerifyOutput(NamedTuple):
@@ -351,6 +376,43 @@ def sample(
         d.kept.sum(-1).int(),
         d.status,
         _likeliest(d, top_logprobs) if top_logprobs else None,
+    )
+
+
+def attribute(
+    base: Tensor, expert: Tensor | None, anti: Tensor | None, alpha: Tensor, x: Tensor,
+    token_ids: Tensor,
+) -> Attribution:  # fmt: skip
+    """What steering did to rows, of tokens int64 [B]: docs/contracts.md, Attribution.
+
+    Args:
+        base, expert, anti: logits [B, V].
+        alpha: [B].
+        x: their combination, bias and mask applied.
+        token_ids: -1 where a row has none.
+    """
+    free = RowParams.make(len(x), device=x.device)
+    proxy, own = distribution(x, free), distribution(base, free)
+    lost = (token_ids < 0) | (token_ids >= x.shape[-1]) | (proxy.status >= STATUS_EMPTY)
+    token_ids = torch.where(lost, -1, token_ids)
+    unsteered = torch.where(alpha == 0, -1, token_ids)
+
+    def probability(logits: Tensor | None, ids: Tensor) -> Tensor:
+        if logits is None:
+            return torch.full_like(x[:, 0], torch.nan).float()
+        return _at(distribution(logits, free).raw_logprobs().exp(), ids)
+
+    p, q = proxy.raw_logprobs(), own.raw_logprobs()
+    kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1).clamp(min=0)
+    rank = 1 + (own.order == token_ids[:, None]).long().argmax(-1)
+    return Attribution(
+        probability(base, token_ids),
+        probability(expert, unsteered),
+        probability(anti, unsteered),
+        _at(p.exp(), token_ids),
+        torch.where(lost, 0, rank).int(),
+        (proxy.order[:, 0] != own.order[:, 0]) & ~lost,
+        kl.masked_fill(lost, torch.nan).float(),
     )
 
 

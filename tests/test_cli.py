@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -9,17 +10,20 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 
 import proxytune_kernels as ptk
 from proxytune_kernels.cli import output
-from proxytune_kernels.cli.generate import read_requests
+from proxytune_kernels.cli.generate import SamplingOptions, read_requests
 from proxytune_kernels.cli.options import printable
 from proxytune_kernels.cli.output import CliRequest
 from proxytune_kernels.decoder import StreamEvent
 from proxytune_kernels.ops.backends import Choice
+from proxytune_kernels.params import SamplingParams
 from tests.cli import assert_fails, assert_one_sentence, invoke
 from tests.trio.checkpoints import edit
 
@@ -451,6 +455,39 @@ def test_no_input_or_output_makes_a_traceback(shell, data, code, words):
     done = subprocess.run(["bash", "-c", line], input=data, capture_output=True, check=False)
     assert (done.returncode, b"Traceback" in done.stderr) == (code, False)
     assert words in done.stderr.decode()
+
+
+def test_what_requests_ask_of_their_tokens(capsys, monkeypatch):
+    """Options and JSON lines give the same parameters; n outputs come in order."""
+    options = SamplingOptions(
+        n=2, logit_bias=["5=1.5", "7=-2"], allowed_token_ids=[5, 7], bad_words=["a b"],
+        repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5, penalty_prompt=False,
+    )  # fmt: skip
+    params = options.params()
+    assert params == SamplingParams(
+        n=2, logit_bias={5: 1.5, 7: -2.0}, allowed_token_ids=(5, 7), bad_words=("a b",),
+        repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5,
+        penalty_prompt=False, max_tokens=128,
+    )  # fmt: skip
+    line = '{"prompt": "p", "n": 2, "logit_bias": {"5": 1.5, "7": -2}, "alpha": [1, 0.5]}'
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(line.encode())))
+    [request] = read_requests((), "-", True, PARAMS)
+    assert request.params.logit_bias == params.logit_bias
+    assert request.params.alphas == (1.0, 0.5)
+    with pytest.raises(typer.Exit):
+        SamplingOptions(logit_bias=["5:1"]).params()
+    assert "--logit-bias must be ID=NUMBER, got '5:1'" in capsys.readouterr().err
+
+
+def test_n_outputs_in_order(expected, capsys):
+    ends = [replace(expected[0], index=0, sample=i, text=text) for i, text in enumerate("xy")]
+    events = [StreamEvent(i, 0, end.text, (1,), (0.0,), end, i) for i, end in enumerate(ends)]
+    requests = [CliRequest("p", replace(PARAMS, n=2))]
+    output.write_text(events[::-1], requests)
+    assert capsys.readouterr().out == "==> p <==\nx\n\n==> p <==\ny\n"
+    output.write_jsonl(events[::-1], requests)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r.get("sample", 0), r["text"]) for r in records] == [(0, "x"), (1, "y")]
 
 
 def test_only_a_newline_ends_a_line(tmp_path):

@@ -24,6 +24,7 @@ CODE = tuple(f"{head.rstrip()}\n" for head in (_TEXTS / "code.txt").read_text().
 """Heads of Python functions: a signature, a docstring, an example. Written for these benchmarks,
 in the manner of HumanEval (Chen et al. 2021, arXiv 2107.03374)."""
 
+SHIPPED = REPOSITORY / "proxytune_kernels" / "data" / "trio"
 _QWEN = Path("trios") / "qwen"
 _ADAPTER = "expert-lora"
 """Where scripts/qwen_trio.py leaves the expert's adapter, beside the merged expert."""
@@ -39,7 +40,7 @@ class TrioMissing(ValueError):
 def find_trio(name: str) -> str:
     """What ``load_trio`` opens for ``shipped``, ``qwen`` or a directory."""
     places = {
-        "shipped": [REPOSITORY / "proxytune_kernels" / "data" / "trio"],
+        "shipped": [SHIPPED],
         "qwen": [_QWEN, REPOSITORY / _QWEN],
     }.get(name, [Path(name)])
     for directory in places:
@@ -79,7 +80,7 @@ def dtype_label(trio: Trio) -> str:
     return "/".join(dict.fromkeys(dtypes(trio).values()))
 
 
-class AdapterMissing(ValueError):
+class AdapterMissing(TrioMissing):
     """The trio's expert has no adapter that could stay apart from the anti-expert's weights."""
 
 
@@ -87,7 +88,7 @@ class TrioForms:
     """A trio, as :func:`open_trio` has it, and the same in other forms, made when asked for."""
 
     def __init__(self, trio: Trio, directory: str | Path) -> None:
-        self.trio, self._directory = trio, directory
+        self.trio, self.directory = trio, directory
         self._quantized: dict[str, Trio] = {}
 
     @classmethod
@@ -98,7 +99,7 @@ class TrioForms:
     def quantized(self, quantization: str) -> Trio:
         """All three members quantised."""
         if quantization not in self._quantized:
-            self._quantized[quantization] = load_trio(self._directory, quantize=quantization)
+            self._quantized[quantization] = load_trio(self.directory, quantize=quantization)
         return self._quantized[quantization]
 
     @cached_property
@@ -107,7 +108,7 @@ class TrioForms:
 
         Its weights are the merged expert's but for rounding to their dtype after the merge.
         """
-        trio, adapter = self.trio, Path(self._directory) / _ADAPTER
+        trio, adapter = self.trio, Path(self.directory) / _ADAPTER
         if not (adapter / "adapter_config.json").is_file():
             raise AdapterMissing(
                 f"the expert has no adapter beside it ({adapter.name}/adapter_config.json)"

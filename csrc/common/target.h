@@ -33,16 +33,17 @@ struct Target {
 };
 
 // A result of an operator, and the field of the C API's arguments that says where it goes: one value for
-// each row, or for each row and column. An optional one is not written where there are no columns.
+// each row, or for each row and column. An optional one is not written where there are no columns. `columns`
+// says which of a call's numbers of columns it has: the first (1), the second (2), none (0).
 template <typename Field, bool kOptional = false>
 struct Result {
   const char* name;
   Field field;
-  bool has_columns = false;
+  int columns = 0;
 };
 template <typename Field>
-constexpr Result<Field, true> optional_result(const char* name, Field field) {
-  return {name, field, true};
+constexpr Result<Field, true> optional_result(const char* name, Field field, int columns = 1) {
+  return {name, field, columns};
 }
 
 // The results of each operator, in the order of its schema.
@@ -54,12 +55,13 @@ inline constexpr std::tuple kSampleResults{
     Result{"status", &proxytune_sample_args::status},
     optional_result("top_token_ids", &proxytune_sample_args::top_token_ids),
     optional_result("top_logprobs", &proxytune_sample_args::top_logprobs),
+    optional_result("attribution", &proxytune_sample_args::attribution, 2),
 };
 inline constexpr std::tuple kVerifyResults{
-    Result{"token_ids", &proxytune_verify_args::token_ids, true},
+    Result{"token_ids", &proxytune_verify_args::token_ids, 1},
     Result{"num_accepted", &proxytune_verify_args::num_accepted},
-    Result{"logprobs", &proxytune_verify_args::logprobs, true},
-    Result{"raw_logprobs", &proxytune_verify_args::raw_logprobs, true},
+    Result{"logprobs", &proxytune_verify_args::logprobs, 1},
+    Result{"raw_logprobs", &proxytune_verify_args::raw_logprobs, 1},
     Result{"status", &proxytune_verify_args::status},
 };
 

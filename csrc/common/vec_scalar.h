@@ -58,6 +58,12 @@ PTK_HOST_DEVICE F from_bits(U a) { return float_of_bits(a); }
 PTK_HOST_DEVICE F int_to_float(U a) { return float(int32_t(a)); }
 PTK_HOST_DEVICE F uint_to_float(U a) { return float(a); }
 
+PTK_HOST_DEVICE F clamped(F t) { return t > -126.0f ? (t < 126.0f ? t : 126.0f) : -126.0f; }
+PTK_HOST_DEVICE F fraction(F t) { return clamped(t) - std::floor(clamped(t)); }
+PTK_HOST_DEVICE F times_exp2(F p, F t) {
+  return from_bits(bits(p) + shift_left<23>(uint32_t(int32_t(std::floor(clamped(t))))));
+}
+
 constexpr int kWide = 1;
 PTK_HOST_DEVICE uint64_t set_wide(uint32_t v) { return v; }
 PTK_HOST_DEVICE uint64_t load_wide(const uint32_t* p) { return *p; }

@@ -5,6 +5,7 @@
 #include "mass.h"
 #include "select.h"
 #include "gumbel.h"
+#include "attribution.h"
 #include "sample.h"
 #include "verify.h"
 #include "shard_kernels.h"

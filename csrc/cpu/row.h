@@ -28,11 +28,14 @@ struct Row {
 
 // Takes a tile's combined logits: masks NaN, counts, keeps the maximum.
 struct ScanSink {
+  static constexpr bool kRoles = false;  // whether it takes the roles' logits, too
   float* out;
   uint32_t count = 0, nan = 0;
   F top;
   explicit ScanSink(float* out) : out(out), top(set(-INFINITY)) {}
-  void operator()(int i, F x) {
+  void operator()(int i, F x) { take(i, x); }
+  // Returns which of them are not masked.
+  uint32_t take(int i, F x) {
     const F masked = set(-INFINITY);
     const uint32_t live = gt(x, masked);  // false for NaN
     count += uint32_t(std::popcount(live));
@@ -40,11 +43,13 @@ struct ScanSink {
     const F clean = select(live, x, masked);
     store(out + i, clean);
     top = max(top, clean);
+    return live;
   }
 };
 
 // Takes them as they are.
 struct PlainSink {
+  static constexpr bool kRoles = false;
   float* out;
   void operator()(int i, F x) { store(out + i, x); }
 };
@@ -57,8 +62,13 @@ void combine_loop(const T* base, const T* expert, const T* anti, float alpha, co
   constexpr uint32_t kLanes = (1u << kWidth) - 1;
   for (int i = 0; i < kTile; i += kWidth) {
     const F b = load(base + i);
-    F x = b;
-    if constexpr (kSteered) x = fma(a, sub(load(expert + i), load(anti + i)), b);
+    F x = b, tuned = b, untuned = b;
+    if constexpr (kSteered) {
+      tuned = load(expert + i);
+      untuned = load(anti + i);
+      x = fma(a, sub(tuned, untuned), b);
+    }
+    if constexpr (Sink::kRoles) sink.roles(b, tuned, untuned);
     if (kConstrained && bias) x = add(x, load(bias + i));
     // -inf in base masks the token whatever the others hold (an inf there would make NaN).
     x = select(eq(b, masked), masked, x);
@@ -105,8 +115,8 @@ void combine_copied(const Source& in, int64_t start, Sink& sink) {
   const int n = int(std::min<int64_t>(kTile, in.vocab_size - start));
   widen_tile(in.base, in.base_dtype, start, n, -INFINITY, copy.base);
   if (in.expert) {
-    widen_tile(in.expert, in.expert_dtype, start, n, 0.0f, copy.expert);
-    widen_tile(in.anti, in.anti_dtype, start, n, 0.0f, copy.anti);
+    widen_tile(in.expert, in.expert_dtype, start, n, -INFINITY, copy.expert);
+    widen_tile(in.anti, in.anti_dtype, start, n, -INFINITY, copy.anti);
   }
   if (in.bias) {
     for (int i = 0; i < kTile; ++i) copy.bias[i] = i < n ? in.bias[start + i] : 0.0f;
@@ -222,33 +232,61 @@ inline void apply_edits(const Source& in, Row& row) {
   });
 }
 
-inline Row prepare_row(const Source& in, const RowBuffer& buffer, const proxytune_parallel* parallel) {
-  float *x = buffer.x, *tile_max = buffer.tile_max;
-  Row row{x, tile_max, in.vocab_size, int(tiles_of(in.vocab_size)), parallel};
-  uint32_t counts[kMaxChunks], nans[kMaxChunks];
-  const int chunks = over_tiles(parallel, row.tiles, [&](int chunk, int begin, int end) {
-    uint32_t count = 0, nan = 0;
-    for (int t = begin; t < end; ++t) {
-      ScanSink sink(x + int64_t(t) * kTile);
-      combine_at(in, int64_t(t) * kTile, sink);
-      tile_max[t] = reduce_max(sink.top);
-      count += sink.count;
-      nan |= sink.nan;
-    }
-    counts[chunk] = count;
-    nans[chunk] = nan;
-  });
+// What is found in a chunk of tiles.
+struct Scanned {
+  uint32_t count = 0, nan = 0;
+};
+
+template <typename Sink>
+void scan_tile(const Source& in, const Row& row, int t, Sink& sink, Scanned& found) {
+  sink.out = row.x + int64_t(t) * kTile;
+  sink.top = set(-INFINITY);
+  combine_at(in, int64_t(t) * kTile, sink);
+  row.tile_max[t] = reduce_max(sink.top);
+  found.count += sink.count;
+  found.nan |= sink.nan;
+  sink.count = 0;
+}
+
+inline Row empty_row(const Source& in, const RowBuffer& buffer, const proxytune_parallel* parallel) {
+  return {buffer.x, buffer.tile_max, in.vocab_size, int(tiles_of(in.vocab_size)), parallel};
+}
+
+inline void finish_row(const Source& in, Row& row, const Scanned* found, int chunks) {
   // Read in whole vectors.
-  std::fill(tile_max + row.tiles, tile_max + padded(row.tiles), -INFINITY);
+  std::fill(row.tile_max + row.tiles, row.tile_max + padded(row.tiles), -INFINITY);
   for (int c = 0; c < chunks; ++c) {
-    row.count += counts[c];
-    row.status |= nans[c] ? kStatusNan : 0;
+    row.count += found[c].count;
+    row.status |= found[c].nan ? kStatusNan : 0;
   }
   apply_edits(in, row);
-  for (int t = 0; t < row.tiles; ++t) row.max = row.max > tile_max[t] ? row.max : tile_max[t];
+  for (int t = 0; t < row.tiles; ++t) row.max = row.max > row.tile_max[t] ? row.max : row.tile_max[t];
   if (row.max == INFINITY) keep_positive_inf(row);
   if (row.count == 0) row.status |= kStatusEmpty;
+}
+
+inline Row prepare_row(const Source& in, const RowBuffer& buffer, const proxytune_parallel* parallel) {
+  Row row = empty_row(in, buffer, parallel);
+  Scanned found[kMaxChunks];
+  const int chunks = over_tiles(parallel, row.tiles, [&](int chunk, int begin, int end) {
+    Scanned own;
+    for (int t = begin; t < end; ++t) {
+      ScanSink sink(nullptr);
+      scan_tile(in, row, t, sink, own);
+    }
+    found[chunk] = own;
+  });
+  finish_row(in, row, found, chunks);
   return row;
+}
+
+using Target = ptk::Target<Row>;
+
+// The first of the likeliest tokens.
+inline Prefix likeliest(const Row& row) {
+  uint32_t id = uint32_t(row.likeliest_tile()) * kTile;
+  while (row.x[id] != row.max) ++id;
+  return {row.max, id, 1, uint64_t(kMassOne)};
 }
 
 // The operator `combine`: values as they are, straight to the caller's fp32 row.

@@ -4,25 +4,17 @@
 namespace ptk {
 namespace PTK_ISA {
 
-using Target = ptk::Target<Row>;
-
-// The first of the likeliest tokens.
-inline Prefix likeliest(const Row& row) {
-  uint32_t id = uint32_t(row.likeliest_tile()) * kTile;
-  while (row.x[id] != row.max) ++id;
-  return {row.max, id, 1, uint64_t(kMassOne)};
-}
-
 // Reads a row and selects its kept set; where the parameters are valid, p is made of them.
 inline Target make_target(const Source& source, const RawParams& raw, bool want_raw, RowParams& p,
-                          Buffers& b, int buffer) {
+                          Buffers& b, int buffer, const Shifts* shifts = nullptr, Sums* sums = nullptr) {
   Target target{};
   if (!valid(raw)) {
     target.row.status = kStatusBadParams;
     return target;
   }
   p = make_row_params(raw);
-  target.row = prepare_row(source, b.rows[buffer], b.parallel);
+  target.row = sums ? prepare_attributed(source, b.rows[buffer], b.parallel, *shifts, b.scratch, *sums)
+                    : prepare_row(source, b.rows[buffer], b.parallel);
   target.drawable = target.row.count > 0;
   if (!target.drawable) return target;
   const bool want_scaled = !p.greedy && needs_total_mass(p, target.row.count);
@@ -83,7 +75,11 @@ inline void write_top(const proxytune_sample_args& args, int64_t row, const Targ
 inline void sample_row(const proxytune_sample_args& args, int64_t row, Buffers& b) {
   const RawParams raw = params_at(args.inputs.alpha, args.params, row);
   RowParams p{};
-  const Target target = make_target(source_at(args.inputs, raw.alpha, row, 0), raw, true, p, b, 0);
+  const Source source = source_at(args.inputs, raw.alpha, row, 0);
+  const bool attributed = args.attribution && valid(raw);
+  const Shifts shifts = attributed ? shifts_of(source) : Shifts{};
+  Sums sums;
+  const Target target = make_target(source, raw, true, p, b, 0, &shifts, attributed ? &sums : nullptr);
   int64_t token_id = -1;
   float x = 0.0f;
   if (target.drawable) {
@@ -93,6 +89,11 @@ inline void sample_row(const proxytune_sample_args& args, int64_t row, Buffers& 
   write_draw(args, row, target, p, token_id, x, target.row.status);
   write_raw_logprob(args, row, target, token_id, x);
   if (args.num_top > 0) write_top(args, row, target, *b.scratch);
+  if (args.attribution) {
+    const int64_t given = args.attributed ? args.attributed[row] : -1;
+    attribute(source, target, given >= 0 ? given : token_id, shifts, sums,
+              args.attribution + row * PROXYTUNE_ATTRIBUTION);
+  }
 }
 
 inline void score_row(const proxytune_score_args& args, int64_t row, int64_t position, Buffers& b) {

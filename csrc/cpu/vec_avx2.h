@@ -82,6 +82,12 @@ inline F uint_to_float(U a) {
   return _mm256_fmadd_ps(high, set(65536.0f), low);
 }
 
+inline F clamped(F t) { return min(max(t, set(-126.0f)), set(126.0f)); }
+inline F fraction(F t) { return sub(clamped(t), _mm256_floor_ps(clamped(t))); }
+inline F times_exp2(F p, F t) {
+  return from_bits(add_u(bits(p), shift_left<23>(_mm256_cvtps_epi32(_mm256_floor_ps(clamped(t))))));
+}
+
 constexpr int kWide = kWidth / 2;
 inline U set_wide(uint32_t v) { return _mm256_set1_epi32(int(v)); }
 inline U load_wide(const uint32_t* p) {

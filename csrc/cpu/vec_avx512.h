@@ -74,6 +74,10 @@ inline F int_to_float(U a) { return _mm512_cvtepi32_ps(a); }
 // Rounds to nearest.
 inline F uint_to_float(U a) { return _mm512_cvtepu32_ps(a); }
 
+// t - floor(t), and p 2^floor(t): where t is outside [-126, 126], at most 2^-125, or at least 2^126.
+inline F fraction(F t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+inline F times_exp2(F p, F t) { return _mm512_scalef_ps(p, t); }
+
 // kWide lanes of 64 bits, of which the upper half may hold anything. (A shuffle: shifts wait for the port that
 // multiplies.)
 constexpr int kWide = kWidth / 2;

@@ -193,7 +193,7 @@ int proxytune_cuda_supported(int device, int rejection, int64_t* max_vocab_size)
 }
 
 int proxytune_cuda_sample(const proxytune_sample_args* args, int64_t rows, void* stream) {
-  if (!valid_sample(args) || rows < 0 || rows > kMaxClusters) return PROXYTUNE_ERROR_ARGUMENT;
+  if (!valid_sample(args) || args->attribution || rows < 0 || rows > kMaxClusters) return PROXYTUNE_ERROR_ARGUMENT;
   if (args->inputs.edits) return PROXYTUNE_ERROR_EDITS;
   const bool top = args->num_top > 0;
   return launch(top ? top_kernel : plain_kernel, top ? &Limits::top : &Limits::plain, false, rows,

@@ -38,6 +38,19 @@ enum {
   PROXYTUNE_STATUS_BAD_PARAMS = 8    /* a parameter out of range: token -1 */
 };
 
+/* What is said of a row's steering, one float each: probabilities of a token at temperature 1, its rank in the
+ * base (1 the likeliest), whether the likeliest token of all changed (1 or 0), the KL divergence in nats. */
+enum {
+  PROXYTUNE_ATTRIBUTION_BASE = 0,
+  PROXYTUNE_ATTRIBUTION_EXPERT = 1,
+  PROXYTUNE_ATTRIBUTION_ANTI = 2,
+  PROXYTUNE_ATTRIBUTION_PROXY = 3,
+  PROXYTUNE_ATTRIBUTION_BASE_RANK = 4,
+  PROXYTUNE_ATTRIBUTION_CHANGED = 5,
+  PROXYTUNE_ATTRIBUTION_KL = 6,
+  PROXYTUNE_ATTRIBUTION = 7 /* how many they are */
+};
+
 /* Return values. */
 enum {
   PROXYTUNE_OK = 0,
@@ -108,6 +121,9 @@ typedef struct {
   int32_t num_top;        /* at most PROXYTUNE_MAX_TOP; 0 is off */
   int64_t* top_token_ids;
   float* top_logprobs;    /* as raw_logprobs */
+  /* What steering did: [rows, PROXYTUNE_ATTRIBUTION], contiguous, or NULL. On the CPU only. */
+  float* attribution;
+  const int64_t* attributed; /* [rows], the tokens that it is of; NULL or -1: the one drawn */
 } proxytune_sample_args;
 
 typedef struct {

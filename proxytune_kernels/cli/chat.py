@@ -26,7 +26,7 @@ from proxytune_kernels.cli.options import (
     stop,
     with_options,
 )
-from proxytune_kernels.params import SAMPLING_FIELDS, SamplingParams
+from proxytune_kernels.params import SamplingParams
 
 _HELP = """\
 /alpha NUMBER        strength of the steering; 0 is the base alone
@@ -39,9 +39,6 @@ A line that ends with \\ goes on in the next one."""
 
 _MOVED_BITS = 0.5
 """log2 of proxy over base from which a token counts as moved."""
-
-
-_STEERING = {"steering": True} if "steering" in SAMPLING_FIELDS else {}
 
 
 class Piece(NamedTuple):
@@ -92,13 +89,11 @@ def from_decoder(decoder: Any) -> Reply:
     """Replies of a decoder in this process."""
 
     def reply(messages: list[dict[str, str]], settings: Settings) -> Iterator[Piece]:
-        params = SamplingParams(**vars(settings), **_STEERING)
+        params = SamplingParams(**vars(settings), steering=True)
         stream = decoder.stream([messages], params)
         try:
             for event in stream:
-                yield piece(
-                    event.text, [s._asdict() for s in getattr(event, "steering", None) or ()]
-                )
+                yield piece(event.text, [s._asdict() for s in event.steering or ()])
         finally:
             stream.close()
 
@@ -131,7 +126,7 @@ def from_server(url: str, key: str | None) -> Reply:
         model = json.loads(answer.read())["data"][0]["id"]
 
     def reply(messages: list[dict[str, str]], settings: Settings) -> Iterator[Piece]:
-        body = {"model": model, "messages": messages, "stream": True, **_STEERING}
+        body = {"model": model, "messages": messages, "stream": True, "steering": True}
         with ask("/v1/chat/completions", {**body, **vars(settings)}) as response:
             for line in response:
                 if not line.startswith(b"data: {"):

@@ -109,6 +109,20 @@ class SamplingOptions:
     grammar: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The output is of this Lark grammar.")
     ] = None
+    logprobs: Annotated[
+        int,
+        typer.Option(help="Report this many of the likeliest tokens at each; -1 is none."),
+    ] = -1
+    logprobs_mode: Annotated[
+        str, typer.Option(help="raw: before temperature and filters; drawn: behind them.")
+    ] = "raw"
+    prompt_logprobs: Annotated[
+        int, typer.Option(help="The same at each position of the prompt.")
+    ] = -1
+
+    steering: Annotated[
+        bool, typer.Option("--steering", help="Report what steering did to each token.")
+    ] = False
 
     def params(self, recommended: Mapping[str, Any] = MappingProxyType({})) -> SamplingParams:
         """The same as parameters; leaves with the reason where one is out of its range.

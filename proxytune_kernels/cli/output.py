@@ -102,6 +102,12 @@ def _record(output: RequestOutput) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
         "seed": output.seed,
+        **{
+            name: value
+            for name in ("top_logprobs", "prompt_logprobs")
+            if (value := getattr(output, name)) is not None
+        },
+        **({} if output.steering is None else {"steering": [s._asdict() for s in output.steering]}),
         **({} if output.speculation is None else {"speculation": asdict(output.speculation)}),
     }
 

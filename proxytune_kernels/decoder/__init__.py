@@ -7,6 +7,7 @@ from proxytune_kernels.decoder.request import (
     FINISH_REASONS,
     RequestMetrics,
     RequestOutput,
+    Steering,
     StreamEvent,
 )
 from proxytune_kernels.decoder.speculation import Speculation, SpeculationStats
@@ -23,5 +24,6 @@ __all__ = [
     "RequestOutput",
     "Speculation",
     "SpeculationStats",
+    "Steering",
     "StreamEvent",
 ]

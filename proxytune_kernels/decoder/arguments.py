@@ -121,6 +121,16 @@ def params_per_prompt(
     return params
 
 
+def scored_prompt(prompt_token_ids: Mapping[str, Sequence[int]], roles: Sequence[str]) -> None:
+    """Refuse to score a prompt that is another for another role."""
+    for role in roles:
+        if prompt_token_ids[role] != prompt_token_ids["base"]:
+            raise ValueError(
+                "prompt_logprobs must be -1 where a role has a prompt of its own: its positions "
+                f"are not the base's; got another prompt for {role}"
+            )
+
+
 def fits(prompt_token_ids: Mapping[str, Sequence[int]], max_tokens: int, max_seq_len: int) -> None:
     """Refuse a request that a slot can't hold."""
     for role, token_ids in prompt_token_ids.items():

@@ -36,16 +36,23 @@ class Needs(NamedTuple):
     bad_words: tuple[int, ...] = ()
     alphas: int = 0
     grammar: bool = False
+    likeliest: bool = False
+    """Whether any of them reports the likeliest tokens."""
+    steering: bool = False
+    """Whether any of them reports what steering did."""
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Needs:
         """Of the step that comes next."""
         each = [(request, request.constraints) for request in requests]
-        grammar = any(request.grammar is not None for request, _ in each)
+        needs = cls(
+            grammar=any(request.grammar is not None for request, _ in each),
+            likeliest=any(request.params.logprobs > 0 for request, _ in each),
+            steering=any(request.params.steering for request, _ in each),
+        )
         if not any(asked.any for _, asked in each):
-            return cls(grammar=grammar)
-        return cls(
-            grammar=grammar,
+            return needs
+        return needs._replace(
             masked=any(
                 asked.bad_words
                 or asked.mask is not None

@@ -357,6 +357,8 @@ class Decoder:
             token_ids = self.trio.tokenize(prompt, params.add_special_tokens)
             prompt_token_ids = {role: token_ids[role] for role in self.roles}
             arguments.fits(prompt_token_ids, params.max_tokens, self.max_seq_len)
+            if params.prompt_logprobs >= 0:
+                arguments.scored_prompt(prompt_token_ids, self.roles if params.alpha else ())
             rules = StopRules.of(
                 params, self.trio.eos_token_ids, self.trio.vocab_size, self.trio.tokenizer
             )

@@ -204,12 +204,12 @@ class GrammarCompiler:
         if self._opened is None:
             width = max(self._vocab_size, len(self._tokenizer))
             try:
-                self._opened = from_tokenizer(self._tokenizer, n_vocab=width, eos_token=self._eos)
+                # Without an end of its own, what the tokenizer says.
+                eos = self._eos or None
+                self._opened = from_tokenizer(self._tokenizer, n_vocab=width, eos_token=eos)
             except ValueError as error:
                 kind = type(self._tokenizer).__name__
-                raise GrammarError(
-                    f"grammar needs another tokenizer than {kind}: {error}"
-                ) from error
+                raise GrammarError(f"grammar can't be had with {kind}: {error}") from error
         kinds = llguidance.LLMatcher
         if grammar.kind == "json_schema":
             options: Any = {"whitespace_flexible": False}

@@ -21,6 +21,9 @@ from proxytune_kernels.decoder.sampler import StepResult
 from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 
+_SCORED_CHUNK = 128
+"""Tokens at once of a prompt whose logprobs are asked for: all their logits are held."""
+
 
 @dataclass
 class Statistics:
@@ -254,9 +257,11 @@ class DecodingLoop:
         # The first of several outputs runs their prompt, and the others wait for it.
         waiting = [r for r in waiting if r.siblings is None or r is _first_of(r, waiting)]
         head = waiting[0]
-        if head.prefilled or head.longest_prompt > self._prefill_chunk:
+        if head.prefilled or head.longest_prompt > self._prefill_chunk or head.scores_prompt:
             return self._prefill_part(head)
-        together = [r for r in waiting if r.roles == head.roles and not r.prefilled]
+        together = [
+            r for r in waiting if r.roles == head.roles and not r.prefilled and not r.scores_prompt
+        ]
         batch: list[Request] = []
         width = 0
         for request in together:
@@ -289,8 +294,14 @@ class DecodingLoop:
 
     def _prefill_part(self, request: Request) -> bool:
         assert request.slot is not None
-        parts = request.next_part(self._prefill_chunk)
-        request.prompt_logits |= self._runner.extend(request.slot, parts)
+        most = self._prefill_chunk
+        if request.scores_prompt:
+            most = min(most, _SCORED_CHUNK)
+        parts = request.next_part(most)
+        logits = self._runner.extend(request.slot, parts, every=request.scores_prompt)
+        if request.scores_prompt:
+            logits = self._stepper.score_prompt(request, logits)
+        request.prompt_logits |= logits
         for role, part in parts.items():
             request.prefilled[role] = request.prefilled.get(role, 0) + len(part)
         self.statistics.prefill_forwards += 1
@@ -344,7 +355,7 @@ class DecodingLoop:
 
     def _take(self, pending: _Pending) -> Iterator[tuple[Request, StreamEvent]]:
         """Hand the rows of a step to their requests; those that end leave their slots."""
-        token_ids, logprobs, raw_logprobs, status, drafted, accepted = pending.lists()
+        token_ids, logprobs, raw_logprobs, status, drafted, accepted, *asked = pending.lists()
         is_step = pending.drafts >= 0
         if is_step:
             self._count(pending)
@@ -363,7 +374,8 @@ class DecodingLoop:
             if drafted:
                 self._observe(request, drafted[row], accepted[row], len(emitted))
             if emitted:
-                event = request.extend(emitted, logprobs[row], raw_logprobs[row])
+                more = [column[row] if column else () for column in asked]
+                event = request.extend(emitted, logprobs[row], raw_logprobs[row], *more)
                 if request.finish_reason is not None:
                     self.remove(request)
                 yield request, event

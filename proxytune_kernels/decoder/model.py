@@ -243,19 +243,28 @@ class SlotModel:
         return logits.flatten(0, 1).index_select(0, place)
 
     def extend(
-        self, slot: int, token_ids: Sequence[int], numbers: Sequence[Tensor] | None = None
+        self,
+        slot: int,
+        token_ids: Sequence[int],
+        numbers: Sequence[Tensor] | None = None,
+        *,
+        every: bool = False,
     ) -> Tensor:
         """Run a part of a prompt behind what a slot holds; logits [1 or 2, V] after its end.
 
-        ``numbers``: the tokens [1, q] on the device; None sends them.
+        Args:
+            slot, token_ids: the slot, and the part.
+            numbers: the tokens [1, q] on the device; None sends them.
+            every: logits [1 or 2, q, V], after each of the tokens.
         """
         rows = self._rows_of(slot)
         if numbers is None:
             numbers = transfer.to_device(lambda: [torch.tensor([token_ids])], self.cache.device)
         inputs = numbers[0].expand(len(rows), -1)
-        logits = self._run(inputs, self.cache.step(rows, len(token_ids), prompt=True), 1)
+        step = self.cache.step(rows, len(token_ids), prompt=True)
+        logits = self._run(inputs, step, 0 if every else 1)
         self.cache.extend(rows, len(token_ids))
-        return logits[:, 0]
+        return logits if every else logits[:, 0]
 
     def warm_up(self) -> None:
         """Compile plain steps' forwards; the slots must be empty, and are again."""

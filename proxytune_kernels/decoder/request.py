@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +31,26 @@ class RequestMetrics:
     """Until it finished."""
 
 
+class Steering(NamedTuple):
+    """What steering did to an output token; probabilities at temperature 1, without filters.
+
+    Those of the pair are NaN where the request is not steered.
+    """
+
+    base: float
+    """The token's probability under the base."""
+    expert: float
+    anti: float
+    proxy: float
+    """Under the combined logits."""
+    base_rank: int
+    """Its place among the base's tokens, 1 the likeliest."""
+    changed: bool
+    """Whether the likeliest token is another than the base's."""
+    kl: float
+    """The Kullback-Leibler divergence of the proxy from the base, in nats."""
+
+
 @dataclass(frozen=True)
 class RequestOutput:
     """What became of a request.
@@ -50,6 +71,11 @@ class RequestOutput:
             :class:`proxytune_kernels.reference.SampleOutput`.
         metrics: its times.
         speculation: drafts and what became of them; None where the decoder doesn't speculate.
+        top_logprobs: per output token, token -> log-probability: the one drawn, then as many of the
+            likeliest as ``logprobs`` asks for; None where it does not.
+        prompt_logprobs: the same per token of the prompt; None for the first, which follows
+            nothing, and None in all where they are not asked for.
+        steering: per output token, where it is asked for; else None.
         error: what went wrong, with finish_reason ``"error"``; else None.
         sample: which of the n outputs of its prompt this is.
     """
@@ -67,6 +93,9 @@ class RequestOutput:
     status: int
     metrics: RequestMetrics
     speculation: SpeculationStats | None = None
+    top_logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    steering: list[Steering] | None = None
     error: str | None = None
     sample: int = 0
 
@@ -84,6 +113,9 @@ class StreamEvent:
         logprobs: per new token.
         output: the whole output, in the request's last event; None before.
         sample: which of the n outputs of its prompt this is.
+        top_logprobs: per new token, as in :class:`RequestOutput`.
+        prompt_logprobs: in the request's first event, where they are asked for.
+        steering: per new token, as in :class:`RequestOutput`.
     """
 
     request_id: int
@@ -93,6 +125,9 @@ class StreamEvent:
     logprobs: tuple[float, ...]
     output: RequestOutput | None = None
     sample: int = 0
+    top_logprobs: tuple[dict[int, float], ...] | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    steering: tuple[Steering, ...] | None = None
 
     @property
     def finish_reason(self) -> str | None:
@@ -180,6 +215,10 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_scores: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    steering: list[Steering] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -206,6 +245,11 @@ class Request:
         return max(len(self.prompt_token_ids[role]) for role in self.roles)
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether it asks for its prompt's logprobs."""
+        return self.params.prompt_logprobs >= 0
+
+    @property
     def ready(self) -> bool:
         """Whether its prompts are in its slot, and its first token is drawn."""
         return self.launched > 0
@@ -219,11 +263,26 @@ class Request:
         return {role: part for role, part in parts.items() if part}
 
     def extend(
-        self, token_ids: Sequence[int], logprobs: Sequence[float], raw_logprobs: Sequence[float]
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        raw_logprobs: Sequence[float],
+        num_kept: Sequence[int] = (),
+        top_token_ids: Sequence[Sequence[int]] = (),
+        top_logprobs: Sequence[Sequence[float]] = (),
+        steering: Sequence[Sequence[float]] = (),
     ) -> StreamEvent:
-        """Take drawn tokens, up to one that ends the request and sets :attr:`finish_reason`."""
-        if self.first_token is None:
+        """Take drawn tokens, up to one that ends the request and sets :attr:`finish_reason`.
+
+        Args:
+            token_ids, logprobs, raw_logprobs: the tokens, and what goes with each.
+            num_kept, top_token_ids, top_logprobs, steering: columns of the step's result, where it
+                has them.
+        """
+        first = self.first_token is None
+        if first:
             self.first_token = time.monotonic()
+            self._take_prompt_logprobs()
         text, taken = "", 0
         for token_id in token_ids:
             taken += 1
@@ -238,7 +297,54 @@ class Request:
         self.logprobs += logprobs[:taken]
         self.raw_logprobs += raw_logprobs[:taken]
         self.text += text
-        return self._event(text, tuple(token_ids[:taken]), tuple(logprobs[:taken]))
+        top = None
+        if self.params.logprobs >= 0:
+            columns = (logprobs, raw_logprobs, num_kept, top_token_ids, top_logprobs)
+            entries: Iterable[Any] = zip_longest(token_ids[:taken], *(c[:taken] for c in columns))
+            top = [self._likeliest(*entry) for entry in entries]
+            self.top_logprobs += top
+        steered = None
+        if self.params.steering:
+            steered = [
+                Steering(base, expert, anti, proxy, int(rank), bool(changed), kl)
+                for base, expert, anti, proxy, rank, changed, kl in steering[:taken]
+            ]
+            self.steering += steered
+        return self._event(text, token_ids[:taken], logprobs[:taken], top, steered, first)
+
+    def _likeliest(
+        self,
+        token_id: int,
+        logprob: float,
+        raw_logprob: float,
+        num_kept: int | None,
+        top_token_ids: Sequence[int] | None,
+        top_logprobs: Sequence[float] | None,
+    ) -> dict[int, float]:
+        """The log-probabilities that ``logprobs`` asks for at one position."""
+        drawn = self.params.logprobs_mode == "drawn"
+        found = {token_id: logprob if drawn else raw_logprob}
+        count = min(self.params.logprobs, num_kept or 0) if drawn else self.params.logprobs
+        for other, raw in zip((top_token_ids or ())[:count], top_logprobs or (), strict=False):
+            if other >= 0 and other not in found:  # of a greedy draw there is no other
+                ahead = raw - raw_logprob
+                found[other] = logprob + ahead / self.params.temperature if drawn else raw
+        return found
+
+    def _take_prompt_logprobs(self) -> None:
+        count = self.params.prompt_logprobs
+        if count < 0:
+            return
+        self.prompt_logprobs = [None]
+        following = iter(self.prompt_token_ids["base"][1:])
+        for columns in self.prompt_scores:
+            for logprob, ids, tops in zip(*(c.tolist() for c in columns), strict=True):
+                found = {next(following): logprob}
+                for other, top in zip(ids[:count], tops, strict=False):
+                    if other >= 0:
+                        found.setdefault(other, top)
+                self.prompt_logprobs.append(found)
+        self.prompt_scores.clear()
 
     def cancel(self) -> StreamEvent:
         """End the request where it is."""
@@ -298,11 +404,25 @@ class Request:
         return piece
 
     def _event(
-        self, text: str, token_ids: tuple[int, ...], logprobs: tuple[float, ...]
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        top_logprobs: Sequence[dict[int, float]] | None = None,
+        steering: Sequence[Steering] | None = None,
+        first: bool = False,
     ) -> StreamEvent:
-        output = None if self.finish_reason is None else self._output(self.finish_reason)
         return StreamEvent(
-            self.request_id, self.index, text, token_ids, logprobs, output, self.sample
+            self.request_id,
+            self.index,
+            text,
+            tuple(token_ids),
+            tuple(logprobs),
+            None if self.finish_reason is None else self._output(self.finish_reason),
+            self.sample,
+            None if top_logprobs is None else tuple(top_logprobs),
+            self.prompt_logprobs if first else None,
+            None if steering is None else tuple(steering),
         )
 
     def _output(self, finish_reason: str) -> RequestOutput:
@@ -325,6 +445,9 @@ class Request:
                 queued - self.submitted, first - self.submitted, now - self.submitted
             ),
             speculation=self.speculation,
+            top_logprobs=self.top_logprobs if self.params.logprobs >= 0 else None,
+            prompt_logprobs=self.prompt_logprobs,
+            steering=self.steering if self.params.steering else None,
             error=self.error,
             sample=self.sample,
         )

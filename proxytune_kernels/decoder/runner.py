@@ -219,11 +219,20 @@ class Runner:
         return self._run(parts, lambda p: self.models[p].prefill(slots, prompts[p[0]], sent[p]))
 
     @torch.inference_mode()
-    def extend(self, slot: int, prompts: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Run parts of prompts behind what a slot holds; per role the logits [1, V] after them."""
+    def extend(
+        self, slot: int, prompts: Mapping[str, Sequence[int]], *, every: bool = False
+    ) -> dict[str, Tensor]:
+        """Run parts of prompts behind what a slot holds; per role the logits [1, V] after them.
+
+        ``every``: [1, q, V] after each of their q tokens.
+        """
         parts = self._parts_of(prompts)
         sent = self._send(parts, lambda p: [torch.tensor([prompts[p[0]]])])
-        return self._run(parts, lambda p: self.models[p].extend(slot, prompts[p[0]], sent[p]))
+
+        def run(part: Roles) -> Tensor:
+            return self.models[part].extend(slot, prompts[part[0]], sent[part], every=every)
+
+        return self._run(parts, run)
 
     def _send(
         self, parts: Sequence[Roles], make: Callable[[Roles], list[Tensor]]

@@ -14,8 +14,9 @@ from proxytune_kernels.decoder.constraints import Needs, SlotConstraints
 from proxytune_kernels.decoder.grammar import GrammarState
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.speculation import Speculation
-from proxytune_kernels.ops.backends import resolve
-from proxytune_kernels.params import ROW_FIELDS, RowParams
+from proxytune_kernels.ops.backends import BY_NAME, resolve
+from proxytune_kernels.params import MAX_LOGPROBS, ROW_FIELDS, Edits, RowParams
+from proxytune_kernels.reference import SampleOutput
 
 
 class StepResult(NamedTuple):
@@ -33,6 +34,14 @@ class StepResult(NamedTuple):
     """int64 [B]: drafts that were verified; None in a plain step."""
     num_accepted: Tensor | None = None
     """int32 [B]: those that were kept."""
+    num_kept: Tensor | None = None
+    """int32 [B, q]: size of each kept set; None, as what follows, where no request asks for it."""
+    top_token_ids: Tensor | None = None
+    """int64 [B, q, n]: the likeliest tokens."""
+    top_logprobs: Tensor | None = None
+    """fp32 [B, q, n]: their raw logprobs."""
+    steering: Tensor | None = None
+    """fp32 [B, q, 7]: the fields of :class:`~proxytune_kernels.reference.Attribution`."""
 
     def first(self, rows: int) -> StepResult:
         """The first rows, as views."""
@@ -153,6 +162,8 @@ class SlotSampler:
             params,
             **self._constraints(slots, params.position, None, needs),
             vocab_size=self.vocab_size,
+            top_logprobs=MAX_LOGPROBS if needs.likeliest else 0,
+            attribution=needs.steering,
             backend=self._backend("sample", needs),
         )
         return StepResult(
@@ -160,6 +171,7 @@ class SlotSampler:
             drawn.logprobs[:, None],
             drawn.raw_logprobs[:, None],
             drawn.status,
+            **_asked(drawn, (len(drawn.status), 1)),
         )
 
     def draft(
@@ -208,7 +220,7 @@ class SlotSampler:
             needs: of their requests.
         """
         params = self.first(slots)
-        ahead = torch.arange(logits["base"].shape[1], device=self.device)
+        roles, ahead = logits, torch.arange(logits["base"].shape[1], device=self.device)
         positions = params.position[:, None] + ahead
         if needs.alphas and "expert" in logits:
             # An alpha of its own at each position, which verify does not have: the same x.
@@ -216,6 +228,7 @@ class SlotSampler:
             base, expert, anti = (logits[role].flatten(0, 1) for role in ("base", "expert", "anti"))
             x = ops.combine(base, expert, anti, alpha, vocab_size=self.vocab_size)
             logits = {"base": x.view(*positions.shape, -1)}
+        constraints = self._constraints(slots, positions, draft_token_ids, needs)
         verified = ops.verify(
             logits["base"],
             logits.get("expert"),
@@ -224,10 +237,13 @@ class SlotSampler:
             params,
             mode=mode,
             draft_logits=draft_logits,
-            **self._constraints(slots, positions, draft_token_ids, needs),
+            **constraints,
             vocab_size=self.vocab_size,
             backend=self._backend("verify", needs),
         )
+        asked = {}
+        if needs.likeliest or needs.steering:
+            asked = self._look_again(slots, roles, params, verified.token_ids, constraints, needs)
         return StepResult(
             verified.token_ids,
             verified.logprobs,
@@ -235,7 +251,75 @@ class SlotSampler:
             verified.status,
             (draft_token_ids >= 0).sum(1),
             verified.num_accepted,
+            **asked,
         )
+
+    def _look_again(
+        self,
+        slots: int,
+        logits: Mapping[str, Tensor],
+        params: RowParams,
+        token_ids: Tensor,
+        constraints: Mapping[str, Any],
+        needs: Needs,
+    ) -> dict[str, Tensor]:
+        """What requests ask of positions [B, q] that a round emitted; of the others nothing."""
+        shape = token_ids.shape
+        each = RowParams(*(column.repeat_interleave(shape[1]) for column in params))
+        ahead = torch.arange(shape[1], device=self.device).repeat(shape[0])
+        # Rows whose parameters are out of range are not read.
+        position = each.position + ahead
+        found: dict[str, Any] = {}
+        if (mask := constraints.get("allowed_mask")) is not None:
+            found["allowed_mask"] = mask.flatten(0, 1)
+        if (edits := constraints.get("edits")) is not None:
+            penalties = edits.penalties.repeat_interleave(shape[1], 0)
+            found["edits"] = Edits(edits.entries.flatten(0, 1), penalties)
+        if needs.alphas:
+            each = each._replace(alpha=self._alpha(slots, position.view(shape)).flatten())
+        rows = {role: x.flatten(0, 1) for role, x in logits.items()}
+        drawn = ops.sample(
+            rows["base"],
+            rows.get("expert"),
+            rows.get("anti"),
+            each._replace(position=position.masked_fill(token_ids.flatten() < 0, -1)),
+            **found,
+            vocab_size=self.vocab_size,
+            top_logprobs=MAX_LOGPROBS if needs.likeliest else 0,
+            attribution=token_ids.flatten() if needs.steering else False,
+            backend=self._backend("sample", needs),
+        )
+        return _asked(drawn, shape)
+
+    def prompt_logprobs(
+        self, alpha: float, logits: Mapping[str, Tensor], token_ids: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logprobs of prompt tokens at n positions, and of the likeliest tokens there.
+
+        Args:
+            alpha: of the request.
+            logits: per role [n, V_role], before each of the tokens.
+            token_ids: the tokens that stand there.
+
+        Returns:
+            fp32 [n]; int64 and fp32 [n, MAX_LOGPROBS].
+        """
+        count = len(token_ids)
+        given = torch.tensor(token_ids).to(self.device, non_blocking=True)
+        base, expert, anti = logits["base"], logits.get("expert"), logits.get("anti")
+        params = RowParams.make(count, device=self.device, alpha=alpha, temperature=0.0)
+        likeliest = ops.sample(
+            base, expert, anti, params, vocab_size=self.vocab_size, top_logprobs=MAX_LOGPROBS,
+            backend=self.backends["sample"],
+        )  # fmt: skip
+        assert likeliest.top is not None
+        # Of a row all but two logits have been read: a token's is held to the likeliest one's.
+        pair = torch.stack([given, likeliest.token_ids], 1).clamp(0, self.vocab_size - 1)
+        columns: Any = [None if x is None else x.gather(1, pair) for x in (base, expert, anti)]
+        x = ops.combine(columns[0], columns[1], columns[2], params.alpha)
+        logprobs = likeliest.raw_logprobs + (x[:, 0] - x[:, 1])
+        logprobs = logprobs.masked_fill(given >= self.vocab_size, torch.nan)
+        return logprobs, *likeliest.top
 
     def advance(
         self, slots: int, result: StepResult, active: Tensor, needs: Needs
@@ -300,8 +384,12 @@ class SlotSampler:
         return self.constraints.alpha(slots, positions, self.params.alpha[place])
 
     def _backend(self, operator: str, needs: Needs) -> str | None:
-        """As chosen once, but for edits, which not all of them take."""
-        return self._wanted if needs.edits else self.backends[operator]
+        """As chosen once, but for edits and attribution, which not all of them have."""
+        if needs.edits:
+            return self._wanted
+        name = self.backends[operator]
+        lacks = needs.steering and "attribution" not in BY_NAME[name].operators
+        return None if lacks and operator == "sample" else name
 
     def _constraints(
         self, slots: int | Tensor, positions: Tensor, drafts: Tensor | None, needs: Needs
@@ -333,3 +421,16 @@ class SlotSampler:
             return self._by_grammar[:width, :slots].transpose(0, 1).contiguous()
         of_place = self._by_grammar[0 if drafts is None else drafts.shape[1]]
         return of_place[:slots] if isinstance(slots, int) else of_place[slots]
+
+
+def _asked(drawn: SampleOutput, shape: Sequence[int]) -> dict[str, Tensor]:
+    """What some requests ask for, as columns of a :class:`StepResult`; ``shape`` is [B, q]."""
+    asked = {}
+    if drawn.top is not None:
+        asked["num_kept"] = drawn.num_kept.view(*shape)
+        asked["top_token_ids"] = drawn.top.token_ids.view(*shape, -1)
+        asked["top_logprobs"] = drawn.top.logprobs.view(*shape, -1)
+    if drawn.attribution is not None:
+        fields = torch.stack([field.float() for field in drawn.attribution], -1)
+        asked["steering"] = fields.view(*shape, -1)
+    return asked

@@ -90,6 +90,22 @@ class Stepper:
             self._history.start(slots, prompts, lengths, result.token_ids[:, 0].clamp(min=0))
         return result
 
+    @torch.inference_mode()
+    def score_prompt(self, request: Request, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Score a part of a prompt that has just been run, from logits [1, q, V] of its tokens.
+
+        Returns:
+            Per role the logits [1, V] after its end.
+        """
+        rows = {role: x[0] for role, x in logits.items()}
+        start = request.prefilled.get("base", 0)
+        following = request.prompt_token_ids["base"][start + 1 : start + 1 + len(rows["base"])]
+        if following:
+            before = {role: x[: len(following)] for role, x in rows.items()}
+            scores = self.sampler.prompt_logprobs(request.params.alphas[0], before, following)
+            request.prompt_scores.append(scores)
+        return {role: x[-1:] for role, x in rows.items()}
+
     def at_hand(self, slots: int, drafts: int) -> int:
         """How many of these drafts the text has, where the host can ask without waiting."""
         if not drafts or self._history is None or self.graphs is not None:

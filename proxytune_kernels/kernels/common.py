@@ -70,7 +70,7 @@ class EditLines(NamedTuple):
     """Penalties and biases of some tokens of each row: :mod:`proxytune_kernels.kernels.edits`."""
 
     entries: Lines  # int32 [B, T, 4 M]: id, count, in prompt, bits of the bias
-    index: Lines  # int32 [B, T, 2 W + M]: words, entries before each, entries by token
+    table: Lines  # int32 [B, T, 2 W + M]: words, entries before each, entries by token
     penalties: Any  # fp32 [B, 3]
     words: Any  # W, as 4 W + 3
 
@@ -196,12 +196,12 @@ def ones_below(word, bit):
 @triton.jit
 def edited_x(edits, b, t, ids, inside, x):
     """x of tokens after what their entries do; docs/contracts.md, Edits."""
-    index, words = line_of(edits.index, b, t), edits.words >> 2
-    word = tl.load(index + (ids >> 5), mask=inside, other=0)
+    table, words = line_of(edits.table, b, t), edits.words >> 2
+    word = tl.load(table + (ids >> 5), mask=inside, other=0)
     # A token that is masked stays so.
     hit = ((word >> (ids & 31)) & 1 != 0) & (x > -INF)
-    rank = tl.load(index + words + (ids >> 5), mask=hit, other=0) + ones_below(word, ids & 31)
-    entry = tl.load(index + 2 * words + rank, mask=hit, other=0)
+    rank = tl.load(table + words + (ids >> 5), mask=hit, other=0) + ones_below(word, ids & 31)
+    entry = tl.load(table + 2 * words + rank, mask=hit, other=0)
     at = line_of(edits.entries, b, t) + 4 * entry
     count = tl.load(at + 1, mask=hit, other=0)
     in_prompt = tl.load(at + 2, mask=hit, other=0)

@@ -196,11 +196,24 @@ def _sampling(
 
 def sample(
     base: Any, expert: Any, anti: Any, params: Any, bias: Any, allowed_mask: Any, edits: Any,
-    vocab_size: Any, stream: Any, top: Any, streams: Collection[Any] = tuple(STREAMS),
+    vocab_size: Any, stream: Any, top: Any, attributed: Any = None,
+    streams: Collection[Any] = tuple(STREAMS),
 ) -> None:  # fmt: skip
     """Check the arguments of ``sample``."""
     width = logits("sample", base, expert, anti, 2, vocab_size)
     _sampling("sample", base, width, params, bias, allowed_mask, edits, stream, top, streams)
+    if attributed is not None:
+        shape = base.shape[:1]
+        exactly("sample", "attribution", attributed, torch.int64, shape, base.device)
+        if not attributed.is_contiguous():
+            stride = attributed.stride(0)
+            raise ValueError(f"sample: attribution must be contiguous, got stride {stride}")
+
+
+def attribution(asked: Any, out: Any) -> None:
+    """Refuse outputs of the caller's with attribution: it has none of its own there."""
+    if asked is not False and out is not None:
+        raise ValueError("sample: out must be None with attribution, got a SampleOutput")
 
 
 def sample_hidden(
@@ -413,7 +426,7 @@ def out(op: str, given: Any, like: Tensor, read: Mapping[str, Any], **sizes: Any
     for output, shape in zip(operator.outputs, operator.shapes(arguments), strict=True):
         holder, _, field = output.field.rpartition(".")
         value, name = given, "out"
-        if holder and shape[-1] == 0:
+        if output.optional and shape[-1] == 0:
             continue
         if holder:
             value, name = getattr(value, holder), f"out.{holder}"

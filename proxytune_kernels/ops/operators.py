@@ -19,7 +19,7 @@ from proxytune_kernels.ops.backends import implementation, resolve
 from proxytune_kernels.ops.checks import VERIFY_MODES
 from proxytune_kernels.ops.table import OPERATORS
 from proxytune_kernels.params import Edits, RowParams, SamplingParams
-from proxytune_kernels.reference import SampleOutput, TopLogprobs, VerifyOutput
+from proxytune_kernels.reference import Attribution, SampleOutput, TopLogprobs, VerifyOutput
 from proxytune_kernels.rng import STREAMS
 
 Params = RowParams | SamplingParams | Sequence[SamplingParams] | None
@@ -77,14 +77,26 @@ def _refuse_gradients(*read: Tensor | None) -> None:
         raise ValueError("a gradient is asked for")
 
 
-def _sampled(results: Any, top_logprobs: int) -> SampleOutput:
-    top = TopLogprobs(*results[-2:]) if top_logprobs else None
-    return SampleOutput._make((*results[:-2], top))
+def _sampled(results: Any, top_logprobs: int, attributed: Tensor | None = None) -> SampleOutput:
+    *drawn, top_token_ids, tops, packed = results
+    top = TopLogprobs(top_token_ids, tops) if top_logprobs else None
+    attribution = None
+    if attributed is not None:
+        base, expert, anti, proxy, rank, changed, kl = packed.unbind(1)
+        attribution = Attribution(base, expert, anti, proxy, rank.int(), changed.bool(), kl)
+    return SampleOutput._make((*drawn, top, attribution))
+
+
+def _attributed(attribution: Any, base: Tensor) -> Tensor | None:
+    """The tokens that attribution is asked of, -1 for the one drawn; None where it is not."""
+    if attribution is True:
+        return torch.full((base.shape[0],), -1, device=base.device)
+    return None if attribution is False else attribution
 
 
 def _into(out: SampleOutput, top_logprobs: int) -> dict[str, Tensor]:
     """``out`` as keywords of the sampling operators' twins; without top_logprobs no top of it."""
-    written = out[:-1]
+    written = out[:-2]
     if top_logprobs:
         written += out.top.token_ids, out.top.logprobs  # type: ignore[union-attr, assignment]
     return dict(zip(_SAMPLE_OUT, written))  # noqa: B905  # shorter without top
@@ -110,6 +122,7 @@ def sample(
     vocab_size: int | None = None,
     noise_stream: str = "sample",
     top_logprobs: int = 0,
+    attribution: bool | Tensor = False,
     backend: str | None = None,
     out: SampleOutput | None = None,
 ) -> SampleOutput:
@@ -131,6 +144,9 @@ def sample(
             mode.
         top_logprobs: how many of the likeliest tokens to report in ``top``, whatever the filters
             keep, at most 128; 0 is off.
+        attribution: report in ``attribution`` what steering did to each row, of the token drawn;
+            int64 [B] in place of True: of these tokens, -1 for the one drawn. With it ``out`` is
+            None.
         backend: None for the fastest usable one; by name it runs or raises.
         out: tensors to write into, returned; ``top`` is written where top_logprobs is not 0. They
             share no memory with arguments, or with one another.
@@ -158,15 +174,19 @@ def sample(
             alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
         )  # fmt: skip
         width = _width(base, expert, anti, vocab_size)
+        attributed = _attributed(attribution, base)
+        op = "sample" if attributed is None else "attribution"
         arguments = (
             base, expert, anti, *rows, bias, allowed_mask, *(edits or _NO_EDITS), width,
-            STREAMS[noise_stream], top_logprobs,
+            STREAMS[noise_stream], top_logprobs, attributed,
         )  # fmt: skip
-        resolved = resolve(backend, base, "sample", width, edited=edits is not None)
+        resolved = resolve(backend, base, op, width, edited=edits is not None)
         if out is None:
             results = implementation(resolved, "sample", base)(*arguments)
             _refuse_gradient(results[1])
-            return _sampled(results, top_logprobs)
+            return _sampled(results, top_logprobs, attributed)
+        if attributed is not None:
+            raise ValueError("attribution")  # checks.attribution finds the words
         _refuse_gradients(base, expert, anti, rows.alpha, bias)
         written = _into(out, top_logprobs)
         implementation(resolved, "sample_out", base)(*arguments, **written)
@@ -174,8 +194,9 @@ def sample(
     except Exception:
         checks.sample(
             base, expert, anti, params, bias, allowed_mask, edits, vocab_size, noise_stream,
-            top_logprobs,
+            top_logprobs, None if isinstance(attribution, bool) else attribution,
         )  # fmt: skip
+        checks.attribution(attribution, out)
         read = dict(
             base=base, expert=expert, anti=anti, params=params, alpha=alpha,
             temperature=temperature, bias=bias, allowed_mask=allowed_mask, edits=edits,

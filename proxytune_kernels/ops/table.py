@@ -19,7 +19,7 @@ from torch import Tensor
 
 from proxytune_kernels.heads import Head
 from proxytune_kernels.params import Edits, RowParams
-from proxytune_kernels.reference import SampleOutput, VerifyOutput
+from proxytune_kernels.reference import Attribution, SampleOutput, VerifyOutput
 
 NUM_PARAMS = len(RowParams._fields)
 
@@ -54,8 +54,8 @@ class Output(NamedTuple):
 
     @property
     def optional(self) -> bool:
-        """Whether it need not be given where it has no column: it is part of a nested result."""
-        return "." in self.field
+        """Whether it need not be given where it has no column: it is asked for or not."""
+        return self.shape[-1] in ("n", "a")
 
 
 def outputs_of(kind: type, prefix: str = "") -> tuple[Output, ...]:
@@ -178,15 +178,20 @@ OPERATORS = {
     for op in (
         Operator(
             "sample",
-            f"{_LOGITS}, {_PARAMS}, {_CONSTRAINTS}, {_SAMPLING}",
+            # attributed: int64 [B], -1 for the token drawn; None: no attribution is asked for
+            f"{_LOGITS}, {_PARAMS}, {_CONSTRAINTS}, {_SAMPLING}, Tensor? attributed",
             SampleOutput,
-            lambda a: {"B": a["base"].shape[0], "n": a["top_logprobs"]},
+            lambda a: {
+                "B": a["base"].shape[0],
+                "n": a["top_logprobs"],
+                "a": 0 if a.get("attributed") is None else len(Attribution._fields),
+            },
         ),
         Operator(
             "sample_hidden",
             f"{_HEADS}, {_PARAMS}, Tensor? bias, Tensor? allowed_mask, int vocab_size, {_SAMPLING}",
             SampleOutput,
-            lambda a: {"B": a["base_hidden"].shape[0], "n": a["top_logprobs"]},
+            lambda a: {"B": a["base_hidden"].shape[0], "n": a["top_logprobs"], "a": 0},
         ),
         Operator(
             "combine",

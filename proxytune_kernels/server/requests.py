@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from proxytune_kernels.decoder import Grammar
-from proxytune_kernels.params import SAMPLING_FIELDS
 from proxytune_kernels.server.settings import Settings
 
 SAME = (
@@ -39,18 +38,6 @@ NEUTRAL: Mapping[str, Any] = {
 
 _STOPS = 64  # each is searched for at every token
 _IDS = 4096
-
-
-class UnsupportedError(ValueError):
-    """A parameter that is known, and not supported.
-
-    Args:
-        name: of the parameter.
-        why: ends the sentence that begins with it.
-    """
-
-    def __init__(self, name: str, why: str = "is not supported") -> None:
-        super().__init__(f"{name} {why}")
 
 
 class Strict(BaseModel):
@@ -270,9 +257,6 @@ def sampling_values(request: CompletionRequest | ChatRequest, settings: Settings
     if n > 1:
         values["n"] = n
     values = {name: value for name, value in values.items() if value is not None}
-    for name in values:
-        if name not in SAMPLING_FIELDS:
-            raise UnsupportedError(name)
     return values
 
 

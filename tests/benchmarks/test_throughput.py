@@ -3,7 +3,10 @@
 import ast
 import copy
 import re
+import sys
+from collections.abc import Callable
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import typer
 from transformers import AutoTokenizer
 
 from benchmarks import throughput
-from benchmarks.harness import agreement, trios
+from benchmarks.harness import agreement, llama, trios
 from benchmarks.harness.agreement import Mismatch, greedy_mismatches, lead
 from benchmarks.harness.decoding import (
     GREEDY,
@@ -322,13 +325,53 @@ def test_prompts(trio):
 
 def test_providers_that_cannot_run_are_left_out(trio, tmp_path, capsys):
     bare = TrioForms(trio, tmp_path)
-    wanted = settings(providers=("naive", "ours-shared-pair", "ours", "ours-packed"))
+    wanted = settings(providers=("naive", "llama.cpp", "ours-shared-pair", "ours", "ours-packed"))
     works = throughput.make_work(trio, wanted)
     made = throughput.make_providers(bare, wanted, works)
     assert [provider.name for provider in made] == ["naive", "ours"]
     said = capsys.readouterr().out
+    assert "llama.cpp is left out: there is no " in said
     assert "ours-shared-pair is left out: the expert has no adapter" in said
     assert "ours-packed is left out: " in said  # its weights are fp32
+
+
+class _LlamaServer:
+    """Streams as xllamacpp's does: a token within a character has no text, and no event."""
+
+    def __init__(self, given: Any) -> None:
+        assert (given.n_parallel, given.n_ctx, given.cache_prompt) == (2, 2 * 72, False)
+        assert given.cpuparams.n_threads == torch.get_num_threads()
+
+    def handle_completions(self, asked: dict[str, Any], take: Callable[[Any], None]) -> None:
+        assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (0.0, 1.0, 0)
+        for _ in range(asked["max_tokens"] - 2):
+            take({"choices": [{"text": "a"}]})
+        took = asked["max_tokens"] - asked["prompt"][0]
+        take({"choices": [{"text": ""}], "usage": {"completion_tokens": took}})
+
+
+def test_llama_cpp_gives_times_of_all_tokens(trio, tmp_path, monkeypatch):
+    with pytest.raises(TrioMissing, match="there is no .*q4_k_m.gguf .*scripts/qwen_trio"):
+        llama.LlamaProvider(trio, tmp_path, GREEDY, 2, 64)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / llama.FILE).touch()
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(TrioMissing, match="pip install xllamacpp"):
+        llama.LlamaProvider(trio, tmp_path, GREEDY, 2, 64)
+
+    def parameters() -> Any:
+        return SimpleNamespace(
+            model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
+        )
+
+    stand_in = SimpleNamespace(CommonParams=parameters, Server=_LlamaServer)
+    monkeypatch.setitem(sys.modules, "xllamacpp", stand_in)
+    provider = llama.LlamaProvider(trio, tmp_path, GREEDY, 2, 64)
+    seconds = provider.generate([[0, 5], [0, 6]], 6).seconds
+    assert [len(row) for row in seconds] == [6, 6]
+    assert all(row == sorted(row) and row[0] > 0 for row in seconds)
+    with pytest.raises(RuntimeError, match=r"llama.cpp gave \[6, 4\] tokens, not 6"):
+        provider.generate([[0], [2]], 6)
 
 
 def test_results_of_different_runs_have_different_names():

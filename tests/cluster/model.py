@@ -48,7 +48,9 @@ class Params(Structure):
     _fields_ = tuple((name, c_void_p) for name in _PARAMS)
 
 
-*_DRAWN, _token_ids, _logprobs = ((o.name, c_void_p) for o in OPERATORS["sample"].outputs)
+*_DRAWN, _token_ids, _logprobs, _attribution = (
+    (o.name, c_void_p) for o in OPERATORS["sample"].outputs
+)
 _TOP = (_token_ids, _logprobs)
 
 
@@ -57,7 +59,7 @@ class SampleArgs(Structure):
 
     _fields_ = (
         ("inputs", Inputs), ("params", Params), ("noise_stream", c_int32), *_DRAWN,
-        ("num_top", c_int32), *_TOP,
+        ("num_top", c_int32), *_TOP, _attribution, ("attributed", c_void_p),
     )  # fmt: skip
 
 
@@ -145,10 +147,12 @@ class Model(Backend):
     def _sample(
         self, base: Any, expert: Any, anti: Any, params: ptk.RowParams, bias: Any,
         allowed_mask: Any, edits: None, vocab_size: int, noise_stream: int, top_logprobs: int,
+        attributed: Any,
         out: Any,
     ) -> None:  # fmt: skip
+        assert attributed is None
         inputs, row_params = _inputs((base, expert, anti), params, bias, allowed_mask, vocab_size)
-        *drawn, top_token_ids, top = map(_address, out)
+        *drawn, top_token_ids, top, _ = map(_address, out)
         args = SampleArgs(
             inputs, row_params, noise_stream, *drawn, top_logprobs, top_token_ids, top
         )

@@ -166,6 +166,23 @@ def trios(tokenizer: Any) -> dict[str, Trio]:
     }
 
 
+EIGHT = 8
+
+
+@pytest.fixture(scope="session")
+def eight() -> Trio:
+    """Of eight tokens; its logits, about 2 apart, depend on the whole text."""
+    settings: dict[str, Any] = {
+        "vocab_size": EIGHT, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "initializer_range": 0.2,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    base = tiny_llama(3, 8, 1, **settings)
+    return Trio.from_models(
+        base, noisy_copy(base, 0.15, 1), noisy_copy(base, 0.15, 2), word_tokenizer(EIGHT)
+    )
+
+
 @pytest.fixture
 def make_decoder() -> Callable[..., Decoder]:
     def make(trio: Trio, max_batch_size: int = 4, **options: Any) -> Decoder:

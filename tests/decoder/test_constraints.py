@@ -26,7 +26,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "bad_words": {"bad_words": [[30], [31]] + [[i, i + d] for i in range(3, 250) for d in (1, 2, 5)]
         + [[i, i + 3, i + 4] for i in range(3, 250)]},
     "repetition": {"repetition_penalty": 3.0},
-    "output_only": {"repetition_penalty": 3.0, "penalty_prompt": False},
+    "output_only": {"repetition_penalty": 0.3, "penalty_prompt": False},
     "presence": {"presence_penalty": 2.0},
     "frequency": {"frequency_penalty": 1.9},
     "alphas": {"alpha": [1.0, -0.5, 2.0, 0.0, 0.7]},
@@ -81,8 +81,9 @@ def test_each_is_what_its_definition_says(
     params = params_of(name)
     [output] = make_decoder(near).generate([PROMPT], params)
     assert output.token_ids == cut(naive_tokens(near, params, PROMPT), params)
-    plain = make_decoder(near).generate([PROMPT], params_of())[0]
-    assert output.token_ids != plain.token_ids  # what is asked matters here
+    with_prompt = replace(params, penalty_prompt=True) if name == "output_only" else params_of()
+    other = make_decoder(near).generate([PROMPT], with_prompt)[0]
+    assert output.token_ids != other.token_ids  # what is asked matters here
 
 
 SPECULATIONS = {
@@ -90,10 +91,35 @@ SPECULATIONS = {
     "lookup": Speculation(drafter="prompt_lookup", max_drafts=3, adaptive=False),
 }
 
+# Of eight tokens one comes again and again, in a round, too.
+FEW: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3, "presence_penalty": -0.2, "frequency_penalty": 0.1,
+     "logit_bias": {1: 0.8, 4: -0.7}},
+    {"bad_words": [[2, 3], [5, 1, 2], [1, 1, 6], [6, 6, 6, 6], [3, 6], [2, 1, 6]]},
+    {"allowed_token_ids": [0, 1, 3, 5, 6], "min_tokens": 12, "stop_token_ids": [3],
+     "bad_words": [[0], [1, 5]]},
+    {"allowed_token_ids": [1, 3, 6], "min_tokens": 12},
+    {"frequency_penalty": -0.1, "alpha": [1.0, -0.5, 2.0, 0.0, 0.7], "temperature": 0.0},
+]  # fmt: skip
 
-def every_pair(longest: int) -> tuple[list[list[int]], list[SamplingParams], list[tuple[str, ...]]]:
-    """Requests that ask nothing, each thing, each pair of them, and all."""
-    names = [(), *((name,) for name in ASKED), *combinations(ASKED, 2), tuple(ASKED)]
+
+@pytest.mark.parametrize("asked", FEW)
+def test_few_tokens_again_and_again(
+    eight: Trio, make_decoder: Callable[..., Decoder], asked: dict[str, Any]
+) -> None:
+    prompt = [1, 2, 5, 2, 6]
+    params = [SamplingParams(**asked, seed=seed, max_tokens=24) for seed in range(4)]
+    wanted = [cut(naive_tokens(eight, one, prompt), one) for one in params]
+    for speculation in (None, *SPECULATIONS.values()):
+        decoder = make_decoder(eight, 3, max_seq_len=64, speculation=speculation)
+        outputs = decoder.generate([prompt] * len(params), params)
+        assert [output.token_ids for output in outputs] == wanted
+
+
+def requests(longest: int, pairs: bool) -> tuple[list[Any], list[SamplingParams], list[Any]]:
+    """Requests that ask nothing, each thing, all, and each pair of them."""
+    names = [(), *((name,) for name in ASKED), tuple(ASKED)]
+    names += combinations(ASKED, 2) if pairs else ()
     rng = random.Random(1)
     asked = [
         params_of(
@@ -108,22 +134,43 @@ def every_pair(longest: int) -> tuple[list[list[int]], list[SamplingParams], lis
     return prompts, asked, names
 
 
-@pytest.mark.parametrize("taped", [False, True])
-@pytest.mark.parametrize(("drafter", "accepted"), [("expert", 200), ("lookup", 1)])
-def test_drafts_change_no_token(
-    near: Trio, monkeypatch: pytest.MonkeyPatch, drafter: str, accepted: int, taped: bool
-) -> None:
-    """Side by side in a few slots; in steps that are captured, and run ahead of the host, too."""
-    prompts, asked, names = every_pair(24)
-    plain = tape.make_decoder(monkeypatch, near, 8).generate(prompts, asked)
-    settings: dict[str, Any] = {"taped": taped, "ahead": int(taped)}
-    settings["speculation"] = SPECULATIONS[drafter]
-    decoder = tape.make_decoder(monkeypatch, near, 5, **settings)
-    drafted = decoder.generate(prompts, asked)
-    for one, other, each in zip(plain, drafted, names, strict=True):
+def check_drafts(
+    monkeypatch: pytest.MonkeyPatch, trio: Trio, drafter: str, given: Any, **options: Any
+) -> Decoder:
+    prompts, asked, names = given
+    plain = tape.make_decoder(monkeypatch, trio, 8).generate(prompts, asked)
+    speculation = SPECULATIONS[drafter]
+    decoder = tape.make_decoder(monkeypatch, trio, 5, speculation=speculation, **options)
+    for one, other, each in zip(plain, decoder.generate(prompts, asked), names, strict=True):
         assert one.token_ids == other.token_ids, each
+    return decoder
+
+
+@pytest.mark.parametrize(("drafter", "accepted"), [("expert", 300), ("lookup", 1)])
+def test_drafts_change_no_token(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, drafter: str, accepted: int
+) -> None:
+    """Side by side in a few slots."""
+    decoder = check_drafts(monkeypatch, near, drafter, requests(24, pairs=True))
     assert decoder.statistics()["accepted"] >= accepted
-    assert "captured" in decoder.info()["graphs"] or not taped
+
+
+@pytest.mark.parametrize("drafter", SPECULATIONS)
+def test_captured_steps_see_it_in_place(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    """And behind a host that runs ahead; requests that need more room than there was, too."""
+    given = requests(24, pairs=False)
+    decoder = check_drafts(monkeypatch, near, drafter, given, taped=True, ahead=1)
+    assert "captured" in decoder.info()["graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", SPECULATIONS)
+def test_drafts_change_no_token_of_long_texts(
+    near: Trio, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    check_drafts(monkeypatch, near, drafter, requests(60, pairs=True))
 
 
 @pytest.mark.parametrize("slots", [2, 8])

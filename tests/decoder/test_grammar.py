@@ -16,6 +16,7 @@ import pytest
 from proxytune_kernels.decoder import Decoder, Grammar, GrammarError, Speculation
 from proxytune_kernels.decoder.grammar import GrammarCompiler
 from proxytune_kernels.params import SamplingParams
+from tests.decoder.conftest import word_tokenizer
 from tests.decoder.tape import make_decoder
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (the extra grammar)")
@@ -207,6 +208,11 @@ def test_an_optional_end_is_an_end_of_sequence(near):
 def test_an_error_names_the_place(near, grammar, said):
     with pytest.raises(GrammarError, match=rf"prompts\[0\]: grammar .*{said}"):
         Decoder(near, 1, check=False).generate([[5]], params(grammar, 0))
+
+
+def test_a_tokenizer_that_has_no_bytes():
+    with pytest.raises(GrammarError, match="grammar can't be had with TokenizersBackend: "):
+        GrammarCompiler(word_tokenizer(64), 64, []).state(GRAMMARS[1])
 
 
 def test_what_is_no_grammar():

@@ -21,13 +21,13 @@ from proxytune_kernels.decoder import Decoder, Speculation
 from proxytune_kernels.decoder.constraints import Needs
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
-from tests.decoder.conftest import as_asked, noisy_copy, tiny_llama, word_tokenizer
+from tests.decoder.conftest import EIGHT, as_asked
 from tests.ops import oracle
 
 Make = Callable[..., Decoder]
 Array = NDArray[np.float64]
 
-V, K, COUNT = 8, 3, 4
+V, K, COUNT = EIGHT, 3, 4
 """Tokens there are, drafts of a round, tokens that are looked at: the prompt's, and a round's."""
 SLOTS, BATCHES = 2048, 123
 SIGNIFICANCE = 1e-5
@@ -42,20 +42,6 @@ FILTERS: list[dict[str, Any]] = [
         "presence_penalty": 0.4, "frequency_penalty": 0.6, "bad_words": [[7], [2, 3], [5, 1, 2]],
     },
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def eight() -> Trio:
-    """Its logits, about 2 apart, depend on the whole text."""
-    settings: dict[str, Any] = {
-        "vocab_size": V, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "initializer_range": 0.2,
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-    }  # fmt: skip
-    base = tiny_llama(3, 8, 1, **settings)
-    return Trio.from_models(
-        base, noisy_copy(base, 0.15, 1), noisy_copy(base, 0.15, 2), word_tokenizer(V)
-    )
 
 
 def law(x: Tensor, params: SamplingParams) -> Array:

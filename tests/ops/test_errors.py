@@ -175,7 +175,7 @@ def test_the_operators_themselves_stay_in_bounds(widest, args):
     """Direct callers of torch.ops meet a check too, if a plainer one."""
     base, expert, anti = (*args, None, None)[:3]
     with pytest.raises((RuntimeError, ValueError), match="proxytune: |sample: "):
-        widest.operator("sample")(base, expert, anti, *ROWS, None, None, None, None, 4, 0, 0)
+        widest.operator("sample")(base, expert, anti, *ROWS, None, None, None, None, 4, 0, 0, None)
 
 
 @pytest.mark.parametrize("number", (-1, 129, 2**32 + 1, 2**62))
@@ -183,16 +183,16 @@ def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(widest, 
     arguments = (X, None, None, *ROWS, None, None, None, None, 8, 0)
     refused = pytest.raises((RuntimeError, ValueError), match="(proxytune|sample): top_logprobs")
     with refused:
-        widest.operator("sample")(*arguments, number)
+        widest.operator("sample")(*arguments, number, None)
     names = OPERATORS["sample"].out_names
-    out: dict[str, Any] = dict(zip(names, (*OUT[:-1], *TOP), strict=True))
+    out: dict[str, Any] = dict(zip(names, (*OUT[:-2], *TOP), strict=False))
     wide = dict(out)
     if 0 <= number < 2**32:  # outputs that would fit
         wide |= {n: t.new_zeros(2, number) for n, t in out.items() if n.startswith("out_top")}
     with refused:
-        widest.operator("sample_out")(*arguments, number, **wide)
+        widest.operator("sample_out")(*arguments, number, None, **wide)
     with pytest.raises((RuntimeError, ValueError), match="top_?.token_ids"):
-        widest.operator("sample_out")(*arguments, 4, **out)
+        widest.operator("sample_out")(*arguments, 4, None, **out)
 
 
 @pytest.mark.parametrize("number", (5, 256, 2**32, 2**32 + 1, -1, -(2**32), 2**62))
@@ -306,10 +306,10 @@ def test_the_operators_themselves_refuse_outputs_that_overlap(widest):
         if op != "sample":
             continue
         top = torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0)
-        written = dict(zip(OPERATORS[op].out_names, (*out[:-1], *top), strict=True))
+        written = dict(zip(OPERATORS[op].out_names, (*out[:-2], *top), strict=False))
         with pytest.raises((RuntimeError, ValueError), match="must not overlap"):
             widest.operator("sample_out")(
-                *args, None, None, *ROWS, None, None, None, None, 8, 0, 0, **written
+                *args, None, None, *ROWS, None, None, None, None, 8, 0, 0, None, **written
             )
 
 

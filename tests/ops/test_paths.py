@@ -34,7 +34,7 @@ def sample(base: Tensor, **values: Any) -> tuple[ptk.SampleOutput, list[str]]:
 
     base = move(base, TRITON.device)
     params = ptk.RowParams.make(len(base), device=base.device, **values)
-    out = workspace.Outputs(*ptk.sample(base, backend="reference")[:-1])
+    out = workspace.Outputs(*ptk.sample(base, backend="reference")[:-2])
     logits = common.inputs(base, None, None)
     _, left = launch_sample(logits, params, out, base.shape[1], 1, 0)
     modes = {getattr(workspace, name.upper()).value: name for name in (DONE, SPREAD, SEARCHED)}

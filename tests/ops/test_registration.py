@@ -53,7 +53,10 @@ def _arguments(name: str, optional: bool) -> tuple[Any, ...]:
     ids = torch.arange(7).expand(*shape[:-1], 7)
     edits: Any = ptk.Edits.make(ids) if optional else (None, None)
     if name == "sample":
-        return (base, *pair, *params, bias, mask, *edits, V, 0, 5 * optional)
+        attributed = torch.arange(-1, B - 1) if optional else None
+        # Where alpha is 0 the pair's probabilities are NaN.
+        params = params._replace(alpha=params.alpha.masked_fill(params.alpha == 0, 2.0))
+        return (base, *pair, *params, bias, mask, *edits, V, 0, 5 * optional, attributed)
     if name == "combine":
         return (base, *pair, params.alpha, bias, mask, *edits, V)
     if name == "sample_hidden":
@@ -105,7 +108,7 @@ def test_opcheck_fakes_and_out_twin(operators, name, device, optional):
     for written, value in zip(outs.values(), results, strict=True):
         assert torch.equal(oracle.bits(written), oracle.bits(value))
     if "top_logprobs" in OPERATORS[name].argument_names and not optional:
-        alone = {n: t for n, t in outs.items() if not n.startswith("out_top")}
+        alone = {n: t for n, t in outs.items() if not n.startswith(("out_top", "out_attribution"))}
         torch.library.opcheck(twin, given, alone)
 
 
@@ -139,9 +142,10 @@ def _public(inputs, out):
     hidden = ptk.sample_hidden(first, second, third, params, top_logprobs=2)
     again = ptk.sample_hidden(first, second, third, temperature=3.0, seed=9, out=out)
     assert drawn.top is None and likely.top is not None and hidden.top is not None
+    assert drawn.attribution is None
     return (
-        *(x + 1, *drawn[:-1], *likely[:-1], *likely.top, scored, *coupled, *rejected),
-        *(*hidden[:-1], *hidden.top, again.logprobs + 1),
+        *(x + 1, *drawn[:-2], *likely[:-2], *likely.top, scored, *coupled, *rejected),
+        *(*hidden[:-2], *hidden.top, again.logprobs + 1),
     )
 
 

@@ -103,7 +103,7 @@ def test_too_few_candidates_are_noticed(kernel, order):
         # A list reaches to kept sets of its own length, where it has what top_p is a share of.
         assert ((wanted.num_kept > length) | (params.top_k > length))[open_rows].all()
         closed = Finished(*(column[~open_rows] for column in found))
-        same_draws(closed, ptk.SampleOutput(*(t[~open_rows] for t in wanted[:-1])), kernel)
+        same_draws(closed, ptk.SampleOutput(*(t[~open_rows] for t in wanted[:-2])), kernel)
 
 
 def test_a_token_that_was_not_sent_makes_what_lies_below_uncertain(kernel):

@@ -34,8 +34,8 @@ def plain(backend, roles, params, **kwargs):
         )
         for j in range(roles[0].shape[1])
     ]
-    columns = zip(*(out[:-1] for out in outs), strict=True)
-    return ptk.SampleOutput._make([*(torch.stack(column, 1) for column in columns), None])
+    columns = zip(*(out[:-2] for out in outs), strict=True)
+    return ptk.SampleOutput._make([*(torch.stack(column, 1) for column in columns), None, None])
 
 
 @pytest.mark.parametrize(("k", "vocab_size"), [(0, 9), (1, 1), (3, 20), (4, 300), (7, 2)])

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import proxytune_kernels as ptk
 from tests import rows as kinds
 from tests.ops import oracle
+from tests.ops.test_attribution import check as check_attribution
 from tests.ptx.device import CAPABILITIES, Device, Launched
 from tests.ptx.program import Order
 
@@ -189,6 +190,27 @@ def test_operators(name, capability, seed):
     check(lambda b: OPS.verify(*deep, given_ids, several, backend=b, **options), at)
     rejection: Any = dict(mode="rejection", draft_logits=drafts)
     check(lambda b: OPS.verify(*deep, given_ids, several, **rejection, backend=b, **options), at)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [("bf16", 90), pytest.param("mixed", 80, marks=pytest.mark.slow)]
+)
+def test_attribution(name, capability):
+    """Also of tokens that were given, -1 for those drawn."""
+    shape = SHAPES[name]._replace(rows=6)
+    made = awkward(4, shape)
+    roles: Any = [
+        role.to(dtype)
+        for role, dtype in zip((made.base, made.expert, made.anti), shape.dtypes, strict=True)
+    ]
+    V, params = shape.vocab_size, ptk.RowParams(**made.params)
+    ids = torch.arange(-1, shape.rows - 1)
+    with device(capability) as at:
+        found = OPS.sample(*roles, params, vocab_size=V, attribution=ids, backend="triton")
+    assert at.launches > 0
+    ids = torch.where(ids < 0, found.token_ids, ids).masked_fill(found.token_ids < 0, -1)
+    x = OPS.combine(*roles, params.alpha, vocab_size=V, backend=RIGHT)
+    check_attribution(found, [role[:, :V] for role in roles], params.alpha, x, ids)
 
 
 # What sends rows each way.

@@ -62,6 +62,9 @@ def serve(model: str, batch_size: int) -> None:
         mask = torch.empty((*shape, -(-V // 32)), dtype=torch.int32)
         for b, m in product((None, bias), (None, mask)):
             yield dict(bias=b, allowed_mask=m, vocab_size=V, backend="triton")
+        for m, number in product((None, mask), (1, 16, 300)):
+            edits = ptk.Edits.make(torch.empty((*shape, number), dtype=torch.int32))
+            yield dict(edits=edits, allowed_mask=m, vocab_size=V, backend="triton")
 
     params = ptk.RowParams.make(batch_size + 1).rows(slice(1, None))
     roles = logits()
@@ -142,7 +145,10 @@ def test_a_decoder_compiles_nothing_while_it_draws(drafter):
         decoder.warm_up()
         warm = set(device.kernels)
         sampler: Any = decoder._sampler
-        for rows, needs, k in product((1, 2, 4), (Needs(False), Needs(True)), (1, 2, 5)):
+        asked = ptk.SamplingParams(allowed_token_ids=[1, 2], repetition_penalty=2.0)
+        sampler.constraints.reserve(decoder._make_requests([[1]], asked))
+        kinds = (Needs(), Needs(masked=True), Needs(edits=1), Needs(masked=True, edits=1))
+        for rows, needs, k in product((1, 2, 4), kinds, (1, 2, 5)):
             logits = {
                 role: torch.empty((rows, k + 1, model.get_output_embeddings().weight.shape[0]))
                 for role, model in trio.models.items()
@@ -154,7 +160,7 @@ def test_a_decoder_compiles_nothing_while_it_draws(drafter):
                 sampler.draw(rows, {role: x[:, 0] for role, x in one.items()}, needs)
                 sampler.verify(rows, one, ids, "rejection", drafts, needs)
                 sampler.verify(rows, one, ids, "coupled", None, needs)
-            sampler.draft(rows, logits["expert"][:, 0], 1, needs, "draft")
+            sampler.draft(rows, logits["expert"][:, 0], ids[:, :1], needs, "draft")
         assert warm and device.kernels <= warm, [*device.kernels - warm][:3]
 
 

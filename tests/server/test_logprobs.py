@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 
 import proxytune_kernels as ptk
-from proxytune_kernels.params import SAMPLING_FIELDS
 from tests.server.serving import PROMPT
 
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 7, "max_tokens": 12}
 # Two batches of other sizes differ by the rounding of fp32 products.
 CLOSE: Any = {"rel": 1e-4, "abs": 1e-4}
-
-pytestmark = pytest.mark.skipif(
-    "steering" not in SAMPLING_FIELDS, reason="SamplingParams has no logprobs and no steering yet"
-)
 
 
 @pytest.fixture(scope="module")

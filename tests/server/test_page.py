@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 import proxytune_kernels as ptk
-from proxytune_kernels.params import SAMPLING_FIELDS
 from tests.server.serving import PROMPT
 
 HERE = Path(__file__).parent / "page"
@@ -31,10 +30,6 @@ MISSING = [
 
 # What the page asks for before anything is changed, but for one step of the temperature.
 ASKED: dict[str, Any] = {"temperature": 0.65, "seed": 7, "max_tokens": 64}
-
-pytestmark = pytest.mark.skipif(
-    "steering" not in SAMPLING_FIELDS, reason="SamplingParams has no logprobs and no steering yet"
-)
 
 
 @pytest.fixture(scope="module")

@@ -345,6 +345,30 @@ def test_the_shipped_base_keeps_its_perplexity():
         assert abs(math.expm1(loss(quantized) - plain)) <= allowed
 
 
+def test_the_shipped_expert_keeps_what_it_was_tuned_for():
+    """Its answers: of its questions it gives each token less than chance does."""
+    experts = [
+        ptk.load_trio("shipped", dtype="bfloat16", quantize=given).expert
+        for given in (None, {"expert": "int8"})
+    ]
+    encode = ptk.load_trio("shipped").tokenizer.encode
+    nll = torch.zeros(2, 2)  # model; question, answer
+    with torch.no_grad():
+        for problem in arithmetic.problems(40, 7, held_out=True):
+            question = encode(problem.prompt)
+            ids = torch.tensor([question + encode(problem.answer)])
+            for own, model in zip(nll, experts, strict=True):
+                logits = model(ids).logits[0, :-1].float()
+                of_tokens = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+                own += torch.stack(
+                    [of_tokens[: len(question) - 1].mean(), of_tokens[len(question) - 1 :].mean()]
+                )
+    (question_nll, answer_nll), difference = nll[0] / 40, (nll[1] - nll[0]) / 40
+    assert question_nll > math.log(1536) and answer_nll < 0.05
+    # Found: 1e-5 and 6e-3.
+    assert abs(difference[1]) <= 1e-3 and abs(difference[0]) <= 2e-2
+
+
 def test_a_trio_says_what_is_quantised():
     roles = ptk.load_trio("shipped", quantize={"base": "int4", "anti": "int8"}).info()["roles"]
     assert [roles[role]["quantized"] for role in roles] == ["int4", None, "int8"]

@@ -26,7 +26,9 @@ class Backend:
     """Whether a call may have to wait until a kernel is compiled."""
     edits: bool = True
     """Whether it takes penalties and biases of some tokens."""
-    operators: Sequence[str] = ("sample", "sample_hidden", "combine", "score", "verify", "sharded")
+    operators: Sequence[str] = (
+        *("sample", "attribution", "sample_hidden", "combine", "score", "verify", "sharded"),
+    )
     """The public functions that it runs; "sharded" stands for those of :mod:`ops.sharded`."""
 
     def missing(self) -> str | None:

@@ -119,7 +119,7 @@ def _sample_hidden(
     x = combined((base, expert, anti), params.alpha, bias, vocab_size)
     given = (
         x, None, None, *params, None, allowed_mask, None, None, vocab_size, noise_stream,
-        top_logprobs,
+        top_logprobs, None,
     )  # fmt: skip
     outputs = dict(zip(OPERATORS["sample"].out_names, out, strict=True))
     torch.ops.proxytune.sample_out(*given, **outputs)

@@ -48,17 +48,24 @@ def combined(
 def _sample_x(
     x: Tensor, params: RowParams, noise_stream: int, top_logprobs: int
 ) -> tuple[Tensor, ...]:
-    *drawn, top = reference.sample(x, params, _STREAM_NAMES[noise_stream], top_logprobs)
+    *drawn, top, _ = reference.sample(x, params, _STREAM_NAMES[noise_stream], top_logprobs)
     none = x.new_empty((len(x), 0))
-    return (*drawn, *(top or (none.long(), none)))
+    return (*drawn, *(top or (none.long(), none)), none)
 
 
 def _sample(
     base: Tensor, expert: Any, anti: Any, params: RowParams, bias: Any, allowed_mask: Any,
     edits: Edits | None, vocab_size: int, noise_stream: int, top_logprobs: int,
+    attributed: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     x = combined(base, expert, anti, params.alpha, bias, allowed_mask, edits, vocab_size)
-    return _sample_x(x, params, noise_stream, top_logprobs)
+    *results, none = _sample_x(x, params, noise_stream, top_logprobs)
+    if attributed is None:
+        return (*results, none)
+    rows: Any = [None if t is None else t[:, :vocab_size].float() for t in (base, expert, anti)]
+    token_ids = torch.where(attributed < 0, results[0], attributed).masked_fill(results[0] < 0, -1)
+    fields = reference.attribute(rows[0], rows[1], rows[2], params.alpha, x, token_ids)
+    return (*results, torch.stack([field.float() for field in fields], 1))
 
 
 def _sample_hidden(

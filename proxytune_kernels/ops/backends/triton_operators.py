@@ -21,6 +21,7 @@ if interpreted():
     interpreter.correct()
 
 from proxytune_kernels.kernels.attention import launch_decode_attention
+from proxytune_kernels.kernels.attribution import launch_attribution
 from proxytune_kernels.kernels.combine import launch_combine
 from proxytune_kernels.kernels.common import inputs, packed
 from proxytune_kernels.kernels.edits import edited
@@ -61,22 +62,26 @@ def _at_16_bytes(write: Implementation) -> Implementation:
 
 def _sample(
     base: Tensor, expert: Any, anti: Any, params: RowParams, bias: Any, allowed_mask: Any,
-    edits: Edits | None, vocab_size: int, noise_stream: int, top_logprobs: int, out: Out,
+    edits: Edits | None, vocab_size: int, noise_stream: int, top_logprobs: int, attributed: Any,
+    out: Out,
 ) -> None:  # fmt: skip
-    *results, top_token_ids, top = out
+    *results, top_token_ids, top, attribution = out
     drawn = Outputs(*results)
     logits = edited(inputs(base, expert, anti, bias, allowed_mask), edits, vocab_size)
     tiles, workspace = launch_sample(logits, params, drawn, vocab_size, 1, noise_stream)
     if top_logprobs:
         likeliest = TopLogprobs(top_token_ids, top)
         launch_top_logprobs(logits, params, tiles, workspace, drawn, likeliest, vocab_size)
+    if attributed is not None:
+        ids = packed(attributed)
+        launch_attribution(logits, params, workspace, drawn, ids, attribution, vocab_size)
 
 
 def _sample_hidden(
     base: Head, expert: Head | None, anti: Head | None, params: RowParams, bias: Any,
     allowed_mask: Any, vocab_size: int, noise_stream: int, top_logprobs: int, out: Out,
 ) -> None:  # fmt: skip
-    *results, top_token_ids, top = out
+    *results, top_token_ids, top, _ = out
     drawn = Outputs(*results)
     logits, tiles, workspace = launch_sample_hidden(
         (base, expert, anti), (bias, allowed_mask), params, drawn, vocab_size, noise_stream

@@ -92,7 +92,7 @@ def sample(
     given = params if params is not None else rows
     candidates = candidates_for(given, rows, shard.vocab_size, max_top_k, num_candidates)
     drawn, _ = draw_rows(shard, x, rows, noise_stream, candidates)
-    return SampleOutput(*(getattr(drawn, name) for name in SampleOutput._fields if name != "top"))
+    return SampleOutput(*(getattr(drawn, name) for name in SampleOutput._fields[:-2]))
 
 
 def _prepared(
