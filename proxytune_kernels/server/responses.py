@@ -186,7 +186,7 @@ class Token(NamedTuple):
 
 
 def _drawn_tokens(made: RequestOutput | StreamEvent) -> list[Token]:
-    known = made.top_logprobs or [None] * len(made.token_ids)
+    known = made.top_logprobs or ()
     return [Token(*each) for each in zip(made.token_ids, known, strict=True)]
 
 
