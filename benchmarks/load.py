@@ -13,12 +13,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 from urllib.request import urlopen
 
 import typer
@@ -147,9 +148,18 @@ def port_of(process: subprocess.Popen[str]) -> int:
     for line in process.stderr:
         said.append(line)
         if (found := re.match(r"http://\S+:(\d+) serves", line)) is not None:
+            # A server whose log is not read would wait for its reader.
+            threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
             _wait(int(found[1]))
             return int(found[1])
+    process.stderr.close()
     raise RuntimeError("".join(said))
+
+
+def _drain(log: IO[str]) -> None:
+    with log:
+        for _ in log:
+            pass
 
 
 @contextmanager
@@ -160,7 +170,7 @@ def serving(*options: str) -> Iterator[int]:
         yield port_of(process)
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.wait(60)
 
 
 def _wait(port: int) -> None:

@@ -57,7 +57,7 @@ def test_signals_end_it_and_a_kill_leaves_nothing_behind():
     finally:
         for process in processes:
             process.kill()
-            process.communicate(timeout=30)
+            process.wait(30)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the documentation's commands use curl")
