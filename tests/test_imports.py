@@ -22,16 +22,22 @@ LAYERS = (
     {"ops"},
     {"trio"},
     {"", "decoder"},
-    {"integrations"},
+    {"integrations", "server"},
     {"cli", "__main__"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 
 # What may import them at a module's top: nothing that `import proxytune_kernels` reaches.
 HEAVY = set(
-    "accelerate fastapi lm_eval matplotlib peft rich torchao transformers triton typer vllm".split()
+    "accelerate fastapi lm_eval matplotlib peft prometheus_client pydantic rich starlette torchao "
+    "transformers triton typer uvicorn vllm".split()
 )
-HEAVY_AT_TOP = {"cli": {"typer", "rich"}, "kernels": {"triton"}, "integrations": HEAVY}
+HEAVY_AT_TOP = {
+    "cli": {"typer", "rich"},
+    "kernels": {"triton"},
+    "integrations": HEAVY,
+    "server": HEAVY,
+}
 
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -10,12 +10,14 @@ from typing import Annotated
 import typer
 
 import proxytune_kernels
+from proxytune_kernels.cli.chat import chat
 from proxytune_kernels.cli.demo import demo
 from proxytune_kernels.cli.evaluate import evaluate
 from proxytune_kernels.cli.export import export_vllm
 from proxytune_kernels.cli.generate import generate
 from proxytune_kernels.cli.info import info
 from proxytune_kernels.cli.options import FAILED, printable, stop
+from proxytune_kernels.cli.serve import serve
 
 # Without rich markup, errors stay plain lines that scripts can read.
 app = typer.Typer(
@@ -26,6 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(serve)
+app.command()(chat)
 app.command()(info)
 app.command()(demo)
 app.command("eval")(evaluate)

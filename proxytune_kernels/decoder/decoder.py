@@ -15,7 +15,7 @@ import torch
 from proxytune_kernels.decoder import arguments, memory
 from proxytune_kernels.decoder.check import check_members
 from proxytune_kernels.decoder.constraints import Constraints
-from proxytune_kernels.decoder.grammar import GrammarCompiler
+from proxytune_kernels.decoder.grammar import Grammar, GrammarCompiler
 from proxytune_kernels.decoder.graphs import CudaCapture, StepGraphs
 from proxytune_kernels.decoder.loop import DecodingLoop
 from proxytune_kernels.decoder.request import (
@@ -232,6 +232,14 @@ class Decoder:
         while self._submitted:
             events.append(self._submitted.popleft())
         return events
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar in the caller's thread, and keep it: its requests need not wait then.
+
+        Raises:
+            GrammarError: it can't be compiled; says where and why.
+        """
+        self._grammars.state(grammar)
 
     @property
     def unfinished(self) -> bool:

@@ -1,0 +1,223 @@
+"""The server under load: clients in a process of their own, against the decoder alone.
+
+``python -m benchmarks.load`` starts ``proxytune serve --trio shipped`` on a free port of the
+loopback, sends it 1,000 streaming requests from 32 clients, and decodes the same prompts without a
+server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import IO, Annotated, Any
+from urllib.request import urlopen
+
+import typer
+
+_PROMPT = (
+    "Question: Tom has {} apples and buys {} more. How many apples does Tom have now?\nAnswer:"
+)
+_START_SECONDS = 120
+
+
+@dataclass
+class Seen:
+    """What the clients saw."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    answers: dict[str, int] = field(default_factory=dict)
+    """Id of an answer -> which request it is of."""
+    statuses: dict[int, int] = field(default_factory=dict)
+    memory: list[int] = field(default_factory=list)
+    """Bytes of the server's process, as the requests went on."""
+
+    def lines(self) -> Iterator[str]:
+        """The figures, for people."""
+        count = len(self.answers)
+        yield f"{count} answers, {self.tokens} tokens in {self.seconds:.1f} s"
+        yield f"throughput: {self.tokens / self.seconds:.0f} tokens/s"
+        yield f"statuses: {self.statuses}"
+        yield f"time to first token: median {1e3 * median(self.first):.1f} ms"
+        ninety_fifth = quantiles(self.between, n=20)[-1]
+        middle = median(self.between)
+        yield (
+            f"between tokens: median {1e3 * middle:.2f} ms, p95 {1e3 * ninety_fifth:.2f} ms "
+            f"({ninety_fifth / middle:.2f} of the median)"
+        )
+        if self.memory:
+            parts = [f"{size / 2**20:.0f}" for size in self.memory]
+            yield f"memory of the server, MiB: {', '.join(parts)}"
+
+
+def prompt_of(number: int) -> str:
+    """The prompt of a request."""
+    return _PROMPT.format(number % 90 + 2, number % 7 + 2)
+
+
+async def load(port: int, clients: int, requests: int, max_tokens: int) -> Seen:
+    """Send requests, each client one after the other; 429 is tried again when it says."""
+    seen = Seen()
+    left = iter(range(requests))
+    started = time.perf_counter()
+
+    async def client() -> None:
+        for number in left:
+            while (wait := await _request(port, number, max_tokens, seen)) is not None:
+                await asyncio.sleep(wait)
+            if number % max(requests // 5, 1) == 0:
+                seen.memory += await asyncio.to_thread(_memory, port)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seen.seconds = time.perf_counter() - started
+    return seen
+
+
+async def _request(port: int, number: int, max_tokens: int, seen: Seen) -> float | None:
+    """Stream one request; seconds to wait where the queue is full."""
+    body = json.dumps({
+        "model": "shipped", "prompt": prompt_of(number), "max_tokens": max_tokens, "seed": number,
+        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+    })  # fmt: skip
+    before = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    status = int(head.split()[1])
+    seen.statuses[status] = seen.statuses.get(status, 0) + 1
+    if status == 429:
+        writer.close()
+        found = re.search(r"retry-after: (\d+)", head, re.I)
+        assert found is not None
+        return float(found[1])
+    assert status == 200, head
+    last, done, tokens = None, 0, 0
+    async for line in reader:
+        if line.startswith(b"data: [DONE]"):
+            done += 1
+        elif line.startswith(b"data: "):
+            now = time.perf_counter()
+            chunk = json.loads(line[6:])
+            if chunk["choices"]:
+                if last is None:
+                    seen.first.append(now - before)
+                else:
+                    seen.between.append(now - last)
+                last = now
+            else:
+                tokens = chunk["usage"]["completion_tokens"]
+                assert chunk["id"] not in seen.answers, "answered twice"
+                seen.answers[chunk["id"]] = number
+    assert (done, tokens) == (1, max_tokens), f"request {number} is lost: {done}, {tokens}"
+    seen.tokens += tokens
+    writer.close()
+    return None
+
+
+def _memory(port: int) -> list[int]:
+    text = urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+    found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.M)
+    return [] if found is None else [int(float(found[1]))]
+
+
+def start(*options: str) -> subprocess.Popen[str]:
+    """Start ``proxytune serve`` on a free port."""
+    command = [sys.executable, "-m", "proxytune_kernels", "serve", "--port", "0", *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    """The port of a server that was started, once it answers."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if (found := re.match(r"http://\S+:(\d+) serves", line)) is not None:
+            # A server whose log is not read would wait for its reader.
+            threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
+            _wait(int(found[1]))
+            return int(found[1])
+    process.stderr.close()
+    raise RuntimeError("".join(said))
+
+
+def _drain(log: IO[str]) -> None:
+    with log:
+        for _ in log:
+            pass
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[int]:
+    """The port of a server that runs meanwhile."""
+    process = start(*options)
+    try:
+        yield port_of(process)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait(port: int) -> None:
+    end = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def _alone(requests: int, max_tokens: int) -> float:
+    """Tokens a second of the decoder, 16 rows, in this process."""
+    from proxytune_kernels import Decoder, SamplingParams, load_trio
+
+    decoder = Decoder(load_trio("shipped"))
+    params = [
+        SamplingParams(max_tokens=max_tokens, seed=i, ignore_eos=True) for i in range(requests)
+    ]
+    decoder.generate([prompt_of(0)] * 16, params[:16])
+    started = time.perf_counter()
+    decoder.generate([prompt_of(i) for i in range(requests)], params)
+    return requests * max_tokens / (time.perf_counter() - started)
+
+
+def main(
+    clients: Annotated[int, typer.Option(min=1, max=256)] = 32,
+    requests: Annotated[int, typer.Option(min=2, max=100_000)] = 1000,
+    max_tokens: Annotated[int, typer.Option(min=2, max=512)] = 64,
+    port: Annotated[int, typer.Option(help="Of a server that runs; 0 starts one.")] = 0,
+) -> None:
+    """Load a server with streaming requests, and compare with the decoder alone."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if port:
+        seen: Any = asyncio.run(load(port, clients, requests, max_tokens))
+    else:
+        with serving("--trio", "shipped") as free:
+            seen = asyncio.run(load(free, clients, requests, max_tokens))
+    for line in seen.lines():
+        print(line)
+    alone = _alone(min(requests, 256), max_tokens)
+    share = seen.tokens / seen.seconds / alone
+    print(f"the decoder alone: {alone:.0f} tokens/s; the server {share:.2f} of that")
+
+
+if __name__ == "__main__":
+    typer.run(main)
