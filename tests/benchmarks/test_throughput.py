@@ -386,6 +386,7 @@ def test_results_of_different_runs_have_different_names():
 def test_absent_trio_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trios, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(trios, "SHIPPED", tmp_path)
     for name, message in (
         ("qwen", r"python scripts/qwen_trio\.py"),
         ("shipped", r"python scripts/train_trio\.py"),

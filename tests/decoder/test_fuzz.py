@@ -119,11 +119,11 @@ class Traffic(RuleBasedStateMachine):
         runner, stepper = loop._runner, loop._stepper
 
         def watched(forward: Any) -> Any:
-            def run(*arguments: Any) -> Any:
+            def run(*arguments: Any, **named: Any) -> Any:
                 self.chunks += any(request.ready for request in loop._scheduler.running)
                 # Whoever runs waits for one chunk between two tokens.
                 assert self.chunks <= 1
-                return forward(*arguments)
+                return forward(*arguments, **named)
 
             return run
 

@@ -25,9 +25,9 @@ class Log:
             )
             return prefill(slots, prompts)
 
-        def logged_extend(slot: int, prompts: Any) -> Any:
+        def logged_extend(slot: int, prompts: Any, **options: Any) -> Any:
             self.entries.append([max(len(p) for p in prompts.values())])
-            return extend(slot, prompts)
+            return extend(slot, prompts, **options)
 
         def logged_run(*arguments: Any) -> Any:
             self.entries.append(None)
