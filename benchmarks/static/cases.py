@@ -52,20 +52,30 @@ class Case:
         return (base, expert, anti) if self.steered else (base, None, None)
 
     def arguments(self, batch_size: int = BATCH) -> tuple[Any, ...]:
-        """Parameters, bias, mask and width, in the operators' order."""
+        """Parameters, bias, mask, no edits, and width, in the operators' order."""
         bias = mask = None
         if self.constrained:
             bias = torch.empty((batch_size, self.vocab_size), dtype=torch.float32)
             mask = torch.empty((batch_size, -(-self.vocab_size // 32)), dtype=torch.int32)
-        return (*ptk.RowParams.make(batch_size), bias, mask, self.vocab_size)
+        return (*ptk.RowParams.make(batch_size), bias, mask, None, None, self.vocab_size)
 
 
-def _sample(top_logprobs: int) -> Callable[[Case], object]:
-    return lambda case: OPS["sample"](*case.roles, *case.arguments(), STREAM, top_logprobs)
+def _sample(top_logprobs: int, attributed: bool = False) -> Callable[[Case], object]:
+    def launch(case: Case) -> None:
+        ids = torch.empty(BATCH, dtype=torch.int64) if attributed else None
+        OPS["sample"](*case.roles, *case.arguments(), STREAM, top_logprobs, ids)
+
+    return launch
+
+
+def _edits(case: Case) -> None:
+    *arguments, _, _, width = case.arguments()
+    edits = ptk.Edits.make(torch.empty((BATCH, 256), dtype=torch.int32))
+    OPS["sample"](*case.roles, *arguments, *edits, width, STREAM, 0, None)
 
 
 def _combine(case: Case) -> None:
-    OPS["combine"](*case.roles, torch.empty(BATCH), None, None, case.vocab_size)
+    OPS["combine"](*case.roles, torch.empty(BATCH), None, None, None, None, case.vocab_size)
 
 
 def _score(case: Case) -> None:
@@ -92,7 +102,8 @@ def _hidden(batch_size: int, soft_cap: float | None = None) -> Callable[[Case], 
             hidden = torch.empty((batch_size, size), dtype=case.dtype)
             weight = torch.empty((case.vocab_size, size), dtype=case.dtype)
             fields += ptk.Head(hidden, weight, soft_cap=soft_cap)
-        OPS["sample_hidden"](*fields, *case.arguments(batch_size), STREAM, 0)
+        *arguments, _, _, width = case.arguments(batch_size)
+        OPS["sample_hidden"](*fields, *arguments, width, STREAM, 0)
 
     return launch
 
@@ -163,7 +174,9 @@ _CASES = (
     Case("sample fp32", _sample(0), _SCAN, dtype=torch.float32),
     Case("sample base alone", _sample(0), _SCAN, steered=False),
     Case("sample bias+mask", _sample(0), _SCAN, constrained=True),
+    Case("sample edits", _edits, ("table", "scan")),
     Case("top_logprobs", _sample(20), ("top_logprobs",)),
+    Case("attribution", _sample(0, True), ("attribution_scan", "attribution")),
     Case("hidden B=16", _hidden(16), _HIDDEN, vocab_size=32_000),
     Case("hidden B=32", _hidden(32), _HIDDEN, vocab_size=32_000),
     Case("hidden B=64", _hidden(64), _HIDDEN, vocab_size=32_000),

@@ -176,7 +176,9 @@ class _Rows:
 
 def _sample(rows: _Rows) -> Calls:
     for logits, options in product(rows.logits(1), rows.options(1)):
-        yield partial(_OPS.sample, *logits, rows.params(), top_logprobs=1, **options)
+        yield partial(
+            _OPS.sample, *logits, rows.params(), top_logprobs=1, attribution=True, **options
+        )
 
 
 def _combine(rows: _Rows) -> Calls:

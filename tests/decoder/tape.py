@@ -248,10 +248,10 @@ class NeverWaits:
         """Refuse what waits in a method."""
         method = getattr(owner, name)
 
-        def watched(*arguments: Any) -> Any:
+        def watched(*arguments: Any, **named: Any) -> Any:
             before = self._sent
             with _no_reads(_WAITS), self._recorder:
-                result = method(*arguments)
+                result = method(*arguments, **named)
             self.runs.append((name, self._sent - before))
             return result
 

@@ -147,7 +147,10 @@ def test_a_decoder_compiles_nothing_while_it_draws(drafter):
         sampler: Any = decoder._sampler
         asked = ptk.SamplingParams(allowed_token_ids=[1, 2], repetition_penalty=2.0)
         sampler.constraints.reserve(decoder._make_requests([[1]], asked))
-        kinds = (Needs(), Needs(masked=True), Needs(edits=1), Needs(masked=True, edits=1))
+        kinds = (
+            *(Needs(), Needs(masked=True), Needs(edits=1), Needs(masked=True, edits=1)),
+            Needs(likeliest=True, steering=True),
+        )
         for rows, needs, k in product((1, 2, 4), kinds, (1, 2, 5)):
             logits = {
                 role: torch.empty((rows, k + 1, model.get_output_embeddings().weight.shape[0]))
