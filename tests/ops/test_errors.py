@@ -199,7 +199,7 @@ def test_the_operators_themselves_refuse_more_likeliest_tokens_than_fit(widest, 
 def test_the_operators_themselves_refuse_streams_and_modes_past_the_last(widest, number):
     """Also numbers whose low bits are one that there is."""
     with pytest.raises((RuntimeError, ValueError), match="noise_stream"):
-        widest.operator("sample")(X, None, None, *ROWS, None, None, None, None, 8, number, 0)
+        widest.operator("sample")(X, None, None, *ROWS, None, None, None, None, 8, number, 0, None)
     with pytest.raises((RuntimeError, ValueError), match="mode"):
         widest.operator("verify")(
             XT, None, None, DRAFTS, None, *ROWS, None, None, None, None, 8, number
