@@ -107,9 +107,10 @@ static: install ## Compile the GPU kernels, no GPU needed, and compare with the 
 	@$(BIN)/python -m benchmarks.static --check
 
 .PHONY: interpret
+# Random cases, which are slow there, are executed from PTX (PTX=all).
 interpret: install ## Run the Triton kernels' tests in Triton's interpreter, which needs no GPU
 	@echo "Running the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -k triton tests/ops tests/decoder/test_attention.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow" -k triton tests/ops tests/decoder/test_attention.py
 
 # PTX=all: every shape on every compute capability, and all of the operators' tests: an hour. What
 # starts processes of its own, or asks which backends run, has no use for another device.
