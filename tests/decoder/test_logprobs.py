@@ -169,3 +169,23 @@ def test_a_role_with_a_prompt_of_its_own_has_no_prompt_logprobs(decoder: Decoder
     with pytest.raises(ValueError, match=message):
         decoder.generate([prompt], SamplingParams(prompt_logprobs=0))
     decoder.generate([prompt], SamplingParams(prompt_logprobs=0, alpha=0.0, max_tokens=1))
+
+
+def test_with_alphas_and_penalties_drafts_change_nothing_that_is_seen(near: Trio) -> None:
+    params = SamplingParams(
+        alpha=[1.0, 0.5, 2.0], repetition_penalty=1.2, logit_bias={65: 1.5}, logprobs=3,
+        steering=True, seed=3, temperature=0.8, max_tokens=12, ignore_eos=True,
+    )  # fmt: skip
+    plain, drafted = (
+        Decoder(near, 1, backend=BACKEND, speculation=SPECULATIONS[name]).generate(PROMPTS, params)
+        for name in ("plain", "coupled")
+    )
+    for a, b in zip(plain, drafted, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.steering is not None and b.steering is not None
+        for one, other in zip(a.steering, b.steering, strict=True):
+            # Each within TOLERANCE of what is right, probabilities being at most 1.
+            assert other == pytest.approx(one, abs=2 * TOLERANCE)
+        assert a.top_logprobs is not None and b.top_logprobs is not None
+        for seen, again in zip(a.top_logprobs, b.top_logprobs, strict=True):
+            assert again == pytest.approx(seen, abs=2 * TOLERANCE)
