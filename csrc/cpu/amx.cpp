@@ -73,7 +73,7 @@ PTK_AMX inline void widen(const int8_t* weights, uint16_t* first, uint16_t* seco
   _mm512_store_si512(second, _mm512_unpackhi_epi8(low, high));
 }
 
-// sums [2][kOutputs][kRows] of a panel for one or, with kTwo, two tiles of rows; x are the first one's tiles.
+// sums [1 or, with kTwo, 2][kOutputs][kRows] of a panel, for as many tiles of rows; x are the first one's tiles.
 template <bool kTwo>
 PTK_AMX void panel(const int8_t* weight, int64_t outputs, int64_t inputs, const uint32_t* x, float* sums) {
   alignas(64) uint16_t wide[kAhead][kOutputs][kWide];
@@ -82,8 +82,10 @@ PTK_AMX void panel(const int8_t* weight, int64_t outputs, int64_t inputs, const 
   const uint32_t* const second = x + int64_t(tiles) * kTileWords;
   _tile_zero(0);
   _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if constexpr (kTwo) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int start = 0; start < tiles; start += kAhead) {
     const int n = std::min(kAhead, tiles - start);
     for (int64_t r = 0; r < outputs; ++r) {
@@ -111,8 +113,10 @@ PTK_AMX void panel(const int8_t* weight, int64_t outputs, int64_t inputs, const 
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
+  if constexpr (kTwo) {
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+  }
 }
 
 float widened(uint16_t bf16) { return std::bit_cast<float>(uint32_t(bf16) << 16); }

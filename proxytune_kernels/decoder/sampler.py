@@ -267,7 +267,6 @@ class SlotSampler:
         shape = token_ids.shape
         each = RowParams(*(column.repeat_interleave(shape[1]) for column in params))
         ahead = torch.arange(shape[1], device=self.device).repeat(shape[0])
-        # Rows whose parameters are out of range are not read.
         position = each.position + ahead
         found: dict[str, Any] = {}
         if (mask := constraints.get("allowed_mask")) is not None:
@@ -277,12 +276,14 @@ class SlotSampler:
             found["edits"] = Edits(edits.entries.flatten(0, 1), penalties)
         if needs.alphas:
             each = each._replace(alpha=self._alpha(slots, position.view(shape)).flatten())
+        # Rows whose parameters are out of range are not read.
+        each = each._replace(position=position.masked_fill(token_ids.flatten() < 0, -1))
         rows = {role: x.flatten(0, 1) for role, x in logits.items()}
         drawn = ops.sample(
             rows["base"],
             rows.get("expert"),
             rows.get("anti"),
-            each._replace(position=position.masked_fill(token_ids.flatten() < 0, -1)),
+            each,
             **found,
             vocab_size=self.vocab_size,
             top_logprobs=MAX_LOGPROBS if needs.likeliest else 0,
@@ -368,14 +369,16 @@ class SlotSampler:
                 state.rewind()
 
     def _fill(self, offset: int) -> None:
+        assert self._by_grammar is not None
+        words = self._by_grammar.shape[-1]
+
         def masks() -> list[Tensor]:
-            made = torch.full((len(self._states), -(-self.vocab_size // 32)), -1, dtype=torch.int32)
+            made = torch.full((len(self._states), words), -1, dtype=torch.int32)
             for row, state in zip(made, self._states, strict=True):
                 if state is not None:
                     state.fill(row)
             return [made]
 
-        assert self._by_grammar is not None
         [sent] = transfer.to_device(masks, self.device)
         self._by_grammar[offset, : len(sent)].copy_(sent)
 

@@ -127,7 +127,7 @@ def test_random_rows(backend, dtypes, vocab_size):
         options["allowed_mask"] = mask.int()
         run(backend, roles, params, **options)
         # Of the likeliest tokens, too: the divergence is that of x after the edits.
-        ids = torch.cat([roles[0][:, :vocab_size].float().topk(2).indices, torch.zeros(B, 1)], 1)
+        ids = roles[0][:, :vocab_size].float().topk(3).indices
         bias = torch.tensor([-20.0, 3.0, 0.5]).expand(B, 3)
         options["edits"] = ptk.Edits.make(ids.int(), bias=bias, presence_penalty=0.5)
         run(backend, roles, params, **options)
