@@ -22,15 +22,16 @@ LAYERS = (
     {"ops"},
     {"trio"},
     {"", "decoder"},
-    {"integrations", "server"},
+    {"analysis"},
+    {"integrations", "server", "tuning"},
     {"cli", "__main__"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 
 # What may import them at a module's top: nothing that `import proxytune_kernels` reaches.
 HEAVY = set(
-    "accelerate fastapi lm_eval matplotlib peft prometheus_client pydantic rich starlette torchao "
-    "transformers triton typer uvicorn vllm".split()
+    "accelerate fastapi lm_eval matplotlib peft prometheus_client pydantic rich scipy "
+    "starlette torchao transformers triton typer uvicorn vllm".split()
 )
 HEAVY_AT_TOP = {
     "cli": {"typer", "rich"},
