@@ -44,7 +44,7 @@ from proxytune_kernels.reference import Attribution, SampleOutput, TopLogprobs, 
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder import Decoder, Grammar, Speculation
-    from proxytune_kernels.trio import Trio, load_trio
+    from proxytune_kernels.trio import RemoteBase, Trio, load_trio
     from proxytune_kernels.trio.quantization import quantize
 
 __version__ = "0.1.0"
@@ -55,6 +55,7 @@ __all__ = [
     "Edits",
     "Grammar",
     "Head",
+    "RemoteBase",
     "RowParams",
     "SampleOutput",
     "SamplingParams",
@@ -79,6 +80,7 @@ _LAZY = {
     "Decoder": "decoder",
     "Grammar": "decoder",
     "Speculation": "decoder",
+    "RemoteBase": "trio",
     "Trio": "trio",
     "load_trio": "trio",
     "quantize": "trio.quantization",

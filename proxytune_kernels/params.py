@@ -151,7 +151,8 @@ class SamplingParams:
             filters. ``"drawn"``: of what the token was drawn from; tokens that the filters leave
             out are not reported.
         prompt_logprobs: the same at each position of the prompt, always raw; -1 reports none. It
-            needs one prompt for all roles.
+            needs one prompt for all roles. It may be as large as the vocabulary.
+        prompt_logprobs_last: only at so many of the prompt's last positions; 0 is at all.
         steering: report at each output position what steering did to its token (docs/contracts.md,
             Attribution).
 
@@ -186,6 +187,7 @@ class SamplingParams:
     logprobs: int = -1
     logprobs_mode: str = "raw"
     prompt_logprobs: int = -1
+    prompt_logprobs_last: int = 0
     steering: bool = False
 
     @classmethod
@@ -230,9 +232,10 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
-        for name in ("logprobs", "prompt_logprobs"):
-            wanted = "an integer of at least -1"
-            _integer(name, getattr(self, name), -1, wanted, high=MAX_LOGPROBS + 1)
+        wanted = "an integer of at least -1"
+        _integer("logprobs", self.logprobs, -1, wanted, high=MAX_LOGPROBS + 1)
+        _integer("prompt_logprobs", self.prompt_logprobs, -1, wanted)
+        _integer("prompt_logprobs_last", self.prompt_logprobs_last, 0, "an integer of at least 0")
         if self.logprobs_mode not in LOGPROBS_MODES:
             raise ValueError(
                 f"logprobs_mode must be one of {LOGPROBS_MODES}, got {self.logprobs_mode!r}"

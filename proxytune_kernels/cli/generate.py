@@ -119,6 +119,9 @@ class SamplingOptions:
     prompt_logprobs: Annotated[
         int, typer.Option(help="The same at each position of the prompt.")
     ] = -1
+    prompt_logprobs_last: Annotated[
+        int, typer.Option(help="Only at so many of its last positions; 0 is all.")
+    ] = 0
 
     steering: Annotated[
         bool, typer.Option("--steering", help="Report what steering did to each token.")

@@ -108,6 +108,7 @@ def _record(output: RequestOutput) -> dict[str, Any]:
             if (value := getattr(output, name)) is not None
         },
         **({} if output.steering is None else {"steering": [s._asdict() for s in output.steering]}),
+        **({} if output.coverage is None else {"coverage": output.coverage}),
         **({} if output.speculation is None else {"speculation": asdict(output.speculation)}),
     }
 

@@ -54,6 +54,10 @@ class ServerOptions:
         int | None,
         typer.Option(min=1, help="That a request may ask for.", show_default="the context's"),
     ] = None
+    max_prompt_logprobs: Annotated[
+        int,
+        typer.Option(min=-1, help="Likeliest tokens at a position of the prompt; -1 is all."),
+    ] = 20
     max_n: Annotated[int, typer.Option(min=1, help="Outputs of one prompt.")] = 16
     max_schema_bytes: Annotated[int, typer.Option(min=1, help="Of a grammar.")] = 1 << 16
     grammar_seconds: Annotated[float, typer.Option(min=0.1, help="To compile a grammar.")] = 5.0

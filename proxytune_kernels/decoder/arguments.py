@@ -9,8 +9,10 @@ from proxytune_kernels.decoder.speculation import Speculation
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.prompts import is_messages
+from proxytune_kernels.trio.remote import RemoteModel
 
 DEFAULT_MAX_SEQ_LEN = 4096
+_REMOTE_DRAFTS = 8
 
 
 def roles(trio: Trio, value: Sequence[str] | None) -> tuple[str, ...]:
@@ -81,8 +83,17 @@ def max_seq_len(models: Mapping[str, Any], value: Any) -> int:
     return int(value)
 
 
-def speculation(value: Any, roles: Sequence[str]) -> Speculation | None:
-    """How to draft; the expert can only where it runs."""
+def speculation(value: Any, roles: Sequence[str], base: Any = None) -> Speculation | None:
+    """How to draft; the expert can only where it runs, and a remote base must score drafts."""
+    if isinstance(base, RemoteModel):
+        if value is None and base.scores_drafts and "expert" in roles:
+            # Calls are what costs, whatever the clock says of them.
+            return Speculation(max_drafts=_REMOTE_DRAFTS, adaptive=False)
+        if value is not None and not base.scores_drafts:
+            raise ValueError(
+                f"speculation must be None where the base gives one token's log-probabilities a "
+                f"call ({base.protocol}), got {value!r:.80}"
+            )
     if value is None:
         return None
     if not isinstance(value, Speculation):
@@ -129,6 +140,22 @@ def scored_prompt(prompt_token_ids: Mapping[str, Sequence[int]], roles: Sequence
                 "prompt_logprobs must be -1 where a role has a prompt of its own: its positions "
                 f"are not the base's; got another prompt for {role}"
             )
+
+
+def served(base: Any, params: SamplingParams) -> None:
+    """Refuse what a remote base's endpoint can't do."""
+    if not isinstance(base, RemoteModel):
+        return
+    if not base.goes_on and params.max_tokens > 1:
+        raise ValueError(
+            f"max_tokens must be 1 where the base takes chats alone, which give one token's "
+            f"log-probabilities and can't go on from it, got {params.max_tokens}"
+        )
+    if not base.scores_drafts and params.prompt_logprobs >= 0:
+        raise ValueError(
+            f"prompt_logprobs must be -1 where the base does not score prompts ({base.protocol}), "
+            f"got {params.prompt_logprobs}"
+        )
 
 
 def fits(prompt_token_ids: Mapping[str, Sequence[int]], max_tokens: int, max_seq_len: int) -> None:

@@ -20,6 +20,7 @@ from torch.nn import Module, ModuleList, Parameter
 from proxytune_kernels.decoder.cache import SlotCache
 from proxytune_kernels.decoder.compiled import windows
 from proxytune_kernels.decoder.model import Forward, SlotModel, input_device
+from proxytune_kernels.decoder.remote import RemoteSlots
 from proxytune_kernels.trio.adapters import copy_modules
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def check_members(models: Mapping[str, Any], runner: Runner) -> None:
     gpus = list(range(torch.cuda.device_count())) if runner.device.type == "cuda" else []
     own: dict[tuple[str, int | None], Tensor] = {}
     for roles, part in runner.models.items():
+        if isinstance(part, RemoteSlots):
+            continue
         seen = _checked.setdefault(models[roles[0]], set())
         pair = None if roles == ("base",) else runner.pair
         key = hash((pair, roles, *(texts[role].key for role in roles), *_ways(part)))

@@ -33,6 +33,7 @@ from proxytune_kernels.ops import warm_up
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.packed import products
+from proxytune_kernels.trio.remote import RemoteModel
 from proxytune_kernels.trio.roles import PAIR
 
 
@@ -113,11 +114,13 @@ class Decoder:
             arguments.size("max_batch_size", max_batch_size)
         models = {role: trio.models[role] for role in self.roles}
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
-        self.speculation = arguments.speculation(speculation, self.roles)
+        remote = isinstance(models["base"], RemoteModel)
+        speculation = arguments.speculation(speculation, self.roles, models["base"])
+        self.speculation = speculation
         arguments.size("prefill_chunk", prefill_chunk)
         # Compiled at the first request if asked for; else by warm_up, or as it comes.
         self._cold, self._unasked = bool(compile), compile is None
-        ahead = run_ahead(models["base"].device)
+        ahead = 0 if remote else run_ahead(models["base"].device)
         drafts = 0 if speculation is None else speculation.max_drafts
         # Steps that the host launches before it learns of an end write behind it.
         slack = drafts + ahead * (drafts + 1)
@@ -153,7 +156,12 @@ class Decoder:
             self._controller = DraftController(speculation, captured=self._graphs is not None)
         self._stepper = Stepper(self._runner, self._sampler, speculation, self._graphs)
         self._loop = DecodingLoop(
-            self._stepper, self.max_batch_size, self._controller, prefill_chunk, ahead
+            self._stepper,
+            self.max_batch_size,
+            self._controller,
+            # A part of a prompt would cost a call.
+            self.max_seq_len if remote else prefill_chunk,
+            ahead,
         )
         self._grammars = GrammarCompiler(trio.tokenizer, trio.vocab_size, trio.eos_token_ids)
         self._requests: dict[int, Request] = {}
@@ -357,6 +365,7 @@ class Decoder:
             token_ids = self.trio.tokenize(prompt, params.add_special_tokens)
             prompt_token_ids = {role: token_ids[role] for role in self.roles}
             arguments.fits(prompt_token_ids, params.max_tokens, self.max_seq_len)
+            arguments.served(self.trio.base, params)
             if params.prompt_logprobs >= 0:
                 arguments.scored_prompt(prompt_token_ids, self.roles if params.alpha else ())
             rules = StopRules.of(

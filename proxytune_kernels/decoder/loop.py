@@ -295,11 +295,13 @@ class DecodingLoop:
     def _prefill_part(self, request: Request) -> bool:
         assert request.slot is not None
         most = self._prefill_chunk
+        before = request.unscored - request.prefilled.get("base", 0)
+        scores = request.scores_prompt and before <= 0
         if request.scores_prompt:
-            most = min(most, _SCORED_CHUNK)
+            most = min(most, _SCORED_CHUNK if scores else before)
         parts = request.next_part(most)
-        logits = self._runner.extend(request.slot, parts, every=request.scores_prompt)
-        if request.scores_prompt:
+        logits = self._runner.extend(request.slot, parts, every=scores)
+        if scores:
             logits = self._stepper.score_prompt(request, logits)
         request.prompt_logits |= logits
         for role, part in parts.items():

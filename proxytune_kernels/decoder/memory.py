@@ -13,7 +13,9 @@ import torch
 from proxytune_kernels.decoder.cache import Layer, Part, row_capacity
 from proxytune_kernels.decoder.check import first_layers, kinds_of_layers, ordinary_ids
 from proxytune_kernels.decoder.model import Forward, input_device
+from proxytune_kernels.decoder.remote import TEXT_LAYER
 from proxytune_kernels.trio.quantization import plain_tensors
+from proxytune_kernels.trio.remote import RemoteModel
 
 _SHARE = 0.9
 """Of what is free, keys and values may take this much; activations, logits and captured steps need
@@ -27,6 +29,8 @@ def layers_of(model: Any) -> list[Layer] | None:
 
     One token runs through the model; of layers that are alike through the first alone.
     """
+    if isinstance(model, RemoteModel):
+        return [TEXT_LAYER]
     depth, kinds = kinds_of_layers(model)
     if depth is None and any(p.device.type == "meta" for p in model.parameters()):
         return None  # weights that are loaded as they are needed: that would take too long

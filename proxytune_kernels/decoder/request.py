@@ -76,6 +76,8 @@ class RequestOutput:
         prompt_logprobs: the same per token of the prompt; None for the first, which follows
             nothing, and None in all where they are not asked for.
         steering: per output token, where it is asked for; else None.
+        coverage: per output token, the probability of the tokens that a remote base told of; None
+            where the base is here.
         error: what went wrong, with finish_reason ``"error"``; else None.
         sample: which of the n outputs of its prompt this is.
     """
@@ -96,6 +98,7 @@ class RequestOutput:
     top_logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
     steering: list[Steering] | None = None
+    coverage: list[float] | None = None
     error: str | None = None
     sample: int = 0
 
@@ -115,7 +118,7 @@ class StreamEvent:
         sample: which of the n outputs of its prompt this is.
         top_logprobs: per new token, as in :class:`RequestOutput`.
         prompt_logprobs: in the request's first event, where they are asked for.
-        steering: per new token, as in :class:`RequestOutput`.
+        steering, coverage: per new token, as in :class:`RequestOutput`.
     """
 
     request_id: int
@@ -128,6 +131,7 @@ class StreamEvent:
     top_logprobs: tuple[dict[int, float], ...] | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
     steering: tuple[Steering, ...] | None = None
+    coverage: tuple[float, ...] | None = None
 
     @property
     def finish_reason(self) -> str | None:
@@ -219,6 +223,7 @@ class Request:
     prompt_scores: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, float] | None] | None = None
     steering: list[Steering] = field(default_factory=list)
+    coverage: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -250,6 +255,12 @@ class Request:
         return self.params.prompt_logprobs >= 0
 
     @property
+    def unscored(self) -> int:
+        """Tokens of its prompt that run before the first after which a logprob is asked for."""
+        last = self.params.prompt_logprobs_last
+        return max(0, len(self.prompt_token_ids["base"]) - 1 - last) if last else 0
+
+    @property
     def ready(self) -> bool:
         """Whether its prompts are in its slot, and its first token is drawn."""
         return self.launched > 0
@@ -271,13 +282,14 @@ class Request:
         top_token_ids: Sequence[Sequence[int]] = (),
         top_logprobs: Sequence[Sequence[float]] = (),
         steering: Sequence[Sequence[float]] = (),
+        coverage: Sequence[float] = (),
     ) -> StreamEvent:
         """Take drawn tokens, up to one that ends the request and sets :attr:`finish_reason`.
 
         Args:
             token_ids, logprobs, raw_logprobs: the tokens, and what goes with each.
-            num_kept, top_token_ids, top_logprobs, steering: columns of the step's result, where it
-                has them.
+            num_kept, top_token_ids, top_logprobs, steering, coverage: columns of the step's result,
+                where it has them.
         """
         first = self.first_token is None
         if first:
@@ -296,6 +308,7 @@ class Request:
                 break
         self.logprobs += logprobs[:taken]
         self.raw_logprobs += raw_logprobs[:taken]
+        self.coverage += coverage[:taken]
         self.text += text
         top = None
         if self.params.logprobs >= 0:
@@ -310,7 +323,8 @@ class Request:
                 for base, expert, anti, proxy, rank, changed, kl in steering[:taken]
             ]
             self.steering += steered
-        return self._event(text, token_ids[:taken], logprobs[:taken], top, steered, first)
+        known = tuple(coverage[:taken]) if coverage else None
+        return self._event(text, token_ids[:taken], logprobs[:taken], top, steered, first, known)
 
     def _likeliest(
         self,
@@ -335,8 +349,10 @@ class Request:
         count = self.params.prompt_logprobs
         if count < 0:
             return
-        self.prompt_logprobs = [None]
-        following = iter(self.prompt_token_ids["base"][1:])
+        prompt = self.prompt_token_ids["base"]
+        scored = sum(len(logprobs) for logprobs, _, _ in self.prompt_scores)
+        self.prompt_logprobs = [None] * (len(prompt) - scored)
+        following = iter(prompt[len(prompt) - scored :])
         for columns in self.prompt_scores:
             for logprob, ids, tops in zip(*(c.tolist() for c in columns), strict=True):
                 found = {next(following): logprob}
@@ -411,6 +427,7 @@ class Request:
         top_logprobs: Sequence[dict[int, float]] | None = None,
         steering: Sequence[Steering] | None = None,
         first: bool = False,
+        coverage: tuple[float, ...] | None = None,
     ) -> StreamEvent:
         return StreamEvent(
             self.request_id,
@@ -423,6 +440,7 @@ class Request:
             None if top_logprobs is None else tuple(top_logprobs),
             self.prompt_logprobs if first else None,
             None if steering is None else tuple(steering),
+            coverage,
         )
 
     def _output(self, finish_reason: str) -> RequestOutput:
@@ -448,6 +466,7 @@ class Request:
             top_logprobs=self.top_logprobs if self.params.logprobs >= 0 else None,
             prompt_logprobs=self.prompt_logprobs,
             steering=self.steering if self.params.steering else None,
+            coverage=self.coverage or None,
             error=self.error,
             sample=self.sample,
         )

@@ -19,7 +19,9 @@ from proxytune_kernels.decoder.model import (
     with_slot_attention,
 )
 from proxytune_kernels.decoder.pair import pair_models
+from proxytune_kernels.decoder.remote import RemoteSlots
 from proxytune_kernels.ops.attention import MAX_HEAD_SIZE
+from proxytune_kernels.trio.remote import RemoteModel
 from proxytune_kernels.trio.roles import PAIR
 
 Roles = tuple[str, ...]
@@ -63,7 +65,8 @@ class Runner:
         layers: Mapping[str, Sequence[Layer]] | None = None,
     ) -> None:
         register_attention()
-        for role, model in models.items():
+        local = {role: m for role, m in models.items() if not isinstance(m, RemoteModel)}
+        for role, model in local.items():
             check_model(role, model)
             if compile and _is_offloaded(model):
                 raise ValueError(
@@ -75,16 +78,16 @@ class Runner:
         layers = layers or {}
         kernels = {
             role: self._choose_kernel(role, model, layers.get(role, ()))
-            for role, model in models.items()
+            for role, model in local.items()
         }
-        self.eager = self._why_eager(models, kernels, compile, layers)
+        self.eager = self._why_eager(local, kernels, compile, layers)
         # Memory that is taken as a layer first writes would be taken by what is compiled.
-        static = set(kernels.values()) == {"triton"} and set(models) <= set(layers)
+        static = set(kernels.values()) == {"triton"} and set(local) <= set(layers)
         way = None if self.eager else "static" if static else "step"
         # Stacked weights are neither compiled for nor packed unless asked for.
         may_batch = not compile and not pack_weights
         self.pair, trees = pair_models(models, pair, may_batch=may_batch)
-        trees["base",] = with_slot_attention(models["base"])
+        trees |= {("base",): with_slot_attention(m) for r, m in local.items() if r == "base"}
         self._trees = trees
         self.models: dict[Roles, SlotModel] = {}
         self._rows: dict[str, tuple[SlotCache, int, int]] = {}
@@ -93,7 +96,7 @@ class Runner:
         self._packed: dict[int, Tensor] = {}
         self.packed_bytes = 0
         for roles in [("base",), *([PAIR] if PAIR in trees else []), ("expert",), ("anti",)]:
-            if roles not in trees:
+            if roles not in trees and roles != ("base",):
                 continue
             joint = PAIR in trees and roles != ("base",)
             key = PAIR if joint else roles
@@ -104,8 +107,13 @@ class Runner:
                     input_device(models[roles[0]]),
                     slack=slack,
                     exact=exact,
-                    kernel=kernels[roles[0]],
+                    kernel=kernels.get(roles[0], "sdpa"),
                 )
+            for role in roles:
+                self._rows[role] = (caches[key], key.index(role), len(key))
+            if roles not in trees:
+                self.models[roles] = RemoteSlots(models["base"], caches[key])
+                continue
             first, stride = (PAIR.index(roles[0]), 2) if joint and len(roles) == 1 else (0, 1)
             if pack_weights:
                 self.packed_bytes += packing.pack_weights(trees[roles], self._packed)
@@ -120,8 +128,6 @@ class Runner:
                 packed=pack_weights,
                 required=bool(compile),
             )
-            for role in roles:
-                self._rows[role] = (caches[key], key.index(role), len(key))
         self._caches = list(caches.values())
         with torch.inference_mode():
             for role, (cache, first_row, _) in self._rows.items():
@@ -288,6 +294,8 @@ class Runner:
 
     def cannot_capture(self) -> str | None:
         """Why steps can't be CUDA graphs, as a sentence; None where they can be tried."""
+        if any(isinstance(model, RemoteSlots) for model in self.models.values()):
+            return "the base answers from elsewhere"
         if self._sides is not None:
             return None
         places = dict.fromkeys(str(cache.device) for cache in self._caches)

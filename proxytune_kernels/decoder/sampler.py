@@ -42,6 +42,8 @@ class StepResult(NamedTuple):
     """fp32 [B, q, n]: their raw logprobs."""
     steering: Tensor | None = None
     """fp32 [B, q, 7]: the fields of :class:`~proxytune_kernels.reference.Attribution`."""
+    coverage: Tensor | None = None
+    """fp32 [B, q]: the mass that a remote base told of; None where the base is here."""
 
     def first(self, rows: int) -> StepResult:
         """The first rows, as views."""
@@ -293,7 +295,7 @@ class SlotSampler:
         return _asked(drawn, shape)
 
     def prompt_logprobs(
-        self, alpha: float, logits: Mapping[str, Tensor], token_ids: Sequence[int]
+        self, alpha: float, logits: Mapping[str, Tensor], token_ids: Sequence[int], wanted: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Raw logprobs of prompt tokens at n positions, and of the likeliest tokens there.
 
@@ -301,14 +303,23 @@ class SlotSampler:
             alpha: of the request.
             logits: per role [n, V_role], before each of the tokens.
             token_ids: the tokens that stand there.
+            wanted: how many of the likeliest tokens.
 
         Returns:
-            fp32 [n]; int64 and fp32 [n, MAX_LOGPROBS].
+            fp32 [n]; int64 and fp32 [n, at least ``wanted``, or the vocabulary].
         """
         count = len(token_ids)
         given = torch.tensor(token_ids).to(self.device, non_blocking=True)
         base, expert, anti = logits["base"], logits.get("expert"), logits.get("anti")
         params = RowParams.make(count, device=self.device, alpha=alpha, temperature=0.0)
+        if wanted > MAX_LOGPROBS:
+            x = ops.combine(base, expert, anti, params.alpha, vocab_size=self.vocab_size)
+            x = x.log_softmax(-1)
+            top = x.topk(min(wanted, self.vocab_size), -1)
+            inside = given.clamp(max=self.vocab_size - 1)
+            logprobs = x.gather(1, inside[:, None])[:, 0]
+            logprobs = logprobs.masked_fill(given >= self.vocab_size, torch.nan)
+            return logprobs, top.indices, top.values
         likeliest = ops.sample(
             base, expert, anti, params, vocab_size=self.vocab_size, top_logprobs=MAX_LOGPROBS,
             backend=self.backends["sample"],

@@ -16,10 +16,12 @@ from torch import Tensor
 from proxytune_kernels.decoder import transfer
 from proxytune_kernels.decoder.constraints import Needs
 from proxytune_kernels.decoder.graphs import StepGraphs, compiled_graphs
+from proxytune_kernels.decoder.remote import complete
 from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler, StepResult
 from proxytune_kernels.decoder.speculation import History, Speculation
+from proxytune_kernels.trio.remote import RemoteModel
 
 
 class Stepper:
@@ -37,6 +39,8 @@ class Stepper:
         self.speculation = speculation
         self.graphs = graphs
         self.roles = tuple(runner.active)
+        base = runner.models["base",].model
+        self._tail = base.tail if isinstance(base, RemoteModel) else None
         self.cold = False
         """Whether the last step was the first of its kind, or was captured or compiled as it ran.
 
@@ -81,7 +85,8 @@ class Stepper:
         needs = Needs.of(requests)
         if needs.grammar:
             self.constrain(requests)
-        result = self.sampler.draw(slots, logits, needs)
+        logits, coverage = self._known(logits)
+        result = self.sampler.draw(slots, logits, needs)._replace(coverage=coverage)
         self.sampler.take_first(slots, result, needs)
         self.runner.start(slots, requests[0].roles)
         self._draft_until.index_copy_(0, slots, until)
@@ -97,14 +102,17 @@ class Stepper:
         Returns:
             Per role the logits [1, V] after its end.
         """
-        rows = {role: x[0] for role, x in logits.items()}
+        rows = {role: x[0] for role, x in self._known(logits)[0].items()}
         start = request.prefilled.get("base", 0)
         following = request.prompt_token_ids["base"][start + 1 : start + 1 + len(rows["base"])]
         if following:
             before = {role: x[: len(following)] for role, x in rows.items()}
-            scores = self.sampler.prompt_logprobs(request.params.alphas[0], before, following)
+            params = request.params
+            scores = self.sampler.prompt_logprobs(
+                params.alphas[0], before, following, params.prompt_logprobs
+            )
             request.prompt_scores.append(scores)
-        return {role: x[-1:] for role, x in rows.items()}
+        return {role: x[0, -1:] for role, x in logits.items()}
 
     def at_hand(self, slots: int, drafts: int) -> int:
         """How many of these drafts the text has, where the host can ask without waiting."""
@@ -193,8 +201,8 @@ class Stepper:
 
     def _plain(self, rows: int, roles: tuple[str, ...], needs: Needs) -> StepResult:
         logits = self.runner.forward(roles, self.sampler.token_ids[:rows])
-        last = {role: x[:, 0] for role, x in logits.items()}
-        result = self.sampler.draw(rows, last, needs)
+        last, coverage = self._known({role: x[:, 0] for role, x in logits.items()}, rows)
+        result = self.sampler.draw(rows, last, needs)._replace(coverage=coverage)
         self._advance(rows, result, needs)
         return result
 
@@ -223,9 +231,10 @@ class Stepper:
         useful = (self._draft_until[:rows] - self.sampler.params.position[:rows] - 1)[:, None]
         ahead = torch.arange(drafts, device=token_ids.device)
         token_ids = torch.where(ahead < useful, token_ids, -1)
+        logits, coverage = self._known(logits, rows)
         result = self.sampler.verify(
             rows, logits, token_ids, self.speculation.mode, draft_logits, needs
-        )
+        )._replace(coverage=coverage)
         self._advance(rows, result, needs)
         return result
 
@@ -249,6 +258,26 @@ class Stepper:
         shape = (*token_ids.shape, self.sampler.vocab_size)
         logits = torch.full(shape, -torch.inf, device=token_ids.device)
         return logits.scatter_(2, token_ids.clamp(min=0)[..., None], 0.0)
+
+    def _known(
+        self, logits: dict[str, Tensor], rows: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The same with all of the base's logits, and which mass of them is known, [B, q].
+
+        None of that where the base is here. ``rows``: of the first slots, of which some may not
+        run in all roles.
+        """
+        if self._tail is None:
+            return logits, None
+        width = self.sampler.vocab_size
+        base, anti = (logits[r][..., :width] if r in logits else None for r in ("base", "anti"))
+        assert base is not None
+        steered = None
+        if rows is not None and anti is not None:
+            active = self.runner.active["anti"][:rows] > 0
+            steered = active.to(base.device).view(-1, *[1] * (base.dim() - 2))
+        base, coverage = complete(base, anti, self._tail, steered)
+        return {**logits, "base": base}, coverage.view(len(coverage), -1)
 
     def _advance(self, rows: int, result: StepResult, needs: Needs) -> None:
         active = self.runner.active["base"][:rows]

@@ -36,7 +36,7 @@ from proxytune_kernels.server.requests import (
     top_logprobs,
 )
 from proxytune_kernels.server.settings import Settings
-from proxytune_kernels.server.vocabulary import Vocabulary
+from proxytune_kernels.trio.token_texts import Vocabulary
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +114,9 @@ class Api:
         values = sampling_values(body, self.settings)
         most = asked_max_tokens(body, self.settings)
         n = body.n or 1
-        if body.stream and getattr(body, "echo", None) and "prompt_logprobs" in values:
+        if body.stream and "prompt_logprobs" in values:
+            if getattr(body, "prompt_logprobs", None) is not None:
+                raise ValueError("prompt_logprobs must be left out in a stream")
             raise ValueError("echo must come without logprobs in a stream")
         self.engine.reserve(len(prompts) * n)
         try:
@@ -218,10 +220,13 @@ class Api:
             "refusal": None,
             "annotations": [],
         }
+        fields = writer.fields(output, reply.echo)
+        if getattr(reply.body, "prompt_logprobs", None) is not None:
+            fields["prompt_logprobs"] = writer.prompt_logprobs(output)
         return {
             "index": index,
             **({"message": message} if reply.chat else {"text": text}),
-            **writer.fields(output, reply.echo),
+            **fields,
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
             "seed": output.seed,

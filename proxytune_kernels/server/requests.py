@@ -38,6 +38,7 @@ NEUTRAL: Mapping[str, Any] = {
 
 _STOPS = 64  # each is searched for at every token
 _IDS = 4096
+_ALL = (1 << 31) - 1
 
 
 class Strict(BaseModel):
@@ -167,6 +168,12 @@ class CompletionRequest(Common):
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
+    prompt_logprobs: int | None = Field(
+        None, ge=-1, description="Likeliest tokens at each position of the prompt. An extension."
+    )
+    prompt_logprobs_last: int | None = Field(
+        None, ge=0, description="Only at so many of the last positions. An extension."
+    )
     add_special_tokens: bool | None = Field(None, description="An extension.")
 
     @property
@@ -245,11 +252,17 @@ def sampling_values(request: CompletionRequest | ChatRequest, settings: Settings
         ValueError: a parameter that is not supported, or beyond the server's limits; named.
     """
     values = {name: getattr(request, name, None) for name in SAME}
-    values["add_special_tokens"] = getattr(request, "add_special_tokens", None)
+    for name in ("add_special_tokens", "prompt_logprobs_last"):
+        values[name] = getattr(request, name, None)
     if (top := top_logprobs(request)) >= 0:
         values["logprobs"] = top
         if isinstance(request, CompletionRequest) and request.echo:
             values["prompt_logprobs"] = top
+    if (asked := getattr(request, "prompt_logprobs", None)) is not None:
+        most = settings.max_prompt_logprobs
+        if most >= 0 and not 0 <= asked <= most:
+            raise ValueError(f"prompt_logprobs must be in [0, {most}] on this server, got {asked}")
+        values["prompt_logprobs"] = _ALL if asked < 0 else asked
     if request.logit_bias:
         values["logit_bias"] = {_id(key): bias for key, bias in request.logit_bias.items()}
     if (n := request.n or 1) > settings.max_n:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from proxytune_kernels.decoder import RequestOutput, StreamEvent
-from proxytune_kernels.server.vocabulary import Vocabulary
+from proxytune_kernels.trio.token_texts import Vocabulary
 
 FinishReason = Literal["stop", "length"] | None
 
@@ -80,6 +80,13 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class PromptLogprob(BaseModel):
+    """What stands by a token's id in vLLM's ``prompt_logprobs``."""
+
+    logprob: float | None
+    decoded_token: str
+
+
 class Choice(BaseModel):
     """What both endpoints say of an output."""
 
@@ -88,6 +95,7 @@ class Choice(BaseModel):
     stop_reason: int | str | None
     seed: int
     steering: list[SteeringBody] | None = None
+    coverage: list[float] | None = None
 
 
 class CompletionChoice(Choice):
@@ -95,6 +103,7 @@ class CompletionChoice(Choice):
 
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class Completion(BaseModel):
@@ -226,7 +235,18 @@ class Writer:
         if self._steers:
             pairs = zip(made.token_ids, made.steering or (), strict=True)
             fields["steering"] = [self._steering(*pair) for pair in pairs]
+        if made.coverage is not None:
+            fields["coverage"] = list(made.coverage)
         return fields
+
+    def prompt_logprobs(self, output: RequestOutput) -> list[Any]:
+        """What is known of the prompt's tokens, by id, as vLLM writes it but for the ranks."""
+        text_of = self._vocabulary.text_of
+        return [
+            known
+            and {i: {"logprob": _finite(p), "decoded_token": text_of(i)} for i, p in known.items()}
+            for known in output.prompt_logprobs or ()
+        ]
 
     def _plain(self, tokens: Sequence[Token]) -> dict[str, Any]:
         text_of = self._vocabulary.text_of

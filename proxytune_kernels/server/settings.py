@@ -18,6 +18,8 @@ class Settings:
         max_body_bytes: of a request.
         max_prompt_tokens: of a prompt, in the role where it is longest; None is by the context.
         max_tokens: output tokens that a request may ask for; None is by the context.
+        max_prompt_logprobs: likeliest tokens that a request may ask for at each position of its
+            prompt; -1 is all there are.
         max_n: outputs of one prompt.
         max_schema_bytes: of a grammar, such as a JSON schema.
         grammar_seconds: that compiling a grammar may take.
@@ -33,6 +35,7 @@ class Settings:
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
+    max_prompt_logprobs: int = 20
     max_n: int = 16
     max_schema_bytes: int = 1 << 16
     grammar_seconds: float = 5.0

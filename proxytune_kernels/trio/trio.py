@@ -22,6 +22,7 @@ from proxytune_kernels.trio.loading import (
 from proxytune_kernels.trio.packed import products
 from proxytune_kernels.trio.prompts import PROMPT_STYLES, tokenize
 from proxytune_kernels.trio.quantization import quantization_of, weight_bytes, weight_count
+from proxytune_kernels.trio.remote import RemoteBase, RemoteModel
 from proxytune_kernels.trio.roles import ROLES, check_known, check_roles
 from proxytune_kernels.trio.vocabulary import Agreement, RoleVocabulary, VocabularyError, agree
 
@@ -60,8 +61,10 @@ class Trio:
 
         Args:
             base, expert, anti: transformers causal LMs; expert and anti both, or neither. The
-                expert may be a PEFT model with a LoRA adapter: its causal LM is taken, as a copy
-                that shares its tensors, with the adapter's weights in the dtype of their layers.
+                base may be a :class:`proxytune_kernels.RemoteBase`, which is asked here what it can
+                do. The expert may be a PEFT model with a LoRA adapter: its causal LM is taken, as a
+                copy that shares its tensors, with the adapter's weights in the dtype of their
+                layers.
             tokenizer: one for all roles, or a mapping from role to tokenizer.
             prompts: role -> ``"plain"`` (default) or ``"chat"``.
 
@@ -91,6 +94,8 @@ class Trio:
         tokenizers = {
             r: tokenizer[r] if isinstance(tokenizer, Mapping) else tokenizer for r in models
         }
+        if isinstance(base, RemoteBase):
+            models["base"] = RemoteModel(base, tokenizers["base"], expert)
         widths = {r: m.get_output_embeddings().weight.shape[0] for r, m in models.items()}
         agreement = agree({r: RoleVocabulary.of(tokenizers[r], widths[r]) for r in models})
         eos = eos_token_ids(models["base"].generation_config, tokenizers["base"], agreement)
@@ -148,7 +153,7 @@ class Trio:
 def load_trio(
     source: str | Path | None = None,
     *,
-    base: str | Path | None = None,
+    base: str | Path | RemoteBase | None = None,
     expert: str | Path | None = None,
     anti: str | Path | None = None,
     tokenizer: str | Path | None = None,
@@ -167,9 +172,10 @@ def load_trio(
         source: ``"shipped"``, or a directory with a trio.json; or name the roles instead.
         base, expert, anti: a directory (a checkpoint in safetensors or GGUF, or a LoRA adapter in
             PEFT format) or a hub name; they replace the source's. Expert and anti may both be left
-            out: the base alone, unsteered.
+            out: the base alone, unsteered. The base may be a :class:`proxytune_kernels.RemoteBase`:
+            one behind an API.
         tokenizer: directory or hub name of one for all roles; without it each role's directory has
-            its own, and they are compared.
+            its own, and they are compared. That of a remote base is the expert's.
         dtype: of the weights, "auto" for the checkpoint's; or one per role.
         device: or one per role; the CPU if it is not given.
         device_map: what transformers' ``from_pretrained`` takes to spread a model's layers, by
@@ -188,6 +194,7 @@ def load_trio(
     Raises:
         ValueError: names the argument, what it got and what it wanted.
         LoadError: a model or tokenizer that can't be opened, with the reason.
+        RemoteError: a remote base that does not answer, or not as it must.
         VocabularyError: the roles disagree on the meaning of an id; names the first ones.
 
     Example:
@@ -198,7 +205,11 @@ def load_trio(
     Source: Liu et al. 2024, arXiv 2401.08565; docs/loading.md.
     """
     directory, settings = read_source(source)
-    references = named_models(settings, directory, base=base, expert=expert, anti=anti)
+    remote = base if isinstance(base, RemoteBase) else None
+    local = base.url if isinstance(base, RemoteBase) else base
+    references = named_models(settings, directory, base=local, expert=expert, anti=anti)
+    if remote is not None:
+        del references["base"]
     gguf = {**settings.get("gguf_file", {}), **(gguf_file or {})}
     check_known("gguf_file", gguf)
     quantizations = {**_quantizations(settings.get("quantize")), **_quantizations(quantize)}
@@ -219,7 +230,11 @@ def load_trio(
     models = load_models(sources, options, merge_adapter=merge)
     if tokenizer is None and "tokenizer" in settings:
         tokenizer = resolve(settings["tokenizer"], directory)
-    tokenizers = _tokenizers(sources, options, tokenizer)
+    tokenizers = _tokenizers(sources, options, tokenizer, trust_remote_code)
+    if remote is not None:
+        models["base"] = remote
+        if not sources and tokenizer is None:
+            raise ValueError("tokenizer must be given for a remote base alone, got None")
     styles = {**settings.get("prompts", {}), **(prompts or {})}
     return Trio.from_models(**models, tokenizer=tokenizers, prompts=styles)
 
@@ -235,14 +250,17 @@ def _quantizations(quantize: Any) -> dict[str, str | None]:
 
 
 def _tokenizers(
-    sources: Mapping[str, Source], options: Mapping[str, LoadOptions], shared: str | Path | None
+    sources: Mapping[str, Source],
+    options: Mapping[str, LoadOptions],
+    shared: str | Path | None,
+    trusted: bool,
 ) -> dict[str, Any]:
-    trusted = options["base"].trust_remote_code
     if shared is not None:
-        place = find("tokenizer", shared, *options["base"].code())
+        code = () if "base" not in options else options["base"].code()
+        place = find("tokenizer", shared, *code)
         one = load_tokenizer("tokenizer", place, trust_remote_code=trusted)
-        return dict.fromkeys(sources, one)
-    return {
+        return dict.fromkeys(ROLES, one)
+    found = {
         role: load_tokenizer(
             f"tokenizer of {role}",
             source.tokenizer,
@@ -251,6 +269,7 @@ def _tokenizers(
         )
         for role, source in sources.items()
     }
+    return found if "base" in found else {"base": found.get("expert"), **found}
 
 
 def _prompt_styles(prompts: Mapping[str, str] | None, roles: tuple[str, ...]) -> dict[str, str]:
@@ -303,6 +322,7 @@ def model_info(model: Any) -> dict[str, Any]:
         packed).
     """
     return {
+        **(model.info() if isinstance(model, RemoteModel) else {}),
         "model": type(model).__name__,
         "name": model.config._name_or_path,
         "parameters": weight_count(model),
