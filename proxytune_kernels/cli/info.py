@@ -25,7 +25,7 @@ _INTEGRATIONS = {"transformers": "transformers", "vLLM": "vllm", "lm-eval": "lm_
 def info(*, trio: TrioOptions) -> None:
     """Say which backends run here and why not, versions, and how a trio's vocabularies agree."""
     lines = _environment()
-    if any(model is not None for model in (trio.trio, trio.base, trio.expert, trio.anti)):
+    if any(model is not None for model in (trio.trio, trio.base, trio.base_url, trio.expert)):
         lines += _agreement(trio.open())
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
@@ -94,6 +94,11 @@ def _agreement(trio: Trio) -> list[tuple[str, str]]:
 
 
 def _model(described: dict[str, Any]) -> str:
+    if "protocol" in described:
+        return (
+            f"{described['name']}, asked by {described['protocol']} for {described['top_n']} "
+            f"tokens, tail {described['tail']}"
+        )
     weights = described["dtype"]
     if described["quantized"] is not None:
         weights = f"{described['quantized']} and {weights}"

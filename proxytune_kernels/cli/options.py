@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from proxytune_kernels.decoder import Decoder, Speculation
-from proxytune_kernels.trio import Trio, load_trio
+from proxytune_kernels.trio import RemoteBase, Trio, load_trio
 from proxytune_kernels.trio.checkpoints import device_unusable
 from proxytune_kernels.trio.roles import ROLES
 
@@ -141,14 +141,41 @@ class TrioOptions(ModelOptions):
         bool,
         typer.Option("--trust-remote-code", help="Run modelling code that a checkpoint brings."),
     ] = False
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A base behind an API, such as http://127.0.0.1:8000/v1, in the place of --base; "
+            "its key is read from PROXYTUNE_BASE_KEY.",
+        ),
+    ] = None
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of the base there.", show_default="its only one"),
+    ] = None
+    base_top_n: Annotated[
+        int, typer.Option(help="Likeliest tokens to ask for at each place; -1 is all.")
+    ] = 20
+    base_tail: Annotated[
+        Literal["drop", "anti", "uniform"] | None,
+        typer.Option(
+            help="Where the mass of the others goes.", show_default="anti; without one drop"
+        ),
+    ] = None
 
     def open(self) -> Trio:
         """Open the trio; leaves with the reason where it does not open."""
-        if self.trio is None and self.base is None:
+        if self.trio is None and self.base is None and self.base_url is None:
             raise stop(
                 "no models: give --trio shipped, --trio DIR, or --base (and the pair)", USAGE
             )
+        if self.base is not None and self.base_url is not None:
+            raise stop("give --base or --base-url, not both", USAGE)
         arguments = asdict(self)
+        remote = {k: arguments.pop(f"base_{k}") for k in ("url", "model", "top_n", "tail")}
+        if self.base_url is not None:
+            with expected(ValueError, code=USAGE):
+                arguments["base"] = RemoteBase(**remote)
         source, keep_adapter = arguments.pop("trio"), arguments.pop("keep_adapter")
         arguments["device_map"] = _by_role("--device-map", self.device_map)
         arguments["quantize"] = _by_role("--quantize", self.quantize)

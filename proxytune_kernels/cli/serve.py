@@ -116,7 +116,7 @@ def serve(
         install = "pip install 'proxytune_kernels[serve]'"
         raise stop(f"the server needs {error.name}: {install}", FAILED) from error
     hosts = guard.loopback_names(host)
-    model = name or Path(trio.trio or trio.base or "").name
+    model = name or Path(trio.trio or trio.base or "").name or trio.base_model or "remote"
     limits = server.settings(model, hosts)
     with expected(OSError):
         bound = run.listen(host, port)

@@ -21,7 +21,7 @@ from proxytune_kernels.decoder.sampler import StepResult
 from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
 
-_SCORED_CHUNK = 128
+_SCORED = 128
 """Tokens at once of a prompt whose logprobs are asked for: all their logits are held."""
 
 
@@ -257,10 +257,11 @@ class DecodingLoop:
         # The first of several outputs runs their prompt, and the others wait for it.
         waiting = [r for r in waiting if r.siblings is None or r is _first_of(r, waiting)]
         head = waiting[0]
-        if head.prefilled or head.longest_prompt > self._prefill_chunk or head.scores_prompt:
+        last = head.scored
+        if head.prefilled or head.longest_prompt > self._prefill_chunk or last > _SCORED:
             return self._prefill_part(head)
         together = [
-            r for r in waiting if r.roles == head.roles and not r.prefilled and not r.scores_prompt
+            r for r in waiting if r.roles == head.roles and not r.prefilled and r.scored == last
         ]
         batch: list[Request] = []
         width = 0
@@ -269,11 +270,21 @@ class DecodingLoop:
             # A batch runs as wide as its longest prompt.
             if batch and (len(batch) + 1) * width > self._prefill_chunk:
                 break
+            # Of each row the logits at the ends of all.
+            if last > 1 and (len(batch) + 1) ** 2 * last > 8 * _SCORED:
+                break
             batch.append(request)
         slots = [request.slot for request in batch if request.slot is not None]
         prompts = {role: [r.prompt_token_ids[role] for r in batch] for role in head.roles}
         self.statistics.prefill_forwards += 1
-        self._start(batch, self._runner.prefill(slots, prompts))
+        logits = self._runner.prefill(slots, prompts, last)
+        if last > 1:
+            for i, request in enumerate(batch):
+                own = {role: x[i : i + 1] for role, x in logits.items()}
+                start = len(request.prompt_token_ids["base"]) - last
+                self._stepper.score_prompt(request, own, start)
+            logits = {role: x[:, -1] for role, x in logits.items()}
+        self._start(batch, logits)
         return True
 
     def _start_siblings(self, waiting: Sequence[Request]) -> bool:
@@ -295,14 +306,15 @@ class DecodingLoop:
     def _prefill_part(self, request: Request) -> bool:
         assert request.slot is not None
         most = self._prefill_chunk
-        before = request.unscored - request.prefilled.get("base", 0)
+        done = request.prefilled.get("base", 0)
+        before = len(request.prompt_token_ids["base"]) - request.scored - done
         scores = request.scores_prompt and before <= 0
         if request.scores_prompt:
-            most = min(most, _SCORED_CHUNK if scores else before)
+            most = min(most, _SCORED if scores else before)
         parts = request.next_part(most)
         logits = self._runner.extend(request.slot, parts, every=scores)
         if scores:
-            logits = self._stepper.score_prompt(request, logits)
+            logits = self._stepper.score_prompt(request, logits, done)
         request.prompt_logits |= logits
         for role, part in parts.items():
             request.prefilled[role] = request.prefilled.get(role, 0) + len(part)

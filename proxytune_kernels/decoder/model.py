@@ -192,15 +192,16 @@ class SlotModel:
         return self._run(token_ids, step, 0 if width > 1 else 1)
 
     def prompt_numbers(
-        self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]
+        self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], last: int = 1
     ) -> list[Tensor]:
         """What :meth:`prefill` wants of its device, on the host: rows, tokens, lengths, ends."""
         rows, lengths = self._prompt_rows(slots, token_ids)
         width = max(lengths)
         prompts = [prompt for prompt in token_ids for _ in range(self._rows_per_slot)]
         padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-        ends = sorted(set(lengths))
-        place = [i * len(ends) + ends.index(n) for i, n in enumerate(lengths)]
+        back = range(last - 1, -1, -1)
+        ends = sorted({n - j for n in lengths for j in back})
+        place = [i * len(ends) + ends.index(n - j) for i, n in enumerate(lengths) for j in back]
         return [torch.tensor(x) for x in (rows, padded, lengths, [n - 1 for n in ends], place)]
 
     def _prompt_rows(
@@ -219,17 +220,19 @@ class SlotModel:
         slots: Sequence[int],
         token_ids: Sequence[Sequence[int]],
         numbers: Sequence[Tensor] | None = None,
+        last: int = 1,
     ) -> Tensor:
         """Run whole prompts into empty slots; logits [B, V] after their last tokens.
 
-        Where a slot has two rows both get its prompt, and B is twice the number of slots.
+        Where a slot has two rows both get its prompt, and B is twice the number of slots. After
+        the ``last`` several of each, of which it has as many, they are [B, last, V].
 
         Args:
             slots, token_ids: the slots, and the prompt of each.
             numbers: what :meth:`prompt_numbers` makes of them, on the device; None sends it.
         """
         if numbers is None:
-            make = partial(self.prompt_numbers, slots, token_ids)
+            make = partial(self.prompt_numbers, slots, token_ids, last)
             numbers = transfer.to_device(make, self.cache.device)
         row_index, padded, lengths_there, ends, place = numbers
         rows, lengths = self._prompt_rows(slots, token_ids)
@@ -240,7 +243,8 @@ class SlotModel:
         if len(ends) == 1:
             return logits[:, 0]
         place = place.to(logits.device, non_blocking=True)
-        return logits.flatten(0, 1).index_select(0, place)
+        logits = logits.flatten(0, 1).index_select(0, place)
+        return logits if last == 1 else logits.unflatten(0, (-1, last))
 
     def extend(
         self,

@@ -67,6 +67,7 @@ class RemoteSlots(SlotModel):
         slots: Sequence[int],
         token_ids: Sequence[Sequence[int]],
         numbers: Sequence[Tensor] | None = None,
+        last: int = 1,
     ) -> Any:
         """As of a model."""
         made = self.prompt_numbers(slots, token_ids) if numbers is None else numbers
@@ -74,7 +75,7 @@ class RemoteSlots(SlotModel):
         for slot, tokens in zip(slots, token_ids, strict=True):
             self._write(slot, 0, tokens)
         self.cache.set_lengths(slots, lengths, (made[0], made[2]))
-        return self._ask(slots, lengths, 1, last=True)
+        return self._ask(slots, lengths, last, one=last == 1)
 
     def extend(
         self,
@@ -88,7 +89,7 @@ class RemoteSlots(SlotModel):
         self._write(slot, self.cache.lengths[slot], token_ids)
         self.cache.extend(range(slot, slot + 1), len(token_ids))
         count = len(token_ids) if every else 1
-        return self._ask([slot], [self.cache.lengths[slot]], count, last=not every)
+        return self._ask([slot], [self.cache.lengths[slot]], count, one=not every)
 
     @property
     def _texts(self) -> Tensor:
@@ -105,11 +106,11 @@ class RemoteSlots(SlotModel):
         count: int,
         *,
         rows: int | None = None,
-        last: bool = False,
+        one: bool = False,
     ) -> Answer:
         """What follows the last ``count`` tokens of the texts in slots, up to their ends.
 
-        Logits [n, count, V], [n, V] for the ``last``; for ``rows`` of all first slots, where those
+        Logits [n, count, V], [n, V] for ``one``; for ``rows`` of all first slots, where those
         that are not asked for have -inf.
         """
         texts = [self._texts[slot, :end].tolist() for slot, end in zip(slots, ends, strict=True)]
@@ -117,7 +118,7 @@ class RemoteSlots(SlotModel):
         def call() -> Tensor:
             found = self.model.score(texts, count)
             if rows is None or rows == len(slots):
-                return found[:, 0] if last else found
+                return found[:, 0] if one else found
             logits = found.new_full((rows, *found.shape[1:]), -torch.inf)
             logits[torch.tensor(slots)] = found
             return logits

@@ -255,10 +255,13 @@ class Request:
         return self.params.prompt_logprobs >= 0
 
     @property
-    def unscored(self) -> int:
-        """Tokens of its prompt that run before the first after which a logprob is asked for."""
+    def scored(self) -> int:
+        """Of its prompt's last tokens, after how many a logprob is asked for; 1 if after none."""
+        most = len(self.prompt_token_ids["base"])
+        if not self.scores_prompt:
+            return 1
         last = self.params.prompt_logprobs_last
-        return max(0, len(self.prompt_token_ids["base"]) - 1 - last) if last else 0
+        return min(most, last + 1) if last else most
 
     @property
     def ready(self) -> bool:

@@ -87,7 +87,8 @@ class Runner:
         # Stacked weights are neither compiled for nor packed unless asked for.
         may_batch = not compile and not pack_weights
         self.pair, trees = pair_models(models, pair, may_batch=may_batch)
-        trees |= {("base",): with_slot_attention(m) for r, m in local.items() if r == "base"}
+        if "base" in local:
+            trees["base",] = with_slot_attention(local["base"])
         self._trees = trees
         self.models: dict[Roles, SlotModel] = {}
         self._rows: dict[str, tuple[SlotCache, int, int]] = {}
@@ -212,17 +213,20 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(
-        self, slots: Sequence[int], prompts: Mapping[str, Sequence[Sequence[int]]]
+        self, slots: Sequence[int], prompts: Mapping[str, Sequence[Sequence[int]]], last: int = 1
     ) -> dict[str, Tensor]:
         """Run whole prompts into empty slots; per role the logits [B, V] for the next tokens.
+
+        After the ``last`` several tokens of each they are [B, last, V].
 
         Args:
             slots: B empty slots.
             prompts: per role B prompts; those of two roles may differ.
         """
         parts = self._parts_of(prompts)
-        sent = self._send(parts, lambda p: self.models[p].prompt_numbers(slots, prompts[p[0]]))
-        return self._run(parts, lambda p: self.models[p].prefill(slots, prompts[p[0]], sent[p]))
+        models = self.models
+        sent = self._send(parts, lambda p: models[p].prompt_numbers(slots, prompts[p[0]], last))
+        return self._run(parts, lambda p: models[p].prefill(slots, prompts[p[0]], sent[p], last))
 
     @torch.inference_mode()
     def extend(

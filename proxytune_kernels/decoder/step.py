@@ -96,14 +96,15 @@ class Stepper:
         return result
 
     @torch.inference_mode()
-    def score_prompt(self, request: Request, logits: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Score a part of a prompt that has just been run, from logits [1, q, V] of its tokens.
+    def score_prompt(
+        self, request: Request, logits: dict[str, Tensor], start: int
+    ) -> dict[str, Tensor]:
+        """Score a part of a prompt, from logits [1, q, V] of the tokens from ``start`` on.
 
         Returns:
             Per role the logits [1, V] after its end.
         """
         rows = {role: x[0] for role, x in self._known(logits)[0].items()}
-        start = request.prefilled.get("base", 0)
         following = request.prompt_token_ids["base"][start + 1 : start + 1 + len(rows["base"])]
         if following:
             before = {role: x[: len(following)] for role, x in rows.items()}

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from proxytune_kernels.trio.vocabulary import VocabularyError
 
 _log = logging.getLogger(__name__)
 
@@ -70,9 +73,10 @@ class Endpoint:
         from circuitbreaker import CircuitBreaker
         from tenacity import Retrying, stop_after_attempt, stop_before_delay
 
-        self._http, self._key, self._timeout = httpx2, key, timeout
+        self._http, self._url, self._key, self._timeout = httpx2, url, key, timeout
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         self._client = httpx2.Client(base_url=url, headers=headers, timeout=timeout)
+        weakref.finalize(self, self._client.close)
         self._circuit = CircuitBreaker(_FAILURES, _REST, TransientError)
         self._retrying = Retrying(
             retry=lambda state: (
@@ -111,7 +115,7 @@ class Endpoint:
         if self._circuit.opened:
             seconds = self._circuit.open_remaining
             raise RemoteError(
-                f"{self._client.base_url} has failed {self._circuit.failure_count} times one after "
+                f"{self._url} has failed {self._circuit.failure_count} times one after "
                 f"the other ({self._circuit.last_failure}); it is left alone for {seconds:.0f} s"
             )
         return self._circuit.call(self._try, path, body, read, most)
@@ -122,8 +126,8 @@ class Endpoint:
             status, headers, data = self._send(path, body, most)
         except self._http.HTTPError as error:
             said = self._shown(str(error) or type(error).__name__)
-            raise TransientError(f"{self._client.base_url} can't be reached: {said}") from None
-        where = f"{self._client.base_url}{path}"
+            raise TransientError(f"{self._url} can't be reached: {said}") from None
+        where = f"{self._url}{path}"
         if status != 200:
             said = self._shown(data.decode(errors="replace"))
             message = f"{where} answered {status}: {said}"
@@ -138,6 +142,8 @@ class Endpoint:
             return read(answer)
         except RemoteError as error:
             error.args = (f"{where}: {self._shown(str(error))}",)
+            raise
+        except VocabularyError:
             raise
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError):
             raise RefusedError(f"{where} gave an answer of another form") from None

@@ -141,8 +141,12 @@ class RemoteModel(Module):
         self.model = name
         # One token more than a text is read, and one is drawn.
         room = (base.context or context or 1 << 31) - 2
-        described = {"vocab_size": self.width, "max_position_embeddings": room}
-        self.config = PreTrainedConfig(name_or_path=f"{name} at {url}", **described)
+        described: dict[str, Any] = {
+            "vocab_size": self.width,
+            "max_position_embeddings": room,
+            "name_or_path": f"{name} at {url}",
+        }
+        self.config = PreTrainedConfig(**described)
         self.protocol, self._extra = self._probe()
         self.eval()
 

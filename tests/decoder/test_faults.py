@@ -137,8 +137,8 @@ def spoiled() -> Decoder:
     forward = decoder._runner.prefill
 
     @torch.inference_mode()
-    def prefill(slots, prompts):
-        logits = forward(slots, prompts)
+    def prefill(slots, prompts, last):
+        logits = forward(slots, prompts, last)
         x = decoder.trio.tokenizer.encode("x")[0]
         logits["base"] = logits["base"].clone()
         for row, prompt in enumerate(prompts["base"]):

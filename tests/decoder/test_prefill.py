@@ -19,11 +19,11 @@ class Log:
         runner, stepper = decoder._runner, decoder._loop._stepper
         prefill, extend, run = runner.prefill, runner.extend, stepper.run
 
-        def logged_prefill(slots: Sequence[int], prompts: Any) -> Any:
+        def logged_prefill(slots: Sequence[int], prompts: Any, last: int) -> Any:
             self.entries.append(
                 [max(len(p[i]) for p in prompts.values()) for i in range(len(slots))]
             )
-            return prefill(slots, prompts)
+            return prefill(slots, prompts, last)
 
         def logged_extend(slot: int, prompts: Any, **options: Any) -> Any:
             self.entries.append([max(len(p) for p in prompts.values())])

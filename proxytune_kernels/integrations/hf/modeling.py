@@ -141,6 +141,8 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         """
         if trio.roles != ROLES:
             raise ValueError(f"trio must have {', '.join(ROLES)}, got {', '.join(trio.roles)}")
+        if isinstance(trio.base, RemoteModel):
+            raise ValueError("trio must have its base in this process, got one behind an API")
         config = ProxyTunedConfig.of_models(
             dict(trio.models), trio.vocab_size, alpha=alpha, prompts=dict(trio.prompts)
         )

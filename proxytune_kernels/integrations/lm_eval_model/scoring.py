@@ -23,8 +23,10 @@ from proxytune_kernels import ops
 from proxytune_kernels.decoder.cache import cache_keyword
 from proxytune_kernels.decoder.check import Text, check_causal, compare, own_logits
 from proxytune_kernels.decoder.model import Forward, check_model, input_device
+from proxytune_kernels.decoder.remote import complete
 from proxytune_kernels.heads import Head
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.remote import RemoteModel
 
 LOGITS_BYTES = 64 * 2**20
 """Logits of all roles that exist at the same time, about; at least one row of each."""
@@ -311,6 +313,32 @@ class RoleStates:
         return self.model.base_model(input_ids=ids, **{"use_cache": False, **keywords})
 
 
+class RemoteStates:
+    """The same of a base behind an API: its states are the log-probabilities that it tells."""
+
+    head_unknown = contexts_apart = "it answers from elsewhere"
+    window = None
+
+    def __init__(self, model: RemoteModel) -> None:
+        self.model = model
+        self.logits_bytes = 4 * model.width
+
+    def rows(self, batch: Batch, batch_size: int) -> Tensor:
+        """fp32 [N, V] of a batch's rows; a call for each number of scored tokens that there is."""
+        by_count: dict[int, list[int]] = {}
+        for i, tree in enumerate(batch.trees):
+            by_count.setdefault(len(tree.scored), []).append(i)
+        found: dict[int, Tensor] = {}
+        for count, places in by_count.items():
+            logits = self.model.score([batch.trees[i].trunk for i in places], count)
+            found |= zip(places, logits, strict=True)
+        return torch.cat([found[i] for i in range(len(batch.trees))])
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The rows themselves."""
+        return rows.to(self.model.device)
+
+
 def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Token ids [B, longest]; token 0 behind those that are shorter."""
     width = max(map(len, sequences))
@@ -354,10 +382,13 @@ class Scorer:
         self.vocab_size = trio.vocab_size
         self._backend = backend
         self._roles = {
-            role: RoleStates(role, model, trio.vocab_size) for role, model in trio.models.items()
+            role: RemoteStates(model)
+            if isinstance(model, RemoteModel)
+            else RoleStates(role, model, trio.vocab_size)
+            for role, model in trio.models.items()
         }
         for role, states in self._roles.items():
-            if states.head_unknown is not None:
+            if states.head_unknown is not None and isinstance(states, RoleStates):
                 _log.warning(
                     "logits of %s come from its own forward: %s", role, states.head_unknown
                 )
@@ -443,6 +474,10 @@ class Scorer:
             }
             device = logits["base"].device
             logits = {role: x.to(device) for role, x in logits.items()}
+            if isinstance(self._roles["base"], RemoteStates):
+                known = {role: x[:, : self.vocab_size] for role, x in logits.items()}
+                tail = self._roles["base"].model.tail
+                logits["base"], _ = complete(known["base"], known.get("anti"), tail, None)
             yield first, [self._at(logits, targets[chunk], alpha) for alpha in alphas]
 
     def _at(
