@@ -188,33 +188,34 @@ class RemoteModel(Module):
         """
         if not self.scores_drafts and count > 1:
             raise RemoteError(f"{self.base.url} gives one token's log-probabilities a call")
-        return self._score(texts, count, self.protocol, self._extra)
+        return self._score(texts, count, self.base.top_n, self.protocol, self._extra)
 
     def _score(
         self,
         texts: Sequence[Sequence[int]],
         count: int,
+        top_n: int,
         protocol: str,
         extra: Mapping[str, Any],
     ) -> Tensor:
         if protocol == "chat":
-            return torch.stack([self._chat(text) for text in texts])
+            return torch.stack([self._chat(text, top_n) for text in texts])
         body, read = _PROTOCOLS[protocol]
         asked = {"model": self.model, "max_tokens": 1, "temperature": 1.0, **extra}
-        asked |= body(texts, self.base.top_n, count)
+        asked |= body(texts, top_n, count)
 
         def places(answer: Any) -> Tensor:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if len(choices) != len(texts):
                 raise RefusedError(f"{len(texts)} texts have {len(choices)} answers")
             rows = [read(c, len(t), count) for c, t in zip(choices, texts, strict=True)]
-            return self._logits([place for row in rows for place in row])
+            return self._logits([place for row in rows for place in row], top_n)
 
         tokens = sum(len(text) + 2 for text in texts)
         logits = self.endpoint.call("/completions", asked, places, self._most(tokens))
         return logits.unflatten(0, (len(texts), count))
 
-    def _chat(self, text: Sequence[int]) -> Tensor:
+    def _chat(self, text: Sequence[int], top_n: int) -> Tensor:
         content = self.tokenizer.decode(text, skip_special_tokens=True)
         asked = {
             "model": self.model,
@@ -222,11 +223,11 @@ class RemoteModel(Module):
             "max_tokens": 1,
             "temperature": 1.0,
             "logprobs": True,
-            "top_logprobs": self.base.top_n,
+            "top_logprobs": top_n,
         }
 
         def first(answer: Any) -> Tensor:
-            return self._logits(_listed(answer["choices"][0]["logprobs"])[:1])
+            return self._logits(_listed(answer["choices"][0]["logprobs"])[:1], top_n)
 
         return self.endpoint.call("/chat/completions", asked, first, self._most(2))
 
@@ -235,13 +236,13 @@ class RemoteModel(Module):
         each = self.width if self.base.top_n == -1 else self.base.top_n
         return _ANSWER + _ENTRY * tokens * (each + 2)
 
-    def _logits(self, places: Sequence[Any]) -> Tensor:
+    def _logits(self, places: Sequence[Any], top_n: int) -> Tensor:
         """fp32 [places, V] of their entries, which are checked."""
         rows: list[int] = []
         columns: list[int] = []
         values: list[float] = []
         for row, place in enumerate(places):
-            named = self._likeliest(place)
+            named = self._likeliest(place, top_n)
             rows += [row] * len(named)
             columns += named.keys()
             values += named.values()
@@ -249,7 +250,7 @@ class RemoteModel(Module):
         logits[torch.tensor(rows), torch.tensor(columns)] = torch.tensor(values)
         return logits
 
-    def _likeliest(self, place: Any) -> dict[int, float]:
+    def _likeliest(self, place: Any, top_n: int) -> dict[int, float]:
         """Token -> log-probability of the ``top_n`` likeliest at a place."""
         named: dict[int, float] = {}
         for token_id, text, logprob in _entries(place):
@@ -268,7 +269,7 @@ class RemoteModel(Module):
             raise RefusedError(f"the tokens of a place have a probability of {total:.3f}")
         # The token that stands there comes with the likeliest: what is known must not depend on it.
         kept = sorted(named, key=lambda i: (-named[i], i))
-        kept = kept if self.base.top_n == -1 else kept[: self.base.top_n]
+        kept = kept if top_n == -1 else kept[:top_n]
         return {i: named[i] for i in kept if i < self.width}
 
     def _find(self) -> tuple[str, int | None]:
@@ -305,19 +306,21 @@ class RemoteModel(Module):
         for protocol in wanted:
             if protocol == "chat" and self.base.protocol is None and not statuses <= {404, 405}:
                 continue  # it goes on from tokens, but not as it was asked
-            count = len(sample) if protocol in PROTOCOLS[:2] else 1
             self._matcher = TokenMatcher(self.tokenizer, strict=protocol != "chat")
             # Names by id are exact; not every endpoint knows them.
             by_id = protocol in ("echo", "step")
             for extra in [{"return_tokens_as_token_ids": True}] * by_id + [{}]:
                 try:
-                    self._score([sample], count, protocol, extra)
+                    if protocol in PROTOCOLS[:2]:
+                        self._score([sample], longest, 1, protocol, extra)
+                    self._score([sample[:2]], 1, self.base.top_n, protocol, extra)
                 except RefusedError as error:
                     if error.status in (401, 403):
                         raise self._denied(error) from None
                     statuses.add(error.status)
                     refused.append(f"{protocol}: {error}")
                 else:
+                    self._matcher.settle()
                     return protocol, extra
         raise RemoteError(
             f"{self.base.url} must give log-probabilities of {self.base.top_n} tokens, and did not "

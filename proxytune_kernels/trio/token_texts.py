@@ -80,12 +80,15 @@ class TokenMatcher:
         self._strict = strict
         self._known: dict[str, int | None] = {}  # text -> id
         self._checked: set[int] = set()
+        self._differing: dict[int, str] = {}
+        self._settled = False
 
     def id_of(self, token_id: int | None, text: str | None) -> int | None:
         """The id of a token; None where there is none, or where several tokens have its text.
 
         Raises:
-            VocabularyError: the two do not go together, or the text is none of the tokens.
+            VocabularyError: the text is none of the tokens; the two do not go together, but before
+                :meth:`settle`.
         """
         if token_id is None:
             assert text is not None
@@ -95,6 +98,16 @@ class TokenMatcher:
             self._checked.add(token_id)
         return token_id
 
+    def settle(self) -> None:
+        """Raise a VocabularyError for the first id whose token differs, if there is one."""
+        self._settled = True
+        if self._differing:
+            first = min(self._differing)
+            raise VocabularyError(
+                f"base must have the tokens of its tokenizer, got {self._differing[first]!r:.80} "
+                f"for id {first}, which is {self._vocabulary.text_of(first)!r:.80} there"
+            )
+
     def _check(self, token_id: int, text: str) -> None:
         name = self._tokenizer.convert_ids_to_tokens(token_id)
         if name is None:
@@ -103,10 +116,9 @@ class TokenMatcher:
         # Decoded alone, a token may lose a blank at its start, or be half a character.
         alike = (name, ours, self._tokenizer.decode([token_id]))
         if text not in alike and text.strip() != ours.strip() and _NO_TEXT not in text:
-            raise VocabularyError(
-                f"base must have the tokens of its tokenizer, got {text!r:.80} for id {token_id}, "
-                f"which is {ours!r:.80} there"
-            )
+            self._differing[token_id] = text
+            if self._settled:
+                self.settle()
 
     def _by_text(self, text: str) -> int | None:
         if not self._known:

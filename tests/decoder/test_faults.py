@@ -146,7 +146,7 @@ def spoiled() -> Decoder:
                 logits["base"][row] = torch.nan
         return logits
 
-    decoder._runner.prefill = prefill  # type: ignore[method-assign]
+    decoder._runner.prefill = prefill  # type: ignore[method-assign,assignment]
     return decoder
 
 

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible API in this process: a table for a model, and faults when they are wanted."""
+"""An OpenAI-compatible API in this process: a table for a model, and faults where wanted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,22 +63,22 @@ class FakeApi:
     def _choice(self, prompt: list[int], body: Any) -> dict[str, Any]:
         if "prompt_logprobs" in self.serves and "prompt_logprobs" in body:
             asked = body["prompt_logprobs"]
-            places = [self._top(a, asked, b) for a, b in zip(prompt, prompt[1:], strict=False)]
-            named = [
+            places = [self._top(a, asked, b) for a, b in pairwise(prompt)]
+            by_id = [
                 {str(i): {"logprob": p, "decoded_token": self.texts[i]} for i, p in place.items()}
                 for place in places
             ]
-            return {"prompt_logprobs": [None, *named]}
+            return {"prompt_logprobs": [None, *by_id]}
         if "prompt_logprobs" in body:  # an unknown field, which it ignores
             return {"logprobs": None}
-        asked, by_id = body["logprobs"], self.ids and "return_tokens_as_token_ids" in body
+        asked, ids = body["logprobs"], self.ids and "return_tokens_as_token_ids" in body
         if "content" in self.serves:
             return {"logprobs": self._content(prompt[-1], asked)}
         following = [*prompt[1:], None] if body.get("echo") else [None]
         seen = prompt if body.get("echo") else prompt[-1:]
         places = [self._top(a, asked, b) for a, b in zip(seen, following, strict=True)]
         named = [
-            {f"token_id:{i}" if by_id else self.texts[i]: p for i, p in place.items()}
+            {f"token_id:{i}" if ids else self.texts[i]: p for i, p in place.items()}
             for place in places
         ]
         return {"logprobs": {"top_logprobs": [None, *named] if body.get("echo") else named}}
@@ -122,10 +123,8 @@ def serving(api: FakeApi) -> Iterator[FakeApi]:
             pass
 
         def handle(self) -> None:
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # a client that waits no longer
                 super().handle()
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # a client that waits no longer
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

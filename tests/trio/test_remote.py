@@ -175,9 +175,11 @@ HOSTILE: dict[str, Change] = {
     "too likely together": lambda a: [e.update(logprob=-0.1) for e in place(a).values()] and None,
     "a place too few": lambda a: [c["prompt_logprobs"].pop() for c in a["choices"]] and None,
     "a place too many": lambda a: [c["prompt_logprobs"].append({}) for c in a["choices"]] and None,
-    "a null place": lambda a: [c["prompt_logprobs"].append(None) for c in a["choices"]]
-    and [c["prompt_logprobs"].pop(0) for c in a["choices"]]
-    and None,
+    "a null place": lambda a: (
+        [c["prompt_logprobs"].append(None) for c in a["choices"]]
+        and [c["prompt_logprobs"].pop(0) for c in a["choices"]]
+        and None
+    ),
     "an answer too few": lambda a: a["choices"].pop() and None,
     "no index": lambda a: [c.pop("index") for c in a["choices"]] and None,
     "no choices": lambda a: a.pop("choices") and None,
@@ -349,7 +351,9 @@ def test_arguments_are_checked(values, words):
 
 
 def test_a_base_alone_has_no_anti(api, tokenizer):
-    with pytest.raises(ValueError, match="tail must be 'drop' or 'uniform' where the base is alone"):
+    with pytest.raises(
+        ValueError, match="tail must be 'drop' or 'uniform' where the base is alone"
+    ):
         ptk.Trio.from_models(RemoteBase(api.url, tail="anti"), tokenizer=tokenizer)
     with pytest.raises(ValueError, match="tokenizer must be given for a remote base alone"):
         ptk.load_trio(base=RemoteBase(api.url))

@@ -34,6 +34,7 @@ from proxytune_kernels.integrations.hf.inputs import (
 from proxytune_kernels.integrations.hf.saving import SavedByName
 from proxytune_kernels.trio import Trio, model_info
 from proxytune_kernels.trio.adapters import unwrapped
+from proxytune_kernels.trio.remote import RemoteModel
 from proxytune_kernels.trio.roles import ROLES
 
 _ROWS = 64
