@@ -34,7 +34,8 @@ GOOD = {
     "bad_words": ((), ("a", (1, 2)), ((5,),)), "repetition_penalty": (1e-9, 1, 1.5),
     "presence_penalty": (-2, 0, 2.0), "frequency_penalty": (-2, 0.5),
     "penalty_prompt": (True, False),
-    "logprobs": (-1, 0, 20), "prompt_logprobs": (-1, 5), "logprobs_mode": ("raw", "drawn"),
+    "logprobs": (-1, 0, 20), "prompt_logprobs": (-1, 5, 10**6), "prompt_logprobs_last": (0, 7),
+    "logprobs_mode": ("raw", "drawn"),
     "steering": (True, False),
 }  # fmt: skip
 BAD = {
@@ -63,7 +64,8 @@ BAD = {
     "frequency_penalty": (-2.1, 3, "1"),
     "penalty_prompt": (0, None),
     "logprobs": (-2, 21, True, 1.0, None),
-    "prompt_logprobs": (-2, 21, None),
+    "prompt_logprobs": (-2, True, None),
+    "prompt_logprobs_last": (-1, 1.0, None),
     "logprobs_mode": ("processed_logprobs", None, 0),
     "steering": (1, None),
 }

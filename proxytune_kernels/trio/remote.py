@@ -300,7 +300,8 @@ class RemoteModel(Module):
         """The first protocol that works, and what it is asked beside; tokens are compared."""
         wanted = PROTOCOLS if self.base.protocol is None else (self.base.protocol,)
         longest = min(_SAMPLE, self.config.max_position_embeddings)
-        sample = [i * self.width // longest for i in range(longest)]
+        # From the first to the last; evenly between them.
+        sample = [i * (self.width - 1) // max(1, longest - 1) for i in range(longest)]
         refused: list[str] = []
         statuses: set[int] = set()
         for protocol in wanted:
@@ -313,7 +314,8 @@ class RemoteModel(Module):
                 try:
                     if protocol in PROTOCOLS[:2]:
                         self._score([sample], longest, 1, protocol, extra)
-                    self._score([sample[:2]], 1, self.base.top_n, protocol, extra)
+                    text = sample if protocol == "step" else sample[:2]
+                    self._score([text], 1, self.base.top_n, protocol, extra)
                 except RefusedError as error:
                     if error.status in (401, 403):
                         raise self._denied(error) from None

@@ -9,8 +9,8 @@ from typing import Any
 from proxytune_kernels.trio.vocabulary import VocabularyError
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_NO_TEXT = "\ufffd"
-"""Stands for bytes that are no character of their own."""
+_BYTES, _NO_TEXT = "bytes:", "\ufffd"
+"""How bytes that are no character of their own are written, exactly or not."""
 
 
 @lru_cache(maxsize=1)
@@ -51,7 +51,7 @@ class Vocabulary:
         try:
             return data.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            return _BYTES + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _bytes_of(self, token_id: int) -> bytes:
         name = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -113,9 +113,11 @@ class TokenMatcher:
         if name is None:
             return  # padding; no id that all roles have
         ours = self._vocabulary.text_of(token_id)
-        # Decoded alone, a token may lose a blank at its start, or be half a character.
+        if ours.startswith(_BYTES) and not text.startswith(_BYTES):
+            return  # a part of a character, which some write as nothing, or as the whole
+        # Decoded alone, a token may lose a blank at its start.
         alike = (name, ours, self._tokenizer.decode([token_id]))
-        if text not in alike and text.strip() != ours.strip() and _NO_TEXT not in text:
+        if text not in alike and text.strip() != ours.strip():
             self._differing[token_id] = text
             if self._settled:
                 self.settle()
@@ -131,7 +133,7 @@ class TokenMatcher:
                 seen.add(ours)
         if text in self._known:
             return self._known[text]
-        if self._strict and _NO_TEXT not in text:
+        if self._strict and text and _NO_TEXT not in text:
             raise VocabularyError(
                 f"base must have the tokens of its tokenizer, got {text!r:.80}, which is none"
             )

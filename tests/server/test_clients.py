@@ -290,7 +290,7 @@ def test_errors_are_the_clients_exceptions(client):
 
 def test_every_parameter_of_the_decoder_can_be_asked_for():
     special = {"max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "grammar", "n"}
-    special |= {"add_special_tokens"}
+    special |= {"add_special_tokens", "prompt_logprobs_last"}
     assert set(SAMPLING_FIELDS) <= special | set(requests.SAME)
     assert set(requests.SAME) <= set(requests.Common.model_fields)
 

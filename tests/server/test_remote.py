@@ -23,12 +23,12 @@ from tests.server.serving import PROMPT, Serving, serving
 
 SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
 SETTINGS = [
-    ptk.SamplingParams(temperature=0, max_tokens=16, ignore_eos=True),
-    ptk.SamplingParams(seed=3, max_tokens=16, ignore_eos=True),
-    ptk.SamplingParams(seed=4, max_tokens=12, temperature=0.7, top_p=0.9, alpha=0.5, logprobs=3),
-    ptk.SamplingParams(seed=5, max_tokens=8, top_k=20, min_p=0.02, alpha=(1.0, 0.0), steering=True),
-    ptk.SamplingParams(seed=6, max_tokens=8, alpha=0.0, prompt_logprobs=2, n=2),
-    ptk.SamplingParams(seed=7, max_tokens=8, frequency_penalty=0.8, bad_words=["e"]),
+    ptk.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
+    ptk.SamplingParams(seed=3, max_tokens=12, ignore_eos=True),
+    ptk.SamplingParams(seed=4, max_tokens=6, temperature=0.7, top_p=0.9, alpha=0.5, logprobs=3),
+    ptk.SamplingParams(seed=5, max_tokens=6, top_k=20, min_p=0.02, alpha=(1.0, 0.0), steering=True),
+    ptk.SamplingParams(seed=6, max_tokens=4, alpha=0.0, prompt_logprobs=2, n=2),
+    ptk.SamplingParams(seed=7, max_tokens=6, frequency_penalty=0.8, bad_words=["e"]),
 ]
 
 
