@@ -19,6 +19,7 @@ from proxytune_kernels.decoder import remote
 from proxytune_kernels.trio import RemoteError
 from tests.cli import assert_one_sentence, invoke
 from tests.decoder.conftest import near_trio
+from tests.documents import examples
 from tests.server.serving import PROMPT, Serving, serving
 
 SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
@@ -207,6 +208,15 @@ def test_a_server_over_a_remote_base_says_what_is_known(known):
             lines = [json.loads(x[6:]) for x in response.read().split(b"\n\n") if b"{" in x]
         streamed = [x for line in lines for c in line["choices"] for x in c.get("coverage", ())]
         assert streamed == pytest.approx(choice["coverage"], abs=1e-5)
+
+
+def test_the_pages_example(alone, capsys):
+    [code] = examples("docs/remote.md", "python")
+    exec(code.replace("http://127.0.0.1:8000", alone.url), {})
+    text, coverage, info = capsys.readouterr().out.rsplit("\n", 3)[:3]
+    assert "#### 7" in text
+    assert 0 < float(coverage) <= 1
+    assert "'protocol': 'prompt_logprobs', 'top_n': 20, 'tail': 'anti'" in info
 
 
 def test_the_commands_take_a_url(alone):

@@ -1,4 +1,4 @@
-"""A base that vLLM serves: its ids are exact, drafts are scored by one call, tokens are the trio's."""
+"""A base that vLLM serves: ids are exact, one call scores drafts, tokens are the local trio's."""
 
 from __future__ import annotations
 
