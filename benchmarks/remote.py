@@ -53,7 +53,7 @@ def log_probabilities(
 def of_known(logits: dict[str, Tensor], known: int, tail: str) -> dict[str, Tensor]:
     """By position: coverage, agreement and total variation where ``known`` tokens are known."""
     full = combined(logits).log_softmax(-1)
-    lowest = logits["base"].topk(known, -1).values[:, -1:]
+    lowest = logits["base"].topk(min(known, logits["base"].shape[-1])).values[:, -1:]
     base = logits["base"].masked_fill(logits["base"] < lowest, -torch.inf)
     base, coverage = complete(base, logits["anti"], tail, None)
     found = combined({**logits, "base": base}).log_softmax(-1)

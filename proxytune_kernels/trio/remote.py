@@ -23,6 +23,7 @@ tokens, by vLLM's field or with ``echo``, so that one call scores many drafts; f
 token; or, where it takes nothing but chats, for those of an answer's first token."""
 TAILS = ("drop", "anti", "uniform")
 
+_MOST_DRAFTS = 32
 _SAMPLE = 256
 """Tokens of the vocabulary that are compared before the first request."""
 _LOWEST = -9999.0
@@ -137,17 +138,17 @@ class RemoteModel(Module):
         url = base.url.rstrip("/")
         self.endpoint = Endpoint(url, key, base.timeout, base.attempts, base.budget)
         self.width = 1 + max(tokenizer.get_vocab().values())
-        name, context = self._find()
-        self.model = name
-        # One token more than a text is read, and one is drawn.
-        room = (base.context or context or 1 << 31) - 2
+        self.model, said = self._find()
+        context = self.base.context or said or 1 << 31
+        self.protocol, self._extra = self._probe(min(_SAMPLE, context - 2))
+        # One token more than a text is read, and one is drawn; drafts stand behind the text.
+        drafts = _MOST_DRAFTS if self.scores_drafts else 0
         described: dict[str, Any] = {
             "vocab_size": self.width,
-            "max_position_embeddings": room,
-            "name_or_path": f"{name} at {url}",
+            "max_position_embeddings": max(1, context - 2 - drafts),
+            "name_or_path": f"{self.model} at {url}",
         }
         self.config = PreTrainedConfig(**described)
-        self.protocol, self._extra = self._probe()
         self.eval()
 
     def get_input_embeddings(self) -> Any:
@@ -296,10 +297,9 @@ class RemoteModel(Module):
             return error
         return RemoteError(f"{error} (the key is read from {self.base.key_variable})")
 
-    def _probe(self) -> tuple[str, dict[str, Any]]:
+    def _probe(self, longest: int) -> tuple[str, dict[str, Any]]:
         """The first protocol that works, and what it is asked beside; tokens are compared."""
         wanted = PROTOCOLS if self.base.protocol is None else (self.base.protocol,)
-        longest = min(_SAMPLE, self.config.max_position_embeddings)
         # From the first to the last; evenly between them.
         sample = [i * (self.width - 1) // max(1, longest - 1) for i in range(longest)]
         refused: list[str] = []

@@ -89,7 +89,13 @@ def test_a_chat_chooses_one_token_and_refuses_more(texts, near):
 
 
 def test_the_context_is_what_the_endpoint_says(drafting, near, texts):
-    assert drafting.max_seq_len == 256  # of the pair; of the endpoint 510
+    assert drafting.max_seq_len == 256  # of the pair; of the endpoint 512
+    with serving(FakeApi(texts, ["prompt_logprobs"])) as api:
+        # Drafts behind the last token are read, too.
+        decoder = Decoder(over(api, near, context=60), 1)
+        assert decoder.max_seq_len == 26
+        decoder.generate("a" * 10, SamplingParams(max_tokens=17, ignore_eos=True))
+        assert max(len(t) for _, b, _ in api.requests[4:] for t in b["prompt"]) <= 60 - 1
     with serving(FakeApi(texts, ["step"])) as api:
         assert Decoder(over(api, near, context=20), 1).max_seq_len == 18
 

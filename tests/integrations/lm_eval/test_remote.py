@@ -1,0 +1,38 @@
+"""A remote base under lm-eval: with all of its tokens known, the local trio's scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("circuitbreaker", reason="a remote base needs the extra remote")
+
+from proxytune_kernels.decoder import Decoder
+from proxytune_kernels.integrations.lm_eval_model.scoring import Scorer
+from proxytune_kernels.trio import RemoteBase, Trio
+from tests.decoder.conftest import near_trio
+from tests.server.serving import serving
+
+REQUESTS = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([20, 21], [22, 23, 24])]
+
+
+def scores(trio: Trio) -> list[list[float]]:
+    found: dict[int, list[float]] = {}
+    Scorer(trio).score(
+        REQUESTS, [0.0, 1.0], batch_size=2, max_length=64,
+        scored=lambda i, each: found.update({i: [value for value, _ in each]}),
+    )  # fmt: skip
+    return [found[i] for i in range(len(REQUESTS))]
+
+
+def test_scores_are_the_local_trios():
+    tiny = near_trio()
+    with serving(Decoder(Trio.from_models(tiny.base, tokenizer=tiny.tokenizer)),
+                 max_prompt_logprobs=-1) as running:  # fmt: skip
+        base = RemoteBase(f"{running.url}/v1", top_n=-1)
+        remote = Trio.from_models(base, tiny.expert, tiny.anti, tiny.tokenizer)
+        torch.testing.assert_close(scores(remote), scores(tiny), rtol=0, atol=1e-4)
+        few = RemoteBase(f"{running.url}/v1", top_n=3, tail="anti")
+        near = scores(Trio.from_models(few, tiny.expert, tiny.anti, tiny.tokenizer))
+        # Without the anti nothing is known of most; with it all tokens have a share.
+        assert all(value > -50 for _, value in near)
