@@ -17,7 +17,7 @@ pytest.importorskip("tenacity", reason="a remote base needs the extra remote")
 pytest.importorskip("httpx2", reason="a remote base needs the extra remote")
 
 import proxytune_kernels as ptk
-from proxytune_kernels.trio import RemoteBase, RemoteError, endpoint
+from proxytune_kernels.trio import RemoteBase, RemoteError, endpoint, remote
 from proxytune_kernels.trio.remote import RemoteModel
 from proxytune_kernels.trio.token_texts import Vocabulary
 from proxytune_kernels.trio.vocabulary import VocabularyError
@@ -41,8 +41,10 @@ def texts(tokenizer: Any) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses, and few tokens are compared."""
     monkeypatch.setattr(endpoint, "_LONGEST_WAIT", 0.0)
+    monkeypatch.setattr(remote, "_SAMPLE", 16)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,8 @@ def test_no_protocol_says_what_was_tried(texts, tokenizer):
         assert model.protocol == "echo"
 
 
-def test_another_vocabulary_is_refused_with_the_first_token(texts, tokenizer):
+def test_another_vocabulary_is_refused_with_the_first_token(texts, tokenizer, monkeypatch):
+    monkeypatch.setattr(remote, "_SAMPLE", 262)
     moved = [*texts[:100], *texts[101:], "new"]
     for serves, word in (("prompt_logprobs", f"got {moved[100]!r} for id 100"), ("step", "'new'")):
         with (
