@@ -30,8 +30,8 @@ LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 
 # What may import them at a module's top: nothing that `import proxytune_kernels` reaches.
 HEAVY = set(
-    "accelerate fastapi lm_eval matplotlib peft prometheus_client pydantic rich scipy "
-    "starlette torchao transformers triton typer uvicorn vllm".split()
+    "accelerate circuitbreaker fastapi httpx2 lm_eval matplotlib peft prometheus_client pydantic "
+    "rich scipy starlette tenacity torchao transformers triton typer uvicorn vllm".split()
 )
 HEAVY_AT_TOP = {
     "cli": {"typer", "rich"},
