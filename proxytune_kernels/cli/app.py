@@ -18,6 +18,7 @@ from proxytune_kernels.cli.generate import generate
 from proxytune_kernels.cli.info import info
 from proxytune_kernels.cli.options import FAILED, printable, stop
 from proxytune_kernels.cli.serve import serve
+from proxytune_kernels.cli.tune import tune
 
 # Without rich markup, errors stay plain lines that scripts can read.
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(chat)
 app.command()(info)
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(tune)
 app.command("export-vllm")(export_vllm)
 
 
