@@ -26,6 +26,7 @@ CONTEXT_WORDS = 4
 """Words, numbers and signs of arithmetic in a context, its token among them."""
 
 _STARTS = (1, 2, 5, 17, 65, 257)  # of the ranges of positions, 1 the first
+_BESIDE = CONTEXT_WORDS // 2
 _UNCOUNTED = frozenset(("punctuation", "layout"))
 
 
@@ -81,6 +82,14 @@ class Summary:
     promoted: list[Extreme]
     suppressed: list[Extreme]
     least_prompts: int
+
+    def by_kind(self) -> list[Row]:
+        """Each group, then those of its parts that are not all of it."""
+        rows = []
+        for group in self.groups:
+            own = [p for p in self.parts if GROUPS[p.name] == group.name]
+            rows += [group, *(p._replace(name=f"  {p.name}") for p in own if len(own) > 1)]
+        return rows
 
 
 @dataclass(frozen=True)
@@ -249,10 +258,12 @@ def _contexts(texts: Sequence[Analysed], wanted: set[int]) -> dict[int, Counter[
                 continue
             place = _first_ink(text, token)
             at = None if place is None else unit_at.get(place)
-            if at is None:  # punctuation, layout: what stands right before it
-                behind = len(text) if place is None else place
-                before = [unit for unit in counted if unit[1] <= behind][1 - CONTEXT_WORDS :]
-                windows = {text[before[0][0] if before else behind : behind + 1]}
+            if at is None:  # punctuation, layout: what is on both sides
+                start = token.start if place is None else place
+                before = [unit for unit in counted if unit[1] <= start][-_BESIDE:]
+                behind = [unit for unit in counted if unit[0] >= start][:_BESIDE]
+                first = before[0][0] if before else 0
+                windows = {text[first : behind[-1][1] if behind else len(text)]}
             else:
                 starts = range(max(0, at - CONTEXT_WORDS + 1), at + 1)
                 ends = [min(start + CONTEXT_WORDS, len(counted)) - 1 for start in starts]
@@ -260,5 +271,7 @@ def _contexts(texts: Sequence[Analysed], wanted: set[int]) -> dict[int, Counter[
                     text[counted[start][0] : counted[end][1]]
                     for start, end in zip(starts, ends, strict=True)
                 }
-            found[token.token_id].update(sorted(" ".join(w.split()) for w in windows))
+            found[token.token_id].update(
+                sorted(" ".join(w.replace("\n", " \u21b5 ").split()) for w in windows)
+            )
     return found

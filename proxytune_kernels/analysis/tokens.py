@@ -73,7 +73,7 @@ class Analysed:
     index: int
     prompt: Any
     tokens: tuple[Token, ...]
-    alpha: float | tuple[float, ...]
+    alpha: float | Sequence[float]
     finish_reason: str | None = None
     sample: int = 0
 
@@ -163,7 +163,8 @@ def scored(
     )
     for i, attributed in found:
         steering = [
-            Steering(*row[:4], int(row[4]), bool(row[5]), row[6]) for row in attributed.steering
+            Steering(base, expert, anti, proxy, int(rank), bool(changed), kl)
+            for base, expert, anti, proxy, rank, changed, kl in attributed.steering
         ]
         tops = map(zip, attributed.top_token_ids, attributed.top_logprobs)
         prompt = texts[i].prompt

@@ -37,6 +37,7 @@ _HELP = """\
 /quit                leave, as the end of input does
 A line that ends with \\ goes on in the next one."""
 
+
 class Piece(NamedTuple):
     """New text of a reply, and by how many bits steering moved its tokens: the most of them."""
 

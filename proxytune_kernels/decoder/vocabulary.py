@@ -32,6 +32,7 @@ class Vocabulary:
         decoder = b"" if backend is None else (backend.decoder and backend.decoder.__getstate__())
         self._is_byte_level = b'"ByteLevel"' in (decoder or b"")
         self._known: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token stands for no text, such as the end of a turn."""
@@ -49,11 +50,15 @@ class Vocabulary:
 
         Bytes that are no characters of their own are written as ``bytes:\xe2\x80``.
         """
-        data = self.bytes_of(token_id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        text = self._texts.get(token_id)
+        if text is None:
+            data = self.bytes_of(token_id)
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            self._texts[token_id] = text
+        return text
 
     def _bytes_of(self, token_id: int) -> bytes:
         name = self._tokenizer.convert_ids_to_tokens(token_id)
