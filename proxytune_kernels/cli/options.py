@@ -80,8 +80,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The options that name the models of a trio."""
+class UntunedOptions:
+    """The options that name the models of a trio that are not tuned."""
 
     trio: Annotated[
         str | None,
@@ -91,15 +91,21 @@ class ModelOptions:
         ),
     ] = None
     base: Annotated[str | None, typer.Option(metavar="MODEL", help=_NAMED.format("base"))] = None
-    expert: Annotated[str | None, typer.Option(metavar="MODEL", help=_NAMED.format("expert"))] = (
-        None
-    )
     anti: Annotated[
         str | None, typer.Option(metavar="MODEL", help=_NAMED.format("anti-expert"))
     ] = None
     tokenizer: Annotated[
         str | None, typer.Option(metavar="MODEL", help="One for all three; else each has its own.")
     ] = None
+
+
+@dataclass(frozen=True)
+class ModelOptions(UntunedOptions):
+    """The options that name the models of a trio."""
+
+    expert: Annotated[str | None, typer.Option(metavar="MODEL", help=_NAMED.format("expert"))] = (
+        None
+    )
 
 
 @dataclass(frozen=True)
