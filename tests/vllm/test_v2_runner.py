@@ -162,8 +162,9 @@ def test_two_ranks_draw_from_their_parts_of_the_logits(trio, tmp_path, monkeypat
     first = request(PROMPTS[0], **asked[0])
     batches = [
         [request(p, **a) for p, a in zip(PROMPTS, asked, strict=True)],
-        # None has top_p alone: nothing is read back from the device.
+        # None has top_p alone, nothing is read back from the device; one, and no promise holds.
         [request(p, **asked[i]) for i, p in enumerate(PROMPTS) if i != 2],
+        [request(PROMPTS[2], **asked[2])],
         # What needs whole rows.
         [first | {"logprobs": 2}],
         [first | {"prompt_logprobs": 0}],
@@ -179,14 +180,17 @@ def test_two_ranks_draw_from_their_parts_of_the_logits(trio, tmp_path, monkeypat
         disable_log_stats=False,
     )
     wanted = decode(trio, PROMPTS, [ours(a, **s) for a, s in zip(ALPHAS, sampling, strict=True)])
-    every, counted, logprobs, prompt_logprobs, penalised, chosen = map(tokens, results["batches"])
+    every, counted, alone, logprobs, prompt_logprobs, penalised, chosen = map(
+        tokens, results["batches"]
+    )
     assert every == wanted
     assert counted == [row for i, row in enumerate(wanted) if i != 2]
+    assert alone == wanted[2:3]
     assert logprobs == prompt_logprobs == wanted[:1]
     assert len(set(*penalised)) == TOKENS
     assert byte_tokenizer().decode(*chosen, skip_special_tokens=True) in ("yes", "no")
-    for batch, (gathers, sent) in list(zip(batches, results["traffic"], strict=True))[:2]:
+    for batch, (gathers, sent) in list(zip(batches, results["traffic"], strict=True))[:3]:
         assert gathers == []
         # Gathered logits would be 4 bytes * V a row.
         assert 0 < sum(sent) < 2000 * TOKENS * len(batch)
-    assert all(gathers and not sent for gathers, sent in results["traffic"][2:])
+    assert all(gathers and not sent for gathers, sent in results["traffic"][3:])
