@@ -73,7 +73,8 @@ def test_generated_texts(trio):
 def test_given_texts_have_the_same_figures(trio):
     own = {"base": " 3", "expert": " so sorry 3", "anti": " a 3"}
     texts = [
-        Given(" 3", " + 4 = 7"), Given(None, " 3 + 4"), Given(own, " + 4 = 7"), Given(" 7", "<end>"),
+        Given(" 3", " + 4 = 7"), Given(None, " 3 + 4"), Given(own, " + 4 = 7"),
+        Given(" 7", "<end>"),
     ]  # fmt: skip
     found = list(scored(trio, texts, [1.0] * 4, batch_size=2))
     for text, names in zip(found, ([" +", " 4", " =", " 7"], [" +", " 4"],
