@@ -18,12 +18,9 @@ import re
 _NUMBER = r"\(*+[-+−]?[$€£]?\d++(?:[.,]\d++)*+%?\)*+"
 _TERM = _NUMBER + r"(?:[ ]?[^\W\d_]{2,}+)?+"
 _OPERATOR = r"\s*+(?:[-+−–*/×÷·x^]|\\times|\\cdot|\\div)\s*+"
-_EQUALS = r"\s*+=\s*+"
-_EQUATION = re.compile(
-    rf"(?<![\w.,(])({_TERM}(?:{_OPERATOR}{_TERM})++)"
-    rf"({_EQUALS}{_TERM}(?:{_OPERATOR}{_TERM})*+(?:{_EQUALS}{_TERM}(?:{_OPERATOR}{_TERM})*+)*+)"
-)
-_UNCOUNTED = re.compile(r"\s+|=|(?<!\\)[^\W\d_]{2,}")
+_SIDE = re.compile(rf"{_TERM}(?:({_OPERATOR}){_TERM})*+")
+_CHAIN = re.compile(rf"(?<![\w.,(]){_SIDE.pattern}(?:\s*+=\s*+{_SIDE.pattern})*+")
+_UNCOUNTED = re.compile(r"(\\[a-z]+)|\s+|[^\W\d_]{2,}")
 
 LEFT, RIGHT = "left", "right"
 
@@ -31,10 +28,15 @@ LEFT, RIGHT = "left", "right"
 def sides(text: str) -> list[str | None]:
     """For each character, the side of an equation that it is on; None where it is on none."""
     found: list[str | None] = [None] * len(text)
-    for match in _EQUATION.finditer(text):
-        for group, side in ((1, LEFT), (2, RIGHT)):
-            start, end = match.span(group)
-            found[start:end] = [side] * (end - start)
-            for skipped in _UNCOUNTED.finditer(text, start, end):
-                found[skipped.start() : skipped.end()] = [None] * len(skipped[0])
+    for chain in _CHAIN.finditer(text):
+        parts = list(_SIDE.finditer(text, *chain.span()))
+        calculation = next((i for i, part in enumerate(parts) if part[1]), len(parts))
+        if calculation + 1 >= len(parts):
+            continue  # nothing is calculated, or no result follows
+        for part in parts[calculation:]:
+            side = LEFT if part is parts[calculation] else RIGHT
+            found[part.start() : part.end()] = [side] * len(part[0])
+            for skipped in _UNCOUNTED.finditer(text, *part.span()):
+                if not skipped[1]:
+                    found[skipped.start() : skipped.end()] = [None] * len(skipped[0])
     return found
