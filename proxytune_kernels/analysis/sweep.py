@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from proxytune_kernels.analysis.intervals import Interval, bootstrap
 from proxytune_kernels.analysis.likelihood import all_answer_logits, answer_logprobs
-from proxytune_kernels.analysis.scorers import Likelihood
+from proxytune_kernels.analysis.scorers import Likelihood, Row, Scorer, TextScorer
 from proxytune_kernels.decoder import Decoder
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+
+T = TypeVar("T")
+Advance = Callable[[], None]
 
 
 class Point(NamedTuple):
@@ -34,12 +39,12 @@ class Curve:
     Args:
         name: the scorer's.
         alphas: strengths, each once, the lowest first.
-        scores: [A, N], one for each alpha and prompt; higher is better.
+        scores: [A][N], one for each alpha and prompt; higher is better.
     """
 
     name: str
     alphas: tuple[float, ...]
-    scores: np.ndarray
+    scores: Sequence[Sequence[float]]
 
     @cached_property
     def best(self) -> float:
@@ -48,7 +53,7 @@ class Curve:
 
     @property
     def _best(self) -> int:
-        return int(np.argmax(self.scores.mean(1)))
+        return int(np.argmax(np.mean(self.scores, axis=1)))
 
     @cached_property
     def points(self) -> list[Point]:
@@ -86,7 +91,8 @@ def undominated(one: Curve, other: Curve) -> list[float]:
 
     The curves have the same alphas.
     """
-    pairs = list(zip(one.scores.mean(1), other.scores.mean(1), strict=True))
+    means = (np.mean(curve.scores, axis=1) for curve in (one, other))
+    pairs = list(zip(*means, strict=True))
     return [
         alpha
         for alpha, (a, b) in zip(one.alphas, pairs, strict=True)
@@ -99,7 +105,7 @@ def generate_texts(
     prompts: Sequence[Any],
     alphas: Sequence[float],
     params: SamplingParams,
-    advance: Callable[[], None] = lambda: None,
+    advance: Advance = lambda: None,
 ) -> list[list[str]]:
     """The output of each prompt at each strength [A][N], all in one run of the decoder.
 
@@ -159,3 +165,66 @@ def prompt_of(row: Mapping[str, Any]) -> Any:
     last = messages[-1]
     answered = isinstance(last, Mapping) and last.get("role") == "assistant"
     return messages[:-1] if answered else messages
+
+
+class Sheet:
+    """The rows of a file, and at each alpha what was generated for them and what it scored.
+
+    Args:
+        file: for messages.
+        rows: line numbers and what they hold.
+        alphas: strengths, the lowest first.
+        trio: the models.
+    """
+
+    def __init__(
+        self, file: str, rows: Sequence[tuple[int, Row]], alphas: Sequence[float], trio: Trio
+    ) -> None:
+        self._file, self._rows, self._alphas, self._trio = file, rows, alphas, trio
+        self._texts: list[list[str]] = []
+        self._curves: list[Curve] = []
+
+    def generate(
+        self, decoder: Decoder, params: SamplingParams, advance: Advance = lambda: None
+    ) -> None:
+        """Continue every prompt at every alpha; ``advance`` is told of each output."""
+        prompts = [self._at(line, prompt_of, row) for line, row in self._rows]
+        self._texts = generate_texts(decoder, prompts, self._alphas, params, advance)
+
+    def curve(self, scorer: Scorer, advance: Advance = lambda: None) -> Curve:
+        """The scores of what was generated, or of the texts that the rows give.
+
+        Raises:
+            ValueError: names the line whose row can't be scored, and why.
+        """
+        scores = []
+        for i, (line, row) in enumerate(self._rows):
+            scores.append(self._at(line, self._scores, i, scorer, row))
+            advance()
+        by_alpha = list(map(list, zip(*scores, strict=True)))
+        curve = Curve(scorer.name, tuple(self._alphas), by_alpha)
+        self._curves.append(curve)
+        return curve
+
+    def _scores(self, i: int, scorer: Scorer, row: Row) -> list[float]:
+        if isinstance(scorer, TextScorer):
+            return [scorer(texts[i], row) for texts in self._texts]
+        each = likelihoods(self._trio, prompt_of(row), scorer.texts(row), self._alphas)
+        return [scorer(own, row) for own in each]
+
+    def _at(self, line: int, call: Callable[..., T], *arguments: Any) -> T:
+        """What a call gives; what it raises says which line it was for."""
+        try:
+            return call(*arguments)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._file}, line {line}: {error}") from error
+
+    def write(self, path: Path) -> None:
+        """Write every row's text and scores, a line for each row and alpha."""
+        with path.open("w", encoding="utf-8") as file:
+            for i, (line, _) in enumerate(self._rows):
+                for a, alpha in enumerate(self._alphas):
+                    text = {"text": self._texts[a][i]} if self._texts else {}
+                    scores = {curve.name: curve.scores[a][i] for curve in self._curves}
+                    record = {"line": line, "alpha": alpha, **text, "scores": scores}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -19,6 +19,7 @@ from proxytune_kernels.cli.generate import generate
 from proxytune_kernels.cli.info import info
 from proxytune_kernels.cli.options import FAILED, printable, stop
 from proxytune_kernels.cli.serve import serve
+from proxytune_kernels.cli.sweep import sweep
 from proxytune_kernels.cli.tune import tune
 
 # Without rich markup, errors stay plain lines that scripts can read.
@@ -37,6 +38,7 @@ app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(analyze)
 app.command()(tune)
+app.command()(sweep)
 app.command("export-vllm")(export_vllm)
 
 

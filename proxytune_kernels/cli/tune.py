@@ -243,7 +243,8 @@ def _measure(out: Path, settings: Settings, measured: Sequence[Example], ended: 
 
     dtype = "auto" if settings.full else settings.dtype
     trio = load_trio(out, dtype=dtype, device=settings.device)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("held-out rows", total=len(measured))
         found = held_out_losses(trio, measured, advance=lambda: progress.advance(task))
     answers = sum(found[0].tokens)
