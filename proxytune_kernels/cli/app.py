@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import proxytune_kernels
+from proxytune_kernels.cli.analyze import analyze
 from proxytune_kernels.cli.chat import chat
 from proxytune_kernels.cli.demo import demo
 from proxytune_kernels.cli.evaluate import evaluate
@@ -35,6 +36,7 @@ app.command()(chat)
 app.command()(info)
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(analyze)
 app.command()(tune)
 app.command()(sweep)
 app.command("export-vllm")(export_vllm)

@@ -22,13 +22,13 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
 from proxytune_kernels.decoder.arguments import rotary_limit, size
+from proxytune_kernels.decoder.scoring import Score, Scorer
 from proxytune_kernels.integrations.lm_eval_model.generation import (
     Generation,
     Generator,
     make_params,
     request_seed,
 )
-from proxytune_kernels.integrations.lm_eval_model.scoring import Score, Scorer
 from proxytune_kernels.params import check_alpha
 from proxytune_kernels.trio import Trio, load_trio
 
