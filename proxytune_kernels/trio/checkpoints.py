@@ -245,6 +245,26 @@ def read_config(role: str, directory: Path) -> dict[str, Any]:
     return config
 
 
+def text_config(
+    role: str, place: Place, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The configuration of a checkpoint's language model, with its ``vocab_size``.
+
+    Raises:
+        LoadError: it is not one of a causal LM.
+    """
+    from transformers import AutoConfig
+
+    if gguf_file is None:
+        read_config(role, place.directory)
+    named = {} if gguf_file is None else {"gguf_file": gguf_file}
+    with opening(role, "a causal LM", place.name):
+        config: Any = AutoConfig.from_pretrained(
+            place.directory, trust_remote_code=trust_remote_code, **named
+        )
+        return config.get_text_config(decoder=True)
+
+
 @contextmanager
 def opening(name: str, what: str, reference: str) -> Iterator[None]:
     """Turn what transformers raises into one sentence.

@@ -15,6 +15,7 @@ from proxytune_kernels.trio.checkpoints import (
     LoadOptions,
     check_device_map,
     check_dtype,
+    load_tokenizer,
     open_checkpoint,
     resolve,
 )
@@ -218,6 +219,32 @@ def load_models(
     loaded = {r: _load(source, options[r]) for r, source in sources.items() if r == "base"}
     loaded |= _load_pair(expert, sources["anti"], options["anti"])
     return {role: loaded[role] for role in sources}
+
+
+def load_tokenizers(
+    sources: Mapping[str, adapters.Source],
+    options: Mapping[str, LoadOptions],
+    shared: str | Path | None,
+) -> dict[str, Any]:
+    """Role -> tokenizer: its own, or the one of the directory or hub name ``shared``.
+
+    Raises:
+        LoadError: one can't be opened.
+    """
+    trusted = options["base"].trust_remote_code
+    if shared is not None:
+        place = find("tokenizer", shared, *options["base"].code())
+        one = load_tokenizer("tokenizer", place, trust_remote_code=trusted)
+        return dict.fromkeys(sources, one)
+    return {
+        role: load_tokenizer(
+            f"tokenizer of {role}",
+            source.tokenizer,
+            gguf_file=options[role].gguf_file,
+            trust_remote_code=trusted,
+        )
+        for role, source in sources.items()
+    }
 
 
 def _load(source: adapters.Source, options: LoadOptions) -> Any:

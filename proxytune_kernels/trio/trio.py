@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from proxytune_kernels.trio.adapters import Source, adapter_parameters, unwrapped
-from proxytune_kernels.trio.checkpoints import LoadOptions, load_tokenizer, resolve
-from proxytune_kernels.trio.files import LoadError, find
+from proxytune_kernels.trio.adapters import adapter_parameters, unwrapped
+from proxytune_kernels.trio.checkpoints import resolve
+from proxytune_kernels.trio.files import LoadError
 from proxytune_kernels.trio.loading import (
     find_sources,
     load_models,
     load_options,
+    load_tokenizers,
     named_models,
     read_source,
 )
@@ -219,7 +220,7 @@ def load_trio(
     models = load_models(sources, options, merge_adapter=merge)
     if tokenizer is None and "tokenizer" in settings:
         tokenizer = resolve(settings["tokenizer"], directory)
-    tokenizers = _tokenizers(sources, options, tokenizer)
+    tokenizers = load_tokenizers(sources, options, tokenizer)
     styles = {**settings.get("prompts", {}), **(prompts or {})}
     return Trio.from_models(**models, tokenizer=tokenizers, prompts=styles)
 
@@ -232,25 +233,6 @@ def _quantizations(quantize: Any) -> dict[str, str | None]:
         check_known("quantize", quantize)
         return dict(quantize)
     return dict.fromkeys(ROLES, quantize)
-
-
-def _tokenizers(
-    sources: Mapping[str, Source], options: Mapping[str, LoadOptions], shared: str | Path | None
-) -> dict[str, Any]:
-    trusted = options["base"].trust_remote_code
-    if shared is not None:
-        place = find("tokenizer", shared, *options["base"].code())
-        one = load_tokenizer("tokenizer", place, trust_remote_code=trusted)
-        return dict.fromkeys(sources, one)
-    return {
-        role: load_tokenizer(
-            f"tokenizer of {role}",
-            source.tokenizer,
-            gguf_file=options[role].gguf_file,
-            trust_remote_code=trusted,
-        )
-        for role, source in sources.items()
-    }
 
 
 def _prompt_styles(prompts: Mapping[str, str] | None, roles: tuple[str, ...]) -> dict[str, str]:
