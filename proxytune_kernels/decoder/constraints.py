@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from proxytune_kernels.params import Edits, SamplingParams, pack_mask
+from proxytune_kernels.params import MAX_LOGPROBS, Edits, SamplingParams, pack_mask
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder.request import Request
 
 _NO_PENALTIES = (1.0, 0.0, 0.0)
+_FEW = 8  # likeliest tokens: most requests want five
 
 
 class Needs(NamedTuple):
@@ -36,8 +37,8 @@ class Needs(NamedTuple):
     bad_words: tuple[int, ...] = ()
     alphas: int = 0
     grammar: bool = False
-    likeliest: bool = False
-    """Whether any of them reports the likeliest tokens."""
+    likeliest: int = 0
+    """Room for the likeliest tokens that any of them reports: few sizes, for captured steps."""
     steering: bool = False
     """Whether any of them reports what steering did."""
 
@@ -47,7 +48,9 @@ class Needs(NamedTuple):
         each = [(request, request.constraints) for request in requests]
         needs = cls(
             grammar=any(request.grammar is not None for request, _ in each),
-            likeliest=any(request.params.logprobs > 0 for request, _ in each),
+            likeliest=_room_for_likeliest(
+                max((request.params.logprobs for request, _ in each), default=0)
+            ),
             steering=any(request.params.steering for request, _ in each),
         )
         if not any(asked.any for _, asked in each):
@@ -63,6 +66,12 @@ class Needs(NamedTuple):
             bad_words=(1,) if any(asked.bad_words for _, asked in each) else (),
             alphas=int(any(len(request.params.alphas) > 1 for request, _ in each)),
         )
+
+
+def _room_for_likeliest(likeliest: int) -> int:
+    if likeliest <= 0:
+        return 0
+    return _FEW if likeliest <= _FEW else MAX_LOGPROBS
 
 
 @dataclass(frozen=True)
