@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 
 import pytest
 
 from proxytune_kernels.cli import analyze
 from tests.cli import assert_one_sentence, invoke
-from tests.documents import examples, run_example
+from tests.documents import examples
 
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many apples does Tom have now?\nAnswer:"
 SHIPPED = ("analyze", "--trio", "shipped", "--dtype", "float32")
@@ -78,11 +80,20 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     assert_one_sentence(invoke(*SHIPPED, "a"), 1, "scipy", "proxytune_kernels[analysis]")
 
 
-def test_the_examples_of_the_documentation(tmp_path):
+def test_the_examples_of_the_documentation(tmp_path, monkeypatch, capsys):
     [script] = examples("docs/analyze.md", "sh")
     [code] = examples("docs/analyze.md", "python")
-    printed = run_example(tmp_path, script, "bash", "-ec")
-    assert "==> 5 texts of 5 prompts" in printed and "==> 2 texts of 2 prompts" in printed
+    monkeypatch.chdir(tmp_path)
+    # In this process: starting others takes longer than all they do.
+    for name, text in re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", script, re.S | re.M):
+        (tmp_path / name).write_text(text)
+    commands = [shlex.split(line)[1:] for line in script.splitlines() if line[:4] == "prox"]
+    printed = [invoke(*command) for command in commands]
+    assert [result.exit_code for result in printed] == [0, 0]
+    assert "==> 5 texts of 5 prompts" in printed[0].stdout
+    assert "==> 2 texts of 2 prompts" in printed[1].stdout
     assert (tmp_path / "page.html").stat().st_size > 10_000
-    names = run_example(tmp_path, code).splitlines()
+    assert len((tmp_path / "tokens.jsonl").read_text().splitlines()) == 5
+    exec(code, {})
+    names = capsys.readouterr().out.splitlines()
     assert names[0].startswith("number") and "left side" in names[1]
