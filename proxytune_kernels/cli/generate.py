@@ -36,6 +36,12 @@ class SamplingOptions:
     alpha: Annotated[float, typer.Option(help="Strength of the steering; 0 is the base alone.")] = (
         1.0
     )
+    alpha_schedule: Annotated[
+        str,
+        typer.Option(
+            help="constant; decay:R: times R at each token; entropy:H: where the base's exceeds H."
+        ),
+    ] = "constant"
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
     top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 or -1 is off.")] = 0
     top_p: Annotated[float, typer.Option(help="Keep this share of the mass; 1 is off.")] = 1.0

@@ -189,7 +189,7 @@ def test_blocks_do_not_show_in_a_bit():
 @pytest.mark.parametrize("vocab_size", (5, 600))
 def test_no_races(vocab_size, blocks):
     """Between any two accesses to a byte of shared memory that conflict there is a barrier."""
-    case = rows_of(vocab_size, torch.bfloat16, 15 if blocks < 8 else 3)
+    case = rows_of(vocab_size, torch.bfloat16, 5 if blocks < 8 else 2)
     check(sample(Model(blocks, races=True), case), case)
 
 
