@@ -372,7 +372,9 @@ def check_causal(role: str, model: Any) -> None:
 
 def _bound(model: Any) -> float:
     """Of rms(x), see :data:`_ROUNDING`."""
-    if not all(type(p) is Parameter and p.is_floating_point() for p in model.parameters()) or any(
+    weights = list(model.parameters())  # none where another runtime holds them
+    plain = all(type(p) is Parameter and p.is_floating_point() for p in weights)
+    if not (weights and plain) or any(
         isinstance(v, torch.ScriptObject) for m in model.modules() for v in vars(m).values()
     ):
         return _QUANTIZED
