@@ -28,11 +28,6 @@ class LlamaCache(SlotCache):
         self.context.copy(source, target, count)
         super().copy(source, target, count)
 
-    def release(self, row: int, rows: int = 1) -> None:
-        """See :meth:`SlotCache.release`."""
-        self.context.cut(row, 0)
-        super().release(row, rows)
-
     def reset(self) -> None:
         """See :meth:`SlotCache.reset`."""
         self.context.clear()

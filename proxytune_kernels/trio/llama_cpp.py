@@ -126,7 +126,7 @@ class LlamaModel(Module):
         lib, kind = self.library, self.metadata("general.architecture")
         usual = self.config.hidden_size // max(1, lib.model_n_head(self.pointer))
         named = (self.metadata(f"{kind}.attention.{part}_length") for part in ("key", "value"))
-        key, value = (int(size) if size and size.isdigit() else usual for size in named)
+        key, value = (int(size) if size and size.isdecimal() else usual for size in named)
         return lib.model_n_head_kv(self.pointer), key, value
 
     def get_input_embeddings(self) -> Any:

@@ -356,7 +356,7 @@ def test_llama_cpp_gives_times_of_all_tokens(trio, tmp_path, monkeypatch):
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / llama.FILE).touch()
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(TrioMissing, match="pip install xllamacpp"):
+    with pytest.raises(TrioMissing, match=r"pip install 'proxytune_kernels\[llama\]'"):
         llama.LlamaProvider(trio, tmp_path, GREEDY, 2, 64)
 
     def parameters() -> Any:
