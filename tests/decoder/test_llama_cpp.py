@@ -14,6 +14,7 @@ from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.llama_cpp import LlamaContext
+from tests.documents import examples
 
 PROMPTS = ["hello you", "x", "what is more", "abc", "1 2 3", "of the many"]
 
@@ -166,3 +167,12 @@ def test_a_pool_knows_one_file_from_another(gguf_trio, trio):
     first = pool.decoder_for(trio, 1, 20)
     assert pool.decoder_for(trio, 1, 20) is first
     assert pool.decoder_for(gguf_trio.load(), 1, 20) is not first
+
+
+def test_the_example_of_the_documentation(gguf_trio, tmp_path, monkeypatch, capsys):
+    for role, path in gguf_trio.files.items():
+        (tmp_path / f"{role}.gguf").hardlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    [code] = examples("docs/llama_cpp.md", "python")
+    exec(compile(code, "docs/llama_cpp.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
