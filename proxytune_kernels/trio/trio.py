@@ -130,6 +130,18 @@ class Trio:
         """Number of ids that mean the same to all roles; no other id is ever produced."""
         return self.agreement.vocab_size
 
+    def check_modules(self, user: str) -> None:
+        """Refuse, for ``user``, a trio whose models are not all modules of transformers.
+
+        Raises:
+            ValueError: names the role.
+        """
+        for role, model in self.models.items():
+            if isinstance(model, LlamaModel):
+                raise ValueError(
+                    f"{user} needs models that transformers runs, got {role} in {RUNTIME}"
+                )
+
     def tokenize(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """Token ids of a prompt for each role; see :func:`~trio.prompts.tokenize`."""
         widths = {

@@ -11,6 +11,7 @@ import proxytune_kernels as ptk
 from proxytune_kernels.decoder import Decoder, MemberError
 from proxytune_kernels.decoder.pool import DecoderPool
 from proxytune_kernels.decoder.runner import Runner
+from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.llama_cpp import LlamaContext
@@ -160,6 +161,17 @@ def test_a_fault_leaves_a_decoder_as_new(trio, decoder, monkeypatch):
         decoder.generate(PROMPTS, params)
     [after] = decoder.generate("abc", params)
     assert after.token_ids == before.token_ids
+
+
+def test_what_needs_modules_refuses_it(trio):
+    with pytest.raises(
+        ValueError, match="the scorer needs models that transformers runs, got base"
+    ):
+        trio.check_modules("the scorer")
+    with pytest.raises(
+        ValueError, match="ProxyTunedForCausalLM needs models that transformers runs"
+    ):
+        ProxyTunedForCausalLM.from_trio(trio)
 
 
 def test_a_pool_knows_one_file_from_another(gguf_trio, trio):
