@@ -105,6 +105,29 @@ def test_steps_read_logits_where_the_library_left_them(trio):
     assert torch.equal(first, kept)
 
 
+def test_slots_move_and_new_tokens_go_behind_their_lengths(trio):
+    runner = Runner({"base": trio.base}, 3, 64)
+    roles = ("base",)
+    runner.prefill([0, 1, 2], {"base": [[5, 6, 7], [8], [20, 21]]})
+    runner.release(1)
+    runner.move(2, 1)
+    texts = [[5, 6, 7], [20, 21]]
+
+    def check(new: list[list[int]], offset: int = 0, before: list[list[int]] | None = None) -> None:
+        """The logits are those of whole texts: int8 rounding is far below 0.1 of their spread."""
+        found = runner.forward(roles, torch.tensor(new), offset)["base"]
+        for row, text in enumerate(texts):
+            whole = [*text, *(before[row] if before else []), *new[row]]
+            wanted = trio.base(torch.tensor([whole])).logits[0, -len(new[row]) :]
+            assert (found[row] - wanted).abs().max() < 0.1 * wanted.std()
+
+    check([[9], [10]])
+    check([[11, 12], [13, 14]])  # in the place of those: no length has moved
+    check([[15], [16]], 2, [[11, 12], [13, 14]])
+    with pytest.raises(RuntimeError, match="can't have 9 of them"):
+        runner.forward(roles, torch.tensor([[1], [1]]), 6)
+
+
 def test_it_drafts_if_asked_to(trio):
     decoder = Decoder(trio, 2, 64, speculation=ptk.Speculation(max_drafts=2))
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
