@@ -2,7 +2,7 @@
 # A change of setup.py, build_cuda.py, pyproject.toml, constraints.txt or csrc/ is built again.
 
 PYTHON ?= python3
-EXTRAS ?= analysis,eval,grammar,hf,lora,plots,quant,serve,test,triton,tune
+EXTRAS ?= analysis,eval,grammar,hf,llama,lora,plots,quant,serve,test,triton,tune
 TESTS ?= tests --ignore=tests/ptx
 
 VENV := .venv

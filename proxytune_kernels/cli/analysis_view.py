@@ -27,6 +27,11 @@ _LEGEND = (
     ("red strike", "less likely"),
     ("bold", "the likeliest token is another than the base's"),
 )
+_COLUMNS = (
+    "base, proxy, expert, anti: the token's probability under each. rank: its place among the "
+    "base's tokens.\nchanged: whether the likeliest token is another than the base's. KL: "
+    "divergence of the proxy from the base, in nats."
+)
 
 
 class View:
@@ -72,11 +77,8 @@ class View:
                     "yes" if s.changed else "", f"{s.kl:.2f}", ", ".join(others[:_OTHERS]),
                 ]
             )  # fmt: skip
-        columns = (
-            "moved most", "base", "proxy", "expert", "anti", "rank in base", "likeliest changed",
-            "KL, nats", "other likely tokens",
-        )  # fmt: skip
-        self._table(columns, rows, words=(0, 8))
+        names = "moved most,base,proxy,expert,anti,rank,changed,KL,other likely tokens"
+        self._table(names.split(","), rows, words=(0, 8))
 
     def summary(self, summary: Summary, left_out: int) -> None:
         """The figures of all texts, some of which were left out."""
@@ -115,6 +117,7 @@ class View:
         if self._colored:
             parts = [part for style, words in _LEGEND for part in ((words, style), "; ")]
             self._print(Text.assemble(*parts[:-1]))
+        self._print(_COLUMNS)
 
     def _rows(self, title: str, rows: Sequence[Row]) -> None:
         cells = [

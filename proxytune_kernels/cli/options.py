@@ -136,6 +136,15 @@ class TrioOptions(ModelOptions):
             "base=int8,expert=int4.",
         ),
     ] = None
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ROLE=]RUNTIME,...",
+            help="What runs the models: transformers, or llama.cpp, for paths of GGUF files; one "
+            "for all roles, or such as base=llama.cpp.",
+            show_default="transformers",
+        ),
+    ] = None
     keep_adapter: Annotated[
         bool,
         typer.Option(
@@ -159,6 +168,7 @@ class TrioOptions(ModelOptions):
         source, keep_adapter = arguments.pop("trio"), arguments.pop("keep_adapter")
         arguments["device_map"] = _by_role("--device-map", self.device_map)
         arguments["quantize"] = _by_role("--quantize", self.quantize)
+        arguments["runtime"] = _by_role("--runtime", self.runtime)
         arguments["merge_adapter"] = False if keep_adapter else None  # None: what trio.json says
         quiet()
         reason = None if self.device is None else device_unusable(self.device)

@@ -179,13 +179,17 @@ def tune(
     # RuntimeError: a loss that is no number, and what torch raises where memory runs out.
     with expected(ValueError, OSError, RuntimeError):
         claim(out, settings, resume=resume)
-        with _bar(settings.steps) as advance:
-            ended = run(
-                *(untuned, examples, measured, settings, out, styles),
-                advance=advance,
-                save_every=checkpoint_every or -(-settings.steps // 5),
-                resume=resume,
-            )
+        try:
+            with _bar(settings.steps) as advance:
+                ended = run(
+                    *(untuned, examples, measured, settings, out, styles),
+                    advance=advance,
+                    save_every=checkpoint_every or -(-settings.steps // 5),
+                    resume=resume,
+                )
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the same command with --resume goes on", err=True)
+            raise
         typer.echo(f"wrote {out}")
         if ended is not None:
             _measure(out, settings, measured, ended)

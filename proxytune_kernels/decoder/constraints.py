@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from proxytune_kernels.params import Edits, SamplingParams, pack_mask
+from proxytune_kernels.params import MAX_LOGPROBS, Edits, SamplingParams, pack_mask
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder.request import Request
 
 _NO_PENALTIES = (1.0, 0.0, 0.0)
+_FEW = 8  # likeliest tokens: most requests want five
 
 
 class Needs(NamedTuple):
@@ -38,8 +39,8 @@ class Needs(NamedTuple):
     scheduled: bool = False
     """Whether any of them has a rule for its alpha."""
     grammar: bool = False
-    likeliest: bool = False
-    """Whether any of them reports the likeliest tokens."""
+    likeliest: int = 0
+    """Room for the likeliest tokens that any of them reports: few sizes, for captured steps."""
     steering: bool = False
     """Whether any of them reports what steering did."""
 
@@ -49,7 +50,9 @@ class Needs(NamedTuple):
         each = [(request, request.constraints) for request in requests]
         needs = cls(
             grammar=any(request.grammar is not None for request, _ in each),
-            likeliest=any(request.params.logprobs > 0 for request, _ in each),
+            likeliest=_room_for_likeliest(
+                max((request.params.logprobs for request, _ in each), default=0)
+            ),
             steering=any(request.params.steering for request, _ in each),
         )
         if not any(asked.any for _, asked in each):
@@ -66,6 +69,12 @@ class Needs(NamedTuple):
             alphas=int(any(len(request.params.alphas) > 1 for request, _ in each)),
             scheduled=any(request.params.alpha_schedule != "constant" for request, _ in each),
         )
+
+
+def _room_for_likeliest(likeliest: int) -> int:
+    if likeliest <= 0:
+        return 0
+    return _FEW if likeliest <= _FEW else MAX_LOGPROBS
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class SlotSampler:
             params,
             **self._constraints(slots, params.position, None, needs),
             vocab_size=self.vocab_size,
-            top_logprobs=MAX_LOGPROBS if needs.likeliest else 0,
+            top_logprobs=needs.likeliest,
             attribution=needs.steering,
             backend=self._backend("sample", needs),
         )
@@ -289,7 +289,7 @@ class SlotSampler:
             each,
             **found,
             vocab_size=self.vocab_size,
-            top_logprobs=MAX_LOGPROBS if needs.likeliest else 0,
+            top_logprobs=needs.likeliest,
             attribution=token_ids.flatten() if needs.steering else False,
             backend=self._backend("sample", needs),
         )

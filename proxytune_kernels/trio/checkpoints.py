@@ -50,6 +50,7 @@ class LoadOptions:
         quantize: ``"int8"``, ``"int4"`` or None.
         gguf_file: name of a GGUF file in the directory, unpacked to ``dtype``.
         trust_remote_code: run modelling code that comes with the checkpoint.
+        runtime: what runs the model: ``"transformers"`` or ``"llama.cpp"``.
     """
 
     dtype: str | torch.dtype = "auto"
@@ -58,6 +59,7 @@ class LoadOptions:
     quantize: str | None = None
     gguf_file: str | None = None
     trust_remote_code: bool = False
+    runtime: str = "transformers"
 
     def files(self) -> list[str]:
         """Patterns of what a hub name must have beside the files of every checkpoint."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from proxytune_kernels.tuning.data import Example
@@ -31,6 +31,7 @@ from proxytune_kernels.tuning.data import Example
 RECORD = "training.json"
 """What was trained, how, and how it went; beside trio.json."""
 CHECKPOINTS = "checkpoints"
+_WRITTEN = "written"  # the file that is put into a checkpoint last
 _IGNORED = -100  # the label of a position that does not count, as cross_entropy wants it
 _VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
@@ -146,7 +147,7 @@ def fit(
         callbacks=[_Report(advance)],
     )
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(directory)) if resume and directory.is_dir() else None
+    last = _last_checkpoint(directory) if resume else None
     with _quiet(), _deterministic():
         trainer.train(resume_from_checkpoint=last)
     model.eval()
@@ -196,6 +197,16 @@ class _Report(TrainerCallback):
                     f"the loss of step {state.global_step} is {logs['loss']}: lower --learning-rate"
                 )
             self._advance(state.global_step, logs["loss"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        (folder / _WRITTEN).touch()
+
+
+def _last_checkpoint(directory: Path) -> str | None:
+    """The last checkpoint that was written to its end, whatever ended the run."""
+    written = [path.parent for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_WRITTEN}")]
+    return str(max(written, key=lambda path: int(path.name.split("-")[-1]))) if written else None
 
 
 def save_expert(model: Any, directory: Path, anti: str, tokenizer: Any) -> None:

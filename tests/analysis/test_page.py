@@ -46,8 +46,9 @@ class Read(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.text, self.scripts, self.links, self.tags = "", 0, [], set[str]()
-        self.inside = ""
+        self.text, self.inside, self.scripts = "", "", 0
+        self.links: list[str] = []
+        self.tags: set[str] = set()
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:

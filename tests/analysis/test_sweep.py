@@ -29,7 +29,8 @@ NOISE = np.random.default_rng(0).normal(size=50)
 
 def test_the_suggested_alpha_is_the_lowest_that_is_not_told_from_the_best():
     better = np.tile([0.02, -0.01], 25)
-    curve = Curve("score", (0.0, 0.5, 1.0, 1.5), [NOISE - 0.1, NOISE, NOISE + better, NOISE - 1])
+    scores = [NOISE - 0.1, NOISE, NOISE + better, NOISE - 1]
+    curve = Curve("score", (0.0, 0.5, 1.0, 1.5), [each.tolist() for each in scores])
     assert curve.best == 1
     assert [point.behind.value for point in curve.points] == pytest.approx([0.105, 0.005, 0, 1.005])
     # Paired: alpha 0 is behind at every prompt, if by less than prompts differ among each other.

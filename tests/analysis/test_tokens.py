@@ -64,7 +64,8 @@ def test_generated_texts(trio):
     check(texts[0], [" +", " 4", " =", " 7", "<end>"])
     check(texts[1], [" =", " 7"])
     check(texts[2], [" +", " 4", " =", " 7", "<end>"])
-    assert texts[0].tokens[0].alternatives[0] == (" 4", pytest.approx(15 / 74, rel=1e-4))
+    name, share = texts[0].tokens[0].alternatives[0]
+    assert name == " 4" and share == pytest.approx(15 / 74, rel=1e-4)
     assert [(text.index, text.prompt, text.alpha) for text in texts] == [
         (0, " 3", 1.0), (1, " 4", 1.0), (2, " so 3", 1.0),
     ]  # fmt: skip
@@ -106,13 +107,20 @@ def test_a_character_comes_with_the_last_of_its_bytes():
     [
         (Given(" 3", ""), "a token to score"),
         (Given(None, " 3"), "a token to score"),
-        (Given(None, {"base": " 3", "expert": " 4 3", "anti": " 4 3"}), "needs a prompt"),
         (Given(" 3", " 4" * 65), "64 tokens, the context of base, got 66"),
     ],
 )  # fmt: skip
 def test_a_text_that_can_not_be_scored_is_named(trio, given, words):
     with pytest.raises(ValueError, match=rf"texts\[1\].*{words}"):
         list(scored(trio, [Given(" 3", " 4"), given], [1.0, 1.0]))
+
+
+def test_a_role_with_a_template_reads_its_own_prompt():
+    trio = hand_made(prompts={"expert": "chat"})
+    [text] = scored(trio, [Given(" 3", " + 4")], [1.0])
+    check(text, [" +", " 4"])
+    with pytest.raises(ValueError, match=r"needs a prompt.*\(expert\)"):
+        list(scored(trio, [Given(None, " 3 + 4")], [1.0]))
 
 
 def test_the_base_alone_is_refused(trio):

@@ -48,6 +48,8 @@ def model(table: dict[tuple[str, str], int]) -> Any:
     return made
 
 
-def hand_made() -> Trio:
+def hand_made(prompts: dict[str, str] | None = None) -> Trio:
     """Base and expert by their tables; to the anti-expert all words are equally likely."""
-    return Trio.from_models(model(BASE), model(EXPERT), model({}), tokenizer=tokenizer())
+    words = tokenizer()
+    words.chat_template = " so{{ messages[0]['content'] }}"
+    return Trio.from_models(model(BASE), model(EXPERT), model({}), tokenizer=words, prompts=prompts)

@@ -61,6 +61,19 @@ def test_quantised_weights(records_of, tmp_path):
     assert all(q["divergence"] > 0 for record in records[1:] for q in record["quality"])
 
 
+def test_a_gguf_file_is_held_to_the_model_it_was_made_of(records_of, gguf_trio, tmp_path):
+    gguf_trio.models["base"].save_pretrained(tmp_path)
+    gguf_trio.load().tokenizer.save_pretrained(tmp_path)
+    arguments = ("--quantized", tmp_path, "--gguf", gguf_trio.files["base"], "--tokens", 32)
+    (plain, llama), _ = records_of(
+        evaluation.main, *arguments, "--repeats", 1, "--dtype", "float32"
+    )
+    assert (plain["variant"], llama["variant"]) == ("plain", "llama.cpp")
+    assert llama["bytes"] < plain["bytes"]
+    assert all(0 < q["divergence"] < 0.01 and q["agreement"] > 0.9 for q in llama["quality"])
+    assert llama["step_over_plain"]["median"] > 0
+
+
 @pytest.mark.slow
 def test_command(records_of, monkeypatch):
     peaks: list[dict[str, int]] = []

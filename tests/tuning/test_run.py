@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ pytest.importorskip("peft", reason="tuning needs the extra tune: peft is not the
 pytest.importorskip("accelerate", reason="tuning needs the extra tune: accelerate is not there")
 pytest.importorskip("scipy", reason="tuning needs the extra tune: scipy is not there")
 
-from proxytune_kernels.integrations.vllm_plugin.export import export
 from proxytune_kernels.trio import load_trio
 from proxytune_kernels.tuning.data import Encoding, Example, check_rows, prompt_styles
 from proxytune_kernels.tuning.held_out import held_out_losses
@@ -100,6 +98,8 @@ def test_an_interrupted_run_that_is_resumed_gives_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         tuned(untuned, examples, out, advance=interrupt)
     assert not (out / "trio.json").exists()
+    # A checkpoint that a kill cut off is passed over.
+    (out / "checkpoints" / "checkpoint-4").mkdir()
     with pytest.raises(ValueError, match="new or empty"):
         claim(out, SETTINGS, resume=False)
     with pytest.raises(ValueError, match="seed was 0, got 1"):
@@ -136,13 +136,12 @@ def test_all_weights(untuned, examples, tmp_path):
     assert expert.loss.value == pytest.approx(ended, abs=1e-12)
 
 
-def test_other_stacks_open_it(whole, tmp_path):
+def test_lm_eval_opens_it(whole):
     out, _ = whole
-    assert export(tmp_path / "served", out).vocab_size == 1536
-    if find_spec("lm_eval") is not None:
-        from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM
+    pytest.importorskip("lm_eval", reason="lm_eval needs the extra eval")
+    from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM
 
-        assert ProxyTuneLM(str(out)).max_length == 1024
+    assert ProxyTuneLM(str(out)).max_length == 1024
 
 
 def test_a_loss_that_is_no_number_ends_it(untuned, examples, tmp_path):

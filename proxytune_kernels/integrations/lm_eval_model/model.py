@@ -95,6 +95,7 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     ) -> None:
         super().__init__()
         self.trio = _open_trio(trio, device, loading)
+        self.trio.check_modules(type(self).__name__)
         self.tokenizer = self.trio.tokenizer
         self.batch_size = _positive("batch_size", batch_size)
         self.max_length = _shortest_context(self.trio, max_length)
