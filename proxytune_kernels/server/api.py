@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from proxytune_kernels.decoder import Decoder, Grammar, RequestOutput, StreamEvent
+from proxytune_kernels.decoder.vocabulary import Vocabulary
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.server import responses
 from proxytune_kernels.server.engine import (
@@ -36,7 +37,6 @@ from proxytune_kernels.server.requests import (
     top_logprobs,
 )
 from proxytune_kernels.server.settings import Settings
-from proxytune_kernels.server.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
 
