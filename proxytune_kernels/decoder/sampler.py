@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
     top_logprobs: Tensor | None = None
     """fp32 [B, q, n]: their raw logprobs."""
     steering: Tensor | None = None
-    """fp32 [B, q, 7]: the fields of :class:`~proxytune_kernels.reference.Attribution`."""
+    """fp32 [B, q, 7]: columns of :class:`~proxytune_kernels.reference.Attribution`."""
 
     def first(self, rows: int) -> StepResult:
         """The first rows, as views."""
@@ -437,6 +437,5 @@ def _asked(drawn: SampleOutput, shape: Sequence[int]) -> dict[str, Tensor]:
         asked["top_token_ids"] = drawn.top.token_ids.view(*shape, -1)
         asked["top_logprobs"] = drawn.top.logprobs.view(*shape, -1)
     if drawn.attribution is not None:
-        fields = torch.stack([field.float() for field in drawn.attribution], -1)
-        asked["steering"] = fields.view(*shape, -1)
+        asked["steering"] = drawn.attribution.columns.view(*shape, -1)
     return asked
