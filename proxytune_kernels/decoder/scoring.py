@@ -495,7 +495,7 @@ class Scorer:
                 top_logprobs=top_logprobs, vocab_size=self.vocab_size, backend=self._backend,
             )  # fmt: skip
             assert drawn.attribution is not None and drawn.top is not None
-            fields = torch.stack([field.float() for field in drawn.attribution], -1)
+            fields = drawn.attribution.columns
             found += zip(*(x.tolist() for x in (fields, *drawn.top)), strict=True)
         for i in part:
             own, found = found[: len(texts[i][1])], found[len(texts[i][1]) :]
