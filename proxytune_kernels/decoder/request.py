@@ -13,8 +13,9 @@ from torch import Tensor
 from proxytune_kernels.decoder.constraints import Constraints
 from proxytune_kernels.decoder.grammar import GrammarState
 from proxytune_kernels.decoder.speculation import Acceptance, SpeculationStats
-from proxytune_kernels.decoder.text import Detokenizer, StopStrings, special_tokens
+from proxytune_kernels.decoder.text import Detokenizer, StopStrings
 from proxytune_kernels.params import SamplingParams
+from proxytune_kernels.trio.token_texts import special_tokens
 
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 

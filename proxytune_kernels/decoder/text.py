@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
+
+from proxytune_kernels.trio.token_texts import special_tokens
 
 _CONTEXT = 5
 """Prompt tokens decoded along with the output, at least: what a tokenizer writes for a token can
@@ -17,13 +18,6 @@ _INCOMPLETE = "\ufffd"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """The tokens of bytes in SentencePiece vocabularies. Their decoder reads a run of them as a whole:
 one stray byte turns all the run's characters into replacement characters."""
-
-
-@lru_cache(maxsize=16)
-def special_tokens(tokenizer: Any) -> Mapping[int, str]:
-    """Token -> its string, for those that stand for no text, such as the end of a turn."""
-    named = {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
-    return named | {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
 class Detokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +22,13 @@ def _byte_of() -> dict[str, int]:
     return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
+@lru_cache(maxsize=16)
+def special_tokens(tokenizer: Any) -> Mapping[int, str]:
+    """Token -> its string, for those that stand for no text, such as the end of a turn."""
+    named = {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
+    return named | {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
 class Vocabulary:
     """Tokens of one tokenizer.
 
@@ -34,6 +42,11 @@ class Vocabulary:
         decoder = b"" if backend is None else (backend.decoder and backend.decoder.__getstate__())
         self._is_byte_level = b'"ByteLevel"' in (decoder or b"")
         self._known: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token stands for no text, such as the end of a turn."""
+        return token_id in special_tokens(self._tokenizer)
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes that a token stands for; a special token's are its name's."""
@@ -47,11 +60,15 @@ class Vocabulary:
 
         Bytes that are no characters of their own are written as ``bytes:\xe2\x80``.
         """
-        data = self.bytes_of(token_id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return _BYTES + "".join(f"\\x{byte:02x}" for byte in data)
+        text = self._texts.get(token_id)
+        if text is None:
+            data = self.bytes_of(token_id)
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                text = _BYTES + "".join(f"\\x{byte:02x}" for byte in data)
+            self._texts[token_id] = text
+        return text
 
     def _bytes_of(self, token_id: int) -> bytes:
         name = self._tokenizer.convert_ids_to_tokens(token_id)

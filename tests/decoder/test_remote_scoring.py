@@ -1,4 +1,4 @@
-"""A remote base under lm-eval: with all of its tokens known, the local trio's scores."""
+"""A remote base that scores texts: with all of its tokens known, the local trio's scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("circuitbreaker", reason="a remote base needs the extra remote")
 
 from proxytune_kernels.decoder import Decoder
-from proxytune_kernels.integrations.lm_eval_model.scoring import Scorer
+from proxytune_kernels.decoder.scoring import Scorer
 from proxytune_kernels.trio import RemoteBase, Trio
 from tests.decoder.conftest import near_trio
 from tests.server.serving import serving
