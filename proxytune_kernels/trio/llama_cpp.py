@@ -278,11 +278,10 @@ class LlamaContext:
         if held != length:
             raise RuntimeError(f"sequence {sequence} of {held} tokens can't have {length} of them")
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Let a sequence hold the first tokens of another, and no more."""
+    def copy(self, source: int, target: int) -> None:
+        """Let a sequence hold the tokens of another, and no more."""
         self._library.memory_seq_cp(self._memory, source, target, -1, -1)
         self._lengths[target] = self._lengths[source]
-        self.cut(target, length)
 
     def clear(self) -> None:
         """Empty all sequences, whatever they hold."""

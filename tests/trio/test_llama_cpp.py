@@ -77,7 +77,7 @@ def test_a_context_holds_sequences_of_their_own(gguf_trio, model):
     check(context.run(rows, every=False), [*first, 17], third, [*second, 18])
     # Rolled back, and behind it other tokens.
     check(context.run([(0, 4, [99])], every=False), [*first[:4], 99])
-    context.copy(2, 1, 2)
+    context.copy(2, 1)
     check(context.run([(1, 2, [50]), (2, 4, [51])], every=False), [*second[:2], 50],
           [*second, 18, 51])  # fmt: skip
     every = context.run([(0, 0, first)], every=True)
