@@ -50,7 +50,9 @@ class LlamaModel(Module):
         super().__init__()
         self.eval()
         path = file_in(role, place.directory, file)
-        check_gguf(role, path)
+        # The library opens the other parts of a split file by their names.
+        for part in {path, *place.directory.glob(f"*-of-{file.rpartition('-of-')[2]}")}:
+            check_gguf(role, file_in(role, place.directory, part.name))
         self.library = lib = library()
         params = lib.model_default_params()
         params.check_tensors = True

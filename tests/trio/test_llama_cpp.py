@@ -174,6 +174,10 @@ def test_hostile_files_are_refused(gguf_trio, tmp_path):
         (tmp_path / name).write_bytes(held)
         with pytest.raises(LoadError, match=f"base must .*{message}"):
             LlamaModel("base", Place("x", tmp_path), name)
+    (tmp_path / "part-00001-of-00002.gguf").write_bytes(whole)
+    (tmp_path / "part-00002-of-00002.gguf").symlink_to(gguf_trio.files["base"])
+    with pytest.raises(LoadError, match="got a link out of it, 'part-00002-of-00002.gguf'"):
+        LlamaModel("base", Place("x", tmp_path), "part-00001-of-00002.gguf")
     with pytest.raises(LoadError, match="must name files by their plain names"):
         LlamaModel("base", Place("x", tmp_path), "../base.gguf")
 
