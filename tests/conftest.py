@@ -14,10 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from proxytune_kernels.trio import libllama, load_trio
-from proxytune_kernels.trio.files import LoadError
-from proxytune_kernels.trio.roles import ROLES
-
 # Nothing is fetched from a hub: what a test needs it has or makes.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -63,12 +59,18 @@ class GgufTrio:
     models: dict[str, Any]
 
     def load(self, **options: Any) -> Any:
+        from proxytune_kernels.trio import load_trio
+
         named: dict[str, Any] = {**self.files, **options}
         return load_trio(runtime="llama.cpp", **named)
 
 
 @pytest.fixture(scope="session")
 def gguf_trio(tmp_path_factory: pytest.TempPathFactory) -> GgufTrio:
+    from proxytune_kernels.trio import libllama
+    from proxytune_kernels.trio.files import LoadError
+    from proxytune_kernels.trio.roles import ROLES
+
     try:
         libllama.library()
     except LoadError as error:

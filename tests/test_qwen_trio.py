@@ -335,22 +335,3 @@ def test_the_trio_as_gguf_files(tmp_path):
     for role, model in (("base", base), ("expert", expert), ("anti", anti)):
         for name, weight in model.state_dict().items():
             assert torch.equal(trio.models[role].state_dict()[name], weight), f"{role} {name}"
-
-
-def test_kinds_that_gguf_does_not_write_become_q8_0(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    model = tiny_qwen2()
-    write_gguf(tmp_path / "like.gguf", model, make_tokenizer())
-    model.save_pretrained(tmp_path / "plain")
-    quantize = gguf.quants.quantize
-
-    def refuses(values: Any, kind: Any) -> Any:
-        if kind == gguf.GGMLQuantizationType.F32:
-            raise NotImplementedError
-        return quantize(values, kind)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf.quants, "quantize", refuses)
-        gguf_files.write_like(tmp_path / "like.gguf", tmp_path / "plain", tmp_path / "made.gguf")
-    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "made.gguf").tensors}
-    assert kinds["blk.0.attn_norm.weight"] == "Q8_0"

@@ -22,12 +22,12 @@ class LlamaCache(SlotCache):
 
     def move(self, source: int, target: int, rows: int = 1) -> None:
         """See :meth:`SlotCache.move`."""
-        self.context.copy(source, target, self.lengths[source])
+        self.context.copy(source, target)
         super().move(source, target, rows)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """See :meth:`SlotCache.copy`."""
-        self.context.copy(source, target, count)
+        self.context.copy(source, target)  # what is behind the count goes when it is used
         super().copy(source, target, count)
 
     def reset(self) -> None:

@@ -50,7 +50,9 @@ class LlamaModel(Module):
         super().__init__()
         self.eval()
         path = file_in(role, place.directory, file)
-        check_gguf(role, path)
+        # The library opens the other parts of a split file by their names.
+        for part in {path, *place.directory.glob(f"*-of-{file.rpartition('-of-')[2]}")}:
+            check_gguf(role, file_in(role, place.directory, part.name))
         self.library = lib = library()
         params = lib.model_default_params()
         params.check_tensors = True
@@ -278,11 +280,10 @@ class LlamaContext:
         if held != length:
             raise RuntimeError(f"sequence {sequence} of {held} tokens can't have {length} of them")
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Let a sequence hold the first tokens of another, and no more."""
+    def copy(self, source: int, target: int) -> None:
+        """Let a sequence hold the tokens of another, and no more."""
         self._library.memory_seq_cp(self._memory, source, target, -1, -1)
         self._lengths[target] = self._lengths[source]
-        self.cut(target, length)
 
     def clear(self) -> None:
         """Empty all sequences, whatever they hold."""

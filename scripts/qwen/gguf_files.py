@@ -45,34 +45,32 @@ def make(out: Path) -> Path:
 
 
 def write_like(like: Path, checkpoint: Path, path: Path) -> None:
-    """Write a Qwen2 checkpoint as GGUF, with the metadata and the kinds of weights of another file.
+    """Write a Qwen2 checkpoint as GGUF: metadata of another file, matrices in Q8_0.
 
-    Matrices of kinds that the gguf package does not quantise to become Q8_0.
+    Those of the anti are mostly Q5_0. The tuned expert's, rounded to that, changed the likeliest
+    token at 6 to 8% of positions.
     """
     import gguf
     from safetensors import safe_open
 
     reader: Any = gguf.GGUFReader(like)
-    fields = reader.fields
+    fields, q8 = reader.fields, gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(path, fields["general.architecture"].contents())
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     for name, field in fields.items():
         if not name.startswith(("GGUF.", "general.architecture", "general.file_type")):
-            kinds = field.types
-            inner = kinds[1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kinds[0], inner)
-    kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
-    layers = fields["qwen2.block_count"].contents()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, layers)
+            kind, *inner = field.types
+            writer.add_key_value(name, field.contents(), kind, inner[0] if inner else None)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, fields["qwen2.block_count"].contents())
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118
             stem, _, suffix = name.rpartition(".")
-            own = f"{names.get_name(stem)}.{suffix}"
-            weight, kind = file.get_tensor(name).float().numpy(), kinds[own]
-            try:
-                writer.add_tensor(own, gguf.quants.quantize(weight, kind), raw_dtype=kind)
-            except NotImplementedError:
-                kind = gguf.GGMLQuantizationType.Q8_0
-                writer.add_tensor(own, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+            weight = file.get_tensor(name).float().numpy()
+            matrix = weight.ndim == 2
+            values = gguf.quants.quantize(weight, q8) if matrix else weight
+            writer.add_tensor(
+                f"{names.get_name(stem)}.{suffix}", values, raw_dtype=q8 if matrix else None
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -16,7 +16,10 @@ from proxytune_kernels import Decoder, SamplingParams
 from proxytune_kernels.trio import libllama
 from tests.capi.conftest import CPP, ROOT, SANITIZE, run
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(SANITIZE, reason="libllama is not built with the sanitizers"),
+]
 
 
 def headers() -> list[str]:
@@ -37,8 +40,6 @@ def flags(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def program(gguf_trio: Any, library: Path) -> Path:
-    if SANITIZE:
-        pytest.skip("libllama is not built with the sanitizers")
     made = library.parent / "llama_cpp"
     source, linked = ROOT / "docs" / "llama_cpp.cpp", flags(libllama.find_library())
     own = [str(library), f"-Wl,-rpath,{library.parent}"]

@@ -173,17 +173,26 @@ def test_what_does_not_go_with_it_is_refused(trio, options, message):
         Decoder(trio, **{"max_batch_size": 2, "max_seq_len": 32, **options})
 
 
-def test_a_fault_leaves_a_decoder_as_new(trio, decoder, monkeypatch):
+def test_a_fault_leaves_a_decoder_as_new(trio, monkeypatch):
+    decoder = Decoder(trio, 3, 64, check=False)
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
     [before] = decoder.generate("abc", params)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(RuntimeError, match="llama_decode failed with"),
+    library = trio.base.library
+    copy = library.memory_seq_cp
+
+    def interrupted(*arguments: Any) -> None:
+        copy(*arguments)
+        raise KeyboardInterrupt
+
+    for name, faulty, error in (
+        ("memory_seq_cp", interrupted, KeyboardInterrupt),
+        ("decode", lambda context, batch: -3, RuntimeError),
     ):
-        patch.setattr(trio.anti.library, "decode", lambda context, batch: -3)
-        decoder.generate(PROMPTS, params)
-    [after] = decoder.generate("abc", params)
-    assert after.token_ids == before.token_ids
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(library, name, faulty)
+            decoder.generate("what is more", SamplingParams(max_tokens=5, n=3))
+        for after in decoder.generate(["abc"] * 3, params):
+            assert after.token_ids == before.token_ids
 
 
 def test_what_needs_modules_refuses_it(trio):

@@ -77,7 +77,7 @@ def test_a_context_holds_sequences_of_their_own(gguf_trio, model):
     check(context.run(rows, every=False), [*first, 17], third, [*second, 18])
     # Rolled back, and behind it other tokens.
     check(context.run([(0, 4, [99])], every=False), [*first[:4], 99])
-    context.copy(2, 1, 2)
+    context.copy(2, 1)
     check(context.run([(1, 2, [50]), (2, 4, [51])], every=False), [*second[:2], 50],
           [*second, 18, 51])  # fmt: skip
     every = context.run([(0, 0, first)], every=True)
@@ -174,6 +174,10 @@ def test_hostile_files_are_refused(gguf_trio, tmp_path):
         (tmp_path / name).write_bytes(held)
         with pytest.raises(LoadError, match=f"base must .*{message}"):
             LlamaModel("base", Place("x", tmp_path), name)
+    (tmp_path / "part-00001-of-00002.gguf").write_bytes(whole)
+    (tmp_path / "part-00002-of-00002.gguf").symlink_to(gguf_trio.files["base"])
+    with pytest.raises(LoadError, match="got a link out of it, 'part-00002-of-00002.gguf'"):
+        LlamaModel("base", Place("x", tmp_path), "part-00001-of-00002.gguf")
     with pytest.raises(LoadError, match="must name files by their plain names"):
         LlamaModel("base", Place("x", tmp_path), "../base.gguf")
 
