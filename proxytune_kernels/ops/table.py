@@ -330,5 +330,6 @@ torch.library.register_fake(
     lambda rows, weight, scales: rows.new_empty(rows.shape[0], weight.shape[0]),
     lib=LIBRARY,
 )
-"""bf16 rows [T, K] by AMX, K a multiple of 64: [T, N]. Weights int8 [N, K], scales bf16 [N]; or int4,
-N a multiple of 64, as torch packs it: uint8 [N, K / 2], scales and zeros bf16 [K / 32, N, 2]."""
+"""bf16 rows [T, K] by AMX, K a multiple of 64: [T, N]. Weights int8 [N, K], scales bf16 [N]; or
+int4, N a multiple of 64, as torch packs it: uint8 [N, K / 2], scales and zeros bf16
+[K / 32, N, 2]."""

@@ -86,7 +86,7 @@ class PackedLinear(Linear):
     def _packed(self, rows: Tensor) -> Tensor:
         weight, scales = self._parameters["weight"], self._parameters["scales"]
         if self.has_tiles and rows.dtype == torch.bfloat16:
-            return torch.ops.proxytune.tiled_linear(rows, weight, scales)  # type: ignore[no-any-return]
+            return torch.ops.proxytune.tiled_linear(rows, weight, scales)
         return self._by_torch(rows, weight, scales)
 
     @staticmethod
