@@ -2,7 +2,7 @@
 # A change of setup.py, build_cuda.py, pyproject.toml, constraints.txt or csrc/ is built again.
 
 PYTHON ?= python3
-EXTRAS ?= analysis,eval,grammar,hf,lora,plots,quant,serve,test,triton
+EXTRAS ?= analysis,eval,grammar,hf,llama,lora,plots,quant,serve,test,triton,tune
 TESTS ?= tests --ignore=tests/ptx
 
 VENV := .venv
@@ -82,9 +82,9 @@ vllm: .venv-vllm/stamp ## Run the tests of the vLLM plugin on vLLM's CPU build (
 	touch $@
 
 .PHONY: page
-page: install ## Test the server's page in headless Chromium (Debian: chromium, nodejs, npm)
-	@$(call logged,Installing axe and playwright-core,page,cd tests/server/page && npm install --no-package-lock --no-audit --no-fund)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/server/test_page.py
+page: install ## Test the server's page and that of an analysis in headless Chromium (Debian: chromium, nodejs, npm)
+	@$(call logged,Installing axe and playwright-core,page,cd tests/page && npm install --no-package-lock --no-audit --no-fund)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/server/test_page.py tests/analysis/test_page.py
 
 .PHONY: asan
 asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer and UBSan (build/asan)

@@ -9,6 +9,7 @@ in. Only the binding includes torch's stable headers, and the host's compiler co
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+ROOT = Path(__file__).parent
 SOURCE = "csrc/cuda/launch.cu"
 # No contraction, on the host or on the device: a fused multiply-add is written as one, so that all
 # instruction sets agree.
@@ -65,9 +67,30 @@ class Nvcc:
         host = shlex.split(os.environ.get("CXX", ""))[:1]
         beside = [f"-ccbin={compiler}" for compiler in host]
         command = [self.path, *FLAGS, *beside, *generate, *flags, SOURCE, "-o", str(target)]
-        root = Path(__file__).parent
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         return done.stdout + done.stderr
+
+    def kernels(self, generate: Sequence[str]) -> Path:
+        """The kernels as an object file in build/cuda, compiled where it would be another one.
+
+        So the extension, benchmarks/static and the tests share what takes longest to compile.
+
+        Raises:
+            subprocess.CalledProcessError: as ``compile``.
+        """
+        sources = [ROOT / SOURCE, Path(__file__), *sorted((ROOT / "csrc").rglob("*.h"))]
+        of = [_said(self.path, "--version"), os.environ.get("CXX"), *generate]
+        whole = hashlib.sha256(repr(of).encode() + b"".join(s.read_bytes() for s in sources))
+        target = ROOT / "build" / "cuda" / f"{whole.hexdigest()[:16]}.o"
+        if not target.exists():
+            unfinished = target.with_suffix(f".{os.getpid()}.o")
+            # Devices side by side, in as many threads as there are cores.
+            print(self.compile(unfinished, generate, "-c", "--threads=0"), end="")
+            unfinished.replace(target)
+            for old in target.parent.glob(f"{'?' * 16}.o"):
+                if old != target:
+                    old.unlink()
+        return target
 
 
 def toolchain() -> tuple[Nvcc, list[str]]:
@@ -170,12 +193,17 @@ def generate(nvcc: Nvcc) -> list[str]:
             print(f"CUDA C++ kernels: not compiled for {text}: {why}", file=sys.stderr)
             continue
         name = f"{number}{entry['feature']}"
-        options.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+        options.append(device(name))
         if entry["ptx"]:
             options.append(f"-gencode=arch=compute_{name},code=compute_{name}")
     if not options:
         raise Unavailable(f"TORCH_CUDA_ARCH_LIST={listed} names no device from 9.0")
     return options
+
+
+def device(name: str) -> str:
+    """nvcc's option for the devices of a compute capability, as ``90``."""
+    return f"-gencode=arch=compute_{name},code=sm_{name}"
 
 
 def _said(*command: str) -> str:

@@ -137,22 +137,14 @@ def extensions() -> dict[str, object]:
 
         def build_extension(self, ext: Extension) -> None:
             if ext.sources == CUDA_SOURCES:
-                ext.extra_objects = [self._kernels(ext.depends)]
-            super().build_extension(ext)
-
-        def _kernels(self, depends: list[str]) -> str:
-            target = Path(self.build_temp, build_cuda.SOURCE).with_suffix(".o")
-            newest = max(os.path.getmtime(path) for path in depends)
-            if self.force or not target.exists() or target.stat().st_mtime < newest:
                 try:
-                    # Devices side by side, in as many threads as there are cores.
-                    print(nvcc.compile(target, devices, "-c", "--threads=0"), end="")
+                    ext.extra_objects = [str(nvcc.kernels(devices))]
                 except subprocess.CalledProcessError as error:
                     sys.exit(
                         f"{' '.join(error.cmd)}\n{error.stdout}{error.stderr}\n"
                         "nvcc failed; PROXYTUNE_SKIP_CUDA_BUILD=1 builds without its kernels"
                     )
-            return str(target)
+            super().build_extension(ext)
 
     return {
         "ext_modules": modules,

@@ -24,6 +24,9 @@ from benchmarks.harness.measure import ratios, summary, time_in_turns, timed
 from benchmarks.harness.memory import in_fresh_process, peak_memory
 from benchmarks.harness.random_models import ModelShape, random_model
 from proxytune_kernels import Trio, quantize
+from proxytune_kernels.trio import model_info
+from proxytune_kernels.trio.files import Place
+from proxytune_kernels.trio.llama_cpp import RUNTIME, LlamaContext, LlamaModel
 
 WIDE = "wide"
 """A trio of random weights with the vocabulary and hidden size of SmolLM-135M."""
@@ -206,6 +209,7 @@ PLAIN = "plain"
 
 
 VARIANTS = (PLAIN, "int8", "int4")
+"""And, with a GGUF file of the same model, what llama.cpp makes of it."""
 Pieces = list[tuple[Tensor, int]]
 """A text in parts that stand by themselves: tokens int64 [T], and how many of them are given."""
 
@@ -247,14 +251,16 @@ def quality(token_ids: Tensor, plain: Tensor, logprobs: Tensor) -> dict[str, flo
 
 
 @torch.inference_mode()
-def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> list[Record]:
+def measure_quantized(
+    directory: str, dtype: str, tokens: int, repeats: int, gguf: Path | None = None
+) -> list[Record]:
     """Open a model once per variant; one record each, the plain model's first.
 
     ``perplexity`` is how much of the plain model's the variant's is.
     """
     from transformers import AutoModelForCausalLM
 
-    from proxytune_kernels.trio.quantization import QuantizationError, weight_bytes
+    from proxytune_kernels.trio.quantization import QuantizationError
 
     texts = read_texts(directory, tokens)
     ids = {n: torch.cat([t[given:] for t, given in pieces]) for n, pieces in texts.items()}
@@ -266,10 +272,14 @@ def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> 
     models: dict[str, Any] = {}
     records: list[Record] = []
     plain: dict[str, Tensor] = {}
-    for variant in VARIANTS:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    for variant in VARIANTS if gguf is None else (PLAIN, RUNTIME):
+        model: Any
+        if variant == RUNTIME and gguf is not None:
+            model = LlamaModel("model", Place(str(gguf), gguf.parent), gguf.name)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
         try:
-            models[variant] = model if variant == PLAIN else quantize(model, variant)
+            models[variant] = quantize(model, variant) if variant in ("int8", "int4") else model
         except QuantizationError as reason:
             report.say(f"{variant} is left out: {reason}", "yellow")
             continue
@@ -279,10 +289,13 @@ def measure_quantized(directory: str, dtype: str, tokens: int, repeats: int) -> 
                 for n, i in ids.items()]  # fmt: skip
         for row, first in zip(rows, records[0]["quality"] if records else rows, strict=True):
             row["perplexity"] = math.exp(row["nll"] - first["nll"])
-        records.append({"variant": variant, "bytes": weight_bytes(model), "quality": rows})
+        records.append({"variant": variant, "bytes": model_info(model)["bytes"], "quality": rows})
     # A token without a past: the step of a short sequence, which reads the weights once.
     one = ids[TEXTS[0]][None, :1]
-    calls = {variant: lambda m=model: m(one) for variant, model in models.items()}
+    calls: dict[str, Any] = {v: partial(model, one) for v, model in models.items()}
+    if RUNTIME in models:
+        context = LlamaContext(models[RUNTIME], 1, 1)
+        calls[RUNTIME] = partial(context.run, [(0, 0, one[0].tolist())], every=False)
     seconds = time_in_turns(calls, repeats)
     for record in records:
         own = seconds[record["variant"]]
@@ -318,6 +331,10 @@ def main(
         str | None,
         typer.Option(help="Instead, this causal LM, plain and with its weights quantised."),
     ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="With --quantized: this GGUF file of it in llama.cpp, in their place."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of each text, with --quantized.")] = 1024,
     repeats: Annotated[int, typer.Option(min=1, help="Steps, with --quantized.")] = 15,
     threads: options.Threads = None,
@@ -347,7 +364,7 @@ def main(
         )
         return report.print_records(title, CAPTION, records, COLUMNS)
     dtype = dtype or "bfloat16"
-    records = measure_quantized(quantized, dtype, tokens, repeats)
+    records = measure_quantized(quantized, dtype, tokens, repeats, gguf)
     report.write_results(output, "quantization", {"model": quantized, "dtype": dtype}, records)
     rows = [{**record, **row} for record in records for row in record["quality"]]
     title = f"Quantised weights of {quantized}"

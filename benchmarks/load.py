@@ -1,8 +1,8 @@
 """The server under load: clients in a process of their own, against the decoder alone.
 
 ``python -m benchmarks.load`` starts ``proxytune serve --trio shipped`` on a free port of the
-loopback, sends it 1,000 streaming requests from 32 clients, and decodes the same prompts without a
-server.
+loopback, sends it 1,000 streaming requests from 32 clients, and decodes prompts of the same kind
+without a server: in turns, since a machine is not as fast at all times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import IO, Annotated, Any
@@ -44,6 +44,19 @@ class Seen:
     memory: list[int] = field(default_factory=list)
     """Bytes of the server's process, as the requests went on."""
 
+    def add(self, other: Seen) -> None:
+        """What came later."""
+        assert not self.answers.keys() & other.answers.keys(), "answered twice"
+        self.seconds += other.seconds
+        self.tokens += other.tokens
+        for name in ("first", "between", "memory"):
+            getattr(self, name).extend(getattr(other, name))
+        self.answers |= other.answers
+        self.statuses = {
+            status: self.statuses.get(status, 0) + other.statuses.get(status, 0)
+            for status in self.statuses.keys() | other.statuses.keys()
+        }
+
     def lines(self) -> Iterator[str]:
         """The figures, for people."""
         count = len(self.answers)
@@ -67,21 +80,20 @@ def prompt_of(number: int) -> str:
     return _PROMPT.format(number % 90 + 2, number % 7 + 2)
 
 
-async def load(port: int, clients: int, requests: int, max_tokens: int) -> Seen:
+async def load(port: int, clients: int, requests: range, max_tokens: int) -> Seen:
     """Send requests, each client one after the other; 429 is tried again when it says."""
     seen = Seen()
-    left = iter(range(requests))
+    left = iter(requests)
     started = time.perf_counter()
 
     async def client() -> None:
         for number in left:
             while (wait := await _request(port, number, max_tokens, seen)) is not None:
                 await asyncio.sleep(wait)
-            if number % max(requests // 5, 1) == 0:
-                seen.memory += await asyncio.to_thread(_memory, port)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     seen.seconds = time.perf_counter() - started
+    seen.memory += _memory(port)
     return seen
 
 
@@ -185,38 +197,49 @@ def _wait(port: int) -> None:
             time.sleep(0.05)
 
 
-def _alone(requests: int, max_tokens: int) -> float:
-    """Tokens a second of the decoder, 16 rows, in this process."""
-    from proxytune_kernels import Decoder, SamplingParams, load_trio
+def _open_alone() -> Any:
+    """A decoder of 16 rows in this process, warm."""
+    from proxytune_kernels import Decoder, load_trio
 
     decoder = Decoder(load_trio("shipped"))
-    params = [
-        SamplingParams(max_tokens=max_tokens, seed=i, ignore_eos=True) for i in range(requests)
-    ]
-    decoder.generate([prompt_of(0)] * 16, params[:16])
+    _alone(decoder, range(16), 32)
+    return decoder
+
+
+def _alone(decoder: Any, requests: range, max_tokens: int) -> float:
+    """Tokens a second of the decoder alone."""
+    from proxytune_kernels import SamplingParams
+
+    params = [SamplingParams(max_tokens=max_tokens, seed=i, ignore_eos=True) for i in requests]
     started = time.perf_counter()
-    decoder.generate([prompt_of(i) for i in range(requests)], params)
-    return requests * max_tokens / (time.perf_counter() - started)
+    decoder.generate([prompt_of(i) for i in requests], params)
+    return len(requests) * max_tokens / (time.perf_counter() - started)
 
 
 def main(
     clients: Annotated[int, typer.Option(min=1, max=256)] = 32,
     requests: Annotated[int, typer.Option(min=2, max=100_000)] = 1000,
     max_tokens: Annotated[int, typer.Option(min=2, max=512)] = 64,
+    turns: Annotated[int, typer.Option(min=1, help="In which the requests are sent.")] = 5,
     port: Annotated[int, typer.Option(help="Of a server that runs; 0 starts one.")] = 0,
 ) -> None:
     """Load a server with streaming requests, and compare with the decoder alone."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if port:
-        seen: Any = asyncio.run(load(port, clients, requests, max_tokens))
-    else:
-        with serving("--trio", "shipped") as free:
-            seen = asyncio.run(load(free, clients, requests, max_tokens))
+    decoder = _open_alone()
+    seen, alone, shares = Seen(), [], []
+    with serving("--trio", "shipped") if not port else nullcontext(port) as number:
+        asyncio.run(load(number, clients, range(2 * clients), 8))  # warm
+        for turn in range(turns):
+            part = range(requests * turn // turns, requests * (turn + 1) // turns)
+            own = asyncio.run(load(number, clients, part, max_tokens))
+            alone.append(_alone(decoder, part, max_tokens))
+            shares.append(own.tokens / own.seconds / alone[-1])
+            seen.add(own)
     for line in seen.lines():
         print(line)
-    alone = _alone(min(requests, 256), max_tokens)
-    share = seen.tokens / seen.seconds / alone
-    print(f"the decoder alone: {alone:.0f} tokens/s; the server {share:.2f} of that")
+    print(f"the decoder alone: {median(alone):.0f} tokens/s")
+    each = ", ".join(f"{share:.2f}" for share in shares)
+    print(f"the server's share of that: {median(shares):.2f} (of {each})")
 
 
 if __name__ == "__main__":

@@ -46,10 +46,11 @@ DECODERS: dict[str, dict[str, Any]] = {
     "base-only-int4": {"roles": ("base",), "quantize": "int4"},
     "ours-packed": _PACKED,
     "ours-packed-speculative": _PACKED | _SPECULATION,
+    "ours-llama.cpp": {"runtime": llama.NAME},
     "ours-int8-speculative": {"quantize": "int8"} | _SPECULATION,
     "ours-int4-speculative": {"quantize": "int4"} | _SPECULATION,
 }
-"""Options of our decoder, by the name of the provider; ``quantize`` is load_trio's."""
+"""Options of our decoder, or of load_trio, by the name of the provider."""
 PROVIDERS = ("naive", llama.NAME, *DECODERS)
 """In the order of tables and plots."""
 DEFAULT_PROVIDERS = "naive,base-only,ours,ours-shared-pair,ours-speculative"
@@ -120,6 +121,8 @@ def make_provider(
         return llama.LlamaProvider(forms.trio, forms.directory, sampling, rows, length)
     own = {"max_batch_size": rows, "max_seq_len": length, **DECODERS[name]}
     trio = forms.unmerged if own.get("pair") == "shared" else forms.trio
+    if own.pop("runtime", None):
+        trio = forms.gguf
     if "quantize" in own:
         trio = forms.quantized(own.pop("quantize"))
     return decoding.DecoderProvider(name, trio, sampling, **own)
@@ -374,7 +377,8 @@ def run(settings: Settings, output: Path, draw: bool) -> None:
     trio, name = forms.trio, options.trio_label(settings.trio)
     works = make_work(trio, settings)
     providers = make_providers(forms, settings, works)
-    ties = agreement.check_greedy([p for p in providers if p.name != llama.NAME])
+    # llama.cpp rounds in ways of its own.
+    ties = agreement.check_greedy([p for p in providers if llama.NAME not in p.name])
     for provider in providers:
         # What it saw of another text, in the check, would last far into a short timed run.
         if isinstance(provider, decoding.DecoderProvider) and provider.decoder.speculation:

@@ -116,6 +116,9 @@ class SamplingParams:
     Args:
         alpha: strength of the steering, finite; 1 is the paper's method, 0 the base alone. Or one
             for each output token, of which the last is that of all that follow.
+        alpha_schedule: ``"constant"``, or a decoder's rule: ``"decay:R"`` multiplies alpha by R^i
+            at output position i, R in [0, 1]; ``"entropy:H"`` leaves the base alone where the
+            entropy of its softmax is at most H nats, finite and at least 0.
         temperature: 0 for greedy, or positive and finite.
         top_k: keep this many tokens; 0 or -1 turns it off.
         top_p: keep the shortest prefix whose mass reaches this share, in (0, 1]; 1 turns it off.
@@ -160,6 +163,7 @@ class SamplingParams:
     """
 
     alpha: float | Sequence[float] = 1.0
+    alpha_schedule: str = "constant"
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -218,6 +222,7 @@ class SamplingParams:
             if not self.alpha:
                 raise ValueError("alpha must be a finite number or a sequence of them, got ()")
             object.__setattr__(self, "alpha", tuple(check_alpha(a) for a in self.alpha))
+        self._check_schedule()
         for name, row_field in ROW_FIELDS.items():
             value = self.alphas[0] if name == "alpha" else getattr(self, name, None)
             if value is not None or name not in ("seed", "position"):
@@ -251,6 +256,15 @@ class SamplingParams:
         if self.grammar is not None and not hasattr(self.grammar, "kind"):
             raise ValueError(f"grammar must be a Grammar or None, got {self.grammar!r}")
 
+    def _check_schedule(self) -> None:
+        found = re.fullmatch(r"(decay|entropy):(\d*\.?\d+(?:e-?\d+)?)", str(self.alpha_schedule))
+        most = 1.0 if found and found[1] == "decay" else _FP32_MAX
+        if self.alpha_schedule != "constant" and not (found and float(found[2]) <= most):
+            raise ValueError(
+                "alpha_schedule must be constant, decay:R with R in [0, 1], or entropy:H with a "
+                f"finite H of at least 0, got {self.alpha_schedule!r}"
+            )
+
     def _check_edits(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(
@@ -278,8 +292,17 @@ class SamplingParams:
 
     @property
     def alphas(self) -> tuple[float, ...]:
-        """alpha of each output token up to the last one that is its own."""
+        """alpha of each output token up to the last one that is its own; its rule is not in it."""
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+    @property
+    def schedule(self) -> tuple[float, float]:
+        """R of a decay, else 1; and nats of entropy up to which the base is left alone, else -1."""
+        rule, _, number = self.alpha_schedule.partition(":")
+        return (
+            float(number) if rule == "decay" else 1.0,
+            float(number) if rule == "entropy" else -1.0,
+        )
 
     @property
     def penalties(self) -> tuple[float, float, float]:
@@ -473,7 +496,9 @@ class RowParams(NamedTuple):
                 numbers: list[float] = list(positions)
             elif name == "alpha":
                 pairs = zip(params, positions, strict=True)
-                numbers = [p.alphas[min(i, len(p.alphas) - 1)] for p, i in pairs]
+                numbers = [
+                    p.alphas[min(i, len(p.alphas) - 1)] * p.schedule[0] ** i for p, i in pairs
+                ]
             else:
                 numbers = [row_field.number(getattr(p, name)) for p in params]
             columns.append(torch.tensor(numbers, dtype=row_field.dtype, device=device))

@@ -38,6 +38,9 @@ class TopLogprobs(NamedTuple):
     """fp32 [B, n]: their raw logprobs; NaN where the token is -1."""
 
 
+ATTRIBUTION_COLUMNS = 7
+
+
 class Attribution(NamedTuple):
     """What steering did to each row, of one token there: the one drawn, or one that was given.
 
@@ -45,20 +48,43 @@ class Attribution(NamedTuple):
     those of the pair also where alpha is 0 or there is no pair.
     """
 
-    base: Tensor
-    """fp32 [B]: the token's probability under the base."""
-    expert: Tensor
-    """fp32 [B]: under the expert."""
-    anti: Tensor
-    """fp32 [B]: under the anti-expert."""
-    proxy: Tensor
-    """fp32 [B]: under the combined logits x, bias and mask applied."""
-    base_rank: Tensor
-    """int32 [B]: its place in the base's order, 1 the likeliest; 0 where there is no token."""
-    changed: Tensor
-    """bool [B]: whether the likeliest token of x is another than the base's."""
-    kl: Tensor
-    """fp32 [B]: the Kullback-Leibler divergence of x from the base, in nats."""
+    columns: Tensor
+    """fp32 [B, 7]: what follows, in this order."""
+
+    @property
+    def base(self) -> Tensor:
+        """fp32 [B]: the token's probability under the base."""
+        return self.columns[:, 0]
+
+    @property
+    def expert(self) -> Tensor:
+        """fp32 [B]: under the expert."""
+        return self.columns[:, 1]
+
+    @property
+    def anti(self) -> Tensor:
+        """fp32 [B]: under the anti-expert."""
+        return self.columns[:, 2]
+
+    @property
+    def proxy(self) -> Tensor:
+        """fp32 [B]: under the combined logits x, bias and mask applied."""
+        return self.columns[:, 3]
+
+    @property
+    def base_rank(self) -> Tensor:
+        """int32 [B]: its place in the base's order, 1 the likeliest; 0 where there is no token."""
+        return self.columns[:, 4].int()
+
+    @property
+    def changed(self) -> Tensor:
+        """bool [B]: whether the likeliest token of x is another than the base's."""
+        return self.columns[:, 5].bool()
+
+    @property
+    def kl(self) -> Tensor:
+        """fp32 [B]: the Kullback-Leibler divergence of x from the base, in nats."""
+        return self.columns[:, 6]
 
 
 class SampleOutput(NamedTuple):
@@ -77,7 +103,7 @@ class SampleOutput(NamedTuple):
     top: TopLogprobs | None = None
     """The likeliest tokens, where they were asked for."""
     attribution: Annotated[Attribution | None, torch.float32, "B", "a"] = None
-    """What steering did, where it was asked for; of the operator one fp32 matrix."""
+    """What steering did, where it was asked for."""
 
 
 class VerifyOutput(NamedTuple):
@@ -405,15 +431,16 @@ def attribute(
     p, q = proxy.raw_logprobs(), own.raw_logprobs()
     kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1).clamp(min=0)
     rank = 1 + (own.order == token_ids[:, None]).long().argmax(-1)
-    return Attribution(
+    columns = (
         probability(base, token_ids),
         probability(expert, unsteered),
         probability(anti, unsteered),
         _at(p.exp(), token_ids),
-        torch.where(lost, 0, rank).int(),
+        torch.where(lost, 0, rank),
         (proxy.order[:, 0] != own.order[:, 0]) & ~lost,
-        kl.masked_fill(lost, torch.nan).float(),
+        kl.masked_fill(lost, torch.nan),
     )
+    return Attribution(torch.stack([column.float() for column in columns], 1))
 
 
 def score(x: Tensor, token_ids: Tensor) -> Tensor:

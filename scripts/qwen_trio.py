@@ -1,6 +1,7 @@
 """Make a trio of real models: base = Qwen2.5-Coder 1.5B, anti = 0.5B, expert = 0.5B tuned here.
 
     python scripts/qwen_trio.py                  # makes trios/qwen; what is there is not made again
+    python scripts/qwen_trio.py gguf             # writes trios/qwen/gguf, which llama.cpp runs
     python scripts/qwen_trio.py evaluate         # measures base, expert and proxy on new problems
 
 docs/real_models.md says where the weights come from, what it costs, and what was measured.
@@ -85,6 +86,17 @@ def make(
     _make_expert(out, steps, rate, merge)
     if clean:
         shutil.rmtree(out / ".cache", ignore_errors=True)
+
+
+@app.command()
+def gguf(
+    trio: Annotated[Path, typer.Argument(help="Directory of the trio.")] = DEFAULT_OUT,
+) -> None:
+    """Write TRIO/gguf, the trio as GGUF files: docs/llama_cpp.md. Takes 0.7 GB."""
+    download.require_modules("gguf")
+    from scripts.qwen import gguf_files
+
+    _say(f"wrote {gguf_files.make(trio)}")
 
 
 @app.command()

@@ -6,12 +6,17 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from proxytune_kernels.trio import libllama, load_trio
+from proxytune_kernels.trio.files import LoadError
+from proxytune_kernels.trio.roles import ROLES
 
 # Nothing is fetched from a hub: what a test needs it has or makes.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,3 +53,30 @@ def trio(tmp_path: Path) -> Path:
 @pytest.fixture
 def plain_greedy() -> Callable[[Any, str, int], list[int]]:
     return proxy_greedy
+
+
+@dataclass(frozen=True)
+class GgufTrio:
+    """Role -> a tiny GGUF file, and the model in fp32 of what its Q8_0 weights stand for."""
+
+    files: dict[str, Path]
+    models: dict[str, Any]
+
+    def load(self, **options: Any) -> Any:
+        named: dict[str, Any] = {**self.files, **options}
+        return load_trio(runtime="llama.cpp", **named)
+
+
+@pytest.fixture(scope="session")
+def gguf_trio(tmp_path_factory: pytest.TempPathFactory) -> GgufTrio:
+    try:
+        libllama.library()
+    except LoadError as error:
+        pytest.skip(f"no libllama: {error}")
+    from tests.trio.checkpoints import make_tokenizer, tiny_qwen2, write_gguf
+
+    root = tmp_path_factory.mktemp("gguf")
+    models = {role: tiny_qwen2(seed, 2 - seed % 2) for seed, role in enumerate(ROLES)}
+    for role, model in models.items():
+        write_gguf(root / f"{role}.gguf", model, make_tokenizer())
+    return GgufTrio({role: root / f"{role}.gguf" for role in models}, models)

@@ -246,6 +246,7 @@ def test_info_says_how_models_are_held():
             {"device": "cpu", "device_map": {"base": "auto"}},
         ),
         (["--keep-adapter"], {"merge_adapter": False}),
+        (["--runtime", "base=llama.cpp"], {"runtime": {"base": "llama.cpp"}}),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "info"])
@@ -258,7 +259,7 @@ def test_options_reach_load_trio(monkeypatch, command, arguments, named):
 
     monkeypatch.setattr("proxytune_kernels.cli.options.load_trio", load_trio)
     invoke(command, "--trio", "shipped", *arguments, *(["x"] if command == "generate" else []))
-    unset = dict.fromkeys(("device", "device_map", "quantize", "merge_adapter"))
+    unset = dict.fromkeys(("device", "device_map", "quantize", "merge_adapter", "runtime"))
     assert {name: seen[0][name] for name in unset} == {**unset, **named}
 
 

@@ -38,6 +38,7 @@ HEAVY_AT_TOP = {
     "kernels": {"triton"},
     "integrations": HEAVY,
     "server": HEAVY,
+    "tuning": {"transformers"},
 }
 
 MODULES = sorted(ROOT.rglob("*.py"))

@@ -23,7 +23,9 @@ from proxytune_kernels.params import (
 )
 
 GOOD = {
-    "alpha": (0, -2.5, 1e30, (1.0, 0.0)), "temperature": (0, 1e-30, 5), "top_k": (-1, 0, 1, 10**9),
+    "alpha": (0, -2.5, 1e30, (1.0, 0.0)),
+    "alpha_schedule": ("constant", "decay:0", "decay:1", "entropy:2.5", "entropy:1e-3"),
+    "temperature": (0, 1e-30, 5), "top_k": (-1, 0, 1, 10**9),
     "top_p": (1e-9, 1, 1.0), "min_p": (0, 0.3, 1), "filter_order": FILTER_ORDERS,
     "seed": (None, 0, -(2**63), 2**64 - 1), "max_tokens": (1, 10**6), "min_tokens": (0, 16),
     "stop": ("a", ("a", "b"), ["x"], ()), "stop_token_ids": ((), (0, 5), [7]),
@@ -39,6 +41,7 @@ GOOD = {
 }  # fmt: skip
 BAD = {
     "alpha": (math.nan, math.inf, "1", None, True, ()),
+    "alpha_schedule": ("decay", "decay:1.5", "entropy:-1", "entropy:nan", "entropy:1e99", 1, None),
     "temperature": (-1e-9, math.nan, math.inf, "hot", True),
     "top_k": (-2, 1.0, "5", True, None),
     "top_p": (0, -0.1, 1.0001, math.nan, None),

@@ -25,11 +25,12 @@ from peft import PeftModel
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
+from proxytune_kernels import load_trio
 from scripts import qwen_trio
 from scripts.evaluation import stated_answer
-from scripts.qwen import download, lora, problems
+from scripts.qwen import download, gguf_files, lora, problems
 from scripts.qwen.download import TrioError
-from tests.trio.checkpoints import tiny_qwen2
+from tests.trio.checkpoints import make_tokenizer, tiny_qwen2, write_gguf
 
 PARTS = 11  # two digits: in order of names, part 10 would come before part 2
 PAYLOADS = [bytes([part]) * (3 + part) for part in range(1, PARTS + 1)]
@@ -312,3 +313,44 @@ def test_other_settings_than_the_adapters_are_refused(tmp_path):
     lora.check_settings(tmp_path, lora.Settings(steps=12))
     with pytest.raises(TrioError, match=r"steps=12, wanted 24"):
         lora.check_settings(tmp_path, lora.Settings())
+
+
+def test_the_trio_as_gguf_files(tmp_path):
+    with pytest.raises(TrioError, match="there is no .*1.5b.*without --clean"):
+        gguf_files.make(tmp_path)
+    (tmp_path / ".cache").mkdir()
+    base, expert, anti = (tiny_qwen2(seed) for seed in range(3))
+    tokenizer = make_tokenizer()
+    for model, name in ((base, gguf_files.FILES["base"]), (anti, gguf_files.FILES["anti"])):
+        write_gguf(tmp_path / ".cache" / name, model, tokenizer)
+    # Rounded to Q8_0 once, a model stays what it is.
+    write_gguf(tmp_path / "scratch.gguf", expert, tokenizer)
+    with pytest.raises(TrioError, match="there is no merged expert in .*--merge"):
+        gguf_files.make(tmp_path)
+    expert.save_pretrained(tmp_path / "expert")
+    tokenizer.save_pretrained(tmp_path / "base")
+    made = gguf_files.make(tmp_path)
+    assert json.loads((made / "trio.json").read_text())["runtime"] == "llama.cpp"
+    trio = load_trio(made, runtime="transformers")
+    for role, model in (("base", base), ("expert", expert), ("anti", anti)):
+        for name, weight in model.state_dict().items():
+            assert torch.equal(trio.models[role].state_dict()[name], weight), f"{role} {name}"
+
+
+def test_kinds_that_gguf_does_not_write_become_q8_0(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = tiny_qwen2()
+    write_gguf(tmp_path / "like.gguf", model, make_tokenizer())
+    model.save_pretrained(tmp_path / "plain")
+    quantize = gguf.quants.quantize
+
+    def refuses(values: Any, kind: Any) -> Any:
+        if kind == gguf.GGMLQuantizationType.F32:
+            raise NotImplementedError
+        return quantize(values, kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.quants, "quantize", refuses)
+        gguf_files.write_like(tmp_path / "like.gguf", tmp_path / "plain", tmp_path / "made.gguf")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "made.gguf").tensors}
+    assert kinds["blk.0.attn_norm.weight"] == "Q8_0"

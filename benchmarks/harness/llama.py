@@ -1,9 +1,10 @@
-"""llama.cpp beside ours: the base alone, from a GGUF file, through the wheel ``xllamacpp``."""
+"""llama.cpp beside ours: the base alone, from a GGUF file, through the server in its wheel."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from benchmarks.harness.decoding import GREEDY, Generation, Prompts, Sampling
 from benchmarks.harness.trios import TrioMissing
 from proxytune_kernels import Trio
+from proxytune_kernels.trio import libllama
+from proxytune_kernels.trio.llama_cpp import RUNTIME
 from scripts.qwen.download import LARGE
 
-NAME, FILE = "llama.cpp", LARGE.name
+NAME, FILE = RUNTIME, LARGE.name
 
 
 class LlamaProvider:
@@ -39,9 +42,9 @@ class LlamaProvider:
         if not path.is_file():
             raise TrioMissing(f"there is no {path} (python scripts/qwen_trio.py leaves it there)")
         try:
-            import xllamacpp
+            xllamacpp: Any = import_module(libllama.WHEEL)
         except ImportError:
-            raise TrioMissing("it is not installed (pip install xllamacpp)") from None
+            raise TrioMissing(f"it is not installed (pip install '{libllama.EXTRA}')") from None
         given = xllamacpp.CommonParams()
         given.model.path = str(path)
         given.n_parallel, given.n_ctx = rows, rows * (length + 8)

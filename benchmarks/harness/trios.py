@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.harness.report import REPOSITORY
 from proxytune_kernels import Trio, load_trio
 from proxytune_kernels.trio.adapters import beside
-from scripts.qwen import problems
+from scripts.qwen import gguf_files, problems
 from scripts.trio_training import arithmetic
 
 PROMPTS = ("text", "arithmetic", "code")
@@ -101,6 +101,14 @@ class TrioForms:
         if quantization not in self._quantized:
             self._quantized[quantization] = load_trio(self.directory, quantize=quantization)
         return self._quantized[quantization]
+
+    @cached_property
+    def gguf(self) -> Trio:
+        """The GGUF files beside it, run by llama.cpp."""
+        directory = Path(self.directory) / gguf_files.DIRECTORY
+        if not (directory / "trio.json").is_file():
+            raise TrioMissing(f"there is no {directory} (python scripts/qwen_trio.py gguf)")
+        return load_trio(directory)
 
     @cached_property
     def unmerged(self) -> Trio:

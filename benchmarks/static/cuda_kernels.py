@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import build_cuda
@@ -81,9 +80,7 @@ def units(ccs: Iterable[int]) -> list[Unit]:
 
 def measure(wanted: Sequence[Unit]) -> dict[Unit, Figures]:
     """Compile and count; without the units whose rows no cluster of the device holds."""
-    ccs = sorted({unit.cc for unit in wanted})
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        compiled = dict(zip(ccs, pool.map(compile_for, ccs), strict=True))
+    compiled = compile_for(sorted({unit.cc for unit in wanted}))
     figures = {}
     for unit, (blocks, threads, shared) in zip(wanted, clusters(wanted), strict=True):
         if blocks:
@@ -92,16 +89,20 @@ def measure(wanted: Sequence[Unit]) -> dict[Unit, Figures]:
     return figures
 
 
-def compile_for(cc: int) -> dict[str, Kernel]:
-    """The kernels' code for a compute capability, by the names of :data:`KERNELS`."""
+def compile_for(ccs: Sequence[int]) -> dict[int, dict[str, Kernel]]:
+    """The kernels' code for compute capabilities, by the names of :data:`KERNELS`."""
+    try:
+        built = build_cuda.find_nvcc().kernels(list(map(build_cuda.device, map(str, ccs))))
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"nvcc: {error.stderr.strip()}") from error
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernels.cubin")
-        try:
-            build_cuda.find_nvcc().compile(cubin, [f"-arch=sm_{cc}"], "-cubin")
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"nvcc for cc {cc}: {error.stderr.strip()}") from error
-        usage = tool("cuobjdump", "-res-usage", str(cubin))
-        return read(tool("nvdisasm", "-c", str(cubin)), usage)
+        tool("cuobjdump", "-xelf", "all", str(built), folder=folder)
+        for cc in ccs:
+            [cubin] = map(str, Path(folder).glob(f"*.sm_{cc}.cubin"))
+            usage = tool("cuobjdump", "-res-usage", cubin)
+            found[cc] = read(tool("nvdisasm", "-c", cubin), usage)
+    return found
 
 
 def read(text: str, usage: str) -> dict[str, Kernel]:

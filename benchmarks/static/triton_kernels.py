@@ -83,10 +83,10 @@ def compile_kernel(launch: Callable[[], object], name: str, cc: int) -> Any:
     return compiled[0]
 
 
-def tool(name: str, *arguments: str) -> str:
-    """What a program of Triton's package prints."""
-    path = getattr(triton.knobs.nvidia, name).path
-    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+def tool(name: str, *arguments: str, folder: str | None = None) -> str:
+    """What a program of Triton's package prints, run in a folder."""
+    command = [getattr(triton.knobs.nvidia, name).path, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{name} failed with exit code {done.returncode}: {done.stderr.strip()}")
     return done.stdout

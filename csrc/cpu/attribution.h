@@ -1,58 +1,51 @@
 // What steering did to a row (docs/contracts.md, Attribution). Sums over the roles' logits are taken as they are
-// combined, and once more over the base's for a token's rank.
+// combined, the divergence goes with the raw masses, and a token's rank takes another look at the base's logits.
 #pragma once
 
 namespace ptk {
 namespace PTK_ISA {
 
-// 2^t to 2.7e-6 relative, t at most 126: 0, or nearly, at -inf.
-inline F exp2_of(F t) {
-  constexpr float kExp2[] = {1.35341678e-2f, 5.20114638e-2f, 2.41442755e-1f, 6.93003833e-1f, 1.00000262f};
+// sum + 2^t, that to 9.5e-6 relative, t at most 126; at -inf it is 0, or nearly. 2^(f/2) is a cubic, squared.
+inline F add_exp2(F t, F sum) {
+  constexpr float kExp2[] = {8.23831e-3f, 5.924067e-2f, 3.4673264e-1f, 9.9999531e-1f};
   const F f = fraction(t);
   F p = set(kExp2[0]);
-  for (int i = 1; i < 5; ++i) p = fma(p, f, set(kExp2[i]));
-  return times_exp2(p, t);
+  for (int i = 1; i < 4; ++i) p = fma(p, f, set(kExp2[i]));
+  return fma(times_exp2(p, t), p, sum);
 }
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// Sums of 2^(log2(e) logit + its role's shift), and of 2^(log2(e) x + shift) (x - base - centre). The shifts are
-// guesses from the row's first tile: what they do not fit is summed anew, in fp64.
+// Sums of 2^(log2(e) logit + its role's shift). The shifts are guesses from the row's first tile: what they do not
+// fit is summed anew, in fp64.
 struct Shifts {
-  float base = 0.0f, expert = 0.0f, anti = 0.0f, x = 0.0f, centre = 0.0f;
+  float base = 0.0f, expert = 0.0f, anti = 0.0f;
 };
 struct Sums {
-  double base = 0.0, expert = 0.0, anti = 0.0, divergence = 0.0;
-  float base_max[kMaxTiles];  // of each tile
+  Shifts shifts;
+  double base = 0.0, expert = 0.0, anti = 0.0;
+  float centre = 0.0f;                                // x - base of the likeliest token
+  float base_max[kMaxTiles], divergence[kMaxTiles];  // of each tile
 };
 
 // Takes a tile as ScanSink does, with the sums.
 struct AttributionSink : ScanSink {
   static constexpr bool kRoles = true;
-  F shift_base, shift_expert, shift_anti, shift_x, centre;
-  F base, expert, anti, divergence, logit, base_top;
+  F shift_base, shift_expert, shift_anti;
+  F base, expert, anti, base_top;
 
   AttributionSink(float* out, const Shifts& s)
       : ScanSink(out), shift_base(set(s.base)), shift_expert(set(s.expert)), shift_anti(set(s.anti)),
-        shift_x(set(s.x)), centre(set(s.centre)), base(set(0.0f)), expert(set(0.0f)), anti(set(0.0f)),
-        divergence(set(0.0f)), logit(set(0.0f)), base_top(set(-INFINITY)) {}
-  static F exponential_of(F v, F shift) { return exp2_of(fma(v, set(float(kLog2E)), shift)); }
+        base(set(0.0f)), expert(set(0.0f)), anti(set(0.0f)), base_top(set(-INFINITY)) {}
+  static F added(F sum, F v, F shift) { return add_exp2(fma(v, set(float(kLog2E)), shift), sum); }
 
   void roles(F b, F e, F a) {
-    logit = b;
     base_top = ptk::PTK_ISA::max(b, base_top);
-    base = add(base, exponential_of(b, shift_base));
-    expert = add(expert, exponential_of(e, shift_expert));
-    anti = add(anti, exponential_of(a, shift_anti));
-  }
-  void operator()(int i, F x) {
-    const uint32_t live = take(i, x);
-    const F steered = select(live, sub(sub(x, logit), centre), set(0.0f));  // masked: -inf or NaN
-    divergence = fma(select(live, exponential_of(x, shift_x), set(0.0f)), steered, divergence);
+    base = added(base, b, shift_base);
+    expert = added(expert, e, shift_expert);
+    anti = added(anti, a, shift_anti);
   }
 };
-
-inline float shift_of(float top) { return std::isfinite(top) ? float(-double(top) * kLog2E) : 0.0f; }
 
 // By the highest logit of the first tile.
 inline float first_shift(const void* logits, int32_t dtype, int64_t vocab_size) {
@@ -61,40 +54,31 @@ inline float first_shift(const void* logits, int32_t dtype, int64_t vocab_size) 
     const float v = logit_at(logits, dtype, i);
     if (v > top) top = v;
   }
-  return shift_of(top);
+  return std::isfinite(top) ? float(-double(top) * kLog2E) : 0.0f;
 }
 
 inline Shifts shifts_of(const Source& in) {
-  float x[kTile];
-  combine_at(in, 0, PlainSink{x});
   Shifts s;
   s.base = first_shift(in.base, in.base_dtype, in.vocab_size);
-  int top = 0;
-  for (int i = 1; i < std::min<int64_t>(kTile, in.vocab_size); ++i) {
-    if (x[i] > x[top] || std::isnan(x[top])) top = i;
-  }
-  if (std::isfinite(x[top])) {
-    s.x = shift_of(x[top]);
-    s.centre = x[top] - logit_at(in.base, in.base_dtype, top);
-  }
   if (!in.expert) return s;
   s.expert = first_shift(in.expert, in.expert_dtype, in.vocab_size);
   s.anti = first_shift(in.anti, in.anti_dtype, in.vocab_size);
   return s;
 }
 
-// As prepare_row, with the sums. Where there are edits the divergence is summed anew.
+// As prepare_row, with the roles' sums.
 constexpr int kGroup = kWidth > 2 ? kWidth / 2 : 1;  // tiles that are added up in fp32: 128 values a lane at most
 inline Row prepare_attributed(const Source& in, const RowBuffer& buffer, const proxytune_parallel* parallel,
-                              const Shifts& shifts, Scratch* scratch, Sums& sums) {
+                              Scratch* scratch, Sums& sums) {
+  sums.shifts = shifts_of(in);
   Row row = empty_row(in, buffer, parallel);
   Scanned scanned[kMaxChunks];
-  float* const parts[] = {scratch->x, scratch->x + kMaxTiles, scratch->p, scratch->p + kMaxTiles};
+  float* const parts[] = {scratch->x, scratch->p, scratch->p + kMaxTiles};
   const int groups = (row.tiles + kGroup - 1) / kGroup;
   const int chunks = over_tiles(parallel, groups, [&](int chunk, int begin, int end) {
     Scanned own;
     for (int g = begin; g < end; ++g) {
-      AttributionSink sink(nullptr, shifts);
+      AttributionSink sink(nullptr, sums.shifts);
       for (int t = g * kGroup; t < std::min((g + 1) * kGroup, row.tiles); ++t) {
         sink.base_top = set(-INFINITY);
         scan_tile(in, row, t, sink, own);
@@ -103,7 +87,6 @@ inline Row prepare_attributed(const Source& in, const RowBuffer& buffer, const p
       parts[0][g] = reduce_halves(sink.base);
       parts[1][g] = reduce_halves(sink.expert);
       parts[2][g] = reduce_halves(sink.anti);
-      parts[3][g] = reduce_halves(sink.divergence);
     }
     scanned[chunk] = own;
   });
@@ -111,10 +94,12 @@ inline Row prepare_attributed(const Source& in, const RowBuffer& buffer, const p
     sums.base += parts[0][g];
     sums.expert += parts[1][g];
     sums.anti += parts[2][g];
-    sums.divergence += parts[3][g];
   }
   finish_row(in, row, scanned, chunks);
-  if (in.num_edits > 0) sums.divergence = NAN;  // it is of x before them
+  if (row.count > 0) {
+    const int64_t top = likeliest(row).id;
+    sums.centre = row.max - logit_at(in.base, in.base_dtype, top);
+  }
   return row;
 }
 
@@ -146,13 +131,14 @@ inline Softmax softmax_of(const void* logits, int32_t dtype, int64_t vocab_size,
 }
 
 // KL divergence of x from the base, in nats.
-inline double divergence_of(const Target& target, const Source& in, const Softmax& base, const Shifts& shifts,
-                            const Sums& sums) {
+inline double divergence_of(const Target& target, const Source& in, const Softmax& base, const Sums& sums) {
   const Row& row = target.row;
   const double log_sum = log_mass(target.raw_mass) + double(row.max);  // of exp(x)
-  const double own = std::exp(log_sum + double(shifts.x) / kLog2E);
-  if (fits(own) && fits(sums.base) && std::isfinite(sums.divergence) && !(row.status & kStatusPositiveInf)) {
-    return sums.divergence / own + double(shifts.centre) - log_sum + base.shift + std::log(base.sum);
+  double diverging = 0.0;
+  for (int t = 0; t < row.tiles; ++t) diverging += double(sums.divergence[t]);
+  if (fits(sums.base) && std::isfinite(diverging) && !(row.status & kStatusPositiveInf)) {
+    return diverging / (double(target.raw_mass) * 0x1p-44) + double(sums.centre) - log_sum + base.shift +
+           std::log(base.sum);
   }
   double kl = 0.0;
   for (int64_t i = 0; i < in.vocab_size; ++i) {
@@ -177,8 +163,7 @@ inline int64_t rank_in_base(const Source& in, const Sums& sums, int64_t token_id
 }
 
 // Writes a row's numbers for a token; NaN, and rank 0, where it has none.
-inline void attribute(const Source& in, const Target& target, int64_t token_id, const Shifts& shifts, const Sums& sums,
-                      float* out) {
+inline void attribute(const Source& in, const Target& target, int64_t token_id, const Sums& sums, float* out) {
   std::fill(out, out + PROXYTUNE_ATTRIBUTION, NAN);
   out[PROXYTUNE_ATTRIBUTION_BASE_RANK] = out[PROXYTUNE_ATTRIBUTION_CHANGED] = 0.0f;
   if (!target.drawable || token_id < 0 || token_id >= in.vocab_size) return;
@@ -188,11 +173,11 @@ inline void attribute(const Source& in, const Target& target, int64_t token_id, 
   const auto probability = [&](const Softmax& role, const void* logits, int32_t dtype) {
     return role.sum > 0.0 ? float(std::exp(role.log_of(logit_at(logits, dtype, token_id)))) : NAN;
   };
-  const Softmax base = softmax(in.base, in.base_dtype, shifts.base, sums.base);
+  const Softmax base = softmax(in.base, in.base_dtype, sums.shifts.base, sums.base);
   out[PROXYTUNE_ATTRIBUTION_BASE] = probability(base, in.base, in.base_dtype);
   if (in.expert) {
-    const Softmax expert = softmax(in.expert, in.expert_dtype, shifts.expert, sums.expert);
-    const Softmax anti = softmax(in.anti, in.anti_dtype, shifts.anti, sums.anti);
+    const Softmax expert = softmax(in.expert, in.expert_dtype, sums.shifts.expert, sums.expert);
+    const Softmax anti = softmax(in.anti, in.anti_dtype, sums.shifts.anti, sums.anti);
     out[PROXYTUNE_ATTRIBUTION_EXPERT] = probability(expert, in.expert, in.expert_dtype);
     out[PROXYTUNE_ATTRIBUTION_ANTI] = probability(anti, in.anti, in.anti_dtype);
   }
@@ -201,7 +186,7 @@ inline void attribute(const Source& in, const Target& target, int64_t token_id, 
   out[PROXYTUNE_ATTRIBUTION_BASE_RANK] = float(rank);
   const bool first = likeliest_id == token_id ? rank == 1 : rank_in_base(in, sums, likeliest_id) == 1;
   out[PROXYTUNE_ATTRIBUTION_CHANGED] = float(!first);
-  const double kl = divergence_of(target, in, base, shifts, sums);
+  const double kl = divergence_of(target, in, base, sums);
   out[PROXYTUNE_ATTRIBUTION_KL] = kl < 0.0 ? 0.0f : float(kl);
 }
 

@@ -56,16 +56,53 @@ inline uint64_t tile_mass(const float* x, float max, Exponent e, float low, Pref
   return sum.total();
 }
 
+// Where the raw masses leave, for each tile, the sum of 2^-44 q (x - base - centre) in fp32.
+struct Divergence {
+  const Source& in;
+  float centre;
+  float* sums;  // [tiles]
+};
+
+template <typename T>
+uint64_t diverging_mass(const float* x, const T* base, float max, Exponent e, float centre, float& divergence) {
+  Mass sum;
+  F diverging = set(0.0f);
+  const F floor = set(max + kNoMass * 0.69314718f);  // an x far below may be far from its base
+  for (int i = 0; i < kTile; i += kWidth) {
+    const F v = load(x + i), p = exponential(sub(v, set(max)), e);
+    sum.add(p);
+    const F steered = sub(sub(v, load(base + i)), set(centre));  // masked: -inf or NaN
+    diverging = fma(p, select(gt(v, floor), steered, set(0.0f)), diverging);
+  }
+  divergence = reduce_halves(diverging);
+  return sum.total();
+}
+
+inline uint64_t diverging_mass(const Row& row, int t, Exponent e, const Divergence& d) {
+  const int64_t start = int64_t(t) * kTile;
+  const int n = int(std::min<int64_t>(kTile, row.vocab_size - start));
+  const auto mass = [&](const auto* base) {
+    return diverging_mass(row.tile(t), base, row.max, e, d.centre, d.sums[t]);
+  };
+  if (n == kTile && d.in.base_dtype == kDtypeBf16) return mass(static_cast<const Bf16*>(d.in.base) + start);
+  if (n == kTile && d.in.base_dtype == kDtypeF32) return mass(static_cast<const float*>(d.in.base) + start);
+  float base[kTile];
+  widen_tile(d.in.base, d.in.base_dtype, start, n, 0.0f, base);
+  return mass(base);
+}
+
 // Masses of the whole row at its temperature and at temperature 1, as far as they are wanted; with the former
-// goes `upper`, the tokens from its x on, +inf for none.
+// goes `upper`, the tokens from its x on, +inf for none, with the latter a divergence.
 struct RowMass {
   uint64_t scaled = 0, raw = 0;
   Prefix upper{};
 };
 
-inline RowMass row_mass(const Row& row, Exponent e, bool scaled, bool raw, float split = INFINITY) {
+inline RowMass row_mass(const Row& row, Exponent e, bool scaled, bool raw, float split = INFINITY,
+                        const Divergence* divergence = nullptr) {
   const Exponent one = make_exponent(1.0);
   const bool same = scaled && raw && e.hi == one.hi && e.lo == one.lo;
+  const bool by_raw = same && divergence && split == INFINITY;
   RowMass parts[kMaxChunks];
   const int chunks = over_tiles(row.parallel, row.tiles, [&](int chunk, int begin, int end) {
     RowMass sum{0, 0, {split, UINT32_MAX, 0, 0}};
@@ -74,10 +111,16 @@ inline RowMass row_mass(const Row& row, Exponent e, bool scaled, bool raw, float
       const float top = row.tile_max[t];
       if (scaled && top >= split) {
         sum.scaled += tile_mass(x, row.max, e, split, sum.upper);
-      } else if (scaled && !massless(top, row.max, e)) {
+      } else if (scaled && !by_raw && !massless(top, row.max, e)) {
         sum.scaled += tile_mass(x, row.max, e);
       }
-      if (raw && !same && !massless(top, row.max, one)) sum.raw += tile_mass(x, row.max, one);
+      if (divergence) divergence->sums[t] = 0.0f;
+      if (!raw || massless(top, row.max, one)) continue;
+      if (divergence) {
+        sum.raw += diverging_mass(row, t, one, *divergence);
+      } else if (!same) {
+        sum.raw += tile_mass(x, row.max, one);
+      }
     }
     parts[chunk] = sum;
   });
@@ -88,7 +131,8 @@ inline RowMass row_mass(const Row& row, Exponent e, bool scaled, bool raw, float
     total.upper.count += parts[c].upper.count;
     total.upper.mass += parts[c].upper.mass;
   }
-  if (same) total.raw = total.scaled;
+  if (by_raw) total.scaled = total.raw;
+  if (same && !divergence) total.raw = total.scaled;
   return total;
 }
 

@@ -6,14 +6,14 @@ namespace PTK_ISA {
 
 // Reads a row and selects its kept set; where the parameters are valid, p is made of them.
 inline Target make_target(const Source& source, const RawParams& raw, bool want_raw, RowParams& p,
-                          Buffers& b, int buffer, const Shifts* shifts = nullptr, Sums* sums = nullptr) {
+                          Buffers& b, int buffer, Sums* sums = nullptr) {
   Target target{};
   if (!valid(raw)) {
     target.row.status = kStatusBadParams;
     return target;
   }
   p = make_row_params(raw);
-  target.row = sums ? prepare_attributed(source, b.rows[buffer], b.parallel, *shifts, b.scratch, *sums)
+  target.row = sums ? prepare_attributed(source, b.rows[buffer], b.parallel, b.scratch, *sums)
                     : prepare_row(source, b.rows[buffer], b.parallel);
   target.drawable = target.row.count > 0;
   if (!target.drawable) return target;
@@ -23,7 +23,9 @@ inline Target make_target(const Source& source, const RawParams& raw, bool want_
   known.guessed = want_scaled && p.top_p < kTopPOff && is_flat(target.row, p.exponent);
   if (known.guessed) known.guess = guess_cut(target.row, p, *b.scratch);
   const float split = known.guessed ? value_of(known.guess.high + 1) : INFINITY;
-  const RowMass mass = row_mass(target.row, p.exponent, want_scaled, want_raw, split);
+  const Divergence divergence{source, sums ? sums->centre : 0.0f, sums ? sums->divergence : nullptr};
+  const RowMass mass =
+      row_mass(target.row, p.exponent, want_scaled, want_raw, split, sums ? &divergence : nullptr);
   target.raw_mass = mass.raw;
   known.all = {kLowest, UINT32_MAX, target.row.count, mass.scaled};
   known.upper = mass.upper;
@@ -77,9 +79,8 @@ inline void sample_row(const proxytune_sample_args& args, int64_t row, Buffers& 
   RowParams p{};
   const Source source = source_at(args.inputs, raw.alpha, row, 0);
   const bool attributed = args.attribution && valid(raw);
-  const Shifts shifts = attributed ? shifts_of(source) : Shifts{};
   Sums sums;
-  const Target target = make_target(source, raw, true, p, b, 0, &shifts, attributed ? &sums : nullptr);
+  const Target target = make_target(source, raw, true, p, b, 0, attributed ? &sums : nullptr);
   int64_t token_id = -1;
   float x = 0.0f;
   if (target.drawable) {
@@ -91,7 +92,7 @@ inline void sample_row(const proxytune_sample_args& args, int64_t row, Buffers& 
   if (args.num_top > 0) write_top(args, row, target, *b.scratch);
   if (args.attribution) {
     const int64_t given = args.attributed ? args.attributed[row] : -1;
-    attribute(source, target, given >= 0 ? given : token_id, shifts, sums,
+    attribute(source, target, given >= 0 ? given : token_id, sums,
               args.attribution + row * PROXYTUNE_ATTRIBUTION);
   }
 }

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import proxytune_kernels
+from proxytune_kernels.cli.analyze import analyze
 from proxytune_kernels.cli.chat import chat
 from proxytune_kernels.cli.demo import demo
 from proxytune_kernels.cli.evaluate import evaluate
@@ -18,6 +19,8 @@ from proxytune_kernels.cli.generate import generate
 from proxytune_kernels.cli.info import info
 from proxytune_kernels.cli.options import FAILED, printable, stop
 from proxytune_kernels.cli.serve import serve
+from proxytune_kernels.cli.sweep import sweep
+from proxytune_kernels.cli.tune import tune
 
 # Without rich markup, errors stay plain lines that scripts can read.
 app = typer.Typer(
@@ -33,6 +36,9 @@ app.command()(chat)
 app.command()(info)
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(analyze)
+app.command()(tune)
+app.command()(sweep)
 app.command("export-vllm")(export_vllm)
 
 

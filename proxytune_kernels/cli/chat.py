@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from proxytune_kernels.analysis.tokens import MOVED_BITS, moved_bits
 from proxytune_kernels.cli.options import (
     USAGE,
     DecoderOptions,
@@ -36,9 +36,6 @@ _HELP = """\
 /clear               forget what was said
 /quit                leave, as the end of input does
 A line that ends with \\ goes on in the next one."""
-
-_MOVED_BITS = 0.5
-"""log2 of proxy over base from which a token counts as moved."""
 
 
 class Piece(NamedTuple):
@@ -79,8 +76,7 @@ def piece(text: str, steering: Any) -> Piece:
     """A piece, of what is known of its tokens: mappings with base, proxy and changed."""
     moved, changed = 0.0, False
     for token in steering or ():
-        bits = math.log2(max(token["proxy"], 1e-12) / max(token["base"], 1e-12))
-        moved = max(moved, bits, key=abs)
+        moved = max(moved, moved_bits(token["base"], token["proxy"]), key=abs)
         changed = changed or token["changed"]
     return Piece(text, moved, changed)
 
@@ -150,7 +146,7 @@ def _said(text: str) -> str | None:
 def style(said: Piece) -> str:
     """Green and underlined: steering made it likelier; red and struck: less likely."""
     styles = []
-    if abs(said.moved) >= _MOVED_BITS:
+    if abs(said.moved) >= MOVED_BITS:
         styles.append("green underline" if said.moved > 0 else "red strike")
     if said.changed:
         styles.append("bold")

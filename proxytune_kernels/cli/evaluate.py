@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -19,6 +18,7 @@ from proxytune_kernels.cli.options import (
     TrioOptions,
     expected,
     stop,
+    strengths,
     with_options,
 )
 
@@ -102,10 +102,10 @@ def evaluate(
     own = {"alpha": alpha, "batch_size": batch_size, "max_length": max_length}
     given |= {name: value for name, value in own.items() if value is not None}
     given = _merged(given, model_args)
-    alphas = _alphas(given.pop("alpha", None))
+    alphas = strengths(given.pop("alpha", None))
     seeds = _seeds(seed)
-    lm_eval_model = _import()
-    names, task_manager = _find(tasks.split(","), include_path)
+    lm_eval_model = import_lm_eval()
+    names, task_manager = find_tasks(tasks.split(","), include_path)
     lm = _open(given)
     runs = lm_eval_model.evaluate_alphas(
         lm,
@@ -159,35 +159,6 @@ def _value(text: str) -> Any:
     return int(text) if text.lstrip("-").isdigit() else text
 
 
-def _alphas(given: Any) -> list[float]:
-    """Strengths of ``--alpha 0 --alpha 0.5:0.25:1``, each once, in that order; 1 if none."""
-    parts = given if isinstance(given, list) else [1.0 if given is None else given]
-    alphas: dict[float, None] = {}
-    for part in parts:
-        try:
-            alphas |= dict.fromkeys(_range(*map(float, str(part).split(":"))))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise stop(
-                f"--alpha must be a finite number or FIRST:STEP:LAST with a step that leads from "
-                f"first to last, got {part!r}",
-                USAGE,
-            ) from error
-    return list(alphas)
-
-
-def _range(first: float, step: float | None = None, last: float | None = None) -> list[float]:
-    """``first``, or from first to last, both in it; ValueError where that leads nowhere."""
-    if step is None or last is None:
-        if step is not None or not math.isfinite(first):
-            raise ValueError
-        return [first]
-    # Half a billionth of a step: the last one counts however its quotient is rounded.
-    steps = math.floor((last - first) / step + 5e-10) if step else -1
-    if steps < 0:
-        raise ValueError
-    return [round(first + i * step, 10) for i in range(steps + 1)]
-
-
 def _seeds(text: str | None) -> list[int | None]:
     """One seed for all of lm_eval's four, or four; "None" leaves one alone."""
     if text is None:
@@ -202,7 +173,7 @@ def _seeds(text: str | None) -> list[int | None]:
     return seeds * 4 if len(seeds) == 1 else seeds
 
 
-def _import() -> Any:
+def import_lm_eval() -> Any:
     """The integration; leaves with what to install where lm_eval is not there."""
     try:
         from lm_eval.utils import setup_logging
@@ -214,7 +185,7 @@ def _import() -> Any:
     return lm_eval_model
 
 
-def _find(names: Sequence[str], include_path: str | None) -> tuple[list[str], Any]:
+def find_tasks(names: Sequence[str], include_path: str | None) -> tuple[list[str], Any]:
     """Tasks by their names, and the manager that knows them."""
     from lm_eval.tasks import TaskManager
 

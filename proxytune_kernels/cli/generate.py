@@ -36,6 +36,12 @@ class SamplingOptions:
     alpha: Annotated[float, typer.Option(help="Strength of the steering; 0 is the base alone.")] = (
         1.0
     )
+    alpha_schedule: Annotated[
+        str,
+        typer.Option(
+            help="constant; decay:R: times R at each token; entropy:H: where the base's exceeds H."
+        ),
+    ] = "constant"
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0
     top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 or -1 is off.")] = 0
     top_p: Annotated[float, typer.Option(help="Keep this share of the mass; 1 is off.")] = 1.0
@@ -239,7 +245,11 @@ def _write(
 
 
 def read_requests(
-    prompts: Sequence[str], file: str | None, jsonl: bool | None, params: SamplingParams
+    prompts: Sequence[str],
+    file: str | None,
+    jsonl: bool | None,
+    params: SamplingParams,
+    completions: bool = False,
 ) -> list[CliRequest]:
     """Requests from the arguments, else from a file, else from standard input.
 
@@ -249,6 +259,8 @@ def read_requests(
         jsonl: whether lines are JSON objects with "prompt" and any sampling parameters. None is by
             the file's name (.jsonl); without a file, all of standard input is one prompt.
         params: what a line does not say.
+        completions: objects may also have "completion", a given text behind the prompt, or "text"
+            in place of both.
     """
     if prompts and file is not None:
         raise stop("give prompts as arguments or with --file, not both", USAGE)
@@ -268,7 +280,7 @@ def read_requests(
         pieces = [line.removesuffix("\r") for line in text.split("\n")]
     lines = [(i, piece) for i, piece in enumerate(pieces, 1) if piece.strip()]
     if as_jsonl:
-        requests = [_from_json(f"{name}, line {i}", line, params) for i, line in lines]
+        requests = [_from_json(f"{name}, line {i}", line, params, completions) for i, line in lines]
     else:
         requests = [CliRequest(line, params) for _, line in lines]
     if not requests:
@@ -285,15 +297,20 @@ def _read(file: str | None, name: str) -> str:
         raise stop(f"{name} must be UTF-8 text: {error}", FAILED) from error
 
 
-def _from_json(where: str, line: str, params: SamplingParams) -> CliRequest:
+def _from_json(where: str, line: str, params: SamplingParams, completions: bool) -> CliRequest:
     try:
         value = json.loads(line)
     # An integer of thousands of digits is a ValueError, thousands of brackets are the other.
     except (ValueError, RecursionError) as error:
         raise stop(f"{where} must be a JSON object: {error}", USAGE) from error
-    if not isinstance(value, dict) or "prompt" not in value:
-        raise stop(f'{where} must be a JSON object with "prompt", got {line:.80}', USAGE)
-    prompt = value.pop("prompt")
+    whole = completions and isinstance(value, dict) and "text" in value
+    if not isinstance(value, dict) or ("prompt" in value) == whole:
+        wanted = '"prompt", or "text" alone' if completions else '"prompt"'
+        raise stop(f"{where} must be a JSON object with {wanted}, got {line:.80}", USAGE)
+    prompt = value.pop("prompt", None)
+    completion = value.pop("text" if whole else "completion", None) if completions else None
+    if not isinstance(completion, str | None) or (whole and completion is None):
+        raise stop(f"{where}: a given text must be a string, got {completion!r:.80}", USAGE)
     unknown = sorted(set(value) - set(SAMPLING_FIELDS))
     if unknown:
         known = ", ".join(SAMPLING_FIELDS)
@@ -305,6 +322,6 @@ def _from_json(where: str, line: str, params: SamplingParams) -> CliRequest:
             value["grammar"] = Grammar.of(value["grammar"])
         if isinstance(value.get("logit_bias"), dict):  # JSON has no other keys than strings
             value["logit_bias"] = {int(i): bias for i, bias in value["logit_bias"].items()}
-        return CliRequest(prompt, replace(params, **value))
+        return CliRequest(prompt, replace(params, **value), completion)
     except (ValueError, TypeError) as error:
         raise stop(f"{where}: {error}", USAGE) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,8 +81,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The options that name the models of a trio."""
+class UntunedOptions:
+    """The options that name the models of a trio that are not tuned."""
 
     trio: Annotated[
         str | None,
@@ -91,15 +92,21 @@ class ModelOptions:
         ),
     ] = None
     base: Annotated[str | None, typer.Option(metavar="MODEL", help=_NAMED.format("base"))] = None
-    expert: Annotated[str | None, typer.Option(metavar="MODEL", help=_NAMED.format("expert"))] = (
-        None
-    )
     anti: Annotated[
         str | None, typer.Option(metavar="MODEL", help=_NAMED.format("anti-expert"))
     ] = None
     tokenizer: Annotated[
         str | None, typer.Option(metavar="MODEL", help="One for all three; else each has its own.")
     ] = None
+
+
+@dataclass(frozen=True)
+class ModelOptions(UntunedOptions):
+    """The options that name the models of a trio."""
+
+    expert: Annotated[str | None, typer.Option(metavar="MODEL", help=_NAMED.format("expert"))] = (
+        None
+    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,15 @@ class TrioOptions(ModelOptions):
             "base=int8,expert=int4.",
         ),
     ] = None
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ROLE=]RUNTIME,...",
+            help="What runs the models: transformers, or llama.cpp, for paths of GGUF files; one "
+            "for all roles, or such as base=llama.cpp.",
+            show_default="transformers",
+        ),
+    ] = None
     keep_adapter: Annotated[
         bool,
         typer.Option(
@@ -152,6 +168,7 @@ class TrioOptions(ModelOptions):
         source, keep_adapter = arguments.pop("trio"), arguments.pop("keep_adapter")
         arguments["device_map"] = _by_role("--device-map", self.device_map)
         arguments["quantize"] = _by_role("--quantize", self.quantize)
+        arguments["runtime"] = _by_role("--runtime", self.runtime)
         arguments["merge_adapter"] = False if keep_adapter else None  # None: what trio.json says
         quiet()
         reason = None if self.device is None else device_unusable(self.device)
@@ -221,6 +238,35 @@ def open_decoder(trio: Trio, max_batch_size: int, **settings: Any) -> Decoder:
         if settings.get("compile"):
             decoder.warm_up()
         return decoder
+
+
+def strengths(given: Any) -> list[float]:
+    """Strengths of ``--alpha 0 --alpha 0.5:0.25:1``, each once, in that order; 1 if none."""
+    parts = given if isinstance(given, list) else [1.0 if given is None else given]
+    alphas: dict[float, None] = {}
+    for part in parts:
+        try:
+            alphas |= dict.fromkeys(_range(*map(float, str(part).split(":"))))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise stop(
+                f"--alpha must be a finite number or FIRST:STEP:LAST with a step that leads from "
+                f"first to last, got {part!r}",
+                USAGE,
+            ) from error
+    return list(alphas)
+
+
+def _range(first: float, step: float | None = None, last: float | None = None) -> list[float]:
+    """``first``, or from first to last, both in it; ValueError where that leads nowhere."""
+    if step is None or last is None:
+        if step is not None or not math.isfinite(first):
+            raise ValueError
+        return [first]
+    # Half a billionth of a step: the last one counts however its quotient is rounded.
+    steps = math.floor((last - first) / step + 5e-10) if step else -1
+    if steps < 0:
+        raise ValueError
+    return [round(first + i * step, 10) for i in range(steps + 1)]
 
 
 def quiet() -> None:

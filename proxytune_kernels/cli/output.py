@@ -28,10 +28,14 @@ _C1 = re.compile(r"[\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class CliRequest:
-    """A prompt, in any form that the decoder takes, and how to sample for it."""
+    """A prompt, in any form that the decoder takes, and how to sample for it.
+
+    With a completion it is a text that is given: the prompt, if it has one, and what follows it.
+    """
 
     prompt: Any
     params: SamplingParams
+    completion: str | None = None
 
     @property
     def label(self) -> str:

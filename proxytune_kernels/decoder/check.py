@@ -21,6 +21,7 @@ from proxytune_kernels.decoder.cache import SlotCache
 from proxytune_kernels.decoder.compiled import windows
 from proxytune_kernels.decoder.model import Forward, SlotModel, input_device
 from proxytune_kernels.trio.adapters import copy_modules
+from proxytune_kernels.trio.llama_cpp import LlamaModel
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder.runner import Runner
@@ -304,14 +305,16 @@ def _check(
             f"{role} must give over the decoder's cache the logits of its own forward, got "
             f"{type(model).__name__}, whose logits differ by {difference:.3g} (root mean square) "
             f"after a {what} of row {row} up to position {position}, where rounding explains "
-            f"{bound:.3g}: {_INSTEAD}"
+            f"{bound:.3g}: {_instead(model)}"
         )
 
 
-_INSTEAD = (
-    "use ProxyTunedForCausalLM, which runs it as it is (check=False leaves out this check, and the "
-    "tokens may be wrong)"
-)
+def _instead(model: Any) -> str:
+    """What its user can do."""
+    unchecked = "(check=False leaves out this check, and the tokens may be wrong)"
+    if isinstance(model, LlamaModel):
+        return unchecked
+    return f"use ProxyTunedForCausalLM, which runs it as it is {unchecked}"
 
 
 def _check_windows(role: str, model: Any, cache: SlotCache, wanted: frozenset[int]) -> None:
@@ -321,14 +324,14 @@ def _check_windows(role: str, model: Any, cache: SlotCache, wanted: frozenset[in
         raise MemberError(
             f"{role} must pass its attention window to its layers' attention, got "
             f"{type(model).__name__} with a window of {min(wanted - passed)} tokens, which "
-            f"it keeps in a mask: give max_seq_len up to the window, or {_INSTEAD}"
+            f"it keeps in a mask: give max_seq_len up to the window, or {_instead(model)}"
         )
 
 
 def _failed(role: str, model: Any, what: str, error: Exception) -> MemberError:
     return MemberError(
         f"{role} must be a model that the decoder can run, got {type(model).__name__}, "
-        f"whose {what} raises {type(error).__name__}: {error}: {_INSTEAD}"
+        f"whose {what} raises {type(error).__name__}: {error}: {_instead(model)}"
     )
 
 
@@ -372,7 +375,9 @@ def check_causal(role: str, model: Any) -> None:
 
 def _bound(model: Any) -> float:
     """Of rms(x), see :data:`_ROUNDING`."""
-    if not all(type(p) is Parameter and p.is_floating_point() for p in model.parameters()) or any(
+    weights = list(model.parameters())  # none where another runtime holds them
+    plain = all(type(p) is Parameter and p.is_floating_point() for p in weights)
+    if not (weights and plain) or any(
         isinstance(v, torch.ScriptObject) for m in model.modules() for v in vars(m).values()
     ):
         return _QUANTIZED

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from proxytune_kernels.params import Edits, SamplingParams, pack_mask
+from proxytune_kernels.params import MAX_LOGPROBS, Edits, SamplingParams, pack_mask
 
 if TYPE_CHECKING:
     from proxytune_kernels.decoder.request import Request
 
 _NO_PENALTIES = (1.0, 0.0, 0.0)
+_FEW = 8  # likeliest tokens: most requests want five
 
 
 class Needs(NamedTuple):
@@ -35,9 +36,11 @@ class Needs(NamedTuple):
     edits: int = 0
     bad_words: tuple[int, ...] = ()
     alphas: int = 0
+    scheduled: bool = False
+    """Whether any of them has a rule for its alpha."""
     grammar: bool = False
-    likeliest: bool = False
-    """Whether any of them reports the likeliest tokens."""
+    likeliest: int = 0
+    """Room for the likeliest tokens that any of them reports: few sizes, for captured steps."""
     steering: bool = False
     """Whether any of them reports what steering did."""
 
@@ -47,7 +50,9 @@ class Needs(NamedTuple):
         each = [(request, request.constraints) for request in requests]
         needs = cls(
             grammar=any(request.grammar is not None for request, _ in each),
-            likeliest=any(request.params.logprobs > 0 for request, _ in each),
+            likeliest=_room_for_likeliest(
+                max((request.params.logprobs for request, _ in each), default=0)
+            ),
             steering=any(request.params.steering for request, _ in each),
         )
         if not any(asked.any for _, asked in each):
@@ -62,7 +67,14 @@ class Needs(NamedTuple):
             edits=max((asked.room for _, asked in each), default=0),
             bad_words=(1,) if any(asked.bad_words for _, asked in each) else (),
             alphas=int(any(len(request.params.alphas) > 1 for request, _ in each)),
+            scheduled=any(request.params.alpha_schedule != "constant" for request, _ in each),
         )
+
+
+def _room_for_likeliest(likeliest: int) -> int:
+    if likeliest <= 0:
+        return 0
+    return _FEW if likeliest <= _FEW else MAX_LOGPROBS
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ class Constraints:
         room = len(entries) + params.max_tokens * (params.penalties != _NO_PENALTIES)
         longer = tuple(sorted({word for word in words if len(word) > 1}))
         asks = bool(longer or room) or mask is not None or early is not None
-        asks |= len(params.alphas) > 1
+        asks |= len(params.alphas) > 1 or params.alpha_schedule != "constant"
         return cls(mask, early, longer, entries, min(room, vocab_size), asks)
 
     @staticmethod
@@ -204,8 +216,11 @@ class SlotConstraints:
             "recent": table(0, dtype=torch.int64),
             "alphas": table(0, dtype=torch.float32),
             "last_alpha": table(dtype=torch.int64),
+            # What alpha is multiplied by at each position, and the entropy that steers no token.
+            "schedule": table(2, dtype=torch.float32),
         }
         self._tables["penalties"][:, 0] = 1
+        self._tables["schedule"].copy_(torch.tensor([1.0, -1.0]))
         self._in_use = False
 
     def reserve(self, requests: Sequence[Request]) -> None:
@@ -272,6 +287,7 @@ class SlotConstraints:
             if len(alphas) > 1:
                 rows["alphas"][i, : len(alphas)] = torch.tensor(alphas)
                 rows["last_alpha"][i] = len(alphas) - 1
+            rows["schedule"][i] = torch.tensor(request.params.schedule)
         return list(rows.values())
 
     def start(self, slots: Tensor, numbers: Sequence[Tensor]) -> None:
@@ -295,10 +311,26 @@ class SlotConstraints:
         table = self._tables[name]
         return table[:slots] if isinstance(slots, int) else table[slots]
 
-    def alpha(self, slots: int | Tensor, positions: Tensor, alpha: Tensor) -> Tensor:
-        """fp32 alphas at positions int64 [B, T]; ``alpha`` [B] is that of rows without a list."""
-        last, table = self._rows("last_alpha", slots)[:, None], self._rows("alphas", slots)
-        return torch.where(last > 0, table.gather(1, positions.minimum(last)), alpha[:, None])
+    def alpha(
+        self, slots: int | Tensor, positions: Tensor, alpha: Tensor, base: Tensor, needs: Needs
+    ) -> Tensor:
+        """fp32 alphas at positions int64 [B, T].
+
+        Args:
+            alpha: [B], that of rows without a list.
+            base: its logits [B, T, V] there.
+            needs: of the step.
+        """
+        alpha = alpha[:, None].expand(positions.shape)
+        if needs.alphas:
+            last, table = self._rows("last_alpha", slots)[:, None], self._rows("alphas", slots)
+            alpha = torch.where(last > 0, table.gather(1, positions.minimum(last)), alpha)
+        if needs.scheduled:
+            decay, least = self._rows("schedule", slots).unsqueeze(1).unbind(-1)
+            p = base[..., : self.vocab_size].float().softmax(-1)
+            above = torch.special.entr(p).sum(-1) > least
+            alpha = torch.where(above, alpha * decay.double() ** positions, 0.0).float()
+        return alpha
 
     def allowed(
         self, slots: int | Tensor, positions: Tensor, least: Tensor, drafts: Tensor | None,

@@ -175,8 +175,11 @@ class GrammarCompiler:
             GrammarError: llguidance is missing, or can't compile it; says where and why.
         """
         with self._lock:
-            if grammar not in self._compiled:
-                self._compiled[grammar] = self._compile(grammar)
+            known = self._compiled.get(grammar)
+        # Outside the lock: one that takes long holds up no other, nor the decoder.
+        matcher = self._compile(grammar) if known is None else known
+        with self._lock:
+            self._compiled.setdefault(grammar, matcher)
             self._compiled.move_to_end(grammar)
             while len(self._compiled) > _COMPILED:
                 self._compiled.popitem(last=False)

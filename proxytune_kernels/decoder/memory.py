@@ -13,6 +13,7 @@ import torch
 from proxytune_kernels.decoder.cache import Layer, Part, row_capacity
 from proxytune_kernels.decoder.check import first_layers, kinds_of_layers, ordinary_ids
 from proxytune_kernels.decoder.model import Forward, input_device
+from proxytune_kernels.trio.llama_cpp import LlamaModel
 from proxytune_kernels.trio.quantization import plain_tensors
 
 _SHARE = 0.9
@@ -25,8 +26,13 @@ _MOST_SLOTS, _FEWER_SLOTS = 256, 16
 def layers_of(model: Any) -> list[Layer] | None:
     """The keys and values of each layer of a causal LM; None where that can't be told.
 
-    One token runs through the model; of layers that are alike through the first alone.
+    One token runs through the model; of layers that are alike through the first alone. Of a GGUF
+    file all layers count as its first, and keys and values as fp16, as llama.cpp holds them.
     """
+    if isinstance(model, LlamaModel):
+        heads, *sizes = model.head_sizes()
+        key, value = (Part(heads, size, torch.float16, model.device) for size in sizes)
+        return [(key, value)] * model.config.num_hidden_layers
     depth, kinds = kinds_of_layers(model)
     if depth is None and any(p.device.type == "meta" for p in model.parameters()):
         return None  # weights that are loaded as they are needed: that would take too long

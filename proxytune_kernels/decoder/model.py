@@ -23,6 +23,7 @@ from proxytune_kernels.decoder.compiled import (
 )
 from proxytune_kernels.decoder.graphs import power_of_two
 from proxytune_kernels.trio.adapters import copy_modules
+from proxytune_kernels.trio.llama_cpp import LlamaModel
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -34,6 +35,8 @@ def check_model(role: str, model: Module) -> None:
     Raises:
         ValueError: names the role, the model and what it lacks.
     """
+    if isinstance(model, LlamaModel):
+        return  # which has looked by itself
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
@@ -53,8 +56,11 @@ def with_slot_attention(model: Module) -> Any:
     """A copy of a model's modules and configuration that shares every weight, with our attention.
 
     The attention implementation is read from the configuration that a model's layers share. Set on
-    the caller's own model it would change what that model does outside the decoder.
+    the caller's own model it would change what that model does outside the decoder. A model that
+    llama.cpp runs has no modules, and is given as it is.
     """
+    if isinstance(model, LlamaModel):
+        return model
     twin = copy_modules(model).eval()
     twin.set_attn_implementation(ATTENTION_NAME)
     return twin

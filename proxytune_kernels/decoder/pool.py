@@ -102,6 +102,7 @@ def _made_of(trio: Trio) -> list[Any]:
 
 
 def _parts(model: Any) -> Iterator[Any]:
+    yield id(model)  # all that can be seen of one that another runtime holds
     for parameter in model.parameters():
         version = 0 if parameter.is_inference() else parameter._version
         # A packed (quantised) weight has no memory of its own.

@@ -12,6 +12,7 @@ from torch import Tensor
 from proxytune_kernels.decoder import packing, transfer
 from proxytune_kernels.decoder.attention import choose_kernel, register_attention
 from proxytune_kernels.decoder.cache import Layer, SlotCache
+from proxytune_kernels.decoder.llama_cpp import LlamaSlots
 from proxytune_kernels.decoder.model import (
     SlotModel,
     check_model,
@@ -20,6 +21,7 @@ from proxytune_kernels.decoder.model import (
 )
 from proxytune_kernels.decoder.pair import pair_models
 from proxytune_kernels.ops.attention import MAX_HEAD_SIZE
+from proxytune_kernels.trio.llama_cpp import RUNTIME, LlamaModel
 from proxytune_kernels.trio.roles import PAIR
 
 Roles = tuple[str, ...]
@@ -65,6 +67,11 @@ class Runner:
         register_attention()
         for role, model in models.items():
             check_model(role, model)
+            for option, wanted in (("compile", compile), ("pack_weights", pack_weights)):
+                if wanted and isinstance(model, LlamaModel):
+                    raise ValueError(
+                        f"{option} must be False where llama.cpp runs {role}, got True"
+                    )
             if compile and _is_offloaded(model):
                 raise ValueError(
                     f"compile must be False where weights are offloaded, as those of {role} are: "
@@ -94,6 +101,12 @@ class Runner:
         self.packed_bytes = 0
         for roles in [("base",), *([PAIR] if PAIR in trees else []), ("expert",), ("anti",)]:
             if roles not in trees:
+                continue
+            if isinstance(trees[roles], LlamaModel):
+                drafting = drafts and roles == ("expert",)
+                own = LlamaSlots(trees[roles], max_batch_size, max_seq_len, slack, drafting)
+                self.models[roles], caches[roles] = own, own.cache
+                self._rows[roles[0]] = own.cache, 0, 1
                 continue
             joint = PAIR in trees and roles != ("base",)
             key = PAIR if joint else roles
@@ -139,6 +152,9 @@ class Runner:
             self._sides = [torch.cuda.Stream(self.device) for _ in range(streams - 1)]
 
     def _choose_kernel(self, role: str, model: Any, layers: Sequence[Layer]) -> str:
+        if isinstance(model, LlamaModel):
+            self._no_kernel[role] = None
+            return RUNTIME
         kernel, self._no_kernel[role] = choose_kernel(input_device(model), model.dtype)
         if any(part.size > MAX_HEAD_SIZE for layer in layers for part in layer):
             kernel = "sdpa"  # the others go no further

@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
     top_logprobs: Tensor | None = None
     """fp32 [B, q, n]: their raw logprobs."""
     steering: Tensor | None = None
-    """fp32 [B, q, 7]: the fields of :class:`~proxytune_kernels.reference.Attribution`."""
+    """fp32 [B, q, 7]: columns of :class:`~proxytune_kernels.reference.Attribution`."""
 
     def first(self, rows: int) -> StepResult:
         """The first rows, as views."""
@@ -153,8 +153,10 @@ class SlotSampler:
             needs: of their requests.
         """
         params = self.first(slots) if isinstance(slots, int) else self.params.rows(slots)
-        if needs.alphas:
-            params = params._replace(alpha=self._alpha(slots, params.position[:, None])[:, 0])
+        if needs.alphas or needs.scheduled:
+            base = logits["base"][:, None]
+            alpha = self._alpha(slots, params.position[:, None], base, needs)
+            params = params._replace(alpha=alpha[:, 0])
         drawn = ops.sample(
             logits["base"],
             logits.get("expert"),
@@ -162,7 +164,7 @@ class SlotSampler:
             params,
             **self._constraints(slots, params.position, None, needs),
             vocab_size=self.vocab_size,
-            top_logprobs=MAX_LOGPROBS if needs.likeliest else 0,
+            top_logprobs=needs.likeliest,
             attribution=needs.steering,
             backend=self._backend("sample", needs),
         )
@@ -222,9 +224,9 @@ class SlotSampler:
         params = self.first(slots)
         roles, ahead = logits, torch.arange(logits["base"].shape[1], device=self.device)
         positions = params.position[:, None] + ahead
-        if needs.alphas and "expert" in logits:
+        if (needs.alphas or needs.scheduled) and "expert" in logits:
             # An alpha of its own at each position, which verify does not have: the same x.
-            alpha = self._alpha(slots, positions).flatten()
+            alpha = self._alpha(slots, positions, logits["base"], needs).flatten()
             base, expert, anti = (logits[role].flatten(0, 1) for role in ("base", "expert", "anti"))
             x = ops.combine(base, expert, anti, alpha, vocab_size=self.vocab_size)
             logits = {"base": x.view(*positions.shape, -1)}
@@ -274,8 +276,9 @@ class SlotSampler:
         if (edits := constraints.get("edits")) is not None:
             penalties = edits.penalties.repeat_interleave(shape[1], 0)
             found["edits"] = Edits(edits.entries.flatten(0, 1), penalties)
-        if needs.alphas:
-            each = each._replace(alpha=self._alpha(slots, position.view(shape)).flatten())
+        if needs.alphas or needs.scheduled:
+            alpha = self._alpha(slots, position.view(shape), logits["base"], needs)
+            each = each._replace(alpha=alpha.flatten())
         # Rows whose parameters are out of range are not read.
         each = each._replace(position=position.masked_fill(token_ids.flatten() < 0, -1))
         rows = {role: x.flatten(0, 1) for role, x in logits.items()}
@@ -286,7 +289,7 @@ class SlotSampler:
             each,
             **found,
             vocab_size=self.vocab_size,
-            top_logprobs=MAX_LOGPROBS if needs.likeliest else 0,
+            top_logprobs=needs.likeliest,
             attribution=token_ids.flatten() if needs.steering else False,
             backend=self._backend("sample", needs),
         )
@@ -382,9 +385,9 @@ class SlotSampler:
         [sent] = transfer.to_device(masks, self.device)
         self._by_grammar[offset, : len(sent)].copy_(sent)
 
-    def _alpha(self, slots: int | Tensor, positions: Tensor) -> Tensor:
+    def _alpha(self, slots: int | Tensor, positions: Tensor, base: Tensor, needs: Needs) -> Tensor:
         place = slice(0, slots) if isinstance(slots, int) else slots
-        return self.constraints.alpha(slots, positions, self.params.alpha[place])
+        return self.constraints.alpha(slots, positions, self.params.alpha[place], base, needs)
 
     def _backend(self, operator: str, needs: Needs) -> str | None:
         """As chosen once, but for edits and attribution, which not all of them have."""
@@ -434,6 +437,5 @@ def _asked(drawn: SampleOutput, shape: Sequence[int]) -> dict[str, Tensor]:
         asked["top_token_ids"] = drawn.top.token_ids.view(*shape, -1)
         asked["top_logprobs"] = drawn.top.logprobs.view(*shape, -1)
     if drawn.attribution is not None:
-        fields = torch.stack([field.float() for field in drawn.attribution], -1)
-        asked["steering"] = fields.view(*shape, -1)
+        asked["steering"] = drawn.attribution.columns.view(*shape, -1)
     return asked

@@ -37,6 +37,7 @@ from proxytune_kernels.kernels.common import (
 )
 from proxytune_kernels.kernels.launches import launch
 from proxytune_kernels.params import RowParams
+from proxytune_kernels.reference import ATTRIBUTION_COLUMNS
 
 PER = tl.constexpr(8)  # tokens a lane: 16 bytes of bf16
 _WARPS = 4
@@ -53,8 +54,7 @@ FINITE = tl.constexpr(1)  # tokens of x whose base is not +inf
 BASE_KEY = tl.constexpr(2)  # the highest order key of the base
 X_KEY = tl.constexpr(3)  # and of x
 WORDS_WIDTH = tl.constexpr(4)
-# Columns of the result, the fields of reference.Attribution
-RESULTS = tl.constexpr(7)
+RESULTS = tl.constexpr(ATTRIBUTION_COLUMNS)
 
 
 class Parts(NamedTuple):

@@ -171,6 +171,11 @@ def _edits(op: str, base: Tensor, edits: Any) -> None:
     exactly(op, name, edits.penalties, torch.float32, shape, base.device, contiguous=True)
 
 
+def no_edits(op: str, instead: str) -> ValueError:
+    """What to raise where edits are given to an operator that takes none."""
+    return ValueError(f"{op}: edits must be None: it takes none; {instead}")
+
+
 def noise_stream(op: str, value: Any, known: Collection[Any] = tuple(STREAMS)) -> None:
     """Check a noise stream, by name or, of an operator, by number."""
     if value not in known:

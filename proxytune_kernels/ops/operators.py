@@ -78,12 +78,9 @@ def _refuse_gradients(*read: Tensor | None) -> None:
 
 
 def _sampled(results: Any, top_logprobs: int, attributed: Tensor | None = None) -> SampleOutput:
-    *drawn, top_token_ids, tops, packed = results
+    *drawn, top_token_ids, tops, columns = results
     top = TopLogprobs(top_token_ids, tops) if top_logprobs else None
-    attribution = None
-    if attributed is not None:
-        base, expert, anti, proxy, rank, changed, kl = packed.unbind(1)
-        attribution = Attribution(base, expert, anti, proxy, rank.int(), changed.bool(), kl)
+    attribution = None if attributed is None else Attribution(columns)
     return SampleOutput._make((*drawn, top, attribution))
 
 
@@ -222,6 +219,7 @@ def sample_hidden(
     position: int | Tensor | None = None,
     bias: Tensor | None = None,
     allowed_mask: Tensor | None = None,
+    edits: None = None,
     vocab_size: int | None = None,
     noise_stream: str = "sample",
     top_logprobs: int = 0,
@@ -238,7 +236,8 @@ def sample_hidden(
             ``weight`` [V_role, H_role] are of one dtype, any row stride, last dimension
             contiguous. Without expert and anti: base alone.
         vocab_size: agreed width; weights past it are never read. The narrowest role's unless told.
-        params and all others: as in :func:`proxytune_kernels.sample`, which alone takes edits.
+        edits: refused; for these, give the heads' logits to :func:`proxytune_kernels.sample`.
+        params and all others: as in :func:`proxytune_kernels.sample`.
 
     Returns:
         As :func:`proxytune_kernels.sample` of the combined logits x; x itself is right to the
@@ -255,6 +254,8 @@ def sample_hidden(
     Source: docs/heads.md; docs/contracts.md.
     """
     op = "sample_hidden"
+    if edits is not None:
+        raise checks.no_edits(op, "sample does, of the heads' logits")
     try:
         _refuse_bool(top_logprobs)
         _refuse_bool(vocab_size)
@@ -347,6 +348,7 @@ def score(
     token_ids: Tensor,
     alpha: float | Tensor = 1.0,
     *,
+    edits: None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
@@ -357,6 +359,7 @@ def score(
         base, expert, anti: logits [B, T, V_role], as in :func:`sample`.
         token_ids: int64 [B, T]; outside [0, vocab_size) (padding) the result is NaN.
         alpha: a number or fp32 [B].
+        edits: refused; for these, as for bias and mask, score what :func:`combine` gives.
         out: fp32 [B, T], contiguous.
 
     Returns:
@@ -369,6 +372,8 @@ def score(
         >>> score(torch.zeros(1, 2, 4), None, None, torch.tensor([[0, 3]])).exp().tolist()
         [[0.25, 0.25]]
     """
+    if edits is not None:
+        raise checks.no_edits("score", "combine does, and score takes its result as base")
     try:
         width = _width(base, expert, anti, vocab_size)
         alphas = checks.alpha("score", alpha, base)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from proxytune_kernels.heads import Head
 from proxytune_kernels.params import Edits, RowParams
-from proxytune_kernels.reference import Attribution, SampleOutput, VerifyOutput
+from proxytune_kernels.reference import ATTRIBUTION_COLUMNS, SampleOutput, VerifyOutput
 
 NUM_PARAMS = len(RowParams._fields)
 
@@ -184,7 +184,7 @@ OPERATORS = {
             lambda a: {
                 "B": a["base"].shape[0],
                 "n": a["top_logprobs"],
-                "a": 0 if a.get("attributed") is None else len(Attribution._fields),
+                "a": 0 if a.get("attributed") is None else ATTRIBUTION_COLUMNS,
             },
         ),
         Operator(

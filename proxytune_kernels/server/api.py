@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from proxytune_kernels.decoder import Decoder, Grammar, RequestOutput, StreamEvent
+from proxytune_kernels.decoder.vocabulary import Vocabulary
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.server import responses
 from proxytune_kernels.server.engine import (
@@ -36,7 +37,6 @@ from proxytune_kernels.server.requests import (
     top_logprobs,
 )
 from proxytune_kernels.server.settings import Settings
-from proxytune_kernels.server.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
 
@@ -243,17 +243,18 @@ class Api:
         options = reply.body.stream_options
         with_usage = options is not None and bool(options.include_usage)
         head = {**reply.head, "object": kind, **({"usage": None} if with_usage else {})}
+        begun = _data({**head, "choices": []}).removesuffix(_END)
         outputs: dict[int, RequestOutput] = {}
         writers = [self._writer(reply) for _ in range(generation.count)]
         try:
             for choice in self._openings(reply, generation.count):
-                yield _data({**head, "choices": [choice]})
+                yield _chunk(begun, choice)
             async for events in generation:
                 for index, event in merged(events):
                     if event.output is not None:
                         outputs[index] = _checked(event.output)
                     choice = self._delta(reply, index, event, writers[index].fields(event))
-                    yield _data({**head, "choices": [choice]})
+                    yield _chunk(begun, choice)
             listed = [outputs[i] for i in range(generation.count)]
             self._report(reply, listed)
             if with_usage:
@@ -318,6 +319,8 @@ async def _watch(request: Request, generation: Generation) -> None:
 
 def merged(events: Sequence[tuple[int, StreamEvent]]) -> list[tuple[int, StreamEvent]]:
     """One event for each output: a stream that is read slowly gets several tokens at once."""
+    if len(events) == 1:
+        return [*events]
     merged: dict[int, StreamEvent] = {}
     for index, event in events:
         merged[index] = event if index not in merged else _joined(merged[index], event)
@@ -338,5 +341,14 @@ def _checked(output: RequestOutput) -> RequestOutput:
     return output
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+_END = b"]}\n\n"
+
+
 def _data(value: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + _encode(value).encode() + b"\n\n"
+
+
+def _chunk(begun: bytes, choice: Mapping[str, Any]) -> bytes:
+    """One choice's: all but that is written once for a stream."""
+    return begun + _encode(choice).encode() + _END

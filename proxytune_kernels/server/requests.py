@@ -16,7 +16,8 @@ from proxytune_kernels.decoder import Grammar
 from proxytune_kernels.server.settings import Settings
 
 SAME = (
-    *("alpha", "temperature", "top_k", "top_p", "min_p", "filter_order", "seed", "min_tokens"),
+    *("alpha", "alpha_schedule", "temperature", "top_k", "top_p", "min_p", "filter_order", "seed"),
+    *("min_tokens",),
     *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_prompt"),
     *("allowed_token_ids", "bad_words", "logprobs_mode", "steering"),
@@ -111,6 +112,9 @@ class Common(Strict):
     model: str
     alpha: float | list[float] | None = Field(
         None, description="Strength of the steering; 0 is the base alone. An extension."
+    )
+    alpha_schedule: str | None = Field(
+        None, description="An extension: constant, decay:R or entropy:H."
     )
     temperature: float | None = None
     top_p: float | None = None

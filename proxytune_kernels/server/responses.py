@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from proxytune_kernels.decoder import RequestOutput, StreamEvent
-from proxytune_kernels.server.vocabulary import Vocabulary
+from proxytune_kernels.decoder.vocabulary import Vocabulary
 
 FinishReason = Literal["stop", "length"] | None
 

@@ -50,6 +50,7 @@ class LoadOptions:
         quantize: ``"int8"``, ``"int4"`` or None.
         gguf_file: name of a GGUF file in the directory, unpacked to ``dtype``.
         trust_remote_code: run modelling code that comes with the checkpoint.
+        runtime: what runs the model: ``"transformers"`` or ``"llama.cpp"``.
     """
 
     dtype: str | torch.dtype = "auto"
@@ -58,6 +59,7 @@ class LoadOptions:
     quantize: str | None = None
     gguf_file: str | None = None
     trust_remote_code: bool = False
+    runtime: str = "transformers"
 
     def files(self) -> list[str]:
         """Patterns of what a hub name must have beside the files of every checkpoint."""
@@ -243,6 +245,26 @@ def read_config(role: str, directory: Path) -> dict[str, Any]:
     if generation.is_file():
         read_object(role, file_in(role, directory, generation.name))
     return config
+
+
+def text_config(
+    role: str, place: Place, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The configuration of a checkpoint's language model, with its ``vocab_size``.
+
+    Raises:
+        LoadError: it is not one of a causal LM.
+    """
+    from transformers import AutoConfig
+
+    if gguf_file is None:
+        read_config(role, place.directory)
+    named = {} if gguf_file is None else {"gguf_file": gguf_file}
+    with opening(role, "a causal LM", place.name):
+        config: Any = AutoConfig.from_pretrained(
+            place.directory, trust_remote_code=trust_remote_code, **named
+        )
+        return config.get_text_config(decoder=True)
 
 
 @contextmanager

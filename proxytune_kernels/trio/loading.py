@@ -15,10 +15,12 @@ from proxytune_kernels.trio.checkpoints import (
     LoadOptions,
     check_device_map,
     check_dtype,
+    load_tokenizer,
     open_checkpoint,
     resolve,
 )
 from proxytune_kernels.trio.files import LoadError, file_in, find, read_object
+from proxytune_kernels.trio.llama_cpp import RUNTIME, LlamaModel
 from proxytune_kernels.trio.quantization import QuantizationError, check_quantization, finish
 from proxytune_kernels.trio.roles import PAIR, ROLES, check_known, check_roles, per_role
 
@@ -30,7 +32,7 @@ _KEYS = {
     **dict.fromkeys((*ROLES, "tokenizer"), "text"),
     "merge_adapter": "flag",
     **dict.fromkeys(("gguf_file", "prompts"), "each"),
-    "quantize": "either",
+    **dict.fromkeys(("quantize", "runtime"), "either"),
 }
 _WORDS = {
     "number": "an integer",
@@ -39,6 +41,7 @@ _WORDS = {
     "each": "an object of a string for each role",
     "either": "a string, or an object of one for each role",
 }
+RUNTIMES = ("transformers", RUNTIME)
 # The expert beside the anti's weights is where and what these are.
 _SHARED = ("dtype", "device", "device_map", "quantize")
 
@@ -121,6 +124,7 @@ def load_options(
     quantize: Mapping[str, str | None],
     gguf_file: Mapping[str, str] | None = None,
     trust_remote_code: bool,
+    runtime: str | None = None,
 ) -> LoadOptions:
     """What the arguments of ``load_trio`` say for one role.
 
@@ -129,15 +133,45 @@ def load_options(
     """
     if quantize.get(role) is not None:
         check_quantization(f"quantize of {role}", quantize[role])
+    runtime = RUNTIMES[0] if runtime is None else runtime
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime of {role} must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    dtype = check_dtype(role, per_role("dtype", dtype, role))
     device, device_map = _placement(role, device, device_map)
+    if runtime == RUNTIME:
+        _check_gguf_alone(role, dtype, device, device_map, quantize, gguf_file)
     return LoadOptions(
-        dtype=check_dtype(role, per_role("dtype", dtype, role)),
+        dtype=dtype,
         device=device,
         device_map=device_map,
         quantize=quantize.get(role),
         gguf_file=(gguf_file or {}).get(role),
         trust_remote_code=trust_remote_code,
+        runtime=runtime,
     )
+
+
+def _check_gguf_alone(
+    role: str,
+    dtype: Any,
+    device: Any,
+    device_map: Any,
+    quantize: Mapping[str, str | None],
+    gguf_file: Mapping[str, str] | None,
+) -> None:
+    """Refuse what says how weights are held where llama.cpp holds them as they are in the file."""
+    for name, value, wanted in (
+        ("dtype", dtype, "auto"),
+        ("device", device, "cpu"),
+        ("device_map", device_map, None),
+        ("quantize", quantize.get(role), None),
+    ):
+        if str(value) != str(wanted):
+            raise ValueError(
+                f"{name} of {role} must be {wanted!r} with runtime {RUNTIME!r}, got {value!r}"
+            )
+    if not (gguf_file or {}).get(role):
+        raise ValueError(f"gguf_file of {role} must name a file with runtime {RUNTIME!r}, got none")
 
 
 def _placement(role: str, device: Any, device_map: Any) -> tuple[Any, Any]:
@@ -203,6 +237,11 @@ def load_models(
     if merge_adapter:
         return {role: _load(source, options[role]) for role, source in sources.items()}
     expert = sources.get("expert")
+    for role in PAIR:
+        if role in options and options[role].runtime == RUNTIME:
+            raise LoadError(
+                f"merge_adapter must be True with runtime {RUNTIME!r} of {role}, got False"
+            )
     if expert is None or expert.adapted is None:
         raise LoadError(
             f"merge_adapter=False needs expert to be a directory with a LoRA adapter, "
@@ -220,7 +259,36 @@ def load_models(
     return {role: loaded[role] for role in sources}
 
 
+def load_tokenizers(
+    sources: Mapping[str, adapters.Source],
+    options: Mapping[str, LoadOptions],
+    shared: str | Path | None,
+) -> dict[str, Any]:
+    """Role -> tokenizer: its own, or the one of the directory or hub name ``shared``.
+
+    Raises:
+        LoadError: one can't be opened.
+    """
+    trusted = options["base"].trust_remote_code
+    if shared is not None:
+        place = find("tokenizer", shared, *options["base"].code())
+        one = load_tokenizer("tokenizer", place, trust_remote_code=trusted)
+        return dict.fromkeys(sources, one)
+    return {
+        role: load_tokenizer(
+            f"tokenizer of {role}",
+            source.tokenizer,
+            gguf_file=options[role].gguf_file,
+            trust_remote_code=trusted,
+        )
+        for role, source in sources.items()
+    }
+
+
 def _load(source: adapters.Source, options: LoadOptions) -> Any:
+    if options.runtime == RUNTIME:
+        assert options.gguf_file is not None
+        return LlamaModel(source.role, source.own, options.gguf_file)
     on_cpu = options.device is not None and torch.device(options.device).type == "cpu"
     packed = options.quantize if on_cpu else None
     return _place(source.role, _open(source, options, packed), options)

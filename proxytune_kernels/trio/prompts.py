@@ -102,7 +102,37 @@ def _leading(token_id: int, ids: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(token_id.__eq__, ids))
 
 
+def chat_answer(role: str, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[int]:
+    """Token ids of the last message, as they go on after the prompt that the others are.
+
+    They end with the special token that the template ends the turn with: what it writes behind it,
+    such as a line's end, is left out. EOS ends a turn that the template ends with no such token.
+
+    Raises:
+        ValueError: the tokenizer has no template, or its text of all messages does not begin with
+            the prompt.
+    """
+    prompt = _applied(role, messages[:-1], tokenizer, add_generation_prompt=True, tokenize=False)
+    text = _applied(role, messages, tokenizer, tokenize=False)
+    if not text.startswith(prompt):
+        raise ValueError(
+            f"messages of {role} must be written by the chat template of its tokenizer as a prompt "
+            f"and what follows it, got {text!r:.80}, which does not begin with {prompt!r:.80}"
+        )
+    ids: list[int] = tokenizer.encode(text[len(prompt) :], add_special_tokens=False)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = max((i for i, token_id in enumerate(ids, 1) if token_id in special), default=0)
+    if end and not tokenizer.decode(ids[end:]).strip():
+        return ids[:end]
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
 def _templated(role: str, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[int]:
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    return list(_applied(role, messages, tokenizer, **how))
+
+
+def _applied(role: str, messages: Sequence[Mapping[str, str]], tokenizer: Any, **how: Any) -> Any:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"prompts of {role} must be 'plain' for a tokenizer without a chat template, got 'chat'"
@@ -110,15 +140,12 @@ def _templated(role: str, messages: Sequence[Mapping[str, str]], tokenizer: Any)
     _check_no_powers(role, tokenizer.chat_template)
     try:
         with _bounded():
-            ids = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            return tokenizer.apply_chat_template(list(messages), **how)
     # A template comes from outside and can raise anything, by raise_exception on purpose.
     except Exception as error:
         raise ValueError(
             f"prompt of {role} must fit the chat template of its tokenizer, got: {reason(error)}"
         ) from error
-    return list(ids)
 
 
 class _TemplateTimeoutError(Exception):

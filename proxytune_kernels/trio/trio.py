@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from proxytune_kernels.trio.adapters import Source, adapter_parameters, unwrapped
-from proxytune_kernels.trio.checkpoints import LoadOptions, load_tokenizer, resolve
-from proxytune_kernels.trio.files import LoadError, find
+from proxytune_kernels.trio.adapters import adapter_parameters, unwrapped
+from proxytune_kernels.trio.checkpoints import resolve
+from proxytune_kernels.trio.files import LoadError
+from proxytune_kernels.trio.llama_cpp import RUNTIME, LlamaModel
 from proxytune_kernels.trio.loading import (
     find_sources,
     load_models,
     load_options,
+    load_tokenizers,
     named_models,
     read_source,
 )
@@ -92,6 +94,9 @@ class Trio:
             r: tokenizer[r] if isinstance(tokenizer, Mapping) else tokenizer for r in models
         }
         widths = {r: m.get_output_embeddings().weight.shape[0] for r, m in models.items()}
+        for role, model in models.items():
+            if isinstance(model, LlamaModel):
+                model.check_tokenizer(role, tokenizers[role])
         agreement = agree({r: RoleVocabulary.of(tokenizers[r], widths[r]) for r in models})
         eos = eos_token_ids(models["base"].generation_config, tokenizers["base"], agreement)
         return cls(models, tokenizers, _prompt_styles(prompts, tuple(models)), agreement, eos)
@@ -125,6 +130,18 @@ class Trio:
     def vocab_size(self) -> int:
         """Number of ids that mean the same to all roles; no other id is ever produced."""
         return self.agreement.vocab_size
+
+    def check_modules(self, user: str) -> None:
+        """Refuse, for ``user``, a trio whose models are not all modules of transformers.
+
+        Raises:
+            ValueError: names the role.
+        """
+        for role, model in self.models.items():
+            if isinstance(model, LlamaModel):
+                raise ValueError(
+                    f"{user} needs models that transformers runs, got {role} in {RUNTIME}"
+                )
 
     def tokenize(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """Token ids of a prompt for each role; see :func:`~trio.prompts.tokenize`."""
@@ -160,6 +177,7 @@ def load_trio(
     prompts: Mapping[str, str] | None = None,
     gguf_file: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
+    runtime: str | Mapping[str, str] | None = None,
 ) -> Trio:
     """Open a trio and agree its vocabulary.
 
@@ -184,6 +202,10 @@ def load_trio(
         prompts: role -> ``"plain"`` or ``"chat"``; replaces the source's, plain if neither says.
         gguf_file: role -> name of the GGUF file in its directory, unpacked to ``dtype``.
         trust_remote_code: run modelling code that comes with a checkpoint.
+        runtime: what runs the models, or role -> what runs its: ``"transformers"``, or
+            ``"llama.cpp"``, which runs a GGUF file as it is (docs/llama_cpp.md). A role may then be
+            the path of the file, without ``gguf_file``. None is what the source says, and
+            transformers if it says nothing.
 
     Raises:
         ValueError: names the argument, what it got and what it wanted.
@@ -201,7 +223,11 @@ def load_trio(
     references = named_models(settings, directory, base=base, expert=expert, anti=anti)
     gguf = {**settings.get("gguf_file", {}), **(gguf_file or {})}
     check_known("gguf_file", gguf)
-    quantizations = {**_quantizations(settings.get("quantize")), **_quantizations(quantize)}
+    quantizations = {**_each("quantize", settings.get("quantize")), **_each("quantize", quantize)}
+    runtimes = {**_each("runtime", settings.get("runtime")), **_each("runtime", runtime)}
+    for role, reference in references.items():
+        if runtimes.get(role) == RUNTIME and Path(reference).is_file():
+            references[role], gguf[role] = map(str, (Path(reference).parent, Path(reference).name))
     options = {
         role: load_options(
             role,
@@ -211,6 +237,7 @@ def load_trio(
             quantize=quantizations,
             gguf_file=gguf,
             trust_remote_code=trust_remote_code,
+            runtime=runtimes.get(role),
         )
         for role in references
     }
@@ -219,38 +246,19 @@ def load_trio(
     models = load_models(sources, options, merge_adapter=merge)
     if tokenizer is None and "tokenizer" in settings:
         tokenizer = resolve(settings["tokenizer"], directory)
-    tokenizers = _tokenizers(sources, options, tokenizer)
+    tokenizers = load_tokenizers(sources, options, tokenizer)
     styles = {**settings.get("prompts", {}), **(prompts or {})}
     return Trio.from_models(**models, tokenizer=tokenizers, prompts=styles)
 
 
-def _quantizations(quantize: Any) -> dict[str, str | None]:
-    """Role -> quantisation, for the roles of which ``quantize`` says something."""
-    if quantize is None:
+def _each(name: str, value: Any) -> dict[str, Any]:
+    """Role -> what an argument says of it, for the roles of which it says something."""
+    if value is None:
         return {}
-    if isinstance(quantize, Mapping):
-        check_known("quantize", quantize)
-        return dict(quantize)
-    return dict.fromkeys(ROLES, quantize)
-
-
-def _tokenizers(
-    sources: Mapping[str, Source], options: Mapping[str, LoadOptions], shared: str | Path | None
-) -> dict[str, Any]:
-    trusted = options["base"].trust_remote_code
-    if shared is not None:
-        place = find("tokenizer", shared, *options["base"].code())
-        one = load_tokenizer("tokenizer", place, trust_remote_code=trusted)
-        return dict.fromkeys(sources, one)
-    return {
-        role: load_tokenizer(
-            f"tokenizer of {role}",
-            source.tokenizer,
-            gguf_file=options[role].gguf_file,
-            trust_remote_code=trusted,
-        )
-        for role, source in sources.items()
-    }
+    if isinstance(value, Mapping):
+        check_known(name, value)
+        return dict(value)
+    return dict.fromkeys(ROLES, value)
 
 
 def _prompt_styles(prompts: Mapping[str, str] | None, roles: tuple[str, ...]) -> dict[str, str]:
@@ -302,6 +310,8 @@ def model_info(model: Any) -> dict[str, Any]:
         layers that stand beside the weights), ``bytes`` (of all weights, packed ones as they are
         packed).
     """
+    if isinstance(model, LlamaModel):
+        return model.info()
     return {
         "model": type(model).__name__,
         "name": model.config._name_or_path,

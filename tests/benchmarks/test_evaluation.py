@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import evaluation
 from benchmarks.evaluation import CONTEXT_TOKENS, compare, make_documents, quality
+from benchmarks.harness.memory import in_fresh_process
 
 SHIPPED = Path(str(files("proxytune_kernels") / "data" / "trio"))
 
@@ -60,8 +61,28 @@ def test_quantised_weights(records_of, tmp_path):
     assert all(q["divergence"] > 0 for record in records[1:] for q in record["quality"])
 
 
+def test_a_gguf_file_is_held_to_the_model_it_was_made_of(records_of, gguf_trio, tmp_path):
+    gguf_trio.models["base"].save_pretrained(tmp_path)
+    gguf_trio.load().tokenizer.save_pretrained(tmp_path)
+    arguments = ("--quantized", tmp_path, "--gguf", gguf_trio.files["base"], "--tokens", 32)
+    (plain, llama), _ = records_of(
+        evaluation.main, *arguments, "--repeats", 1, "--dtype", "float32"
+    )
+    assert (plain["variant"], llama["variant"]) == ("plain", "llama.cpp")
+    assert llama["bytes"] < plain["bytes"]
+    assert all(0 < q["divergence"] < 0.01 and q["agreement"] > 0.9 for q in llama["quality"])
+    assert llama["step_over_plain"]["median"] > 0
+
+
 @pytest.mark.slow
-def test_command(records_of):
+def test_command(records_of, monkeypatch):
+    peaks: list[dict[str, int]] = []
+
+    def measured_once(*given):  # a process takes 6 s
+        peaks.extend([] if peaks else [in_fresh_process(*given)])
+        return peaks[0]
+
+    monkeypatch.setattr(evaluation, "in_fresh_process", measured_once)
     (ours, hflm), _ = records_of(
         evaluation.main, "--trio", "shipped", "--documents", 10, "--choices", 2, "--batch-size", 4,
         "--threads", 1,

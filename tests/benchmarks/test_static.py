@@ -1,18 +1,16 @@
 """The check of what Triton and nvcc compile to: parsing, counting, promises, the command."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton, whose tools read the code, is not installed")
 
-from benchmarks.harness.report import REPOSITORY, RESULTS
+from benchmarks.harness.report import RESULTS
 from benchmarks.static import cuda_kernels, triton_kernels
+from benchmarks.static.__main__ import main
 from benchmarks.static.figures import (
     LIMITS,
     Figures,
@@ -61,19 +59,6 @@ Resource usage:
 """
 GOOD = Figures(40, 0, 0, 2048, 1, 48, 3, 1, 1, 100, 1, "6x16", "2x4", "1x4")
 UNIT = Unit("Triton 3.7.1", "sample", "scan", 90)
-
-
-def static(*arguments, **variables):
-    """``python -m benchmarks.static`` in a process of its own."""
-    environ = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.static", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 # Parsing and counting
@@ -261,48 +246,52 @@ def test_clusters_are_those_that_the_launch_chooses():
 # The command
 
 
+@pytest.fixture
+def static(run_command, monkeypatch):
+    """``python -m benchmarks.static``, with variables of the environment."""
+
+    def run(*arguments, interpret=False, **variables):
+        monkeypatch.setattr("triton.knobs.runtime.interpret", interpret)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return run_command(main, *arguments)
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
-        (("--check",), {"TRITON_INTERPRET": "1"}, "benchmarks.static: TRITON_INTERPRET is set"),
+        (("--check",), {"interpret": True}, "benchmarks.static: TRITON_INTERPRET is set"),
         (("--write", "--kernels", "combine"), {}, "--write stores all figures"),
         (("--write",), {"CUDA_HOME": "/nowhere"}, "figures too, and there is no nvcc"),
     ],
 )
-def test_the_command_refuses(tmp_path, arguments, variables, message):
+def test_the_command_refuses(static, tmp_path, arguments, variables, message):
     done = static(*arguments, "--file", tmp_path / "static.csv", **variables)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert message in re.sub(r"[│\s]+", " ", done.stderr)
     assert not list(tmp_path.iterdir())
 
 
-def test_without_nvcc_the_command_says_what_it_leaves_out():
+def test_without_nvcc_the_command_says_what_it_leaves_out(static):
     done = static("--check", "--kernels", "cluster", CUDA_HOME="/nowhere")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "CUDA C++ kernels: not compiled: there is no nvcc in /nowhere/bin" in done.stdout
 
 
-@pytest.mark.slow
-def test_check_compiles_and_compares(tmp_path):
-    """Against figures one of which can't be reached, and the others can't be missed."""
+def test_check_compares(static, tmp_path, monkeypatch):
+    """With figures one of which can't be reached; `make static` compiles, and compares them all."""
     unit, file = Unit(triton_kernels.COMPILER, "combine", "combine", 90), tmp_path / "static.csv"
-    easy = Figures(255, 99, 99, 2**20, 1, 0, 99, 99, 99, 0, 99, "999x1", "999x4", "999x1")
+    monkeypatch.setattr(triton_kernels, "measure", lambda units: dict.fromkeys(units, GOOD))
     arguments = ("--check", "--kernels", "combine", "--cc", "90", "--file", file)
-    write_figures(file, {unit: easy._replace(registers=1)})
+    write_figures(file, {unit: GOOD._replace(registers=1)})
     done = static(*arguments)
-    assert done.returncode == 1, done.stderr
-    complaint, *rest = done.stderr.strip().splitlines()
-    assert complaint.startswith("combine/combine cc 90: registers ")
-    assert rest == ["benchmarks.static: 1 figures are not what they should be"]
-    write_figures(file, {unit: easy})
+    assert done.exit_code == 1
+    complaints = ["combine/combine cc 90: registers 40, was 1",
+                  "benchmarks.static: 1 figures are not what they should be"]  # fmt: skip
+    assert done.stderr.strip().splitlines() == complaints
+    write_figures(file, {unit: GOOD})
     done = static(*arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "1 kernels keep their budgets" in done.stdout
-
-
-@pytest.mark.skipif(cuda_kernels.missing() is not None, reason=f"{cuda_kernels.missing()}")
-@pytest.mark.slow
-def test_the_cuda_kernels_keep_their_promises_on_hopper():
-    done = static("--kernels", "cluster", "--cc", "90")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "kernels keep their budgets" in done.stdout

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from benchmarks.harness.trios import TrioForms, TrioMissing, make_prompts
 from benchmarks.throughput import Times, Work, make_provider, record_of, result_stem
 from proxytune_kernels import Trio, reference
 from proxytune_kernels.params import RowParams
+from scripts.qwen import gguf_files
 
 # PEFT asks a model for a property that transformers renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -326,12 +328,14 @@ def test_prompts(trio):
 
 def test_providers_that_cannot_run_are_left_out(trio, tmp_path, capsys):
     bare = TrioForms(trio, tmp_path)
-    wanted = settings(providers=("naive", "llama.cpp", "ours-shared-pair", "ours", "ours-packed"))
+    elsewhere = ("llama.cpp", "ours-llama.cpp", "ours-shared-pair", "ours-packed")
+    wanted = settings(providers=("naive", "ours", *elsewhere))
     works = throughput.make_work(trio, wanted)
     made = throughput.make_providers(bare, wanted, works)
     assert [provider.name for provider in made] == ["naive", "ours"]
     said = capsys.readouterr().out
-    assert "llama.cpp is left out: there is no " in said
+    assert "\nllama.cpp is left out: there is no " in f"\n{said}"
+    assert "ours-llama.cpp is left out: there is no " in said
     assert "ours-shared-pair is left out: the expert has no adapter" in said
     assert "ours-packed is left out: " in said  # its weights are fp32
 
@@ -357,7 +361,7 @@ def test_llama_cpp_gives_times_of_all_tokens(trio, tmp_path, monkeypatch):
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / llama.FILE).touch()
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(TrioMissing, match="pip install xllamacpp"):
+    with pytest.raises(TrioMissing, match=r"pip install 'proxytune_kernels\[llama\]'"):
         llama.LlamaProvider(trio, tmp_path, GREEDY, 2, 64)
 
     def parameters() -> Any:
@@ -373,6 +377,19 @@ def test_llama_cpp_gives_times_of_all_tokens(trio, tmp_path, monkeypatch):
     assert all(row == sorted(row) and row[0] > 0 for row in seconds)
     with pytest.raises(RuntimeError, match=r"llama.cpp gave \[6, 4\] tokens, not 6"):
         provider.generate([[0], [2]], 6)
+
+
+def test_ours_runs_over_llama_cpp(gguf_trio, trio, tmp_path):
+    directory = tmp_path / gguf_files.DIRECTORY
+    directory.mkdir()
+    for role, path in gguf_trio.files.items():
+        (directory / f"{role}.gguf").hardlink_to(path)
+    said = {"gguf_file": {role: f"{role}.gguf" for role in gguf_trio.files}, "runtime": "llama.cpp"}
+    text = json.dumps({"format": 1, **dict.fromkeys(gguf_trio.files, "."), **said})
+    (directory / "trio.json").write_text(text)
+    provider = make("ours-llama.cpp", TrioForms(trio, tmp_path))
+    generation = provider.generate([[5, 6, 7]] * 2, MAX_TOKENS)
+    assert [len(row) for row in generation.seconds] == [MAX_TOKENS] * 2
 
 
 def test_results_of_different_runs_have_different_names():
@@ -397,8 +414,9 @@ def test_absent_trio_names_the_command(tmp_path, monkeypatch):
             trios.find_trio(name)
 
 
-@pytest.mark.slow
-def test_command(records_of, trio_directory, tmp_path):
+def test_command(records_of, trio_directory, tmp_path, monkeypatch):
+    # Processes of their own take 5 s each; benchmarks.evaluation's test starts one.
+    monkeypatch.setattr(throughput, "in_fresh_process", lambda peaks, *given: peaks(*given))
     records, said = records_of(
         throughput.main, "--trio", trio_directory, "--lengths", "8:3", "--batch-sizes", "1,2",
         "--repeats", 2, "--providers", "ours,naive,base-only,ours-shared-pair,ours-speculative",

@@ -123,9 +123,8 @@ class Case:
         out = self.sample(self.params)
         lines = [f"ids {token}" for token in out.token_ids.tolist()]
         assert out.attribution is not None
-        told = torch.stack([field.float() for field in out.attribution], 1)
         lines += _sample_lines("sample", out)
-        lines += [f"attribution {' '.join(_bits(row))}" for row in told]
+        lines += [f"attribution {' '.join(_bits(row))}" for row in out.attribution.columns]
         lines += _sample_lines("rows", out)
         plain = ptk.RowParams.make(self.rows)
         lines += _sample_lines("defaults", self.sample(plain, "draft"))

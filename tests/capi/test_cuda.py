@@ -6,8 +6,6 @@ what they say, and how many blocks they would choose is tested here. tests/clust
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
 import subprocess
@@ -25,7 +23,7 @@ INVALID, DEVICE, SHAPE, CUDA = 1, 4, 5, 1000
 TILE_BYTES = 128 * 4 + 48  # of x, in fp32; summaries and alignment take a few more
 
 try:
-    NVCC, _ = build_cuda.toolchain()
+    NVCC, DEVICES = build_cuda.toolchain()
     LEFT_OUT = ""
 except build_cuda.Unavailable as error:
     LEFT_OUT = str(error)
@@ -36,26 +34,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels as a shared library, from csrc/cuda and csrc/common alone, quickly compiled.
-
-    Once for all processes of a run.
-    """
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda-library"
-    folder.mkdir(exist_ok=True)
-    path, quick = folder / "libproxytune_cuda.so", ("-Xptxas=-O1", "-Xcicc=-O1")
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            NVCC.compile(path, _device(), "-shared", "-Xlinker=--exclude-libs=ALL", *quick)
+    """The kernels as a shared library, from csrc/cuda and csrc/common alone."""
+    path = tmp_path_factory.mktemp("cuda") / "libproxytune_cuda.so"
+    kernels = NVCC.kernels(DEVICES)
+    run([NVCC.path, "-shared", "-Xlinker=--exclude-libs=ALL", kernels, "-o", path])
     return path
-
-
-def _device() -> list[str]:
-    """For the device that is here, so that the example can run; for an H100 where there is none."""
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-    name = "".join(map(str, max(capability, (9, 0))))
-    return [f"-gencode=arch=compute_{name},code=sm_{name}"]
 
 
 def link(library: Path, source: Path, folder: Path, *flags: str) -> Path:

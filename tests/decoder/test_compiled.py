@@ -40,15 +40,15 @@ def test_compiled_tokens_equal_the_naive_loop(trio, make_decoder, greedy, monkey
     """One row and several, equally long and ragged, from within a window to past it."""
     # Which graphs there are is decided before code is generated, which takes a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    pair = Trio.from_models(sliding(7), trio.expert, trio.anti, trio.tokenizer)
-    decoder = make_decoder(pair, 3, max_seq_len=48, compile=True)
+    alone = Trio.from_models(sliding(7), tokenizer=trio.tokenizer)
+    decoder = make_decoder(alone, 3, max_seq_len=48, compile=True)
     decoder.warm_up()
     assert not any(any(decoder._runner.lengths(role)) for role in decoder.roles)
     graphs = counters["stats"]["unique_graphs"]
     params = SamplingParams(temperature=0, max_tokens=14, ignore_eos=True)
     for prompts in (["a"], ["hello", "world"], ["a", "hello you", "abc", "b"], ["hello, you two"]):
         for output in decoder.generate(prompts, params):
-            assert output.token_ids == greedy(pair.models, output.prompt_token_ids, 1.0, 14)
+            assert output.token_ids == greedy(alone.models, output.prompt_token_ids, 1.0, 14)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
 

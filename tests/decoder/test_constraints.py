@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from torch import Tensor
+from torch.distributions import Categorical
 
 from proxytune_kernels import reference
 from proxytune_kernels.decoder import Decoder, Speculation
@@ -30,6 +31,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "presence": {"presence_penalty": 2.0},
     "frequency": {"frequency_penalty": 1.9},
     "alphas": {"alpha": [1.0, -0.5, 2.0, 0.0, 0.7]},
+    "schedule": {"alpha_schedule": "entropy:4.8"},
     "min_tokens": {"stop_token_ids": range(3, 250, 2), "min_tokens": 15},
 }  # fmt: skip
 
@@ -60,6 +62,8 @@ def naive_tokens(trio: Trio, params: SamplingParams, prompt: list[int]) -> list[
     def pick(logits: dict[str, Tensor], position: int) -> int:
         row = RowParams.from_sampling_params([params], [position])
         base, expert, anti = (logits[role].float()[None] for role in ("base", "expert", "anti"))
+        if Categorical(logits=logits["base"]).entropy() <= params.schedule[1]:
+            row = row._replace(alpha=row.alpha * 0)
         x = reference.combine(base, expert, anti, row.alpha)[0]
         x = as_asked(x, params, prompt, output)
         output.append(int(reference.sample(x[None], row).token_ids))
@@ -100,6 +104,7 @@ FEW: list[dict[str, Any]] = [
      "bad_words": [[0], [1, 5]]},
     {"allowed_token_ids": [1, 3, 6], "min_tokens": 12},
     {"frequency_penalty": -0.1, "alpha": [1.0, -0.5, 2.0, 0.0, 0.7], "temperature": 0.0},
+    {"alpha": 1.5, "alpha_schedule": "decay:0.75"},
 ]  # fmt: skip
 
 

@@ -9,6 +9,8 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -238,3 +240,26 @@ def test_a_grammar_is_compiled_once(near, monkeypatch):
     for grammar in (GRAMMARS[1], Grammar.regex(GRAMMARS[1].text), GRAMMARS[2], GRAMMARS[1]):
         decoder.generate([[5, 6]], params(grammar, 1))
     assert compiled == [GRAMMARS[1], GRAMMARS[2]]
+
+
+def test_a_slow_compile_holds_up_no_other(near, monkeypatch):
+    begun, free = Event(), Event()
+    compile_ = GrammarCompiler._compile
+    slow, other = Grammar.regex("slow[0-9]"), Grammar.regex("other[0-9]")
+
+    def held(compiler: GrammarCompiler, grammar: Grammar) -> Any:
+        if grammar == slow:
+            begun.set()
+            assert free.wait(60)
+        return compile_(compiler, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", held)
+    decoder = Decoder(near, max_batch_size=1)
+    with ThreadPoolExecutor(2) as pool:
+        waits = pool.submit(decoder.compile_grammar, slow)
+        assert begun.wait(60)
+        try:
+            pool.submit(decoder.compile_grammar, other).result(20)
+        finally:
+            free.set()
+        waits.result(60)

@@ -51,7 +51,7 @@ def check(
     proxy = softmax(x.double().numpy())
     # Logits are rounded to fp32, and 2^t to |t| 2^-24 of itself: of the row's largest.
     sizes = [np.where(np.isfinite(r), np.abs(r), 0.0).max(-1) for r in wide if r is not None]
-    relative = 1e-5 + 2.0**-22 * np.max(sizes, axis=0)
+    relative = 2e-5 + 2.0**-22 * np.max(sizes, axis=0)
     for name, role in zip(("base", "expert", "anti"), wide, strict=True):
         value = getattr(a, name).numpy()
         if role is None:
@@ -78,7 +78,8 @@ def check(
     own = softmax(base)
     with np.errstate(invalid="ignore"):
         terms = np.where(proxy > -700, np.exp(proxy) * (proxy - own), 0.0)
-        moved = np.where(np.isfinite(proxy - own), np.abs(proxy - own), 0.0).max(-1)
+        near = np.isfinite(proxy - own) & (proxy - proxy.max(-1, keepdims=True) > -45 * np.log(2))
+        moved = np.where(near, np.abs(proxy - own), 0.0).max(-1)
     kl = np.maximum(terms.sum(-1), 0.0)
     # Of each share, and of x - base.
     bound = 2 * relative * (1 + moved)
@@ -134,9 +135,9 @@ def test_random_rows(backend, dtypes, vocab_size):
 
 
 def awkward(V: int) -> list[Tensor]:
-    """Rows with NaN, infinities, nothing left, outliers behind the first tile, equal logits."""
+    """Rows with NaN, infinities, nothing left, outliers, equal logits."""
     g = torch.Generator().manual_seed(7)
-    base, expert, anti = torch.randn(3, 12, V, generator=g)
+    base, expert, anti = torch.randn(3, 13, V, generator=g)
     base[0, 3], expert[1, 4], anti[2, 5] = NAN, NAN, NAN
     base[3, 6], base[4, [2, 9]], expert[5, 8] = -INF, INF, INF
     base[6] = -INF
@@ -145,6 +146,7 @@ def awkward(V: int) -> list[Tensor]:
     base[9, 0], expert[9, V - 1] = 3e38, -3e38
     base[10], expert[10], anti[10] = 1.0, 0.5, 0.5
     base[11, :130], anti[11] = NAN, -INF
+    expert[12, 200] = -3e38  # as models write into what they never give
     return [base, expert, anti]
 
 
@@ -152,7 +154,7 @@ def awkward(V: int) -> list[Tensor]:
 def test_awkward_rows(backend):
     roles: list[Tensor | None] = [*awkward(700)]
     for alpha in (1.0, 0.0):
-        run(backend, roles, ptk.RowParams.make(12, alpha=alpha, seed=3))
+        run(backend, roles, ptk.RowParams.make(13, alpha=alpha, seed=3))
 
 
 @attributing
@@ -178,7 +180,7 @@ def test_given_tokens(backend):
     ids = torch.where(given < 0, found.token_ids, given)
     check(found, roles, params.alpha, x, torch.where(ids >= V, -1, ids))
     none = backend.sample(*[r[:0] for r in roles], attribution=True).attribution
-    assert all(len(field) == 0 for field in none)
+    assert len(none.columns) == len(none.changed) == 0
 
 
 @pytest.mark.skipif(BY_NAME["cpu"].unusable() is not None, reason="the C++ extension is not built")

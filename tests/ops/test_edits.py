@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,30 @@ def test_draws_are_those_of_logits_that_came_so(backend):
         found = backend.verify(logits, *pair, drafts, alpha=alpha, edits=positions, **options)
         same(found, backend.verify(torch.stack(each, 1), None, None, drafts, **options))
         assert int(found.num_accepted.sum()) > 1
+
+
+def test_operators_without_edits_say_what_has_them():
+    """And that gives what is meant."""
+    x, edits = rows(1)
+    whole = ptk.combine(x, None, None, edits=edits)
+    head, ids = ptk.Head(torch.eye(len(x)), x.T.contiguous()), torch.arange(len(x))[:, None]
+    with pytest.raises(ValueError, match="sample_hidden: edits must be None.* sample does, of the"):
+        ptk.sample_hidden(head, edits=edits)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="score: edits must be None.* combine does, and score"):
+        ptk.score(x[:, None], None, None, ids, edits=edits)  # type: ignore[arg-type]
+    scored = ptk.score(whole[:, None], None, None, ids)[1:4]
+    wanted = whole.log_softmax(-1).gather(1, ids)[1:4]  # the rows without NaN and infinities
+    torch.testing.assert_close(scored, wanted, rtol=2e-6, atol=2e-6)
+
+    shard = ptk.sharded.Shard(100, 150, (0, 100, 250), (100, 150, V - 250), "cpu", None)
+    part, entries = x[:, 100:250], edits.entries.clone()
+    for op in (ptk.sharded.sample, partial(ptk.sharded.verify, draft_token_ids=ids)):
+        with pytest.raises(ValueError, match="edits must be None.* combine does: .*vocab_start"):
+            op(part, None, None, shard=shard, edits=edits)  # type: ignore[arg-type]
+    entries[..., 0] -= 100
+    same(
+        [ptk.combine(part, None, None, edits=edits._replace(entries=entries))], [whole[:, 100:250]]
+    )
 
 
 X, EDITS = rows(3)

@@ -149,7 +149,7 @@ def test_a_decoder_compiles_nothing_while_it_draws(drafter):
         sampler.constraints.reserve(decoder._make_requests([[1]], asked))
         kinds = (
             *(Needs(), Needs(masked=True), Needs(edits=1), Needs(masked=True, edits=1)),
-            Needs(likeliest=True, steering=True),
+            Needs(likeliest=20, steering=True),
         )
         for rows, needs, k in product((1, 2, 4), kinds, (1, 2, 5)):
             logits = {

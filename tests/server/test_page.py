@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import proxytune_kernels as ptk
+from tests.page.browser import look
 from tests.server.serving import PROMPT
-
-HERE = Path(__file__).parent / "page"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-MISSING = [
-    name
-    for name, there in {
-        "Chromium (Debian: apt install chromium)": CHROMIUM,
-        "node (Debian: apt install nodejs)": shutil.which("node"),
-        "playwright-core and axe-core (make page installs them)": (HERE / "node_modules").exists(),
-    }.items()
-    if not there
-]
 
 # What the page asks for before anything is changed, but for one step of the temperature.
 ASKED: dict[str, Any] = {"temperature": 0.65, "seed": 7, "max_tokens": 64}
@@ -34,15 +20,7 @@ ASKED: dict[str, Any] = {"temperature": 0.65, "seed": 7, "max_tokens": 64}
 
 @pytest.fixture(scope="module")
 def seen(server, tmp_path_factory):
-    if MISSING:
-        pytest.skip(f"the page is not looked at: {', '.join(MISSING)} is missing")
-    folder = tmp_path_factory.mktemp("page")
-    done = subprocess.run(
-        ["node", "check.cjs", server.url, str(CHROMIUM), str(folder)],
-        cwd=HERE, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return look("server.cjs", server.url, tmp_path_factory.mktemp("page"))
 
 
 def test_it_shows_what_the_decoder_gives(seen, reference):

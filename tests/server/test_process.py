@@ -75,7 +75,7 @@ def test_the_commands_of_the_documentation_run(tmp_path):
 
 
 def test_load_loses_nothing_and_answers_nothing_twice(server):
-    seen = asyncio.run(load(server.port, clients=20, requests=60, max_tokens=6))
+    seen = asyncio.run(load(server.port, clients=20, requests=range(60), max_tokens=6))
     assert sorted(seen.answers.values()) == list(range(60))
     assert seen.tokens == 360 and seen.statuses == {200: 60}
     server.wait_idle()

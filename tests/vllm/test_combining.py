@@ -94,6 +94,8 @@ def test_every_rank_has_the_whole_combination(widths, agreed, count, gathers, dt
             widths=[8, 4, 4, 4 // dtype.itemsize],
             members=dict(zip(("base", "expert", "anti"), members, strict=True)),
             agreed=agreed,
+            # A sampler that draws from parts gets whole rows where the parts do not match.
+            in_parts=gathers == 3,
             vocab_size=widths[0],
         )
         hidden = torch.cat([torch.zeros(ROWS, 16, dtype=dtype), alpha.view(-1, 1).view(dtype)], -1)

@@ -36,7 +36,7 @@ def test_two_processes(kind, make_llm, tmp_path, monkeypatch):
     got = generate(llm, PROMPTS, ALPHAS, TOKENS)
     assert got == decode(trio, PROMPTS, greedy(ALPHAS, TOKENS))
     if kind == "tensor":
-        for shapes in llm.collective_rpc("gathered"):
+        for shapes, _ in llm.collective_rpc("traffic"):
             # A step gives each of the requests in it a row at most, and there are three requests:
             # three gathers a step would be three times as many.
             rows = sum(rows for rows, _ in shapes)

@@ -35,7 +35,8 @@ def run_engine(directory: Path, trio: Path, batches: list[Any], **settings: Any)
     command = [sys.executable, "-W", "ignore", "-m", "tests.vllm.v2_engine", str(requests)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    # vLLM's logs go there, too.
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
 def request(prompt: list[int], **params: Any) -> dict[str, Any]:
@@ -151,3 +152,45 @@ def test_each_alpha_holds_under_speculation(trio, tmp_path):
     assert results["sampler"] == "Sampler"
     wanted = decode(trio, PROMPTS, greedy(ALPHAS, TOKENS))
     assert tokens(results["batches"][0]) == wanted
+
+
+def test_two_ranks_draw_from_their_parts_of_the_logits(trio, tmp_path, monkeypatch):
+    # vLLM's own choice of cores wants a NUMA node for each rank.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    sampling = [*SAMPLING[:3], {"temperature": 1.3, "top_k": 30, "top_p": 0.8, "seed": 6}]
+    asked = [{"extra_args": {"alpha": a}} | s for a, s in zip(ALPHAS, sampling, strict=True)]
+    first = request(PROMPTS[0], **asked[0])
+    batches = [
+        [request(p, **a) for p, a in zip(PROMPTS, asked, strict=True)],
+        # None has top_p alone, nothing is read back from the device; one, and no promise holds.
+        [request(p, **asked[i]) for i, p in enumerate(PROMPTS) if i != 2],
+        [request(PROMPTS[2], **asked[2])],
+        # What needs whole rows.
+        [first | {"logprobs": 2}],
+        [first | {"prompt_logprobs": 0}],
+        [first | {"temperature": 0, "repetition_penalty": 1e6}],
+        [first | {"choice": ["yes", "no"], "ignore_eos": False}],
+    ]
+    results = run_engine(
+        tmp_path,
+        trio,
+        batches,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        disable_log_stats=False,
+    )
+    wanted = decode(trio, PROMPTS, [ours(a, **s) for a, s in zip(ALPHAS, sampling, strict=True)])
+    every, counted, alone, logprobs, prompt_logprobs, penalised, chosen = map(
+        tokens, results["batches"]
+    )
+    assert every == wanted
+    assert counted == [row for i, row in enumerate(wanted) if i != 2]
+    assert alone == wanted[2:3]
+    assert logprobs == prompt_logprobs == wanted[:1]
+    assert len(set(*penalised)) == TOKENS
+    assert byte_tokenizer().decode(*chosen, skip_special_tokens=True) in ("yes", "no")
+    for batch, (gathers, sent) in list(zip(batches, results["traffic"], strict=True))[:3]:
+        assert gathers == []
+        # Gathered logits would be 4 bytes * V a row.
+        assert 0 < sum(sent) < 2000 * TOKENS * len(batch)
+    assert all(gathers and not sent for gathers, sent in results["traffic"][3:])

@@ -8,7 +8,7 @@ here.
 
 REQUESTS.json: {"model": DIR, "settings": {of LLM}, "batches": [[{"prompt": [ids], ...}]]}, where
 the dots are of SamplingParams. Prints the token ids and logprobs of each batch, or the error of one
-that was refused, as JSON.
+that was refused, and what its first worker told the others, as JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 import triton.backends
 
 from tests.vllm import conftest  # the environment
+
+# Before vLLM is imported. The workers of several processes import this module first, too.
+triton.backends.backends["cpu"] = types.SimpleNamespace(
+    driver=types.SimpleNamespace(is_active=lambda: True), compiler=None
+)
 
 
 def generate(llm: Any, batch: list[dict[str, Any]]) -> Any:
@@ -55,18 +60,19 @@ def generate(llm: Any, batch: list[dict[str, Any]]) -> Any:
 
 
 def main() -> None:
-    driver = types.SimpleNamespace(is_active=lambda: True)
-    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
     from vllm import LLM
 
     with open(sys.argv[1]) as file:
         said = json.load(file)
-    llm = LLM(said["model"], **{**conftest.ENGINE, **said["settings"]})
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    results = {
-        "runner": type(runner).__module__,
-        "sampler": type(runner.sampler).__name__,
-        "batches": [generate(llm, batch) for batch in said["batches"]],
+    tools = {"worker_extension_cls": "tests.vllm.workers.WorkerTools"}
+    llm = LLM(said["model"], **{**conftest.ENGINE, **tools, **said["settings"]})
+    runner, sampler = llm.collective_rpc("kinds")[0]
+    llm.collective_rpc("count_gathers")
+    results: dict[str, Any] = {"runner": runner, "sampler": sampler, "batches": [], "traffic": []}
+    for batch in said["batches"]:
+        results["batches"].append(generate(llm, batch))
+        results["traffic"].append(llm.collective_rpc("traffic")[0])
+    results |= {
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
         "drafts": sum(
             m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens"

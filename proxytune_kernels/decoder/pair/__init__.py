@@ -9,6 +9,7 @@ from typing import Any
 from proxytune_kernels.decoder.model import with_slot_attention
 from proxytune_kernels.decoder.pair.batched import batched_pair
 from proxytune_kernels.decoder.pair.shared import PairError, has_lora, shared_pair
+from proxytune_kernels.trio.llama_cpp import LlamaModel
 from proxytune_kernels.trio.roles import PAIR
 
 PAIR_MODES = ("shared", "batched", "separate")
@@ -46,13 +47,18 @@ def pair_models(
         if mode is not None:
             raise ValueError(f"pair must be None where the base runs alone, got {mode!r}")
         return None, {}
+    elsewhere = [role for role in PAIR if isinstance(models[role], LlamaModel)]
+    if elsewhere and mode not in (None, "separate"):
+        raise ValueError(
+            f"pair must be 'separate' where llama.cpp runs {elsewhere[0]}, got {mode!r}"
+        )
     expert, anti = (with_slot_attention(models[role]) for role in PAIR)
     apart: Trees = {("expert",): expert, ("anti",): anti}
     lora = has_lora(expert)
     if mode == "batched":
         return mode, {PAIR: batched_pair(expert, anti), **apart}
     if mode is None and not lora:
-        if may_batch and _is_small(expert) and _is_small(anti):
+        if may_batch and not elsewhere and _is_small(expert) and _is_small(anti):
             # Models of two shapes, or with layers that can't be batched, are no pair.
             with suppress(PairError):
                 return "batched", {PAIR: batched_pair(expert, anti), **apart}

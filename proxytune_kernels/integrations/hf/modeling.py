@@ -141,6 +141,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         """
         if trio.roles != ROLES:
             raise ValueError(f"trio must have {', '.join(ROLES)}, got {', '.join(trio.roles)}")
+        trio.check_modules(cls.__name__)
         config = ProxyTunedConfig.of_models(
             dict(trio.models), trio.vocab_size, alpha=alpha, prompts=dict(trio.prompts)
         )

@@ -3,6 +3,10 @@
 Importing this registers it. docs/lm_eval.md says how to run it.
 """
 
-from proxytune_kernels.integrations.lm_eval_model.model import ProxyTuneLM, evaluate_alphas
+from proxytune_kernels.integrations.lm_eval_model.model import (
+    ProxyTuneLM,
+    document_scores,
+    evaluate_alphas,
+)
 
-__all__ = ["ProxyTuneLM", "evaluate_alphas"]
+__all__ = ["ProxyTuneLM", "document_scores", "evaluate_alphas"]

@@ -22,13 +22,13 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
 from proxytune_kernels.decoder.arguments import rotary_limit, size
+from proxytune_kernels.decoder.scoring import Score, Scorer
 from proxytune_kernels.integrations.lm_eval_model.generation import (
     Generation,
     Generator,
     make_params,
     request_seed,
 )
-from proxytune_kernels.integrations.lm_eval_model.scoring import Score, Scorer
 from proxytune_kernels.params import check_alpha
 from proxytune_kernels.trio import Trio, load_trio
 
@@ -95,6 +95,7 @@ class ProxyTuneLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     ) -> None:
         super().__init__()
         self.trio = _open_trio(trio, device, loading)
+        self.trio.check_modules(type(self).__name__)
         self.tokenizer = self.trio.tokenizer
         self.batch_size = _positive("batch_size", batch_size)
         self.max_length = _shortest_context(self.trio, max_length)
@@ -374,6 +375,55 @@ def evaluate_alphas(
         general.model_name_sanitized = utils.sanitize_model_name(general.model_name)
         _save(tracker, results)
         yield alpha, results
+
+
+def document_scores(
+    lm: ProxyTuneLM,
+    alphas: Sequence[float],
+    task: str,
+    metric: str | None = None,
+    **arguments: Any,
+) -> tuple[str, list[list[float]]]:
+    """A task's scores document by document, for comparisons that are paired.
+
+    Args:
+        lm: the model; its own alpha is not used.
+        alphas: each once.
+        task: one task, no group.
+        metric: one that the task gives each document; None is its first.
+        arguments: as in :func:`evaluate_alphas`, but for tasks.
+
+    Returns:
+        (metric, scores [A][N]), higher is better: those of a metric that should be low have their
+        sign turned, and a minus before the metric's name.
+
+    Raises:
+        ValueError: a group, a metric that the task does not have, or one that is no number for a
+            document alone, as perplexities are.
+    """
+    scores: list[list[float]] = []
+    lower = False
+    # lm_eval's own bootstrap is of the means, which are not used.
+    given = {"tasks": [task], "log_samples": True, "bootstrap_iters": 0, **arguments}
+    for _, results in evaluate_alphas(lm, alphas, **given):
+        samples = results["samples"].get(task)
+        if not samples:
+            raise ValueError(f"{task} must be one task of lm_eval, not a group of them")
+        metric = metric or samples[0]["metrics"][0]
+        if metric not in samples[0]["metrics"]:
+            known = ", ".join(samples[0]["metrics"])
+            raise ValueError(f"{task} must have the metric {metric!r}, it has {known}")
+        lower = results["higher_is_better"][task].get(metric) is False
+        # The first of a task's filters.
+        own = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+        try:
+            found = [float(s[metric]) for s in sorted(own, key=lambda s: s["doc_id"])]
+        except TypeError as error:
+            raise ValueError(
+                f"{metric} of {task} must be a number for each document, got {own[0][metric]!r:.80}"
+            ) from error
+        scores.append([-x for x in found] if lower else found)
+    return f"{'-' if lower else ''}{metric}", scores
 
 
 def _save(tracker: EvaluationTracker, results: dict[str, Any]) -> None:

@@ -27,9 +27,9 @@ from proxytune_kernels.trio.checkpoints import (
     LoadOptions,
     check_dtype,
     load_tokenizer,
-    opening,
     read_config,
     resolve,
+    text_config,
 )
 from proxytune_kernels.trio.files import (
     INDEX_FILE,
@@ -265,11 +265,8 @@ def _checkpoint(source: Source, gguf_file: str | None, dtype: str) -> _Checkpoin
     if gguf_file is not None or source.adapted is not None:
         return _opened(source, gguf_file, dtype)
     role, directory = source.role, source.own.directory
-    from transformers import AutoConfig
-
     config = read_config(role, directory)
-    with opening(role, "a causal LM", str(directory)):
-        width = AutoConfig.from_pretrained(directory).get_text_config().vocab_size
+    width = text_config(role, source.own).vocab_size
     if not config.get("architectures"):
         raise LoadError(
             f"{role} must name its architectures in config.json, which vLLM looks models up by, "

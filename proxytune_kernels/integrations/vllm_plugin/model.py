@@ -1,4 +1,4 @@
-"""The trio as one vLLM model: three forwards, one combination on the sharded logits, one gather."""
+"""The trio as one vLLM model: three forwards, one combination on the sharded logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from vllm.config import VllmConfig
 from vllm.config.utils import replace
 from vllm.distributed import (
     get_pp_group,
+    get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    get_tp_group,
     tensor_model_parallel_all_gather,
 )
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -28,6 +30,7 @@ from vllm.sequence import IntermediateTensors
 from proxytune_kernels import ops
 from proxytune_kernels.integrations.vllm_plugin import alpha as alphas
 from proxytune_kernels.integrations.vllm_plugin.config import ProxyTuning, member_configs
+from proxytune_kernels.ops.sharded import Shard
 from proxytune_kernels.trio.roles import PAIR
 
 logger = init_logger(f"vllm.{__name__}")
@@ -69,6 +72,10 @@ class ProxyTunedForCausalLM(nn.Module):
         self.vocab_size = model_config.get_vocab_size()
         self.agreed = settings.vocab_size
         self.dtype = model_config.dtype
+        # True: a rank may keep its part of the logits, for a sampler that draws from parts; the
+        # ranks agree on the parts once.
+        self.in_parts = False
+        self.shard: Shard | None = None
         # Of what forward gives: the members' columns, then those that hold alpha's fp32 bits.
         self.widths = [config.get_hidden_size() for config in configs.values()]
         self.widths.append(4 // self.dtype.itemsize)
@@ -148,9 +155,10 @@ class ProxyTunedForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Combined logits, fp32 [rows, vocab_size], -inf past the agreed width.
 
-        Each rank combines its shard of the vocabulary, and one gather joins them. Where the
-        members' shards hold other ids, since their vocabularies are padded to other widths, each
-        member's are gathered first.
+        Each rank combines its shard of the vocabulary, and one gather joins them. A sampler that
+        draws ``in_parts`` gets this rank's alone, [rows, this rank's width]. Where the members'
+        shards hold other ids, since their vocabularies are padded to other widths, each member's
+        are gathered first, whatever the sampler does, and ``in_parts`` becomes False.
         """
         *hidden, bits = hidden_states.split(self.widths, dim=-1)
         alpha = bits.contiguous().view(torch.float32).view(-1)
@@ -161,8 +169,12 @@ class ProxyTunedForCausalLM(nn.Module):
         if sharded and len({shard.shape[-1] for shard in logits}) > 1:
             logger.info_once("the members' vocabularies are padded differently: three gathers")
             logits, sharded = [gather(shard) for shard in logits], False
+        self.in_parts &= sharded
         base, expert, anti = logits
         x = ops.combine(base, expert, anti, alpha)
+        if self.in_parts:
+            self.shard = self.shard or self._agree(x)
+            return x
         if sharded:
             x = gather(x)
         # Ids that not every member has. The sampler's tables are as wide as the base's logits.
@@ -170,6 +182,15 @@ class ProxyTunedForCausalLM(nn.Module):
         if x.shape[-1] < self.vocab_size:
             return pad(x, (0, self.vocab_size - x.shape[-1]), value=-torch.inf)
         return x[:, : self.vocab_size]
+
+    def _agree(self, x: Tensor) -> Shard:
+        """The ranks' parts of the agreed ids, each with logits as wide as these; a collective."""
+        start = min(get_tensor_model_parallel_rank() * x.shape[-1], self.agreed)
+        size = min(x.shape[-1], self.agreed - start)
+        group = get_tp_group().device_group
+        shard = Shard.agree(start, size, group=group, device=x.device)
+        logger.info("tokens are drawn from %d ranks' parts of the logits", shard.world_size)
+        return shard
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Hand each member its checkpoint; names what was loaded."""

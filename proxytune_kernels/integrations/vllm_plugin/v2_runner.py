@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -20,6 +21,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from proxytune_kernels import ops
 from proxytune_kernels.integrations.vllm_plugin.alpha import default_alpha, request_alpha
+from proxytune_kernels.ops import sharded
 from proxytune_kernels.params import FILTER_ORDERS, RowParams
 
 logger = init_logger(f"vllm.{__name__}")
@@ -48,6 +50,7 @@ class ProxyTunedState(DefaultModelState):  # type: ignore[misc]  # vllm is Any h
         # By token; a captured graph reads it where it is.
         self.by_token = torch.full((self.max_num_tokens,), self.default, device=device)
         self.token_index = torch.arange(self.max_num_tokens, dtype=torch.int32, device=device)
+        self.sampler: FusedSampler | None = None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Note a request's alpha."""
@@ -72,6 +75,9 @@ class ProxyTunedState(DefaultModelState):  # type: ignore[misc]  # vllm is Any h
         torch.index_select(
             self.alphas.gpu, 0, input_batch.idx_mapping[rows], out=self.by_token[:tokens]
         )
+        # Whatever one of its requests needs, the batch does.
+        sampler, requests = self.sampler, input_batch.idx_mapping_np
+        self.model.in_parts = sampler is not None and not sampler.whole[requests].any()
         return {**inputs, "alpha": self.by_token[:tokens]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -88,7 +94,10 @@ class ProxyTunedState(DefaultModelState):  # type: ignore[misc]  # vllm is Any h
         if reason is not None:
             logger.info_once("vLLM's own sampler draws from the combined logits: %s", reason)
             return None
-        return FusedSampler.over(sampler), None
+        own = FusedSampler.over(sampler, self.model)
+        if get_tensor_model_parallel_world_size() > 1 and not own.compute_nans:
+            self.sampler = own
+        return own, None
 
     def _vllm_samples(self, sampler: Any) -> str | None:
         if self.vllm_config.speculative_config is not None:
@@ -109,14 +118,20 @@ class FusedSampler(Sampler):  # type: ignore[misc]  # vllm is Any here
 
     Those are requests with penalties, a bias, banned, allowed or forced tokens, a minimal length or
     a thinking budget. Grammars mask the logits before any sampler sees them.
+
+    With tensor parallelism the logits of a batch stay on their ranks, unless a request in it needs
+    whole rows: one of those above, or one with a grammar or logprobs.
     """
 
     @classmethod
-    def over(cls, sampler: Sampler) -> FusedSampler:
-        """A sampler that takes over another's state."""
+    def over(cls, sampler: Sampler, model: Any) -> FusedSampler:
+        """A sampler that takes over another's state, for the trio that gives it logits."""
         own = cls.__new__(cls)
         own.__dict__.update(sampler.__dict__)
+        own.model = model
         states = own.sampling_states
+        # By request: True where it needs whole rows of logits.
+        own.whole = np.zeros(states.max_num_reqs, dtype=bool)
         # By request: 1 where its logits must be processed by vLLM before a draw.
         own.processed = UvaBackedTensor(states.max_num_reqs, dtype=torch.int32)
         size, device = states.max_num_reqs, own.req_states.device
@@ -134,6 +149,12 @@ class FusedSampler(Sampler):  # type: ignore[misc]  # vllm is Any here
         self.processed.np[req_idx] = self.needs_logits_processing[req_idx]
         filtered = self.sampling_states.add_request(req_idx, sampling_params)
         self.needs_logits_processing[req_idx] |= filtered
+        asked = [
+            name
+            for name in ("logprobs", "logprob_token_ids", "prompt_logprobs", "structured_outputs")
+            if getattr(sampling_params, name) is not None
+        ]
+        self.whole[req_idx] = self.processed.np[req_idx] or bool(asked)
 
     def apply_staged_writes(self) -> None:
         """Hand what was noted to the device."""
@@ -153,7 +174,7 @@ class FusedSampler(Sampler):  # type: ignore[misc]  # vllm is Any here
         """Tokens [rows], and the logits that logprobs are of.
 
         Args:
-            logits: combined, fp32 [rows, vocab_size].
+            logits: combined, fp32 [rows, vocab_size], or this rank's part of them.
             expanded_idx_mapping: [rows], the request of each row.
             idx_mapping, idx_mapping_np: [requests], on the device and on the host.
             pos: [rows], index of the last token that each row has read.
@@ -163,13 +184,15 @@ class FusedSampler(Sampler):  # type: ignore[misc]  # vllm is Any here
         rest = (expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *arguments)
         if processed.all():
             return super().sample(logits, *rest, **named)
-        tokens = self._draw(logits, expanded_idx_mapping, pos)
+        tokens = self._draw(logits, expanded_idx_mapping, pos, idx_mapping_np)
         if not processed.any():
             return tokens, logits
         theirs, _ = super().sample(logits, *rest, **named)
         return torch.where(self.processed.gpu[expanded_idx_mapping] != 0, theirs, tokens), logits
 
-    def _draw(self, logits: Tensor, requests: Tensor, pos: Tensor) -> Tensor:
+    def _draw(
+        self, logits: Tensor, requests: Tensor, pos: Tensor, requests_np: np.ndarray
+    ) -> Tensor:
         states, rows = self.sampling_states, len(requests)
         params = RowParams(
             alpha=self.alpha[:rows],
@@ -181,5 +204,23 @@ class FusedSampler(Sampler):  # type: ignore[misc]  # vllm is Any here
             seed=states.seeds.gpu[requests],
             position=pos + 1 - self.req_states.prompt_len.gpu[requests],
         )
+        if self.model.in_parts:
+            promise = self._max_top_k(requests_np)
+            shard = self.model.shard
+            drawn = sharded.sample(logits, None, None, params, shard=shard, max_top_k=promise)
+        else:
+            drawn = ops.sample(logits, None, None, params)
         # A row with nothing left has token -1, which no embedding has; vLLM's own draw gives 0.
-        return ops.sample(logits, None, None, params).token_ids.clamp_(min=0)
+        return drawn.token_ids.clamp_(min=0)
+
+    def _max_top_k(self, requests: np.ndarray) -> int | None:
+        """The highest top_k of requests with top_k or top_p, 0 where none has either.
+
+        None where one has top_p alone, or a top_k past what ranks send.
+        """
+        states = self.sampling_states
+        top_k = states.top_k.np[requests]
+        counted = top_k < states.vocab_size
+        wanted = int(top_k[counted].max(initial=0))
+        known = (counted | (states.top_p.np[requests] >= 1)).all()
+        return wanted if known and wanted <= sharded.MAX_CANDIDATES else None

@@ -64,8 +64,7 @@ def _sample(
         return (*results, none)
     rows: Any = [None if t is None else t[:, :vocab_size].float() for t in (base, expert, anti)]
     token_ids = torch.where(attributed < 0, results[0], attributed).masked_fill(results[0] < 0, -1)
-    fields = reference.attribute(rows[0], rows[1], rows[2], params.alpha, x, token_ids)
-    return (*results, torch.stack([field.float() for field in fields], 1))
+    return (*results, *reference.attribute(rows[0], rows[1], rows[2], params.alpha, x, token_ids))
 
 
 def _sample_hidden(

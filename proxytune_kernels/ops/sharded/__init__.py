@@ -7,7 +7,8 @@ from the whole row, for tens of bytes a row instead of the logits. docs/sharded.
 
 from __future__ import annotations
 
+from proxytune_kernels.ops.sharded.candidates import MAX_CANDIDATES
 from proxytune_kernels.ops.sharded.operators import sample, verify
 from proxytune_kernels.ops.sharded.shard import Shard
 
-__all__ = ["Shard", "sample", "verify"]
+__all__ = ["MAX_CANDIDATES", "Shard", "sample", "verify"]

@@ -45,6 +45,7 @@ def sample(
     position: int | Tensor | None = None,
     bias: Tensor | None = None,
     allowed_mask: Tensor | None = None,
+    edits: None = None,
     noise_stream: str = "sample",
     max_top_k: int | None = None,
     num_candidates: int = NUM_CANDIDATES,
@@ -62,6 +63,8 @@ def sample(
         shard: this rank's part, from :meth:`Shard.agree`.
         bias: fp32 [B, shard.size].
         allowed_mask: int32 [B, ceil(shard.size / 32)]; bit 0 of word 0 is this rank's first token.
+        edits: refused; for these, give as base what :func:`proxytune_kernels.combine` makes of this
+            rank's part, with ids less ``shard.vocab_start``.
         noise_stream: as there.
         max_top_k: a promise about all rows: that none has top_p or top_k, unless its top_k is in
             [1, max_top_k]; 0: none has either. Then nothing is read back from the device. A row
@@ -81,7 +84,7 @@ def sample(
     """
     op = "sharded.sample"
     rows = _prepared(
-        op, shard, base, expert, anti, bias, allowed_mask, params,
+        op, shard, base, expert, anti, bias, allowed_mask, edits, params,
         alpha, temperature, top_k, top_p, min_p, filter_order, seed, position,
     )  # fmt: skip
     _check_candidates(op, max_top_k, num_candidates)
@@ -97,9 +100,13 @@ def sample(
 
 def _prepared(
     op: str, shard: Any, base: Any, expert: Any, anti: Any, bias: Any, allowed_mask: Any,
-    params: Any, *singles: Any, dims: int = 2,
+    edits: Any, params: Any, *singles: Any, dims: int = 2,
 ) -> RowParams:  # fmt: skip
     """Check the arguments; the parameters as tensors, one value per request."""
+    if edits is not None:
+        raise checks.no_edits(
+            op, "combine does: give its x of the rank's part as base, its ids less vocab_start"
+        )
     if not isinstance(shard, Shard):
         raise TypeError(f"{op}: shard must be a Shard, got {type(shard).__name__}")
     # An empty part's logits may have no column.
@@ -177,6 +184,7 @@ def verify(
     draft_logits: Tensor | None = None,
     bias: Tensor | None = None,
     allowed_mask: Tensor | None = None,
+    edits: None = None,
     max_top_k: int | None = None,
     num_candidates: int = NUM_CANDIDATES,
 ) -> VerifyOutput:
@@ -196,6 +204,7 @@ def verify(
         draft_logits: [B, k, n_draft], this rank's part of what the drafter drew from; rejection
             only.
         bias, allowed_mask: as in :func:`sample`, with a dimension k + 1 after the first.
+        edits: refused, as there.
         max_top_k, num_candidates: as in :func:`sample`.
 
     Returns:
@@ -208,7 +217,7 @@ def verify(
     """
     op = "sharded.verify"
     requests = _prepared(
-        op, shard, base, expert, anti, bias, allowed_mask, params,
+        op, shard, base, expert, anti, bias, allowed_mask, edits, params,
         alpha, temperature, top_k, top_p, min_p, filter_order, seed, position, dims=3,
     )  # fmt: skip
     _check_candidates(op, max_top_k, num_candidates)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from proxytune_kernels.cli.evaluate import _alphas, _value
+from proxytune_kernels.cli.evaluate import _value
+from proxytune_kernels.cli.options import strengths
 from tests.cli import assert_one_sentence, invoke
 from tests.integrations.lm_eval.conftest import write_tasks
 
@@ -38,6 +39,18 @@ def test_tables_and_files_of_each_alpha(folder, tmp_path):
         }  # fmt: skip
         assert saved["config"]["limit"] == 3 and saved["config"]["batch_size"] == 8
         assert saved["config"]["fewshot_seed"] == 1234
+
+
+def test_a_sweep_over_a_task(folder):
+    pytest.importorskip("scipy", reason="sweeps need the extra analysis: scipy is not there")
+    asked = ["--include-path", folder, "--alpha", "0:0.5:0.5", *TRIO, "--limit", 3]
+    swept = invoke("sweep", *asked, "--score", "lm-eval:local_choice/acc_norm")
+    assert swept.exit_code == 0, swept.output
+    assert "local_choice/acc_norm, 3 rows" in swept.stdout
+    tables = invoke("eval", "--tasks", "local_choice", *asked).stdout
+    wanted = [float(x) for x in re.findall(r"\|acc_norm *\|↑ *\| *([\d.]+)", tables)]
+    found = re.findall(r"^│ +[\d.]+ │ +([\d.]+) │", swept.stdout, re.M)
+    assert [float(x) for x in found] == pytest.approx(wanted, abs=5e-5)  # four digits
 
 
 def test_model_args_say_what_options_say(folder):
@@ -98,10 +111,10 @@ def test_an_unknown_task(monkeypatch, folder):
 
 
 def test_strengths():
-    assert _alphas(None) == [1.0]
-    assert _alphas(["0:0.1:0.3", "0.2", "2"]) == [0.0, 0.1, 0.2, 0.3, 2.0]
-    assert _alphas(["1:-0.5:-0.6"]) == [1.0, 0.5, 0.0, -0.5]
-    assert _alphas("0.5") == _alphas(0.5) == [0.5]
+    assert strengths(None) == [1.0]
+    assert strengths(["0:0.1:0.3", "0.2", "2"]) == [0.0, 0.1, 0.2, 0.3, 2.0]
+    assert strengths(["1:-0.5:-0.6"]) == [1.0, 0.5, 0.0, -0.5]
+    assert strengths("0.5") == strengths(0.5) == [0.5]
 
 
 def test_values_of_model_args():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune_kernels.integrations.lm_eval_model.scoring import Batch, make_trees
+from proxytune_kernels.decoder.scoring import Batch, make_trees
 
 MAX_LENGTH = 5
 # Few tokens and short texts: many contexts and beginnings are the same.

@@ -16,9 +16,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from proxytune_kernels.decoder import scoring
 from proxytune_kernels.decoder.model import check_model
-from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM, scoring
-from proxytune_kernels.integrations.lm_eval_model.scoring import Scorer
+from proxytune_kernels.decoder.scoring import Scorer
+from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM
 from proxytune_kernels.trio import Trio
 from tests.decoder import test_runner
 from tests.decoder.conftest import kind, word_tokenizer

@@ -10,7 +10,11 @@ import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from proxytune_kernels.integrations.lm_eval_model import ProxyTuneLM, evaluate_alphas
+from proxytune_kernels.integrations.lm_eval_model import (
+    ProxyTuneLM,
+    document_scores,
+    evaluate_alphas,
+)
 from tests.integrations.lm_eval.conftest import write_tasks
 from tests.integrations.lm_eval.test_hflm import per_token
 
@@ -90,3 +94,20 @@ def test_each_alpha_has_its_own_results_in_lm_evals_files(trio, folder, tmp_path
             [lines] = (tmp_path / f"tiny-alpha-{alpha:g}").glob(f"samples_{task}_*.jsonl")
             assert len(lines.read_text().splitlines()) == len(alone["samples"][task])
     assert found[0.0]["results"] != found[0.7]["results"]
+
+
+def test_scores_of_each_document(trio, folder):
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    lm = ProxyTuneLM(trio, batch_size=4)
+    asked: dict[str, Any] = {"task_manager": manager, "limit": 5}
+    metric, scores = document_scores(lm, [0.0, 1.5], "local_choice", "acc_norm", **asked)
+    runs = evaluate_alphas(lm, [0.0, 1.5], tasks=["local_choice"], bootstrap_iters=0, **asked)
+    means = [results["results"]["local_choice"]["acc_norm,none"] for _, results in runs]
+    assert metric == "acc_norm" and [len(own) for own in scores] == [5, 5]
+    assert [sum(own) / 5 for own in scores] == pytest.approx(means)
+    for task, wrong, words in (
+        ("local_choice", "f1", "must have the metric 'f1', it has acc, acc_norm"),
+        ("local_text", None, "word_perplexity of local_text must be a number for each document"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            document_scores(lm, [0.0], task, wrong, **asked)

@@ -1,10 +1,12 @@
-"""Tokens as the API writes them: as text, and as the bytes that they stand for."""
+"""Tokens by themselves: as text, and as the bytes that they stand for."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
 from typing import Any
+
+from proxytune_kernels.decoder.text import special_tokens
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -30,6 +32,11 @@ class Vocabulary:
         decoder = b"" if backend is None else (backend.decoder and backend.decoder.__getstate__())
         self._is_byte_level = b'"ByteLevel"' in (decoder or b"")
         self._known: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token stands for no text, such as the end of a turn."""
+        return token_id in special_tokens(self._tokenizer)
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes that a token stands for; a special token's are its name's."""
@@ -43,11 +50,15 @@ class Vocabulary:
 
         Bytes that are no characters of their own are written as ``bytes:\xe2\x80``.
         """
-        data = self.bytes_of(token_id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        text = self._texts.get(token_id)
+        if text is None:
+            data = self.bytes_of(token_id)
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            self._texts[token_id] = text
+        return text
 
     def _bytes_of(self, token_id: int) -> bytes:
         name = self._tokenizer.convert_ids_to_tokens(token_id)

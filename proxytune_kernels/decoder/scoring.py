@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations under the combined logits, for several alphas at once.
+"""Given texts under the combined logits: their log-likelihoods, or what steering does to them.
 
 Requests that share a context are one tree: its trunk is run once, and its branches behind it. Each
 role's model gives the final states of the tokens that are scored (:class:`RoleStates`); logits are
@@ -11,10 +11,10 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,16 @@ Score = tuple[float, bool]
 """Sum of a continuation's raw logprobs in nats, and whether greedy decoding would give it."""
 
 _log = logging.getLogger(__name__)
+
+
+class Attributed(NamedTuple):
+    """What steering does at each token of a text, one entry a token."""
+
+    steering: list[list[float]]
+    """The fields of :class:`~proxytune_kernels.reference.Attribution`."""
+    top_token_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+    """The likeliest tokens of the combined logits, and their raw logprobs."""
 
 
 @dataclass(frozen=True)
@@ -421,29 +431,87 @@ class Scorer:
         for row, target, request in batch.pairs():
             targets[row].append(target)
             requests[row].append(request)
-        for first, found in self._chunks(rows, targets, alphas):
-            for a, (logprobs, argmax) in enumerate(found):
-                for i, (values, best) in enumerate(zip(logprobs, argmax, strict=True), first):
+        for chunk, logits in self._chunks(rows):
+            for a, alpha in enumerate(alphas):
+                found = zip(*self._at(logits, targets[chunk], alpha), strict=True)
+                for i, (values, best) in enumerate(found, chunk.start):
                     for value, target, request in zip(values, targets[i], requests[i], strict=True):
                         sums[request][a] += value
                         greedy[request][a] &= target == best
         for request, values in sums.items():
             scored(request, tuple(zip(values, greedy[request], strict=True)))
 
-    def _chunks(
-        self, rows: dict[str, Tensor], targets: Sequence[Sequence[int]], alphas: Sequence[float]
-    ) -> Iterator[tuple[int, list[tuple[list[list[float]], list[int]]]]]:
-        """(first row, per alpha the targets' logprobs and the argmax of each row)."""
+    def attribute(
+        self,
+        texts: Sequence[tuple[Mapping[str, Sequence[int]], Sequence[int]]],
+        alphas: Sequence[float],
+        *,
+        batch_size: int,
+        top_logprobs: int,
+    ) -> Iterator[tuple[int, Attributed]]:
+        """Say of each token of given texts what steering does there; one forward of each role.
+
+        Args:
+            texts: (role -> token ids of its context, token ids that follow it), none empty; all
+                roles read the same ids behind contexts of their own.
+            alphas: strength of the steering, one per text.
+            batch_size: texts that run at the same time.
+            top_logprobs: of the likeliest tokens at each place, how many to give.
+
+        Returns:
+            A text's place in the list with what was found, the longest text first.
+        """
+
+        def length(i: int) -> int:
+            return max(map(len, texts[i][0].values())) + len(texts[i][1])
+
+        order = sorted(range(len(texts)), key=length, reverse=True)
+        for first in range(0, len(order), batch_size):
+            part = order[first : first + batch_size]
+            yield from self._attributed(part, texts, alphas, top_logprobs)
+
+    def _attributed(
+        self,
+        part: Sequence[int],
+        texts: Sequence[tuple[Mapping[str, Sequence[int]], Sequence[int]]],
+        alphas: Sequence[float],
+        top_logprobs: int,
+    ) -> Iterator[tuple[int, Attributed]]:
+        rows = {}
+        for role, states in self._roles.items():
+            trees = []
+            for i in part:
+                context, targets = tuple(texts[i][0][role]), tuple(texts[i][1])
+                trees.append(Tree(context + targets[:-1], len(context), (Leaf(i, targets),)))
+            rows[role] = states.rows(Batch(trees), len(trees))
+        ids = torch.tensor([token_id for i in part for token_id in texts[i][1]])
+        alpha = torch.tensor([alphas[i] for i in part for _ in texts[i][1]], dtype=torch.float32)
+        found: list[Any] = []
+        for chunk, logits in self._chunks(rows):
+            device = logits["base"].device
+            drawn = ops.sample(
+                logits["base"], logits.get("expert"), logits.get("anti"),
+                alpha=alpha[chunk].to(device), temperature=0.0, attribution=ids[chunk].to(device),
+                top_logprobs=top_logprobs, vocab_size=self.vocab_size, backend=self._backend,
+            )  # fmt: skip
+            assert drawn.attribution is not None and drawn.top is not None
+            fields = drawn.attribution.columns
+            found += zip(*(x.tolist() for x in (fields, *drawn.top)), strict=True)
+        for i in part:
+            own, found = found[: len(texts[i][1])], found[len(texts[i][1]) :]
+            yield i, Attributed(*map(list, zip(*own, strict=True)))
+
+    def _chunks(self, rows: Mapping[str, Tensor]) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """(which rows, each role's logits of them on the base's device), a few rows at a time."""
         row_bytes = sum(self._roles[role].logits_bytes for role in rows)
         step = max(1, LOGITS_BYTES // row_bytes)
-        for first in range(0, len(targets), step):
+        for first in range(0, len(rows["base"]), step):
             chunk = slice(first, first + step)
             logits = {
                 role: self._roles[role].logits(states[chunk]) for role, states in rows.items()
             }
             device = logits["base"].device
-            logits = {role: x.to(device) for role, x in logits.items()}
-            yield first, [self._at(logits, targets[chunk], alpha) for alpha in alphas]
+            yield chunk, {role: x.to(device) for role, x in logits.items()}
 
     def _at(
         self, logits: dict[str, Tensor], targets: Sequence[Sequence[int]], alpha: float

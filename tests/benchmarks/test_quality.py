@@ -1,0 +1,82 @@
+"""benchmarks.quality: what each task's scorer says, the share of a gap, and a run that goes on."""
+
+import numpy as np
+import pytest
+
+from benchmarks import quality
+
+ROW = {
+    "prompt": "def twice(x):\n", "entry_point": "twice",
+    "test": "def check(f):\n    assert f(2) == 4 and f('a') == 'aa'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "python", "passed"),
+    [
+        ("    return x * 2\n", True, True),
+        ("    return x + 1\n", True, False),
+        ("    return x * 2\nraise SystemExit(0)", True, False),
+        ("    return x * 2\nprint('0' * 32)\nimport os; os._exit(0)", True, False),
+        ("    return x *\n", False, False),
+        ("    return open('/tmp/x', 'w').write('1' * 9)\n", True, False),
+        ("    return bytearray(2**31)\n", True, False),
+        ("    while True: pass\n", True, False),
+        ("    return '\0'\n", False, False),
+    ],
+)
+def test_code_counts_where_its_tests_ran_to_their_end(body, python, passed):
+    assert quality.is_python(body, ROW) == python
+    assert quality.passes(body, ROW, cpu=1) == passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "followed"),
+    [
+        ("list", "1. a\n2. b c\n3. d\n", True), ("list", "1. a\n2. b", False),
+        ("list", "1. a\n3. b\n2. c", False), ("list", "Here:\n1. a\n2. b", False),
+        ("capitals", " DOG", True), ("capitals", "Dog", False), ("capitals", "A DOG IS IT", False),
+        ("json", ' {"birds": ["a", "b", "c"]}', True), ("json", '{"birds": ["a"]}', False),
+        ("json", '["birds"]', False), ("json", "birds: a, b, c", False),
+    ],
+)  # fmt: skip
+def test_the_form_of_an_answer(kind, text, followed):
+    assert quality.follows(text, {"kind": kind, "n": 3, "things": "birds"}) == followed
+
+
+def test_the_share_of_a_gap():
+    base, proxy, direct = np.array([[0, 0, 1, 0.0]]), np.array([[1, 0, 1, 0.0]]), np.ones((1, 4))
+    assert quality.gap_closed(base, proxy, direct) == pytest.approx([1 / 3])
+    assert np.isnan(quality.gap_closed(base, proxy, base)).all()
+    answered = [
+        {"task": "t", "system": name, "scores": {"s": scores.repeat(50).tolist()}}
+        for name, scores in (("base", base), ("proxy", proxy), ("direct", direct))
+    ]
+    lines = {line["system"]: line for line in quality.figures(answered)}
+    low, high = lines["proxy"]["gap_closed"][1:]
+    assert low < 1 / 3 < high
+    assert lines["proxy"]["over_base"].value == 0.25 and "gap_closed" not in lines["base"]
+
+
+def test_a_run_that_was_cut_short_goes_on(records_of, monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.trios._PROBLEMS", 8)
+    arguments = ("--quick", "--tasks", "arithmetic", "--schedules", "entropy:2")
+    answer, asked = quality.answer, []
+
+    def counted(system, task, *settings):
+        asked.append(system.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return answer(system, task, *settings)
+
+    monkeypatch.setattr(quality, "answer", counted)
+    with pytest.raises(AssertionError):
+        records_of(quality.main, *arguments)
+    records, said = records_of(quality.main, *arguments)
+    names = ["base", "expert", "anti", "proxy", "proxy entropy:2"]
+    assert [r["system"] for r in records] == names
+    assert asked == [*names[:3], *names[2:]]
+    steered = [r["steered"] for r in records]
+    assert steered[:4] == [0, 0, 0, 1] and 0 < steered[4] < 1
+    right = {r["system"]: sum(r["scores"]["right"]) for r in records}
+    assert right["proxy"] > right["base"] and "over base" in said
