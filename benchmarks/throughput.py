@@ -182,6 +182,8 @@ class Times:
         """Time to the last token."""
         self.first_tokens = [row[0] for rows in repeats for row in rows]
         """Of each row."""
+        self.first_means = [fmean(row[0] for row in rows) for rows in repeats]
+        """Mean time of a row's first token."""
         self.arrivals = [
             [b - a for row in rows for a, b in pairwise(row) if b > a] for rows in repeats
         ]
@@ -236,6 +238,7 @@ def record_of(
     means = [sum(map(fmean, repeat.values())) for repeat in forwards]
     p50, p95 = 1e3 * np.percentile(list(chain(*own.arrivals)), (50, 95))
     totals = {other: t.totals for other, t in times.items()}
+    first_means = {other: t.first_means for other, t in times.items()}
     token_means = {other: t.token_means for other, t in times.items()}
     drafted, rounds = own.counts["drafted"], own.counts["useful_slot_steps"]
     return {
@@ -250,6 +253,7 @@ def record_of(
         "step_over_forwards": ratios(steps, [sum(m.values()) for m in medians]) if bare else None,
         "token_over_forwards": ratios(own.token_means, means) if bare else None,
         "speed_over": speed_over(name, totals, COMPARED),
+        "first_token_speed_over": speed_over(name, first_means, COMPARED),
         "token_speed_over": speed_over(name, token_means, COMPARED),
         "acceptance": own.counts["accepted"] / drafted if drafted else None,
         "tokens_per_base_forward": own.counts["emitted"] / rounds if rounds else None,

@@ -174,30 +174,43 @@ void head_logits_out(Tensor hidden, Tensor weight, int64_t begin, int64_t end, T
   });
 }
 
-// Rows bf16 [T, K] times weights int8 [N, K] with scales bf16 [N].
-Tensor int8_linear(Tensor rows, Tensor weight, Tensor scales) {
-  STD_TORCH_CHECK(ptk::amx::available(), "proxytune: int8_linear needs a processor with AMX");
-  STD_TORCH_CHECK(rows.dim() == 2 && weight.dim() == 2 && scales.dim() == 1 && rows.size(1) == weight.size(1) &&
-                      scales.size(0) == weight.size(0) && rows.size(1) % ptk::amx::kInputs == 0,
-                  "proxytune: rows, weight and scales must have shapes [T, K], [N, K] and [N], K a multiple of ",
-                  ptk::amx::kInputs);
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::BFloat16 && weight.scalar_type() == ScalarType::Char &&
-                      scales.scalar_type() == ScalarType::BFloat16,
-                  "proxytune: rows and scales must be bfloat16, weight int8");
-  STD_TORCH_CHECK(rows.is_contiguous() && weight.is_contiguous() && scales.is_contiguous(),
-                  "proxytune: rows, weight and scales must be contiguous");
+// Rows bf16 [T, K] by AMX, times weights of a kind; y of its own.
+template <typename Kind>
+Tensor by_tiles(const Tensor& rows, const Tensor& weight, const Tensor& scales) {
   const int64_t count = rows.size(0), inputs = rows.size(1), outputs = weight.size(0);
   Tensor y = new_tensor(rows, ScalarType::BFloat16, count, outputs);
   if (count == 0 || outputs == 0) return y;
-  Tensor packed = new_tensor(rows, ScalarType::Int, ptk::amx::packed_words(count, inputs));
+  Tensor packed = new_tensor(rows, ScalarType::Int, Kind::words(count, inputs));
   auto* const x = static_cast<uint32_t*>(packed.data_ptr());
-  ptk::amx::pack(static_cast<const uint16_t*>(rows.data_ptr()), count, inputs, x);
-  const int64_t panels = (outputs + ptk::amx::kOutputs - 1) / ptk::amx::kOutputs;
-  torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
-    ptk::amx::linear(static_cast<const int8_t*>(weight.data_ptr()), static_cast<const uint16_t*>(scales.data_ptr()),
-                     outputs, inputs, x, count, static_cast<uint16_t*>(y.data_ptr()), begin, end);
+  Kind::pack(static_cast<const uint16_t*>(rows.data_ptr()), count, inputs, x);
+  torch::stable::parallel_for(0, (outputs + Kind::kPanel - 1) / Kind::kPanel, 128 / Kind::kPanel,
+                              [&](int64_t begin, int64_t end) {
+    Kind::linear(weight.data_ptr(), static_cast<const uint16_t*>(scales.data_ptr()), outputs, inputs, x, count,
+                 static_cast<uint16_t*>(y.data_ptr()), begin, end);
   });
   return y;
+}
+
+// Rows bf16 [T, K] times weights int8 [N, K] with scales bf16 [N], or int4 uint8 [N, K / 2] with [K / 32, N, 2].
+Tensor tiled_linear(Tensor rows, Tensor weight, Tensor scales) {
+  using namespace ptk::amx;
+  STD_TORCH_CHECK(available(), "proxytune: tiled_linear needs a processor with AMX");
+  const bool int4 = weight.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::BFloat16 && (int4 || weight.scalar_type() == ScalarType::Char) &&
+                      scales.scalar_type() == ScalarType::BFloat16,
+                  "proxytune: rows and scales must be bfloat16, weight int8 or uint8");
+  STD_TORCH_CHECK(rows.dim() == 2 && weight.dim() == 2 && scales.dim() == (int4 ? 3 : 1),
+                  "proxytune: rows, weight and scales must have 2, 2 and 1 dimensions, for int4 2, 2 and 3");
+  const int64_t inputs = rows.size(1), outputs = weight.size(0);
+  STD_TORCH_CHECK(weight.size(1) * (int4 ? 2 : 1) == inputs && scales.size(int4 ? 1 : 0) == outputs &&
+                      (!int4 || (scales.size(0) * kGroup == inputs && scales.size(2) == 2)),
+                  "proxytune: rows, weight and scales must have shapes [T, K], [N, K] and [N], for int4 [T, K], "
+                  "[N, K / 2] and [K / ", kGroup, ", N, 2]");
+  STD_TORCH_CHECK(inputs % kInputs == 0 && outputs % (int4 ? Int4::kPanel : 1) == 0,
+                  "proxytune: K must be a multiple of ", kInputs, ", for int4 N one of ", Int4::kPanel);
+  STD_TORCH_CHECK(rows.is_contiguous() && weight.is_contiguous() && scales.is_contiguous(),
+                  "proxytune: rows, weight and scales must be contiguous");
+  return int4 ? by_tiles<Int4>(rows, weight, scales) : by_tiles<Int8>(rows, weight, scales);
 }
 
 PyObject* has_amx(PyObject*, PyObject*) { return PyBool_FromLong(ptk::amx::available()); }
@@ -224,7 +237,7 @@ PyObject* set_isa(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Instruction set of the kernels in use."},
     {"set_isa", set_isa, METH_VARARGS, "Use this instruction set; None for the widest."},
-    {"has_amx", has_amx, METH_NOARGS, "Whether int8_linear runs here."},
+    {"has_amx", has_amx, METH_NOARGS, "Whether tiled_linear runs here."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", "CPU kernels.", -1, methods,
@@ -238,7 +251,7 @@ STABLE_TORCH_LIBRARY_IMPL(proxytune, CPU, m) {
   m.impl("combine_out", TORCH_BOX(&combine_out));
   m.impl("score", TORCH_BOX(&score));
   m.impl("score_out", TORCH_BOX(&score_out));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("tiled_linear", TORCH_BOX(&tiled_linear));
   m.impl("head_logits_out", TORCH_BOX(&head_logits_out));
 }
 

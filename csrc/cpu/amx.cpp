@@ -16,15 +16,16 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define PTK_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vbmi")))
+#define PTK_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vbmi,avx512bf16")))
 
 namespace ptk::amx {
 namespace {
 
-constexpr int kWide = 32;   // inputs of a tile
-constexpr int kAhead = 8;   // tiles that are widened before they are multiplied, and fetched before that
+constexpr int kWide = 32;  // inputs of a tile
 constexpr int kPairs = kWide / 2;
 constexpr int kTileWords = kPairs * int(kRows);
+constexpr int kFetched = 8;  // chunks, each kInputs of a panel, from a weight's prefetch to its use
+static_assert(kWide == kGroup && kInputs == 2 * kWide);
 
 bool has_amx() {
   unsigned a, b, c, d;
@@ -32,6 +33,7 @@ bool has_amx() {
   const bool tiles = d >> 24 & 1, bf16 = d >> 22 & 1;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // Linux, arch_prctl(2)
   return tiles && bf16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512bf16") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
@@ -73,34 +75,40 @@ PTK_AMX inline void widen(const int8_t* weights, uint16_t* first, uint16_t* seco
   _mm512_store_si512(second, _mm512_unpackhi_epi8(low, high));
 }
 
-// sums [1 or, with kTwo, 2][kOutputs][kRows] of a panel, for as many tiles of rows; x are the first one's tiles.
+struct Panel {
+  const int8_t* weight;
+  int64_t outputs;
+};
+using Wide = uint16_t[2][Int8::kPanel][kWide];
+
+// sums [1 or, with kTwo, 2][kPanel][kRows] of a panel, for as many tiles of rows; x are the first one's tiles.
+// While a chunk is multiplied, the next is widened, of the panel `next` behind the last: wide[turn] is this one's.
 template <bool kTwo>
-PTK_AMX void panel(const int8_t* weight, int64_t outputs, int64_t inputs, const uint32_t* x, float* sums) {
-  alignas(64) uint16_t wide[kAhead][kOutputs][kWide];
-  if (outputs < kOutputs) std::memset(wide, 0, sizeof wide);
-  const int tiles = int(inputs / kWide);
-  const uint32_t* const second = x + int64_t(tiles) * kTileWords;
+PTK_AMX void panel(const Panel& own, const Panel& next, int64_t inputs, const uint32_t* x, Wide (&wide)[2], int& turn,
+                   float* sums) {
+  const int64_t chunks = inputs / kInputs;
+  const uint32_t* const second = x + chunks * 2 * kTileWords;
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kTwo) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int start = 0; start < tiles; start += kAhead) {
-    const int n = std::min(kAhead, tiles - start);
-    for (int64_t r = 0; r < outputs; ++r) {
-      const int8_t* const row = weight + r * inputs + start * kWide;
-      for (int i = 0; i < n; i += 2) widen(row + i * kWide, wide[i][r], wide[i + 1][r]);
-    }
+  const auto weight_of = [&](int64_t chunk) {
+    return chunk < chunks ? own.weight + chunk * kInputs : next.weight + (chunk - chunks) % chunks * kInputs;
+  };
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, turn ^= 1) {
+    const int64_t outputs = chunk + 1 < chunks ? own.outputs : next.outputs;
     // Of 32 streams the processor's own prefetcher fetches too late.
-    const int8_t* const next = weight + (start + kAhead < tiles ? (start + kAhead) * kWide : kOutputs * inputs);
-    for (int i = 0; i < n; ++i) {
-      for (int64_t r = i * kOutputs / kAhead; r < (i + 1) * kOutputs / kAhead; ++r) {
-        for (int byte = 0; byte < kAhead * kWide; byte += 64) _mm_prefetch(next + r * inputs + byte, _MM_HINT_T0);
+    const int8_t *const weight = weight_of(chunk + 1), *const fetched = weight_of(chunk + kFetched);
+    for (int i = 0; i < 2; ++i) {
+      for (int64_t r = i * kRows; r < std::min((i + 1) * kRows, outputs); ++r) {
+        _mm_prefetch(fetched + r * inputs, _MM_HINT_T0);
+        widen(weight + r * inputs, wide[turn ^ 1][0][r], wide[turn ^ 1][1][r]);
       }
-      const int64_t at = int64_t(start + i) * kTileWords;
-      _tile_loadd(4, wide[i], 64);
-      _tile_loadd(5, wide[i][16], 64);
+      const int64_t at = (2 * chunk + i) * kTileWords;
+      _tile_loadd(4, wide[turn][i], 64);
+      _tile_loadd(5, wide[turn][i][16], 64);
       _tile_loadd(6, x + at, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 5, 6);
@@ -116,6 +124,65 @@ PTK_AMX void panel(const int8_t* weight, int64_t outputs, int64_t inputs, const 
   if constexpr (kTwo) {
     _tile_stored(2, sums + 512, 64);
     _tile_stored(3, sums + 768, 64);
+  }
+}
+
+// The bf16 numbers -8 to 7, twice: bit 4 of an index is another weight's.
+struct Steps {
+  alignas(64) uint16_t bits[32];
+  constexpr Steps() {
+    for (int i = 0; i < 32; ++i) bits[i] = uint16_t(std::bit_cast<uint32_t>(float(i % 16 - 8)) >> 16);
+  }
+};
+constexpr Steps kSteps;
+
+// Of the bytes of two inputs, which ones make the words of 16 outputs from `first`: in turn the one's, the other's.
+struct Order {
+  alignas(64) uint8_t from[64];
+  constexpr explicit Order(int first) {
+    for (int i = 0; i < 64; ++i) from[i] = uint8_t(i / 2 % 2 * 32 + first + i / 4);
+  }
+};
+constexpr Order kOrders[2] = {Order(0), Order(16)};
+
+constexpr int kColumns = 4;  // tiles of a panel's outputs
+constexpr int kGroupBytes = int(Int4::kPanel * kGroup / 2);
+constexpr int kGroupWords = kTileWords + int(kRows);
+constexpr int kMost = 8;  // tiles of rows for which a weight is widened once
+using Columns = uint16_t[kColumns][kPairs][kWide];
+
+// A quarter of a panel's weights of a group, as rows of its tiles: two inputs of 16 outputs.
+PTK_AMX inline void widen(const uint8_t* weights, int quarter, Columns& tiles) {
+  const __m512i steps = _mm512_load_si512(kSteps.bits);
+  for (int pair = quarter * 4; pair < quarter * 4 + 4; ++pair) {
+    const __m512i both = _mm512_loadu_si512(weights + pair * 64);
+    for (int i = 0; i < 2; ++i) {
+      const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(kOrders[i].from), both);
+      _mm512_store_si512(tiles[i][pair], _mm512_permutexvar_epi16(words, steps));
+      _mm512_store_si512(tiles[2 + i][pair], _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), steps));
+    }
+  }
+}
+
+using Products = float[2][kRows][16];
+
+// Add two groups' products, times their scales, and their zeros times the sums of inputs: sums [rows][16].
+PTK_AMX inline void fold(const Products& products, const uint16_t* scales, int64_t outputs, const uint32_t* x,
+                         int64_t rows, float (*sums)[16]) {
+  __m512 scale[2], zero[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512i both = _mm512_loadu_si512(scales + i * outputs * 2);
+    scale[i] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    zero[i] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xFFFF0000))));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    __m512 sum = _mm512_load_ps(sums[r]);
+    for (int i = 0; i < 2; ++i) {
+      const int of_inputs = int(x[i * kGroupWords + kTileWords + r]);
+      sum = _mm512_fmadd_ps(scale[i], _mm512_load_ps(products[i][r]), sum);
+      sum = _mm512_fmadd_ps(zero[i], _mm512_castsi512_ps(_mm512_set1_epi32(of_inputs)), sum);
+    }
+    _mm512_store_ps(sums[r], sum);
   }
 }
 
@@ -135,8 +202,8 @@ bool available() {
   return has && isa && std::strcmp(isa, "avx512") == 0;
 }
 
-void pack(const uint16_t* x, int64_t rows, int64_t inputs, uint32_t* out) {
-  std::memset(out, 0, size_t(packed_words(rows, inputs)) * sizeof(uint32_t));
+void Int8::pack(const uint16_t* x, int64_t rows, int64_t inputs, uint32_t* out) {
+  std::memset(out, 0, size_t(words(rows, inputs)) * sizeof(uint32_t));
   for (int64_t row = 0; row < rows; ++row) {
     const uint16_t* const from = x + row * inputs;
     uint32_t* const to = out + row / kRows * kRows * inputs / 2 + row % kRows;
@@ -149,17 +216,26 @@ void pack(const uint16_t* x, int64_t rows, int64_t inputs, uint32_t* out) {
   }
 }
 
-PTK_AMX void linear(const int8_t* weight, const uint16_t* scales, int64_t outputs, int64_t inputs,
-                    const uint32_t* x, int64_t rows, uint16_t* y, int64_t begin, int64_t end) {
+PTK_AMX void Int8::linear(const void* weight, const uint16_t* scales, int64_t outputs, int64_t inputs,
+                          const uint32_t* x, int64_t rows, uint16_t* y, int64_t begin, int64_t end) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  alignas(64) float sums[2][kOutputs][kRows];
+  alignas(64) float sums[2][kPanel][kRows];
+  alignas(64) Wide wide[2] = {};
+  const auto at = [&](int64_t p) {
+    return Panel{static_cast<const int8_t*>(weight) + p * kPanel * inputs, std::min(kPanel, outputs - p * kPanel)};
+  };
+  Panel own = at(begin);
+  for (int64_t r = 0; r < own.outputs; ++r) widen(own.weight + r * inputs, wide[0][0][r], wide[0][1][r]);
+  int turn = 0;
   for (int64_t p = begin; p < end; ++p) {
-    const int64_t first = p * kOutputs, count = std::min(kOutputs, outputs - first);
+    const int64_t first = p * kPanel, count = own.outputs;
     for (int64_t row = 0; row < rows; row += 2 * kRows) {
       const int64_t n = std::min(2 * kRows, rows - row);
+      const Panel next = at(row + 2 * kRows < rows || p + 1 == end ? p : p + 1);
       const auto run = n > kRows ? panel<true> : panel<false>;
-      run(weight + first * inputs, count, inputs, x + row * inputs / 2, &sums[0][0][0]);
+      run(own, next, inputs, x + row * inputs / 2, wide, turn, &sums[0][0][0]);
+      own = next;
       for (int64_t tile = 0; tile * kRows < n; ++tile) {
         uint16_t* const out = y + (row + tile * kRows) * outputs + first;
         const int64_t live = std::min(kRows, n - tile * kRows);
@@ -175,12 +251,89 @@ PTK_AMX void linear(const int8_t* weight, const uint16_t* scales, int64_t output
   _tile_release();
 }
 
+PTK_AMX void Int4::pack(const uint16_t* x, int64_t rows, int64_t inputs, uint32_t* out) {
+  const int64_t groups = inputs / kGroup;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t g = 0; g < groups; ++g) {
+      uint32_t* const to = out + (row / kRows * groups + g) * kGroupWords;
+      const __m512i group = _mm512_loadu_si512(x + row * inputs + g * kGroup);
+      const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(group, 16));
+      const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(group, _mm512_set1_epi32(int(0xFFFF0000))));
+      const float sum = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+      _mm512_storeu_si512(to + row % kRows * kPairs, group);
+      std::memcpy(to + kTileWords + row % kRows, &sum, sizeof sum);
+    }
+  }
+}
+
+PTK_AMX void Int4::linear(const void* weight, const uint16_t* scales, int64_t outputs, int64_t inputs,
+                          const uint32_t* x, int64_t rows, uint16_t* y, int64_t begin, int64_t end) {
+  TileConfig config;
+  for (int t : {0, 1, 6, 7}) config.rows[t] = uint8_t(std::min(kRows, rows));
+  _tile_loadconfig(&config);
+  alignas(64) Columns wide[2][2];
+  alignas(64) Products products;
+  alignas(64) float sums[kMost][kColumns][kRows][16];
+  const int64_t groups = inputs / kGroup;
+  const auto at = [&](int64_t p) { return static_cast<const uint8_t*>(weight) + p * groups * kGroupBytes; };
+  const uint8_t* from = at(begin);
+  for (int part = 0; part < 2 * 4; ++part) widen(from + part / 4 * kGroupBytes, part % 4, wide[0][part / 4]);
+  int turn = 0;
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t row = 0; row < rows; row += kMost * kRows) {
+      const int64_t n = std::min(kMost * kRows, rows - row);
+      std::memset(sums, 0, sizeof sums[0] * size_t(whole_tiles(n) / kRows));
+      for (int64_t g = 0; g < groups; g += 2, turn ^= 1) {
+        // While two groups are multiplied, the next two are widened; behind the last ones any.
+        from += 2 * kGroupBytes;
+        if (g + 2 == groups) from = at(row + n < rows || p + 1 == end ? p : p + 1);
+        for (int c = 0; c < kColumns; ++c) {
+          const uint16_t* const own_scales = scales + (g * outputs + p * kPanel + c * 16) * 2;
+          for (int i = 0; i < 2; ++i) {
+            const uint8_t* const next = from + i * kGroupBytes;
+            for (int byte = c * kGroupBytes / 4; byte < (c + 1) * kGroupBytes / 4; byte += 64) {
+              _mm_prefetch(next + kFetched * kGroupBytes / 4 + byte, _MM_HINT_T0);
+            }
+            _mm_prefetch(own_scales + (kFetched + i) * outputs * 2, _MM_HINT_T0);
+            widen(next, c, wide[turn ^ 1][i]);
+          }
+          _tile_loadd(4, wide[turn][0][c], 64);
+          _tile_loadd(5, wide[turn][1][c], 64);
+          for (int64_t tile = 0; tile * kRows < n; ++tile) {
+            const uint32_t* const own = x + ((row / kRows + tile) * groups + g) * kGroupWords;
+            _tile_loadd(6, own, 64);
+            _tile_loadd(7, own + kGroupWords, 64);
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_dpbf16ps(0, 6, 4);
+            _tile_dpbf16ps(1, 7, 5);
+            _tile_stored(0, products[0], 64);
+            _tile_stored(1, products[1], 64);
+            fold(products, own_scales, outputs, own, std::min(kRows, n - tile * kRows), sums[tile][c]);
+          }
+        }
+      }
+      for (int64_t r = 0; r < n; ++r) {
+        for (int c = 0; c < kColumns; ++c) {
+          const __m256bh out = _mm512_cvtneps_pbh(_mm512_load_ps(sums[r / kRows][c][r % kRows]));
+          std::memcpy(y + (row + r) * outputs + p * kPanel + c * 16, &out, sizeof out);
+        }
+      }
+    }
+  }
+  _tile_release();
+}
+
 }  // namespace ptk::amx
 
 #else
 namespace ptk::amx {
 bool available() { return false; }
-void pack(const uint16_t*, int64_t, int64_t, uint32_t*) {}
-void linear(const int8_t*, const uint16_t*, int64_t, int64_t, const uint32_t*, int64_t, uint16_t*, int64_t, int64_t) {}
+#define PTK_NONE(Kind)                                                \
+  void Kind::pack(const uint16_t*, int64_t, int64_t, uint32_t*) {}    \
+  void Kind::linear(const void*, const uint16_t*, int64_t, int64_t, const uint32_t*, int64_t, uint16_t*, int64_t, \
+                    int64_t) {}
+PTK_NONE(Int8)
+PTK_NONE(Int4)
 }  // namespace ptk::amx
 #endif

@@ -324,10 +324,12 @@ LIBRARY.define(
     "-> ()"
 )
 """The CPU's part of ``sample_hidden``: fp32 hidden [B, H] by the weights of tokens [begin, end)."""
-LIBRARY.define("int8_linear(Tensor rows, Tensor weight, Tensor scales) -> Tensor")
+LIBRARY.define("tiled_linear(Tensor rows, Tensor weight, Tensor scales) -> Tensor")
 torch.library.register_fake(
-    "proxytune::int8_linear",
+    "proxytune::tiled_linear",
     lambda rows, weight, scales: rows.new_empty(rows.shape[0], weight.shape[0]),
     lib=LIBRARY,
 )
-"""bf16 rows [T, K] by int8 weights [N, K], scales bf16 [N]: [T, N], by AMX, K a multiple of 64."""
+"""bf16 rows [T, K] by AMX, K a multiple of 64: [T, N]. Weights int8 [N, K], scales bf16 [N]; or
+int4, N a multiple of 64, as torch packs it: uint8 [N, K / 2], scales and zeros bf16
+[K / 32, N, 2]."""

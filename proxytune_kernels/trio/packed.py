@@ -11,9 +11,10 @@ layer multiplies by exactly the weights above. Of the exact y = w x a packed pro
 u |y| + (n + 2) 2^-24 sum |w_i x_i| for n features in, u half of the dtype's spacing at 1 (2^-9 in
 bf16); a bias is added behind it and rounded once more.
 
-Where the processor has AMX, the packed product of int8 in bf16 is
-``torch.ops.proxytune.int8_linear`` (csrc/cpu/amx.h), which reads a weight once for 32 rows. Numbers
-below 2^-126 count as zero there.
+Where the processor has AMX, the packed product in bf16 is ``torch.ops.proxytune.tiled_linear``
+(csrc/cpu/amx.h), which reads a weight once for 32 rows or more. Numbers below 2^-126 count as zero
+there. For int4 it sums q x and x by themselves, so w_i in the bound is |q s| + |z|, and an infinite
+x gives NaN.
 
 Up to :data:`PACKED_ROWS` rows the product is packed, and the bits of a row do not depend on the
 other rows. For more rows it may be faster to write the weights out in the activations' dtype, a
@@ -62,6 +63,8 @@ class PackedLinear(Linear):
     scales: Parameter
     has_tiles = False
     """Whether AMX multiplies where activations are bf16."""
+    tiled_outputs = 1
+    """Outputs in tiles are a multiple of this; inputs are one of 64."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Result [..., out] for input [..., in]."""
@@ -81,6 +84,13 @@ class PackedLinear(Linear):
         raise NotImplementedError
 
     def _packed(self, rows: Tensor) -> Tensor:
+        weight, scales = self._parameters["weight"], self._parameters["scales"]
+        if self.has_tiles and rows.dtype == torch.bfloat16:
+            return torch.ops.proxytune.tiled_linear(rows, weight, scales)
+        return self._by_torch(rows, weight, scales)
+
+    @staticmethod
+    def _by_torch(rows: Tensor, weight: Any, scales: Any) -> Tensor:
         raise NotImplementedError
 
     def _written(self, rows: Tensor) -> Tensor:
@@ -95,24 +105,22 @@ class PackedLinear(Linear):
         bucket = 1 << (rows.shape[0] - 1).bit_length()
         key = (*_kind(self), rows.dtype, bucket)
         if key not in _ways:
-            ways = _WAYS if self.may_be_written() else ["packed"]
+            ways = _WAYS if self.is_known() else ["packed"]
             _ways[key] = min(ways, key=lambda way: _seconds(lambda: _WAYS[way](self, rows)))
         return _ways[key]
 
     @staticmethod
-    def may_be_written() -> bool:
-        """Whether the weights can be written out here."""
+    def is_known() -> bool:
+        """Whether weights lie here as our own code takes them."""
         return True
 
 
 class Int8Linear(PackedLinear):
     """Weight int8 [out, in], scales [out]."""
 
-    def _packed(self, rows: Tensor) -> Tensor:
-        weight, scales = self._parameters["weight"], self._parameters["scales"]
-        tiled = self.has_tiles and rows.dtype == torch.bfloat16
-        product = torch.ops.proxytune.int8_linear if tiled else torch._weight_int8pack_mm
-        return product(rows, weight, scales)  # type: ignore[arg-type]
+    @staticmethod
+    def _by_torch(rows: Tensor, weight: Any, scales: Any) -> Tensor:
+        return torch._weight_int8pack_mm(rows, weight, scales)
 
     def written_out(self, first: int, last: int) -> Tensor:
         """Weights of the outputs first to last as [in, outputs]."""
@@ -128,9 +136,11 @@ class Int8Linear(PackedLinear):
 class Int4Linear(PackedLinear):
     """Weight uint8 [out, in / 2] as torch packs it, scales and zeros [in / group, out, 2]."""
 
-    def _packed(self, rows: Tensor) -> Tensor:
-        weight, scales = self._parameters["weight"], self._parameters["scales"]
-        return torch._weight_int4pack_mm_for_cpu(rows, weight, GROUP_SIZE, scales)  # type: ignore[arg-type]
+    tiled_outputs = _BLOCK
+
+    @staticmethod
+    def _by_torch(rows: Tensor, weight: Any, scales: Any) -> Tensor:
+        return torch._weight_int4pack_mm_for_cpu(rows, weight, GROUP_SIZE, scales)
 
     def written_out(self, first: int, last: int) -> Tensor:
         """Weights of the outputs first to last, a multiple of 64, as [in, outputs]."""
@@ -142,7 +152,7 @@ class Int4Linear(PackedLinear):
         return steps
 
     @staticmethod
-    def may_be_written() -> bool:
+    def is_known() -> bool:
         """Whether int4 is packed here as :func:`_unpacked` has it: by torch's AVX-512 kernel."""
         return _knows_packing()
 
@@ -185,7 +195,8 @@ def pack(layer: Linear, quantization: str, weight: Tensor) -> Parameter:
     of_rows = torch.cat(scales, -2)
     if kind is Int8Linear:
         of_rows = of_rows.flatten()
-        layer.has_tiles = layer.in_features % 64 == 0 and _has_amx()
+    whole = layer.in_features % 64 == 0 == layer.out_features % kind.tiled_outputs
+    layer.has_tiles = whole and layer.is_known() and _has_amx()
     layer.register_parameter("scales", Parameter(of_rows, requires_grad=False))
     return Parameter(torch.cat(values), requires_grad=False)
 

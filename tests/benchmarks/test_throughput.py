@@ -223,6 +223,7 @@ def test_record_arithmetic():
     assert list(record["speed_over"]) == ["naive"]
     assert record["speed_over"]["naive"]["median"] == pytest.approx(2.0)
     assert record["token_speed_over"]["naive"]["median"] == pytest.approx(2.0)
+    assert record["first_token_speed_over"]["naive"]["median"] == pytest.approx(2.0)
     assert record["acceptance"] is None
     assert record["tokens_per_base_forward"] == 1.0
 

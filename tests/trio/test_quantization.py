@@ -157,30 +157,44 @@ def test_the_bytes_are_those_of_the_packed_weights(quantization, dtype):
     assert model(IDS).logits.dtype == dtype
 
 
-# Inputs of 2 tiles, of 18; outputs of a panel, of two and a rest.
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (576, 75)])
-def test_products_by_amx(inputs, outputs):
+# Inputs of 2 tiles, of 18; outputs of a panel, of several, of a rest.
+@pytest.mark.parametrize(
+    ("quantization", "inputs", "outputs"),
+    [("int8", 64, 32), ("int8", 576, 75), ("int4", 64, 64), ("int4", 576, 192)],
+)
+def test_products_by_amx(quantization, inputs, outputs):
     _cpu = pytest.importorskip("proxytune_kernels._cpu", reason="the CPU extension is not built")
     if not _cpu.has_amx():
         pytest.skip("the processor has no AMX, or the system keeps it back")
     torch.manual_seed(3)
-    x = torch.randn(70, inputs).bfloat16()
-    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-    weight[0, :4] = torch.tensor([-127, 0, 127, 1])
-    scales = torch.rand(outputs).bfloat16() / 100
-    linear = torch.ops.proxytune.int8_linear
+    x = torch.randn(150, inputs).bfloat16()
+    if quantization == "int8":
+        weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        weight[0, :4] = torch.tensor([-127, 0, 127, 1])
+        scales = torch.rand(outputs).bfloat16() / 100
+        factors = weight.double() * scales.double()[:, None]
+        sizes = factors.abs()
+    else:
+        steps = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
+        weight = torch._convert_weight_to_int4pack_for_cpu(steps, 1)
+        scales = torch.randn(inputs // 32, outputs, 2).bfloat16()
+        scale, zero = scales.double().transpose(0, 1).repeat_interleave(32, 1).unbind(-1)
+        factors = (steps - 8) * scale + zero
+        sizes = ((steps - 8) * scale).abs() + zero.abs()
+    linear = torch.ops.proxytune.tiled_linear
     found = linear(x, weight, scales)
-    factors = weight.double() * scales.double()[:, None]
-    exact, size = x.double() @ factors.T, x.double().abs() @ factors.abs().T
+    exact, size = x.double() @ factors.T, x.double().abs() @ sizes.T
     # trio/packed.py: the sum's roundings in fp32, and one to bf16 (2^-9 of a number's own size).
     bound = 2**-8 * exact.abs() + (inputs + 2) * 2**-24 * size
     assert ((found.double() - exact).abs() <= bound).all()
-    for rows in (1, 16, 17, 33):
+    for rows in (1, 5, 16, 17, 33, 129):
         assert torch.equal(linear(x[:rows].contiguous(), weight, scales), found[:rows])
     x[5, 7] = torch.nan
     spoilt = linear(x, weight, scales)
     assert spoilt[5].isnan().all()
     assert torch.equal(spoilt[6:], found[6:])
+    with pytest.raises(RuntimeError, match="must have shapes"):
+        linear(x, weight, scales[1:].contiguous())
     try:
         _cpu.set_isa("avx2")
         with pytest.raises(RuntimeError, match="needs a processor with AMX"):
