@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from proxytune_kernels.analysis.rows import decoded, json_value, lines_of
 from proxytune_kernels.cli import output
 from proxytune_kernels.cli.options import (
-    FAILED,
     USAGE,
     DecoderOptions,
     TrioOptions,
@@ -277,11 +276,9 @@ def read_requests(
     as_jsonl = name.endswith(".jsonl") if jsonl is None else jsonl
     text = _read(file, name)
     if file is None and jsonl is None:
-        pieces = [text.removesuffix("\n")]
+        lines = [(1, text.removesuffix("\n"))] if text.strip() else []
     else:
-        # Unicode has more ends of lines (U+2028, form feed), which in a prompt are text.
-        pieces = [line.removesuffix("\r") for line in text.split("\n")]
-    lines = [(i, piece) for i, piece in enumerate(pieces, 1) if piece.strip()]
+        lines = lines_of(text)
     if as_jsonl:
         requests = [_from_json(f"{name}, line {i}", line, params, completions) for i, line in lines]
     else:
@@ -292,20 +289,14 @@ def read_requests(
 
 
 def _read(file: str | None, name: str) -> str:
-    with expected(OSError):
+    with expected(OSError, ValueError):
         data = sys.stdin.buffer.read() if file in (None, "-") else Path(name).read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise stop(f"{name} must be UTF-8 text: {error}", FAILED) from error
+        return decoded(name, data)
 
 
 def _from_json(where: str, line: str, params: SamplingParams, completions: bool) -> CliRequest:
-    try:
-        value = json.loads(line)
-    # An integer of thousands of digits is a ValueError, thousands of brackets are the other.
-    except (ValueError, RecursionError) as error:
-        raise stop(f"{where} must be a JSON object: {error}", USAGE) from error
+    with expected(ValueError, code=USAGE):
+        value = json_value(where, line)
     whole = completions and isinstance(value, dict) and "text" in value
     if not isinstance(value, dict) or ("prompt" in value) == whole:
         wanted = '"prompt", or "text" alone' if completions else '"prompt"'

@@ -149,12 +149,10 @@ class FusedSampler(Sampler):  # type: ignore[misc]  # vllm is Any here
         self.processed.np[req_idx] = self.needs_logits_processing[req_idx]
         filtered = self.sampling_states.add_request(req_idx, sampling_params)
         self.needs_logits_processing[req_idx] |= filtered
-        asked = [
-            name
+        self.whole[req_idx] = self.processed.np[req_idx] or any(
+            getattr(sampling_params, name) is not None
             for name in ("logprobs", "logprob_token_ids", "prompt_logprobs", "structured_outputs")
-            if getattr(sampling_params, name) is not None
-        ]
-        self.whole[req_idx] = self.processed.np[req_idx] or bool(asked)
+        )
 
     def apply_staged_writes(self) -> None:
         """Hand what was noted to the device."""
