@@ -85,7 +85,7 @@ def run(
     begin(settings)
     model = untuned.open_anti(settings.dtype, settings.device)
     if not settings.full:
-        model = attach(model, settings)
+        model = attach(model, settings.rank, settings.lora_alpha)
     losses = fit(
         *(model, examples, settings, out / CHECKPOINTS),
         advance=advance,

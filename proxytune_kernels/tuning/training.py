@@ -69,18 +69,18 @@ class Settings:
     data: str = ""
 
 
-def attach(model: Any, settings: Settings) -> Any:
+def attach(model: Any, rank: int, lora_alpha: int) -> Any:
     """Put fresh adapters into every linear layer of a model but the output layer, in place."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.lora_alpha,
+        r=rank,
+        lora_alpha=lora_alpha,
         lora_dropout=0.0,
         target_modules="all-linear",
     )
-    with _quiet():
+    with quiet_peft():
         adapted = get_peft_model(model, config)
     # PEFT writes a set, in the order of this process's hashes.
     own: Any = adapted.peft_config["default"]
@@ -148,7 +148,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     last = _last_checkpoint(directory) if resume else None
-    with _quiet(), _deterministic():
+    with quiet_peft(), _deterministic():
         trainer.train(resume_from_checkpoint=last)
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -222,7 +222,7 @@ def save_expert(model: Any, directory: Path, anti: str, tokenizer: Any) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = anti
-        with _quiet():
+        with quiet_peft():
             model.save_pretrained(str(partial), save_embedding_layers=False)
     else:
         model.save_pretrained(partial)
@@ -254,7 +254,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_peft() -> Iterator[None]:
     """Keep notes on how transformers sorts checkpoints, and on what PEFT asks it for, to itself."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()

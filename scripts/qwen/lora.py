@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from proxytune_kernels.tuning.training import attach as attach_adapters
+from proxytune_kernels.tuning.training import quiet_peft
 from scripts.evaluation import IGNORED, Pair, answer_logits, padded_batch
 from scripts.qwen.download import TrioError, new_directory, save_checkpoint
 from scripts.qwen.problems import TRAINING_SEED, Problem, training
@@ -58,15 +58,8 @@ def answer_pair(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> Pair:
 def attach(model: torch.nn.Module, settings: Settings) -> PeftModel:
     """Put fresh adapters into every linear layer of `model` but the output layer, in place."""
     torch.manual_seed(settings.seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-    )
-    with _quiet_peft():
-        return get_peft_model(model, config)
+    attached: PeftModel = attach_adapters(model, settings.rank, settings.lora_alpha)
+    return attached
 
 
 def fit(
@@ -131,7 +124,7 @@ def train(
 def merge(small: Path, adapter: Path, expert: Path) -> None:
     """Write the checkpoint `small` with the adapter added to its weights to `expert`, in bf16."""
     model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.bfloat16)
-    with _quiet_peft():
+    with quiet_peft():
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     with new_directory(expert) as partial:
         save_checkpoint(merged, AutoTokenizer.from_pretrained(small), partial)
@@ -142,11 +135,3 @@ def is_merged(adapter: Path, expert: Path) -> bool:
     """Whether `expert` was made of the adapter that is in `adapter` now."""
     record = expert / RECORD
     return record.exists() and record.read_text() == (adapter / RECORD).read_text()
-
-
-@contextmanager
-def _quiet_peft() -> Iterator[None]:
-    # PEFT 0.21 asks for an attribute that transformers 5.23 renamed; both names work until v6.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
-        yield
