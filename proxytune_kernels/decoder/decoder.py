@@ -115,7 +115,7 @@ class Decoder:
         models = {role: trio.models[role] for role in self.roles}
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
         remote = isinstance(models["base"], RemoteModel)
-        speculation = arguments.speculation(speculation, self.roles, models["base"])
+        speculation = arguments.speculation(speculation, models)
         self.speculation = speculation
         arguments.size("prefill_chunk", prefill_chunk)
         # Compiled at the first request if asked for; else by warm_up, or as it comes.
@@ -159,8 +159,8 @@ class Decoder:
             self._stepper,
             self.max_batch_size,
             self._controller,
-            # A part of a prompt would cost a call.
-            self.max_seq_len if remote else prefill_chunk,
+            # A part of a prompt would cost a call, or go token by token behind a state.
+            self.max_seq_len if remote or self._runner.recurrent else prefill_chunk,
             ahead,
         )
         self._grammars = GrammarCompiler(trio.tokenizer, trio.vocab_size, trio.eos_token_ids)
@@ -386,7 +386,9 @@ class Decoder:
         controller = self._controller
         with self._id_lock:
             ids = [next(self._ids) for _ in range(params.n)]
-        siblings = Siblings(params.n) if params.n > 1 else None
+        # What recurrent layers carry has no copy of the prompt's end once a request runs.
+        shares = params.n > 1 and not self._runner.recurrent
+        siblings = Siblings(params.n) if shares else None
         return [
             Request(
                 request_id=request_id,

@@ -21,6 +21,7 @@ from proxytune_kernels.decoder.model import (
 )
 from proxytune_kernels.decoder.pair import pair_models
 from proxytune_kernels.decoder.remote import RemoteSlots
+from proxytune_kernels.decoder.states import is_recurrent
 from proxytune_kernels.ops.attention import MAX_HEAD_SIZE
 from proxytune_kernels.trio.llama_cpp import RUNTIME, LlamaModel
 from proxytune_kernels.trio.remote import RemoteModel
@@ -75,6 +76,10 @@ class Runner:
                     raise ValueError(
                         f"{option} must be False where llama.cpp runs {role}, got True"
                     )
+            if compile and is_recurrent(model):
+                raise ValueError(
+                    f"compile must be False where {role} has recurrent layers, got True"
+                )
             if compile and _is_offloaded(model):
                 raise ValueError(
                     f"compile must be False where weights are offloaded, as those of {role} are: "
@@ -142,6 +147,7 @@ class Runner:
                 packed=pack_weights,
                 required=bool(compile),
             )
+        self.recurrent = any(map(is_recurrent, local.values()))
         self._caches = list(caches.values())
         with torch.inference_mode():
             for role, (cache, first_row, _) in self._rows.items():
@@ -180,6 +186,8 @@ class Runner:
         if self.device.type != "cuda":
             return f"the models are on {self.device}, where they are compiled if asked for"
         for role, model in models.items():
+            if is_recurrent(model):
+                return f"{role} has recurrent layers"
             if kernels[role] != "triton":
                 return f"{role} attends through {kernels[role]}, which is compiled if asked for"
             if _is_offloaded(model) or any("_hf_hook" in vars(m) for m in model.modules()):
@@ -316,6 +324,8 @@ class Runner:
         """Why steps can't be CUDA graphs, as a sentence; None where they can be tried."""
         if any(isinstance(model, RemoteSlots) for model in self.models.values()):
             return "the base answers from elsewhere"
+        if self.recurrent:
+            return "there are recurrent layers"
         if self._sides is not None:
             return None
         places = dict.fromkeys(str(cache.device) for cache in self._caches)
