@@ -219,7 +219,9 @@ class System:
     schedule: str = "constant"
 
 
-def systems(trio: Trio, direct: str | None, schedules: Sequence[str]) -> list[System]:
+def systems(
+    trio: Trio, direct: str | None, schedules: Sequence[str], quantize: str | None = None
+) -> list[System]:
     """The base, the pair alone, the proxy by each rule, and the base that was tuned itself."""
 
     def alone(role: str) -> Trio:
@@ -233,7 +235,7 @@ def systems(trio: Trio, direct: str | None, schedules: Sequence[str]) -> list[Sy
         *(System(f"proxy {rule}", lambda: trio, 1.0, rule) for rule in schedules),
     ]
     if direct is not None:
-        found.append(System("direct", lambda: load_trio(base=direct)))
+        found.append(System("direct", lambda: load_trio(base=direct, quantize=quantize)))
     return found
 
 
@@ -366,7 +368,7 @@ def main(
             trios.open_trio(trio, None)
         )  # fmt: skip
         made = [makers[name]() for name in chosen]
-        wanted = systems(opened, direct, [rule for rule in schedules.split(",") if rule])
+        wanted = systems(opened, direct, [rule for rule in schedules.split(",") if rule], quantize)
         for system in wanted:
             SamplingParams(alpha_schedule=system.schedule)
     have = {(r["task"], r["system"]) for r in done}
