@@ -344,7 +344,7 @@ def main(
     ] = "decay:0.95,entropy:0.5",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4, of all weights.")] = None,
     speculation: Annotated[bool, typer.Option(help="The expert drafts.")] = True,
-    rows: Annotated[int, typer.Option(min=2, help="Of arithmetic and choice.")] = 200,
+    rows: Annotated[int, typer.Option(min=2, help="At most, of each task but instructions.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     threads: options.Threads = None,
     output: options.Output = None,
@@ -356,7 +356,7 @@ def main(
     makers: dict[str, Callable[[], Task]] = {
         "arithmetic": lambda: arithmetic(trio, 24 if quick else rows),
         "instructions": lambda: instructions(6 if quick else 90),
-        "code": lambda: code(164),
+        "code": lambda: code(24 if quick else min(rows, 164)),
         "choice": lambda: multiple_choice(rows),
     }
     default = "arithmetic,instructions" if quick else ",".join(makers)
