@@ -350,6 +350,7 @@ class EngineGenerate:
                 raise NotInDecoder(
                     "generate() must be called on the base of the trio that it is given"
                 )
+            source.check_one_pair("EngineGenerate")
             return _textless(source.models, source.vocab_size), 1.0
         if not _is_ours(source):
             raise NotInDecoder(
