@@ -25,7 +25,7 @@ from proxytune_kernels.params import (
 GOOD = {
     "alpha": (0, -2.5, 1e30, (1.0, 0.0)),
     "alpha_schedule": ("constant", "decay:0", "decay:1", "entropy:2.5", "entropy:1e-3"),
-    "pair_alphas": ((), [0.5, -2], (0,)),
+    "pair_alphas": ((), (0.5, -2), (0,)),
     "temperature": (0, 1e-30, 5), "top_k": (-1, 0, 1, 10**9),
     "top_p": (1e-9, 1, 1.0), "min_p": (0, 0.3, 1), "filter_order": FILTER_ORDERS,
     "seed": (None, 0, -(2**63), 2**64 - 1), "max_tokens": (1, 10**6), "min_tokens": (0, 16),

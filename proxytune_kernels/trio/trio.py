@@ -181,7 +181,7 @@ class Trio:
             ValueError: says how many there are.
         """
         if self.pairs:
-            raise ValueError(f"{user} needs a trio of one pair, got {len(self.pairs)} in pairs")
+            raise ValueError(f"{user} needs a trio of one pair, got {len(self.pairs)} further ones")
 
     def tokenize(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """Token ids of a prompt for each role; see :func:`~trio.prompts.tokenize`.
@@ -198,6 +198,7 @@ class Trio:
         """What was loaded and agreed, as plain values for printing or JSON."""
         return {
             "roles": {role: model_info(model) for role, model in self.members.items()},
+            "pairs": [list(pair) for pair in self.pairs],
             "vocab_size": self.vocab_size,
             "vocabulary_notes": list(self.agreement.notes),
             "eos_token_ids": list(self.eos_token_ids),

@@ -15,6 +15,8 @@ from torch.distributions import Categorical
 from proxytune_kernels import reference
 from proxytune_kernels.decoder import Decoder, Speculation
 from proxytune_kernels.decoder.runner import Runner
+from proxytune_kernels.decoder.scoring import Scorer
+from proxytune_kernels.integrations.hf import EngineGenerate, ProxyTunedForCausalLM
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.vocabulary import VocabularyError
@@ -297,5 +299,8 @@ def test_pairs_and_strengths_that_cannot_be(several: Trio, near: Trio) -> None:
     assert trio.vocab_size == 260
     with pytest.raises(ValueError, match=r"prompt of expert must have token ids in \[0, 260\)"):
         trio.tokenize([261])
-    with pytest.raises(ValueError, match="the scorer needs a trio of one pair, got 2 in pairs"):
-        several.check_one_pair("the scorer")
+    users: list[Callable[[Trio], Any]]
+    users = [Scorer, ProxyTunedForCausalLM.from_trio, EngineGenerate]
+    for user in users:
+        with pytest.raises(ValueError, match="needs a trio of one pair, got 2 further ones"):
+            user(several)

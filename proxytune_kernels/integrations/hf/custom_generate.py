@@ -159,6 +159,8 @@ class EngineGenerate:
         max_seq_len: int | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(source, Trio):
+            source.check_one_pair(type(self).__name__)
         if source is not None and not isinstance(source, Trio) and not _is_ours(source):
             raise TypeError(
                 f"source must be a Trio, a ProxyTunedForCausalLM or None, got {source!r:.80}"
@@ -350,7 +352,6 @@ class EngineGenerate:
                 raise NotInDecoder(
                     "generate() must be called on the base of the trio that it is given"
                 )
-            source.check_one_pair("EngineGenerate")
             return _textless(source.models, source.vocab_size), 1.0
         if not _is_ours(source):
             raise NotInDecoder(
