@@ -172,8 +172,8 @@ def likelihoods(
         base = logits["base"]
         for i, (roles, alpha) in enumerate(zip(pairs, fixed, strict=False)):
             if i != pair and alpha:
-                three = (base[0], *(logits[role][0] for role in roles))
-                base = combine(*three, alpha, vocab_size=trio.vocab_size)[None]
+                ours, theirs = (logits[role][0] for role in roles)
+                base = combine(base[0], ours, theirs, alpha, vocab_size=trio.vocab_size)[None]
         expert, anti = (logits.get(role) for role in pairs[pair])
         for own, alpha in zip(found, alphas, strict=True):
             logprobs = answer_logprobs(base, expert, anti, ids, alpha, vocab_size=trio.vocab_size)
