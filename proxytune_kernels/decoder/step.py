@@ -62,6 +62,13 @@ class Stepper:
             return False
         return self.speculation.drafter != "expert" or "expert" in request.roles
 
+    def roles_of(self, requests: Sequence[Request]) -> tuple[str, ...]:
+        """The roles that any of these requests, of which one is steered, runs in."""
+        if len(self.roles) <= len(ROLES):
+            return self.roles
+        wanted = {role for request in requests for role in request.roles}
+        return tuple(role for role in self.roles if role in wanted)
+
     @torch.inference_mode()
     def prefill(self, requests: Sequence[Request], logits: dict[str, Tensor]) -> StepResult:
         """Draw the first tokens of requests whose prompts are in their slots.
