@@ -153,12 +153,7 @@ def close(mine: Sequence[float], other: Sequence[float]) -> bool:
 def test_a_pair_twice_at_half_strength_is_the_pair_and_opposites_cancel(
     near: Trio, make_decoder: Callable[..., Decoder], speculation: Any
 ) -> None:
-    more: dict[str, Any] = {
-        "temperature": temperature,
-        "max_tokens": 12,
-        "ignore_eos": True,
-        "seed": 9,
-    }
+    more: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "seed": 9}
     models = (near.base, near.expert, near.anti, near.tokenizer)
     twice = Trio.from_models(*models, pairs=[(near.expert, near.anti)])
     assert twice.pairs == (("expert", "anti"),) and not twice.further
