@@ -143,6 +143,16 @@ def params_per_prompt(
     return params
 
 
+def check_pair_alphas(trio: Trio, params: SamplingParams) -> None:
+    """Refuse strengths of other pairs than the trio has."""
+    given = params.pair_alphas
+    if given and len(given) != len(trio.pairs):
+        raise ValueError(
+            f"pair_alphas must have a number for each further pair of the trio, which has "
+            f"{len(trio.pairs)}, or be (), got {given}"
+        )
+
+
 def scored_prompt(prompt_token_ids: Mapping[str, Sequence[int]], roles: Sequence[str]) -> None:
     """Refuse to score a prompt that is another for another role."""
     for role in roles:

@@ -25,7 +25,7 @@ from proxytune_kernels.decoder.states import is_recurrent
 from proxytune_kernels.ops.attention import MAX_HEAD_SIZE
 from proxytune_kernels.trio.llama_cpp import RUNTIME, LlamaModel
 from proxytune_kernels.trio.remote import RemoteModel
-from proxytune_kernels.trio.roles import PAIR
+from proxytune_kernels.trio.roles import PAIR, ROLES
 
 Roles = tuple[str, ...]
 
@@ -37,9 +37,10 @@ class Runner:
     run in a role. What these rows write lies behind their length, where nobody reads it.
 
     Args:
-        models: role -> causal LM, in the order base, expert, anti; or base alone. Their modules
-            are not changed: the runner works on copies that share every weight. Where forwards are
-            compiled, weights of products of one input become views of one tensor, same values.
+        models: role -> causal LM, in the order base, expert, anti, then those of further pairs,
+            each of which runs by itself; or base alone. Their modules are not changed: the runner
+            works on copies that share every weight. Where forwards are compiled, weights of
+            products of one input become views of one tensor, same values.
         max_batch_size, max_seq_len, pair, compile, streams, pack_weights: as in
             :class:`~proxytune_kernels.decoder.decoder.Decoder`.
         slack: places past ``max_seq_len`` for drafts that will be rolled back.
@@ -108,7 +109,10 @@ class Runner:
         # By the weight they are of: roles that share weights share these.
         self._packed: dict[int, Tensor] = {}
         self.packed_bytes = 0
-        for roles in [("base",), *([PAIR] if PAIR in trees else []), ("expert",), ("anti",)]:
+        further: list[Roles] = [(role,) for role in models if role not in ROLES]
+        trees |= {part: with_slot_attention(models[part[0]]) for part in further}
+        joined = [PAIR] if PAIR in trees else []
+        for roles in [("base",), *joined, ("expert",), ("anti",), *further]:
             if roles not in trees and roles != ("base",):
                 continue
             if isinstance(trees.get(roles), LlamaModel):
@@ -117,7 +121,7 @@ class Runner:
                 self.models[roles], caches[roles] = own, own.cache
                 self._rows[roles[0]] = own.cache, 0, 1
                 continue
-            joint = PAIR in trees and roles != ("base",)
+            joint = PAIR in trees and set(roles) <= set(PAIR)
             key = PAIR if joint else roles
             if key not in caches:
                 caches[key] = SlotCache(
