@@ -1,0 +1,32 @@
+"""The documentation as it was built (`make docs`), in headless Chromium."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.documents import ROOT
+from tests.page.browser import look
+
+SITE = ROOT / "build/site"
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    if not (SITE / "index.html").exists():
+        pytest.skip("the site is not built: make docs does it")
+    return look("site.cjs", f"{SITE.as_uri()}/", tmp_path_factory.mktemp("site"))
+
+
+def test_its_pages_can_be_read_by_all(seen):
+    for window in seen.values():
+        assert window["problems"] == []
+        for name, page in window["pages"].items():
+            assert page["violations"] == [] and page["passes"] > 20, name
+            assert not page["overflows"], name
+    light, dark = (seen[name]["pages"]["index"]["background"] for name in ("desktop", "dark"))
+    assert light != dark
+
+
+def test_it_is_searched_without_a_network(seen):
+    for window in seen.values():
+        assert any("Speculation" in title for title in window["found"])
