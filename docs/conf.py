@@ -16,6 +16,7 @@ version = release = proxytune_kernels.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_site"]
 exclude_patterns = ["conf.py"]
+smartquotes = False  # of options such as --trio
 highlight_language = "none"  # of indented blocks: commands, output, formulas
 
 myst_heading_anchors = 4
@@ -34,6 +35,7 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"proxytune_kernels {release}"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

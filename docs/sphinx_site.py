@@ -43,7 +43,7 @@ def commands() -> Iterator[str]:
         yield f"## `{name}`\n\n{command.help}\n\n    proxytune {name} {usage}\n\n"
         for parameter in command.get_params(context):
             names, text = parameter.get_help_record(context)
-            yield f"- `{names}`: {text}\n"
+            yield f"- `{names}`{': ' if text else ''}{text or ''}\n"
         yield "\n"
 
 

@@ -13,6 +13,7 @@ import re
 import shlex
 import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def commands(text: str) -> list[list[str]]:
     words = shlex.split(text)
     starts = [i for i, word in enumerate(words) if word == "proxytune"] + [len(words)]
     assert starts[0] == 0, "another command than proxytune: give the page a test of its own"
-    return [words[start + 1 : end] for start, end in zip(starts, starts[1:], strict=False)]
+    return [words[start + 1 : end] for start, end in pairwise(starts)]
 
 
 @pytest.mark.parametrize(("page", "test"), ELSEWHERE.items())
@@ -133,7 +134,8 @@ def test_a_command_that_is_shown_exists(page, line):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_docstrings_examples_run(name):
+def test_the_docstrings_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert found.attempted and not found.failed
 

@@ -73,21 +73,27 @@ def steering() -> Drawing:
     import proxytune_kernels as ptk
 
     trio = ptk.load_trio("shipped", dtype="float32")
-    token_ids = trio.tokenize(PROMPT)
+    token_ids, space = trio.tokenize(PROMPT), trio.tokenize(" ")
     with torch.inference_mode():
         logits = [
-            trio.models[role](torch.tensor([token_ids[role]])).logits[0, -1, : trio.vocab_size]
+            trio.models[role](torch.tensor([token_ids[role] + space[role]])).logits[
+                0, -1, : trio.vocab_size
+            ]
             for role in ("base", "expert", "anti")
         ]
     columns = dict(zip(("base", "expert", "anti"), logits, strict=True))
     columns["proxy"] = ptk.combine(*(row[None] for row in logits), 1.0)[0]
     shares = {name: row.softmax(0) for name, row in columns.items()}
-    chosen = [
-        int(token) for name in ("proxy", "base", "anti") for token in shares[name].topk(2).indices
-    ]
-    names = {token: repr(trio.tokenizer.decode([token]))[1:-1] for token in dict.fromkeys(chosen)}
+    chosen = {
+        int(token) for name in ("proxy", "base") for token in shares[name].topk(4).indices[:4]
+    }
+    names = {trio.tokenizer.decode([token]): token for token in chosen}
+    digits = {name: names[name] for name in sorted(names) if name.isdigit()}
     return probabilities(
-        {name: {names[t]: float(share[t]) for t in names} for name, share in shares.items()}
+        {
+            name: {digit: float(share[token]) for digit, token in digits.items()}
+            for name, share in shares.items()
+        }
     )
 
 
@@ -99,12 +105,12 @@ def probabilities(shares: Mapping[str, Mapping[str, float]]) -> Drawing:
         86 + 26 * len(tokens),
     )
     heads = {"base": "base", "expert": "expert", "anti": "anti-expert", "proxy": "steered"}
-    left, step = 78, 91
+    left, step = 58, 96
     for column, (name, head) in enumerate(heads.items()):
         x = left + step * column
         drawing.text(x, 20, head, "b")
         drawing.box(x, 28, step - 24, 3, name)
-        drawing.text(x + step - 18, 20, ["+", "\u2212", "=", ""][column], "b", "middle")
+        drawing.text(x + step - 8, 20, ["+", "\u2212", "=", ""][column], "b", "middle")
         for row, token in enumerate(tokens):
             y, share = 40 + 26 * row, round(100 * shares[name][token])
             drawing.box(x, y, max(1, share * 0.42), 16, name)
@@ -135,8 +141,8 @@ def row() -> Drawing:
         drawing.text(left, y - 5, label, "s")
         for tile in range(12):
             drawing.box(left + step * tile, y, step - 4, 10, name)
-    drawing.arrow((WIDTH / 2, 100), (WIDTH / 2, 128))
-    drawing.text(WIDTH / 2 + 12, 119, "1  read once, combined in fp32", "b")
+    drawing.arrow((120, 100), (120, 128))
+    drawing.text(132, 119, "1  read once, combined in fp32", "b")
     bottom, bound = 190, 17
     for tile, height in enumerate(heights):
         kind = "proxy" if height >= bound else "off"
@@ -144,8 +150,8 @@ def row() -> Drawing:
     drawing.lines.append(f'<path d="M{left - 8} {bottom - 2 * bound + 1}H430" class="o"/>')
     drawing.text(left, bottom + 17, "the highest x of each tile of 128 tokens; the dashed", "s")
     drawing.text(left, bottom + 33, "bound: what is above it has count and mass enough", "s")
-    drawing.arrow((WIDTH / 2, 232), (WIDTH / 2, 260))
-    drawing.text(WIDTH / 2 + 12, 251, "2  three tiles are left", "b")
+    drawing.arrow((120, 232), (120, 260))
+    drawing.text(132, 251, "2  three tiles are left", "b")
     masses = [62, 47, 36, 27, 21, 16, 12, 9, 7, 5, 4, 3]
     for token, mass in enumerate(masses):
         drawing.box(
@@ -153,8 +159,8 @@ def row() -> Drawing:
         )
     x = left + step * 5 - 2
     drawing.lines.append(f'<path d="M{x:g} 268V340" class="o"/>')
-    drawing.text(x + 6, 282, "3  the kept set ends here, exactly:", "b")
-    drawing.text(x + 6, 299, "masses are integers", "s")
+    drawing.text(x + 6, 282, "3  the kept set ends here,", "b")
+    drawing.text(x + 6, 299, "exactly: masses are integers", "s")
     for token, noise in enumerate([14, 40, 8, 30, 18]):
         drawing.box(left + step * token, 372, step - 4, 8, "proxy")
         drawing.box(left + step * token + 10, 384, 9, noise, "base")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
 import pytest
 
 from tests.documents import ROOT
@@ -14,7 +18,13 @@ SITE = ROOT / "build/site"
 def seen(tmp_path_factory):
     if not (SITE / "index.html").exists():
         pytest.skip("the site is not built: make docs does it")
-    return look("site.cjs", f"{SITE.as_uri()}/", tmp_path_factory.mktemp("site"))
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    # axe reads style sheets, which Chromium does not let a page of file:// do.
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(SITE))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        yield look("site.cjs", url, tmp_path_factory.mktemp("site"))
+        server.shutdown()
 
 
 def test_its_pages_can_be_read_by_all(seen):
