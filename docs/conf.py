@@ -1,13 +1,18 @@
-"""How Sphinx builds the site: `make docs`. The pages are MyST Markdown, readable on their own too."""
+"""How Sphinx builds the site: `make docs`. The pages are MyST Markdown, readable on their own."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
 import proxytune_kernels
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# transformers imports torchao, which notes the kernels that this build of torch lacks.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 project = "proxytune_kernels"
 author = "The proxytune_kernels maintainers"

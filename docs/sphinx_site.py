@@ -28,7 +28,8 @@ def python_api() -> Iterator[str]:
         found = getattr(proxytune_kernels, name)
         kind = kinds.get(name, "class" if isinstance(found, type) else "function")
         options = "" if kind == "function" else "   :members:\n"
-        yield f"## `{name}`\n\n```{{eval-rst}}\n.. auto{kind}:: proxytune_kernels.{name}\n{options}```\n"
+        yield f"## `{name}`\n\n```{{eval-rst}}\n"
+        yield f".. auto{kind}:: proxytune_kernels.{name}\n{options}```\n\n"
 
 
 def commands() -> Iterator[str]:
@@ -49,9 +50,12 @@ def commands() -> Iterator[str]:
 
 def http_api() -> Iterator[str]:
     """Every endpoint of the server, of its OpenAPI schema."""
+    from transformers.utils.logging import disable_progress_bar
+
     from proxytune_kernels.server.app import create_app
     from proxytune_kernels.server.settings import Settings
 
+    disable_progress_bar()
     trio = proxytune_kernels.load_trio("shipped")
     decoder = proxytune_kernels.Decoder(trio, max_batch_size=1, max_seq_len=64)
     schema = create_app(decoder, Settings(model="shipped")).openapi()
@@ -72,7 +76,8 @@ def http_api() -> Iterator[str]:
 
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
-            yield f"## `{method.upper()} {path}`\n\n{operation.get('description', operation.get('summary', ''))}\n\n"
+            text = operation.get("description", operation.get("summary", ""))
+            yield f"## `{method.upper()} {path}`\n\n{text}\n\n"
             for parameter in operation.get("parameters", ()):
                 yield f"- `{parameter['name']}` in the {parameter['in']}\n"
             body = operation.get("requestBody", {}).get("content", {})
@@ -123,6 +128,7 @@ class Inline(SphinxPostTransform):
     formats = ("html",)
 
     def run(self, **_: Any) -> None:
+        """Called by Sphinx for each page."""
         for image in list(self.document.findall(nodes.image)):
             if image["uri"].endswith(".svg"):
                 text = (HERE / image["uri"]).read_text("utf-8")
@@ -131,18 +137,32 @@ class Inline(SphinxPostTransform):
                 )
 
 
-def reachable(_: Sphinx, __: str, ___: str, context: dict[str, Any], ____: Any) -> None:
-    """What scrolls can be scrolled by keyboard; a heading without a text is no heading."""
-    if "body" not in context:
+READABLE = (
+    # What scrolls can be scrolled by keyboard.
+    ("<pre>", '<pre tabindex="0">'),
+    ('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'),
+    # A heading has a level, and a landmark a name of its own.
+    ('class="caption" role="heading">', 'class="caption" role="heading" aria-level="2">'),
+    ('<aside class="sidebar', '<aside aria-label="Contents" class="sidebar'),
+    ('<aside class="toc', '<aside aria-label="On this page" class="toc'),
+)
+EMPTY_HEADING = re.compile(r"<th( [^>]*)?>\s*(<p>\s*</p>)?\s*</th>")
+
+
+def readable(app: Sphinx, error: Exception | None) -> None:
+    """What axe found in the pages that Sphinx and the theme write."""
+    if error or app.builder.format != "html":
         return
-    body = context["body"].replace("<pre>", '<pre tabindex="0">')
-    body = body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
-    context["body"] = re.sub(r"<th( [^>]*)?>\s*(<p>\s*</p>)?\s*</th>", "<td></td>", body)
+    for path in Path(app.outdir).rglob("*.html"):
+        text = EMPTY_HEADING.sub("<td></td>", path.read_text("utf-8"))
+        for found, wanted in READABLE:
+            text = text.replace(found, wanted)
+        path.write_text(text, "utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("source-read", fill)
-    app.connect("html-page-context", reachable)
+    app.connect("build-finished", readable)
     app.add_post_transform(Inline)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,7 +1,7 @@
 """The examples of README and docs/ run; commands that are only shown exist, options and all.
 
-A page whose examples need more than a folder (a server, ranks, another environment) has its test beside
-what it is about. A block that can't run has its reason in a comment before it:
+A page whose examples need more than a folder (a server, ranks, another environment) has its test
+beside what it is about. A block that can't run has its reason in a comment before it:
 ``<!-- not run here: ... -->``.
 """
 

@@ -38,17 +38,21 @@ class Drawing:
             f"<title>{escape(title)}</title>",
             f"<style>{STYLE}</style>",
             '<defs><marker id="pt-tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-            'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="#8b939e"/></marker></defs>',
+            'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="#8b939e"/>'
+            "</marker></defs>",
         ]
 
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> None:
+        """One line."""
         self.lines.append(
             f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
         )
 
     def box(self, x: float, y: float, width: float, height: float, kind: str = "f") -> None:
+        """A rectangle of one of the kinds of the style."""
         self.lines.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" class="{kind}"/>'
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" '
+            f'class="{kind}"/>'
         )
 
     def named(self, x: float, y: float, width: float, text: str, kind: str = "") -> None:
@@ -59,6 +63,7 @@ class Drawing:
         self.text(x + width / 2, y + 18, text, "", "middle")
 
     def arrow(self, *points: tuple[float, float]) -> None:
+        """A line through points, with a tip."""
         path = "L".join(f"{x:g} {y:g}" for x, y in points)
         self.lines.append(f'<path d="M{path}" class="l" marker-end="url(#pt-tip)"/>')
 
