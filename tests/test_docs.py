@@ -123,8 +123,8 @@ def test_a_command_that_is_shown_exists(page, line):
         assert known or words[1] in ("pytest",), f"no module {words[1]}"
     elif name == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        for group in re.findall(r"\[([\w,]+)\]", line):
-            assert set(group.split(",")) <= set(extras["optional-dependencies"])
+        for named in re.findall(r"\[([\w,]+)\]", line):
+            assert set(named.split(",")) <= set(extras["optional-dependencies"])
     else:
         group: Any = get_command(app)
         command = group.commands[words[0]]
