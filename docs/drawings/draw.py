@@ -110,12 +110,12 @@ def probabilities(shares: Mapping[str, Mapping[str, float]]) -> Drawing:
         86 + 26 * len(tokens),
     )
     heads = {"base": "base", "expert": "expert", "anti": "anti-expert", "proxy": "steered"}
-    left, step = 58, 96
+    left, step = 48, 100
     for column, (name, head) in enumerate(heads.items()):
         x = left + step * column
         drawing.text(x, 20, head, "b")
         drawing.box(x, 28, step - 24, 3, name)
-        drawing.text(x + step - 8, 20, ["+", "\u2212", "=", ""][column], "b", "middle")
+        drawing.text(x + step - 9, 20, ["+", "\u2212", "=", ""][column], "b", "middle")
         for row, token in enumerate(tokens):
             y, share = 40 + 26 * row, round(100 * shares[name][token])
             drawing.box(x, y, max(1, share * 0.42), 16, name)
@@ -179,7 +179,7 @@ def row() -> Drawing:
 
 def speculation() -> Drawing:
     """A round of four drafts, of which three are the target's own draws."""
-    drawing = Drawing("Four drafts are checked at once; the first three are kept", 330)
+    drawing = Drawing("Four drafts are checked at once; the first three are kept", 336)
     left, step, wide = 92, 68, 58
     drafts, draws = ["3", "+", "4", "is"], ["3", "+", "4", "="]
     drawing.text(10, 42, "expert", "b")
@@ -197,7 +197,7 @@ def speculation() -> Drawing:
         left + (step * 4 + wide) / 2, 116, "logits behind all of them, five rows", "", "middle"
     )
     drawing.text(10, 182, "the draw", "b")
-    drawing.text(10, 198, "plain decoding\u2019s", "s")
+    drawing.text(10, 198, "of the seed", "s")
     for place, draw in enumerate(draws):
         x = left + step * place + wide / 2
         drawing.arrow((x, 128), (x, 164))
@@ -210,8 +210,8 @@ def speculation() -> Drawing:
     drawing.text(10, 280, "the text", "b")
     for place, draw in enumerate(draws):
         drawing.named(left + step * place, 262, wide, draw)
-    drawing.text(left, 312, "four tokens for one forward of the base, and the same four", "s")
-    drawing.text(left, 326, "as without drafts", "s")
+    drawing.text(left, 312, "four tokens for one forward of the base;", "s")
+    drawing.text(left, 328, "without drafts they are the same four", "s")
     return drawing
 
 

@@ -1,6 +1,6 @@
-// Looks at pages of the documentation, and searches it without a network.
+// Looks at pages of the documentation (SITE_PAGES="tune api" for others), and searches it.
 const {audit, folder, main} = require("./browser.cjs");
-const PAGES = (process.env.SITE_PAGES || "index steer models row cli api http").split(" ");
+const PAGES = (process.env.SITE_PAGES || "index steer models row cli http").split(" ");
 
 async function look(page, problems, window, name) {
   const root = page.url(), pages = {};
