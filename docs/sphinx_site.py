@@ -144,6 +144,7 @@ READABLE = (
     # A heading has a level, and a landmark a name of its own.
     ('class="caption" role="heading">', 'class="caption" role="heading" aria-level="2">'),
     ('<aside class="sidebar', '<aside aria-label="Contents" class="sidebar'),
+    ('\n<div id="search-results">', '\n<h1>Search</h1><div id="search-results">'),
     ('<aside class="toc', '<aside aria-label="On this page" class="toc'),
 )
 EMPTY_HEADING = re.compile(r"<th( [^>]*)?>\s*(<p>\s*</p>)?\s*</th>")
