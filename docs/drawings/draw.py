@@ -14,10 +14,12 @@ HERE = Path(__file__).parent
 WIDTH = 440
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many apples does Tom have now?\nAnswer:"
 STYLE = """\
-svg.pt{font:13px system-ui,sans-serif;
+svg.pt{font:13px system-ui,sans-serif;background:var(--paper);
+--paper:var(--color-background-primary,#fff);
 --ink:var(--color-foreground-primary,#1b1f24);--soft:var(--color-foreground-muted,#59616c);
 --rule:var(--color-foreground-border,#8b939e);--field:var(--color-background-secondary,#f4f6f8)}
-@media(prefers-color-scheme:dark){svg.pt{--ink:var(--color-foreground-primary,#e8eaed);
+@media(prefers-color-scheme:dark){svg.pt{--paper:var(--color-background-primary,#131416);
+--ink:var(--color-foreground-primary,#e8eaed);
 --soft:var(--color-foreground-muted,#a5adb8);--field:var(--color-background-secondary,#1b1f24)}}
 .pt text{fill:var(--ink)}.pt .s{fill:var(--soft);font-size:12px}.pt .b{font-weight:600}
 .pt .m{font-family:ui-monospace,monospace}
