@@ -35,6 +35,7 @@ ELSEWHERE = {
     "docs/engine_step.md": "tests/capi/test_engine_step.py",
     "docs/llama_cpp.md": "tests/decoder/test_llama_cpp.py",
     "docs/lm_eval.md": "tests/integrations/lm_eval/test_docs.py",
+    "docs/pairs.md": "tests/decoder/test_pairs.py",
     "docs/remote.md": "tests/server/test_remote.py",
     "docs/serving.md": "tests/server/test_process.py",
     "docs/sharded.md": "tests/ops/sharded/test_docs.py",
