@@ -121,6 +121,16 @@ def fill(_: Sphinx, __: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", text)
 
 
+def outdated(_: Sphinx, env: Any, *__: set[str]) -> list[str]:
+    """What is made of the code is made anew in each build."""
+    return [name for name in env.found_docs if "<!-- generated: " in read(env.doc2path(name))]
+
+
+def read(path: str | Path) -> str:
+    """A text file."""
+    return Path(path).read_text("utf-8")
+
+
 class Inline(SphinxPostTransform):
     """The drawings become parts of the page, where they have its colours, light and dark."""
 
@@ -131,7 +141,7 @@ class Inline(SphinxPostTransform):
         """Called by Sphinx for each page."""
         for image in list(self.document.findall(nodes.image)):
             if image["uri"].endswith(".svg"):
-                text = (HERE / image["uri"]).read_text("utf-8")
+                text = read(HERE / image["uri"])
                 image.replace_self(
                     nodes.raw("", f'<div class="drawing">{text}</div>', format="html")
                 )
@@ -155,7 +165,7 @@ def readable(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.format != "html":
         return
     for path in Path(app.outdir).rglob("*.html"):
-        text = EMPTY_HEADING.sub("<td></td>", path.read_text("utf-8"))
+        text = EMPTY_HEADING.sub("<td></td>", read(path))
         for found, wanted in READABLE:
             text = text.replace(found, wanted)
         path.write_text(text, "utf-8")
@@ -163,6 +173,7 @@ def readable(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
+    app.connect("env-get-outdated", outdated)
     app.connect("source-read", fill)
     app.connect("build-finished", readable)
     app.add_post_transform(Inline)
