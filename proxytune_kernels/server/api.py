@@ -31,6 +31,7 @@ from proxytune_kernels.server.requests import (
     ChatRequest,
     CompletionRequest,
     asked_max_tokens,
+    candidates,
     grammar_of,
     sampling_values,
     top_logprobs,
@@ -65,6 +66,24 @@ class Reply(NamedTuple):
     def n(self) -> int:
         """Outputs of each prompt."""
         return self.body.n or 1
+
+    @property
+    def top(self) -> int:
+        """Likeliest tokens at each position; -1 for no logprobs at all."""
+        return top_logprobs(self.body)
+
+    @property
+    def lists_prompt(self) -> bool:
+        """Whether each choice has ``prompt_logprobs``."""
+        return getattr(self.body, "prompt_logprobs", None) is not None
+
+    def best(self, outputs: Sequence[RequestOutput]) -> list[RequestOutput]:
+        """Of each prompt's outputs the n likeliest, by log-probability per token."""
+        most = candidates(self.body)
+        if most == self.n:
+            return [*outputs]
+        groups = [outputs[i : i + most] for i in range(0, len(outputs), most)]
+        return [o for group in groups for o in sorted(group, key=_per_token)[: -self.n - 1 : -1]]
 
     @property
     def echo(self) -> bool:
@@ -113,19 +132,15 @@ class Api:
         """
         values = sampling_values(body, self.settings)
         most = asked_max_tokens(body, self.settings)
-        n = body.n or 1
-        if body.stream and "prompt_logprobs" in values:
-            if getattr(body, "prompt_logprobs", None) is not None:
-                raise ValueError("prompt_logprobs must be left out in a stream")
-            raise ValueError("echo must come without logprobs in a stream")
-        self.engine.reserve(len(prompts) * n)
+        count = len(prompts) * candidates(body)
+        self.engine.reserve(count)
         try:
             if (grammar := await self._grammar(body)) is not None:
                 values["grammar"] = grammar
             prepared = await self._aside(self._prepare, prompts, values, most)
             generation = self.engine.submit(prepared, whole=not body.stream)
         except BaseException:
-            self.engine.release(len(prompts) * n)
+            self.engine.release(count)
             raise
         reply = Reply(body, self._head(isinstance(body, ChatRequest)))
         watch = asyncio.ensure_future(_watch(request, generation))
@@ -142,7 +157,9 @@ class Api:
             if not body.stream:
                 watch.cancel()
         return StreamingResponse(
-            self._stream(reply, generation, watch),
+            self._stream(
+                reply, generation, watch, [token_ids["base"] for token_ids, _ in prepared]
+            ),
             media_type="text/event-stream",
             headers=STREAM_HEADERS,
         )
@@ -199,13 +216,14 @@ class Api:
         async for events in generation:
             outputs |= {i: event.output for i, event in events if event.output is not None}
         listed = [_checked(outputs[i]) for i in range(generation.count)]
-        self._report(reply, listed)
+        total = responses.usage(listed, candidates(reply.body))
+        self._report(reply, listed, total)
         return JSONResponse(
             {
                 **reply.head,
                 "object": "chat.completion" if reply.chat else "text_completion",
-                "choices": [self._choice(reply, i, output) for i, output in enumerate(listed)],
-                "usage": responses.usage(listed, reply.n),
+                "choices": [self._choice(reply, i, o) for i, o in enumerate(reply.best(listed))],
+                "usage": total,
             }
         )
 
@@ -220,21 +238,20 @@ class Api:
             "refusal": None,
             "annotations": [],
         }
-        fields = writer.fields(output, reply.echo)
-        if getattr(reply.body, "prompt_logprobs", None) is not None:
-            fields["prompt_logprobs"] = writer.prompt_logprobs(output)
+        prompt = output.prompt_token_ids["base"] if reply.echo else None
         return {
             "index": index,
             **({"message": message} if reply.chat else {"text": text}),
-            **fields,
+            **writer.fields(output, prompt),
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
             "seed": output.seed,
         }
 
     def _writer(self, reply: Reply) -> responses.Writer:
-        top, steering = top_logprobs(reply.body), bool(reply.body.steering)
-        return responses.Writer(self.vocabulary, reply.chat, top, steering)
+        return responses.Writer(
+            self.vocabulary, reply.chat, reply.top, bool(reply.body.steering), reply.lists_prompt
+        )
 
     def _prompt_text(self, reply: Reply, index: int) -> str:
         assert isinstance(reply.body, CompletionRequest)
@@ -242,7 +259,11 @@ class Api:
         return prompt if isinstance(prompt, str) else self.decoder.trio.tokenizer.decode(prompt)
 
     async def _stream(
-        self, reply: Reply, generation: Generation, watch: asyncio.Future[None]
+        self,
+        reply: Reply,
+        generation: Generation,
+        watch: asyncio.Future[None],
+        prompts: Sequence[Sequence[int]],
     ) -> AsyncIterator[bytes]:
         kind = "chat.completion.chunk" if reply.chat else "text_completion"
         options = reply.body.stream_options
@@ -258,12 +279,14 @@ class Api:
                 for index, event in merged(events):
                     if event.output is not None:
                         outputs[index] = _checked(event.output)
-                    choice = self._delta(reply, index, event, writers[index].fields(event))
-                    yield _chunk(begun, choice)
+                    # An echoed prompt comes with its logprobs, which the first token brings.
+                    prompt = prompts[index // reply.n] if event.prompt_logprobs else None
+                    fields = writers[index].fields(event, prompt if reply.echo else None)
+                    yield _chunk(begun, self._delta(reply, index, event, fields))
             listed = [outputs[i] for i in range(generation.count)]
-            self._report(reply, listed)
+            total = responses.usage(listed, reply.n)
+            self._report(reply, listed, total)
             if with_usage:
-                total = responses.usage(listed, reply.n)
                 yield _data({**head, "choices": [], "usage": total})
             yield b"data: [DONE]\n\n"
         except GoneError:
@@ -299,8 +322,9 @@ class Api:
             choice |= {"stop_reason": event.output.stop_reason, "seed": event.output.seed}
         return choice
 
-    def _report(self, reply: Reply, outputs: Sequence[RequestOutput]) -> None:
-        total = responses.usage(outputs, reply.n)
+    def _report(
+        self, reply: Reply, outputs: Sequence[RequestOutput], total: Mapping[str, int]
+    ) -> None:
         reasons = ",".join(output.finish_reason for output in outputs)
         seconds = max(output.metrics.total for output in outputs)
         _log.info(
@@ -333,10 +357,14 @@ def merged(events: Sequence[tuple[int, StreamEvent]]) -> list[tuple[int, StreamE
 
 
 def _joined(first: StreamEvent, second: StreamEvent) -> StreamEvent:
-    """Two events of an output as one: what is listed is appended, the rest is the second's."""
+    """Two events of an output as one: what both list is appended, the rest is the second's."""
     values = {name: (getattr(first, name), value) for name, value in vars(second).items()}
-    listed = {k: a + b for k, (a, b) in values.items() if isinstance(b, (str, tuple, list))}
-    return replace(second, **listed)
+    listed = {k: a + b for k, (a, b) in values.items() if isinstance(b, (str, tuple))}
+    return replace(second, **listed, prompt_logprobs=first.prompt_logprobs)
+
+
+def _per_token(output: RequestOutput) -> float:
+    return sum(output.raw_logprobs) / len(output.raw_logprobs)
 
 
 def _checked(output: RequestOutput) -> RequestOutput:
