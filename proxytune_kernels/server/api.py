@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from proxytune_kernels.decoder import Decoder, Grammar, RequestOutput, StreamEvent
+from proxytune_kernels.decoder import Grammar, RequestOutput, StreamEvent
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.server import responses
 from proxytune_kernels.server.engine import (
@@ -24,6 +24,7 @@ from proxytune_kernels.server.engine import (
     GoneError,
     LostError,
     Prompt,
+    Served,
     StoppingError,
 )
 from proxytune_kernels.server.metrics import Metrics
@@ -95,31 +96,34 @@ class Api:
     """Answers requests with a decoder.
 
     Args:
-        decoder: nobody else may use it.
+        served: the decoder, which nobody else may use.
         settings: names and limits.
     """
 
-    def __init__(self, decoder: Decoder, settings: Settings) -> None:
-        self.decoder = decoder
+    def __init__(self, served: Served, settings: Settings) -> None:
+        self.trio = served.trio
+        self.max_seq_len = served.max_seq_len
         self.settings = settings
         self.created = int(time.time())
-        self.metrics = Metrics(decoder.max_batch_size, decoder.statistics)
-        self.engine = Engine(decoder, settings.max_queue, self.metrics)
-        self.vocabulary = Vocabulary(decoder.trio.tokenizer)
+        self.metrics = Metrics(
+            served.max_batch_size, served.statistics, getattr(served, "pid", None)
+        )
+        self.engine = Engine(served, settings.max_queue, self.metrics)
+        self.vocabulary = Vocabulary(served.trio.tokenizer)
         # One thread: texts become tokens in the order in which they come, and beside the steps.
         self._preparing = ThreadPoolExecutor(1, "proxytune-prompts")
 
     async def tokenize(self, prompt: Any, add_special_tokens: bool = True) -> Prompt:
         """Token ids of a prompt, for each role."""
-        return await self._aside(self.decoder.trio.tokenize, prompt, add_special_tokens)
+        return await self._aside(self.trio.tokenize, prompt, add_special_tokens)
 
     async def text(self, token_ids: Sequence[int]) -> str:
         """The text of tokens; ValueError names one that there is not."""
-        outside = [i for i in token_ids if not 0 <= i < self.decoder.trio.vocab_size]
+        outside = [i for i in token_ids if not 0 <= i < self.trio.vocab_size]
         if outside:
-            size = self.decoder.trio.vocab_size
+            size = self.trio.vocab_size
             raise ValueError(f"tokens must be in [0, {size}), got {outside[0]}")
-        return await self._aside(self.decoder.trio.tokenizer.decode, token_ids)
+        return await self._aside(self.trio.tokenizer.decode, token_ids)
 
     async def answer(
         self, body: CompletionRequest | ChatRequest, prompts: Sequence[Any], request: Request
@@ -184,8 +188,7 @@ class Api:
             return None
         seconds = self.settings.grammar_seconds
         try:
-            compiling = asyncio.to_thread(self.decoder.compile_grammar, grammar)
-            await asyncio.wait_for(compiling, seconds)
+            await asyncio.wait_for(self.engine.compile(grammar), seconds)
         except TimeoutError as error:
             raise ValueError(f"grammar must compile within {seconds} seconds") from error
         except RecursionError as error:
@@ -199,13 +202,13 @@ class Api:
         prepared: list[tuple[Prompt, SamplingParams]] = []
         add_special_tokens = values.get("add_special_tokens", True)
         for prompt in prompts:
-            token_ids = self.decoder.trio.tokenize(prompt, add_special_tokens)
+            token_ids = self.trio.tokenize(prompt, add_special_tokens)
             longest = max(map(len, token_ids.values()))
             limit = self.settings.max_prompt_tokens
             if limit is not None and longest > limit:
                 raise ValueError(f"prompt must have at most {limit} tokens, got {longest}")
             chat = not isinstance(prompt, str) and not isinstance(prompt[0], int)
-            room = max(self.decoder.max_seq_len - longest + 1, 1)
+            room = max(self.max_seq_len - longest + 1, 1)
             rest = min(room, self.settings.max_tokens or room) if chat else COMPLETION_TOKENS
             params = SamplingParams(**values, max_tokens=rest if most is None else most)
             prepared.append((token_ids, params))
@@ -256,7 +259,7 @@ class Api:
     def _prompt_text(self, reply: Reply, index: int) -> str:
         assert isinstance(reply.body, CompletionRequest)
         prompt = reply.body.prompts[index // reply.n]
-        return prompt if isinstance(prompt, str) else self.decoder.trio.tokenizer.decode(prompt)
+        return prompt if isinstance(prompt, str) else self.trio.tokenizer.decode(prompt)
 
     async def _stream(
         self,

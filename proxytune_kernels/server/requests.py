@@ -20,7 +20,7 @@ SAME = (
     *("min_tokens",),
     *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_prompt"),
-    *("allowed_token_ids", "bad_words", "logprobs_mode", "steering"),
+    *("allowed_token_ids", "bad_words", "bad_words_prompt", "logprobs_mode", "steering"),
 )
 """Fields of the API that are fields of SamplingParams under the same name."""
 
@@ -139,9 +139,13 @@ class Common(Strict):
     penalty_prompt: bool | None = Field(None, description="An extension.")
     logit_bias: Annotated[dict[str, float], Field(max_length=_IDS)] | None = None
     allowed_token_ids: _Ids | None = Field(None, description="An extension.")
+    allowed_at: Annotated[dict[str, _Ids], Field(max_length=_STOPS)] | None = Field(
+        None, description="An extension: output position -> token ids."
+    )
     bad_words: Annotated[list[str], Field(max_length=_STOPS)] | None = Field(
         None, description="An extension."
     )
+    bad_words_prompt: bool | None = Field(None, description="An extension.")
     logprobs_mode: Literal["raw", "drawn"] | None = Field(None, description="An extension.")
     steering: bool | None = Field(
         None, description="An extension: what steering changed at each token."
@@ -279,8 +283,9 @@ def sampling_values(request: CompletionRequest | ChatRequest, settings: Settings
         if most >= 0 and not 0 <= asked <= most:
             raise ValueError(f"prompt_logprobs must be in [0, {most}] on this server, got {asked}")
         values["prompt_logprobs"] = _ALL if asked < 0 else asked
-    if request.logit_bias:
-        values["logit_bias"] = {_id(key): bias for key, bias in request.logit_bias.items()}
+    for name, what in (("logit_bias", "token ids"), ("allowed_at", "positions")):
+        if by_number := getattr(request, name):
+            values[name] = {_number(name, what, key): value for key, value in by_number.items()}
     if (n := candidates(request)) > settings.max_n:
         name = "n" if n == request.n else "best_of"
         raise ValueError(f"{name} must be at most {settings.max_n}, got {n}")
@@ -302,9 +307,9 @@ def top_logprobs(request: CompletionRequest | ChatRequest) -> int:
     return -1 if request.logprobs is None else request.logprobs
 
 
-def _id(text: str) -> int:
+def _number(name: str, what: str, text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise ValueError(f"logit_bias must have token ids as its keys, got {text!r:.40}")
+        raise ValueError(f"{name} must have {what} as its keys, got {text!r:.40}")
     return int(text)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import proxytune_kernels as ptk
-from proxytune_kernels.server.engine import Engine
+from proxytune_kernels.server.engine import DecoderThread, Engine
 from proxytune_kernels.server.guard import loopback_names
 from proxytune_kernels.server.metrics import Metrics
 from tests.server.serving import PROMPT, serving, wait_for
@@ -135,7 +135,7 @@ def test_a_cancelled_request_is_out_of_its_slot_within_two_steps(trio32):
     decoder = ptk.Decoder(trio32, max_batch_size=2)
 
     async def cancelled():
-        engine = Engine(decoder, 0, Metrics(2, decoder.statistics))
+        engine = Engine(DecoderThread(decoder), 0, Metrics(2, decoder.statistics))
         engine.start()
         prompt = trio32.tokenize(PROMPT)
         params = ptk.SamplingParams(max_tokens=900, ignore_eos=True)
