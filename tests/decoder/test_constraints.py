@@ -26,7 +26,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "allowed": {"allowed_token_ids": range(3, 200)},
     "bad_words": {"bad_words": [[30], [31]] + [[i, i + d] for i in range(3, 250) for d in (1, 2, 5)]
         + [[i, i + 3, i + 4] for i in range(3, 250)]},
-    "after_prompt": {"bad_words": [[60, i] for i in range(3, 200)] + [[41, 42, 60, 201]],
+    "after_prompt": {"bad_words": [[60, i] for i in range(3, 255)] + [[41, 42, 60, 256]],
         "bad_words_prompt": True},
     "allowed_at": {"allowed_at": {0: range(40, 60), 7: [8, 9], 8: [77], 19: range(250)}},
     "repetition": {"repetition_penalty": 3.0},

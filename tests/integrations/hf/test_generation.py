@@ -96,7 +96,7 @@ UNPADDED: dict[str, dict[str, Any]] = {
     "words": {"bad_words_ids": [[i, j] for i in range(256) for j in range(i % 7, 200, 5)]
         + [[i, 250, 251] for i in range(200)]},
     "words and others": {
-        "sequence_bias": [[[i, i + 1], -torch.inf] for i in range(250)]
+        "sequence_bias": [[[i, i + 1], -torch.inf] for i in range(98)]
         + [[[i], 4.0 - i / 8] for i in range(50)],
         "repetition_penalty": 1.7, "forced_eos_token_id": 99, "begin_suppress_tokens": [*range(97)],
     },
