@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -403,6 +403,13 @@ def generation_settings(source: Any) -> dict[str, Any]:
                 f"{value!r:.80}: give a config without it"
             )
     return {"filter_order": "hf", **(filters if sampled else {"temperature": 0.0}), **settings}
+
+
+def mask_without(token_ids: Iterable[int], vocab_size: int) -> Tensor:
+    """Packed mask, int32 [ceil(vocab_size / 32)], of all tokens but these (docs/contracts.md)."""
+    allowed = torch.ones(vocab_size, dtype=torch.bool)
+    allowed[list(token_ids)] = False
+    return pack_mask(allowed)
 
 
 def pack_mask(allowed: Tensor) -> Tensor:

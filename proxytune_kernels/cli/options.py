@@ -246,6 +246,9 @@ class DecoderOptions:
             "--pack-weights", help="On a CPU: bf16 weights once more, in a faster layout."
         ),
     ] = False
+    grammar_backend: Annotated[
+        Literal["llguidance", "xgrammar"], typer.Option(help="What follows grammars.")
+    ] = "llguidance"
     prefill_chunk: Annotated[
         int, typer.Option(help="Prompt tokens run between two steps of the others, at most.")
     ] = 512
