@@ -63,6 +63,9 @@ class ServerOptions:
     ] = 20
     max_n: Annotated[int, typer.Option(min=1, help="Outputs of one prompt.")] = 16
     max_schema_bytes: Annotated[int, typer.Option(min=1, help="Of a grammar.")] = 1 << 16
+    request_seconds: Annotated[
+        float, typer.Option(min=0.1, help="That a client may take to send a request.")
+    ] = 30.0
     grammar_seconds: Annotated[float, typer.Option(min=0.1, help="To compile a grammar.")] = 5.0
     shutdown_seconds: Annotated[
         float, typer.Option(min=0, help="That requests have to finish after SIGTERM.")

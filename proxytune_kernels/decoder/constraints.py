@@ -198,6 +198,11 @@ def _spellings(word: str | Sequence[int], tokenizer: Any) -> list[tuple[int, ...
     return found
 
 
+def _alphas(request: Request) -> tuple[float, ...]:
+    """As many as there can be tokens."""
+    return request.params.alphas[: request.params.max_tokens]
+
+
 def _room(wanted: int) -> int:
     """A power of two: there are few sizes, and few captures."""
     return 1 << max(wanted - 1, 3).bit_length() if wanted else 0
@@ -250,7 +255,7 @@ class SlotConstraints:
         words = [word for each in asked for word in each.bad_words]
         number = max(len(each.bad_words) for each in asked)
         length = max(map(len, words), default=0)
-        alphas = max(len(request.params.alphas) for request in requests)
+        alphas = max(len(_alphas(request)) for request in requests)
         stages = max(max(len(each.masks) for each in asked), bool(words))
         self._grow("masks", stages and 1 << (stages - 1).bit_length(), self._words if stages else 0)
         self._grow("ends", self._tables["masks"].shape[1])
@@ -287,7 +292,7 @@ class SlotConstraints:
             for name, table in self._tables.items()
         }
         for i, request in enumerate(requests):
-            asked, alphas = request.constraints, request.params.alphas
+            asked, alphas = request.constraints, _alphas(request)
             for j, (end, mask) in enumerate(asked.masks):
                 rows["ends"][i, j] = end
                 if mask is not None:

@@ -222,7 +222,10 @@ class GrammarCompiler:
             except ValueError as error:
                 kind = type(self._tokenizer).__name__
                 raise GrammarError(f"grammar can't be had with {kind}: {error}") from error
-        compiled: tuple[Any, str] = self._opened.compile(grammar)
+        try:
+            compiled: tuple[Any, str] = self._opened.compile(grammar)
+        except (RuntimeError, ValueError) as error:
+            return None, str(error) or type(error).__name__
         return compiled
 
     def _place(self, schema: Any, path: str, error: str) -> tuple[str, str]:
@@ -317,13 +320,10 @@ class _XGrammar:
             ignored = _ignored_in(json.loads(grammar.text))
         if ignored:
             return None, f"{ignored} is not in xgrammar"
-        try:
-            if grammar.kind == "json_schema":
-                options: Any = {"any_whitespace": False, "strict_mode": False}
-                return self._compiler.compile_json_schema(grammar.text, **options), ""
-            return getattr(self._compiler, f"compile_{grammar.kind}")(grammar.text), ""
-        except (RuntimeError, ValueError) as error:
-            return None, str(error) or type(error).__name__
+        if grammar.kind == "json_schema":
+            options: Any = {"any_whitespace": False, "strict_mode": False}
+            return self._compiler.compile_json_schema(grammar.text, **options), ""
+        return getattr(self._compiler, f"compile_{grammar.kind}")(grammar.text), ""
 
     def matcher(self, compiled: Any) -> Matcher:
         return _XMatcher(self._new(compiled), self._row.clone(), self._ends, self._others)

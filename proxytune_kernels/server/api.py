@@ -110,11 +110,15 @@ class Api:
         )
         self.engine = Engine(served, settings.max_queue, self.metrics)
         self.vocabulary = Vocabulary(served.trio.tokenizer)
+        longest = max(map(len, served.trio.tokenizer.get_vocab()), default=1)
+        # No text of more is as short as it must be; its tokens would be counted for long.
+        self._most_characters = longest * (settings.max_prompt_tokens or served.max_seq_len)
         # One thread: texts become tokens in the order in which they come, and beside the steps.
         self._preparing = ThreadPoolExecutor(1, "proxytune-prompts")
 
     async def tokenize(self, prompt: Any, add_special_tokens: bool = True) -> Prompt:
         """Token ids of a prompt, for each role."""
+        self._check_length(prompt)
         return await self._aside(self.trio.tokenize, prompt, add_special_tokens)
 
     async def text(self, token_ids: Sequence[int]) -> str:
@@ -202,6 +206,7 @@ class Api:
         prepared: list[tuple[Prompt, SamplingParams]] = []
         add_special_tokens = values.get("add_special_tokens", True)
         for prompt in prompts:
+            self._check_length(prompt)
             token_ids = self.trio.tokenize(prompt, add_special_tokens)
             longest = max(map(len, token_ids.values()))
             limit = self.settings.max_prompt_tokens
@@ -213,6 +218,15 @@ class Api:
             params = SamplingParams(**values, max_tokens=rest if most is None else most)
             prepared.append((token_ids, params))
         return prepared
+
+    def _check_length(self, prompt: Any) -> None:
+        parts = [prompt] if isinstance(prompt, str) else prompt
+        texts = [part["content"] if isinstance(part, Mapping) else part for part in parts]
+        size = sum(len(text) for text in texts if isinstance(text, str))
+        if size > self._most_characters:
+            raise ValueError(
+                f"prompt must have at most {self._most_characters} characters, got {size}"
+            )
 
     async def _whole(self, reply: Reply, generation: Generation) -> Response:
         outputs: dict[int, RequestOutput] = {}

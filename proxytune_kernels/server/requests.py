@@ -104,6 +104,8 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+# Its tokens are looked for behind every token, and held for every slot.
+_Word = Annotated[str, Field(max_length=256), AfterValidator(_unicode)]
 _Ids = Annotated[list[int], Field(max_length=_IDS)]
 
 
@@ -139,10 +141,7 @@ class Common(Strict):
     penalty_prompt: bool | None = Field(None, description="An extension.")
     logit_bias: Annotated[dict[str, float], Field(max_length=_IDS)] | None = None
     allowed_token_ids: _Ids | None = Field(None, description="An extension.")
-    allowed_at: Annotated[dict[str, _Ids], Field(max_length=_STOPS)] | None = Field(
-        None, description="An extension: output position -> token ids."
-    )
-    bad_words: Annotated[list[str], Field(max_length=_STOPS)] | None = Field(
+    bad_words: Annotated[list[_Word], Field(max_length=_STOPS)] | None = Field(
         None, description="An extension."
     )
     bad_words_prompt: bool | None = Field(None, description="An extension.")
@@ -283,9 +282,8 @@ def sampling_values(request: CompletionRequest | ChatRequest, settings: Settings
         if most >= 0 and not 0 <= asked <= most:
             raise ValueError(f"prompt_logprobs must be in [0, {most}] on this server, got {asked}")
         values["prompt_logprobs"] = _ALL if asked < 0 else asked
-    for name, what in (("logit_bias", "token ids"), ("allowed_at", "positions")):
-        if by_number := getattr(request, name):
-            values[name] = {_number(name, what, key): value for key, value in by_number.items()}
+    if request.logit_bias:
+        values["logit_bias"] = {_id(key): bias for key, bias in request.logit_bias.items()}
     if (n := candidates(request)) > settings.max_n:
         name = "n" if n == request.n else "best_of"
         raise ValueError(f"{name} must be at most {settings.max_n}, got {n}")
@@ -307,9 +305,9 @@ def top_logprobs(request: CompletionRequest | ChatRequest) -> int:
     return -1 if request.logprobs is None else request.logprobs
 
 
-def _number(name: str, what: str, text: str) -> int:
+def _id(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise ValueError(f"{name} must have {what} as its keys, got {text!r:.40}")
+        raise ValueError(f"logit_bias must have token ids as its keys, got {text!r:.40}")
     return int(text)
 
 
