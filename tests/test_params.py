@@ -41,7 +41,7 @@ GOOD = {
     "logprobs_mode": ("raw", "drawn"),
     "steering": (True, False),
 }  # fmt: skip
-BAD = {
+BAD: dict[str, Any] = {
     "alpha": (math.nan, math.inf, "1", None, True, ()),
     "alpha_schedule": ("decay", "decay:1.5", "entropy:-1", "entropy:nan", "entropy:1e99", 1, None),
     "temperature": (-1e-9, math.nan, math.inf, "hot", True),

@@ -14,6 +14,7 @@ from torch.distributions import Categorical
 
 from proxytune_kernels import reference
 from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder.constraints import Needs
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.trio import Trio
 from tests.decoder import tape
@@ -124,6 +125,14 @@ def test_few_tokens_again_and_again(
         decoder = make_decoder(eight, 3, max_seq_len=64, speculation=speculation)
         outputs = decoder.generate([prompt] * len(params), params)
         assert [output.token_ids for output in outputs] == wanted
+
+
+def test_a_list_of_alphas_takes_no_more_room_than_there_are_tokens(
+    near: Trio, make_decoder: Callable[..., Decoder]
+) -> None:
+    decoder = make_decoder(near, 1)
+    decoder.generate([PROMPT], SamplingParams(alpha=[0.5] * 5000, max_tokens=3))
+    assert decoder._sampler.constraints.sized(Needs(alphas=1)).alphas == 4
 
 
 def requests(longest: int, pairs: bool) -> tuple[list[Any], list[SamplingParams], list[Any]]:
