@@ -129,7 +129,7 @@ def test_a_request_that_comes_in_slowly_or_has_no_end_is_dropped(trio32):
                 assert connection.recv(100) == b"", sent[-20:]
         # An answer may take longer, and so may the request behind it meanwhile.
         with connected() as connection:
-            connection.sendall(whole({**LONG, "stream": True}) + head)
+            connection.sendall(whole({**LONG, "max_tokens": 500, "stream": True}) + head)
             assert b"200 OK" in connection.recv(100)
             time.sleep(0.5)
             connection.sendall(whole(BODY).removeprefix(head))
