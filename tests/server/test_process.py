@@ -36,7 +36,8 @@ def stream(port):
 
 def child_of(pid):
     """The process in which a server's decoder is."""
-    [child] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    [child] = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
     return int(child)
 
 
