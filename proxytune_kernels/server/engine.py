@@ -208,6 +208,8 @@ class Worker:
         except Exception as wrong:
             error = wrong
         self._places |= {request_id: (key, i) for i, request_id in enumerate(ids)}
+        if not ids:
+            del self._ids[key]
         if error is not None:
             self.cancel(key)
             self._tell("failed", key, error)
@@ -280,7 +282,14 @@ class DecoderThread:
 
     def start(self, tell: Tell) -> None:
         """Start the thread."""
-        run = Worker(self._decoder, self._receive, tell).run
+        worker = Worker(self._decoder, self._receive, tell)
+
+        def run() -> None:
+            try:
+                worker.run()
+            finally:
+                tell("lost")
+
         self._thread = threading.Thread(target=run, name="proxytune-decoder", daemon=True)
         self._thread.start()
 
