@@ -40,6 +40,8 @@ class Needs(NamedTuple):
     alphas: int = 0
     scheduled: bool = False
     """Whether any of them has a rule for its alpha."""
+    pairs: tuple[int, ...] = ()
+    """Which further pairs steer any of them."""
     grammar: bool = False
     likeliest: int = 0
     """Room for the likeliest tokens that any of them reports: few sizes, for captured steps."""
@@ -69,8 +71,9 @@ class Needs(NamedTuple):
             ),
             edits=max((asked.room for _, asked in each), default=0),
             bad_words=(1,) if any(asked.bad_words for _, asked in each) else (),
-            alphas=int(any(len(request.params.alphas) > 1 for request, _ in each)),
+            alphas=int(any(len(_alphas(request)) > 1 for request, _ in each)),
             scheduled=any(request.params.alpha_schedule != "constant" for request, _ in each),
+            pairs=tuple(sorted({i for request, _ in each for i in request.pairs})),
         )
 
 
@@ -146,6 +149,7 @@ class Constraints:
         before = prompt[1 - max(map(len, longer)) :] if longer and params.bad_words_prompt else ()
         asks = bool(longer or room or masks)
         asks |= len(params.alphas) > 1 or params.alpha_schedule != "constant"
+        asks |= any(params.pair_alphas)
         return cls(masks, longer, tuple(before), entries, min(room, vocab_size), asks)
 
     @staticmethod
@@ -239,6 +243,7 @@ class SlotConstraints:
             "recent": table(0, dtype=torch.int64),
             "alphas": table(0, dtype=torch.float32),
             "last_alpha": table(dtype=torch.int64),
+            "pair_alphas": table(0, dtype=torch.float32),
             # What alpha is multiplied by at each position, and the entropy that steers no token.
             "schedule": table(2, dtype=torch.float32),
         }
@@ -264,6 +269,7 @@ class SlotConstraints:
         self._grow("same_end", _room(number))
         self._grow("recent", _room(max(length - 1, 0)))
         self._grow("alphas", _room(alphas) if alphas > 1 else 0)
+        self._grow("pair_alphas", max(len(request.params.pair_alphas) for request in requests))
 
     def _grow(self, name: str, *wanted: int) -> None:
         old = self._tables[name]
@@ -313,6 +319,8 @@ class SlotConstraints:
                 rows["alphas"][i, : len(alphas)] = torch.tensor(alphas)
                 rows["last_alpha"][i] = len(alphas) - 1
             rows["schedule"][i] = torch.tensor(request.params.schedule)
+            if request.pairs:
+                rows["pair_alphas"][i] = torch.tensor(request.params.pair_alphas)
         return list(rows.values())
 
     def start(self, slots: Tensor, numbers: Sequence[Tensor]) -> None:
@@ -356,6 +364,13 @@ class SlotConstraints:
             above = torch.special.entr(p).sum(-1) > least
             alpha = torch.where(above, alpha * decay.double() ** positions, 0.0).float()
         return alpha
+
+    def pair_alpha(
+        self, slots: int | Tensor, pair: int, positions: Tensor, base: Tensor, needs: Needs
+    ) -> Tensor:
+        """Of a further pair, as :meth:`alpha`."""
+        own = self._rows("pair_alphas", slots)[:, pair]
+        return self.alpha(slots, positions, own, base, needs._replace(alphas=0))
 
     def allowed(
         self,

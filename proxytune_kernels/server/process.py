@@ -128,17 +128,21 @@ class _Model:
         return self
 
 
+def _widths(models: Mapping[str, Any]) -> dict[str, _Model]:
+    return {
+        role: _Model(tuple(model.get_input_embeddings().weight.shape))
+        for role, model in models.items()
+    }
+
+
 def _run(connection: Connection, make: Callable[[], Decoder]) -> None:
     """What the process does."""
     # An interrupt from a terminal goes to both processes, and only the other one obeys.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     decoder = make()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    models = {
-        role: _Model(tuple(model.get_input_embeddings().weight.shape))
-        for role, model in decoder.trio.models.items()
-    }
-    trio = replace(decoder.trio, models=models)
+    trio = decoder.trio
+    trio = replace(trio, models=_widths(trio.models), further=_widths(trio.further))
     lock, told = threading.Lock(), 0.0
 
     def tell(*message: Any) -> None:

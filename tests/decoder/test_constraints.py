@@ -131,7 +131,9 @@ def test_a_list_of_alphas_takes_no_more_room_than_there_are_tokens(
     near: Trio, make_decoder: Callable[..., Decoder]
 ) -> None:
     decoder = make_decoder(near, 1)
-    decoder.generate([PROMPT], SamplingParams(alpha=[0.5] * 5000, max_tokens=3))
+    params = [SamplingParams(alpha=[0.5] * 5000, max_tokens=n) for n in (1, 3)]
+    for one in params:
+        decoder.generate([PROMPT], one)
     assert decoder._sampler.constraints.sized(Needs(alphas=1)).alphas == 4
 
 
