@@ -35,7 +35,7 @@ GOOD = {
     "grammar": (None, Grammar.regex("a")),
     "n": (1, 10**6), "logit_bias": ({}, {0: -1e30, 7: 2.5}), "allowed_token_ids": ((), [0, 5]),
     "bad_words": ((), ("a", (1, 2)), ((5,),)), "repetition_penalty": (1e-9, 1, 1.5),
-    "bad_words_prompt": (True, False), "allowed_at": ({}, {0: [5], 10**6: (1, 2)}),
+    "bad_words_prompt": (True, False), "allowed_at": ({}, {0: (5,), 10**6: (1, 2)}),
     "presence_penalty": (-2, 0, 2.0), "frequency_penalty": (-2, 0.5),
     "penalty_prompt": (True, False),
     "logprobs": (-1, 0, 20), "prompt_logprobs": (-1, 5, 10**6), "prompt_logprobs_last": (0, 7),
