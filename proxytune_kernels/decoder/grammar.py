@@ -175,8 +175,7 @@ class GrammarCompiler:
                 f"grammar_backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
             )
         self._backend = backend
-        self._tokenizer = tokenizer
-        self._width = max(vocab_size, len(tokenizer))
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos = [i for i in eos_token_ids if i < vocab_size]
         self._lock = Lock()
         self._opened: Any = None
@@ -212,8 +211,9 @@ class GrammarCompiler:
     def _try(self, grammar: Grammar) -> tuple[Any, str]:
         """What the backend makes of it, and what it says is wrong."""
         if self._opened is None:
+            width = max(self._vocab_size, len(self._tokenizer))
             try:
-                self._opened = BACKENDS[self._backend](self._tokenizer, self._width, self._eos)
+                self._opened = BACKENDS[self._backend](self._tokenizer, width, self._eos)
             except ImportError as error:
                 raise GrammarError(
                     f"grammar needs {self._backend} ({error}): "
