@@ -96,7 +96,7 @@ UNPADDED: dict[str, dict[str, Any]] = {
     "words": {"bad_words_ids": [[i, j] for i in range(256) for j in range(i % 7, 200, 5)]
         + [[i, 250, 251] for i in range(200)]
         # The prompt's end is 85, 87, 79.
-        + [[79, j] for j in range(200, 240)] + [[87, 79, j] for j in range(240, 262)]},
+        + [[79, j] for j in range(130)] + [[87, 79, j] for j in range(130, 255)]},
     "words and others": {
         "sequence_bias": [[[i, i + 1], -torch.inf] for i in range(98)]
         + [[[i], 4.0 - i / 8] for i in range(50)],
