@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median, quantiles
 from typing import IO, Annotated, Any
 from urllib.request import urlopen
@@ -42,7 +43,7 @@ class Seen:
     """Id of an answer -> which request it is of."""
     statuses: dict[int, int] = field(default_factory=dict)
     memory: list[int] = field(default_factory=list)
-    """Bytes of the server's process, as the requests went on."""
+    """Bytes of the server's processes, as the requests went on."""
 
     def add(self, other: Seen) -> None:
         """What came later."""
@@ -143,8 +144,9 @@ async def _request(port: int, number: int, max_tokens: int, seen: Seen) -> float
 
 def _memory(port: int) -> list[int]:
     text = urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
-    found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.M)
-    return [] if found is None else [int(float(found[1]))]
+    # Of the process that answers, and of the decoder's.
+    found = re.findall(r"^\w*process_resident_memory_bytes (\S+)", text, re.M)
+    return [sum(int(float(size)) for size in found)] if found else []
 
 
 def start(*options: str) -> subprocess.Popen[str]:
@@ -222,24 +224,41 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=2, max=512)] = 64,
     turns: Annotated[int, typer.Option(min=1, help="In which the requests are sent.")] = 5,
     port: Annotated[int, typer.Option(help="Of a server that runs; 0 starts one.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON lines.", show_default="a file of benchmarks/results")
+    ] = None,
 ) -> None:
     """Load a server with streaming requests, and compare with the decoder alone."""
+    from benchmarks.harness import report
+    from benchmarks.harness.measure import ratios, summary
+
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     decoder = _open_alone()
-    seen, alone, shares = Seen(), [], []
+    seen, alone, served = Seen(), [], []
     with serving("--trio", "shipped") if not port else nullcontext(port) as number:
         asyncio.run(load(number, clients, range(2 * clients), 8))  # warm
         for turn in range(turns):
             part = range(requests * turn // turns, requests * (turn + 1) // turns)
             own = asyncio.run(load(number, clients, part, max_tokens))
             alone.append(_alone(decoder, part, max_tokens))
-            shares.append(own.tokens / own.seconds / alone[-1])
+            served.append(own.tokens / own.seconds)
             seen.add(own)
     for line in seen.lines():
         print(line)
     print(f"the decoder alone: {median(alone):.0f} tokens/s")
-    each = ", ".join(f"{share:.2f}" for share in shares)
-    print(f"the server's share of that: {median(shares):.2f} (of {each})")
+    each = ", ".join(f"{a / b:.2f}" for a, b in zip(served, alone, strict=True))
+    share = ratios(served, alone)
+    print(f"the server's share of that: {share['median']:.2f} (of {each})")
+    shared = {"clients": clients, "requests": requests, "max_tokens": max_tokens, "turns": turns}
+    record = {
+        "tokens_per_s": {"server": summary(served), "alone": summary(alone)},
+        "server_over_alone": share,
+        "first_token_ms": summary(seen.first, 1e3),
+        "between_tokens_ms": summary(seen.between, 1e3),
+        "between_tokens_p95_over_median": quantiles(seen.between, n=20)[-1] / median(seen.between),
+        "memory_bytes": seen.memory,
+    }
+    report.write_results(output, "load", shared, [record])
 
 
 if __name__ == "__main__":

@@ -132,8 +132,11 @@ class SamplingParams:
         n: outputs for one prompt, at least 1. Output i has the seed ``seed + i`` modulo 2^64.
         logit_bias: token -> what is added to its combined logit, a finite number.
         allowed_token_ids: the only tokens that may be drawn; none is all of them.
+        allowed_at: output position -> the only tokens that may be drawn there, whatever else bars
+            tokens, but bad words of several.
         bad_words: what may not be drawn: strings, or tokens ids in a row, of which the last is
             barred where the output ends with the others.
+        bad_words_prompt: whether the base's prompt counts as output for them.
         repetition_penalty: combined logits of tokens in prompt or output are divided by it where
             they are positive, else multiplied; positive, 1 turns it off.
         presence_penalty: subtracted from those of tokens in the output, in [-2, 2].
@@ -177,7 +180,9 @@ class SamplingParams:
     n: int = 1
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     allowed_token_ids: Sequence[int] = ()
+    allowed_at: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
     bad_words: Sequence[str | Sequence[int]] = ()
+    bad_words_prompt: bool = False
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -260,7 +265,7 @@ class SamplingParams:
             object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         for name in (
             *("ignore_eos", "include_stop_str_in_output", "penalty_prompt", "steering"),
-            *("skip_special_tokens", "add_special_tokens"),
+            *("skip_special_tokens", "add_special_tokens", "bad_words_prompt"),
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -290,6 +295,20 @@ class SamplingParams:
             for i, value in self.logit_bias.items()
         }
         object.__setattr__(self, "logit_bias", bias)
+        try:
+            at = {
+                _integer("allowed_at", i, 0, ""): _token_ids("allowed_at", ids)
+                for i, ids in self.allowed_at.items()
+            }
+            wrong = not all(at.values())
+        except (AttributeError, ValueError):
+            wrong = True
+        if wrong:
+            raise ValueError(
+                "allowed_at must be a mapping from output positions of at least 0 to token ids, at "
+                f"least one, got {self.allowed_at!r:.200}"
+            )
+        object.__setattr__(self, "allowed_at", at)
         words = self.bad_words
         if isinstance(words, str) or not isinstance(words, Sequence) or "" in words:
             raise ValueError(
@@ -397,16 +416,10 @@ def generation_settings(source: Any) -> dict[str, Any]:
 
 
 def mask_without(token_ids: Iterable[int], vocab_size: int) -> Tensor:
-    """Packed mask, int32 [ceil(vocab_size / 32)], of all tokens but these (docs/contracts.md).
-
-    Ids past the vocabulary mean nothing.
-    """
-    words = [-1] * (-(-vocab_size // 32))
-    for i in token_ids:
-        if i < vocab_size:
-            words[i >> 5] &= ~(1 << (i & 31))
-    # As int32 bit patterns: a word with bit 31 cleared is positive.
-    return torch.tensor(words, dtype=torch.int64).to(torch.int32)
+    """Packed mask, int32 [ceil(vocab_size / 32)], of all tokens but these (docs/contracts.md)."""
+    allowed = torch.ones(vocab_size, dtype=torch.bool)
+    allowed[list(token_ids)] = False
+    return pack_mask(allowed)
 
 
 def pack_mask(allowed: Tensor) -> Tensor:

@@ -35,13 +35,14 @@ GOOD = {
     "grammar": (None, Grammar.regex("a")),
     "n": (1, 10**6), "logit_bias": ({}, {0: -1e30, 7: 2.5}), "allowed_token_ids": ((), [0, 5]),
     "bad_words": ((), ("a", (1, 2)), ((5,),)), "repetition_penalty": (1e-9, 1, 1.5),
+    "bad_words_prompt": (True, False), "allowed_at": ({}, {0: (5,), 10**6: (1, 2)}),
     "presence_penalty": (-2, 0, 2.0), "frequency_penalty": (-2, 0.5),
     "penalty_prompt": (True, False),
     "logprobs": (-1, 0, 20), "prompt_logprobs": (-1, 5, 10**6), "prompt_logprobs_last": (0, 7),
     "logprobs_mode": ("raw", "drawn"),
     "steering": (True, False),
 }  # fmt: skip
-BAD = {
+BAD: dict[str, Any] = {
     "alpha": (math.nan, math.inf, "1", None, True, ()),
     "alpha_schedule": ("decay", "decay:1.5", "entropy:-1", "entropy:nan", "entropy:1e99", 1, None),
     "pair_alphas": ("1", 1.0, (math.nan,), (True,), ("1",), (1e39,), None),
@@ -64,6 +65,8 @@ BAD = {
     "logit_bias": ([1], None, 5),
     "allowed_token_ids": ((-1,), "ab", 3),
     "bad_words": ("ab", ("",), ((),), None),
+    "bad_words_prompt": (0, None),
+    "allowed_at": ({-1: [3]}, {0: []}, {0: [-1]}, {0: 5}, {"0": [5]}, [[3]], None),
     "repetition_penalty": (0, -1.0, math.inf, None),
     "presence_penalty": (-2.1, 3, None, math.nan),
     "frequency_penalty": (-2.1, 3, "1"),

@@ -323,8 +323,9 @@ def _from_json(where: str, line: str, params: SamplingParams, completions: bool)
             from proxytune_kernels.decoder import Grammar
 
             value["grammar"] = Grammar.of(value["grammar"])
-        if isinstance(value.get("logit_bias"), dict):  # JSON has no other keys than strings
-            value["logit_bias"] = {int(i): bias for i, bias in value["logit_bias"].items()}
+        for name in ("logit_bias", "allowed_at"):
+            if isinstance(value.get(name), dict):  # JSON has no other keys than strings
+                value[name] = {int(i): given for i, given in value[name].items()}
         return CliRequest(prompt, replace(params, **value), completion)
     except (ValueError, TypeError) as error:
         raise stop(f"{where}: {error}", USAGE) from error

@@ -188,14 +188,18 @@ class TrioOptions(ModelOptions):
         ),
     ] = None
 
-    def open(self) -> Trio:
-        """Open the trio; leaves with the reason where it does not open."""
+    def check(self) -> None:
+        """Leave with the reason where no models are named, or two bases."""
         if self.trio is None and self.base is None and self.base_url is None:
             raise stop(
                 "no models: give --trio shipped, --trio DIR, or --base (and the pair)", USAGE
             )
         if self.base is not None and self.base_url is not None:
             raise stop("give --base or --base-url, not both", USAGE)
+
+    def open(self) -> Trio:
+        """Open the trio; leaves with the reason where it does not open."""
+        self.check()
         arguments = asdict(self)
         remote = {k: arguments.pop(f"base_{k}") for k in ("url", "model", "top_n", "tail")}
         if self.base_url is not None:
@@ -252,6 +256,9 @@ class DecoderOptions:
             "--pack-weights", help="On a CPU: bf16 weights once more, in a faster layout."
         ),
     ] = False
+    grammar_backend: Annotated[
+        Literal["llguidance", "xgrammar"], typer.Option(help="What follows grammars.")
+    ] = "llguidance"
     prefill_chunk: Annotated[
         int, typer.Option(help="Prompt tokens run between two steps of the others, at most.")
     ] = 512

@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +25,7 @@ from proxytune_kernels.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from proxytune_kernels.decoder import Decoder
     from proxytune_kernels.server.settings import Settings
 
 _KEY = "PROXYTUNE_API_KEY"
@@ -61,6 +63,9 @@ class ServerOptions:
     ] = 20
     max_n: Annotated[int, typer.Option(min=1, help="Outputs of one prompt.")] = 16
     max_schema_bytes: Annotated[int, typer.Option(min=1, help="Of a grammar.")] = 1 << 16
+    request_seconds: Annotated[
+        float, typer.Option(min=0.1, help="That a client may take to send a request.")
+    ] = 30.0
     grammar_seconds: Annotated[float, typer.Option(min=0.1, help="To compile a grammar.")] = 5.0
     shutdown_seconds: Annotated[
         float, typer.Option(min=0, help="That requests have to finish after SIGTERM.")
@@ -111,8 +116,9 @@ def serve(
     Example: proxytune serve --trio shipped
     """
     settings = decoder.settings()
+    trio.check()
     try:
-        from proxytune_kernels.server import app, guard, run
+        from proxytune_kernels.server import app, guard, process, run
     except ImportError as error:
         install = "pip install 'proxytune_kernels[serve]'"
         raise stop(f"the server needs {error.name}: {install}", FAILED) from error
@@ -124,15 +130,30 @@ def serve(
     with bound:
         if not hosts and limits.api_key is None:
             typer.echo(f"Warning: {host} lets other machines in, and there is no API key", err=True)
-        opened = open_decoder(trio.open(), **settings)
-        logging.basicConfig(
-            stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
-        logging.getLogger("proxytune_kernels.server").setLevel(logging.INFO)
-        address = f"[{host}]" if ":" in host else host
-        typer.echo(f"http://{address}:{bound.getsockname()[1]} serves {model}", err=True)
-        served = run.server_of(app.create_app(opened, limits), limits)
-        # What is there by now stays: a collection that looked at it all would take 0.2 s.
-        gc.collect()
-        gc.freeze()
-        served.run([bound])
+        with process.DecoderProcess(partial(_open, trio, settings)) as opened:
+            if (status := opened.wait()) is not None:
+                raise typer.Exit(status)
+            _log()
+            address = f"[{host}]" if ":" in host else host
+            typer.echo(f"http://{address}:{bound.getsockname()[1]} serves {model}", err=True)
+            served = run.server_of(app.create_app(opened, limits), limits)
+            # What is there by now stays: a collection that looked at it all would take 0.2 s.
+            gc.collect()
+            gc.freeze()
+            served.run([bound])
+            if (status := opened.wait()) is not None and status:
+                raise stop(f"the decoder's process ended with status {status}", FAILED)
+
+
+def _open(trio: TrioOptions, settings: dict[str, Any]) -> Decoder:
+    """In the decoder's process: what is wrong is said here, and its exit status passed on."""
+    _log()
+    try:
+        return open_decoder(trio.open(), **settings)
+    except typer.Exit as error:
+        raise SystemExit(error.exit_code) from error
+
+
+def _log() -> None:
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("proxytune_kernels.server").setLevel(logging.INFO)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from proxytune_kernels.decoder.request import Request
 
 _NO_PENALTIES = (1.0, 0.0, 0.0)
+_NEVER = 1 << 62  # a position that no text reaches
 _FEW = 8  # likeliest tokens: most requests want five
 
 
@@ -31,7 +33,7 @@ class Needs(NamedTuple):
     Of a captured step they are the room that there is for each: :meth:`SlotConstraints.sized`.
     """
 
-    masked: bool = False
+    masked: int = 0
     """Whether some tokens may not be drawn, or not yet."""
     edits: int = 0
     bad_words: tuple[int, ...] = ()
@@ -60,15 +62,16 @@ class Needs(NamedTuple):
         if not any(asked.any for _, asked in each):
             return needs
         return needs._replace(
-            masked=any(
-                asked.bad_words
-                or asked.mask is not None
-                or (asked.early_mask is not None and request.params.min_tokens > request.launched)
-                for request, asked in each
+            masked=int(
+                any(
+                    asked.bad_words
+                    or any(mask is not None and end > request.launched for end, mask in asked.masks)
+                    for request, asked in each
+                )
             ),
             edits=max((asked.room for _, asked in each), default=0),
             bad_words=(1,) if any(asked.bad_words for _, asked in each) else (),
-            alphas=int(any(len(request.params.alphas) > 1 for request, _ in each)),
+            alphas=int(any(len(_alphas(request)) > 1 for request, _ in each)),
             scheduled=any(request.params.alpha_schedule != "constant" for request, _ in each),
             pairs=tuple(sorted({i for request, _ in each for i in request.pairs})),
         )
@@ -85,17 +88,18 @@ class Constraints:
     """What a request asks of its tokens, on the host.
 
     Args:
-        mask: int32 [ceil(vocab_size / 32)], the tokens that may be drawn; None for all.
-        early_mask: the same before ``min_tokens`` are out; None without min_tokens.
+        masks: (position, int32 [ceil(vocab_size / 32)]): the tokens that may be drawn up to there,
+            from the one before on; None for all. The last has no end.
         bad_words: of two tokens and more; single ones are in the masks.
+        before: the last tokens of the prompt, as far as they count for bad words.
         entries: (id, count, in prompt, bias) of :class:`proxytune_kernels.Edits`, at first.
         room: entries that it may need.
         any: whether it asks anything of its draws.
     """
 
-    mask: Tensor | None = None
-    early_mask: Tensor | None = None
+    masks: tuple[tuple[int, Tensor | None], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    before: tuple[int, ...] = ()
     entries: tuple[tuple[int, int, int, float], ...] = ()
     room: int = 0
     any: bool = False
@@ -125,6 +129,7 @@ class Constraints:
         for name, ids in (
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids),
+            ("allowed_at", [i for only in params.allowed_at.values() for i in only]),
             ("bad_words", [i for word in words for i in word]),
         ):
             outside = [i for i in ids if i >= vocab_size]
@@ -133,7 +138,7 @@ class Constraints:
                     f"{name} must be of tokens below the vocabulary's size {vocab_size}, got "
                     f"{outside[0]}"
                 )
-        mask, early = cls._masks(params, words, stops, vocab_size)
+        masks = cls._masks(params, words, stops, vocab_size)
         seen = set[int]()
         if params.penalty_prompt and params.repetition_penalty != 1:
             seen = {i for i in prompt if i < vocab_size}
@@ -141,20 +146,21 @@ class Constraints:
         entries = tuple((i, 0, int(i in seen), bias.get(i, 0.0)) for i in sorted(seen | {*bias}))
         room = len(entries) + params.max_tokens * (params.penalties != _NO_PENALTIES)
         longer = tuple(sorted({word for word in words if len(word) > 1}))
-        asks = bool(longer or room) or mask is not None or early is not None
+        before = prompt[1 - max(map(len, longer)) :] if longer and params.bad_words_prompt else ()
+        asks = bool(longer or room or masks)
         asks |= len(params.alphas) > 1 or params.alpha_schedule != "constant"
         asks |= any(params.pair_alphas)
-        return cls(mask, early, longer, entries, min(room, vocab_size), asks)
+        return cls(masks, longer, tuple(before), entries, min(room, vocab_size), asks)
 
     @staticmethod
     def _masks(
         params: SamplingParams, words: Sequence[tuple[int, ...]], stops: Iterable[int],
         vocab_size: int,
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[tuple[int, Tensor | None], ...]:  # fmt: skip
         single = [word[0] for word in words if len(word) == 1]
         held = set(stops) if params.min_tokens else set[int]()
-        if not (params.allowed_token_ids or single or held):
-            return None, None
+        if not (params.allowed_token_ids or params.allowed_at or single or held):
+            return ()
         allowed = torch.full((vocab_size,), not params.allowed_token_ids)
         allowed[list(params.allowed_token_ids)] = True
         allowed[single] = False
@@ -167,8 +173,20 @@ class Constraints:
             raise ValueError(
                 f"{', '.join(asked)} must leave a token to draw, got none that is left"
             )
-        masked = params.allowed_token_ids or single
-        return pack_mask(allowed) if masked else None, pack_mask(early) if held else None
+        always = pack_mask(allowed) if params.allowed_token_ids or single else None
+        masks: list[tuple[int, Tensor | None]] = []
+        # Each position in allowed_at is a stage of its own, between those without one.
+        at = [i for i in params.allowed_at if i < params.max_tokens]
+        ends = {params.min_tokens if held else 0, *at, *(i + 1 for i in at)} - {0}
+        for start, end in pairwise((0, *sorted(ends), _NEVER)):
+            if start in params.allowed_at:
+                only = torch.zeros(vocab_size, dtype=torch.bool)
+                only[list(params.allowed_at[start])] = True
+                masks.append((end, pack_mask(only)))
+            else:
+                soon = held and start < params.min_tokens
+                masks.append((end, pack_mask(early) if soon else always))
+        return tuple(masks)
 
 
 def _spellings(word: str | Sequence[int], tokenizer: Any) -> list[tuple[int, ...]]:
@@ -182,6 +200,11 @@ def _spellings(word: str | Sequence[int], tokenizer: Any) -> list[tuple[int, ...
         if ids and (not found or (ids[0] != found[0][0] and len(ids) == len(found[0]))):
             found.append(ids)
     return found
+
+
+def _alphas(request: Request) -> tuple[float, ...]:
+    """As many as there can be tokens."""
+    return request.params.alphas[: request.params.max_tokens]
 
 
 def _room(wanted: int) -> int:
@@ -207,9 +230,9 @@ class SlotConstraints:
 
         # They have no columns until a request asks for some.
         self._tables = {
-            # Tokens that may be drawn before min_tokens are out, and from then on.
-            "early": table(0, fill=-1),
-            "masks": table(0, fill=-1),
+            # Tokens that may be drawn up to a position, and up to the next.
+            "masks": table(0, 0, fill=-1),
+            "ends": table(0, fill=_NEVER, dtype=torch.int64),
             "entries": table(0, 4),
             "used": table(dtype=torch.int64),
             "penalties": table(3, dtype=torch.float32),
@@ -237,10 +260,10 @@ class SlotConstraints:
         words = [word for each in asked for word in each.bad_words]
         number = max(len(each.bad_words) for each in asked)
         length = max(map(len, words), default=0)
-        alphas = max(len(request.params.alphas) for request in requests)
-        masked = any(each.mask is not None or each.early_mask is not None for each in asked)
-        for name in ("early", "masks"):
-            self._grow(name, self._words if masked or words else 0)
+        alphas = max(len(_alphas(request)) for request in requests)
+        stages = max(max(len(each.masks) for each in asked), bool(words))
+        self._grow("masks", stages and 1 << (stages - 1).bit_length(), self._words if stages else 0)
+        self._grow("ends", self._tables["masks"].shape[1])
         self._grow("entries", _room(max(each.room for each in asked)))
         self._grow("bad_words", _room(number), _room(length))
         self._grow("same_end", _room(number))
@@ -260,6 +283,7 @@ class SlotConstraints:
     def sized(self, needs: Needs) -> Needs:
         """These needs with the room that there is: the tables that a captured step reads."""
         return needs._replace(
+            masked=self._tables["masks"].shape[1] if needs.masked else 0,
             edits=self._tables["entries"].shape[1] if needs.edits else 0,
             bad_words=tuple(self._tables["bad_words"].shape[1:]) if needs.bad_words else (),
             alphas=self._tables["alphas"].shape[1] if needs.alphas else 0,
@@ -274,11 +298,11 @@ class SlotConstraints:
             for name, table in self._tables.items()
         }
         for i, request in enumerate(requests):
-            asked, alphas = request.constraints, request.params.alphas
-            early = asked.mask if asked.early_mask is None else asked.early_mask
-            for name, mask in (("masks", asked.mask), ("early", early)):
+            asked, alphas = request.constraints, _alphas(request)
+            for j, (end, mask) in enumerate(asked.masks):
+                rows["ends"][i, j] = end
                 if mask is not None:
-                    rows[name][i] = mask
+                    rows["masks"][i, j] = mask
             if asked.entries:
                 ids, counts, in_prompt, bias = zip(*asked.entries, strict=True)
                 numbers = torch.tensor([ids, counts, in_prompt], dtype=torch.int32)
@@ -290,6 +314,7 @@ class SlotConstraints:
             for j, word in enumerate(asked.bad_words):
                 rows["bad_words"][i, j, : len(word)] = torch.tensor(word[::-1])
                 rows["same_end"][i, j] = ends.setdefault(word[-1], j)
+            rows["recent"][i, : len(asked.before)] = torch.tensor(asked.before[::-1])
             if len(alphas) > 1:
                 rows["alphas"][i, : len(alphas)] = torch.tensor(alphas)
                 rows["last_alpha"][i] = len(alphas) - 1
@@ -348,21 +373,24 @@ class SlotConstraints:
         return self.alpha(slots, positions, own, base, needs._replace(alphas=0))
 
     def allowed(
-        self, slots: int | Tensor, positions: Tensor, least: Tensor, drafts: Tensor | None,
-        each: bool, needs: Needs,
-    ) -> Tensor:  # fmt: skip
+        self,
+        slots: int | Tensor,
+        positions: Tensor,
+        drafts: Tensor | None,
+        each: bool,
+        needs: Needs,
+    ) -> Tensor:
         """Packed masks int32 [B, T, words].
 
         Args:
             positions: int64 [B, T], of the tokens to draw.
-            least: int64 [B], min_tokens.
             drafts: int64 [B, n]; None for none.
             each: n = T - 1, one between two positions; else T = 1, and all came before.
             needs: of the step.
         """
-        early = (positions < least[:, None])[..., None]
-        masks = self._rows("masks", slots)[:, None]
-        allowed = torch.where(early, self._rows("early", slots)[:, None], masks)
+        masks, ends = self._rows("masks", slots), self._rows("ends", slots)
+        stage = (positions[..., None] >= ends[:, None]).sum(-1)
+        allowed = masks.take_along_dim(stage[..., None], 1)
         if not needs.bad_words:
             return allowed
         words = self._rows("bad_words", slots)[:, None]
@@ -453,7 +481,7 @@ def _empty_rows(
     name: str, count: int, shape: Sequence[int], like: Tensor, device: str | None = None
 ) -> Tensor:
     """Rows of a table for requests that ask nothing of it."""
-    fill = {"early": -1, "masks": -1, "bad_words": -1, "recent": -2}.get(name, 0)
+    fill = {"ends": _NEVER, "masks": -1, "bad_words": -1, "recent": -2}.get(name, 0)
     rows = torch.full((count, *shape), fill, dtype=like.dtype, device=device or like.device)
     if name in ("entries", "penalties"):  # no token, and no repetition penalty
         rows[..., 0] = -1 if name == "entries" else 1

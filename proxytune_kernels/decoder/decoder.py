@@ -76,6 +76,7 @@ class Decoder:
             attention is not ours.
         streams: CUDA streams on which the roles' forwards run side by side: 3, 2 (the base, and the
             pair) or 1.
+        grammar_backend: what follows grammars: ``"llguidance"`` or ``"xgrammar"``.
         check: run a few tokens of each model first, and refuse one whose logits are not those of
             its own forward.
 
@@ -107,6 +108,7 @@ class Decoder:
         prefill_chunk: int = 512,
         graphs: bool | None = None,
         streams: int = 3,
+        grammar_backend: str = "llguidance",
         check: bool = True,
     ) -> None:
         self.trio = trio
@@ -169,7 +171,9 @@ class Decoder:
             self.max_seq_len if remote or self._runner.recurrent else prefill_chunk,
             ahead,
         )
-        self._grammars = GrammarCompiler(trio.tokenizer, trio.vocab_size, trio.eos_token_ids)
+        self._grammars = GrammarCompiler(
+            trio.tokenizer, trio.vocab_size, trio.eos_token_ids, grammar_backend
+        )
         self._requests: dict[int, Request] = {}
         self._queues: dict[int, deque[StreamEvent]] = {}
         self._submitted: deque[StreamEvent] = deque()

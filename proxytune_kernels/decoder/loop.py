@@ -298,6 +298,8 @@ class DecodingLoop:
             for other in others:
                 assert other.slot is not None
                 self._runner.copy(request.slot, other.slot, lengths)
+                other.prompt_logprobs = request.prompt_logprobs
+                other.prompt_scores = [*request.prompt_scores]
             logits = request.siblings.prompt_logits
             self._start(others, {role: x.expand(len(others), -1) for role, x in logits.items()})
             return True

@@ -360,7 +360,7 @@ class Request:
 
     def _take_prompt_logprobs(self) -> None:
         count = self.params.prompt_logprobs
-        if count < 0:
+        if count < 0 or self.prompt_logprobs is not None:
             return
         prompt = self.prompt_token_ids["base"]
         scored = sum(len(logprobs) for logprobs, _, _ in self.prompt_scores)

@@ -80,9 +80,9 @@ class SlotSampler:
         # Columns of all slots, so that a slot is set, or moved, by one launch for each width. Each
         # begins at a multiple of 16 bytes.
         room = -(-max_batch_size // 4) * 4
-        self._wide = torch.zeros((4, room), dtype=torch.int64, device=device)
+        self._wide = torch.zeros((3, room), dtype=torch.int64, device=device)
         self._narrow = torch.zeros((6, room), dtype=torch.int32, device=device)
-        seed, position, self._min_tokens, last = self._wide[:, :max_batch_size]
+        seed, position, last = self._wide[:, :max_batch_size]
         self.token_ids = last[:, None]
         narrow: list[Any] = [
             column[:max_batch_size].view(ROW_FIELDS[name].dtype)
@@ -116,20 +116,19 @@ class SlotSampler:
         """What :meth:`start` wants of its device, on the host.
 
         Returns:
-            int64 [3, n] and int32 [6, n], the parameters of the requests, and what
+            int64 [2, n] and int32 [6, n], the parameters of the requests, and what
             :meth:`SlotConstraints.numbers` makes of them.
         """
         rows = RowParams.from_sampling_params([request.params for request in requests])
-        least = torch.tensor([request.params.min_tokens for request in requests])
         return [
-            torch.stack([rows.seed, rows.position, least]),
+            torch.stack([rows.seed, rows.position]),
             torch.stack([column.view(torch.int32) for column in rows[:6]]),
             *self.constraints.numbers(requests),
         ]
 
     def start(self, slots: Tensor, wide: Tensor, narrow: Tensor, *constraints: Tensor) -> None:
         """Set the parameters of slots to their new requests', at position 0: :meth:`numbers`."""
-        self._wide[:3].index_copy_(1, slots, wide)
+        self._wide[:2].index_copy_(1, slots, wide)
         self._narrow.index_copy_(1, slots, narrow)
         self.constraints.start(slots, constraints)
 
@@ -462,11 +461,8 @@ class SlotSampler:
         if needs.edits:
             found["edits"] = self.constraints.edits(slots, drafts, each)
         if needs.masked:
-            place = slice(0, slots) if isinstance(slots, int) else slots
             ahead = positions if each else positions[:, None]
-            masks = self.constraints.allowed(
-                slots, ahead, self._min_tokens[place], drafts, each, needs
-            )
+            masks = self.constraints.allowed(slots, ahead, drafts, each, needs)
             found["allowed_mask"] = masks if each else masks[:, 0]
         if needs.grammar:
             own = self._by_grammars(slots, positions.shape[1] if each else None, drafts)

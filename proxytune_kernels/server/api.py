@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from proxytune_kernels.decoder import Decoder, Grammar, RequestOutput, StreamEvent
+from proxytune_kernels.decoder import Grammar, RequestOutput, StreamEvent
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.server import responses
 from proxytune_kernels.server.engine import (
@@ -24,6 +24,7 @@ from proxytune_kernels.server.engine import (
     GoneError,
     LostError,
     Prompt,
+    Served,
     StoppingError,
 )
 from proxytune_kernels.server.metrics import Metrics
@@ -31,6 +32,7 @@ from proxytune_kernels.server.requests import (
     ChatRequest,
     CompletionRequest,
     asked_max_tokens,
+    candidates,
     grammar_of,
     sampling_values,
     top_logprobs,
@@ -67,6 +69,24 @@ class Reply(NamedTuple):
         return self.body.n or 1
 
     @property
+    def top(self) -> int:
+        """Likeliest tokens at each position; -1 for no logprobs at all."""
+        return top_logprobs(self.body)
+
+    @property
+    def lists_prompt(self) -> bool:
+        """Whether each choice has ``prompt_logprobs``."""
+        return getattr(self.body, "prompt_logprobs", None) is not None
+
+    def best(self, outputs: Sequence[RequestOutput]) -> list[RequestOutput]:
+        """Of each prompt's outputs the n likeliest, by log-probability per token."""
+        most = candidates(self.body)
+        if most == self.n:
+            return [*outputs]
+        groups = [outputs[i : i + most] for i in range(0, len(outputs), most)]
+        return [o for group in groups for o in sorted(group, key=_per_token)[: -self.n - 1 : -1]]
+
+    @property
     def echo(self) -> bool:
         """Whether the prompt is part of the output."""
         return isinstance(self.body, CompletionRequest) and bool(self.body.echo)
@@ -76,31 +96,38 @@ class Api:
     """Answers requests with a decoder.
 
     Args:
-        decoder: nobody else may use it.
+        served: the decoder, which nobody else may use.
         settings: names and limits.
     """
 
-    def __init__(self, decoder: Decoder, settings: Settings) -> None:
-        self.decoder = decoder
+    def __init__(self, served: Served, settings: Settings) -> None:
+        self.trio = served.trio
+        self.max_seq_len = served.max_seq_len
         self.settings = settings
         self.created = int(time.time())
-        self.metrics = Metrics(decoder.max_batch_size, decoder.statistics)
-        self.engine = Engine(decoder, settings.max_queue, self.metrics)
-        self.vocabulary = Vocabulary(decoder.trio.tokenizer)
+        self.metrics = Metrics(
+            served.max_batch_size, served.statistics, getattr(served, "pid", None)
+        )
+        self.engine = Engine(served, settings.max_queue, self.metrics)
+        self.vocabulary = Vocabulary(served.trio.tokenizer)
+        longest = max(map(len, served.trio.tokenizer.get_vocab()), default=1)
+        # No text of more is as short as it must be; its tokens would be counted for long.
+        self._most_characters = longest * (settings.max_prompt_tokens or served.max_seq_len)
         # One thread: texts become tokens in the order in which they come, and beside the steps.
         self._preparing = ThreadPoolExecutor(1, "proxytune-prompts")
 
     async def tokenize(self, prompt: Any, add_special_tokens: bool = True) -> Prompt:
         """Token ids of a prompt, for each role."""
-        return await self._aside(self.decoder.trio.tokenize, prompt, add_special_tokens)
+        self._check_length(prompt)
+        return await self._aside(self.trio.tokenize, prompt, add_special_tokens)
 
     async def text(self, token_ids: Sequence[int]) -> str:
         """The text of tokens; ValueError names one that there is not."""
-        outside = [i for i in token_ids if not 0 <= i < self.decoder.trio.vocab_size]
+        outside = [i for i in token_ids if not 0 <= i < self.trio.vocab_size]
         if outside:
-            size = self.decoder.trio.vocab_size
+            size = self.trio.vocab_size
             raise ValueError(f"tokens must be in [0, {size}), got {outside[0]}")
-        return await self._aside(self.decoder.trio.tokenizer.decode, token_ids)
+        return await self._aside(self.trio.tokenizer.decode, token_ids)
 
     async def answer(
         self, body: CompletionRequest | ChatRequest, prompts: Sequence[Any], request: Request
@@ -113,19 +140,15 @@ class Api:
         """
         values = sampling_values(body, self.settings)
         most = asked_max_tokens(body, self.settings)
-        n = body.n or 1
-        if body.stream and "prompt_logprobs" in values:
-            if getattr(body, "prompt_logprobs", None) is not None:
-                raise ValueError("prompt_logprobs must be left out in a stream")
-            raise ValueError("echo must come without logprobs in a stream")
-        self.engine.reserve(len(prompts) * n)
+        count = len(prompts) * candidates(body)
+        self.engine.reserve(count)
         try:
             if (grammar := await self._grammar(body)) is not None:
                 values["grammar"] = grammar
             prepared = await self._aside(self._prepare, prompts, values, most)
             generation = self.engine.submit(prepared, whole=not body.stream)
         except BaseException:
-            self.engine.release(len(prompts) * n)
+            self.engine.release(count)
             raise
         reply = Reply(body, self._head(isinstance(body, ChatRequest)))
         watch = asyncio.ensure_future(_watch(request, generation))
@@ -142,7 +165,9 @@ class Api:
             if not body.stream:
                 watch.cancel()
         return StreamingResponse(
-            self._stream(reply, generation, watch),
+            self._stream(
+                reply, generation, watch, [token_ids["base"] for token_ids, _ in prepared]
+            ),
             media_type="text/event-stream",
             headers=STREAM_HEADERS,
         )
@@ -167,8 +192,7 @@ class Api:
             return None
         seconds = self.settings.grammar_seconds
         try:
-            compiling = asyncio.to_thread(self.decoder.compile_grammar, grammar)
-            await asyncio.wait_for(compiling, seconds)
+            await asyncio.wait_for(self.engine.compile(grammar), seconds)
         except TimeoutError as error:
             raise ValueError(f"grammar must compile within {seconds} seconds") from error
         except RecursionError as error:
@@ -182,30 +206,41 @@ class Api:
         prepared: list[tuple[Prompt, SamplingParams]] = []
         add_special_tokens = values.get("add_special_tokens", True)
         for prompt in prompts:
-            token_ids = self.decoder.trio.tokenize(prompt, add_special_tokens)
+            self._check_length(prompt)
+            token_ids = self.trio.tokenize(prompt, add_special_tokens)
             longest = max(map(len, token_ids.values()))
             limit = self.settings.max_prompt_tokens
             if limit is not None and longest > limit:
                 raise ValueError(f"prompt must have at most {limit} tokens, got {longest}")
             chat = not isinstance(prompt, str) and not isinstance(prompt[0], int)
-            room = max(self.decoder.max_seq_len - longest + 1, 1)
+            room = max(self.max_seq_len - longest + 1, 1)
             rest = min(room, self.settings.max_tokens or room) if chat else COMPLETION_TOKENS
             params = SamplingParams(**values, max_tokens=rest if most is None else most)
             prepared.append((token_ids, params))
         return prepared
+
+    def _check_length(self, prompt: Any) -> None:
+        parts = [prompt] if isinstance(prompt, str) else prompt
+        texts = [part["content"] if isinstance(part, Mapping) else part for part in parts]
+        size = sum(len(text) for text in texts if isinstance(text, str))
+        if size > self._most_characters:
+            raise ValueError(
+                f"prompt must have at most {self._most_characters} characters, got {size}"
+            )
 
     async def _whole(self, reply: Reply, generation: Generation) -> Response:
         outputs: dict[int, RequestOutput] = {}
         async for events in generation:
             outputs |= {i: event.output for i, event in events if event.output is not None}
         listed = [_checked(outputs[i]) for i in range(generation.count)]
-        self._report(reply, listed)
+        total = responses.usage(listed, candidates(reply.body))
+        self._report(reply, listed, total)
         return JSONResponse(
             {
                 **reply.head,
                 "object": "chat.completion" if reply.chat else "text_completion",
-                "choices": [self._choice(reply, i, output) for i, output in enumerate(listed)],
-                "usage": responses.usage(listed, reply.n),
+                "choices": [self._choice(reply, i, o) for i, o in enumerate(reply.best(listed))],
+                "usage": total,
             }
         )
 
@@ -220,29 +255,32 @@ class Api:
             "refusal": None,
             "annotations": [],
         }
-        fields = writer.fields(output, reply.echo)
-        if getattr(reply.body, "prompt_logprobs", None) is not None:
-            fields["prompt_logprobs"] = writer.prompt_logprobs(output)
+        prompt = output.prompt_token_ids["base"] if reply.echo else None
         return {
             "index": index,
             **({"message": message} if reply.chat else {"text": text}),
-            **fields,
+            **writer.fields(output, prompt),
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
             "seed": output.seed,
         }
 
     def _writer(self, reply: Reply) -> responses.Writer:
-        top, steering = top_logprobs(reply.body), bool(reply.body.steering)
-        return responses.Writer(self.vocabulary, reply.chat, top, steering)
+        return responses.Writer(
+            self.vocabulary, reply.chat, reply.top, bool(reply.body.steering), reply.lists_prompt
+        )
 
     def _prompt_text(self, reply: Reply, index: int) -> str:
         assert isinstance(reply.body, CompletionRequest)
         prompt = reply.body.prompts[index // reply.n]
-        return prompt if isinstance(prompt, str) else self.decoder.trio.tokenizer.decode(prompt)
+        return prompt if isinstance(prompt, str) else self.trio.tokenizer.decode(prompt)
 
     async def _stream(
-        self, reply: Reply, generation: Generation, watch: asyncio.Future[None]
+        self,
+        reply: Reply,
+        generation: Generation,
+        watch: asyncio.Future[None],
+        prompts: Sequence[Sequence[int]],
     ) -> AsyncIterator[bytes]:
         kind = "chat.completion.chunk" if reply.chat else "text_completion"
         options = reply.body.stream_options
@@ -258,12 +296,14 @@ class Api:
                 for index, event in merged(events):
                     if event.output is not None:
                         outputs[index] = _checked(event.output)
-                    choice = self._delta(reply, index, event, writers[index].fields(event))
-                    yield _chunk(begun, choice)
+                    # An echoed prompt comes with its logprobs, which the first token brings.
+                    prompt = prompts[index // reply.n] if event.prompt_logprobs else None
+                    fields = writers[index].fields(event, prompt if reply.echo else None)
+                    yield _chunk(begun, self._delta(reply, index, event, fields))
             listed = [outputs[i] for i in range(generation.count)]
-            self._report(reply, listed)
+            total = responses.usage(listed, reply.n)
+            self._report(reply, listed, total)
             if with_usage:
-                total = responses.usage(listed, reply.n)
                 yield _data({**head, "choices": [], "usage": total})
             yield b"data: [DONE]\n\n"
         except GoneError:
@@ -299,8 +339,9 @@ class Api:
             choice |= {"stop_reason": event.output.stop_reason, "seed": event.output.seed}
         return choice
 
-    def _report(self, reply: Reply, outputs: Sequence[RequestOutput]) -> None:
-        total = responses.usage(outputs, reply.n)
+    def _report(
+        self, reply: Reply, outputs: Sequence[RequestOutput], total: Mapping[str, int]
+    ) -> None:
         reasons = ",".join(output.finish_reason for output in outputs)
         seconds = max(output.metrics.total for output in outputs)
         _log.info(
@@ -333,10 +374,14 @@ def merged(events: Sequence[tuple[int, StreamEvent]]) -> list[tuple[int, StreamE
 
 
 def _joined(first: StreamEvent, second: StreamEvent) -> StreamEvent:
-    """Two events of an output as one: what is listed is appended, the rest is the second's."""
+    """Two events of an output as one: what both list is appended, the rest is the second's."""
     values = {name: (getattr(first, name), value) for name, value in vars(second).items()}
-    listed = {k: a + b for k, (a, b) in values.items() if isinstance(b, (str, tuple, list))}
-    return replace(second, **listed)
+    listed = {k: a + b for k, (a, b) in values.items() if isinstance(b, (str, tuple))}
+    return replace(second, **listed, prompt_logprobs=first.prompt_logprobs)
+
+
+def _per_token(output: RequestOutput) -> float:
+    return sum(output.raw_logprobs) / len(output.raw_logprobs)
 
 
 def _checked(output: RequestOutput) -> RequestOutput:

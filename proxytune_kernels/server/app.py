@@ -24,8 +24,9 @@ import proxytune_kernels
 from proxytune_kernels.decoder import Decoder
 from proxytune_kernels.server import responses
 from proxytune_kernels.server.api import Api, NoTokenError
-from proxytune_kernels.server.engine import BusyError, LostError, StoppingError
+from proxytune_kernels.server.engine import BusyError, DecoderThread, LostError, StoppingError
 from proxytune_kernels.server.guard import Guard
+from proxytune_kernels.server.process import DecoderProcess
 from proxytune_kernels.server.requests import (
     ChatRequest,
     CompletionRequest,
@@ -76,14 +77,15 @@ def error_response(
     return Response(json.dumps({"error": error}), status, headers, "application/json")
 
 
-def create_app(decoder: Decoder, settings: Settings) -> FastAPI:
+def create_app(decoder: Decoder | DecoderProcess, settings: Settings) -> FastAPI:
     """The application; its engine starts and stops with it, and is ``app.state.api.engine``.
 
     Args:
-        decoder: belongs to the application from now on.
+        decoder: belongs to the application from now on; it runs in a thread, or its own process.
         settings: names and limits.
     """
-    api = Api(decoder, settings)
+    served = DecoderThread(decoder) if isinstance(decoder, Decoder) else decoder
+    api = Api(served, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -145,7 +147,7 @@ def _add_models(app: FastAPI, api: Api) -> None:
         "object": "model",
         "created": api.created,
         "owned_by": "proxytune",
-        "max_model_len": api.decoder.max_seq_len,
+        "max_model_len": api.max_seq_len,
     }
 
     @app.get("/v1/models", responses={200: {"model": responses.Models}, **_documented(401)})
@@ -173,7 +175,7 @@ def _add_tokens(app: FastAPI, api: Api) -> None:
         prompt = body.prompt if messages is None else messages
         roles = await api.tokenize(prompt, body.add_special_tokens)
         tokens = roles["base"]
-        size = api.decoder.max_seq_len
+        size = api.max_seq_len
         counts = {"count": len(tokens), "max_model_len": size}
         return JSONResponse({**counts, "tokens": tokens, "roles": roles})
 

@@ -26,9 +26,12 @@ class Metrics:
     Args:
         slots: of the decoder.
         statistics: the decoder's own counts, by name.
+        pid: of the decoder's process; None where it is this one.
     """
 
-    def __init__(self, slots: int, statistics: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(
+        self, slots: int, statistics: Callable[[], Mapping[str, int]], pid: int | None = None
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         self._responses = Counter(
             "proxytune_responses", "HTTP responses.", ("path", "status"), registry=registry
@@ -56,6 +59,8 @@ class Metrics:
         self._between, self._whole = times["time_between_tokens"], times["request"]
         registry.register(_DecoderCounts(statistics))
         ProcessCollector(registry=registry)
+        if pid is not None:
+            ProcessCollector("proxytune_decoder", lambda: pid, registry=registry)
 
     def response(self, path: str, status: int) -> None:
         """Count a response."""

@@ -20,7 +20,7 @@ SAME = (
     *("pair_alphas", "min_tokens"),
     *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_prompt"),
-    *("allowed_token_ids", "bad_words", "logprobs_mode", "steering"),
+    *("allowed_token_ids", "bad_words", "bad_words_prompt", "logprobs_mode", "steering"),
 )
 """Fields of the API that are fields of SamplingParams under the same name."""
 
@@ -104,6 +104,8 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+# Its tokens are looked for behind every token, and held for every slot.
+_Word = Annotated[str, Field(max_length=256), AfterValidator(_unicode)]
 _Ids = Annotated[list[int], Field(max_length=_IDS)]
 
 
@@ -142,9 +144,10 @@ class Common(Strict):
     penalty_prompt: bool | None = Field(None, description="An extension.")
     logit_bias: Annotated[dict[str, float], Field(max_length=_IDS)] | None = None
     allowed_token_ids: _Ids | None = Field(None, description="An extension.")
-    bad_words: Annotated[list[str], Field(max_length=_STOPS)] | None = Field(
+    bad_words: Annotated[list[_Word], Field(max_length=_STOPS)] | None = Field(
         None, description="An extension."
     )
+    bad_words_prompt: bool | None = Field(None, description="An extension.")
     logprobs_mode: Literal["raw", "drawn"] | None = Field(None, description="An extension.")
     steering: bool | None = Field(
         None, description="An extension: what steering changed at each token."
@@ -174,6 +177,9 @@ class CompletionRequest(Common):
         | Annotated[list[list[int]], Field(min_length=1)]
     )
     echo: bool | None = None
+    best_of: int | None = Field(
+        None, ge=1, description="Outputs of each prompt, of which the n likeliest are answered."
+    )
     logprobs: int | None = Field(None, ge=0, le=20)
     prompt_logprobs: int | None = Field(
         None, ge=-1, description="Likeliest tokens at each position of the prompt. An extension."
@@ -182,6 +188,15 @@ class CompletionRequest(Common):
         None, ge=0, description="Only at so many of the last positions. An extension."
     )
     add_special_tokens: bool | None = Field(None, description="An extension.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> CompletionRequest:
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise ValueError(f"best_of must be at least n ({n}), got {self.best_of}")
+        if self.best_of is not None and self.best_of > n and self.stream:
+            raise ValueError("best_of must be n or left out in a stream")
+        return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -272,12 +287,18 @@ def sampling_values(request: CompletionRequest | ChatRequest, settings: Settings
         values["prompt_logprobs"] = _ALL if asked < 0 else asked
     if request.logit_bias:
         values["logit_bias"] = {_id(key): bias for key, bias in request.logit_bias.items()}
-    if (n := request.n or 1) > settings.max_n:
-        raise ValueError(f"n must be at most {settings.max_n}, got {n}")
+    if (n := candidates(request)) > settings.max_n:
+        name = "n" if n == request.n else "best_of"
+        raise ValueError(f"{name} must be at most {settings.max_n}, got {n}")
     if n > 1:
         values["n"] = n
     values = {name: value for name, value in values.items() if value is not None}
     return values
+
+
+def candidates(request: CompletionRequest | ChatRequest) -> int:
+    """Outputs of each prompt that are drawn."""
+    return getattr(request, "best_of", None) or request.n or 1
 
 
 def top_logprobs(request: CompletionRequest | ChatRequest) -> int:

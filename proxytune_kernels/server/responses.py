@@ -199,9 +199,8 @@ def _drawn_tokens(made: RequestOutput | StreamEvent) -> list[Token]:
     return [Token(*each) for each in zip(made.token_ids, known, strict=True)]
 
 
-def _prompt_tokens(output: RequestOutput) -> list[Token]:
-    ids = output.prompt_token_ids["base"]
-    known = output.prompt_logprobs or [None] * len(ids)
+def _prompt_tokens(made: RequestOutput | StreamEvent, ids: Sequence[int]) -> list[Token]:
+    known = made.prompt_logprobs or [None] * len(ids)
     return [Token(*each) for each in zip(ids, known, strict=True)]
 
 
@@ -213,39 +212,46 @@ class Writer:
         chat: the schema of ``/v1/chat/completions``, not that of ``/v1/completions``.
         top: of the likeliest tokens at each place, how many to write; -1 for no logprobs at all.
         steering: write what steering changed.
+        lists_prompt: write ``prompt_logprobs``.
     """
 
-    def __init__(self, vocabulary: Vocabulary, chat: bool, top: int, steering: bool) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, chat: bool, top: int, steering: bool, lists_prompt: bool
+    ) -> None:
         self._vocabulary = vocabulary
         self._chat = chat
         self._top = top
         self._steers = steering
+        self._lists_prompt = lists_prompt
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def fields(self, made: RequestOutput | StreamEvent, echo: bool = False) -> dict[str, Any]:
-        """The fields of a choice that speak of (new) tokens; with ``echo`` the prompt's, too."""
+    def fields(
+        self, made: RequestOutput | StreamEvent, prompt: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """The fields of a choice that speak of (new) tokens, and of those of an echoed prompt."""
         fields: dict[str, Any] = {"logprobs": None}
         if self._top >= 0:
             tokens = _drawn_tokens(made)
-            if echo:
-                assert isinstance(made, RequestOutput)
-                tokens = _prompt_tokens(made) + tokens
+            if prompt is not None:
+                tokens = _prompt_tokens(made, prompt) + tokens
             fields["logprobs"] = self._of_chat(tokens) if self._chat else self._plain(tokens)
         if self._steers:
             pairs = zip(made.token_ids, made.steering or (), strict=True)
             fields["steering"] = [self._steering(*pair) for pair in pairs]
         if made.coverage is not None:
             fields["coverage"] = list(made.coverage)
+        if self._lists_prompt and made.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = self._prompt_logprobs(made.prompt_logprobs)
         return fields
 
-    def prompt_logprobs(self, output: RequestOutput) -> list[Any]:
+    def _prompt_logprobs(self, listed: Sequence[Mapping[int, float] | None]) -> list[Any]:
         """What is known of the prompt's tokens, by id, as vLLM writes it but for the ranks."""
         text_of = self._vocabulary.text_of
         return [
             known
             and {i: {"logprob": _finite(p), "decoded_token": text_of(i)} for i, p in known.items()}
-            for known in output.prompt_logprobs or ()
+            for known in listed
         ]
 
     def _plain(self, tokens: Sequence[Token]) -> dict[str, Any]:

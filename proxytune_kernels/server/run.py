@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -13,11 +14,13 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from proxytune_kernels.server.settings import Settings
 
 _CONNECTIONS = 1024
 _BACKLOG = 256
+_HEAD_BYTES = 1 << 16
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -43,6 +46,7 @@ def server_of(app: FastAPI, settings: Settings) -> Server:
     """A server that can be run, in any thread."""
     config = uvicorn.Config(
         app,
+        http=_bounded(settings.request_seconds),
         log_config=None,
         access_log=False,
         limit_concurrency=_CONNECTIONS,
@@ -54,6 +58,61 @@ def server_of(app: FastAPI, settings: Settings) -> Server:
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 5,
     )
     return Server(config, app, settings.shutdown_seconds)
+
+
+def _bounded(seconds: float) -> type[HttpToolsProtocol]:
+    """HTTP over connections that are closed where a request takes longer to come in."""
+
+    class Bounded(HttpToolsProtocol):
+        _timer: asyncio.TimerHandle | None = None
+        _head: int | None = 0  # its bytes so far; None behind it
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._start()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._head is not None:
+                self._head += len(data)
+                if self._head > _HEAD_BYTES:
+                    self.transport.close()
+
+        def on_message_begin(self) -> None:
+            self._head = 0
+            self._start()
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._head = None
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            self._stop()
+            super().on_message_complete()
+
+        def _start(self) -> None:
+            if self._timer is None:
+                self._timer = self.loop.call_later(seconds, self._late)
+
+        def _stop(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _late(self) -> None:
+            self._timer = None
+            cycle = self.cycle
+            if cycle is None or cycle.response_complete or cycle.more_body:
+                self.transport.close()
+            else:  # it is the one behind a request that runs
+                self._start()
+
+    return Bounded
 
 
 class Server(uvicorn.Server):

@@ -22,6 +22,7 @@ class Settings:
             prompt; -1 is all there are.
         max_n: outputs of one prompt.
         max_schema_bytes: of a grammar, such as a JSON schema.
+        request_seconds: that a client may take to send a request.
         grammar_seconds: that compiling a grammar may take.
         shutdown_seconds: that running requests have to finish once the server is told to stop.
         log_prompts: write prompts and outputs into the log.
@@ -38,6 +39,7 @@ class Settings:
     max_prompt_logprobs: int = 20
     max_n: int = 16
     max_schema_bytes: int = 1 << 16
+    request_seconds: float = 30.0
     grammar_seconds: float = 5.0
     shutdown_seconds: float = 30.0
     log_prompts: bool = False

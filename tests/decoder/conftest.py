@@ -193,15 +193,19 @@ def make_decoder() -> Callable[..., Decoder]:
 
 def as_asked(x: Tensor, params: SamplingParams, prompt: Sequence[int], output: list[int]) -> Tensor:
     """vLLM's order, over the whole vocabulary: masks, bias, repetition, frequency, presence."""
-    x = x.clone()
+    x, free = x.clone(), x.clone()
     if params.allowed_token_ids:
         x[[i for i in range(len(x)) if i not in set(params.allowed_token_ids)]] = -torch.inf
-    for word in params.bad_words:
-        assert not isinstance(word, str)
-        if list(word[:-1]) == output[len(output) - len(word) + 1 :] or len(word) == 1:
-            x[word[-1]] = -torch.inf
+    text = [*(prompt if params.bad_words_prompt else ()), *output]
+    words = [list(word) for word in params.bad_words if not isinstance(word, str)]
+    x[[word[0] for word in words if len(word) == 1]] = -torch.inf
     if len(output) < params.min_tokens:
         x[list(params.stop_token_ids)] = -torch.inf
+    if only := params.allowed_at.get(len(output)):
+        x = free.where(torch.isin(torch.arange(len(x)), torch.tensor(only)), -torch.inf)
+    for word in words:
+        if word[:-1] == text[len(text) - len(word) + 1 :] and len(word) > 1:
+            x[word[-1]] = -torch.inf
     for token_id, value in params.logit_bias.items():
         x[token_id] += value
     for token_id in {*output, *(prompt if params.penalty_prompt else ())}:

@@ -14,6 +14,7 @@ from torch.distributions import Categorical
 
 from proxytune_kernels import reference
 from proxytune_kernels.decoder import Decoder, Speculation
+from proxytune_kernels.decoder.constraints import Needs
 from proxytune_kernels.params import RowParams, SamplingParams
 from proxytune_kernels.trio import Trio
 from tests.decoder import tape
@@ -26,6 +27,9 @@ ASKED: dict[str, dict[str, Any]] = {
     "allowed": {"allowed_token_ids": range(3, 200)},
     "bad_words": {"bad_words": [[30], [31]] + [[i, i + d] for i in range(3, 250) for d in (1, 2, 5)]
         + [[i, i + 3, i + 4] for i in range(3, 250)]},
+    "after_prompt": {"bad_words": [[60, i] for i in range(3, 255)] + [[41, 42, 60, 256]],
+        "bad_words_prompt": True},
+    "allowed_at": {"allowed_at": {0: range(40, 60), 7: [8, 9], 8: [77], 19: range(250)}},
     "repetition": {"repetition_penalty": 3.0},
     "output_only": {"repetition_penalty": 0.3, "penalty_prompt": False},
     "presence": {"presence_penalty": 2.0},
@@ -102,6 +106,8 @@ FEW: list[dict[str, Any]] = [
     {"bad_words": [[2, 3], [5, 1, 2], [1, 1, 6], [6, 6, 6, 6], [3, 6], [2, 1, 6]]},
     {"allowed_token_ids": [0, 1, 3, 5, 6], "min_tokens": 12, "stop_token_ids": [3],
      "bad_words": [[0], [1, 5]]},
+    {"bad_words": [[6, 1], [2, 6, 3], [5, 2, 6, 0], [3]], "bad_words_prompt": True,
+     "min_tokens": 9, "stop_token_ids": [5], "allowed_at": {0: [1, 2, 4, 7], 5: [3, 5], 23: [3]}},
     {"allowed_token_ids": [1, 3, 6], "min_tokens": 12},
     {"frequency_penalty": -0.1, "alpha": [1.0, -0.5, 2.0, 0.0, 0.7], "temperature": 0.0},
     {"alpha": 1.5, "alpha_schedule": "decay:0.75"},
@@ -119,6 +125,16 @@ def test_few_tokens_again_and_again(
         decoder = make_decoder(eight, 3, max_seq_len=64, speculation=speculation)
         outputs = decoder.generate([prompt] * len(params), params)
         assert [output.token_ids for output in outputs] == wanted
+
+
+def test_a_list_of_alphas_takes_no_more_room_than_there_are_tokens(
+    near: Trio, make_decoder: Callable[..., Decoder]
+) -> None:
+    decoder = make_decoder(near, 1)
+    params = [SamplingParams(alpha=[0.5] * 5000, max_tokens=n) for n in (1, 3)]
+    for one in params:
+        decoder.generate([PROMPT], one)
+    assert decoder._sampler.constraints.sized(Needs(alphas=1)).alphas == 4
 
 
 def requests(longest: int, pairs: bool) -> tuple[list[Any], list[SamplingParams], list[Any]]:

@@ -10,10 +10,12 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 from threading import Event
 from typing import Any
 
 import pytest
+import torch
 
 from proxytune_kernels.decoder import Decoder, Grammar, GrammarError, Speculation
 from proxytune_kernels.decoder.grammar import GrammarCompiler
@@ -95,21 +97,43 @@ def errors(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> Iterator
         yield f"{value!r} is out of its range"
 
 
+def parts(schema: Any) -> list[Any]:
+    """A schema, and the ones that its properties and items have."""
+    if not isinstance(schema, dict):
+        return []
+    inner = [*schema.get("properties", {}).values(), schema.get("items")]
+    return [schema, *(part for each in inner for part in parts(each))]
+
+
 def params(grammar: Grammar | None, seed: int, **given: Any) -> SamplingParams:
     return SamplingParams(**{"grammar": grammar, "seed": seed, "max_tokens": 90, **given})
 
 
-def test_schemas_of_bounded_length(near):
+BACKENDS = ["llguidance", "xgrammar"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed (extra grammar)")
+    return request.param
+
+
+def test_schemas_of_bounded_length(near, backend):
     """30 of them, at temperatures that make unlikely tokens likely."""
     assert len(SCHEMAS) == 30
-    decoder = Decoder(near, 16, 128, speculation=Speculation(max_drafts=3, adaptive=False))
+    # xgrammar does not bound the length beside a pattern.
+    schemas = SCHEMAS if backend == "llguidance" else [s for s in SCHEMAS if SHORT not in parts(s)]
+    decoder = Decoder(
+        near, 16, 128, speculation=Speculation(max_drafts=3, adaptive=False),
+        grammar_backend=backend,
+    )  # fmt: skip
     asked = [
         params(Grammar.json_schema(schema), seed, temperature=1.0 + seed % 3)
         for seed in range(SEEDS)
-        for schema in SCHEMAS
+        for schema in schemas
     ]
     for i, output in enumerate(decoder.generate([[5, 6, 7]] * len(asked), asked)):
-        schema = SCHEMAS[i % len(SCHEMAS)]
+        schema = schemas[i % len(schemas)]
         assert output.finish_reason == "stop", (schema, output.text)
         assert not list(errors(json.loads(output.text), schema, schema)), (schema, output.text)
 
@@ -161,12 +185,11 @@ def test_a_drafter_draws_what_the_grammar_allows_there(trios):
 
 
 @pytest.mark.parametrize("mode", ["coupled", "rejection"])
-def test_texts_are_of_their_grammar(near, mode):
+def test_texts_are_of_their_grammar(near, mode, backend):
     speculation = Speculation(max_drafts=3, adaptive=False, mode=mode)
     asked = [params(GRAMMARS[i % 3], i, ignore_eos=i % 2 == 0) for i in range(12)]
-    for i, output in enumerate(
-        Decoder(near, 4, 128, speculation=speculation).generate([[5, 6, 7]] * 12, asked)
-    ):
+    decoder = Decoder(near, 4, 128, speculation=speculation, grammar_backend=backend)
+    for i, output in enumerate(decoder.generate([[5, 6, 7]] * 12, asked)):
         assert output.finish_reason == "stop"
         if i % 3 == 0:
             assert not list(errors(json.loads(output.text), SCHEMAS[26], SCHEMAS[26]))
@@ -176,7 +199,54 @@ def test_texts_are_of_their_grammar(near, mode):
             assert output.text in ("yes", "no", 'a "third"\n')
 
 
-def test_an_optional_end_is_an_end_of_sequence(near):
+def test_backends_allow_the_same_tokens_behind_drafts_that_are_taken_back(near):
+    for grammar in GRAMMARS:
+        states = []
+        for name in BACKENDS:
+            pytest.importorskip(name, reason=f"{name} is not installed (extra grammar)")
+            ids = near.tokenizer, near.vocab_size, near.eos_token_ids
+            states.append(GrammarCompiler(*ids, name).state(grammar))
+        rng, rows = Random(3), torch.zeros(2, -(-near.vocab_size // 32), dtype=torch.int32)
+        for _ in range(40):
+            for place in range(3):
+                for state, row in zip(states, rows, strict=True):
+                    state.fill(row)
+                assert torch.equal(*rows) and states[0].ended == states[1].ended
+                can = [i for i in range(near.vocab_size) if rows[0, i >> 5] >> (i & 31) & 1]
+                # A draft that can come, one that can't, and one behind it.
+                draft = rng.choice(can) if can and place < 1 else rng.randrange(near.vocab_size)
+                for state in states:
+                    state.follow(draft)
+            for state in states:
+                state.rewind()
+            states[0].fill(rows[0])
+            can = [i for i in range(near.vocab_size) if rows[0, i >> 5] >> (i & 31) & 1]
+            if states[0].ended or not can:
+                break
+            token_id = rng.choice(can)
+            for state in states:
+                state.take(token_id)
+        assert states[0].ended and states[1].ended
+
+
+def test_what_xgrammar_would_ignore_is_refused(near):
+    pytest.importorskip("xgrammar", reason="xgrammar is not installed (the extra grammar)")
+    compiler = GrammarCompiler(near.tokenizer, near.vocab_size, near.eos_token_ids, "xgrammar")
+    for grammar, said in (
+        (Grammar.json_schema(an_object(a=SHORT)), "at #/properties/a: a pattern beside minL"),
+        (Grammar.json_schema({"items": {"not": DIGIT}}), "at #/items: the keyword not is not in"),
+        (Grammar.json_schema(an_object(a={"type": "strin"})), "at #/properties/a: .*strin"),
+        (Grammar.regex("a(?=b)"), r"\(\?= within an expression"),
+        (Grammar.regex("(a"), r"\(regex\): "),
+        (Grammar.lark("start: other"), r"\(lark\): .*other"),
+    ):
+        with pytest.raises(GrammarError, match=said):
+            compiler.state(grammar)
+    with pytest.raises(ValueError, match="grammar_backend must be one of llguidance, xgrammar"):
+        GrammarCompiler(near.tokenizer, near.vocab_size, [], "outlines")
+
+
+def test_an_optional_end_is_an_end_of_sequence(near, backend):
     """Where more may come, the end is drawn, not before min_tokens; it counts if ignored, too."""
     most = Grammar.regex("a{0,60}")
     lengths = []
@@ -185,7 +255,8 @@ def test_an_optional_end_is_an_end_of_sequence(near):
             params(most, i, ignore_eos=i % 2 == 1, temperature=99.0, min_tokens=least)
             for i in range(8)
         ]
-        for output in Decoder(near, 4).generate([[5, 6]] * 8, asked):
+        decoder = Decoder(near, 4, grammar_backend=backend)
+        for output in decoder.generate([[5, 6]] * 8, asked):
             assert output.finish_reason == "stop" and set(output.text) <= {"a"}
             assert len(output.text) == 60 or output.token_ids[-1] == near.tokenizer.eos_token_id
             lengths.append(len(output.text))

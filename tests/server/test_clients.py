@@ -95,14 +95,16 @@ def test_more_clients_than_slots_get_each_what_it_would_get_alone(server, refere
 
 
 def test_a_stream_that_is_read_late_gets_several_tokens_at_once(reference):
-    params = ptk.SamplingParams(**SAMPLED)
-    events = [(i % 2, event) for i, event in enumerate(reference.stream([PROMPT], params))]
-    for (index, event), own in zip(merged(events), (events[::2], events[1::2]), strict=True):
-        of_one = [each for _, each in own]
-        assert index == own[0][0] and event.output is of_one[-1].output
+    params = ptk.SamplingParams(**SAMPLED, prompt_logprobs=0)
+    listed = [*reference.stream([PROMPT] * 2, params)]
+    events = [(event.index, event) for event in listed]
+    for index, event in merged(events):
+        of_one = [each for each in listed if each.index == index]
+        assert event.output is of_one[-1].output is not None
         assert event.text == "".join(each.text for each in of_one)
         assert event.token_ids == sum((each.token_ids for each in of_one), ())
         assert event.logprobs == sum((each.logprobs for each in of_one), ())
+        assert event.prompt_logprobs is of_one[0].prompt_logprobs is not None
 
 
 def test_alpha_0_is_the_base_alone(client, reference):
@@ -206,6 +208,20 @@ def test_n_outputs_have_seeds_that_differ_and_one_prompt(client, reference):
     assert made.usage.prompt_tokens == tokens
 
 
+def test_the_likeliest_of_several_outputs_are_answered(client, reference):
+    made = client.completions.create(
+        model="shipped", prompt=[PROMPT, FLAT], best_of=4, n=2, echo=True, **SAMPLED
+    )
+    outputs = reference.generate([PROMPT, FLAT], ptk.SamplingParams(**SAMPLED, n=4))
+    for i, prompt in enumerate((PROMPT, FLAT)):
+        own = [output for output in outputs if output.index == i]
+        own.sort(key=lambda output: -sum(output.raw_logprobs) / len(output.token_ids))
+        texts = [choice.text for choice in made.choices if choice.index // 2 == i]
+        assert texts == [prompt + output.text for output in own[:2]]
+    assert made.usage.completion_tokens == sum(len(output.token_ids) for output in outputs)
+    assert made.usage.prompt_tokens == sum(len(o.prompt_token_ids["base"]) for o in outputs[::4])
+
+
 def test_echo_and_stop(client, expected):
     text = expected[0].text
     stop = text[4:6]
@@ -254,6 +270,9 @@ def test_what_clients_send_by_habit_is_taken(client):
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 17}, "n"),
         ({"n": 0}, "n"),
+        ({"best_of": 17}, "best_of"),
+        ({"best_of": 1, "n": 2}, None),
+        ({"best_of": 2, "stream": True}, None),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"stop": [""]}, "stop"),
         ({"prompt": []}, "prompt"),
@@ -289,8 +308,9 @@ def test_errors_are_the_clients_exceptions(client):
 
 
 def test_every_parameter_of_the_decoder_can_be_asked_for():
+    # All but allowed_at: masks of many positions would take room for every slot.
     special = {"max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "grammar", "n"}
-    special |= {"add_special_tokens", "prompt_logprobs_last"}
+    special |= {"allowed_at", "add_special_tokens", "prompt_logprobs_last"}
     assert set(SAMPLING_FIELDS) <= special | set(requests.SAME)
     assert set(requests.SAME) <= set(requests.Common.model_fields)
 

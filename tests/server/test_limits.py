@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 import proxytune_kernels as ptk
-from proxytune_kernels.server.engine import Engine
+from proxytune_kernels.server.engine import DecoderThread, Engine
 from proxytune_kernels.server.guard import loopback_names
 from proxytune_kernels.server.metrics import Metrics
 from tests.server.serving import PROMPT, serving, wait_for
@@ -89,6 +91,54 @@ def test_limits_are_named(strict, given, words):
     assert words in json.loads(data)["error"]["message"]
 
 
+HOSTILE: list[dict[str, Any]] = [
+    {"temperature": math.nan}, {"alpha": [1.0, math.inf]}, {"top_p": True}, {"seed": 2**64},
+    {"seed": -(2**63) - 1}, {"n": 1.0}, {"max_tokens": True}, {"logprobs": 10**30},
+    {"stop": ["a", ""]}, {"logit_bias": {"1.5": 1}}, {"logit_bias": {"\u0663": 1}},
+    {"logit_bias": {"1": -math.inf}}, {"allowed_token_ids": [True]}, {"stop_token_ids": [2**63]},
+    {"bad_words": ["a " * 200]}, {"bad_words": ["\ud800"]}, {"prompt": "a " * 100_000},
+    {"prompt": [[]]}, {"grammar": {"regex": "\ud800"}}, {"grammar": {"lark": "\ud800"}},
+    {"grammar": {"json_schema": {"const": math.nan}}}, {"allowed_at": {"0": [1]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", HOSTILE, ids=lambda given: f"{given}"[:40])
+def test_what_no_client_would_send_is_a_400_that_names_it(server, given):
+    error = server.error({**BODY, **given})
+    [name] = given
+    assert error["param"] == name and error["message"].startswith(name), error
+
+
+def test_a_request_that_comes_in_slowly_or_has_no_end_is_dropped(trio32):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+    def whole(body):
+        data = json.dumps(body).encode()
+        return head + b"Content-Length: %d\r\n\r\n" % len(data) + data
+
+    endless = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000
+    late = (b"", head, head + b"Content-Length: 9\r\n\r\n{", whole(BODY)[:-1], endless)
+    with serving(ptk.Decoder(trio32, max_batch_size=1), request_seconds=0.3) as strict:
+
+        def connected():
+            return socket.create_connection(("127.0.0.1", strict.port), timeout=20)
+
+        for sent in late:
+            with connected() as connection, suppress(ConnectionError):
+                connection.sendall(sent)
+                assert connection.recv(100) == b"", sent[-20:]
+        # An answer may take longer, and so may the request behind it meanwhile.
+        with connected() as connection:
+            connection.sendall(whole({**LONG, "max_tokens": 500, "stream": True}) + head)
+            assert b"200 OK" in connection.recv(100)
+            time.sleep(0.5)
+            connection.sendall(whole(BODY).removeprefix(head))
+            answers = b""
+            while b"200 OK" not in answers[-500:]:
+                answers += (part := connection.recv(1 << 16))
+                assert part, answers[-100:]
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[1]", b"[" * 4000, b'{"model": 1' + b"0" * 4500 + b"}", b"\xff"]
 )
@@ -135,7 +185,7 @@ def test_a_cancelled_request_is_out_of_its_slot_within_two_steps(trio32):
     decoder = ptk.Decoder(trio32, max_batch_size=2)
 
     async def cancelled():
-        engine = Engine(decoder, 0, Metrics(2, decoder.statistics))
+        engine = Engine(DecoderThread(decoder), 0, Metrics(2, decoder.statistics))
         engine.start()
         prompt = trio32.tokenize(PROMPT)
         params = ptk.SamplingParams(max_tokens=900, ignore_eos=True)

@@ -110,9 +110,26 @@ def test_an_echoed_prompt_has_its_logprobs(server, output):
     assert found["token_logprobs"][1 : len(ids)] == pytest.approx(wanted, **CLOSE)
     assert len(found["tokens"]) == len(ids) + len(output.token_ids)
     assert found["text_offset"][len(ids)] == len(PROMPT)
-    error = server.error({"model": "shipped", "prompt": "a", "echo": True, "logprobs": 1,
-                          "stream": True})  # fmt: skip
-    assert error["param"] == "echo"
+
+
+def test_each_output_of_a_prompt_has_its_logprobs_whole_and_in_a_stream(server, output):
+    ids = output.prompt_token_ids["base"]
+    asked = {"logprobs": 2, "prompt_logprobs": 2, "echo": True, "n": 2, "max_tokens": 3}
+    whole = choices(server, "/v1/completions", **asked)
+    pieces = choices(server, "/v1/completions", stream=True, **asked)
+    for index, choice in enumerate(whole):
+        own = [piece for piece in pieces if piece["index"] == index]
+        assert "".join(piece["text"] for piece in own) == choice["text"]
+        assert choice["text"].startswith(PROMPT)
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            joined = [entry for p in own for entry in (p["logprobs"] or {name: ()})[name]]
+            first, *wanted = choice["logprobs"][name]
+            assert joined[0] == first and len(joined) == len(ids) + 3
+            assert joined[1:] == (pytest.approx(wanted, **CLOSE) if "logprobs" in name else wanted)
+        [listed] = [piece["prompt_logprobs"] for piece in own if "prompt_logprobs" in piece]
+        found = [place[str(i)]["logprob"] for place, i in zip(listed[1:], ids[1:], strict=True)]
+        assert found == pytest.approx(whole[0]["logprobs"]["token_logprobs"][1 : len(ids)], **CLOSE)
+        assert [*map(len, listed[1:])] == [*map(len, choice["prompt_logprobs"][1:])]
 
 
 def test_steering(server, output):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import socket
 import sys
 from contextlib import closing
+from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
@@ -18,7 +20,7 @@ from benchmarks.load import load, port_of, start
 from proxytune_kernels.server.run import listen
 from tests.cli import assert_one_sentence, invoke
 from tests.documents import examples, run_example
-from tests.server.serving import PROMPT
+from tests.server.serving import PROMPT, wait_for
 
 LONG = {"model": "shipped", "prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "stream": True}
 
@@ -32,15 +34,35 @@ def stream(port):
     return answer
 
 
+def child_of(pid):
+    """The process in which a server's decoder is."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    [child] = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return int(child)
+
+
+def has_ended(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
 def test_signals_end_it_and_a_kill_leaves_nothing_behind():
-    processes = [start("--trio", "shipped") for _ in range(2)]
+    processes = [start("--trio", "shipped") for _ in range(3)]
     try:
-        killed, stopped = processes
+        killed, stopped, lost = processes
         ports = [port_of(process) for process in processes]
         with stream(ports[0]):
+            decoder = child_of(killed.pid)
             killed.kill()
             assert killed.wait(10) == -signal.SIGKILL
         listen("127.0.0.1", ports[0]).close()  # the port is free at once
+        wait_for(lambda: has_ended(decoder))
+
+        with stream(ports[2]) as running:
+            os.kill(child_of(lost.pid), signal.SIGKILL)
+            last = running.read().strip().split(b"\n")[-1]
+            assert b"the decoder failed" in last
+        assert lost.wait(20) == 1
 
         with stream(ports[1]) as running:
             stopped.terminate()

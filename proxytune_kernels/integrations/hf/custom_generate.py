@@ -125,7 +125,8 @@ class EngineGenerate:
     """A ``custom_generate=`` that runs :class:`proxytune_kernels.Decoder`.
 
     What it honours of a ``generate()`` call: greedy decoding, temperature, top_k, top_p and min_p;
-    repetition_penalty, sequence_bias and bad_words_ids of single tokens, suppress_tokens;
+    repetition_penalty, bad_words_ids, sequence_bias of single tokens, suppress_tokens,
+    begin_suppress_tokens, forced_bos_token_id, forced_eos_token_id;
     min_new_tokens and max_new_tokens (or lengths), end-of-sequence tokens and all other stopping
     criteria, which see one row at a time; num_return_sequences; left-padded batches; streamers;
     ``return_dict_in_generate``; ``alpha`` and, per role, ``expert_input_ids`` and the like.
@@ -280,16 +281,27 @@ class EngineGenerate:
         max_length, eos_token_ids, criteria = _sorted_criteria(stopping_criteria)
         sampling = _sampling(logits_processor, generation_config.do_sample)
         penalty_prompt = _counts_prompt(sampling, mask)
-        never = {i for b in sampling.blocks if _always(b) for i in b.token_ids}
-        min_lengths = [
-            _min_length(block, eos_token_ids) for block in sampling.blocks if not _always(block)
-        ]
         max_tokens = max(1, (max_length or generation_config.max_length) - width)
+        never = {i for b in sampling.blocks if _always(b) for i in b.token_ids}
+        # Of one length each: the tokens that are left there take all blocks into account.
+        once = {b.start for b in sampling.blocks if _once(b)}
+        at = {
+            length - width: _left(sampling, length, trio.vocab_size)
+            for length in once & {*range(width, width + max_tokens)}
+        }
+        min_lengths = [
+            _min_length(block, eos_token_ids)
+            for block in sampling.blocks
+            if not _always(block) and not _once(block)
+        ]
+        _check_words(sampling, input_ids[mask == 0])
         params = SamplingParams(
             **sampling.filters,
             logit_bias=sampling.bias,
             # Those past the vocabulary are never drawn.
-            bad_words=[[i] for i in sorted(never) if i < trio.vocab_size],
+            bad_words=[*([i] for i in sorted(never) if i < trio.vocab_size), *sampling.words],
+            bad_words_prompt=True,
+            allowed_at=at,
             repetition_penalty=sampling.repetition_penalty,
             penalty_prompt=penalty_prompt,
             max_tokens=max_tokens,
@@ -463,6 +475,32 @@ def _counts_prompt(sampling: OpSampling, mask: Tensor) -> bool:
 def _always(block: Block) -> bool:
     """Whether its tokens can't be drawn at any length."""
     return block == Block(block.option, block.token_ids)
+
+
+def _once(block: Block) -> bool:
+    """Whether it holds at one length alone."""
+    return block.forces or block.option == "begin_suppress_tokens"
+
+
+def _left(sampling: OpSampling, length: int, vocab_size: int) -> list[int]:
+    """The tokens that can be drawn behind a text of this length."""
+    allowed = sampling.allowed(length, vocab_size)
+    assert allowed is not None
+    left: list[int] = allowed.nonzero().flatten().tolist()
+    if not left:
+        options = ", ".join(b.option for b in sampling.blocks)
+        raise NotInDecoder(f"{options} that leave no token to draw are not in the decoder")
+    return left
+
+
+def _check_words(sampling: OpSampling, padding: Tensor) -> None:
+    """NotInDecoder if words of several tokens are looked for in padding, or bar what is forced."""
+    forced = {i for b in sampling.blocks if b.forces for i in b.token_ids}
+    padded = set(padding.unique().tolist())
+    for word in sampling.words:
+        if padded & {*word[:-1]} or word[-1] in forced:
+            what = "a forced token" if word[-1] in forced else "the padding's token"
+            raise NotInDecoder(f"bad_words_ids with {what} is not in the decoder")
 
 
 def _min_length(block: Block, eos_token_ids: set[int]) -> int:

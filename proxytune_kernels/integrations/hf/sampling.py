@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from proxytune_kernels import ops
-from proxytune_kernels.params import RowParams, mask_without, signed_seed
+from proxytune_kernels.params import RowParams, pack_mask, signed_seed
 from proxytune_kernels.reference import SampleOutput
 
 _NEVER = 2**62
@@ -37,12 +37,14 @@ class Block:
         option: of :class:`transformers.GenerationConfig`, which asks for it.
         token_ids: the tokens; those past the vocabulary mean nothing.
         start, stop: lengths in tokens, of prompt (padding included) and output together.
+        forces: rather no others can, whatever the blocks before say.
     """
 
     option: str
     token_ids: frozenset[int]
     start: int = 0
     stop: int = _NEVER
+    forces: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class OpSampling:
         temperature, top_k, top_p, min_p: as there, for ``filter_order="hf"``; temperature 0 is
             greedy.
         blocks: tokens that its ``allowed_mask`` leaves out.
+        words: tokens in a row, of which the last can't follow the others; for who knows the text.
         bias: token -> what its ``bias`` adds.
         repetition_penalty: of tokens in prompt and output, for who knows the text.
         ignored: how much of the beginning of each prompt does not count for it; None is nothing.
@@ -63,6 +66,7 @@ class OpSampling:
     top_p: float = 1.0
     min_p: float = 0.0
     blocks: tuple[Block, ...] = ()
+    words: tuple[tuple[int, ...], ...] = ()
     bias: Mapping[int, float] = field(default_factory=dict)
     repetition_penalty: float = 1.0
     ignored: int | Tensor | None = None
@@ -73,6 +77,18 @@ class OpSampling:
         names = ("temperature", "top_k", "top_p", "min_p")
         return {name: getattr(self, name) for name in names} | {"filter_order": "hf"}
 
+    def allowed(self, length: int, vocab_size: int) -> Tensor | None:
+        """Which tokens can be drawn behind a text of this length, bool [V]; None for all."""
+        active = [block for block in self.blocks if block.start <= length < block.stop]
+        if not active:
+            return None
+        allowed = torch.ones(vocab_size, dtype=torch.bool)
+        for block in active:
+            if block.forces:
+                allowed[:] = False
+            allowed[[i for i in block.token_ids if i < vocab_size]] = block.forces
+        return allowed
+
 
 def read_processors(
     processors: Iterable[Any], *, do_sample: bool, knows_text: bool = False
@@ -80,19 +96,22 @@ def read_processors(
     """What the op must do so that its tokens follow the law of these processors.
 
     Allowed are: first, in any order, ``suppress_tokens``, ``begin_suppress_tokens``,
-    ``min_new_tokens``, ``min_length``, and ``bad_words_ids`` and ``sequence_bias`` of single
-    tokens; then temperature, top_k, top_p and min_p in this order, each at most once, as
-    ``generate`` builds them. ``renormalize_logits`` changes no law and may stand anywhere.
+    ``min_new_tokens``, ``min_length``, ``forced_bos_token_id``, ``forced_eos_token_id`` of one
+    token, and ``bad_words_ids`` and ``sequence_bias`` of single tokens; then temperature, top_k,
+    top_p and min_p in this order, each at most once, as ``generate`` builds them.
+    ``renormalize_logits`` changes no law and may stand anywhere.
 
     The laws are equal where no two logits are. Of tokens with equal logits at the edge of the kept
     set, the op keeps the lowest ids, as many as top_k and top_p ask for; transformers' top_k keeps
     all, and its top_p the last of an unstable sort. And transformers' top_p sums in fp32: the kept
-    sets may differ where p is within rounding of a prefix's mass (docs/contracts.md).
+    sets may differ where p is within rounding of a prefix's mass (docs/contracts.md). A token that
+    is forced is drawn, unless the models give it no probability at all.
 
     Args:
         processors: of a :class:`transformers.LogitsProcessorList`.
         do_sample: False is greedy: filters don't move the likeliest token.
-        knows_text: also read ``repetition_penalty``, behind all biases, which depends on the text.
+        knows_text: also read what depends on the text: ``repetition_penalty``, behind all biases,
+            and ``bad_words_ids`` of several tokens.
 
     Raises:
         NotInOp: names the first processor that the op does not have.
@@ -110,6 +129,11 @@ def read_processors(
             raise NotInOp(f"{_describe(processor)} behind another filter is not in the op")
         rank = own_rank
         sampling = read(sampling, processor)
+        if sampling.words and not knows_text:
+            raise NotInOp(
+                f"{_option(processor)} of several tokens, as {[*sampling.words[0]]}, is not in the "
+                "op: it depends on the text"
+            )
     if not do_sample:
         sampling = replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
     return sampling
@@ -157,6 +181,24 @@ def _min_new_tokens(sampling: OpSampling, processor: Any) -> OpSampling:
     return _blocked(sampling, processor, processor.eos_token_id.flatten().tolist(), 0, stop)
 
 
+def _forced(
+    sampling: OpSampling, processor: Any, token_ids: Iterable[int], length: int
+) -> OpSampling:
+    block = Block(_option(processor), frozenset(token_ids), length, length + 1, forces=True)
+    if len(block.token_ids) > 1:  # transformers draws evenly from them
+        raise NotInOp(f"{_option(processor)} of several tokens is not in the op")
+    return replace(sampling, blocks=(*sampling.blocks, block))
+
+
+def _force_first(sampling: OpSampling, processor: Any) -> OpSampling:
+    return _forced(sampling, processor, [processor.bos_token_id], 1)
+
+
+def _force_last(sampling: OpSampling, processor: Any) -> OpSampling:
+    token_ids = processor.eos_token_id.flatten().tolist()
+    return _forced(sampling, processor, token_ids, processor.max_length - 1)
+
+
 def _repetition(sampling: OpSampling, processor: Any) -> OpSampling:
     if sampling.repetition_penalty != 1:
         raise NotInOp(f"{_describe(processor)} behind another one is not in the op")
@@ -165,13 +207,14 @@ def _repetition(sampling: OpSampling, processor: Any) -> OpSampling:
 
 
 def _bias(sampling: OpSampling, processor: Any) -> OpSampling:
-    longer = [list(token_ids) for token_ids in processor.sequence_bias if len(token_ids) > 1]
-    if longer:
-        raise NotInOp(
-            f"{_option(processor)} of several tokens, as {longer[0]}, is not in the op: it depends "
-            "on the text"
-        )
-    added = {token_ids[0]: value for token_ids, value in processor.sequence_bias.items()}
+    longer = {ids: value for ids, value in processor.sequence_bias.items() if len(ids) > 1}
+    for token_ids, value in longer.items():
+        if value != -math.inf:
+            raise NotInOp(
+                f"{_option(processor)} of several tokens, as {[*token_ids]}, is not in the op"
+            )
+    sampling = replace(sampling, words=(*sampling.words, *longer))
+    added = {ids[0]: value for ids, value in processor.sequence_bias.items() if len(ids) == 1}
     blocked = {token_id for token_id, value in added.items() if value == -math.inf}
     if sampling.repetition_penalty != 1 and added.keys() - blocked:
         raise NotInOp(f"{_option(processor)} behind repetition_penalty is not in the op")
@@ -194,6 +237,8 @@ _READERS: dict[type, tuple[int, _Reader]] = {
     hf.MinNewTokensLengthLogitsProcessor: (0, _min_new_tokens),
     hf.SequenceBiasLogitsProcessor: (0, _bias),
     hf.NoBadWordsLogitsProcessor: (0, _bias),
+    hf.ForcedBOSTokenLogitsProcessor: (0, _force_first),
+    hf.ForcedEOSTokenLogitsProcessor: (0, _force_last),
     _REPETITION: (0, _repetition),
     hf.TemperatureLogitsWarper: (1, _filter),
     hf.TopKLogitsWarper: (2, _filter),
@@ -408,10 +453,11 @@ class LogitsSampler:
         length = self.prompt_length + self._position
         active = tuple(block.start <= length < block.stop for block in self.sampling.blocks)
         if active not in self._masks:
-            pairs = zip(self.sampling.blocks, active, strict=True)
-            blocked = frozenset[int]().union(*(block.token_ids for block, on in pairs if on))
-            mask = mask_without(blocked, self.vocab_size).to(self.alpha.device)
-            self._masks[active] = mask.repeat(self.batch_size, 1) if blocked else None
+            allowed = self.sampling.allowed(length, self.vocab_size)
+            self._masks[active] = None
+            if allowed is not None:
+                mask = pack_mask(allowed).to(self.alpha.device)
+                self._masks[active] = mask.repeat(self.batch_size, 1)
         return self._masks[active]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from typing import Any
 
@@ -49,7 +50,7 @@ def tiny_model():
 
 def generate(model, inputs, seed=5, **options):
     set_seed(seed)
-    return model.generate(**inputs, **{"max_new_tokens": LONG, **options})
+    return model.generate(**{**inputs, "max_new_tokens": LONG, **options})
 
 
 class EveryThird(StoppingCriteria):
@@ -86,9 +87,25 @@ GREEDY: dict[str, dict[str, Any]] = {
     "renormalized": {"renormalize_logits": True},
     "suppressed": {"suppress_tokens": [*range(250), 9999]},
     "bad words": {"bad_words_ids": [[i] for i in range(3, 200)], "min_new_tokens": 3, **ENDS},
+    "begin": {"begin_suppress_tokens": list(range(250)), "suppress_tokens": [*range(251, 256)]},
+    "end": {"forced_eos_token_id": 5, "min_new_tokens": LONG, **ENDS},
     "biases": {"sequence_bias": [[[i], 9.0 - i / 8] for i in range(50)]},
 }
 UNPADDED: dict[str, dict[str, Any]] = {
+    # Whatever the text, the tokens that would come without them can't.
+    "words": {"bad_words_ids": [[i, j] for i in range(256) for j in range(i % 7, 200, 5)]
+        + [[i, 250, 251] for i in range(200)]
+        # The prompt's end is 85, 87, 79.
+        + [[79, j] for j in range(130)] + [[87, 79, j] for j in range(130, 255)]},
+    "words and others": {
+        "sequence_bias": [[[i, i + 1], -torch.inf] for i in range(98)]
+        + [[[i], 4.0 - i / 8] for i in range(50)],
+        "repetition_penalty": 1.7, "forced_eos_token_id": 99, "begin_suppress_tokens": [*range(97)],
+    },
+    "one token before": {
+        "input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 1),
+        "forced_bos_token_id": 5,
+    },
     "repetition": {"repetition_penalty": 1.7},
     "repetition and others": {
         "repetition_penalty": 0.6, "sequence_bias": [[[i], 4.0 - i / 8] for i in range(50)],
@@ -275,7 +292,12 @@ FALLBACKS: dict[str, dict[str, Any]] = {
     "prefix_allowed_tokens_fn is not in the op": {
         "prefix_allowed_tokens_fn": lambda row, ids: list(range(100))
     },
-    "begin_suppress_tokens is not in the decoder": {"begin_suppress_tokens": list(range(250))},
+    "sequence_bias of several tokens, as [3, 4], is not in the op": {
+        "sequence_bias": [[[3, 4], 2.5]]
+    },
+    "bad_words_ids with a forced token is not in the decoder": {
+        "bad_words_ids": [[5, 4]], "forced_eos_token_id": 4
+    },
     "use_cache False is not in the decoder": {"use_cache": False},
     "synced_gpus is not in the decoder": {"synced_gpus": True},
     "cache_implementation 'static' is asked for": {"cache_implementation": "static"},
@@ -377,7 +399,7 @@ def test_an_alpha_that_is_no_number_is_an_error(hf_model, batch):
 
 
 REFUSED = {
-    **{f"{reason}$": options for reason, options in FALLBACKS.items()
+    **{f"{re.escape(reason)}$": options for reason, options in FALLBACKS.items()
        if "not in the" in reason and "synced" not in reason},
     "generation mode beam_search is not in the decoder": {"num_beams": 2},
     r"generation mode assisted_generation .*speculation=": {"prompt_lookup_num_tokens": 2},

@@ -136,6 +136,8 @@ CONSTRAINTS = {
     "min_length": lambda: hf.MinLengthLogitsProcessor(PROMPT + 2, eos()),
     "min_new_tokens": lambda: hf.MinNewTokensLengthLogitsProcessor(PROMPT, 3, eos()),
     "bad_words": lambda: hf.NoBadWordsLogitsProcessor([[4], [90], [EOS]], eos_token_id=EOS),
+    "first": lambda: hf.ForcedBOSTokenLogitsProcessor(7),
+    "last": lambda: hf.ForcedEOSTokenLogitsProcessor(PROMPT + 4, 9),
     "bias": lambda: hf.SequenceBiasLogitsProcessor([[[4], 2.5], [[50], -1.0], [[60], -math.inf]]),
 }
 
@@ -201,6 +203,7 @@ class Own(hf.TopKLogitsWarper):
         ([hf.TopPLogitsWarper(0.0)], r"top_p 0.0 is not in the op, which takes \(0, 1\]"),
         ([hf.SequenceBiasLogitsProcessor([[[4, 5], 2.5]])], r"sequence_bias .* \[4, 5\]"),
         ([hf.NoBadWordsLogitsProcessor([[4], [4, 6]])], r"bad_words_ids .* \[4, 6\]"),
+        ([hf.ForcedEOSTokenLogitsProcessor(9, [4, 6])], "forced_eos_token_id of several tokens"),
     ],
 )
 def test_what_the_op_does_not_have_is_named(chain, named):
@@ -227,8 +230,8 @@ OPTIONS = {
     "typical_p": (0.5, "typical_p 0.5"),
     "epsilon_cutoff": (0.1, "epsilon_cutoff 0.1"),
     "eta_cutoff": (0.1, "eta_cutoff"),
-    "forced_bos_token_id": (3, "forced_bos_token_id 3"),
-    "forced_eos_token_id": (3, "forced_eos_token_id"),
+    "forced_bos_token_id": (3, None),
+    "forced_eos_token_id": (3, None),
     "remove_invalid_values": (True, "remove_invalid_values"),
     "exponential_decay_length_penalty": ((3, 1.1), "exponential_decay_length_penalty"),
     "guidance_scale": (1.5, "guidance_scale 1.5"),
