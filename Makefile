@@ -61,7 +61,7 @@ wheel: install ## Build sdist and manylinux wheel in dist/, install each into an
 		comm -23 <(git ls-files | sort) <(tar -tzf build/wheel/*.tar.gz | cut -d/ -f2- | sort) > $(LOGS)/sdist.log
 		[ ! -s $(LOGS)/sdist.log ] || { echo "make: not in the sdist (MANIFEST.in): $$(tr '\n' ' ' < $(LOGS)/sdist.log)" >&2; exit 1; }
 	fi
-	$(call logged,Naming the manylinux that the wheel keeps to,auditwheel,PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl)
+	$(call logged,Naming the manylinux that the wheel keeps to,auditwheel,PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl)
 	cp build/wheel/*.tar.gz dist
 	ls -sh dist
 	$(PYTHON) -m venv build/wheel-env
