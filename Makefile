@@ -78,7 +78,7 @@ aarch64: install ## Build the CPU kernels for aarch64, and hold them in qemu to 
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do
 		command -v $$tool > /dev/null || { echo "make: no $$tool: install it (Debian: apt install g++-aarch64-linux-gnu qemu-user)" >&2; exit 1; }
 	done
-	PROXYTUNE_CROSS=aarch64-linux-gnu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/capi/test_capi.py tests/capi/test_engine_step.py
+	PROXYTUNE_CROSS=aarch64-linux-gnu OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/capi/test_capi.py tests/capi/test_engine_step.py
 
 # The rest of them says nothing more here: the fuzzing tests run the cluster kernels' source too.
 CLUSTER_ASAN := tests/cluster/test_team.py tests/cluster/test_model.py::test_rows_at_every_offset_from_16_bytes
