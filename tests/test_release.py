@@ -1,4 +1,4 @@
-"""What a release says of itself in several places agrees; notebooks are kept without their outputs."""
+"""What a release says of itself in several places agrees; notebooks have no outputs."""
 
 from __future__ import annotations
 
