@@ -219,7 +219,9 @@ class System:
     schedule: str = "constant"
 
 
-def systems(trio: Trio, direct: str | None, schedules: Sequence[str]) -> list[System]:
+def systems(
+    trio: Trio, direct: str | None, schedules: Sequence[str], quantize: str | None = None
+) -> list[System]:
     """The base, the pair alone, the proxy by each rule, and the base that was tuned itself."""
 
     def alone(role: str) -> Trio:
@@ -233,7 +235,7 @@ def systems(trio: Trio, direct: str | None, schedules: Sequence[str]) -> list[Sy
         *(System(f"proxy {rule}", lambda: trio, 1.0, rule) for rule in schedules),
     ]
     if direct is not None:
-        found.append(System("direct", lambda: load_trio(base=direct)))
+        found.append(System("direct", lambda: load_trio(base=direct, quantize=quantize)))
     return found
 
 
@@ -342,7 +344,7 @@ def main(
     ] = "decay:0.95,entropy:0.5",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4, of all weights.")] = None,
     speculation: Annotated[bool, typer.Option(help="The expert drafts.")] = True,
-    rows: Annotated[int, typer.Option(min=2, help="Of arithmetic and choice.")] = 200,
+    rows: Annotated[int, typer.Option(min=2, help="At most, of each task but instructions.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     threads: options.Threads = None,
     output: options.Output = None,
@@ -354,7 +356,7 @@ def main(
     makers: dict[str, Callable[[], Task]] = {
         "arithmetic": lambda: arithmetic(trio, 24 if quick else rows),
         "instructions": lambda: instructions(6 if quick else 90),
-        "code": lambda: code(164),
+        "code": lambda: code(24 if quick else min(rows, 164)),
         "choice": lambda: multiple_choice(rows),
     }
     default = "arithmetic,instructions" if quick else ",".join(makers)
@@ -366,7 +368,7 @@ def main(
             trios.open_trio(trio, None)
         )  # fmt: skip
         made = [makers[name]() for name in chosen]
-        wanted = systems(opened, direct, [rule for rule in schedules.split(",") if rule])
+        wanted = systems(opened, direct, [rule for rule in schedules.split(",") if rule], quantize)
         for system in wanted:
             SamplingParams(alpha_schedule=system.schedule)
     have = {(r["task"], r["system"]) for r in done}

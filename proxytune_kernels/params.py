@@ -119,6 +119,8 @@ class SamplingParams:
         alpha_schedule: ``"constant"``, or a decoder's rule: ``"decay:R"`` multiplies alpha by R^i
             at output position i, R in [0, 1]; ``"entropy:H"`` leaves the base alone where the
             entropy of its softmax is at most H nats, finite and at least 0.
+        pair_alphas: strength of each further pair of the trio (docs/pairs.md), finite; () leaves
+            them out. A rule of alpha_schedule holds for them, too.
         temperature: 0 for greedy, or positive and finite.
         top_k: keep this many tokens; 0 or -1 turns it off.
         top_p: keep the shortest prefix whose mass reaches this share, in (0, 1]; 1 turns it off.
@@ -165,6 +167,7 @@ class SamplingParams:
 
     alpha: float | Sequence[float] = 1.0
     alpha_schedule: str = "constant"
+    pair_alphas: Sequence[float] = ()
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -225,6 +228,13 @@ class SamplingParams:
                 raise ValueError("alpha must be a finite number or a sequence of them, got ()")
             object.__setattr__(self, "alpha", tuple(check_alpha(a) for a in self.alpha))
         self._check_schedule()
+        if isinstance(self.pair_alphas, str) or not isinstance(self.pair_alphas, Sequence):
+            raise ValueError(
+                f"pair_alphas must be a sequence of finite numbers, got {self.pair_alphas!r}"
+            )
+        wanted = "finite numbers"
+        numbers = tuple(_number("pair_alphas", a, wanted) for a in self.pair_alphas)
+        object.__setattr__(self, "pair_alphas", numbers)
         for name, row_field in ROW_FIELDS.items():
             value = self.alphas[0] if name == "alpha" else getattr(self, name, None)
             if value is not None or name not in ("seed", "position"):

@@ -3,6 +3,7 @@
     python scripts/qwen_trio.py                  # makes trios/qwen; what is there is not made again
     python scripts/qwen_trio.py gguf             # writes trios/qwen/gguf, which llama.cpp runs
     python scripts/qwen_trio.py evaluate         # measures base, expert and proxy on new problems
+    python scripts/qwen_trio.py direct           # tunes the base itself, to compare with
 
 docs/real_models.md says where the weights come from, what it costs, and what was measured.
 """
@@ -83,9 +84,34 @@ def make(
     _require_whole_space(out)
     _make_checkpoint(download.SMALL, out / "anti", out / ".cache")
     _make_checkpoint(download.LARGE, out / "base", out / ".cache")
-    _make_expert(out, steps, rate, merge)
+    _tune(out, "anti", "expert", steps, rate, merge)
+    if merge:
+        roles = {role: role for role in ROLES}
+        (out / "trio.json").write_text(json.dumps({"format": 1, **roles}, indent=1) + "\n")
+        _say(f"{out} is a trio: proxytune_kernels.load_trio({str(out)!r})")
+    else:
+        _say(f"wrote no {out / 'trio.json'}: load_trio wants the expert merged")
     if clean:
         shutil.rmtree(out / ".cache", ignore_errors=True)
+
+
+@app.command()
+def direct(
+    trio: Annotated[Path, typer.Argument(help="Directory of the trio.")] = DEFAULT_OUT,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+) -> None:
+    """Tune the base itself as the expert was tuned, into TRIO/direct: benchmarks.quality --direct.
+
+    Takes 3.1 GB of disk, and 7 GB of memory.
+    """
+    download.require_modules("transformers", "peft")
+    import torch
+
+    from scripts.qwen import lora
+
+    torch.set_num_threads(threads)
+    record = json.loads((trio / "expert" / lora.RECORD).read_text())["settings"]
+    _tune(trio, "base", "direct", record["steps"], record["learning_rate"])
 
 
 @app.command()
@@ -245,12 +271,12 @@ def _make_checkpoint(source: download.Source, directory: Path, cache: Path) -> N
     _say(f"wrote {directory} in {time.perf_counter() - started:.0f} s")
 
 
-def _make_expert(out: Path, steps: int, rate: float, merge: bool) -> None:
-    """Train the adapter and merge it, as far as that is not done, and write trio.json."""
+def _tune(out: Path, source: str, name: str, steps: int, rate: float, merge: bool = True) -> None:
+    """Train OUT/NAME-lora on OUT/SOURCE and merge it into OUT/NAME, as far as that is not done."""
     from scripts.qwen import lora
 
     _quiet_transformers()
-    small, adapter, expert = out / "anti", out / "expert-lora", out / "expert"
+    untuned, adapter, tuned = out / source, out / f"{name}-lora", out / name
     settings = lora.Settings(steps=steps, learning_rate=rate)
     if adapter.exists():
         lora.check_settings(adapter, settings)
@@ -259,21 +285,16 @@ def _make_expert(out: Path, steps: int, rate: float, merge: bool) -> None:
         started = time.perf_counter()
         loss_column = TextColumn("loss {task.fields[loss]:.3f}")
         with _progress(MofNCompleteColumn(), loss_column) as progress:
-            task = progress.add_task("training the expert", total=steps, loss=float("nan"))
+            task = progress.add_task(f"training {name}", total=steps, loss=float("nan"))
             lora.train(
-                small, adapter, settings, lambda loss: progress.update(task, advance=1, loss=loss)
+                untuned, adapter, settings, lambda loss: progress.update(task, advance=1, loss=loss)
             )
         _say(f"wrote {adapter} in {time.perf_counter() - started:.0f} s")
-    if not merge:
-        return _say(f"wrote no {out / 'trio.json'}: load_trio wants the expert merged")
-    if lora.is_merged(adapter, expert):
-        _say(f"{expert} is there")
-    else:
-        lora.merge(small, adapter, expert)
-        _say(f"wrote {expert}")
-    roles = {role: role for role in ROLES}
-    (out / "trio.json").write_text(json.dumps({"format": 1, **roles}, indent=1) + "\n")
-    _say(f"{out} is a trio: proxytune_kernels.load_trio({str(out)!r})")
+    if merge and lora.is_merged(adapter, tuned):
+        _say(f"{tuned} is there")
+    elif merge:
+        lora.merge(untuned, adapter, tuned)
+        _say(f"wrote {tuned}")
 
 
 if __name__ == "__main__":

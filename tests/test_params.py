@@ -25,6 +25,7 @@ from proxytune_kernels.params import (
 GOOD = {
     "alpha": (0, -2.5, 1e30, (1.0, 0.0)),
     "alpha_schedule": ("constant", "decay:0", "decay:1", "entropy:2.5", "entropy:1e-3"),
+    "pair_alphas": ((), (0.5, -2), (0,)),
     "temperature": (0, 1e-30, 5), "top_k": (-1, 0, 1, 10**9),
     "top_p": (1e-9, 1, 1.0), "min_p": (0, 0.3, 1), "filter_order": FILTER_ORDERS,
     "seed": (None, 0, -(2**63), 2**64 - 1), "max_tokens": (1, 10**6), "min_tokens": (0, 16),
@@ -43,6 +44,7 @@ GOOD = {
 BAD = {
     "alpha": (math.nan, math.inf, "1", None, True, ()),
     "alpha_schedule": ("decay", "decay:1.5", "entropy:-1", "entropy:nan", "entropy:1e99", 1, None),
+    "pair_alphas": ("1", 1.0, (math.nan,), (True,), ("1",), (1e39,), None),
     "temperature": (-1e-9, math.nan, math.inf, "hot", True),
     "top_k": (-2, 1.0, "5", True, None),
     "top_p": (0, -0.1, 1.0001, math.nan, None),
@@ -91,7 +93,8 @@ def test_bad_values_name_field_and_value(name, value):
         SamplingParams(**{name: value})
     message = str(error.value)
     assert message.startswith(f"{name} must be ")
-    got = value[0] if name.endswith("token_ids") and isinstance(value, tuple) else value
+    listed = name.endswith(("token_ids", "pair_alphas")) and isinstance(value, tuple)
+    got = value[0] if listed else value
     assert message.endswith(f"got {got!r}")
 
 

@@ -16,8 +16,11 @@ from proxytune_kernels.analysis.intervals import Interval, bootstrap
 from proxytune_kernels.analysis.likelihood import all_answer_logits, answer_logprobs
 from proxytune_kernels.analysis.scorers import Likelihood, Row, Scorer, TextScorer
 from proxytune_kernels.decoder import Decoder
+from proxytune_kernels.decoder.arguments import check_pair_alphas
+from proxytune_kernels.ops import combine
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from proxytune_kernels.trio.roles import PAIR, kind_of
 
 T = TypeVar("T")
 Advance = Callable[[], None]
@@ -100,12 +103,22 @@ def undominated(one: Curve, other: Curve) -> list[float]:
     ]
 
 
+def at_strength(params: SamplingParams, alpha: float, pair: int = 0) -> SamplingParams:
+    """The same with another strength of one pair: 0 is the first, 1 the first of the further."""
+    if pair == 0:
+        return replace(params, alpha=alpha)
+    further = list(params.pair_alphas)
+    further[pair - 1] = alpha
+    return replace(params, pair_alphas=further)
+
+
 def generate_texts(
     decoder: Decoder,
     prompts: Sequence[Any],
     alphas: Sequence[float],
     params: SamplingParams,
     advance: Advance = lambda: None,
+    pair: int = 0,
 ) -> list[list[str]]:
     """The output of each prompt at each strength [A][N], all in one run of the decoder.
 
@@ -115,11 +128,12 @@ def generate_texts(
         alphas: strengths.
         params: of all; with a seed, one prompt has the same noise at each strength.
         advance: is told of each output.
+        pair: whose strengths they are; see :func:`at_strength`.
     """
     each = [(i, a) for i in range(len(prompts)) for a in range(len(alphas))]
     texts = [[""] * len(prompts) for _ in alphas]
     events = decoder.stream(
-        [prompts[i] for i, _ in each], [replace(params, alpha=alphas[a]) for _, a in each]
+        [prompts[i] for i, _ in each], [at_strength(params, alphas[a], pair) for _, a in each]
     )
     for event in events:
         if event.output is not None:
@@ -130,23 +144,39 @@ def generate_texts(
 
 
 def likelihoods(
-    trio: Trio, prompt: Any, texts: Sequence[str], alphas: Sequence[float]
-) -> list[list[Likelihood]]:
+    trio: Trio, prompt: Any, texts: Sequence[str], alphas: Sequence[float],
+    fixed: Sequence[float] = (), pair: int = 0,
+) -> list[list[Likelihood]]:  # fmt: skip
     """How likely given texts are behind a prompt at each strength [A][texts].
 
     Each text is one forward of each role, whatever the number of strengths.
 
+    Args:
+        trio: the models.
+        prompt: as the decoder takes it.
+        texts: what is scored.
+        alphas: strengths.
+        fixed: of every pair, where there are further ones; that of ``pair`` is not read.
+        pair: whose strengths ``alphas`` are; see :func:`at_strength`.
+
     Raises:
         ValueError, TypeError: the prompt or a text can't be scored.
     """
-    prompts = trio.tokenize(prompt)
+    contexts = trio.tokenize(prompt)
+    prompts = {role: contexts[kind_of(role)] for role in trio.members}
+    pairs = [PAIR, *trio.pairs]
     found: list[list[Likelihood]] = [[] for _ in alphas]
     for text in texts:
         ids = trio.tokenizer.encode(text, add_special_tokens=False)
-        logits = all_answer_logits(trio.models, prompts, ids)
-        three = (logits["base"], logits.get("expert"), logits.get("anti"))
+        logits = all_answer_logits(trio.members, prompts, ids)
+        base = logits["base"]
+        for i, (roles, alpha) in enumerate(zip(pairs, fixed, strict=False)):
+            if i != pair and alpha:
+                ours, theirs = (logits[role][0] for role in roles)
+                base = combine(base[0], ours, theirs, alpha, vocab_size=trio.vocab_size)[None]
+        expert, anti = (logits.get(role) for role in pairs[pair])
         for own, alpha in zip(found, alphas, strict=True):
-            logprobs = answer_logprobs(*three, ids, alpha, vocab_size=trio.vocab_size)
+            logprobs = answer_logprobs(base, expert, anti, ids, alpha, vocab_size=trio.vocab_size)
             own.append(Likelihood(math.fsum(logprobs.tolist()), len(ids)))
     return found
 
@@ -175,21 +205,29 @@ class Sheet:
         rows: line numbers and what they hold.
         alphas: strengths, the lowest first.
         trio: the models.
+        params: of what is generated, and the strengths of the other pairs.
+        pair: whose strengths ``alphas`` are; see :func:`at_strength`.
+
+    Raises:
+        ValueError: strengths of other pairs than the trio has.
     """
 
     def __init__(
-        self, file: str, rows: Sequence[tuple[int, Row]], alphas: Sequence[float], trio: Trio
-    ) -> None:
+        self, file: str, rows: Sequence[tuple[int, Row]], alphas: Sequence[float], trio: Trio,
+        params: SamplingParams, pair: int = 0,
+    ) -> None:  # fmt: skip
+        check_pair_alphas(trio, params)
         self._file, self._rows, self._alphas, self._trio = file, rows, alphas, trio
+        self._params, self._pair = params, pair
         self._texts: list[list[str]] = []
         self._curves: list[Curve] = []
 
-    def generate(
-        self, decoder: Decoder, params: SamplingParams, advance: Advance = lambda: None
-    ) -> None:
+    def generate(self, decoder: Decoder, advance: Advance = lambda: None) -> None:
         """Continue every prompt at every alpha; ``advance`` is told of each output."""
         prompts = [self._at(line, prompt_of, row) for line, row in self._rows]
-        self._texts = generate_texts(decoder, prompts, self._alphas, params, advance)
+        self._texts = generate_texts(
+            decoder, prompts, self._alphas, self._params, advance, self._pair
+        )
 
     def curve(self, scorer: Scorer, advance: Advance = lambda: None) -> Curve:
         """The scores of what was generated, or of the texts that the rows give.
@@ -209,7 +247,10 @@ class Sheet:
     def _scores(self, i: int, scorer: Scorer, row: Row) -> list[float]:
         if isinstance(scorer, TextScorer):
             return [scorer(texts[i], row) for texts in self._texts]
-        each = likelihoods(self._trio, prompt_of(row), scorer.texts(row), self._alphas)
+        fixed = (*self._params.alphas, *self._params.pair_alphas)
+        each = likelihoods(
+            self._trio, prompt_of(row), scorer.texts(row), self._alphas, fixed, self._pair
+        )
         return [scorer(own, row) for own in each]
 
     def _at(self, line: int, call: Callable[..., T], *arguments: Any) -> T:

@@ -35,6 +35,15 @@ class SamplingOptions:
     alpha: Annotated[float, typer.Option(help="Strength of the steering; 0 is the base alone.")] = (
         1.0
     )
+    pair_alphas: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--pair-alpha",
+            metavar="X",
+            help="Strength of the trio's second pair; repeated, of its third, ...",
+            show_default="further pairs rest",
+        ),
+    ] = None
     alpha_schedule: Annotated[
         str,
         typer.Option(
@@ -138,7 +147,7 @@ class SamplingOptions:
         ``recommended`` goes before them.
         """
         values = asdict(self)
-        names = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+        names = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "pair_alphas")
         lists = {name: values[name] or () for name in names}
         lists["logit_bias"] = dict(map(_pair, values["logit_bias"] or ()))
         grammars = {name: values.pop(name) for name in ("json_schema", "regex", "choice")}

@@ -113,6 +113,15 @@ class ModelOptions(UntunedOptions):
 class TrioOptions(ModelOptions):
     """The options that name the models of a trio and say how they are opened."""
 
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--further-pair",
+            metavar="EXPERT,ANTI",
+            help="Directories or hub names of a further pair, which steers as --pair-alpha says; "
+            "may be repeated.",
+        ),
+    ] = None
     dtype: Annotated[
         str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16 or float64.")
     ] = "auto"
@@ -192,6 +201,7 @@ class TrioOptions(ModelOptions):
         if self.base_url is not None:
             with expected(ValueError, code=USAGE):
                 arguments["base"] = RemoteBase(**remote)
+        arguments["pairs"] = [_two(text) for text in self.pairs] if self.pairs else None
         source, keep_adapter = arguments.pop("trio"), arguments.pop("keep_adapter")
         arguments["device_map"] = _by_role("--device-map", self.device_map)
         arguments["quantize"] = _by_role("--quantize", self.quantize)
@@ -309,6 +319,13 @@ def quiet() -> None:
         install = "pip install 'proxytune_kernels[hf]'"
         raise stop(f"models need transformers ({error}): {install}", FAILED) from error
     disable_progress_bar()
+
+
+def _two(text: str) -> tuple[str, str]:
+    expert, _, anti = map(str.strip, text.partition(","))
+    if not expert or not anti or "," in anti:
+        raise stop(f"--further-pair must be EXPERT,ANTI, got {text!r}", USAGE)
+    return expert, anti
 
 
 def _by_role(option: str, text: str | None) -> str | dict[str, str] | None:

@@ -60,6 +60,15 @@ def sweep(
         list[str] | None,
         typer.Option(metavar="X|FIRST:STEP:LAST", help="May be repeated.", show_default=_EVERY[0]),
     ] = None,
+    pair_alpha: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X|FIRST:STEP:LAST",
+            help="Of the trio's second pair; repeated, of its third, ... One of them may be a "
+            "range, which is swept in the place of --alpha.",
+            show_default="further pairs rest",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Rows, or documents of a task; to try it out.")
     ] = None,
@@ -96,14 +105,15 @@ def sweep(
             raise stop(f"sweeps need {name}: pip install 'proxytune_kernels[analysis]'", FAILED)
     if not 1 <= len(score) <= 2 or len(set(score)) != len(score):
         raise stop("--score must be given once, or twice with two scorers", USAGE)
-    alphas = sorted(strengths(alpha or _EVERY))
+    swept, alphas, fixed = _swept(alpha, pair_alpha or ())
     settings = decoder.settings()
     sys.path.insert(0, "")  # MODULE:FUNCTION beside the file of prompts
     with expected(ValueError, code=USAGE):
         scorers = {text: None if text.startswith(_LM_EVAL) else scorer_of(text) for text in score}
         params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop_text or ()
-        )
+            alpha=fixed[0], pair_alphas=fixed[1:], max_tokens=max_tokens, temperature=temperature,
+            seed=seed, stop=stop_text or (),
+        )  # fmt: skip
     if (prompts is None) == any(scorers.values()):
         raise stop(
             "--prompts must be given for scorers of ours, and not for lm-eval's alone", USAGE
@@ -113,12 +123,12 @@ def sweep(
     from proxytune_kernels.analysis.sweep import Sheet
 
     opened = trio.open()
-    sheet = Sheet(str(prompts), rows, alphas, opened)
     # RuntimeError: also what torch raises where memory runs out.
     with expected(ValueError, TypeError, OSError, RuntimeError):
+        sheet = Sheet(str(prompts), rows, alphas, opened, params, swept)
         if any(isinstance(scorer, TextScorer) for scorer in scorers.values()):
             with _bar("texts", len(rows) * len(alphas)) as advance:
-                sheet.generate(open_decoder(opened, **settings), params, advance)
+                sheet.generate(open_decoder(opened, **settings), advance)
         curves = [
             _task_curve(opened, text, alphas, limit, include_path)
             if scorer is None
@@ -132,6 +142,23 @@ def sweep(
             from proxytune_kernels.analysis.plots import plot_sweep
 
             plot_sweep(curves, plot)
+
+
+def _swept(
+    alpha: list[str] | None, pair_alpha: Sequence[str]
+) -> tuple[int, list[float], list[float]]:
+    """Which pair is swept, the strengths that it has, and one of every pair for the others."""
+    further = [strengths([text]) for text in pair_alpha]
+    ranges = [i for i, each in enumerate(further, 1) if len(each) > 1]
+    if alpha is None:
+        alpha = ["1"] if ranges else _EVERY
+    every = [strengths(alpha), *further]
+    if len(every[0]) > 1:
+        ranges.insert(0, 0)
+    if len(ranges) > 1:
+        raise stop("--alpha and --pair-alpha must have one range in all, got more", USAGE)
+    swept = ranges[0] if ranges else 0
+    return swept, sorted(every[swept]), [each[0] for each in every]
 
 
 def _curve(sheet: Sheet, scorer: Scorer, rows: int) -> Curve:

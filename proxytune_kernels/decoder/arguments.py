@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxytune_kernels.decoder.speculation import Speculation
+from proxytune_kernels.decoder.states import is_recurrent
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.prompts import is_messages
@@ -13,6 +14,7 @@ from proxytune_kernels.trio.remote import RemoteModel
 
 DEFAULT_MAX_SEQ_LEN = 4096
 _REMOTE_DRAFTS = 8
+_ENDLESS = 2**31 - 1
 
 
 def roles(trio: Trio, value: Sequence[str] | None) -> tuple[str, ...]:
@@ -43,6 +45,8 @@ def shortest_context(models: Mapping[str, Any]) -> tuple[int, str]:
     for role, model in models.items():
         config = model.config.get_text_config(decoder=True)
         if getattr(config, "max_position_embeddings", None) is None:
+            if is_recurrent(model):
+                continue  # a state has no length
             raise ValueError(
                 f"{role} must say its context's length (max_position_embeddings), "
                 f"got {type(model).__name__} without one"
@@ -50,7 +54,7 @@ def shortest_context(models: Mapping[str, Any]) -> tuple[int, str]:
         contexts.append((config.max_position_embeddings, f"the context of {role}"))
         if (limit := rotary_limit(config)) is not None:
             contexts.append((limit, f"behind which the rotary factors of {role} change (longrope)"))
-    return min(contexts, key=lambda context: context[0])
+    return min(contexts, key=lambda context: context[0], default=(_ENDLESS, "the most there are"))
 
 
 def rotary_limit(config: Any) -> int | None:
@@ -83,10 +87,12 @@ def max_seq_len(models: Mapping[str, Any], value: Any) -> int:
     return int(value)
 
 
-def speculation(value: Any, roles: Sequence[str], base: Any = None) -> Speculation | None:
+def speculation(value: Any, models: Mapping[str, Any]) -> Speculation | None:
     """How to draft; the expert can only where it runs, and a remote base must score drafts."""
+    recurrent = [role for role, model in models.items() if is_recurrent(model)]
+    base = models["base"]
     if isinstance(base, RemoteModel):
-        if value is None and base.scores_drafts and "expert" in roles:
+        if value is None and base.scores_drafts and "expert" in models and not recurrent:
             # Calls are what costs, whatever the clock says of them.
             return Speculation(max_drafts=_REMOTE_DRAFTS, adaptive=False)
         if value is not None and not base.scores_drafts:
@@ -98,10 +104,15 @@ def speculation(value: Any, roles: Sequence[str], base: Any = None) -> Speculati
         return None
     if not isinstance(value, Speculation):
         raise TypeError(f"speculation must be a Speculation or None, got {value!r:.80}")
-    if value.drafter == "expert" and "expert" not in roles:
+    if recurrent:
+        raise ValueError(
+            f"speculation must be None where layers are recurrent, as some of {recurrent[0]} are "
+            f"(a draft that is refused can't be taken back), got {value!r:.80}"
+        )
+    if value.drafter == "expert" and "expert" not in models:
         raise ValueError(
             f"speculation with the expert's drafts must have the expert among the roles, "
-            f"got {', '.join(roles)} (drafter='prompt_lookup' needs none)"
+            f"got {', '.join(models)} (drafter='prompt_lookup' needs none)"
         )
     return value
 
@@ -130,6 +141,16 @@ def params_per_prompt(
     if len(params) != count:
         raise ValueError(f"params must have one entry per prompt ({count}), got {len(params)}")
     return params
+
+
+def check_pair_alphas(trio: Trio, params: SamplingParams) -> None:
+    """Refuse strengths of other pairs than the trio has."""
+    given = params.pair_alphas
+    if given and len(given) != len(trio.pairs):
+        raise ValueError(
+            f"pair_alphas must have a number for each further pair of the trio, which has "
+            f"{len(trio.pairs)}, or be (), got {given}"
+        )
 
 
 def scored_prompt(prompt_token_ids: Mapping[str, Sequence[int]], roles: Sequence[str]) -> None:

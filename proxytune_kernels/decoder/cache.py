@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.dlpack import from_dlpack
 
+from proxytune_kernels.decoder.states import SlotStates, StateKey
 from proxytune_kernels.ops.attention import MAX_HEAD_SIZE
 
 
@@ -25,10 +27,12 @@ def cache_keyword(function: Callable[..., Any]) -> str:
     """The name under which a forward, or another function of a model, takes its cache.
 
     transformers calls it ``cache`` from 5.24 on, and warns of ``past_key_values``, its name before,
-    until that goes in 5.40. A model's output has its cache under the same name.
+    until that goes in 5.40; where a model has no keys and values it is ``cache_params``. A model's
+    output has its cache under the same name.
     """
     names = inspect.signature(function).parameters
-    return "cache" if "cache" in names and "past_key_values" not in names else "past_key_values"
+    others = [name for name in ("cache", "cache_params") if name in names]
+    return others[0] if others and "past_key_values" not in names else "past_key_values"
 
 
 class Part(NamedTuple):
@@ -102,7 +106,10 @@ class SlotCache:
         self.slabs: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.states = SlotStates(rows)
         self._layers: list[Layer] = []
+        # By a model's number of a layer: recurrent ones among them have no keys.
+        self._places: dict[int, int] = {}
         # Where it is a set, it gets the window of each layer that attends.
         self.windows: set[int | None] | None = None
         self._starts = torch.arange(rows, device=device) * self.capacity
@@ -117,9 +124,11 @@ class SlotCache:
         """
         positions = self._span[:width].expand(len(rows), -1)
         write_index = (self._starts.index_select(0, rows)[:, None] + positions).flatten()
-        return CacheStep(
+        step = CacheStep(
             self, positions, positions, write_index, self._span[:width], first_row=0, fresh=True
         )
+        step.row_index = rows
+        return step
 
     def step(
         self,
@@ -191,6 +200,7 @@ class SlotCache:
             slab[:, new, :length].copy_(slab[:, old, :length])
         # On the device, which may know better than the host.
         self._state[:, new].copy_(self._state[:, old])
+        self.states.move(old, new)
         self.lengths[new] = self.lengths[old]
         self.release(source, rows)
 
@@ -211,24 +221,29 @@ class SlotCache:
             for slab in self.slabs:
                 slab[:, which, :end].zero_()
         self._state[:, which].zero_()
+        self.states.clear(which)
         self.lengths[which] = [0] * rows
 
     def reset(self) -> None:
         """Empty all rows, whatever was written where."""
         self.lengths[:] = [0] * self.rows
         self._state.zero_()
+        self.states.clear(slice(None))
         if self.device.type == "cpu":
             # New memory is zeros that take no room until they are written.
             layers, self._layers = self._layers, []
             for taken in (self.slabs, self.keys, self.values):
                 taken.clear()
-            self.reserve(layers)
+            self.reserve(layers, [*self._places])
         elif self.kernel == "sdpa":
             for slab in self.slabs:
                 slab.zero_()  # where it is: captured graphs know the place
 
-    def reserve(self, layers: Sequence[Layer]) -> None:
-        """Take memory for these layers, behind those that there are: for all of them or none."""
+    def reserve(self, layers: Sequence[Layer], numbers: Sequence[int] | None = None) -> None:
+        """Take memory for these layers, behind those that there are: for all of them or none.
+
+        ``numbers`` are theirs in the model; None counts on from those that there are.
+        """
         counts = Counter(part for layer in layers for part in layer)
         slabs = {
             part: _zeros((count, self.rows, self.capacity, part.heads, part.size), part)
@@ -240,6 +255,11 @@ class SlotCache:
         if any(part.size > MAX_HEAD_SIZE for part in counts):
             self.kernel = "sdpa"  # the others go no further
         self.slabs += slabs.values()
+        first = len(self._layers)
+        for i, number in enumerate(
+            range(first, first + len(layers)) if numbers is None else numbers
+        ):
+            self._places[number] = first + i
         self._layers += layers
         self.values += [values for _, values in taken]
         # Last: they say how many layers there are.
@@ -247,13 +267,14 @@ class SlotCache:
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, [rows, capacity, kv_heads, D], for what it writes."""
-        while len(self.keys) <= index:
-            self.reserve([(Part.of(key), Part.of(value))])
-        return self.keys[index], self.values[index]
+        if index not in self._places:
+            self.reserve([(Part.of(key), Part.of(value))], [index])
+        place = self._places[index]
+        return self.keys[place], self.values[place]
 
     def nbytes(self) -> int:
         """Bytes reserved; on a CPU the system hands out the pages as they are first written."""
-        return sum(slab.nbytes for slab in self.slabs)
+        return sum(slab.nbytes for slab in self.slabs) + self.states.nbytes()
 
 
 def _zeros(shape: Sequence[int], part: Part) -> Tensor:
@@ -295,6 +316,7 @@ class CacheStep:
     row_stride: int = 1
     fresh: bool = False
     ragged: bool = False
+    row_index: Tensor | None = field(default=None, init=False)
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict, init=False)
     _seq_lens: Tensor | None = field(default=None, init=False)
     _zeros: Tensor | None = field(default=None, init=False)
@@ -328,6 +350,56 @@ class CacheStep:
             seen_keys.narrow(2, length - width, width).copy_(key)
             seen_values.narrow(2, length - width, width).copy_(value)
         return (key, value) if self.fresh else (seen_keys, seen_values)
+
+    def rows(self) -> slice | Tensor:
+        """The rows of this forward, of the cache."""
+        if self.row_index is not None:
+            return self.row_index
+        end = self.first_row + len(self.positions) * self.row_stride
+        return slice(self.first_row, end, self.row_stride)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The last inputs of a layer's convolution, [B, channels, width]; None before any token."""
+        return self._state("convolution", layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """What a recurrent layer carries, [B, ...]; None before any token."""
+        return self._state("recurrent", layer_idx, state_idx)
+
+    def _state(self, kind: str, layer_idx: int, state_idx: int) -> Tensor | None:
+        key = StateKey(kind, layer_idx, state_idx)
+        return None if self.fresh else self.cache.states.of(key, self.rows())
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """Append inputs [B, channels, q] to those kept; returns all, and keeps the last of them."""
+        before = self.get_conv_state(layer_idx, state_idx)
+        kept = conv_states if before is None else before
+        width = conv_kernel_size or kept.shape[-1]
+        if before is not None:
+            conv_states = torch.cat([before, conv_states], -1)
+        conv_states = pad(conv_states, (max(0, width - conv_states.shape[-1]), 0))
+        key = StateKey("convolution", layer_idx, state_idx)
+        self.cache.states.write(key, self.rows(), conv_states[..., -width:])
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
+    ) -> Tensor:
+        """Replace what a recurrent layer carries."""
+        key = StateKey("recurrent", layer_idx, state_idx)
+        self.cache.states.write(key, self.rows(), recurrent_states)
+        return recurrent_states
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether states can be rolled back: never."""
+        return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the longest row before this forward (transformers asks to infer positions)."""

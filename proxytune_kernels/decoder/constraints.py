@@ -38,6 +38,8 @@ class Needs(NamedTuple):
     alphas: int = 0
     scheduled: bool = False
     """Whether any of them has a rule for its alpha."""
+    pairs: tuple[int, ...] = ()
+    """Which further pairs steer any of them."""
     grammar: bool = False
     likeliest: int = 0
     """Room for the likeliest tokens that any of them reports: few sizes, for captured steps."""
@@ -68,6 +70,7 @@ class Needs(NamedTuple):
             bad_words=(1,) if any(asked.bad_words for _, asked in each) else (),
             alphas=int(any(len(request.params.alphas) > 1 for request, _ in each)),
             scheduled=any(request.params.alpha_schedule != "constant" for request, _ in each),
+            pairs=tuple(sorted({i for request, _ in each for i in request.pairs})),
         )
 
 
@@ -140,6 +143,7 @@ class Constraints:
         longer = tuple(sorted({word for word in words if len(word) > 1}))
         asks = bool(longer or room) or mask is not None or early is not None
         asks |= len(params.alphas) > 1 or params.alpha_schedule != "constant"
+        asks |= any(params.pair_alphas)
         return cls(mask, early, longer, entries, min(room, vocab_size), asks)
 
     @staticmethod
@@ -216,6 +220,7 @@ class SlotConstraints:
             "recent": table(0, dtype=torch.int64),
             "alphas": table(0, dtype=torch.float32),
             "last_alpha": table(dtype=torch.int64),
+            "pair_alphas": table(0, dtype=torch.float32),
             # What alpha is multiplied by at each position, and the entropy that steers no token.
             "schedule": table(2, dtype=torch.float32),
         }
@@ -241,6 +246,7 @@ class SlotConstraints:
         self._grow("same_end", _room(number))
         self._grow("recent", _room(max(length - 1, 0)))
         self._grow("alphas", _room(alphas) if alphas > 1 else 0)
+        self._grow("pair_alphas", max(len(request.params.pair_alphas) for request in requests))
 
     def _grow(self, name: str, *wanted: int) -> None:
         old = self._tables[name]
@@ -288,6 +294,8 @@ class SlotConstraints:
                 rows["alphas"][i, : len(alphas)] = torch.tensor(alphas)
                 rows["last_alpha"][i] = len(alphas) - 1
             rows["schedule"][i] = torch.tensor(request.params.schedule)
+            if request.pairs:
+                rows["pair_alphas"][i] = torch.tensor(request.params.pair_alphas)
         return list(rows.values())
 
     def start(self, slots: Tensor, numbers: Sequence[Tensor]) -> None:
@@ -331,6 +339,13 @@ class SlotConstraints:
             above = torch.special.entr(p).sum(-1) > least
             alpha = torch.where(above, alpha * decay.double() ** positions, 0.0).float()
         return alpha
+
+    def pair_alpha(
+        self, slots: int | Tensor, pair: int, positions: Tensor, base: Tensor, needs: Needs
+    ) -> Tensor:
+        """Of a further pair, as :meth:`alpha`."""
+        own = self._rows("pair_alphas", slots)[:, pair]
+        return self.alpha(slots, positions, own, base, needs._replace(alphas=0))
 
     def allowed(
         self, slots: int | Tensor, positions: Tensor, least: Tensor, drafts: Tensor | None,

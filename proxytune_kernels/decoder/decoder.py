@@ -34,7 +34,7 @@ from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.packed import products
 from proxytune_kernels.trio.remote import RemoteModel
-from proxytune_kernels.trio.roles import PAIR
+from proxytune_kernels.trio.roles import PAIR, kind_of
 
 
 class Decoder:
@@ -112,10 +112,10 @@ class Decoder:
         self.roles = arguments.roles(trio, roles)
         if max_batch_size is not None:
             arguments.size("max_batch_size", max_batch_size)
-        models = {role: trio.models[role] for role in self.roles}
+        models = trio.members if len(self.roles) > 1 else {"base": trio.base}
         self.max_seq_len = arguments.max_seq_len(models, max_seq_len)
         remote = isinstance(models["base"], RemoteModel)
-        speculation = arguments.speculation(speculation, self.roles, models["base"])
+        speculation = arguments.speculation(speculation, models)
         self.speculation = speculation
         arguments.size("prefill_chunk", prefill_chunk)
         # Compiled at the first request if asked for; else by warm_up, or as it comes.
@@ -148,7 +148,12 @@ class Decoder:
         if check:
             check_members(models, self._runner)
         self._sampler = SlotSampler(
-            self.max_batch_size, trio.vocab_size, backend, self._runner.device, speculation
+            self.max_batch_size,
+            trio.vocab_size,
+            backend,
+            self._runner.device,
+            speculation,
+            trio.pairs,
         )
         self._graphs, self._no_graphs = self._make_graphs(graphs)
         self._controller = None
@@ -159,8 +164,8 @@ class Decoder:
             self._stepper,
             self.max_batch_size,
             self._controller,
-            # A part of a prompt would cost a call.
-            self.max_seq_len if remote else prefill_chunk,
+            # A part of a prompt would cost a call, or go token by token behind a state.
+            self.max_seq_len if remote or self._runner.recurrent else prefill_chunk,
             ahead,
         )
         self._grammars = GrammarCompiler(trio.tokenizer, trio.vocab_size, trio.eos_token_ids)
@@ -321,7 +326,7 @@ class Decoder:
             "attention": self._runner.attention(),
             "cache_bytes": self._runner.cache_bytes(),
             "packed_bytes": self._runner.packed_bytes,
-            "products": {role: products(self.trio.models[role]) for role in self.roles},
+            "products": {r: products(self.trio.members[r]) for r in self._runner.active},
         }
 
     def statistics(self) -> dict[str, int]:
@@ -363,11 +368,13 @@ class Decoder:
         """The requests for a prompt, one for each of its n outputs."""
         try:
             token_ids = self.trio.tokenize(prompt, params.add_special_tokens)
-            prompt_token_ids = {role: token_ids[role] for role in self.roles}
+            arguments.check_pair_alphas(self.trio, params)
+            prompt_token_ids = {role: token_ids[kind_of(role)] for role in self._roles_of(params)}
             arguments.fits(prompt_token_ids, params.max_tokens, self.max_seq_len)
             arguments.served(self.trio.base, params)
             if params.prompt_logprobs >= 0:
-                arguments.scored_prompt(prompt_token_ids, self.roles if params.alpha else ())
+                steered = params.alpha or any(params.pair_alphas)
+                arguments.scored_prompt(prompt_token_ids, self.roles if steered else ())
             rules = StopRules.of(
                 params, self.trio.eos_token_ids, self.trio.vocab_size, self.trio.tokenizer
             )
@@ -386,7 +393,9 @@ class Decoder:
         controller = self._controller
         with self._id_lock:
             ids = [next(self._ids) for _ in range(params.n)]
-        siblings = Siblings(params.n) if params.n > 1 else None
+        # What recurrent layers carry has no copy of the prompt's end once a request runs.
+        shares = params.n > 1 and not self._runner.recurrent
+        siblings = Siblings(params.n) if shares else None
         return [
             Request(
                 request_id=request_id,
@@ -405,6 +414,12 @@ class Decoder:
             )
             for sample, (request_id, seeded) in enumerate(zip(ids, params.seeded(), strict=True))
         ]
+
+    def _roles_of(self, params: SamplingParams) -> list[str]:
+        """The roles that a request runs in, if it is steered: of further pairs those that steer."""
+        asked = zip(self.trio.pairs, params.pair_alphas, strict=False)
+        wanted = {*self.roles, *(role for pair, alpha in asked if alpha for role in pair)}
+        return [role for role in self._runner.active if role in wanted]
 
     def _add(self, requests: Sequence[Request], queue: deque[StreamEvent]) -> None:
         """Put requests into the loop; their events go into ``queue``."""

@@ -35,7 +35,7 @@ class LlamaCache(SlotCache):
         self.context.clear()
         super().reset()
 
-    def reserve(self, layers: Sequence[Layer]) -> None:
+    def reserve(self, layers: Sequence[Layer], numbers: Sequence[int] | None = None) -> None:
         """Note the layers: the context took their memory as it was made."""
         self._layers += layers
 

@@ -342,7 +342,7 @@ class DecodingLoop:
         rows = [(r.slot, r) for r in running if r.slot is not None]
         slots = 1 + max(slot for slot, _ in rows)
         steered = any(len(request.roles) > 1 for request in running)
-        roles = self._stepper.roles if steered else ("base",)
+        roles = self._stepper.roles_of(running) if steered else ("base",)
         launched = _moment(self._runner.device)
         drafts = self._stepper.at_hand(slots, self._choose(running))
         needs = Needs.of(running)

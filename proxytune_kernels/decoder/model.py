@@ -22,10 +22,11 @@ from proxytune_kernels.decoder.compiled import (
     windows,
 )
 from proxytune_kernels.decoder.graphs import power_of_two
+from proxytune_kernels.decoder.states import RECURRENT_TYPES, is_recurrent
 from proxytune_kernels.trio.adapters import copy_modules
 from proxytune_kernels.trio.llama_cpp import LlamaModel
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "mlp", "moe", *RECURRENT_TYPES}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -38,7 +39,8 @@ def check_model(role: str, model: Module) -> None:
     if isinstance(model, LlamaModel):
         return  # which has looked by itself
     name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
+    # Most with recurrent layers don't say so of the attention that they have beside them.
+    if not (getattr(model, "_supports_attention_backend", False) or is_recurrent(model)):
         raise ValueError(
             f"{role} must be a model whose attention transformers can exchange, got {name}, "
             f"which does not support that"
@@ -162,6 +164,7 @@ class SlotModel:
         step = compile == "step"
         self._compiled = CompiledStep(self._last, windows(model.config)) if step else None
         self.compiled, self.packed = compile, packed
+        self.recurrent = is_recurrent(model)
 
     def rows(self, slots: int) -> range:
         """The rows of the first ``slots`` slots."""
@@ -195,7 +198,13 @@ class SlotModel:
             inputs = self._token_ids[: token_ids.shape[0]].copy_(token_ids)
             return self._compiled(inputs, step)[:, None]
         step = self.cache.step(rows, width, offset)
-        return self._run(token_ids, step, 0 if width > 1 else 1)
+        if not self.recurrent:
+            return self._run(token_ids, step, 0 if width > 1 else 1)
+        place = slice(rows.start, rows.stop, rows.step)
+        kept = self.cache.states.keep(place, self.cache.active[place])
+        logits = self._run(token_ids, step, 0 if width > 1 else 1)
+        self.cache.states.put_back(place, kept)
+        return logits
 
     def prompt_numbers(
         self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], last: int = 1
@@ -237,6 +246,9 @@ class SlotModel:
             slots, token_ids: the slots, and the prompt of each.
             numbers: what :meth:`prompt_numbers` makes of them, on the device; None sends it.
         """
+        if self.recurrent and len({*map(len, token_ids)}) > 1:
+            each = zip(slots, token_ids, strict=True)
+            return torch.cat([self.prefill([slot], [ids], None, last) for slot, ids in each])
         if numbers is None:
             make = partial(self.prompt_numbers, slots, token_ids, last)
             numbers = transfer.to_device(make, self.cache.device)
@@ -271,6 +283,13 @@ class SlotModel:
         if numbers is None:
             numbers = transfer.to_device(lambda: [torch.tensor([token_ids])], self.cache.device)
         inputs = numbers[0].expand(len(rows), -1)
+        if self.recurrent and len(token_ids) > 1 and self.cache.lengths[rows[0]]:
+            # transformers 5.23's Mamba mixers take no state before several tokens.
+            each = [
+                self.extend(slot, [token_id], [inputs[:1, i : i + 1]], every=True)
+                for i, token_id in enumerate(token_ids)
+            ]
+            return torch.cat(each, 1) if every else each[-1][:, 0]
         step = self.cache.step(rows, len(token_ids), prompt=True)
         logits = self._run(inputs, step, 0 if every else 1)
         self.cache.extend(rows, len(token_ids))

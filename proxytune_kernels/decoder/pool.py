@@ -70,8 +70,8 @@ class DecoderPool:
             self._decoder, self._unserved, self._made_of = None, None, made_of
         if self._unserved is not None:
             raise MemberError(self._unserved)
-        context, _ = arguments.shortest_context(trio.models)
-        limit = arguments.max_seq_len(trio.models, self._max_seq_len or context)
+        context, _ = arguments.shortest_context(trio.members)
+        limit = arguments.max_seq_len(trio.members, self._max_seq_len or context)
         if tokens > limit:
             raise ValueError(f"texts of {tokens} tokens must fit in max_seq_len {limit}")
         slots = min(power_of_two(requests, 1), self._max_batch_size)
@@ -98,7 +98,7 @@ class DecoderPool:
 
 def _made_of(trio: Trio) -> list[Any]:
     """What a decoder's modules are made of; once any of it changes they are made anew."""
-    return [trio.vocab_size, *(part for m in trio.models.values() for part in _parts(m))]
+    return [trio.vocab_size, *(part for m in trio.members.values() for part in _parts(m))]
 
 
 def _parts(model: Any) -> Iterator[Any]:

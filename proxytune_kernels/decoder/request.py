@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -240,10 +241,18 @@ class Request:
         )
         self._stop = StopStrings(self.params.stop, self.params.include_stop_str_in_output)
 
-    @property
+    @cached_property
+    def pairs(self) -> tuple[int, ...]:
+        """Which further pairs steer it."""
+        if len(self.prompt_token_ids) == 1:
+            return ()  # the base runs alone
+        return tuple(i for i, alpha in enumerate(self.params.pair_alphas) if alpha)
+
+    @cached_property
     def roles(self) -> tuple[str, ...]:
         """The roles it runs in: the base alone where it is not steered."""
-        return tuple(self.prompt_token_ids) if any(self.params.alphas) else ("base",)
+        steered = any(self.params.alphas) or any(self.params.pair_alphas)
+        return tuple(self.prompt_token_ids) if steered else ("base",)
 
     @property
     def longest_prompt(self) -> int:

@@ -21,10 +21,11 @@ from proxytune_kernels.decoder.model import (
 )
 from proxytune_kernels.decoder.pair import pair_models
 from proxytune_kernels.decoder.remote import RemoteSlots
+from proxytune_kernels.decoder.states import is_recurrent
 from proxytune_kernels.ops.attention import MAX_HEAD_SIZE
 from proxytune_kernels.trio.llama_cpp import RUNTIME, LlamaModel
 from proxytune_kernels.trio.remote import RemoteModel
-from proxytune_kernels.trio.roles import PAIR
+from proxytune_kernels.trio.roles import PAIR, ROLES
 
 Roles = tuple[str, ...]
 
@@ -36,9 +37,10 @@ class Runner:
     run in a role. What these rows write lies behind their length, where nobody reads it.
 
     Args:
-        models: role -> causal LM, in the order base, expert, anti; or base alone. Their modules
-            are not changed: the runner works on copies that share every weight. Where forwards are
-            compiled, weights of products of one input become views of one tensor, same values.
+        models: role -> causal LM, in the order base, expert, anti, then those of further pairs,
+            each of which runs by itself; or base alone. Their modules are not changed: the runner
+            works on copies that share every weight. Where forwards are compiled, weights of
+            products of one input become views of one tensor, same values.
         max_batch_size, max_seq_len, pair, compile, streams, pack_weights: as in
             :class:`~proxytune_kernels.decoder.decoder.Decoder`.
         slack: places past ``max_seq_len`` for drafts that will be rolled back.
@@ -75,6 +77,10 @@ class Runner:
                     raise ValueError(
                         f"{option} must be False where llama.cpp runs {role}, got True"
                     )
+            if compile and is_recurrent(model):
+                raise ValueError(
+                    f"compile must be False where {role} has recurrent layers, got True"
+                )
             if compile and _is_offloaded(model):
                 raise ValueError(
                     f"compile must be False where weights are offloaded, as those of {role} are: "
@@ -103,7 +109,10 @@ class Runner:
         # By the weight they are of: roles that share weights share these.
         self._packed: dict[int, Tensor] = {}
         self.packed_bytes = 0
-        for roles in [("base",), *([PAIR] if PAIR in trees else []), ("expert",), ("anti",)]:
+        further: list[Roles] = [(role,) for role in models if role not in ROLES]
+        trees |= {part: with_slot_attention(models[part[0]]) for part in further}
+        joined = [PAIR] if PAIR in trees else []
+        for roles in [("base",), *joined, ("expert",), ("anti",), *further]:
             if roles not in trees and roles != ("base",):
                 continue
             if isinstance(trees.get(roles), LlamaModel):
@@ -112,7 +121,7 @@ class Runner:
                 self.models[roles], caches[roles] = own, own.cache
                 self._rows[roles[0]] = own.cache, 0, 1
                 continue
-            joint = PAIR in trees and roles != ("base",)
+            joint = PAIR in trees and set(roles) <= set(PAIR)
             key = PAIR if joint else roles
             if key not in caches:
                 caches[key] = SlotCache(
@@ -142,6 +151,7 @@ class Runner:
                 packed=pack_weights,
                 required=bool(compile),
             )
+        self.recurrent = any(map(is_recurrent, local.values()))
         self._caches = list(caches.values())
         with torch.inference_mode():
             for role, (cache, first_row, _) in self._rows.items():
@@ -180,6 +190,8 @@ class Runner:
         if self.device.type != "cuda":
             return f"the models are on {self.device}, where they are compiled if asked for"
         for role, model in models.items():
+            if is_recurrent(model):
+                return f"{role} has recurrent layers"
             if kernels[role] != "triton":
                 return f"{role} attends through {kernels[role]}, which is compiled if asked for"
             if _is_offloaded(model) or any("_hf_hook" in vars(m) for m in model.modules()):
@@ -316,6 +328,8 @@ class Runner:
         """Why steps can't be CUDA graphs, as a sentence; None where they can be tried."""
         if any(isinstance(model, RemoteSlots) for model in self.models.values()):
             return "the base answers from elsewhere"
+        if self.recurrent:
+            return "there are recurrent layers"
         if self._sides is not None:
             return None
         places = dict.fromkeys(str(cache.device) for cache in self._caches)

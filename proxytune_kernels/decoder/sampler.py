@@ -60,6 +60,7 @@ class SlotSampler:
         backend: of the operators; None is the fastest usable one, for each operator its own.
         device: where the logits are.
         speculation: how drafts are verified; None where there are none.
+        pairs: the roles of each further pair.
 
     Raises:
         RuntimeError: a backend asked for by name that lacks one of the operators.
@@ -72,8 +73,10 @@ class SlotSampler:
         backend: str | None,
         device: torch.device,
         speculation: Speculation | None = None,
+        pairs: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.device = device
+        self._pairs = pairs
         # Columns of all slots, so that a slot is set, or moved, by one launch for each width. Each
         # begins at a multiple of 16 bytes.
         room = -(-max_batch_size // 4) * 4
@@ -151,7 +154,7 @@ class SlotSampler:
 
         Args:
             slots: the first B, or which B.
-            logits: per role [B, V_role], of all roles or of the base alone.
+            logits: per role [B, V_role], of the roles that run.
             needs: of their requests.
         """
         params = self.first(slots) if isinstance(slots, int) else self.params.rows(slots)
@@ -165,6 +168,7 @@ class SlotSampler:
             logits.get("anti"),
             params,
             **self._constraints(slots, params.position, None, needs),
+            bias=self._pairs_bias(slots, params.position, logits, needs),
             vocab_size=self.vocab_size,
             top_logprobs=needs.likeliest,
             attribution=needs.steering,
@@ -233,6 +237,7 @@ class SlotSampler:
             x = ops.combine(base, expert, anti, alpha, vocab_size=self.vocab_size)
             logits = {"base": x.view(*positions.shape, -1)}
         constraints = self._constraints(slots, positions, draft_token_ids, needs)
+        constraints["bias"] = self._pairs_bias(slots, positions, roles, needs)
         verified = ops.verify(
             logits["base"],
             logits.get("expert"),
@@ -273,8 +278,9 @@ class SlotSampler:
         ahead = torch.arange(shape[1], device=self.device).repeat(shape[0])
         position = each.position + ahead
         found: dict[str, Any] = {}
-        if (mask := constraints.get("allowed_mask")) is not None:
-            found["allowed_mask"] = mask.flatten(0, 1)
+        for name in ("allowed_mask", "bias"):
+            if (given := constraints.get(name)) is not None:
+                found[name] = given.flatten(0, 1)
         if (edits := constraints.get("edits")) is not None:
             penalties = edits.penalties.repeat_interleave(shape[1], 0)
             found["edits"] = Edits(edits.entries.flatten(0, 1), penalties)
@@ -298,8 +304,9 @@ class SlotSampler:
         return _asked(drawn, shape)
 
     def prompt_logprobs(
-        self, alpha: float, logits: Mapping[str, Tensor], token_ids: Sequence[int], wanted: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, alpha: float, logits: Mapping[str, Tensor], token_ids: Sequence[int], wanted: int,
+        pair_alphas: Mapping[int, float],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Raw logprobs of prompt tokens at n positions, and of the likeliest tokens there.
 
         Args:
@@ -307,6 +314,7 @@ class SlotSampler:
             logits: per role [n, V_role], before each of the tokens.
             token_ids: the tokens that stand there.
             wanted: how many of the likeliest tokens.
+            pair_alphas: of the further pairs that steer the request.
 
         Returns:
             fp32 [n]; int64 and fp32 [n, at least ``wanted``, or the vocabulary].
@@ -315,8 +323,10 @@ class SlotSampler:
         given = torch.tensor(token_ids).to(self.device, non_blocking=True)
         base, expert, anti = logits["base"], logits.get("expert"), logits.get("anti")
         params = RowParams.make(count, device=self.device, alpha=alpha, temperature=0.0)
+        alphas = {i: torch.full_like(params.alpha, a) for i, a in pair_alphas.items()}
+        bias = self._sum_of_pairs(logits, alphas)
         if wanted > MAX_LOGPROBS:
-            x = ops.combine(base, expert, anti, params.alpha, vocab_size=self.vocab_size)
+            x = ops.combine(base, expert, anti, params.alpha, bias=bias, vocab_size=self.vocab_size)
             x = x.log_softmax(-1)
             top = x.topk(min(wanted, self.vocab_size), -1)
             inside = given.clamp(max=self.vocab_size - 1)
@@ -324,14 +334,16 @@ class SlotSampler:
             logprobs = logprobs.masked_fill(given >= self.vocab_size, torch.nan)
             return logprobs, top.indices, top.values
         likeliest = ops.sample(
-            base, expert, anti, params, vocab_size=self.vocab_size, top_logprobs=MAX_LOGPROBS,
-            backend=self.backends["sample"],
+            base, expert, anti, params, bias=bias, vocab_size=self.vocab_size,
+            top_logprobs=MAX_LOGPROBS, backend=self.backends["sample"],
         )  # fmt: skip
         assert likeliest.top is not None
         # Of a row all but two logits have been read: a token's is held to the likeliest one's.
         pair = torch.stack([given, likeliest.token_ids], 1).clamp(0, self.vocab_size - 1)
-        columns: Any = [None if x is None else x.gather(1, pair) for x in (base, expert, anti)]
-        x = ops.combine(columns[0], columns[1], columns[2], params.alpha)
+        columns: Any = [
+            None if x is None else x.gather(1, pair) for x in (base, expert, anti, bias)
+        ]
+        x = ops.combine(columns[0], columns[1], columns[2], params.alpha, bias=columns[3])
         logprobs = likeliest.raw_logprobs + (x[:, 0] - x[:, 1])
         logprobs = logprobs.masked_fill(given >= self.vocab_size, torch.nan)
         return logprobs, *likeliest.top
@@ -399,6 +411,36 @@ class SlotSampler:
     def _alpha(self, slots: int | Tensor, positions: Tensor, base: Tensor, needs: Needs) -> Tensor:
         place = slice(0, slots) if isinstance(slots, int) else slots
         return self.constraints.alpha(slots, positions, self.params.alpha[place], base, needs)
+
+    def _pairs_bias(
+        self, slots: int | Tensor, positions: Tensor, logits: Mapping[str, Tensor], needs: Needs
+    ) -> Tensor | None:
+        """What further pairs add to x at positions [B], or [B, T], of logits of that shape."""
+        if not needs.pairs:
+            return None
+        rows = logits if positions.dim() > 1 else {r: x[:, None] for r, x in logits.items()}
+        at = positions.view(len(positions), -1)
+        alpha = self.constraints.pair_alpha
+        alphas = {i: alpha(slots, i, at, rows["base"], needs).flatten() for i in needs.pairs}
+        bias = self._sum_of_pairs({r: x.flatten(0, 1) for r, x in rows.items()}, alphas)
+        return None if bias is None else bias.view(*positions.shape, -1)
+
+    def _sum_of_pairs(
+        self, logits: Mapping[str, Tensor], alphas: Mapping[int, Tensor]
+    ) -> Tensor | None:
+        """Sum of alpha * (expert - anti) over further pairs, fp32 [n, vocab_size]; one pass each.
+
+        Args:
+            logits: per role [n, V_role].
+            alphas: fp32 [n] of each of the pairs; none is None. A row of 0 adds exactly 0.
+        """
+        total = None
+        for i, alpha in alphas.items():
+            if total is None:
+                total = torch.zeros((1, self.vocab_size), device=self.device).expand(len(alpha), -1)
+            expert, anti = (logits[role] for role in self._pairs[i])
+            total = ops.combine(total, expert, anti, alpha, vocab_size=self.vocab_size)
+        return total
 
     def _backend(self, operator: str, needs: Needs) -> str | None:
         """As chosen once, but for edits and attribution, which not all of them have."""

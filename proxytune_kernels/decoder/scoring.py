@@ -389,6 +389,7 @@ class Scorer:
     """Runs a trio's models over contexts and continuations."""
 
     def __init__(self, trio: Trio, backend: str | None = None) -> None:
+        trio.check_one_pair("scoring texts")
         self.vocab_size = trio.vocab_size
         self._backend = backend
         self._roles = {

@@ -22,6 +22,7 @@ from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler, StepResult
 from proxytune_kernels.decoder.speculation import History, Speculation
 from proxytune_kernels.trio.remote import RemoteModel
+from proxytune_kernels.trio.roles import ROLES
 
 
 class Stepper:
@@ -60,6 +61,13 @@ class Stepper:
         if self.speculation is None:
             return False
         return self.speculation.drafter != "expert" or "expert" in request.roles
+
+    def roles_of(self, requests: Sequence[Request]) -> tuple[str, ...]:
+        """The roles that any of these requests, of which one is steered, runs in."""
+        if len(self.roles) <= len(ROLES):
+            return self.roles
+        wanted = {role for request in requests for role in request.roles}
+        return tuple(role for role in self.roles if role in wanted)
 
     @torch.inference_mode()
     def prefill(self, requests: Sequence[Request], logits: dict[str, Tensor]) -> StepResult:
@@ -110,8 +118,9 @@ class Stepper:
             before = {role: x[: len(following)] for role, x in rows.items()}
             params = request.params
             scores = self.sampler.prompt_logprobs(
-                params.alphas[0], before, following, params.prompt_logprobs
-            )
+                params.alphas[0], before, following, params.prompt_logprobs,
+                {i: params.pair_alphas[i] for i in request.pairs},
+            )  # fmt: skip
             request.prompt_scores.append(scores)
         return {role: x[0, -1:] for role, x in logits.items()}
 
@@ -129,7 +138,7 @@ class Stepper:
 
         Args:
             slots: how many.
-            roles: all, or the base alone where no running request is steered.
+            roles: those of the running requests: the base alone where none is steered.
             drafts: of each row; 0 is a plain step.
             needs: of the running requests.
 
@@ -157,16 +166,18 @@ class Stepper:
     def warm_up(self, draft_sizes: Sequence[int]) -> None:
         """Capture the steps that most requests need, with a progress bar on a terminal.
 
-        Those of requests that are not steered, or may not stop yet, are captured when they come.
+        Those of requests that are not steered, or by further pairs, or may not stop yet, are
+        captured when they come.
         """
         if self.graphs is None:
             return
         from tqdm import tqdm  # with transformers
 
         needs = Needs.of([])
+        roles = tuple(role for role in self.roles if role in ROLES)
         wanted = [(rows, drafts) for rows in self.graphs.sizes for drafts in draft_sizes]
         for rows, drafts in tqdm(wanted, "Capturing steps", unit="graph", disable=None):
-            kind = (self.roles, drafts, needs)
+            kind = (roles, drafts, needs)
             self.graphs.prepare(rows, kind, partial(self._step, *kind), self.state())
         self._leave_graphs()
 

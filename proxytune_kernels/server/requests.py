@@ -17,7 +17,7 @@ from proxytune_kernels.server.settings import Settings
 
 SAME = (
     *("alpha", "alpha_schedule", "temperature", "top_k", "top_p", "min_p", "filter_order", "seed"),
-    *("min_tokens",),
+    *("pair_alphas", "min_tokens"),
     *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_prompt"),
     *("allowed_token_ids", "bad_words", "logprobs_mode", "steering"),
@@ -116,6 +116,9 @@ class Common(Strict):
     )
     alpha_schedule: str | None = Field(
         None, description="An extension: constant, decay:R or entropy:H."
+    )
+    pair_alphas: Annotated[list[float], Field(max_length=_STOPS)] | None = Field(
+        None, description="An extension: strength of each further pair of the trio."
     )
     temperature: float | None = None
     top_p: float | None = None

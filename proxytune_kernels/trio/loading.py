@@ -33,6 +33,7 @@ _KEYS = {
     "merge_adapter": "flag",
     **dict.fromkeys(("gguf_file", "prompts"), "each"),
     **dict.fromkeys(("quantize", "runtime"), "either"),
+    "pairs": "pairs",
 }
 _WORDS = {
     "number": "an integer",
@@ -40,6 +41,7 @@ _WORDS = {
     "flag": "true or false",
     "each": "an object of a string for each role",
     "either": "a string, or an object of one for each role",
+    "pairs": "a list of objects of expert and anti, each a string",
 }
 RUNTIMES = ("transformers", RUNTIME)
 # The expert beside the anti's weights is where and what these are.
@@ -86,6 +88,14 @@ def _is(value: Any, kind: str) -> bool:
     """Whether a value of trio.json is of the kind that its key wants."""
     if kind == "each" and isinstance(value, dict):
         return all(item is None or isinstance(item, str) for item in value.values())
+    if kind == "pairs":
+        pairs = (
+            [p if isinstance(p, dict) else {} for p in value] if isinstance(value, list) else [{}]
+        )
+        return all(
+            set(pair) == set(PAIR) and all(isinstance(name, str) for name in pair.values())
+            for pair in pairs
+        )
     if kind == "either":
         return isinstance(value, str) or _is(value, "each")
     return isinstance(value, {"number": int, "text": str, "flag": bool}.get(kind, ()))
@@ -254,7 +264,7 @@ def load_models(
                 f"{name} of expert must be that of anti, whose weights it shares with "
                 f"merge_adapter=False, got {ours!r} and {theirs!r}"
             )
-    loaded = {r: _load(source, options[r]) for r, source in sources.items() if r == "base"}
+    loaded = {r: _load(source, options[r]) for r, source in sources.items() if r not in PAIR}
     loaded |= _load_pair(expert, sources["anti"], options["anti"])
     return {role: loaded[role] for role in sources}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import is_
 from typing import Any
 
 ROLES = ("base", "expert", "anti")
@@ -24,6 +25,41 @@ def check_known(name: str, values: Mapping[str, Any]) -> None:
     unknown = sorted(set(values) - set(ROLES))
     if unknown:
         raise ValueError(f"{name} must have keys among {', '.join(ROLES)}, got {unknown[0]!r}")
+
+
+def kind_of(role: str) -> str:
+    """Expert or anti of a further pair's role, such as ``"expert_2"``; others are their own."""
+    return role.partition("_")[0]
+
+
+def pair_roles(
+    known: Mapping[str, Any], pairs: Any, same: Callable[[Any, Any], bool] = is_
+) -> tuple[tuple[tuple[str, str], ...], dict[str, Any]]:
+    """The roles of each further pair, and by role those of its members that are not known yet.
+
+    Args:
+        known: role -> member, of the base and the first pair.
+        pairs: (expert, anti) of each further pair.
+        same: whether two members are one, which then has one role.
+
+    Raises:
+        ValueError: pairs without a first one, or what is no pair.
+    """
+    members, named = dict(known), []
+    for number, pair in enumerate(pairs, 2):
+        if "expert" not in known:
+            raise ValueError("pairs must come behind expert and anti, got a base alone")
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or None in pair:
+            raise ValueError(
+                f"pairs must be (expert, anti) for each further pair, got {pair!r:.80}"
+            )
+        roles = []
+        for kind, member in zip(PAIR, pair, strict=True):
+            found = (r for r, m in members.items() if kind_of(r) == kind and same(m, member))
+            roles.append(next(found, f"{kind}_{number}"))
+            members.setdefault(roles[-1], member)
+        named.append((roles[0], roles[1]))
+    return tuple(named), {role: m for role, m in members.items() if role not in known}
 
 
 def per_role(name: str, value: Any, role: str) -> Any:

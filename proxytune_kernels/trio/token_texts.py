@@ -132,6 +132,8 @@ class TokenMatcher:
         ours = self._vocabulary.text_of(token_id)
         if ours.startswith(_BYTES) and not text.startswith(_BYTES):
             return  # a part of a character, which some write as nothing, or as the whole
+        if not text and token_id in self._tokenizer.added_tokens_decoder:
+            return  # llama.cpp's server writes special tokens as nothing
         # Decoded alone, a token may lose a blank at its start.
         alike = (name, ours, self._tokenizer.decode([token_id]))
         if text not in alike and text.strip() != ours.strip():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from proxytune_kernels.trio.packed import products
 from proxytune_kernels.trio.prompts import PROMPT_STYLES, tokenize
 from proxytune_kernels.trio.quantization import quantization_of, weight_bytes, weight_count
 from proxytune_kernels.trio.remote import RemoteBase, RemoteModel
-from proxytune_kernels.trio.roles import ROLES, check_known, check_roles
+from proxytune_kernels.trio.roles import ROLES, check_known, check_roles, kind_of, pair_roles
 from proxytune_kernels.trio.vocabulary import Agreement, RoleVocabulary, VocabularyError, agree
 
 
@@ -41,6 +41,9 @@ class Trio:
         prompts: role -> ``"plain"`` or ``"chat"`` (see :func:`~trio.prompts.tokenize`).
         agreement: the shared vocabulary.
         eos_token_ids: tokens that end a request.
+        pairs: the roles of each further pair, ``(("expert_2", "anti_2"), ...)``. A model that is
+            in several pairs has one role: ``("expert_2", "anti")`` has the first pair's anti.
+        further: role -> model of these that is none of ``models``.
     """
 
     models: Mapping[str, Any]
@@ -48,6 +51,8 @@ class Trio:
     prompts: Mapping[str, str]
     agreement: Agreement
     eos_token_ids: tuple[int, ...]
+    pairs: tuple[tuple[str, str], ...] = ()
+    further: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_models(
@@ -58,6 +63,7 @@ class Trio:
         tokenizer: Any = None,
         *,
         prompts: Mapping[str, str] | None = None,
+        pairs: Sequence[tuple[Any, Any]] = (),
     ) -> Trio:
         """Make a trio of models in memory.
 
@@ -69,6 +75,9 @@ class Trio:
                 layers.
             tokenizer: one for all roles, or a mapping from role to tokenizer.
             prompts: role -> ``"plain"`` (default) or ``"chat"``.
+            pairs: (expert, anti) of each further pair, without adapters. They read the prompts of
+                expert and anti. Their tokenizers are those of the mapping's "expert_2", "anti_2",
+                "expert_3", ... where it has them, else expert's and anti's.
 
         A request ends at the end-of-sequence tokens of the base's generation_config and of its
         tokenizer. An expert tuned with a chat template may end its turn with another token: pass
@@ -89,27 +98,44 @@ class Trio:
                 "anti must be the model without the adapter, got one with LoRA layers in it: "
                 "give PEFT another one (a copy), or load the anti anew"
             )
+        named, further = pair_roles(models, pairs)
+        for role, model in further.items():
+            if adapter_parameters(model):
+                raise ValueError(
+                    f"pairs must be of models without LoRA layers, got some in {role}: merge them"
+                )
         if tokenizer is None:
             raise ValueError(
                 "tokenizer must be a tokenizer or a mapping from role to one, got None"
             )
         tokenizers = {
-            r: tokenizer[r] if isinstance(tokenizer, Mapping) else tokenizer for r in models
+            r: tokenizer.get(r, tokenizer[kind_of(r)])
+            if isinstance(tokenizer, Mapping)
+            else tokenizer
+            for r in (*models, *further)
         }
         if isinstance(base, RemoteBase):
             models["base"] = RemoteModel(base, tokenizers["base"], expert)
-        widths = {r: m.get_output_embeddings().weight.shape[0] for r, m in models.items()}
-        for role, model in models.items():
+        members = {**models, **further}
+        widths = {r: m.get_output_embeddings().weight.shape[0] for r, m in members.items()}
+        for role, model in members.items():
             if isinstance(model, LlamaModel):
                 model.check_tokenizer(role, tokenizers[role])
-        agreement = agree({r: RoleVocabulary.of(tokenizers[r], widths[r]) for r in models})
+        agreement = agree({r: RoleVocabulary.of(tokenizers[r], widths[r]) for r in members})
         eos = eos_token_ids(models["base"].generation_config, tokenizers["base"], agreement)
-        return cls(models, tokenizers, _prompt_styles(prompts, tuple(models)), agreement, eos)
+        own = {role: tokenizers[role] for role in models}
+        styles = _prompt_styles(prompts, tuple(models))
+        return cls(models, own, styles, agreement, eos, named, further)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles there are: base, expert, anti; or base alone."""
         return tuple(self.models)
+
+    @property
+    def members(self) -> dict[str, Any]:
+        """All models by role, those of further pairs too."""
+        return {**self.models, **self.further}
 
     @property
     def base(self) -> Any:
@@ -148,18 +174,31 @@ class Trio:
                     f"{user} needs models that transformers runs, got {role} in {RUNTIME}"
                 )
 
+    def check_one_pair(self, user: str) -> None:
+        """Refuse, for ``user``, a trio with further pairs.
+
+        Raises:
+            ValueError: says how many there are.
+        """
+        if self.pairs:
+            raise ValueError(f"{user} needs a trio of one pair, got {len(self.pairs)} further ones")
+
     def tokenize(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """Token ids of a prompt for each role; see :func:`~trio.prompts.tokenize`."""
-        widths = {
-            role: model.get_input_embeddings().weight.shape[0]
-            for role, model in self.models.items()
-        }
+        """Token ids of a prompt for each role; see :func:`~trio.prompts.tokenize`.
+
+        The members of further pairs read those of expert and anti.
+        """
+        widths: dict[str, int] = {}
+        for role, model in self.members.items():
+            width = model.get_input_embeddings().weight.shape[0]
+            widths[kind_of(role)] = min(width, widths.get(kind_of(role), width))
         return tokenize(prompt, self.tokenizers, self.prompts, widths, add_special_tokens)
 
     def info(self) -> dict[str, Any]:
         """What was loaded and agreed, as plain values for printing or JSON."""
         return {
-            "roles": {role: model_info(model) for role, model in self.models.items()},
+            "roles": {role: model_info(model) for role, model in self.members.items()},
+            "pairs": [list(pair) for pair in self.pairs],
             "vocab_size": self.vocab_size,
             "vocabulary_notes": list(self.agreement.notes),
             "eos_token_ids": list(self.eos_token_ids),
@@ -173,6 +212,7 @@ def load_trio(
     base: str | Path | RemoteBase | None = None,
     expert: str | Path | None = None,
     anti: str | Path | None = None,
+    pairs: Sequence[tuple[str | Path, str | Path]] | None = None,
     tokenizer: str | Path | None = None,
     dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
     device: str | torch.device | Mapping[str, str | torch.device] | None = None,
@@ -192,6 +232,8 @@ def load_trio(
             PEFT format) or a hub name; they replace the source's. Expert and anti may both be left
             out: the base alone, unsteered. The base may be a :class:`proxytune_kernels.RemoteBase`:
             one behind an API.
+        pairs: (expert, anti) of each further pair, which steer as well (docs/pairs.md); what is
+            said of the roles expert and anti holds for these. None is what the source says.
         tokenizer: directory or hub name of one for all roles; without it each role's directory has
             its own, and they are compared. That of a remote base is the expert's.
         dtype: of the weights, "auto" for the checkpoint's; or one per role.
@@ -232,23 +274,28 @@ def load_trio(
     references = named_models(settings, directory, base=local, expert=expert, anti=anti)
     if remote is not None:
         del references["base"]
+    if pairs is None:
+        said = settings.get("pairs", ())
+        pairs = [(resolve(p["expert"], directory), resolve(p["anti"], directory)) for p in said]
+    named, added = pair_roles(references, pairs, lambda one, other: str(one) == str(other))
+    references |= {role: str(reference) for role, reference in added.items()}
     gguf = {**settings.get("gguf_file", {}), **(gguf_file or {})}
     check_known("gguf_file", gguf)
     quantizations = {**_each("quantize", settings.get("quantize")), **_each("quantize", quantize)}
     runtimes = {**_each("runtime", settings.get("runtime")), **_each("runtime", runtime)}
     for role, reference in references.items():
-        if runtimes.get(role) == RUNTIME and Path(reference).is_file():
+        if runtimes.get(kind_of(role)) == RUNTIME and Path(reference).is_file():
             references[role], gguf[role] = map(str, (Path(reference).parent, Path(reference).name))
     options = {
         role: load_options(
-            role,
+            kind_of(role),
             dtype=dtype,
             device=device,
             device_map=device_map,
             quantize=quantizations,
-            gguf_file=gguf,
+            gguf_file={kind_of(role): gguf[role]} if role in gguf else {},
             trust_remote_code=trust_remote_code,
-            runtime=runtimes.get(role),
+            runtime=runtimes.get(kind_of(role)),
         )
         for role in references
     }
@@ -264,7 +311,9 @@ def load_trio(
         if tokenizers.setdefault("base", tokenizers.get("expert")) is None:
             raise ValueError("tokenizer must be given for a remote base alone, got None")
     styles = {**settings.get("prompts", {}), **(prompts or {})}
-    return Trio.from_models(**models, tokenizer=tokenizers, prompts=styles)
+    three = {role: model for role, model in models.items() if role in ROLES}
+    further = [(models[expert], models[anti]) for expert, anti in named]
+    return Trio.from_models(**three, tokenizer=tokenizers, prompts=styles, pairs=further)
 
 
 def _each(name: str, value: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,24 @@ def test_prompts_of_rows():
         prompt_of({"text": "a"})
 
 
+def test_a_further_pair_is_swept_beside_a_fixed_one():
+    near = near_trio()
+    models = near.base, near.expert, near.anti, near.tokenizer
+    trio = ptk.Trio.from_models(*models, pairs=[(near.expert, near.anti), (near.anti, near.expert)])
+    # The first pair at 0.5, and its opposite at 0.25: at each strength the pair at that and 0.25.
+    found = likelihoods(trio, "a", ["stop here"], [0.0, 0.5, 1.0], (0.5, 9.0, 0.25), pair=1)
+    wanted = likelihoods(near, "a", ["stop here"], [0.25, 0.75, 1.25])
+    for one, other in zip(found, wanted, strict=True):
+        # Each x is a few roundings of numbers below 16 off, as is what it is held to.
+        assert one[0].logprob == pytest.approx(other[0].logprob, abs=9 * 16 * 2.0**-20)
+    params = ptk.SamplingParams(temperature=0, max_tokens=6, alpha=0.5, pair_alphas=(9.0, 0.25))
+    texts = generate_texts(ptk.Decoder(trio, 2), ["a"], [0.0, 1.0], params, pair=1)
+    alone = generate_texts(
+        ptk.Decoder(near, 2), ["a"], [0.25, 1.25], params=replace(params, pair_alphas=())
+    )
+    assert texts == alone and texts[0] != texts[1]
+
+
 def test_the_commands_of_the_documentation(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="plots need the extra analysis")
     monkeypatch.chdir(tmp_path)
@@ -134,6 +153,16 @@ def test_the_commands_of_the_documentation(tmp_path, monkeypatch):
         ),
         (["--prompts", "rows.jsonl", "--score", "likelihood"], 1, ["line 2", "have 'completion'"]),
         (["--prompts", "none", "--score", "choice"], 1, ["No such file"]),
+        (
+            ["--prompts", "rows.jsonl", "--score", "likelihood", "--pair-alpha", "0:1:2"],
+            1,
+            ["pair_alphas must have a number for each", "which has 0"],
+        ),
+        (
+            ["--score", "choice", "--alpha", "0:1:2", "--pair-alpha", "0:1:2"],
+            2,
+            ["--alpha and --pair-alpha must have one range in all"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -206,6 +206,17 @@ def test_what_needs_modules_refuses_it(trio):
         ProxyTunedForCausalLM.from_trio(trio)
 
 
+def test_further_pairs_cancel(gguf_trio, trio, decoder):
+    """The opposite pair is two files more; both speculation and plain steps run them."""
+    files = gguf_trio.files
+    several = gguf_trio.load(pairs=[(files["anti"], files["expert"])])
+    assert several.pairs == (("expert_2", "anti_2"),)
+    params = SamplingParams(max_tokens=8, temperature=0, alpha=1.0, pair_alphas=(1.0,))
+    [wanted] = decoder.generate("abc", SamplingParams(max_tokens=8, temperature=0, alpha=0.0))
+    [output] = Decoder(several, 1, 64).generate("abc", params)
+    assert output.token_ids == wanted.token_ids
+
+
 def test_a_pool_knows_one_file_from_another(gguf_trio, trio):
     pool = DecoderPool()
     first = pool.decoder_for(trio, 1, 20)

@@ -63,6 +63,19 @@ def test_drafts_are_the_default_and_change_no_token(drafting, texts, near):
             stepping.generate("a", SamplingParams(prompt_logprobs=1))
 
 
+def test_further_pairs_cancel(drafting, near):
+    trio = drafting.trio
+    several = Trio(
+        *(trio.models, trio.tokenizers, trio.prompts, trio.agreement, trio.eos_token_ids),
+        (("expert", "anti"),),
+    )
+    both = SamplingParams(temperature=0, max_tokens=9, pair_alphas=(-1.0,))
+    [output] = Decoder(several, 1).generate("a", both)
+    [wanted] = drafting.generate("a", SamplingParams(temperature=0, max_tokens=9, alpha=0.0))
+    assert output.speculation and output.speculation.drafted  # the pair runs
+    assert output.token_ids == wanted.token_ids
+
+
 def test_a_request_alone_is_drawn_as_beside_others(drafting):
     together = drafting.generate(PROMPTS, PARAMS)
     for prompt, params, wanted in zip(PROMPTS, PARAMS, together, strict=True):

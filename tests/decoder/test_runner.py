@@ -187,8 +187,8 @@ def test_the_callers_model_is_left_as_it_was():
 
 def test_layers_that_a_slot_cache_cannot_serve_are_refused():
     model = make("gemma3")
-    model.config.layer_types = ["full_attention", "chunked_attention", "linear_attention"]
-    wanted = r"expert must have layers of .*, got Gemma3ForCausalLM with chunked.*, linear.*"
+    model.config.layer_types = ["full_attention", "chunked_attention", "sparse"]
+    wanted = r"expert must have layers of .*, got Gemma3ForCausalLM with chunked_attention, sparse"
     with pytest.raises(ValueError, match=wanted):
         Runner({"base": make("llama"), "expert": model, "anti": model}, 2, 64)
 

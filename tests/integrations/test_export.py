@@ -218,6 +218,10 @@ def test_a_hub_name_is_its_cached_snapshot(out, tmp_path, monkeypatch):
         ({"json": {"expert": None, "anti": None}}, "expert and anti must be given .* base alone"),
         ({"json": {"anti": None}}, "anti must be given with the other of the pair"),
         ({"json": {"prompts": {"expert": "chat"}}}, "same for all roles.* base plain, expert chat"),
+        (
+            {"json": {"pairs": [{"expert": "a", "anti": "b"}]}},
+            "pairs in trio.json must be left out",
+        ),
         ({"json": {"quantize": {"base": "int8"}}}, "quantize in trio.json .* vLLM does not do"),
         ({"json": {"gguf_file": {"bass": "x"}}}, "gguf_file must have keys .* got 'bass'"),
         ({"json": {"expert": "gone"}}, "expert must be a directory or hub name, got 'gone'"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import proxytune_kernels as ptk
-from tests.server.serving import PROMPT
+from tests.server.serving import PROMPT, serving
 
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 7, "max_tokens": 12}
 # Two batches of other sizes differ by the rounding of fp32 products.
@@ -46,6 +46,16 @@ def test_completions(server, output):
     for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
         if offset < len(choice["text"]):
             assert choice["text"].startswith(token, offset)
+
+
+def test_further_pairs(server, reference, output, trio32):
+    body = {"model": "shipped", "prompt": PROMPT, "pair_alphas": [0.5]}
+    assert "pair_alphas must have a number" in server.error(body)["message"]
+    expert, anti = trio32.expert, trio32.anti
+    trio = ptk.Trio.from_models(trio32.base, expert, anti, trio32.tokenizer, pairs=[(expert, anti)])
+    with serving(ptk.Decoder(trio, 1)) as running:
+        [choice] = choices(running, "/v1/completions", alpha=0.5, pair_alphas=[0.5])
+    assert choice["text"] == output.text
 
 
 def test_chat(server, output):

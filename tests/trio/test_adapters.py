@@ -118,6 +118,17 @@ def test_merging_is_the_default_and_a_trio_file_may_say_otherwise(adapter, tmp_p
     assert kept(load_trio(tmp_path, merge_adapter=True)) == 0
 
 
+def test_a_further_pair_stands_beside_an_adapter(adapter):
+    pairs = [(SHIPPED / "expert", SHIPPED / "anti")]
+    params = ptk.SamplingParams(temperature=0, max_tokens=6, alpha=0.5, pair_alphas=[0.5])
+    found = []
+    for merge_adapter in (False, True):
+        trio = load(adapter, merge_adapter=merge_adapter, pairs=pairs)
+        assert trio.pairs == (("expert_2", "anti"),)
+        found.append(ptk.Decoder(trio, 1, 64).generate("2 + 2 =", params)[0].token_ids)
+    assert found[0] == found[1]
+
+
 def test_equal_weights_under_another_name_will_do(broken, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(SHIPPED / "anti", other)

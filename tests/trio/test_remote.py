@@ -19,7 +19,7 @@ pytest.importorskip("httpx2", reason="a remote base needs the extra remote")
 import proxytune_kernels as ptk
 from proxytune_kernels.trio import RemoteBase, RemoteError, endpoint, remote
 from proxytune_kernels.trio.remote import RemoteModel
-from proxytune_kernels.trio.token_texts import Vocabulary
+from proxytune_kernels.trio.token_texts import TokenMatcher, Vocabulary
 from proxytune_kernels.trio.vocabulary import VocabularyError
 from tests.decoder.conftest import byte_tokenizer
 from tests.trio import fake_api
@@ -147,6 +147,16 @@ def test_another_vocabulary_is_refused_with_the_first_token(texts, tokenizer, mo
 
 
 Change = Callable[[dict[str, Any]], Any]
+
+
+def test_a_special_token_may_come_without_its_text(tokenizer):
+    """As llama.cpp's server writes it; any other may not."""
+    special, other = min(tokenizer.added_tokens_decoder), 40
+    matcher = TokenMatcher(tokenizer)
+    assert matcher.id_of(special, "") == special
+    matcher.settle()
+    with pytest.raises(VocabularyError, match=r"got '' for id 40"):
+        matcher.id_of(other, "")
 
 
 def place(answer: Any) -> dict[str, Any]:

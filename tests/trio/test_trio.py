@@ -86,6 +86,36 @@ def test_one_tokenizer_for_all(saved, tmp_path):
     assert "base: 1 tokens from id 259 on are never produced" in " ".join(trio.agreement.notes)
 
 
+def test_further_pairs(saved, tmp_path):
+    for role in ("base", "expert", "anti"):
+        (tmp_path / role).symlink_to(saved / role)
+    write(tmp_path, {"pairs": [{"expert": "base", "anti": "anti"}]})
+    trio = load_trio(tmp_path, dtype={"base": "auto", "expert": "float64", "anti": "bfloat16"})
+    assert trio.pairs == (("expert_2", "anti"),)  # opened once, and run once
+    assert [*trio.members] == [*trio.info()["roles"]] == ["base", "expert", "anti", "expert_2"]
+    second = trio.members["expert_2"].lm_head.weight
+    assert torch.equal(second, trio.base.lm_head.weight.double())  # as what is said of expert
+    given = load_trio(
+        saved, pairs=[(saved / "expert", saved / "anti"), (saved / "anti", str(saved / "expert"))]
+    )
+    assert given.pairs == (("expert", "anti"), ("expert_3", "anti_3"))
+    assert given.vocab_size == 259
+    assert load_trio(tmp_path, pairs=[]).pairs == ()
+
+
+@pytest.mark.parametrize("pairs", ["base", {}, ["base"], [{"expert": "base"}], [{"expert": "base",
+    "anti": None}], [{"expert": "base", "anti": "anti", "alpha": "1"}]])  # fmt: skip
+def test_pairs_of_trio_json_that_are_none(tmp_path, pairs):
+    write(tmp_path, {"pairs": pairs})
+    with pytest.raises(LoadError, match=r"pairs in .* must be a list of objects of expert and"):
+        load_trio(tmp_path)
+
+
+def test_a_member_of_a_further_pair_that_does_not_open(saved):
+    with pytest.raises(LoadError, match="expert_2"):
+        load_trio(saved, pairs=[(saved / "none", saved / "anti")])
+
+
 def test_the_plain_roles_and_the_chat_role_read_a_prompt_their_way(saved):
     trio = load_trio(saved)
 

@@ -159,6 +159,8 @@ class EngineGenerate:
         max_seq_len: int | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(source, Trio):
+            source.check_one_pair(type(self).__name__)
         if source is not None and not isinstance(source, Trio) and not _is_ours(source):
             raise TypeError(
                 f"source must be a Trio, a ProxyTunedForCausalLM or None, got {source!r:.80}"

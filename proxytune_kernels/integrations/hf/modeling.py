@@ -145,6 +145,7 @@ class ProxyTunedForCausalLM(  # type: ignore[misc]
         if isinstance(trio.base, RemoteModel):
             raise ValueError("trio must have its base in this process, got one behind an API")
         trio.check_modules(cls.__name__)
+        trio.check_one_pair(cls.__name__)
         config = ProxyTunedConfig.of_models(
             dict(trio.models), trio.vocab_size, alpha=alpha, prompts=dict(trio.prompts)
         )

@@ -234,6 +234,8 @@ def _open_sources(
     references = named_models(settings, directory, **named)
     if len(references) != len(ROLES):
         raise ValueError("expert and anti must be given to export a trio, got base alone")
+    if settings.get("pairs"):
+        raise LoadError("pairs in trio.json must be left out: vLLM serves a trio of one pair")
     if settings.get("quantize"):
         raise LoadError(
             "quantize in trio.json is done as models are opened, which vLLM does not do: name "
