@@ -174,8 +174,8 @@ def test_mistakes(tmp_path, monkeypatch, arguments, code, words):
 
 
 def test_a_narrow_table_cuts_no_digit(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "70")
     scores = [[-1.5241, -1.5077, -1.5424], [-0.017622, -0.025491, -0.021553]]
     print_curves([Curve("likelihood", (0.25, 1.0), scores)])
     printed = capsys.readouterr().out
-    assert "0.02155" in printed and "\u2026" not in printed
+    assert "-0.02156" in printed and "\u2026" not in printed
