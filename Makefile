@@ -34,7 +34,7 @@ endef
 .PHONY: help
 help: ## Say what there is (the default)
 	@echo "make TARGET [PYTHON=python3.12] [EXTRAS=$(EXTRAS)] [TESTS=$(TESTS)]"
-	sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	sed -nE 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 .PHONY: demo
 demo: install ## Continue four prompts, base alone and proxy-tuned side by side; then a short benchmark
@@ -52,14 +52,33 @@ check: lint ## The fast gate for each change: lint, types, the tests that are no
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(TESTS)
 
 .PHONY: wheel
-wheel: install ## Build dist/*.whl, install it into an empty environment, run the demo there
-	@rm -rf build/lib* build/bdist* build/wheel-env dist # a module that has moved must not be packed
-	$(call logged,Building the wheel,wheel,$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .)
-	$(PYTHON) -m venv build/wheel-env
-	$(call logged,Installing torch into an empty environment,wheel-torch,build/wheel-env/bin/python scripts/install_torch.py)
-	$(call logged,Installing the wheel there,wheel-env,build/wheel-env/bin/pip install -c constraints.txt "$$(echo dist/*.whl)[hf]")
+# The wheel is built of the sdist, and of nothing else: what git has must be in there. Then the wheel is installed where
+# no compiler is found, and the sdist where one is.
+wheel: install ## Build sdist and manylinux wheel in dist/, install each into an empty environment, run the demo there
+	@rm -rf build/wheel build/wheel-env dist
+	$(call logged,Building the sdist and the wheel of it,wheel,$(BIN)/python -m build --no-isolation -o build/wheel)
+	if [ -e .git ]; then
+		comm -23 <(git ls-files | sort) <(tar -tzf build/wheel/*.tar.gz | cut -d/ -f2- | sort) > $(LOGS)/sdist.log
+		[ ! -s $(LOGS)/sdist.log ] || { echo "make: not in the sdist (MANIFEST.in): $$(tr '\n' ' ' < $(LOGS)/sdist.log)" >&2; exit 1; }
+	fi
+	$(call logged,Naming the manylinux that the wheel keeps to,auditwheel,PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl)
+	cp build/wheel/*.tar.gz dist
 	ls -sh dist
-	cd build/wheel-env && bin/proxytune demo
+	$(PYTHON) -m venv build/wheel-env
+	into=$(CURDIR)/build/wheel-env/bin
+	$(call logged,Installing torch into an empty environment,wheel-torch,$$into/python scripts/install_torch.py)
+	$(call logged,Installing the wheel there without a compiler,wheel-env,PATH=$$into CC=false CXX=false $$into/pip install -c constraints.txt "$$(echo dist/*.whl)[hf]")
+	(cd build/wheel-env && PATH=$$into CC=false CXX=false proxytune demo)
+	$(call logged,Installing the sdist there with one,sdist-env,$$into/pip install -c constraints.txt setuptools ninja && PROXYTUNE_SKIP_CUDA_BUILD=1 $$into/pip install --force-reinstall --no-deps --no-build-isolation dist/*.tar.gz)
+	(cd build/wheel-env && $$into/proxytune demo)
+
+# Debian: g++-aarch64-linux-gnu, qemu-user
+.PHONY: aarch64
+aarch64: install ## Build the CPU kernels for aarch64, and hold them in qemu to this processor's results (NEON, scalar)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do
+		command -v $$tool > /dev/null || { echo "make: no $$tool: install it (Debian: apt install g++-aarch64-linux-gnu qemu-user)" >&2; exit 1; }
+	done
+	PROXYTUNE_CROSS=aarch64-linux-gnu OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/capi/test_capi.py tests/capi/test_engine_step.py
 
 # The rest of them says nothing more here: the fuzzing tests run the cluster kernels' source too.
 CLUSTER_ASAN := tests/cluster/test_team.py tests/cluster/test_model.py::test_rows_at_every_offset_from_16_bytes

@@ -35,6 +35,7 @@ SOURCES = [
     "csrc/cpu/isa_scalar.cpp",
     "csrc/cpu/isa_avx2.cpp",
     "csrc/cpu/isa_avx512.cpp",
+    "csrc/cpu/isa_neon.cpp",
 ]
 CUDA_SOURCES = ["csrc/binding_cuda.cpp"]  # and build_cuda.SOURCE, which nvcc compiles
 # Python's own flags have -fwrapv, which would hide signed overflow.

@@ -227,7 +227,7 @@ PyObject* set_isa(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "z", &name)) return nullptr;
   if (proxytune_cpu_set_isa(name) != PROXYTUNE_OK) {
     return PyErr_Format(PyExc_ValueError,
-                        "set_isa: name must be 'scalar', 'avx2' or 'avx512' and run on this "
+                        "set_isa: name must be 'scalar', 'avx2', 'avx512' or 'neon' and run on this "
                         "processor, got '%s'",
                         name);
   }

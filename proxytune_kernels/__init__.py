@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from proxytune_kernels.trio import RemoteBase, Trio, load_trio
     from proxytune_kernels.trio.quantization import quantize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Attribution",

@@ -26,12 +26,14 @@ const Kernels* by_name(const char* name) {
 #if defined(__x86_64__)
   if (std::strcmp(name, "avx2") == 0) return has_avx2() ? &kAvx2Kernels : nullptr;
   if (std::strcmp(name, "avx512") == 0) return has_avx512() ? &kAvx512Kernels : nullptr;
+#elif defined(__aarch64__)
+  if (std::strcmp(name, "neon") == 0) return &kNeonKernels;
 #endif
   return nullptr;
 }
 
 const Kernels* widest() {
-  for (const char* name : {"avx512", "avx2"}) {
+  for (const char* name : {"avx512", "avx2", "neon"}) {
     if (const Kernels* kernels = by_name(name)) return kernels;
   }
   return &kScalarKernels;

@@ -197,7 +197,7 @@ PROXYTUNE_API int proxytune_cpu_combine(const proxytune_combine_args* args, int6
 PROXYTUNE_API int proxytune_cpu_head_logits(const proxytune_head_logits_args* args, int64_t begin,
                                             int64_t end);
 
-/* Instruction set in use: "avx512", "avx2" or "scalar"; NULL where PROXYTUNE_FORCE_ISA names one
+/* Instruction set in use: "avx512", "avx2", "neon" or "scalar"; NULL where PROXYTUNE_FORCE_ISA names one
  * that can't run here. Setting NULL chooses the widest. */
 PROXYTUNE_API const char* proxytune_cpu_isa(void);
 PROXYTUNE_API int proxytune_cpu_set_isa(const char* name);

@@ -137,7 +137,7 @@ def sweep(
         ]
         if jsonl is not None:
             sheet.write(jsonl)
-        _print(curves)
+        print_curves(curves)
         if plot is not None:
             from proxytune_kernels.analysis.plots import plot_sweep
 
@@ -192,7 +192,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _print(curves: Sequence[Curve]) -> None:
+def print_curves(curves: Sequence[Curve]) -> None:
     """A table for each scorer, what it suggests, and with two the alphas to choose among."""
     from proxytune_kernels.analysis.sweep import undominated
 
@@ -200,7 +200,8 @@ def _print(curves: Sequence[Curve]) -> None:
     for curve in curves:
         table = Table(title=Text(f"{curve.name}, {len(curve.scores[0])} rows"))
         for column in ("alpha", "score", "95% interval", "behind the best", "95% interval"):
-            table.add_column(column, justify="right", no_wrap=True)
+            # Where a terminal is narrow an interval takes two lines: no digit is cut off.
+            table.add_column(column, justify="right", no_wrap="interval" not in column)
         for point in curve.points:
             cells = [f"{point.alpha:g}"]
             for found in (point.score, point.behind):

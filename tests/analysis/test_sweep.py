@@ -21,6 +21,7 @@ from proxytune_kernels.analysis.sweep import (
     prompt_of,
     undominated,
 )
+from proxytune_kernels.cli.sweep import print_curves
 from tests.cli import assert_one_sentence, invoke
 from tests.decoder.conftest import near_trio
 from tests.documents import examples
@@ -170,3 +171,11 @@ def test_mistakes(tmp_path, monkeypatch, arguments, code, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('\n{"prompt": "a"}\n')
     assert_one_sentence(invoke("sweep", "--trio", "shipped", *arguments), code, *words)
+
+
+def test_a_narrow_table_cuts_no_digit(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    scores = [[-1.5241, -1.5077, -1.5424], [-0.017622, -0.025491, -0.021553]]
+    print_curves([Curve("likelihood", (0.25, 1.0), scores)])
+    printed = capsys.readouterr().out
+    assert "-0.02156" in printed and "\u2026" not in printed

@@ -150,7 +150,7 @@ def instruction_sets() -> list[str]:
     if cpu_extension is None:
         return []
     found = []
-    for name in ("scalar", "avx2", "avx512"):
+    for name in ("scalar", "avx2", "avx512", "neon"):
         try:
             cpu_extension.set_isa(name)
         except ValueError:
