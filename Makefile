@@ -81,10 +81,25 @@ vllm: .venv-vllm/stamp ## Run the tests of the vLLM plugin on vLLM's CPU build (
 	$(call logged,Installing the package beside vLLM,vllm-package,PROXYTUNE_SKIP_EXT=1 $(VLLM)/pip install --no-deps --no-build-isolation -e .)
 	touch $@
 
+SPHINX := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -d build/site-doctrees
+
+.PHONY: docs
+docs: $(STAMPS)/docs ## Build the documentation into build/site: notebooks are run, each warning is an error
+	@echo "Building the documentation into build/site"
+	$(SPHINX) -W --keep-going docs build/site
+
+.PHONY: docs-links
+docs-links: $(STAMPS)/docs ## Ask every link of the documentation that leads elsewhere (needs a network)
+	@$(SPHINX) -b linkcheck docs build/site-links
+
+$(STAMPS)/docs: $(STAMPS)/package
+	@$(call logged,Installing Sphinx,docs,$(BIN)/pip install -c constraints.txt --group docs)
+	touch $@
+
 .PHONY: page
-page: install ## Test the server's page and that of an analysis in headless Chromium (Debian: chromium, nodejs, npm)
+page: docs ## Test this documentation, the server's page and that of an analysis in headless Chromium (Debian: chromium, nodejs, npm)
 	@$(call logged,Installing axe and playwright-core,page,cd tests/page && npm install --no-package-lock --no-audit --no-fund)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/server/test_page.py tests/analysis/test_page.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/page tests/server/test_page.py tests/analysis/test_page.py
 
 .PHONY: asan
 asan: install ## Fuzz the kernels, and call them from C, under AddressSanitizer and UBSan (build/asan)

@@ -85,6 +85,7 @@ class Decoder:
         RuntimeError: a backend asked for by name that can't run here.
 
     Example:
+        >>> from proxytune_kernels import load_trio
         >>> decoder = Decoder(load_trio("shipped"))
         >>> [output] = decoder.generate("2 + 2 =", SamplingParams(max_tokens=8, temperature=0))
         >>> len(output.token_ids) <= 8

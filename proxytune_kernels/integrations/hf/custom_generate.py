@@ -371,6 +371,7 @@ def engine_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
     Example:
         >>> import proxytune_kernels as ptk
+        >>> from proxytune_kernels.integrations.hf import ProxyTunedForCausalLM
         >>> model = ProxyTunedForCausalLM.from_trio(ptk.load_trio("shipped"))
         >>> inputs = model.tokenize("2 + 2 =")
         >>> model.generate(**inputs, custom_generate=engine_generate, max_new_tokens=4).shape[0]
