@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from proxytune_kernels.decoder.constraints import Needs
-from proxytune_kernels.decoder.request import Request, Siblings, StreamEvent
+from proxytune_kernels.decoder.request import Request, StreamEvent
 from proxytune_kernels.decoder.sampler import StepResult
 from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
@@ -158,13 +158,17 @@ def _first_of(request: Request, waiting: Sequence[Request]) -> Request:
     return next(r for r in waiting if r.siblings is request.siblings)
 
 
-def _keep_logits(siblings: Siblings, logits: dict[str, Tensor]) -> None:
-    """One of them starts: its prompt's logits [V] are kept for those that do not yet."""
+def _keep_logits(request: Request, logits: dict[str, Tensor]) -> None:
+    """An output starts: its prompt's logits [V] and scores are kept for those that do not yet."""
+    siblings = request.siblings
+    if siblings is None:
+        return
     siblings.waiting -= 1
     if not siblings.waiting:
-        siblings.prompt_logits = {}
+        siblings.prompt_logits, siblings.prompt_scores = {}, []
     elif not siblings.prompt_logits:
         siblings.prompt_logits = {role: x[None].clone() for role, x in logits.items()}
+        siblings.prompt_scores = list(request.prompt_scores)
 
 
 def _moment(device: torch.device) -> float | torch.cuda.Event:
@@ -298,8 +302,7 @@ class DecodingLoop:
             for other in others:
                 assert other.slot is not None
                 self._runner.copy(request.slot, other.slot, lengths)
-                other.prompt_logprobs = request.prompt_logprobs
-                other.prompt_scores = [*request.prompt_scores]
+                other.prompt_scores = list(request.siblings.prompt_scores)
             logits = request.siblings.prompt_logits
             self._start(others, {role: x.expand(len(others), -1) for role, x in logits.items()})
             return True
@@ -332,8 +335,7 @@ class DecodingLoop:
         result = self._stepper.prefill(requests, logits)
         for i, request in enumerate(requests):
             request.launched = 1
-            if request.siblings is not None:
-                _keep_logits(request.siblings, {role: x[i] for role, x in logits.items()})
+            _keep_logits(request, {role: x[i] for role, x in logits.items()})
         self._pending.append(_Pending(list(enumerate(requests)), result, -1, launched))
 
     def _launch(self) -> bool:

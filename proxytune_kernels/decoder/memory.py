@@ -14,6 +14,7 @@ from proxytune_kernels.decoder.cache import Layer, Part, row_capacity
 from proxytune_kernels.decoder.check import first_layers, kinds_of_layers, ordinary_ids
 from proxytune_kernels.decoder.model import Forward, input_device
 from proxytune_kernels.decoder.remote import TEXT_LAYER
+from proxytune_kernels.decoder.states import is_recurrent
 from proxytune_kernels.trio.llama_cpp import LlamaModel
 from proxytune_kernels.trio.quantization import plain_tensors
 from proxytune_kernels.trio.remote import RemoteModel
@@ -28,8 +29,8 @@ _MOST_SLOTS, _FEWER_SLOTS = 256, 16
 def layers_of(model: Any) -> list[Layer] | None:
     """The keys and values of each layer of a causal LM; None where that can't be told.
 
-    One token runs through the model; of layers that are alike through the first alone. Of a GGUF
-    file all layers count as its first, and keys and values as fp16, as llama.cpp holds them.
+    It can't where layers are recurrent, which may have none: they are taken as they are written. Of
+    a GGUF file all layers count as its first, and keys and values as fp16, as llama.cpp holds them.
     """
     if isinstance(model, RemoteModel):
         return [TEXT_LAYER]
@@ -37,12 +38,24 @@ def layers_of(model: Any) -> list[Layer] | None:
         heads, *sizes = model.head_sizes()
         key, value = (Part(heads, size, torch.float16, model.device) for size in sizes)
         return [(key, value)] * model.config.num_hidden_layers
+    written = None if is_recurrent(model) else _written(model)
+    if written is None or any(getattr(layer, "values", None) is None for layer in written):
+        return None
+    return [(Part.of(layer.keys), Part.of(layer.values)) for layer in written]
+
+
+def _written(model: Any) -> list[Any] | None:
+    """Each layer of a cache of transformers after one token; None where that can't be told.
+
+    Of layers that are alike the token runs through the first alone.
+    """
     depth, kinds = kinds_of_layers(model)
     if depth is None and any(p.device.type == "meta" for p in model.parameters()):
         return None  # weights that are loaded as they are needed: that would take too long
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    recurrent = is_recurrent(model)
+    cache = DynamicCache(config=model.config) if recurrent else DynamicCache()
     short = model if depth is None else first_layers(model, depth)
     device = input_device(model)
     gpus = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
@@ -54,14 +67,26 @@ def layers_of(model: Any) -> list[Layer] | None:
         raise
     except Exception:
         return None  # what is wrong with it, the check will say
-    written: list[Any] = list(cache.layers)
-    if any(getattr(layer, "values", None) is None for layer in written):
-        return None
-    seen = [(Part.of(layer.keys), Part.of(layer.values)) for layer in written]
+    seen: list[Any] = list(cache.layers)
     if depth is None:
         return seen
     # As many as ran; a model that is being trained, or shares keys, has others.
-    return [seen[kinds.index(k)] for k in kinds] if len(seen) == min(depth, len(kinds)) else None
+    right = recurrent or len(seen) == min(depth, len(kinds))
+    return [seen[kinds.index(k)] for k in kinds] if right else None
+
+
+def _recurrent_bytes(model: Any, capacity: int) -> Counter[torch.device]:
+    """What a slot of a model with recurrent layers takes: keys and values, and states."""
+    found: Counter[torch.device] = Counter()
+    for layer in _written(model) or ():
+        for x in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if x is not None:
+                found[x.device] += Part.of(x).nbytes() * capacity
+        for name in ("conv_states", "recurrent_states"):
+            for x in getattr(layer, name, {}).values():
+                if x is not None:
+                    found[x.device] += x.nbytes
+    return found
 
 
 def slots(
@@ -88,6 +113,8 @@ def slots(
     each: Counter[torch.device] = Counter()
     for part in (part for role in layers.values() for layer in role for part in layer):
         each[part.device] += part.nbytes() * row_capacity(max_seq_len, slack)
+    for model in filter(is_recurrent, models.values()):
+        each += _recurrent_bytes(model, row_capacity(max_seq_len, slack))
     fit = wanted
     if fit is None:
         fit = _MOST_SLOTS if input_device(models["base"]).type == "cuda" else _FEWER_SLOTS

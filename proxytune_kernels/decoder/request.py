@@ -181,6 +181,8 @@ class Siblings:
     """How many are not in slots yet."""
     prompt_logits: dict[str, Tensor] = field(default_factory=dict)
     """Of the prompt's last token, per role [1, V], once it has run and while any waits."""
+    prompt_scores: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """What :attr:`Request.prompt_scores` were, as long."""
 
 
 @dataclass(eq=False, repr=False)  # a prompt has no place in a message

@@ -24,6 +24,7 @@ from proxytune_kernels.decoder.cache import cache_keyword
 from proxytune_kernels.decoder.check import Text, check_causal, compare, own_logits
 from proxytune_kernels.decoder.model import Forward, check_model, input_device
 from proxytune_kernels.decoder.remote import complete
+from proxytune_kernels.decoder.states import is_recurrent
 from proxytune_kernels.heads import Head
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.remote import RemoteModel
@@ -215,6 +216,8 @@ class RoleStates:
         """None where continuations can follow a context's keys and values."""
         if self.head_unknown is not None:
             return "its logits come from its own forward"
+        if is_recurrent(self.model):
+            return "padding would enter the states of its layers"
         try:
             check_model(self.role, self.model)
         except ValueError as error:

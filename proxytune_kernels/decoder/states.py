@@ -43,13 +43,15 @@ class SlotStates:
 
     def of(self, key: StateKey, rows: slice | Tensor) -> Tensor | None:
         """The state of some rows, for a slice in place; None where there is none yet."""
-        return self._held[key][rows] if key in self._held else None
+        held = self._held.get(key)
+        return None if held is None else held[_there(rows, held)]
 
     def write(self, key: StateKey, rows: slice | Tensor, state: Tensor) -> None:
         """Set the state of some rows to ``state``, [B, ...]."""
         if key not in self._held:
             self._held[key] = state.new_zeros((self._rows, *state.shape[1:]))
-        self._held[key][rows] = state
+        held = self._held[key]
+        held[_there(rows, held)] = state
 
     def keep(self, rows: slice, running: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What :meth:`put_back` wants, taken before a step of these rows.
@@ -84,3 +86,8 @@ class SlotStates:
     def nbytes(self) -> int:
         """Bytes taken."""
         return sum(state.nbytes for state in self._held.values())
+
+
+def _there(rows: slice | Tensor, held: Tensor) -> slice | Tensor:
+    """Rows, as indices beside what they are of: a model may be spread over devices."""
+    return rows if isinstance(rows, slice) else rows.to(held.device)

@@ -89,12 +89,11 @@ def _is(value: Any, kind: str) -> bool:
     if kind == "each" and isinstance(value, dict):
         return all(item is None or isinstance(item, str) for item in value.values())
     if kind == "pairs":
-        pairs = (
-            [p if isinstance(p, dict) else {} for p in value] if isinstance(value, list) else [{}]
-        )
-        return all(
-            set(pair) == set(PAIR) and all(isinstance(name, str) for name in pair.values())
-            for pair in pairs
+        return isinstance(value, list) and all(
+            isinstance(pair, dict)
+            and set(pair) == set(PAIR)
+            and all(isinstance(name, str) for name in pair.values())
+            for pair in value
         )
     if kind == "either":
         return isinstance(value, str) or _is(value, "each")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,6 +141,9 @@ def test_prompt_logprobs(decoder: Decoder, near: Trio, alpha: float) -> None:
     assert first.prompt_logprobs == output.prompt_logprobs
     assert all(event.prompt_logprobs is None for event in rest)
     assert all(event.top_logprobs is None for event in streams[1])
+    # Of several outputs each has them, and the prompt runs once.
+    one, two = decoder.generate([PROMPTS[1]], replace(params, n=2))
+    assert one.prompt_logprobs == two.prompt_logprobs == output.prompt_logprobs
 
 
 def test_asking_changes_no_token(decoder: Decoder) -> None:

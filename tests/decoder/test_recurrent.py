@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from proxytune_kernels.decoder import Decoder, Speculation, loop
+from proxytune_kernels.decoder import Decoder, Speculation, loop, memory
+from proxytune_kernels.decoder.scoring import RoleStates
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
 from tests.decoder.conftest import word_tokenizer
@@ -129,3 +130,21 @@ def test_what_would_have_to_be_rolled_back_or_compiled_is_refused(trio):
         Decoder(trio, 2, 64, speculation=Speculation())
     with pytest.raises(ValueError, match=r"compile must be False where base has recurrent layers"):
         Decoder(trio, 2, 64, compile=True)
+
+
+def test_memory_is_planned(trio, monkeypatch):
+    decoder = Decoder(trio, 1, 64)
+    decoder.generate(PROMPTS[:1], SamplingParams(max_tokens=2))
+    one = decoder.info()["cache_bytes"]
+    # Three slots and a half: of ten bytes that are free nine may be taken.
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(3.5 * one / 0.9))
+    assert Decoder(trio, None, 64).max_batch_size == 3
+    with pytest.raises(ValueError, match=r"max_batch_size must be at most 3, got 4"):
+        Decoder(trio, 4, 64)
+
+
+def test_scored_continuations_run_apart(trio):
+    """Of one context they would be padded, which a state is of as well."""
+    found = RoleStates("base", trio.base, trio.vocab_size)
+    assert found.contexts_apart is not None
+    assert found.head_unknown or "padding would enter the states" in found.contexts_apart
