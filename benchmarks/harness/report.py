@@ -156,7 +156,9 @@ def print_table(
     look: Any = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
     table, previous = Table(title=title, caption=caption, **left, **look), ""
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        # Where a terminal is narrow a cell takes more lines: no digit is cut off.
+        look_of: Any = {"justify": "right", "overflow": "fold"} if i else {"no_wrap": True}
+        table.add_column(column, **look_of)
     for section, cells in rows:
         if section != previous:
             table.add_section()

@@ -108,6 +108,8 @@ def at_strength(params: SamplingParams, alpha: float, pair: int = 0) -> Sampling
     if pair == 0:
         return replace(params, alpha=alpha)
     further = list(params.pair_alphas)
+    if pair > len(further):
+        raise ValueError(f"pair must be at most {len(further)}, as pair_alphas has it, got {pair}")
     further[pair - 1] = alpha
     return replace(params, pair_alphas=further)
 
