@@ -195,8 +195,6 @@ def test_the_server_bounds_prompt_logprobs(server):
     for more, word in (({}, "at most|in .0, 20"), ({"prompt_logprobs": -1}, "in .0, 20")):
         error = server.error({**body, **more})
         assert error["param"] == "prompt_logprobs" and "[0, 20]" in error["message"], word
-    error = server.error({**body, "prompt_logprobs": 1, "stream": True})
-    assert error["param"] == "prompt_logprobs"
 
 
 def test_a_server_over_a_remote_base_says_what_is_known(known):
