@@ -22,6 +22,7 @@ from proxytune_kernels.trio.checkpoints import (
 from proxytune_kernels.trio.files import LoadError, file_in, find, read_object
 from proxytune_kernels.trio.llama_cpp import RUNTIME, LlamaModel
 from proxytune_kernels.trio.quantization import QuantizationError, check_quantization, finish
+from proxytune_kernels.trio.remote import RemoteBase
 from proxytune_kernels.trio.roles import PAIR, ROLES, check_known, check_roles, per_role
 
 TRIO_FILE = "trio.json"
@@ -101,27 +102,27 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def named_models(
-    settings: Mapping[str, Any], directory: Path | None, **named: str | Path | None
+    settings: Mapping[str, Any], directory: Path | None, **named: str | Path | RemoteBase | None
 ) -> dict[str, str]:
     """Role -> directory or hub name of its model, in the order base, expert, anti.
 
     Args:
         settings: what trio.json says.
         directory: it is in this one; paths are relative to it.
-        named: role -> what replaces trio.json's, or None.
+        named: role -> what replaces trio.json's, or None. A remote base is not opened here, and
+            left out.
 
     Raises:
         ValueError: no base, or one of expert and anti without the other.
     """
+    given = {role: named[role] for role in ROLES if named.get(role) is not None}
     references = {
-        role: str(named[role])
-        if named.get(role) is not None
-        else resolve(settings[role], directory)
+        role: given[role] if role in given else resolve(settings[role], directory)
         for role in ROLES
-        if named.get(role) is not None or role in settings
+        if role in given or role in settings
     }
     check_roles(references)
-    return references
+    return {role: str(r) for role, r in references.items() if not isinstance(r, RemoteBase)}
 
 
 def load_options(

@@ -269,11 +269,7 @@ def load_trio(
     Source: Liu et al. 2024, arXiv 2401.08565; docs/loading.md.
     """
     directory, settings = read_source(source)
-    remote = base if isinstance(base, RemoteBase) else None
-    local = base.url if isinstance(base, RemoteBase) else base
-    references = named_models(settings, directory, base=local, expert=expert, anti=anti)
-    if remote is not None:
-        del references["base"]
+    references = named_models(settings, directory, base=base, expert=expert, anti=anti)
     if pairs is None:
         said = settings.get("pairs", ())
         pairs = [(resolve(p["expert"], directory), resolve(p["anti"], directory)) for p in said]
@@ -305,8 +301,8 @@ def load_trio(
     if tokenizer is None and "tokenizer" in settings:
         tokenizer = resolve(settings["tokenizer"], directory)
     tokenizers = load_tokenizers(sources, options, tokenizer)
-    if remote is not None:
-        models["base"] = remote
+    if isinstance(base, RemoteBase):
+        models["base"] = base
         # It has the vocabulary of the pair.
         if tokenizers.setdefault("base", tokenizers.get("expert")) is None:
             raise ValueError("tokenizer must be given for a remote base alone, got None")
