@@ -19,8 +19,10 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,8 +32,15 @@ import typer
 from benchmarks.harness import options, report, trios
 from proxytune_kernels import Decoder, SamplingParams, Speculation, Trio, load_trio
 from proxytune_kernels.analysis.intervals import Interval, bootstrap
-from proxytune_kernels.analysis.scorers import GivenScorer, Row, TextScorer, choice, exact_match
-from proxytune_kernels.analysis.sweep import likelihoods
+from proxytune_kernels.analysis.scorers import (
+    GivenScorer,
+    Likelihood,
+    Row,
+    TextScorer,
+    choice,
+    exact_match,
+)
+from proxytune_kernels.decoder.scoring import Score, Scorer
 
 Record = dict[str, Any]
 Scores = dict[str, list[float]]
@@ -224,30 +233,82 @@ def systems(
 ) -> list[System]:
     """The base, the pair alone, the proxy by each rule, and the base that was tuned itself."""
 
+    def whole() -> Trio:
+        return trio
+
     def alone(role: str) -> Trio:
         return Trio.from_models(trio.models[role], tokenizer=trio.tokenizers[role])
 
     found = [
-        System("base", lambda: trio),
+        System("base", whole),
         System("expert", lambda: alone("expert")),
         System("anti", lambda: alone("anti")),
-        System("proxy", lambda: trio, 1.0),
-        *(System(f"proxy {rule}", lambda: trio, 1.0, rule) for rule in schedules),
+        System("proxy", whole, 1.0),
+        *(System(f"proxy {rule}", whole, 1.0, rule) for rule in schedules),
     ]
     if direct is not None:
         found.append(System("direct", lambda: load_trio(base=direct, quantize=quantize)))
     return found
 
 
-def answer(system: System, task: Task, batch_size: int, drafts: bool) -> tuple[Scores, Record]:
-    """The scores of a system's answers, and what they cost."""
+def answers(
+    wanted: Sequence[System], task: Task, batch_size: int, drafts: bool, tick: Callable[[str], None]
+) -> Iterator[tuple[System, Scores, Record]]:
+    """Each system's scores, and what they cost; ``tick`` is told of each row."""
+    given = task.scorers[0]
+    if not isinstance(given, GivenScorer):
+        for system in wanted:
+            yield system, *generated(system, task, batch_size, drafts, tick)
+        return
+    # A rule is for texts that are generated. Systems of one trio share its forwards.
+    constant = [system for system in wanted if system.schedule == "constant"]
+    for opener in dict.fromkeys(system.open for system in constant):
+        own, start = [system for system in constant if system.open is opener], time.perf_counter()
+        advance = partial(tick, f"{task.name}: {', '.join(system.name for system in own)}")
+        alphas = [system.alpha for system in own]
+        scores = likeliest(opener(), task.rows, given, alphas, batch_size, advance)
+        cost = {"seconds": (time.perf_counter() - start) / len(own)}
+        for system, values in zip(own, scores, strict=True):
+            yield system, {given.name: values}, cost
+
+
+def likeliest(
+    trio: Trio, rows: Sequence[Row], scorer: GivenScorer, alphas: Sequence[float], batch_size: int,
+    advance: Callable[[], None],
+) -> list[list[float]]:  # fmt: skip
+    """Scores [A][rows] of the texts that the rows give: a prompt is run once for all of its own."""
+    requests, places = [], []
+    for i, row in enumerate(rows):
+        # One text for all roles.
+        [prompt] = {tuple(ids) for ids in trio.tokenize(row["prompt"]).values()}
+        for text in scorer.texts(row):
+            requests.append((prompt, trio.tokenizer.encode(text, add_special_tokens=False)))
+            places.append(i)
+    found: list[list[Any]] = [[None] * len(requests) for _ in alphas]
+    left = Counter(places)
+
+    def scored(request: int, values: Sequence[Score]) -> None:
+        for own, (logprob, _) in zip(found, values, strict=True):
+            own[request] = Likelihood(logprob, len(requests[request][1]))
+        left[places[request]] -= 1
+        if not left[places[request]]:
+            for _ in alphas:
+                advance()
+
+    longest = max(len(prompt) + len(text) for prompt, text in requests)
+    Scorer(trio).score(requests, alphas, batch_size=batch_size, max_length=longest, scored=scored)
+    return [
+        [scorer([own[r] for r, i in enumerate(places) if i == row], rows[row])
+         for row in range(len(rows))]
+        for own in found
+    ]  # fmt: skip
+
+
+def generated(
+    system: System, task: Task, batch_size: int, drafts: bool, tick: Callable[[str], None]
+) -> tuple[Scores, Record]:
+    """The scores of what a system writes, and what it cost."""
     trio, start = system.open(), time.perf_counter()
-    if isinstance(given := task.scorers[0], GivenScorer):
-        scores = []
-        for row in task.rows:
-            [found] = likelihoods(trio, row["prompt"], given.texts(row), [system.alpha])
-            scores.append(given(found, row))
-        return {given.name: scores}, {"seconds": time.perf_counter() - start}
     speculation = Speculation() if drafts and system.alpha else None
     longest = max(len(trio.tokenize(row["prompt"])["base"]) for row in task.rows)
     decoder = Decoder(trio, batch_size, longest + task.max_tokens, speculation=speculation)
@@ -255,7 +316,11 @@ def answer(system: System, task: Task, batch_size: int, drafts: bool) -> tuple[S
         alpha=system.alpha, alpha_schedule=system.schedule, temperature=0.0, stop=task.stop,
         max_tokens=task.max_tokens, steering=bool(system.alpha),
     )  # fmt: skip
-    outputs = decoder.generate([row["prompt"] for row in task.rows], params)
+    outputs: list[Any] = [None] * len(task.rows)
+    for event in decoder.stream([row["prompt"] for row in task.rows], params):
+        if event.output is not None:
+            outputs[event.index] = event.output
+            tick(f"{task.name}: {system.name}")
     took = time.perf_counter() - start
     tokens = [token for output in outputs for token in output.steering or ()]
     scored = {
@@ -282,6 +347,16 @@ def gap_closed(base: Any, proxy: Any, direct: Any, axis: int = -1) -> np.ndarray
     return np.asarray(shares)
 
 
+def closed(base: Any, proxy: Any, direct: Any) -> Interval | None:
+    """The gap closed with its interval; None where the interval of what is gained reaches 0.
+
+    There a share of it may be anything.
+    """
+    if bootstrap(direct, base, statistic=difference).low <= 0:
+        return None
+    return bootstrap(base, proxy, direct, statistic=gap_closed)
+
+
 def difference(one: Any, other: Any, axis: int = -1) -> np.ndarray:
     """The mean difference."""
     return np.asarray(one - other).mean(axis)
@@ -301,8 +376,7 @@ def figures(answered: Sequence[Record]) -> Iterator[Record]:
             if system.startswith("proxy"):
                 line["steered"] = records[system].get("steered")
                 if "direct" in scores:
-                    three = scores["base"], own, scores["direct"]
-                    line["gap_closed"] = bootstrap(*three, statistic=gap_closed)
+                    line["gap_closed"] = closed(scores["base"], own, scores["direct"])
             yield line
 
 
@@ -310,12 +384,16 @@ def _interval(value: Interval) -> str:
     return "{:.2f} [{:.2f}, {:.2f}]".format(*value)
 
 
+def _share(value: Interval | None) -> str:
+    return "direct gains nothing" if value is None else _interval(value)
+
+
 COLUMNS: tuple[report.Column, ...] = (
     ("", "system", str),
     ("mean", "score", _interval),
     ("over base", "over_base", _interval),
     ("over expert", "over_expert", _interval),
-    ("gap closed", "gap_closed", _interval),
+    ("gap closed", "gap_closed", _share),
     ("steered", "steered", report.percent),
 )
 CAPTION = (
@@ -372,18 +450,14 @@ def main(
         for system in wanted:
             SamplingParams(alpha_schedule=system.schedule)
     have = {(r["task"], r["system"]) for r in done}
-    with report.progress_bar(len(made) * len(wanted)) as tick:
-        for task in made:
-            for system in wanted:
-                given = isinstance(task.scorers[0], GivenScorer)
-                # A rule is for texts that are generated.
-                if (task.name, system.name) not in have and not (given and " " in system.name):
-                    scores, cost = answer(system, task, batch_size, speculation)
-                    record = {"task": task.name, "system": system.name, "settings": settings,
-                              "threads": used, "scores": scores, **cost}  # fmt: skip
-                    report.write_json_lines(path, "quality", [record], append=True)
-                    done.append(record)
-                tick(f"{task.name}: {system.name}")
+    for task in made:
+        missing = [system for system in wanted if (task.name, system.name) not in have]
+        with report.progress_bar(len(task.rows) * len(missing), task.name) as tick:
+            for system, scores, cost in answers(missing, task, batch_size, speculation, tick):
+                record = {"task": task.name, "system": system.name, "settings": settings,
+                          "threads": used, "scores": scores, **cost}  # fmt: skip
+                report.write_json_lines(path, "quality", [record], append=True)
+                done.append(record)
     report.say(f"Wrote {path}")
     report.print_records(f"Quality, trio {label}", CAPTION, list(figures(done)), COLUMNS,
                          lambda line: f"{line['task']}: {line['scorer']}")  # fmt: skip

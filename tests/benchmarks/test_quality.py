@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 from benchmarks import quality
+from proxytune_kernels import Trio, load_trio
+from proxytune_kernels.analysis.scorers import GivenScorer
+from proxytune_kernels.analysis.sweep import likelihoods
 
+SUM = (lambda row: row["choices"], lambda found, row: sum(one.logprob for one in found))
 ROW = {
     "prompt": "def twice(x):\n", "entry_point": "twice",
     "test": "def check(f):\n    assert f(2) == 4 and f('a') == 'aa'",
@@ -55,21 +59,25 @@ def test_the_share_of_a_gap():
     lines = {line["system"]: line for line in quality.figures(answered)}
     low, high = lines["proxy"]["gap_closed"][1:]
     assert low < 1 / 3 < high
+    worse = [{**r, "system": {"base": "direct", "direct": "base"}.get(r["system"], r["system"])}
+             for r in answered]  # fmt: skip
+    lines_of_worse = {line["system"]: line for line in quality.figures(worse)}
+    assert lines_of_worse["proxy"]["gap_closed"] is None
     assert lines["proxy"]["over_base"].value == 0.25 and "gap_closed" not in lines["base"]
 
 
 def test_a_run_that_was_cut_short_goes_on(records_of, monkeypatch):
     monkeypatch.setattr("benchmarks.harness.trios._PROBLEMS", 8)
     arguments = ("--quick", "--tasks", "arithmetic", "--schedules", "entropy:2")
-    answer, asked = quality.answer, []
+    generated, asked = quality.generated, []
 
-    def counted(system, task, *settings):
+    def counted(system, *settings):
         asked.append(system.name)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return answer(system, task, *settings)
+        return generated(system, *settings)
 
-    monkeypatch.setattr(quality, "answer", counted)
+    monkeypatch.setattr(quality, "generated", counted)
     with pytest.raises(AssertionError):
         records_of(quality.main, *arguments)
     records, said = records_of(quality.main, *arguments)
@@ -80,3 +88,25 @@ def test_a_run_that_was_cut_short_goes_on(records_of, monkeypatch):
     assert steered[:4] == [0, 0, 0, 1] and 0 < steered[4] < 1
     right = {r["system"]: sum(r["scores"]["right"]) for r in records}
     assert right["proxy"] > right["base"] and "over base" in said
+
+
+def test_systems_that_choose_share_a_trios_forwards():
+    trio = load_trio("shipped")
+    rows = [{"prompt": f"Question: {a} + 2 = ?\nAnswer:", "answer": 1,
+             "choices": [" three", " four apples", " four"]} for a in (1, 2)]  # fmt: skip
+    task = quality.Task("choice", rows, (GivenScorer("sum", *SUM),))
+    told: list[str] = []
+    found = {
+        system.name: scores["sum"]
+        for system, scores, _ in quality.answers(
+            quality.systems(trio, None, ["entropy:1"]), task, 8, True, told.append
+        )
+    }
+    assert told == ["choice: base, proxy"] * 4 + ["choice: expert"] * 2 + ["choice: anti"] * 2
+    alone = Trio.from_models(trio.expert, tokenizer=trio.tokenizer)
+    for i, row in enumerate(rows):
+        base, proxy = likelihoods(trio, row["prompt"], row["choices"], [0.0, 1.0])
+        [expert] = likelihoods(alone, row["prompt"], row["choices"], [0.0])
+        # Forwards of other shapes: sums of 64 to 512 products in fp32, through six layers.
+        for name, wanted in (("base", base), ("proxy", proxy), ("expert", expert)):
+            assert found[name][i] == pytest.approx(sum(w.logprob for w in wanted), abs=1e-3)
