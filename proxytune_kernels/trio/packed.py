@@ -3,7 +3,9 @@
 A step of decoding reads every weight once, so what it takes is bytes. The packed products read
 int8 and int4 as they lie and convert in registers; sums are in fp32, rounded once.
 
-int8: w = q * s, q in [-127, 127], a scale for a row of the weight.
+int8: w = q * s * c, q in [-127, 127], a scale s for a row of the weight. c is 1, except in layers
+some of whose columns are much larger than most: there it is a power of two for each column, and
+activations are multiplied by it, which rounds nothing.
 int4: w = q * s + z, q in [-8, 7], a scale and a zero for :data:`GROUP_SIZE` weights of a row.
 
 Scales and zeros have the activations' dtype, and are rounded to it before q is chosen, so that a
@@ -28,7 +30,7 @@ Source: aten/src/ATen/native/cpu/int8mm_kernel.cpp and int4mm_kernel.cpp.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -61,6 +63,8 @@ class PackedLinear(Linear):
     """A linear layer over a packed weight."""
 
     scales: Parameter
+    columns: Tensor | None
+    """Factors [in] of the activations."""
     has_tiles = False
     """Whether AMX multiplies where activations are bf16."""
     tiled_outputs = 1
@@ -68,7 +72,9 @@ class PackedLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Result [..., out] for input [..., in]."""
-        rows = input.reshape(-1, self.in_features).contiguous()
+        rows = input.reshape(-1, self.in_features)
+        columns = self._buffers["columns"]
+        rows = rows.contiguous() if columns is None else rows * columns
         # A compiled forward is of few tokens.
         if torch.compiler.is_compiling() or rows.shape[0] <= PACKED_ROWS:
             result = self._packed(rows)
@@ -80,7 +86,7 @@ class PackedLinear(Linear):
         return result.view(*input.shape[:-1], self.out_features)
 
     def written_out(self, first: int, last: int) -> Tensor:
-        """Weights of the outputs first to last, a multiple of 64, as [in, outputs]."""
+        """Weights of the outputs first to last, a multiple of 64, as [in, outputs], without c."""
         raise NotImplementedError
 
     def _packed(self, rows: Tensor) -> Tensor:
@@ -158,14 +164,16 @@ class Int4Linear(PackedLinear):
 
 
 class Int8Embedding(Embedding):
-    """An embedding that shares the int8 weight and the scales of the output layer."""
+    """An embedding that shares the int8 weight and all scales of the output layer."""
 
     scales: Parameter
+    columns: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         """Result [..., in] for ids int64 [...]."""
         scales = self.scales[input][..., None]
-        return embedding(input, self.weight).to(scales.dtype) * scales
+        rows = embedding(input, self.weight).to(scales.dtype) * scales
+        return rows if self.columns is None else rows * self.columns
 
 
 _WAYS: dict[str, Callable[[PackedLinear, Tensor], Tensor]] = {
@@ -188,7 +196,11 @@ def pack(layer: Linear, quantization: str, weight: Tensor) -> Parameter:
     """
     kind, quantized = _KINDS[quantization]
     rows = max(_PART // weight.shape[1] // _BLOCK, 1) * _BLOCK
-    values, scales = zip(*map(quantized, weight.detach().split(rows)), strict=True)
+    parts = weight.detach().split(rows)
+    columns = _columns(parts) if kind is Int8Linear else None
+    if columns is not None:
+        parts = tuple(part / columns for part in parts)
+    values, scales = zip(*map(quantized, parts), strict=True)
     layer.__class__ = kind
     assert isinstance(layer, PackedLinear)
     _call(layer)
@@ -198,6 +210,7 @@ def pack(layer: Linear, quantization: str, weight: Tensor) -> Parameter:
     whole = layer.in_features % 64 == 0 == layer.out_features % kind.tiled_outputs
     layer.has_tiles = whole and layer.is_known() and _has_amx()
     layer.register_parameter("scales", Parameter(of_rows, requires_grad=False))
+    layer.register_buffer("columns", columns)
     return Parameter(torch.cat(values), requires_grad=False)
 
 
@@ -219,6 +232,7 @@ def share(table: Embedding, head: PackedLinear) -> None:
     _call(table)
     table.weight = head.weight
     table.register_parameter("scales", head.scales)
+    table.register_buffer("columns", head.columns)
 
 
 def _call(layer: Module) -> None:
@@ -255,6 +269,37 @@ def _seconds(call: Callable[[], Any]) -> float:
         call()
         found.append(time.perf_counter() - start)
     return min(found)
+
+
+def _columns(parts: Sequence[Tensor]) -> Tensor | None:
+    """Powers of two [in] that leave less than half of a weight's squared error, or None.
+
+    A row's step is that of its largest value, so columns of one size have the least error. Their
+    root mean square is a size, and so is the geometric mean of that and the largest value: which
+    leaves less differs from layer to layer. The rows' largest values tell the error beforehand.
+    """
+    if parts[0].dtype == torch.float16:  # whose range activations may leave
+        return None
+    largest = torch.stack([part.abs().amax(0) for part in parts]).amax(0).float()
+    mean = (
+        torch.stack([part.float().square().sum(0) for part in parts])
+        .sum(0)
+        .div_(sum(map(len, parts)))
+    )
+    best, least = None, _error(parts, torch.ones_like(parts[0][0])) / 2
+    for sizes in (mean.sqrt(), (largest.square() * mean).pow(0.25)):
+        powers = (sizes / sizes.median()).log2_().round_().clamp_(-16, 16)
+        columns = torch.exp2(powers).to(parts[0].dtype)
+        # NaN, which is not less, where most columns are 0.
+        if (error := _error(parts, columns)) < least:
+            best, least = columns, error
+    return best
+
+
+def _error(parts: Sequence[Tensor], columns: Tensor) -> float:
+    """The squared error of a weight whose columns are divided, but for a factor."""
+    steps = (float((part / columns).abs().amax(1).float().square().sum()) for part in parts)
+    return sum(steps) * float(columns.float().square().mean())
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:

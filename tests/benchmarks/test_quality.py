@@ -1,5 +1,7 @@
 """benchmarks.quality: what each task's scorer says, the share of a gap, and a run that goes on."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -52,17 +54,16 @@ def test_the_share_of_a_gap():
     base, proxy, direct = np.array([[0, 0, 1, 0.0]]), np.array([[1, 0, 1, 0.0]]), np.ones((1, 4))
     assert quality.gap_closed(base, proxy, direct) == pytest.approx([1 / 3])
     assert np.isnan(quality.gap_closed(base, proxy, base)).all()
-    answered = [
-        {"task": "t", "system": name, "scores": {"s": scores.repeat(50).tolist()}}
-        for name, scores in (("base", base), ("proxy", proxy), ("direct", direct))
-    ]
-    lines = {line["system"]: line for line in quality.figures(answered)}
+
+    def lines_of(**scores):
+        answered = [{"task": "t", "system": name, "scores": {"s": own.repeat(50).tolist()}}
+                    for name, own in scores.items()]  # fmt: skip
+        return {line["system"]: line for line in quality.figures(answered)}
+
+    lines = lines_of(base=base, proxy=proxy, direct=direct)
     low, high = lines["proxy"]["gap_closed"][1:]
     assert low < 1 / 3 < high
-    worse = [{**r, "system": {"base": "direct", "direct": "base"}.get(r["system"], r["system"])}
-             for r in answered]  # fmt: skip
-    lines_of_worse = {line["system"]: line for line in quality.figures(worse)}
-    assert lines_of_worse["proxy"]["gap_closed"] is None
+    assert lines_of(base=direct, proxy=proxy, direct=base)["proxy"]["gap_closed"] is None
     assert lines["proxy"]["over_base"].value == 0.25 and "gap_closed" not in lines["base"]
 
 
@@ -92,7 +93,7 @@ def test_a_run_that_was_cut_short_goes_on(records_of, monkeypatch):
 
 def test_systems_that_choose_share_a_trios_forwards():
     trio = load_trio("shipped")
-    rows = [{"prompt": f"Question: {a} + 2 = ?\nAnswer:", "answer": 1,
+    rows: list[dict[str, Any]] = [{"prompt": f"Question: {a} + 2 = ?\nAnswer:", "answer": 1,
              "choices": [" three", " four apples", " four"]} for a in (1, 2)]  # fmt: skip
     task = quality.Task("choice", rows, (GivenScorer("sum", *SUM),))
     told: list[str] = []
