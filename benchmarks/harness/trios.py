@@ -133,21 +133,23 @@ def make_prompts(trio: Trio, batch_size: int, length: int) -> list[list[int]]:
     ]
 
 
-def task_prompts(kind: str, trio_name: str) -> list[tuple[str, str | None]]:
+def task_prompts(kind: str, trio_name: str, seed: int = 0) -> list[tuple[str, str | None]]:
     """Prompts that have a length of their own, each with how it goes on where that is known.
 
     ``"arithmetic"`` is problems that the expert of the trio was not tuned on (shipped: of
-    ``scripts/trio_training``, any other: of ``scripts/qwen``), ``"code"`` is :data:`CODE`.
+    ``scripts/trio_training``, any other: of ``scripts/qwen``), others for each seed; ``"code"`` is
+    :data:`CODE`.
     """
     if kind == "code":
         return [(head, None) for head in CODE]
     if kind != "arithmetic":
         raise ValueError(f"kind must be arithmetic or code, got {kind!r}")
     if trio_name == "shipped":
-        drawn = arithmetic.problems(_PROBLEMS, _SHIPPED_SEED, held_out=True)
+        drawn = arithmetic.problems(_PROBLEMS, _SHIPPED_SEED + seed, held_out=True)
         return list(dict.fromkeys((p.prompt, p.answer) for p in drawn))
     # scripts/qwen_trio.py tunes on fewer, drawn from the same seed.
-    unseen = problems.held_out(_PROBLEMS, problems.training(_PROBLEMS))
+    trained_on = problems.training(_PROBLEMS)
+    unseen = problems.held_out(_PROBLEMS, trained_on, problems.HELD_OUT_SEED + seed)
     return [(p.prompt, p.completion) for p in unseen]
 
 

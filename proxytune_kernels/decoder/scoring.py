@@ -427,7 +427,7 @@ class Scorer:
     def score(
         self,
         requests: Sequence[tuple[Sequence[int], Sequence[int]]],
-        alphas: Sequence[float],
+        alphas: Sequence[float | str],
         *,
         batch_size: int,
         max_length: int,
@@ -437,13 +437,14 @@ class Scorer:
 
         Args:
             requests: (context, continuation) token ids, neither empty.
-            alphas: strengths of the steering; all share the forwards. Where all are 0 the small
-                models do not run.
+            alphas: strengths of the steering, or the role of a member alone; all share the
+                forwards. Where all are 0 or ``"base"`` the small models do not run.
             batch_size: contexts, and continuations behind them, that run at the same time.
             max_length: tokens that are run for a request at most (:func:`make_trees`).
             scored: takes a request's place in the list, and its score for each alpha.
         """
-        roles = self._roles if any(alphas) else {"base": self._roles["base"]}
+        steered = any(alpha not in (0, "base") for alpha in alphas)
+        roles = self._roles if steered else {"base": self._roles["base"]}
         share = all(states.contexts_apart is None for states in roles.values())
         trees = make_trees(requests, max_length, share=share)
         windows = [states.window for states in roles.values() if states.window is not None]
@@ -455,7 +456,7 @@ class Scorer:
         self,
         batch: Batch,
         rows: dict[str, Tensor],
-        alphas: Sequence[float],
+        alphas: Sequence[float | str],
         scored: Callable[[int, tuple[Score, ...]], None],
     ) -> None:
         """From states to the batch's scores."""
@@ -468,7 +469,9 @@ class Scorer:
             requests[row].append(request)
         for chunk, logits in self._chunks(rows):
             for a, alpha in enumerate(alphas):
-                found = zip(*self._at(logits, targets[chunk], alpha), strict=True)
+                alone = {"base": logits[alpha]} if isinstance(alpha, str) else logits
+                strength = 0.0 if isinstance(alpha, str) else alpha
+                found = zip(*self._at(alone, targets[chunk], strength), strict=True)
                 for i, (values, best) in enumerate(found, chunk.start):
                     for value, target, request in zip(values, targets[i], requests[i], strict=True):
                         sums[request][a] += value

@@ -45,9 +45,9 @@ def training(count: int) -> list[Problem]:
     return [draw(rng) for _ in range(count)]
 
 
-def held_out(count: int, trained_on: Sequence[Problem]) -> list[Problem]:
+def held_out(count: int, trained_on: Sequence[Problem], seed: int = HELD_OUT_SEED) -> list[Problem]:
     """`count` problems from another seed, none of whose questions is among `trained_on`."""
-    rng = random.Random(HELD_OUT_SEED)
+    rng = random.Random(seed)
     seen = {problem.question for problem in trained_on}
     fresh: list[Problem] = []
     while len(fresh) < count:

@@ -9,6 +9,7 @@ from benchmarks import quality
 from proxytune_kernels import Trio, load_trio
 from proxytune_kernels.analysis.scorers import GivenScorer
 from proxytune_kernels.analysis.sweep import likelihoods
+from scripts.qwen import problems
 
 SUM = (lambda row: row["choices"], lambda found, row: sum(one.logprob for one in found))
 ROW = {
@@ -103,11 +104,36 @@ def test_systems_that_choose_share_a_trios_forwards():
             quality.systems(trio, None, ["entropy:1"]), task, 8, True, told.append
         )
     }
-    assert told == ["choice: base, proxy"] * 4 + ["choice: expert"] * 2 + ["choice: anti"] * 2
-    alone = Trio.from_models(trio.expert, tokenizer=trio.tokenizer)
+    assert told == ["choice: base, expert, anti, proxy"] * 8
+    expert_alone, anti_alone = (
+        Trio.from_models(member, tokenizer=trio.tokenizer) for member in (trio.expert, trio.anti)
+    )
     for i, row in enumerate(rows):
         base, proxy = likelihoods(trio, row["prompt"], row["choices"], [0.0, 1.0])
-        [expert] = likelihoods(alone, row["prompt"], row["choices"], [0.0])
+        [expert] = likelihoods(expert_alone, row["prompt"], row["choices"], [0.0])
+        [anti] = likelihoods(anti_alone, row["prompt"], row["choices"], [0.0])
         # Forwards of other shapes: sums of 64 to 512 products in fp32, through six layers.
-        for name, wanted in (("base", base), ("proxy", proxy), ("expert", expert)):
+        texts = {"base": base, "proxy": proxy, "expert": expert, "anti": anti}
+        for name, wanted in texts.items():
             assert found[name][i] == pytest.approx(sum(w.logprob for w in wanted), abs=1e-3)
+
+
+@pytest.mark.parametrize("trio", ["shipped", "qwen"])
+def test_a_seed_has_problems_of_its_own(trio):
+    first, same, other = (
+        {row["prompt"] for row in quality.arithmetic(trio, 100, seed).rows} for seed in (0, 0, 1)
+    )
+    assert first == same and len(other - first) > 50
+    if trio == "qwen":
+        trained_on = {problem.prompt for problem in problems.training(400)}
+        assert not trained_on & (first | other)
+    prompts = [[row["prompt"] for row in quality.instructions(9, seed).rows] for seed in (0, 1)]
+    assert prompts[0] != prompts[1]
+
+
+def test_the_tuned_base_is_opened_once(monkeypatch):
+    trio, opened = load_trio("shipped"), []
+    monkeypatch.setattr(quality, "load_trio", lambda **given: opened.append(given) or trio)
+    direct = quality.systems(trio, "there", [], "int8")[-1]
+    assert direct.alone() is direct.alone() is trio
+    assert opened == [{"base": "there", "quantize": "int8"}]
