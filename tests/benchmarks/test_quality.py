@@ -132,8 +132,14 @@ def test_a_seed_has_problems_of_its_own(trio):
 
 
 def test_the_tuned_base_is_opened_once(monkeypatch):
-    trio, opened = load_trio("shipped"), []
-    monkeypatch.setattr(quality, "load_trio", lambda **given: opened.append(given) or trio)
+    trio = load_trio("shipped")
+    opened = []
+
+    def load(**given):
+        opened.append(given)
+        return trio
+
+    monkeypatch.setattr(quality, "load_trio", load)
     direct = quality.systems(trio, "there", [], "int8")[-1]
     assert direct.alone() is direct.alone() is trio
     assert opened == [{"base": "there", "quantize": "int8"}]
