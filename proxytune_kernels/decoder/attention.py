@@ -27,7 +27,7 @@ ATTENTION_NAME = "proxytune_slots"
 # wrong tokens without an error.
 _UNKNOWN_TERMS = ("s_aux", "position_bias")
 
-_MAX_NEW = 64
+MAX_NEW = 64
 """More new tokens a row are a prompt's, and go through SDPA where the kernel is ours."""
 
 _SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -152,7 +152,7 @@ def slot_attention(
             f"{type(module).__name__}, where it makes its own"
         )
     kernel = "sdpa" if cache_step.fresh else cache_step.cache.kernel
-    if kernel == "triton" and query.shape[2] <= _MAX_NEW:
+    if kernel == "triton" and query.shape[2] <= MAX_NEW:
         return _own(query, key, value, cache_step, scaling, sliding_window, softcap), None
     if kernel == "flash-attn":
         return _flash(query, key, value, cache_step, scaling, sliding_window, softcap), None

@@ -146,7 +146,7 @@ class SlotCache:
             width: new tokens of each row.
             offset: how many tokens behind a row's length they go.
             indexed: write by index even where all rows have one length.
-            prompt: the rows are a slot's that does not run yet: the host knows their one length.
+            prompt: the rows are of slots that do not run yet: the host knows their lengths.
         """
         host = [self.lengths[row] for row in rows]
         longest = max(host) + offset
@@ -211,18 +211,21 @@ class SlotCache:
         self.lengths[target] = count
         self.device_lengths[target].fill_(count)
 
-    def release(self, row: int, rows: int = 1) -> None:
-        """Empty neighbouring rows, which run no more."""
+    def release(self, row: int, rows: int = 1, keep: int = 0) -> None:
+        """Empty neighbouring rows, which run no more, but for their first ``keep`` tokens."""
         which = slice(row, row + rows)
+        keep = min(keep, *self.lengths[which])
         if self.kernel == "sdpa":
             # It reads past a short row's end with weight 0, and 0 * NaN is NaN: what a request left
             # must not be there for the next, drafts past its end included.
             end = max(self.lengths[which]) + 1 + self.capacity - self.max_seq_len
             for slab in self.slabs:
-                slab[:, which, :end].zero_()
+                slab[:, which, keep:end].zero_()
         self._state[:, which].zero_()
+        if keep:
+            self.device_lengths[which].fill_(keep)
         self.states.clear(which)
-        self.lengths[which] = [0] * rows
+        self.lengths[which] = [keep] * rows
 
     def reset(self) -> None:
         """Empty all rows, whatever was written where."""

@@ -272,7 +272,7 @@ def _through_cache(part: SlotModel, text: Text) -> list[tuple[str, int, int, Ten
     if text.chunk:
         chunk = text.token_ids[0][text.prompt : text.prompt + text.chunk]
         lengths[0] += text.chunk
-        take("chunk", [0], part.extend(0, chunk))
+        take("chunk", [0], part.extend(range(1), [chunk]))
     if text.step:
         new = [[ids[n]] for ids, n in zip(text.token_ids, lengths, strict=True)]
         # What is compiled is compiled later: a first request should wait for it.

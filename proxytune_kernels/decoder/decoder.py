@@ -313,6 +313,7 @@ class Decoder:
 
     def _compile_models(self) -> None:
         if self._cold:
+            self._loop.forget_prompts()
             self._runner.warm_up()
             self._cold = False
 

@@ -96,17 +96,19 @@ class LlamaSlots(SlotModel):
 
     def extend(
         self,
-        slot: int,
-        token_ids: Sequence[int],
+        slots: range,
+        token_ids: Sequence[Sequence[int]],
         numbers: Sequence[Tensor] | None = None,
         *,
         every: bool = False,
     ) -> Tensor:
         """See :meth:`SlotModel.extend`."""
-        rows = self._rows_of(slot)
-        logits = self._context.run([(slot, self.cache.lengths[slot], token_ids)], every=every)
-        self.cache.extend(rows, len(token_ids))
-        return logits.clone()[None] if every else logits.clone()
+        rows = [
+            (slot, self.cache.lengths[slot], x) for slot, x in zip(slots, token_ids, strict=True)
+        ]
+        logits = self._context.run(rows, every=every).clone()
+        self.cache.extend(slots, len(token_ids[0]))
+        return logits.unflatten(0, (len(slots), -1)) if every else logits
 
     def warm_up(self) -> None:
         """There is nothing to compile."""

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxytune_kernels.decoder.attention import MAX_NEW
 from proxytune_kernels.decoder.constraints import Needs
-from proxytune_kernels.decoder.request import Request, StreamEvent
+from proxytune_kernels.decoder.request import KeptPrompt, Request, StreamEvent
 from proxytune_kernels.decoder.sampler import StepResult
 from proxytune_kernels.decoder.speculation import DraftController
 from proxytune_kernels.decoder.step import Stepper
@@ -32,6 +33,8 @@ class Statistics:
     plain_steps: int = 0
     speculative_rounds: int = 0
     prefill_forwards: int = 0
+    reused_tokens: int = 0
+    """Of the base's prompts, those that a slot still held: they were not run again."""
     base_forwards: int = 0
     """Of steps and rounds; those of prompts are not among them."""
     slot_steps: int = 0
@@ -47,12 +50,17 @@ class Statistics:
 class Scheduler:
     """Which request has which slot: first come, first served, over a fixed number of slots.
 
-    Slots in use are always the first ones, so a step has no gaps.
+    Slots of requests that take steps are always the first ones, so a step has no gaps.
+
+    A free slot may keep the prompt of the request that left it, until another needs the slot: a
+    request that goes on from such a prompt gets its slot.
     """
 
     def __init__(self, max_batch_size: int) -> None:
         self.max_batch_size = max_batch_size
         self.waiting: deque[Request] = deque()
+        self.kept: dict[int, KeptPrompt] = {}
+        """What free slots keep; what was left first comes first."""
         self._slots: list[Request | None] = []
 
     @property
@@ -70,19 +78,32 @@ class Scheduler:
         self.waiting.append(request)
 
     def admit(self) -> list[Request]:
-        """Give free slots, lowest first, to waiting requests; returns those."""
+        """Give free slots to waiting requests; returns those."""
         admitted = []
-        for slot in range(self.max_batch_size):
-            if not self.waiting:
-                break
-            if slot == len(self._slots):
-                self._slots.append(None)
-            if self._slots[slot] is None:
-                request = self.waiting.popleft()
-                request.slot = slot
-                self._slots[slot] = request
-                admitted.append(request)
+        self._slots += [None] * (self.max_batch_size - len(self._slots))
+        free = [slot for slot, request in enumerate(self._slots) if request is None]
+        while self.waiting and free:
+            request = self.waiting.popleft()
+            slot, request.reused = self._choose(request, free)
+            request.slot = slot
+            self._slots[slot] = request
+            self.kept.pop(slot, None)
+            free.remove(slot)
+            admitted.append(request)
         return admitted
+
+    def _choose(self, request: Request, free: Sequence[int]) -> tuple[int, int]:
+        """A free slot, and how many tokens of the request's prompts it holds already."""
+        if not request.keeps_prompt:
+            return free[0], 0
+        kept = {slot: held for slot, held in self.kept.items() if slot in free}
+        shared = {slot: request.shared(held) for slot, held in kept.items()}
+        best = max(shared, key=shared.__getitem__, default=free[0])
+        empty = [slot for slot in free if slot not in kept]
+        # A text that only begins like another does not take its place while there are others.
+        if not empty or (shared and 2 * shared[best] >= len(kept[best].token_ids)):
+            return (best, shared[best]) if shared[best] else (next(iter(kept)), 0)
+        return empty[0], 0
 
     def remove(self, request: Request) -> int | None:
         """Take a request out; returns the slot it had, None if it was waiting."""
@@ -99,21 +120,24 @@ class Scheduler:
             request.slot = None
         self._slots.clear()
         self.waiting.clear()
+        self.kept.clear()
 
     def compact(self) -> list[tuple[int, int]]:
-        """Move the last requests into free slots below them; returns the moves, (from, to)."""
+        """Move the last requests into free slots below them; returns the moves, (from, to).
+
+        One that ends with its first token takes no step: it stays beside what others have kept.
+        """
         moves = []
+        last = [r for r in self.running if not (r.keeps_prompt and r.params.max_tokens == 1)]
         free = [slot for slot, request in enumerate(self._slots) if request is None]
         for target in free:
-            while self._slots and self._slots[-1] is None:
-                self._slots.pop()
-            if target >= len(self._slots):
+            if not last or (source := last[-1].slot) is None or source < target:
                 break
-            request = self._slots.pop()
-            assert request is not None
-            moves.append((len(self._slots), target))
+            request = last.pop()
+            moves.append((source, target))
             request.slot = target
-            self._slots[target] = request
+            self._slots[target], self._slots[source] = request, None
+            self.kept.pop(target, None)
         return moves
 
 
@@ -218,10 +242,20 @@ class DecodingLoop:
         return self._scheduler.unfinished
 
     def remove(self, request: Request) -> None:
-        """Take a request out, wherever it is."""
+        """Take a request out, wherever it is; its prompt may stay in its slot."""
         slot = self._scheduler.remove(request)
-        if slot is not None:
-            self._runner.release(slot)
+        if slot is None:
+            return
+        keeps = request.ready and request.keeps_prompt and not self._runner.recurrent
+        prompt = request.prompt_token_ids["base"] if keeps else ()
+        self._runner.release(slot, len(prompt))
+        if keeps:
+            self._scheduler.kept[slot] = KeptPrompt(request.roles, prompt)
+
+    def forget_prompts(self) -> None:
+        """Empty all free slots."""
+        while self._scheduler.kept:
+            self._runner.release(self._scheduler.kept.popitem()[0])
 
     def reset(self) -> None:
         """Forget all requests and empty all slots, whatever state a fault left them in."""
@@ -241,7 +275,12 @@ class DecodingLoop:
                 yield from self._take(self._pending.popleft())
         for request in self._scheduler.admit():
             request.started = time.monotonic()
+            self._empty(request.slot, request.reused)
+            if request.reused:
+                request.prefilled = dict.fromkeys(request.roles, request.reused)
+                self.statistics.reused_tokens += request.reused
         for source, target in self._scheduler.compact():
+            self._empty(target)
             self._stepper.move(source, target)
         # After a chunk comes a step: running requests wait for one chunk at most.
         self._started = not self._started and self._prefill()
@@ -249,6 +288,12 @@ class DecodingLoop:
         left = self._run_ahead if self._started or self._launch() else 0
         while len(self._pending) > left:
             yield from self._take(self._pending.popleft())
+
+    def _empty(self, slot: int | None, keep: int = 0) -> None:
+        """Empty a slot but for some tokens, if it holds a prompt that was kept."""
+        assert slot is not None
+        if self._runner.lengths("base")[slot]:
+            self._runner.release(slot, keep)
 
     def _prefill(self) -> bool:
         """Run one chunk of prompts, of the longest waiting; whether any request has started."""
@@ -262,6 +307,8 @@ class DecodingLoop:
         waiting = [r for r in waiting if r.siblings is None or r is _first_of(r, waiting)]
         head = waiting[0]
         last = head.scored
+        if head.reused and head.left == last <= min(MAX_NEW, self._prefill_chunk):
+            return self._go_on(head, waiting)
         if head.prefilled or head.longest_prompt > self._prefill_chunk or last > _SCORED:
             return self._prefill_part(head)
         together = [
@@ -283,13 +330,38 @@ class DecodingLoop:
         self.statistics.prefill_forwards += 1
         logits = self._runner.prefill(slots, prompts, last)
         if last > 1:
-            for i, request in enumerate(batch):
-                own = {role: x[i : i + 1] for role, x in logits.items()}
-                start = len(request.prompt_token_ids["base"]) - last
-                self._stepper.score_prompt(request, own, start)
+            self._score(batch, logits)
             logits = {role: x[:, -1] for role, x in logits.items()}
         self._start(batch, logits)
         return True
+
+    def _go_on(self, head: Request, waiting: Sequence[Request]) -> bool:
+        """Run what is scored of prompts whose rest is in their slots: of neighbours at once."""
+        last, first = head.scored, head.slot
+        assert first is not None
+        alike = {
+            r.slot: r
+            for r in waiting
+            if r.reused and r.roles == head.roles and r.left == r.scored == last
+        }
+        batch = [head]
+        # All their logits are held.
+        most = min(8 * _SCORED, self._prefill_chunk)
+        while first + len(batch) in alike and (len(batch) + 1) * last <= most:
+            batch.append(alike[first + len(batch)])
+        parts = {role: [r.prompt_token_ids[role][-last:] for r in batch] for role in head.roles}
+        self.statistics.prefill_forwards += 1
+        logits = self._runner.extend(range(first, first + len(batch)), parts, every=True)
+        self._score(batch, logits)
+        self._start(batch, {role: x[:, -1] for role, x in logits.items()})
+        return True
+
+    def _score(self, batch: Sequence[Request], logits: dict[str, Tensor]) -> None:
+        """Score the last tokens of prompts, from logits [B, q, V] after them."""
+        for i, request in enumerate(batch):
+            own = {role: x[i : i + 1] for role, x in logits.items()}
+            start = len(request.prompt_token_ids["base"]) - logits["base"].shape[1]
+            self._stepper.score_prompt(request, own, start)
 
     def _start_siblings(self, waiting: Sequence[Request]) -> bool:
         """Start requests whose prompt is in the slot of another output of it; whether any is."""
@@ -317,7 +389,8 @@ class DecodingLoop:
         if request.scores_prompt:
             most = min(most, _SCORED if scores else before)
         parts = request.next_part(most)
-        logits = self._runner.extend(request.slot, parts, every=scores)
+        slot, alone = request.slot, {role: [part] for role, part in parts.items()}
+        logits = self._runner.extend(range(slot, slot + 1), alone, every=scores)
         if scores:
             logits = self._stepper.score_prompt(request, logits, done)
         request.prompt_logits |= logits

@@ -227,8 +227,13 @@ class SlotModel:
         return rows, [len(prompt) for prompt in token_ids for _ in range(self._rows_per_slot)]
 
     def _rows_of(self, slot: int) -> range:
-        start = self._first + slot * self._rows_per_slot * self._stride
-        return range(start, start + self._rows_per_slot * self._stride, self._stride)
+        return self._rows_between(range(slot, slot + 1))
+
+    def _rows_between(self, slots: range) -> range:
+        each = self._rows_per_slot * self._stride
+        return range(
+            self._first + slots.start * each, self._first + slots.stop * each, self._stride
+        )
 
     def prefill(
         self,
@@ -266,33 +271,38 @@ class SlotModel:
 
     def extend(
         self,
-        slot: int,
-        token_ids: Sequence[int],
+        slots: range,
+        token_ids: Sequence[Sequence[int]],
         numbers: Sequence[Tensor] | None = None,
         *,
         every: bool = False,
     ) -> Tensor:
-        """Run a part of a prompt behind what a slot holds; logits [1 or 2, V] after its end.
+        """Run parts of prompts behind what slots hold; logits [B, V] after their ends.
+
+        Where a slot has two rows both get its part, and B is twice the number of slots.
 
         Args:
-            slot, token_ids: the slot, and the part.
-            numbers: the tokens [1, q] on the device; None sends them.
-            every: logits [1 or 2, q, V], after each of the tokens.
+            slots, token_ids: neighbouring slots, and the part of each; of one length, up to
+                :data:`~proxytune_kernels.decoder.attention.MAX_NEW` tokens for several slots.
+            numbers: the tokens [slots, q] on the device; None sends them.
+            every: logits [B, q, V], after each of the tokens.
         """
-        rows = self._rows_of(slot)
+        rows, width = self._rows_between(slots), len(token_ids[0])
         if numbers is None:
-            numbers = transfer.to_device(lambda: [torch.tensor([token_ids])], self.cache.device)
-        inputs = numbers[0].expand(len(rows), -1)
-        if self.recurrent and len(token_ids) > 1 and self.cache.lengths[rows[0]]:
+            numbers = transfer.to_device(lambda: [torch.tensor(token_ids)], self.cache.device)
+        if self.recurrent and width > 1 and self.cache.lengths[rows[0]]:
             # transformers 5.23's Mamba mixers take no state before several tokens.
             each = [
-                self.extend(slot, [token_id], [inputs[:1, i : i + 1]], every=True)
-                for i, token_id in enumerate(token_ids)
+                self.extend(
+                    slots, [[x[i]] for x in token_ids], [numbers[0][:, i, None]], every=True
+                )
+                for i in range(width)
             ]
             return torch.cat(each, 1) if every else each[-1][:, 0]
-        step = self.cache.step(rows, len(token_ids), prompt=True)
+        step = self.cache.step(rows, width, prompt=True)
+        inputs = numbers[0].repeat_interleave(self._rows_per_slot, 0)
         logits = self._run(inputs, step, 0 if every else 1)
-        self.cache.extend(rows, len(token_ids))
+        self.cache.extend(rows, width)
         return logits if every else logits[:, 0]
 
     def warm_up(self) -> None:

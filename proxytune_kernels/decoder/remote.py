@@ -79,17 +79,18 @@ class RemoteSlots(SlotModel):
 
     def extend(
         self,
-        slot: int,
-        token_ids: Sequence[int],
+        slots: range,
+        token_ids: Sequence[Sequence[int]],
         numbers: Sequence[Tensor] | None = None,
         *,
         every: bool = False,
     ) -> Any:
         """As of a model."""
-        self._write(slot, self.cache.lengths[slot], token_ids)
-        self.cache.extend(range(slot, slot + 1), len(token_ids))
-        count = len(token_ids) if every else 1
-        return self._ask([slot], [self.cache.lengths[slot]], count, one=not every)
+        for slot, tokens in zip(slots, token_ids, strict=True):
+            self._write(slot, self.cache.lengths[slot], tokens)
+        self.cache.extend(slots, len(token_ids[0]))
+        ends = [self.cache.lengths[slot] for slot in slots]
+        return self._ask(slots, ends, len(token_ids[0]) if every else 1, one=not every)
 
     @property
     def _texts(self) -> Tensor:

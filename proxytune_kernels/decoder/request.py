@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -185,6 +185,13 @@ class Siblings:
     """What :attr:`Request.prompt_scores` were, as long."""
 
 
+class KeptPrompt(NamedTuple):
+    """What a free slot still holds."""
+
+    roles: tuple[str, ...]
+    token_ids: Sequence[int]
+
+
 @dataclass(eq=False, repr=False)  # a prompt has no place in a message
 class Request:
     """A request in the decoder; made by :class:`~proxytune_kernels.decoder.decoder.Decoder`.
@@ -217,6 +224,8 @@ class Request:
     acceptance: Acceptance | None = None
     grammar: GrammarState | None = None
     slot: int | None = None
+    reused: int = 0
+    """Tokens of its prompts that its slot held before it came."""
     prefilled: dict[str, int] = field(default_factory=dict)
     prompt_logits: dict[str, Tensor] = field(default_factory=dict)
     launched: int = 0
@@ -276,9 +285,31 @@ class Request:
         return min(most, last + 1) if last else most
 
     @property
+    def keeps_prompt(self) -> bool:
+        """Whether its prompt stays in its slot when it ends, and may be there before it comes.
+
+        It does where logprobs are asked for behind the rest of a text: the next request is likely
+        to go on from it. All roles have one prompt then.
+        """
+        return self.scores_prompt and self.params.prompt_logprobs_last > 0 and not self.siblings
+
+    def shared(self, kept: KeptPrompt) -> int:
+        """How many tokens of its prompts need not run where a slot holds those of another."""
+        if kept.roles != self.roles:
+            return 0
+        prompt = self.prompt_token_ids["base"]
+        pairs = zip(prompt[: -self.scored], kept.token_ids, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    @property
     def ready(self) -> bool:
         """Whether its prompts are in its slot, and its first token is drawn."""
         return self.launched > 0
+
+    @property
+    def left(self) -> int:
+        """Tokens of the base's prompt that are not in its slot yet."""
+        return len(self.prompt_token_ids["base"]) - self.prefilled.get("base", 0)
 
     def next_part(self, most: int) -> dict[str, list[int]]:
         """The next ``most`` tokens of each role's prompt that are not in the slot yet."""

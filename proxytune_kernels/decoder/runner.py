@@ -258,17 +258,20 @@ class Runner:
 
     @torch.inference_mode()
     def extend(
-        self, slot: int, prompts: Mapping[str, Sequence[int]], *, every: bool = False
+        self, slots: range, prompts: Mapping[str, Sequence[Sequence[int]]], *, every: bool = False
     ) -> dict[str, Tensor]:
-        """Run parts of prompts behind what a slot holds; per role the logits [1, V] after them.
+        """Run parts of prompts behind what slots hold; per role the logits [B, V] after them.
 
-        ``every``: [1, q, V] after each of their q tokens.
+        Args:
+            slots: B neighbouring slots that do not run yet.
+            prompts: per role B parts of one length; see :meth:`SlotModel.extend`.
+            every: logits [B, q, V], after each of their q tokens.
         """
         parts = self._parts_of(prompts)
-        sent = self._send(parts, lambda p: [torch.tensor([prompts[p[0]]])])
+        sent = self._send(parts, lambda p: [torch.tensor(prompts[p[0]])])
 
         def run(part: Roles) -> Tensor:
-            return self.models[part].extend(slot, prompts[part[0]], sent[part], every=every)
+            return self.models[part].extend(slots, prompts[part[0]], sent[part], every=every)
 
         return self._run(parts, run)
 
@@ -405,11 +408,11 @@ class Runner:
             cache.copy(first + source * stride, first + target * stride, count)
 
     @torch.inference_mode()
-    def release(self, slot: int) -> None:
-        """Empty a slot."""
+    def release(self, slot: int, keep: int = 0) -> None:
+        """Empty a slot, but for the first ``keep`` tokens in the roles that hold as many."""
         for cache in self._caches:
             rows = cache.rows // self.slots
-            cache.release(slot * rows, rows)
+            cache.release(slot * rows, rows, keep)
 
     @torch.inference_mode()
     def reset(self) -> None:

@@ -165,16 +165,16 @@ def test_a_prompt_in_chunks(kernel, monkeypatch, architecture):
 
     What a request left in the slot is NaN; that steps are captured does not concern a prompt.
     """
-    monkeypatch.setattr(attention, "_MAX_NEW", 12)
+    monkeypatch.setattr(attention, "MAX_NEW", 12)
     both = runners(architecture, monkeypatch, kernel)
     both[1].capture()
     prompt, cache = random_ids(38, 0), both[1].models["base",].cache
     for start, end in ((0, 9), (9, 18), (18, 33), (33, 38)):
-        part = {"base": prompt[start:end]}
+        part = {"base": [prompt[start:end]]}
         with torch.inference_mode():
             for layer in (*cache.keys, *cache.values):
                 layer[1, start:] = torch.nan
-        sdpa, ours = (r.extend(1, part)["base"] for r in both)
+        sdpa, ours = (r.extend(range(1, 2), part)["base"] for r in both)
         torch.testing.assert_close(ours, sdpa, **TOLERANCE[kernel])
 
 

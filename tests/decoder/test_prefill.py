@@ -25,9 +25,11 @@ class Log:
             )
             return prefill(slots, prompts, last)
 
-        def logged_extend(slot: int, prompts: Any, **options: Any) -> Any:
-            self.entries.append([max(len(p) for p in prompts.values())])
-            return extend(slot, prompts, **options)
+        def logged_extend(slots: range, prompts: Any, **options: Any) -> Any:
+            self.entries.append(
+                [max(len(p[i]) for p in prompts.values()) for i in range(len(slots))]
+            )
+            return extend(slots, prompts, **options)
 
         def logged_run(*arguments: Any) -> Any:
             self.entries.append(None)

@@ -128,7 +128,7 @@ def test_a_prompt_in_chunks(architecture):
     runner = Runner({"base": model}, 2, 64)
     row = random_ids(23, 0)
     for start in range(0, 23, 9):
-        logits = runner.extend(1, {"base": row[start : start + 9]})["base"]
+        logits = runner.extend(range(1, 2), {"base": [row[start : start + 9]]})["base"]
         assert_plain(logits[0], model, row[: start + 9], architecture)
 
 

@@ -16,6 +16,8 @@ class _Job:
     def __init__(self, number: int) -> None:
         self.number = number
         self.slot: int | None = None
+        self.reused = 0
+        self.keeps_prompt = False
 
 
 ACTIONS = st.lists(
