@@ -144,3 +144,19 @@ def test_prompts_are_forgotten(near, make_decoder):
     assert not any(x.any() for cache in runner._caches for x in cache.slabs)
     decoder.generate([prompt], scored())
     assert decoder.statistics()["reused_tokens"] == 0
+
+
+def test_a_request_that_moves_finds_nothing_of_what_was_kept(near, make_decoder, greedy):
+    """The last slot's request, the shorter of two, moves to where a prompt gave NaN.
+
+    The NaN is behind what the other's prompt pads, and before its end.
+    """
+    decoder = make_decoder(near, 3)
+    prompts = [[*random_ids(30, 0), 258], random_ids(25, 1), random_ids(5, 2)]
+    assert 258 not in prompts[1] + prompts[2]
+    steps = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with nan_token(near, 258):
+        failed, *outputs = decoder.generate(prompts, [scored(), steps, steps])
+        assert failed.finish_reason == "error"
+        for output in outputs:
+            assert output.token_ids == greedy(near.models, output.prompt_token_ids, 1.0, 12)
