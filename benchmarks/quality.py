@@ -422,6 +422,9 @@ def main(
     tasks: Annotated[
         str | None, typer.Option(help="Some of arithmetic, instructions, code, choice.")
     ] = None,
+    expert: Annotated[
+        str | None, typer.Option(help="Another one than the trio's: a directory.")
+    ] = None,
     direct: Annotated[str | None, typer.Option(help="The base, tuned itself: a directory.")] = None,
     schedules: Annotated[
         str, typer.Option(help="Rules of alpha_schedule that are compared.")
@@ -449,12 +452,10 @@ def main(
     default = "arithmetic,instructions" if quick else ",".join(makers)
     chosen = options.parse_choices("--tasks", tasks or default, makers, None)
     settings = {"trio": label, "quick": quick, "rows": rows, "seed": seed, "quantize": quantize,
-                "direct": direct}  # fmt: skip
+                "direct": direct, **({"expert": expert} if expert else {})}  # fmt: skip
     done = read_done(path, settings)
     with options.user_errors():
-        opened = load_trio(trios.find_trio(trio), quantize=quantize) if quantize else (
-            trios.open_trio(trio, None)
-        )  # fmt: skip
+        opened = trios.open_trio(trio, None, expert=expert, quantize=quantize)
         made = [makers[name]() for name in chosen]
         wanted = systems(opened, direct, [rule for rule in schedules.split(",") if rule], quantize)
         for system in wanted:

@@ -43,7 +43,8 @@ class Head(NamedTuple):
             raise ValueError(
                 f"the model's output layer must be a torch.nn.Linear, got {type(layer).__name__}"
             )
-        return cls(hidden, layer.weight, layer.bias, **_transform(model.config.get_text_config()))
+        transform = logit_transform(model.config.get_text_config())
+        return cls(hidden, layer.weight, layer.bias, **transform)
 
 
 # By name of the configuration's entry: model types where it means what it says there. All others
@@ -54,8 +55,12 @@ _CHANGES_LOGITS = re.compile(r"logit|lm_head|output_mult|soft_?cap|mup")
 _HARMLESS = re.compile(r"attn_|router|_to_keep$|^lm_head_bias$|init_value$|output_logits$")
 
 
-def _transform(config: Any) -> dict[str, float]:
-    """What a model's forward does to its logits, by its configuration."""
+def logit_transform(config: Any) -> dict[str, float]:
+    """What a model's forward does to its logits, by its configuration: arguments of :class:`Head`.
+
+    Raises:
+        ValueError: it changes them in a way that is not known here; names it.
+    """
     found = {
         name: value
         for name, value in config.to_dict().items()

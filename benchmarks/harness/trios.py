@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -62,12 +63,15 @@ def quiet_loading() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-def open_trio(name: str, dtype: str | None) -> Trio:
-    """Load a trio; without a dtype the shipped one in fp32, others in their checkpoints' dtype."""
+def open_trio(name: str, dtype: str | None, **others: Any) -> Trio:
+    """Load a trio; without a dtype the shipped one in fp32, others in their checkpoints' dtype.
+
+    ``others`` are of :func:`load_trio`.
+    """
     quiet_loading()
     if dtype is None:
         dtype = "float32" if name == "shipped" else "auto"
-    return load_trio(find_trio(name), dtype=dtype)
+    return load_trio(find_trio(name), dtype=dtype, **others)
 
 
 def dtypes(trio: Trio) -> dict[str, str]:

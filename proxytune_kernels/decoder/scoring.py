@@ -25,7 +25,7 @@ from proxytune_kernels.decoder.check import Text, check_causal, compare, own_log
 from proxytune_kernels.decoder.model import Forward, check_model, input_device
 from proxytune_kernels.decoder.remote import complete
 from proxytune_kernels.decoder.states import is_recurrent
-from proxytune_kernels.heads import Head
+from proxytune_kernels.heads import logit_transform
 from proxytune_kernels.trio import Trio
 from proxytune_kernels.trio.remote import RemoteModel
 
@@ -199,9 +199,11 @@ class RoleStates:
     def _why_head_is_unknown(self, vocab_size: int) -> str | None:
         """None where output layer, scale and soft cap make the model's own logits."""
         try:
-            self._head = Head.of(self.model, torch.empty(0))
+            self._transform = logit_transform(self.model.config.get_text_config())
         except ValueError as error:
             return str(error)
+        if self.model.get_output_embeddings() is None:
+            return "it has no output layer"
         ids = torch.arange(_PROBE, device=self.device)[None] % vocab_size
         with torch.inference_mode():
             own = self.model(ids, use_cache=False).logits.float()
@@ -316,10 +318,10 @@ class RoleStates:
 
     def _from_head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)
-        if self._head.logit_scale is not None:
-            logits = logits * self._head.logit_scale
-        if self._head.soft_cap is not None:
-            logits = torch.tanh(logits / self._head.soft_cap) * self._head.soft_cap
+        if (scale := self._transform.get("logit_scale")) is not None:
+            logits = logits * scale
+        if (cap := self._transform.get("soft_cap")) is not None:
+            logits = torch.tanh(logits / cap) * cap
         return logits
 
     def _body(self, ids: Tensor, **keywords: Any) -> Any:

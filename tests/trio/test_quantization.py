@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import proxytune_kernels as ptk
 from proxytune_kernels.decoder import Speculation
+from proxytune_kernels.decoder.scoring import Scorer
 from proxytune_kernels.trio import packed
 from proxytune_kernels.trio.adapters import copy_modules
 from proxytune_kernels.trio.files import LoadError
@@ -415,6 +416,24 @@ def test_the_shipped_expert_keeps_what_it_was_tuned_for():
     assert question_nll > math.log(1536) and answer_nll < 0.05
     # Found: 1e-5 and 6e-3.
     assert abs(difference[1]) <= 1e-3 and abs(difference[0]) <= 2e-2
+
+
+def test_given_texts_are_scored_by_the_packed_output_layer():
+    trio = ptk.load_trio("shipped", quantize="int8", dtype="float32")
+    scorer = Scorer(trio)
+    said = scorer.info()
+    assert set(said["logits"].values()) == {"of scored tokens alone, by the output layer"}
+    assert set(said["contexts"].values()) == {"run once for all their continuations"}
+    requests = [([1, 2, 3], [4, 5, 6]), ([1, 2, 3], [7, 8])]
+    found: dict[int, Any] = {}
+    scorer.score(requests, [0.0], batch_size=2, max_length=8, scored=found.__setitem__)
+    for i, (context, targets) in enumerate(requests):
+        with torch.no_grad():
+            logits = trio.base(torch.tensor([[*context, *targets]])).logits[0].log_softmax(-1)
+        places = range(len(context) - 1, len(context) + len(targets) - 1)
+        wanted = sum(float(logits[p, t]) for p, t in zip(places, targets, strict=True))
+        # fp32 sums of up to 576 products in another order, through twelve layers.
+        assert found[i][0][0] == pytest.approx(wanted, abs=1e-3)
 
 
 def test_a_trio_says_what_is_quantised():
