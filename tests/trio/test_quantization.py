@@ -257,6 +257,14 @@ def test_large_columns_cost_the_others_no_steps(dtype):
     assert ours.mean() < theirs.mean() / 2 and torch.count_nonzero(got[:, 7]) == 0
 
 
+def test_activations_in_fp16_keep_their_range():
+    weight = torch.randn(96, 64, dtype=torch.float16)
+    weight[:, 5] *= 64
+    layer: Any = torch.nn.Linear(64, 96, dtype=torch.float16)
+    packed.pack(layer, "int8", weight)
+    assert layer.columns is None
+
+
 @pytest.mark.parametrize("large", [0, 60])
 def test_columns_of_one_size_stay_as_they_are(large):
     torch.manual_seed(0)
