@@ -281,11 +281,8 @@ def _columns(parts: Sequence[Tensor]) -> Tensor | None:
     if parts[0].dtype == torch.float16:  # whose range activations may leave
         return None
     largest = torch.stack([part.abs().amax(0) for part in parts]).amax(0).float()
-    mean = (
-        torch.stack([part.float().square().sum(0) for part in parts])
-        .sum(0)
-        .div_(sum(map(len, parts)))
-    )
+    squares = torch.stack([part.float().square().sum(0) for part in parts])
+    mean = squares.sum(0) / sum(map(len, parts))
     best, least = None, _error(parts, torch.ones_like(parts[0][0])) / 2
     for sizes in (mean.sqrt(), (largest.square() * mean).pow(0.25)):
         powers = (sizes / sizes.median()).log2_().round_().clamp_(-16, 16)
