@@ -1,32 +1,25 @@
-"""Likelihoods: lm_eval's documents by ours and by lm_eval's own model; and quantised weights.
+"""Log-likelihoods of lm_eval's documents by ours and by lm_eval's own model.
 
-``python -m benchmarks.evaluation --help``; docs/lm_eval.md has the results and what they mean, and
-docs/loading.md those of ``--quantized``.
+``python -m benchmarks.evaluation --help``; docs/lm_eval.md has the results and what they mean.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import random
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
 from benchmarks.harness import options, report, trios
-from benchmarks.harness.measure import ratios, summary, time_in_turns, timed
+from benchmarks.harness.measure import ratios, summary, timed
 from benchmarks.harness.memory import in_fresh_process, peak_memory
 from benchmarks.harness.random_models import ModelShape, random_model
-from proxytune_kernels import Trio, quantize
-from proxytune_kernels.trio import model_info
-from proxytune_kernels.trio.files import Place
-from proxytune_kernels.trio.llama_cpp import RUNTIME, LlamaContext, LlamaModel
+from proxytune_kernels import Trio
 
 WIDE = "wide"
 """A trio of random weights with the vocabulary and hidden size of SmolLM-135M."""
@@ -201,121 +194,6 @@ CAPTION = (
 )
 
 
-# Quantised weights: what they change in a model's text, its bytes and its steps
-
-TEXTS = ("docs/math.md", "proxytune_kernels/params.py")
-"""English and Python."""
-PLAIN = "plain"
-
-
-VARIANTS = (PLAIN, "int8", "int4")
-"""And, with a GGUF file of the same model, what llama.cpp makes of it."""
-Pieces = list[tuple[Tensor, int]]
-"""A text in parts that stand by themselves: tokens int64 [T], and how many of them are given."""
-
-
-def read_texts(directory: str, tokens: int) -> dict[str, Pieces]:
-    """Texts as a model's tokenizer has them; of a trio's member the expert's problems, too.
-
-    Their questions are apart from their answers, which alone the expert was tuned to predict.
-    """
-    from transformers import AutoTokenizer
-
-    trio = Path(directory).resolve().parent
-    own = Path(directory) if (Path(directory) / "tokenizer.json").is_file() else trio
-    encode = AutoTokenizer.from_pretrained(own).encode
-    texts: dict[str, Pieces] = {
-        name: [(torch.tensor(encode((report.REPOSITORY / name).read_text())[:tokens]), 1)]
-        for name in TEXTS
-    }
-    if (trio / "trio.json").is_file():
-        name = "shipped" if trio == trios.SHIPPED else directory
-        pairs = [(encode(q), encode(a or "")) for q, a in trios.task_prompts("arithmetic", name)]
-        texts["questions"] = [(torch.tensor(question), 1) for question, _ in pairs]
-        texts["answers"] = [(torch.tensor([*q, *a]), len(q)) for q, a in pairs]
-    return texts
-
-
-def quality(token_ids: Tensor, plain: Tensor, logprobs: Tensor) -> dict[str, float]:
-    """Compare log-probabilities [T, V] before each of T tokens int64 [T] with the plain model's.
-
-    ``nll`` is the mean negative log-likelihood of the text's tokens in nats; ``agreement`` the
-    share of positions whose likeliest token is the plain model's; ``divergence`` the mean KL
-    divergence from the plain model's distribution to this one, in nats.
-    """
-    return {
-        "nll": -float(logprobs.gather(1, token_ids[:, None]).mean()),
-        "agreement": float((plain.argmax(-1) == logprobs.argmax(-1)).float().mean()),
-        "divergence": float((plain.exp() * (plain - logprobs)).sum(-1).mean()),
-    }
-
-
-@torch.inference_mode()
-def measure_quantized(
-    directory: str, dtype: str, tokens: int, repeats: int, gguf: Path | None = None
-) -> list[Record]:
-    """Open a model once per variant; one record each, the plain model's first.
-
-    ``perplexity`` is how much of the plain model's the variant's is.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from proxytune_kernels.trio.quantization import QuantizationError
-
-    texts = read_texts(directory, tokens)
-    ids = {n: torch.cat([t[given:] for t, given in pieces]) for n, pieces in texts.items()}
-
-    def predicted(model: Any, pieces: Pieces) -> Tensor:
-        rows = [model(t[None]).logits[0, given - 1 : -1] for t, given in pieces]
-        return torch.cat(rows).float().log_softmax(-1)
-
-    models: dict[str, Any] = {}
-    records: list[Record] = []
-    plain: dict[str, Tensor] = {}
-    for variant in VARIANTS if gguf is None else (PLAIN, RUNTIME):
-        model: Any
-        if variant == RUNTIME and gguf is not None:
-            model = LlamaModel("model", Place(str(gguf), gguf.parent), gguf.name)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-        try:
-            models[variant] = quantize(model, variant) if variant in ("int8", "int4") else model
-        except QuantizationError as reason:
-            report.say(f"{variant} is left out: {reason}", "yellow")
-            continue
-        found = {name: predicted(model, pieces) for name, pieces in texts.items()}
-        plain = plain or found
-        rows = [{"text": n, "tokens": len(i), **quality(i, plain[n], found[n])}
-                for n, i in ids.items()]  # fmt: skip
-        for row, first in zip(rows, records[0]["quality"] if records else rows, strict=True):
-            row["perplexity"] = math.exp(row["nll"] - first["nll"])
-        records.append({"variant": variant, "bytes": model_info(model)["bytes"], "quality": rows})
-    # A token without a past: the step of a short sequence, which reads the weights once.
-    one = ids[TEXTS[0]][None, :1]
-    calls: dict[str, Any] = {v: partial(model, one) for v, model in models.items()}
-    if RUNTIME in models:
-        context = LlamaContext(models[RUNTIME], 1, 1)
-        calls[RUNTIME] = partial(context.run, [(0, 0, one[0].tolist())], every=False)
-    seconds = time_in_turns(calls, repeats)
-    for record in records:
-        own = seconds[record["variant"]]
-        record |= {"step": summary(own), "step_over_plain": ratios(own, seconds[PLAIN])}
-    return records
-
-
-QUANTIZED_COLUMNS: tuple[report.Column, ...] = (
-    ("", "variant", str),
-    ("text", "text", lambda path: Path(path).name),
-    ("MB", "bytes", report.decimals(1, 1e-6)),
-    ("nll", "nll", report.decimals(4)),
-    ("perplexity\nof plain", "perplexity", report.decimals(4)),
-    ("agrees", "agreement", report.percent),
-    ("KL", "divergence", report.decimals(4)),
-    ("step, ms", "step/median", report.decimals(1, 1e3)),
-    ("of plain", "step_over_plain/median", report.fixed),
-)
-
-
 def main(
     trio: Annotated[
         str,
@@ -327,48 +205,31 @@ def main(
     choices: Annotated[int, typer.Option(min=1, help="Continuations of a context.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Of both.")] = 8,
     layers: Annotated[int, typer.Option(min=1, help=f"Of the base of {WIDE}.")] = 4,
-    quantized: Annotated[
-        str | None,
-        typer.Option(help="Instead, this causal LM, plain and with its weights quantised."),
-    ] = None,
-    gguf: Annotated[
-        Path | None,
-        typer.Option(help="With --quantized: this GGUF file of it in llama.cpp, in their place."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each text, with --quantized.")] = 1024,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps, with --quantized.")] = 15,
     threads: options.Threads = None,
     dtype: options.Dtype = None,
     output: options.Output = None,
 ) -> None:
     """Score multiple-choice documents with ours and with lm_eval's HFLM over the composite."""
-    of_torch = options.set_threads(threads or (None if quantized is None else 1))
-    if quantized is None:
-        asked = trio, dtype, layers, documents, choices
-        with options.user_errors():
-            opened, given = prepare(*asked)
-        records, check = measure(trio, opened, given, batch_size)
-        for record in records:
-            own = record["provider"], of_torch, batch_size, *asked
-            record["memory"] = in_fresh_process(peak, *own)
-        name = options.trio_label(trio)
-        shared = {
-            "trio": name, "dtype": dtype, "layers": layers, "documents": documents,
-            "choices": choices, "batch_size": batch_size, "threads": of_torch, **check,
-        }  # fmt: skip
-        report.write_results(output, "evaluation", shared, records, name)
-        title = (
-            f"loglikelihood of {documents} documents of {choices} choices, trio {trio}, batches "
-            f"of {batch_size}; at most {check['worst_difference_per_token']:.1g} nats a token "
-            f"apart, {check['differing_greedy']} of {check['requests']} in whether they are greedy"
-        )
-        return report.print_records(title, CAPTION, records, COLUMNS)
-    dtype = dtype or "bfloat16"
-    records = measure_quantized(quantized, dtype, tokens, repeats, gguf)
-    report.write_results(output, "quantization", {"model": quantized, "dtype": dtype}, records)
-    rows = [{**record, **row} for record in records for row in record["quality"]]
-    title = f"Quantised weights of {quantized}"
-    return report.print_records(title, "", rows, QUANTIZED_COLUMNS)
+    of_torch = options.set_threads(threads)
+    asked = trio, dtype, layers, documents, choices
+    with options.user_errors():
+        opened, given = prepare(*asked)
+    records, check = measure(trio, opened, given, batch_size)
+    for record in records:
+        own = record["provider"], of_torch, batch_size, *asked
+        record["memory"] = in_fresh_process(peak, *own)
+    name = options.trio_label(trio)
+    shared = {
+        "trio": name, "dtype": dtype, "layers": layers, "documents": documents,
+        "choices": choices, "batch_size": batch_size, "threads": of_torch, **check,
+    }  # fmt: skip
+    report.write_results(output, "evaluation", shared, records, name)
+    title = (
+        f"loglikelihood of {documents} documents of {choices} choices, trio {trio}, batches "
+        f"of {batch_size}; at most {check['worst_difference_per_token']:.1g} nats a token "
+        f"apart, {check['differing_greedy']} of {check['requests']} in whether they are greedy"
+    )
+    report.print_records(title, CAPTION, records, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -291,7 +292,8 @@ def likeliest(
             requests.append((prompt, trio.tokenizer.encode(text, add_special_tokens=False)))
             places.append(i)
     found: list[list[Any]] = [[None] * len(requests) for _ in alphas]
-    left = Counter(places)
+    counts = Counter(places)
+    left = counts.copy()
 
     def scored(request: int, values: Sequence[Score]) -> None:
         for own, (logprob, _) in zip(found, values, strict=True):
@@ -303,11 +305,12 @@ def likeliest(
 
     longest = max(len(prompt) + len(text) for prompt, text in requests)
     Scorer(trio).score(requests, alphas, batch_size=batch_size, max_length=longest, scored=scored)
-    return [
-        [scorer([own[r] for r, i in enumerate(places) if i == row], rows[row])
-         for row in range(len(rows))]
-        for own in found
-    ]  # fmt: skip
+
+    def by_row(own: Sequence[Any]) -> list[float]:
+        texts = iter(own)
+        return [scorer(list(islice(texts, counts[i])), row) for i, row in enumerate(rows)]
+
+    return [by_row(own) for own in found]
 
 
 def generated(
