@@ -40,8 +40,8 @@ def read_texts(directory: str, tokens: int, count: int) -> dict[str, list[Piece]
     """English and Python that any CPython has; of a trio's member the expert's problems, too.
 
     English is what ``help()`` says of the language, Python the standard library: each in one
-    string, and pieces of it from ``count`` places at even distances. The problems' questions are
-    apart from their answers, which alone the expert was tuned to predict.
+    string, and pieces of it from ``count`` places at even distances. Of the problems, 20 for each
+    such piece; questions are apart from answers, which alone the expert was tuned to predict.
     """
     from transformers import AutoTokenizer
 
@@ -61,6 +61,7 @@ def read_texts(directory: str, tokens: int, count: int) -> dict[str, list[Piece]
     if (trio / "trio.json").is_file():
         name = "shipped" if trio == trios.SHIPPED else directory
         pairs = [(encode(q), encode(a or "")) for q, a in trios.task_prompts("arithmetic", name)]
+        pairs = pairs[: 20 * count]
         texts["questions"] = [(torch.tensor(question), 1) for question, _ in pairs]
         texts["answers"] = [(torch.tensor([*q, *a]), len(q)) for q, a in pairs]
     return texts

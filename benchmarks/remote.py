@@ -112,7 +112,7 @@ def served(trio: Trio, dtype: str | None) -> Iterator[str]:
 def speed(
     trio: Trio, url: str, prompts: Prompts, tokens: int, repeats: int, top_n: int
 ) -> list[Record]:
-    """Tokens a second of the local trio and of the remote base, by turns; calls a token."""
+    """Tokens a second of the local trio and of the remote base, by turns; calls a token of all."""
     remote = Trio.from_models(RemoteBase(url, top_n=top_n), trio.expert, trio.anti, trio.tokenizer)
     decoders = {"local": Decoder(trio, len(prompts)), "remote": Decoder(remote, len(prompts))}
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -135,7 +135,7 @@ def speed(
             "local": local,
             "remote": far,
             "ratio": far / local,
-            "calls_per_token": calls / repeats / tokens,
+            "calls_per_token": calls / repeats / count,
         }
     ]
 

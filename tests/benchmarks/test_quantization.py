@@ -46,7 +46,7 @@ def test_texts_are_of_the_length_and_number_that_were_asked_for():
         "Python": [40] * 3,
     }
     assert len({tuple(ids.tolist()) for ids, _ in texts["Python"]}) == 3
-    assert len(texts["questions"]) == len(texts["answers"]) > 100
+    assert len(texts["questions"]) == len(texts["answers"]) == 60
 
 
 def test_command(records_of, tmp_path):
