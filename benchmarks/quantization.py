@@ -60,8 +60,8 @@ def read_texts(directory: str, tokens: int, count: int) -> dict[str, list[Piece]
         texts[name] = [(torch.tensor(encode(part)[:tokens]), 1) for part in cut]
     if (trio / "trio.json").is_file():
         name = "shipped" if trio == trios.SHIPPED else directory
-        pairs = [(encode(q), encode(a or "")) for q, a in trios.task_prompts("arithmetic", name)]
-        pairs = pairs[: 20 * count]
+        problems = trios.task_prompts("arithmetic", name)[: 20 * count]
+        pairs = [(encode(q), encode(a or "", add_special_tokens=False)) for q, a in problems]
         texts["questions"] = [(torch.tensor(question), 1) for question, _ in pairs]
         texts["answers"] = [(torch.tensor([*q, *a]), len(q)) for q, a in pairs]
     return texts

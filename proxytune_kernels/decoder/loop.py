@@ -100,10 +100,12 @@ class Scheduler:
         shared = {slot: request.shared(held) for slot, held in kept.items()}
         best = max(shared, key=shared.__getitem__, default=free[0])
         empty = [slot for slot in free if slot not in kept]
-        # A text that only begins like another does not take its place while there are others.
-        if not empty or (shared and 2 * shared[best] >= len(kept[best].token_ids)):
-            return (best, shared[best]) if shared[best] else (next(iter(kept)), 0)
-        return empty[0], 0
+        # One that goes on runs by itself: less than half of its prompt is not worth that. And a
+        # text that only begins like another does not take its place while there are others.
+        goes_on = shared and 2 * shared[best] >= len(request.prompt_token_ids["base"])
+        if goes_on and (not empty or 2 * shared[best] >= len(kept[best].token_ids)):
+            return best, shared[best]
+        return next(iter(empty or kept)), 0
 
     def remove(self, request: Request) -> int | None:
         """Take a request out; returns the slot it had, None if it was waiting."""
@@ -247,7 +249,9 @@ class DecodingLoop:
         if slot is None:
             return
         keeps = request.ready and request.keeps_prompt and not self._runner.recurrent
-        prompt = request.prompt_token_ids["base"] if keeps else ()
+        # A captured step runs free slots, too, and writes behind what they keep.
+        most = self._runner.max_seq_len - 1
+        prompt = tuple(request.prompt_token_ids["base"][:most]) if keeps else ()
         self._runner.release(slot, len(prompt))
         if keeps:
             self._scheduler.kept[slot] = KeptPrompt(request.roles, prompt)
@@ -400,14 +404,13 @@ class DecodingLoop:
         if request.next_part(1):
             return False
         self._start([request], request.prompt_logits)
-        request.prompt_logits = {}
         return True
 
     def _start(self, requests: list[Request], logits: dict[str, Tensor]) -> None:
         launched = _moment(self._runner.device)
         result = self._stepper.prefill(requests, logits)
         for i, request in enumerate(requests):
-            request.launched = 1
+            request.launched, request.prompt_logits = 1, {}
             _keep_logits(request, {role: x[i] for role, x in logits.items()})
         self._pending.append(_Pending(list(enumerate(requests)), result, -1, launched))
 

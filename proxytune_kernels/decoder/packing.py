@@ -31,7 +31,7 @@ class PackingError(ValueError):
     """A model whose weights cannot be packed here."""
 
 
-class PackedLinear(Linear):
+class OneDnnLinear(Linear):
     """A linear layer that multiplies with a packed copy of its weight."""
 
     packed: Tensor
@@ -79,7 +79,7 @@ def pack_weights(model: Module, packed: dict[int, Tensor] | None = None) -> int:
             # For one row; the blocks serve more rows as well.
             packed[id(weight)] = _pack(weight.detach(), 1)  # type: ignore[misc]
         layer.packed = packed[id(weight)]
-        layer.__class__ = PackedLinear
+        layer.__class__ = OneDnnLinear
     return _nbytes(packed) - bytes_before
 
 

@@ -409,7 +409,7 @@ class Runner:
 
     @torch.inference_mode()
     def release(self, slot: int, keep: int = 0) -> None:
-        """Empty a slot, but for the first ``keep`` tokens in the roles that hold as many."""
+        """Empty a slot, but for the first ``keep`` tokens of what each role holds."""
         for cache in self._caches:
             rows = cache.rows // self.slots
             cache.release(slot * rows, rows, keep)

@@ -202,8 +202,6 @@ class RoleStates:
             self._transform = logit_transform(self.model.config.get_text_config())
         except ValueError as error:
             return str(error)
-        if self.model.get_output_embeddings() is None:
-            return "it has no output layer"
         ids = torch.arange(_PROBE, device=self.device)[None] % vocab_size
         with torch.inference_mode():
             own = self.model(ids, use_cache=False).logits.float()
@@ -471,9 +469,8 @@ class Scorer:
             requests[row].append(request)
         for chunk, logits in self._chunks(rows):
             for a, alpha in enumerate(alphas):
-                alone = {"base": logits[alpha]} if isinstance(alpha, str) else logits
-                strength = 0.0 if isinstance(alpha, str) else alpha
-                found = zip(*self._at(alone, targets[chunk], strength), strict=True)
+                own, strength = self._members(logits, alpha)
+                found = zip(*self._at(own, targets[chunk], strength), strict=True)
                 for i, (values, best) in enumerate(found, chunk.start):
                     for value, target, request in zip(values, targets[i], requests[i], strict=True):
                         sums[request][a] += value
@@ -528,6 +525,7 @@ class Scorer:
         alpha = torch.tensor([alphas[i] for i in part for _ in texts[i][1]], dtype=torch.float32)
         found: list[Any] = []
         for chunk, logits in self._chunks(rows):
+            logits = self._complete(logits, alpha[chunk] != 0)
             device = logits["base"].device
             drawn = ops.sample(
                 logits["base"], logits.get("expert"), logits.get("anti"),
@@ -551,12 +549,25 @@ class Scorer:
                 role: self._roles[role].logits(states[chunk]) for role, states in rows.items()
             }
             device = logits["base"].device
-            logits = {role: x.to(device) for role, x in logits.items()}
-            if isinstance(self._roles["base"], RemoteStates):
-                known = {role: x[:, : self.vocab_size] for role, x in logits.items()}
-                tail = self._roles["base"].model.tail
-                logits["base"], _ = complete(known["base"], known.get("anti"), tail, None)
-            yield chunk, logits
+            yield chunk, {role: x.to(device) for role, x in logits.items()}
+
+    def _members(
+        self, logits: dict[str, Tensor], alpha: float | str
+    ) -> tuple[dict[str, Tensor], float]:
+        """The logits that count at a strength, or those of a member alone, and the strength."""
+        if isinstance(alpha, str) and alpha != "base":
+            return {"base": logits[alpha]}, 0.0
+        strength = 0.0 if isinstance(alpha, str) else alpha
+        return self._complete(logits if strength else {"base": logits["base"]}, None), strength
+
+    def _complete(self, logits: dict[str, Tensor], steered: Tensor | None) -> dict[str, Tensor]:
+        """Logits with what a remote base does not tell; see :func:`complete`."""
+        states = self._roles["base"]
+        if not isinstance(states, RemoteStates):
+            return logits
+        known = {role: x[:, : self.vocab_size] for role, x in logits.items()}
+        base, _ = complete(known["base"], known.get("anti"), states.model.tail, steered)
+        return {**logits, "base": base}
 
     def _at(
         self, logits: dict[str, Tensor], targets: Sequence[Sequence[int]], alpha: float

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import queue
 import signal
 import threading
 import time
@@ -43,7 +44,9 @@ class DecoderProcess:
         self._process = context.Process(target=_run, args=(other, make), name="proxytune-decoder")
         self._process.start()
         other.close()
-        self._lock = threading.Lock()
+        self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, daemon=True)
+        self._sender.start()
         self._reader: threading.Thread | None = None
         self._counts: Mapping[str, int] = {}
         self._stops = False
@@ -74,15 +77,14 @@ class DecoderProcess:
         self._reader.start()
 
     def put(self, *command: Any) -> None:
-        """Give the worker a command."""
-        # Where the process is gone, its end is told already, or will be.
-        with self._lock, suppress(OSError):
-            self._connection.send(command)
+        """Give the worker a command, at the latest when its step has ended; waits for nothing."""
+        self._commands.put(command)
 
     def stop(self) -> None:
         """End the process, after the step that it is in."""
         self._stops = True
         self.put("end")
+        self._sender.join()
         if self._reader is not None:
             self._reader.join()
         self._process.join()
@@ -100,6 +102,15 @@ class DecoderProcess:
             self._process.terminate()
         self.stop()
         self._connection.close()
+
+    def _send(self) -> None:
+        # The worker receives between steps, and a pipe holds little: an event loop must not wait.
+        command: tuple[Any, ...] = ()
+        while command != ("end",):
+            command = self._commands.get()
+            # Where the process is gone, its end is told already, or will be.
+            with suppress(OSError):
+                self._connection.send(command)
 
     def _read(self, tell: Tell) -> None:
         with suppress(EOFError, OSError):

@@ -198,9 +198,8 @@ def pack(layer: Linear, quantization: str, weight: Tensor) -> Parameter:
     rows = max(_PART // weight.shape[1] // _BLOCK, 1) * _BLOCK
     parts = weight.detach().split(rows)
     columns = _columns(parts) if kind is Int8Linear else None
-    if columns is not None:
-        parts = tuple(part / columns for part in parts)
-    values, scales = zip(*map(quantized, parts), strict=True)
+    evened = parts if columns is None else (part / columns for part in parts)
+    values, scales = zip(*map(quantized, evened), strict=True)
     layer.__class__ = kind
     assert isinstance(layer, PackedLinear)
     _call(layer)

@@ -89,6 +89,46 @@ def test_a_text_that_begins_like_another_does_not_take_its_place(near, make_deco
     assert decoder.statistics()["reused_tokens"] == 2 * (24 - LAST - 1)
 
 
+def test_a_short_beginning_is_not_worth_a_forward(near, make_decoder):
+    decoder = make_decoder(near, 2)
+    texts = [[*random_ids(4, 0), *random_ids(20, seed)] for seed in range(1, 5)]
+    decoder.generate(texts[:2], scored())
+    before = decoder.statistics()["prefill_forwards"]
+    decoder.generate(texts[2:], scored())
+    assert decoder.statistics()["prefill_forwards"] == before + 1
+    assert decoder.statistics()["reused_tokens"] == 0
+
+
+def test_a_caller_may_change_what_it_was_given(near, make_decoder):
+    decoder = make_decoder(near, 1)
+    [output] = decoder.generate([random_ids(20, 0)], scored())
+    ids = output.prompt_token_ids["base"]
+    ids[3] += 1
+    [output] = decoder.generate([ids], scored())
+    assert_right(near, output, scored())
+
+
+def test_a_request_that_ended_holds_no_logits(near, make_decoder):
+    """Neither of its prompt's end, nor of the part of it that was run before that."""
+    decoder = make_decoder(near, 1)
+    decoder.generate([random_ids(20, 0)], scored())
+    stream = decoder.stream([[*random_ids(20, 0), *random_ids(12, 1)]], scored())
+    assert [event.output is not None for event in stream] == [True]
+    assert decoder.statistics()["reused_tokens"] == 20
+    [request] = stream._requests
+    assert request.prompt_logits == {}
+
+
+def test_a_slot_that_keeps_has_a_place_for_a_step(near, make_decoder):
+    """A captured step writes to the slots behind the last request's, too."""
+    decoder = make_decoder(near, 1)
+    prompt = random_ids(decoder.max_seq_len, 0)
+    for _ in range(2):
+        [output] = decoder.generate([prompt], scored())
+        assert_right(near, output, scored())
+        assert decoder._runner.lengths("base") == [decoder.max_seq_len - 1]
+
+
 @pytest.mark.parametrize("pair", ["separate", "batched"])
 @pytest.mark.parametrize("speculation", [None, Speculation(max_drafts=3)])
 @pytest.mark.parametrize("chunk", [4, 512])

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from proxytune_kernels import quantize
 from proxytune_kernels.decoder import packing
 from proxytune_kernels.decoder.model import call_directly
-from proxytune_kernels.decoder.packing import PackedLinear, PackingError, cannot_pack, pack_weights
+from proxytune_kernels.decoder.packing import OneDnnLinear, PackingError, cannot_pack, pack_weights
 
 _REASON = cannot_pack()
 needs_packing = pytest.mark.skipif(_REASON is not None, reason=_REASON or "")
@@ -110,7 +110,7 @@ def test_the_original_keeps_its_layers_and_weights():
     model = make_model()
     twin = sharing_copy(model)
     pack_weights(twin)
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert not any(isinstance(module, OneDnnLinear) for module in model.modules())
     assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
 
 
@@ -122,7 +122,7 @@ def test_models_that_share_weights_share_packed_ones():
     first, second = (pack_weights(twin, packed) for twin in twins)
     assert first > 0
     assert second == 0
-    ours, theirs = ([m.packed for m in t.modules() if isinstance(m, PackedLinear)] for t in twins)
+    ours, theirs = ([m.packed for m in t.modules() if isinstance(m, OneDnnLinear)] for t in twins)
     assert [id(p) for p in ours] == [id(p) for p in theirs]
 
 
@@ -136,7 +136,7 @@ def test_layers_that_are_not_plain_stay():
     pack_weights(model)
     assert type(layer.up_proj) is nn.Linear
     assert type(layer.down_proj) is nn.Linear
-    assert type(layer.gate_proj) is PackedLinear
+    assert type(layer.gate_proj) is OneDnnLinear
 
 
 @needs_packing
@@ -154,7 +154,7 @@ def test_under_an_adapter():
     x = torch.randn(2, 1, 64).bfloat16()
     with torch.inference_mode():
         for layer in layers:
-            assert type(layer.base) is PackedLinear
+            assert type(layer.base) is OneDnnLinear
         layer = layers[0]
         assert_exact(layer(x)[1], x[1], layer.base)
         assert not torch.equal(layer(x)[0], layer.base(x)[0])
