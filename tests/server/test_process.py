@@ -9,7 +9,9 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -17,6 +19,8 @@ import pytest
 
 import proxytune_kernels.server
 from benchmarks.load import load, port_of, start
+from proxytune_kernels import Decoder, load_trio
+from proxytune_kernels.server.process import DecoderProcess
 from proxytune_kernels.server.run import listen
 from tests.cli import assert_one_sentence, invoke
 from tests.documents import examples, run_example
@@ -83,6 +87,20 @@ def test_signals_end_it_and_a_kill_leaves_nothing_behind():
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the documentation's commands use curl")
+def test_an_event_loop_does_not_wait_for_a_step():
+    """However much it sends: a decoder that is stopped is in its step for long."""
+    with DecoderProcess(partial(Decoder, load_trio("shipped"))) as served:
+        assert served.wait() is None
+        served.start(lambda *message: None)
+        os.kill(served.pid, signal.SIGSTOP)
+        sender = threading.Thread(target=served.put, args=("cancel", "x" * 2**23), daemon=True)
+        sender.start()
+        sender.join(30)
+        waits = sender.is_alive()
+        os.kill(served.pid, signal.SIGCONT)
+    assert not waits
+
+
 def test_the_commands_of_the_documentation_run(tmp_path):
     pytest.importorskip("openai", reason="the package openai is not installed")
     with closing(listen("127.0.0.1", 0)) as bound:
