@@ -13,6 +13,7 @@ from proxytune_kernels.decoder import RequestOutput
 from proxytune_kernels.decoder.speculation import Speculation
 from proxytune_kernels.params import SamplingParams
 from proxytune_kernels.trio import Trio
+from tests.decoder import tape
 from tests.decoder.conftest import nan_token, near_trio
 from tests.decoder.test_runner import random_ids
 
@@ -131,10 +132,16 @@ def test_a_slot_that_keeps_has_a_place_for_a_step(near, make_decoder):
 
 @pytest.mark.parametrize("pair", ["separate", "batched"])
 @pytest.mark.parametrize("speculation", [None, Speculation(max_drafts=3)])
-@pytest.mark.parametrize("chunk", [4, 512])
-def test_random_traffic(near, make_decoder, greedy, pair, speculation, chunk):
-    """Scored texts that grow and shrink, steered and not, beside requests that take steps."""
-    decoder = make_decoder(near, 3, pair=pair, speculation=speculation, prefill_chunk=chunk)
+@pytest.mark.parametrize(("chunk", "taped"), [(4, False), (512, False), (24, True)])
+def test_random_traffic(near, monkeypatch, greedy, pair, speculation, chunk, taped):
+    """Scored texts that grow and shrink, steered and not, beside requests that take steps.
+
+    Taped steps are a GPU's: padded, captured, and one is in flight when a request ends.
+    """
+    decoder = tape.make_decoder(
+        monkeypatch, near, 3, taped=taped, ahead=int(taped), pair=pair, speculation=speculation,
+        prefill_chunk=chunk,
+    )  # fmt: skip
     rng = random.Random(chunk)
     texts: list[Sequence[int]] = [random_ids(12, seed) for seed in range(3)]
     for call in range(25):
