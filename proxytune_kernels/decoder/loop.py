@@ -334,8 +334,7 @@ class DecodingLoop:
         self.statistics.prefill_forwards += 1
         logits = self._runner.prefill(slots, prompts, last)
         if last > 1:
-            self._score(batch, logits)
-            logits = {role: x[:, -1] for role, x in logits.items()}
+            logits = self._score(batch, logits)
         self._start(batch, logits)
         return True
 
@@ -356,16 +355,15 @@ class DecodingLoop:
         parts = {role: [r.prompt_token_ids[role][-last:] for r in batch] for role in head.roles}
         self.statistics.prefill_forwards += 1
         logits = self._runner.extend(range(first, first + len(batch)), parts, every=True)
-        self._score(batch, logits)
-        self._start(batch, {role: x[:, -1] for role, x in logits.items()})
+        self._start(batch, self._score(batch, logits))
         return True
 
-    def _score(self, batch: Sequence[Request], logits: dict[str, Tensor]) -> None:
-        """Score the last tokens of prompts, from logits [B, q, V] after them."""
-        for i, request in enumerate(batch):
-            own = {role: x[i : i + 1] for role, x in logits.items()}
-            start = len(request.prompt_token_ids["base"]) - logits["base"].shape[1]
-            self._stepper.score_prompt(request, own, start)
+    def _score(self, batch: Sequence[Request], logits: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Score the last tokens of prompts, from logits [B, q, V] after them; [B, V] at the end."""
+        count = logits["base"].shape[1]
+        starts = [len(request.prompt_token_ids["base"]) - count for request in batch]
+        self._stepper.score_prompts(batch, logits, starts)
+        return {role: x[:, -1] for role, x in logits.items()}
 
     def _start_siblings(self, waiting: Sequence[Request]) -> bool:
         """Start requests whose prompt is in the slot of another output of it; whether any is."""
@@ -396,7 +394,8 @@ class DecodingLoop:
         slot, alone = request.slot, {role: [part] for role, part in parts.items()}
         logits = self._runner.extend(range(slot, slot + 1), alone, every=scores)
         if scores:
-            logits = self._stepper.score_prompt(request, logits, done)
+            self._stepper.score_prompts([request], logits, [done])
+            logits = {role: x[:, -1] for role, x in logits.items()}
         request.prompt_logits |= logits
         for role, part in parts.items():
             request.prefilled[role] = request.prefilled.get(role, 0) + len(part)

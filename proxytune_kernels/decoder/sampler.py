@@ -303,17 +303,17 @@ class SlotSampler:
         return _asked(drawn, shape)
 
     def prompt_logprobs(
-        self, alpha: float, logits: Mapping[str, Tensor], token_ids: Sequence[int], wanted: int,
-        pair_alphas: Mapping[int, float],
+        self, alpha: Sequence[float], logits: Mapping[str, Tensor], token_ids: Sequence[int],
+        wanted: int, pair_alphas: Mapping[int, Sequence[float]],
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Raw logprobs of prompt tokens at n positions, and of the likeliest tokens there.
 
         Args:
-            alpha: of the request.
+            alpha: of each position.
             logits: per role [n, V_role], before each of the tokens.
             token_ids: the tokens that stand there.
             wanted: how many of the likeliest tokens.
-            pair_alphas: of the further pairs that steer the request.
+            pair_alphas: of the further pairs that steer any of them.
 
         Returns:
             fp32 [n]; int64 and fp32 [n, at least ``wanted``, or the vocabulary].
@@ -321,8 +321,9 @@ class SlotSampler:
         count = len(token_ids)
         given = torch.tensor(token_ids).to(self.device, non_blocking=True)
         base, expert, anti = logits["base"], logits.get("expert"), logits.get("anti")
-        params = RowParams.make(count, device=self.device, alpha=alpha, temperature=0.0)
-        alphas = {i: torch.full_like(params.alpha, a) for i, a in pair_alphas.items()}
+        strength = torch.tensor(alpha, dtype=torch.float32)
+        params = RowParams.make(count, device=self.device, alpha=strength, temperature=0.0)
+        alphas = {i: torch.tensor(a).to(params.alpha) for i, a in pair_alphas.items()}
         bias = self._sum_of_pairs(logits, alphas)
         if wanted > MAX_LOGPROBS:
             x = ops.combine(base, expert, anti, params.alpha, bias=bias, vocab_size=self.vocab_size)

@@ -21,6 +21,7 @@ from proxytune_kernels.decoder.request import Request
 from proxytune_kernels.decoder.runner import Runner
 from proxytune_kernels.decoder.sampler import SlotSampler, StepResult
 from proxytune_kernels.decoder.speculation import History, Speculation
+from proxytune_kernels.params import MAX_LOGPROBS
 from proxytune_kernels.trio.remote import RemoteModel
 from proxytune_kernels.trio.roles import ROLES
 
@@ -104,25 +105,36 @@ class Stepper:
         return result
 
     @torch.inference_mode()
-    def score_prompt(
-        self, request: Request, logits: dict[str, Tensor], start: int
-    ) -> dict[str, Tensor]:
-        """Score a part of a prompt, from logits [1, q, V] of the tokens from ``start`` on.
-
-        Returns:
-            Per role the logits [1, V] after its end.
-        """
-        rows = {role: x[0] for role, x in self._known(logits)[0].items()}
-        following = request.prompt_token_ids["base"][start + 1 : start + 1 + len(rows["base"])]
-        if following:
-            before = {role: x[: len(following)] for role, x in rows.items()}
-            params = request.params
+    def score_prompts(
+        self, requests: Sequence[Request], logits: dict[str, Tensor], starts: Sequence[int]
+    ) -> None:
+        """Score parts of prompts, from logits [B, q, V] of q tokens of each from its start on."""
+        logits, _ = self._known(logits)
+        count = logits["base"].shape[1]
+        wanted = max(request.params.prompt_logprobs for request in requests)
+        # Of more than a few tokens a row there are copies of its logits: one prompt at a time.
+        size = 1 if wanted > MAX_LOGPROBS else len(requests)
+        for first in range(0, len(requests), size):
+            part = requests[first : first + size]
+            texts = [
+                request.prompt_token_ids["base"][start + 1 : start + 1 + count]
+                for request, start in zip(part, starts[first:], strict=False)
+            ]
+            # The last row of a prompt that ends here has no token behind it.
             scores = self.sampler.prompt_logprobs(
-                params.alphas[0], before, following, params.prompt_logprobs,
-                {i: params.pair_alphas[i] for i in request.pairs},
-            )  # fmt: skip
-            request.prompt_scores.append(scores)
-        return {role: x[0, -1:] for role, x in logits.items()}
+                [request.params.alphas[0] for request in part for _ in range(count)],
+                {role: x[first : first + size].flatten(0, 1) for role, x in logits.items()},
+                [token_id for text in texts for token_id in (*text, 0)[:count]],
+                wanted,
+                {
+                    i: [request.params.pair_alphas[i] for request in part for _ in range(count)]
+                    for i in {i for request in part for i in request.pairs}
+                },
+            )
+            for i, (request, text) in enumerate(zip(part, texts, strict=True)):
+                own = slice(i * count, i * count + len(text))
+                logprobs, ids, tops = (column[own] for column in scores)
+                request.prompt_scores.append((logprobs, ids, tops))
 
     def at_hand(self, slots: int, drafts: int) -> int:
         """How many of these drafts the text has, where the host can ask without waiting."""
