@@ -150,7 +150,7 @@ def test_random_traffic(near, monkeypatch, greedy, pair, speculation, chunk, tap
             kept = texts[i][: rng.randint(8, len(texts[i]))]
             texts[i] = [*kept, *random_ids(rng.randint(0, 6), call)][-60:]
             prompts.append(texts[i])
-            alpha = rng.choice([1.0, 1.0, 0.0])
+            alpha = rng.choice([1.0, 0.5, 0.0])
             last, tokens = rng.choice([1, 3, 8, 100]), rng.choice([1, 1, 4])
             params.append(scored(last, alpha=alpha, max_tokens=tokens))
         for _ in range(rng.randint(0, 2)):
