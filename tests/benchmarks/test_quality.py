@@ -98,11 +98,12 @@ def test_systems_that_choose_share_a_trios_forwards():
              "choices": [" three", " four apples", " four"]} for a in (1, 2)]  # fmt: skip
     task = quality.Task("choice", rows, (GivenScorer("sum", *SUM),))
     told: list[str] = []
+    systems = quality.systems(trio, None, ["entropy:1"])
+    wanted = [system for system in systems if task.answered_by(system)]
+    assert [system.name for system in systems if system not in wanted] == ["proxy entropy:1"]
     found = {
         system.name: scores["sum"]
-        for system, scores, _ in quality.answers(
-            quality.systems(trio, None, ["entropy:1"]), task, 8, True, told.append
-        )
+        for system, scores, _ in quality.answers(wanted, task, 8, True, told.append)
     }
     assert told == ["choice: base, expert, anti, proxy"] * 8
     expert_alone, anti_alone = (
