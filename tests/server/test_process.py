@@ -86,7 +86,6 @@ def test_signals_end_it_and_a_kill_leaves_nothing_behind():
             process.wait(30)
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="the documentation's commands use curl")
 def test_an_event_loop_does_not_wait_for_a_step():
     """However much it sends: a decoder that is stopped is in its step for long."""
     with DecoderProcess(partial(Decoder, load_trio("shipped"))) as served:
@@ -101,6 +100,7 @@ def test_an_event_loop_does_not_wait_for_a_step():
     assert not waits
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the documentation's commands use curl")
 def test_the_commands_of_the_documentation_run(tmp_path):
     pytest.importorskip("openai", reason="the package openai is not installed")
     with closing(listen("127.0.0.1", 0)) as bound:
