@@ -99,11 +99,11 @@ def test_systems_that_choose_share_a_trios_forwards():
     task = quality.Task("choice", rows, (GivenScorer("sum", *SUM),))
     told: list[str] = []
     systems = quality.systems(trio, None, ["entropy:1"])
-    wanted = [system for system in systems if task.answered_by(system)]
-    assert [system.name for system in systems if system not in wanted] == ["proxy entropy:1"]
+    asked = [system for system in systems if task.answered_by(system)]
+    assert [system.name for system in systems if system not in asked] == ["proxy entropy:1"]
     found = {
         system.name: scores["sum"]
-        for system, scores, _ in quality.answers(wanted, task, 8, True, told.append)
+        for system, scores, _ in quality.answers(asked, task, 8, True, told.append)
     }
     assert told == ["choice: base, expert, anti, proxy"] * 8
     expert_alone, anti_alone = (
