@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -289,16 +288,19 @@ def likeliest(
     batch_size: int, advance: Callable[[], None],
 ) -> list[list[float]]:  # fmt: skip
     """Scores [A][rows] of the texts that the rows give: a prompt is run once for all of its own."""
-    requests, places = [], []
+    requests: list[tuple[Sequence[int], Sequence[int]]] = []
+    places: list[int] = []
+    own_texts: list[slice] = []
     for i, row in enumerate(rows):
         # One text for all roles.
         [prompt] = {tuple(ids) for ids in trio.tokenize(row["prompt"]).values()}
+        first = len(requests)
         for text in scorer.texts(row):
             requests.append((prompt, trio.tokenizer.encode(text, add_special_tokens=False)))
             places.append(i)
+        own_texts.append(slice(first, len(requests)))
     found: list[list[Any]] = [[None] * len(requests) for _ in alphas]
-    counts = Counter(places)
-    left = counts.copy()
+    left = Counter(places)
 
     def scored(request: int, values: Sequence[Score]) -> None:
         for own, (logprob, _) in zip(found, values, strict=True):
@@ -310,12 +312,10 @@ def likeliest(
 
     longest = max(len(prompt) + len(text) for prompt, text in requests)
     Scorer(trio).score(requests, alphas, batch_size=batch_size, max_length=longest, scored=scored)
-
-    def by_row(own: Sequence[Any]) -> list[float]:
-        texts = iter(own)
-        return [scorer(list(islice(texts, counts[i])), row) for i, row in enumerate(rows)]
-
-    return [by_row(own) for own in found]
+    return [
+        [scorer(own[texts], row) for texts, row in zip(own_texts, rows, strict=True)]
+        for own in found
+    ]
 
 
 def generated(
@@ -470,8 +470,10 @@ def main(
             SamplingParams(alpha_schedule=system.schedule)
     have = {(r["task"], r["system"]) for r in done}
     for task in made:
-        unanswered = (system for system in wanted if (task.name, system.name) not in have)
-        missing = list(filter(task.answered_by, unanswered))
+        missing = [
+            system for system in wanted
+            if task.answered_by(system) and (task.name, system.name) not in have
+        ]  # fmt: skip
         with report.progress_bar(len(task.rows) * len(missing), task.name) as tick:
             for system, scores, cost in answers(missing, task, batch_size, speculation, tick):
                 record = {"task": task.name, "system": system.name, "settings": settings,

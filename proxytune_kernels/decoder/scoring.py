@@ -468,8 +468,14 @@ class Scorer:
             targets[row].append(target)
             requests[row].append(request)
         for chunk, logits in self._chunks(rows):
+            proxy = self._complete(logits)
+            alone: dict[float | str, dict[str, Tensor]]
+            alone = {role: {"base": x} for role, x in logits.items()}
+            alone["base"] = self._complete({"base": logits["base"]})
             for a, alpha in enumerate(alphas):
-                own, strength = self._members(logits, alpha)
+                # At 0 the base is by itself.
+                own = alone.get(alpha or "base", proxy)
+                strength = 0.0 if isinstance(alpha, str) else alpha
                 found = zip(*self._at(own, targets[chunk], strength), strict=True)
                 for i, (values, best) in enumerate(found, chunk.start):
                     for value, target, request in zip(values, targets[i], requests[i], strict=True):
@@ -525,11 +531,11 @@ class Scorer:
         alpha = torch.tensor([alphas[i] for i in part for _ in texts[i][1]], dtype=torch.float32)
         found: list[Any] = []
         for chunk, logits in self._chunks(rows):
-            logits = self._complete(logits, alpha[chunk] != 0)
-            device = logits["base"].device
+            strength = alpha[chunk].to(logits["base"].device)
+            logits = self._complete(logits, strength != 0)
             drawn = ops.sample(
                 logits["base"], logits.get("expert"), logits.get("anti"),
-                alpha=alpha[chunk].to(device), temperature=0.0, attribution=ids[chunk].to(device),
+                alpha=strength, temperature=0.0, attribution=ids[chunk].to(strength.device),
                 top_logprobs=top_logprobs, vocab_size=self.vocab_size, backend=self._backend,
             )  # fmt: skip
             assert drawn.attribution is not None and drawn.top is not None
@@ -551,16 +557,9 @@ class Scorer:
             device = logits["base"].device
             yield chunk, {role: x.to(device) for role, x in logits.items()}
 
-    def _members(
-        self, logits: dict[str, Tensor], alpha: float | str
-    ) -> tuple[dict[str, Tensor], float]:
-        """The logits that count at a strength, or those of a member alone, and the strength."""
-        if isinstance(alpha, str) and alpha != "base":
-            return {"base": logits[alpha]}, 0.0
-        strength = 0.0 if isinstance(alpha, str) else alpha
-        return self._complete(logits if strength else {"base": logits["base"]}, None), strength
-
-    def _complete(self, logits: dict[str, Tensor], steered: Tensor | None) -> dict[str, Tensor]:
+    def _complete(
+        self, logits: dict[str, Tensor], steered: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Logits with what a remote base does not tell; see :func:`complete`."""
         states = self._roles["base"]
         if not isinstance(states, RemoteStates):

@@ -120,16 +120,15 @@ class Stepper:
                 request.prompt_token_ids["base"][start + 1 : start + 1 + count]
                 for request, start in zip(part, starts[first:], strict=False)
             ]
-            # The last row of a prompt that ends here has no token behind it.
+            rows = [request for request in part for _ in range(count)]
+            # The last row of a prompt that ends here has no token behind it. All run in the same
+            # roles, so all are steered by the same pairs.
             scores = self.sampler.prompt_logprobs(
-                [request.params.alphas[0] for request in part for _ in range(count)],
+                [request.params.alphas[0] for request in rows],
                 {role: x[first : first + size].flatten(0, 1) for role, x in logits.items()},
                 [token_id for text in texts for token_id in (*text, 0)[:count]],
                 wanted,
-                {
-                    i: [request.params.pair_alphas[i] for request in part for _ in range(count)]
-                    for i in {i for request in part for i in request.pairs}
-                },
+                {i: [r.params.pair_alphas[i] for r in rows] for i in part[0].pairs},
             )
             for i, (request, text) in enumerate(zip(part, texts, strict=True)):
                 own = slice(i * count, i * count + len(text))

@@ -59,7 +59,7 @@ def test_command(records_of, tmp_path):
     assert tuple(record["variant"] for record in records) == quantization.VARIANTS
     size = {record["variant"]: record["bytes"] for record in records}
     assert size["int4"] < size["int8"] < size["plain"]
-    plain, *others = ([q for q in record["quality"]] for record in records)
+    plain, *others = (record["quality"] for record in records)
     assert all(q["perplexity"] == [1, 1, 1] and q["agreement"] == 1 for q in plain)
     assert all(q["divergence"] == 0 for q in plain)
     for own in others:
