@@ -191,25 +191,52 @@ Tensor by_tiles(const Tensor& rows, const Tensor& weight, const Tensor& scales) 
   return y;
 }
 
-// Rows bf16 [T, K] times weights int8 [N, K] with scales bf16 [N], or int4 uint8 [N, K / 2] with [K / 32, N, 2].
-Tensor tiled_linear(Tensor rows, Tensor weight, Tensor scales) {
+// Rows fp32 [T, K] times weights int8; y of its own.
+Tensor by_vectors(const Tensor& rows, const Tensor& weight, const Tensor& scales) {
+  const int64_t count = rows.size(0), inputs = rows.size(1), outputs = weight.size(0);
+  Tensor y = new_tensor(rows, ScalarType::Float, count, outputs);
+  if (count == 0 || outputs == 0) return y;
+  const ptk::Kernels* const kernels = ptk::current_kernels();
+  check_code(kernels ? PROXYTUNE_OK : PROXYTUNE_ERROR_ISA);
+  ptk::Int8LinearArgs args{};
+  args.hidden = static_cast<const float*>(rows.data_ptr());
+  args.hidden_row_stride = args.size = inputs;
+  args.rows = count;
+  args.weight = {weight.data_ptr(), inputs, 0, 0};
+  args.scales = scales.data_ptr();
+  args.scale_dtype = dtype_code(scales, "scales");
+  args.logits_row_stride = outputs;
+  float* const out = static_cast<float*>(y.data_ptr());
+  torch::stable::parallel_for(0, (outputs + kHeadTokens - 1) / kHeadTokens, 1, [&](int64_t first, int64_t last) {
+    ptk::Int8LinearArgs own = args;
+    own.logits = out + first * kHeadTokens;
+    kernels->int8_linear(own, first * kHeadTokens, std::min(last * kHeadTokens, outputs));
+  });
+  return y;
+}
+
+// Rows [T, K], bf16 for AMX or fp32, times weights int8 [N, K] with scales [N, groups of K]; or of AMX's int4 uint8
+// [N, K / 2] with [K / 32, N, 2].
+Tensor packed_linear(Tensor rows, Tensor weight, Tensor scales) {
   using namespace ptk::amx;
-  STD_TORCH_CHECK(available(), "proxytune: tiled_linear needs a processor with AMX");
-  const bool int4 = weight.scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::BFloat16 && (int4 || weight.scalar_type() == ScalarType::Char) &&
-                      scales.scalar_type() == ScalarType::BFloat16,
-                  "proxytune: rows and scales must be bfloat16, weight int8 or uint8");
-  STD_TORCH_CHECK(rows.dim() == 2 && weight.dim() == 2 && scales.dim() == (int4 ? 3 : 1),
-                  "proxytune: rows, weight and scales must have 2, 2 and 1 dimensions, for int4 2, 2 and 3");
+  const bool tiles = rows.scalar_type() == ScalarType::BFloat16, int4 = weight.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(!tiles || available(), "proxytune: packed_linear of bfloat16 needs a processor with AMX");
+  STD_TORCH_CHECK((tiles ? scales.scalar_type() == ScalarType::BFloat16 : rows.scalar_type() == ScalarType::Float) &&
+                      ((tiles && int4) || weight.scalar_type() == ScalarType::Char),
+                  "proxytune: rows must be float32 and weight int8; or rows and scales bfloat16, weight int8 or uint8");
+  STD_TORCH_CHECK(rows.dim() == 2 && weight.dim() == 2 && scales.dim() == (int4 ? 3 : 2),
+                  "proxytune: rows, weight and scales must have 2 dimensions, of int4 scales 3");
   const int64_t inputs = rows.size(1), outputs = weight.size(0);
-  STD_TORCH_CHECK(weight.size(1) * (int4 ? 2 : 1) == inputs && scales.size(int4 ? 1 : 0) == outputs &&
-                      (!int4 || (scales.size(0) * kGroup == inputs && scales.size(2) == 2)),
-                  "proxytune: rows, weight and scales must have shapes [T, K], [N, K] and [N], for int4 [T, K], "
-                  "[N, K / 2] and [K / ", kGroup, ", N, 2]");
-  STD_TORCH_CHECK(inputs % kInputs == 0 && outputs % (int4 ? Int4::kPanel : 1) == 0,
+  STD_TORCH_CHECK(inputs > 0 && weight.size(1) * (int4 ? 2 : 1) == inputs && scales.size(int4 ? 1 : 0) == outputs &&
+                      (int4 ? scales.size(0) * kGroup == inputs && scales.size(2) == 2
+                            : scales.size(1) == ptk::int8_groups(inputs)),
+                  "proxytune: rows, weight and scales must have shapes [T, K], [N, K] and [N, K / ", ptk::kInt8Group,
+                  "], for int4 [T, K], [N, K / 2] and [K / ", kGroup, ", N, 2]");
+  STD_TORCH_CHECK(!tiles || (inputs % kInputs == 0 && outputs % (int4 ? Int4::kPanel : 1) == 0),
                   "proxytune: K must be a multiple of ", kInputs, ", for int4 N one of ", Int4::kPanel);
   STD_TORCH_CHECK(rows.is_contiguous() && weight.is_contiguous() && scales.is_contiguous(),
                   "proxytune: rows, weight and scales must be contiguous");
+  if (!tiles) return by_vectors(rows, weight, scales);
   return int4 ? by_tiles<Int4>(rows, weight, scales) : by_tiles<Int8>(rows, weight, scales);
 }
 
@@ -237,7 +264,7 @@ PyObject* set_isa(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Instruction set of the kernels in use."},
     {"set_isa", set_isa, METH_VARARGS, "Use this instruction set; None for the widest."},
-    {"has_amx", has_amx, METH_NOARGS, "Whether tiled_linear runs here."},
+    {"has_amx", has_amx, METH_NOARGS, "Whether packed_linear takes bfloat16 here."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", "CPU kernels.", -1, methods,
@@ -251,7 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(proxytune, CPU, m) {
   m.impl("combine_out", TORCH_BOX(&combine_out));
   m.impl("score", TORCH_BOX(&score));
   m.impl("score_out", TORCH_BOX(&score_out));
-  m.impl("tiled_linear", TORCH_BOX(&tiled_linear));
+  m.impl("packed_linear", TORCH_BOX(&packed_linear));
   m.impl("head_logits_out", TORCH_BOX(&head_logits_out));
 }
 

@@ -37,11 +37,15 @@ PTK_HOST_DEVICE float half_to_float(uint16_t half) {
 #endif
 }
 
+PTK_HOST_DEVICE float number(float value) { return value; }
+PTK_HOST_DEVICE float number(Bf16 value) { return bf16_to_float(value.bits); }
+PTK_HOST_DEVICE float number(F16 value) { return half_to_float(value.bits); }
+
 // One logit of a row of any dtype.
 PTK_HOST_DEVICE float logit_at(const void* row, int32_t dtype, int64_t i) {
   switch (dtype) {
-    case kDtypeBf16: return bf16_to_float(static_cast<const Bf16*>(row)[i].bits);
-    case kDtypeF16: return half_to_float(static_cast<const F16*>(row)[i].bits);
+    case kDtypeBf16: return number(static_cast<const Bf16*>(row)[i]);
+    case kDtypeF16: return number(static_cast<const F16*>(row)[i]);
     default: return static_cast<const float*>(row)[i];
   }
 }

@@ -21,6 +21,7 @@ PTK_HOST_DEVICE U iota() { return 0; }
 PTK_HOST_DEVICE F load(const float* p) { return *p; }
 PTK_HOST_DEVICE F load(const Bf16* p) { return bf16_to_float(p->bits); }
 PTK_HOST_DEVICE F load(const F16* p) { return half_to_float(p->bits); }
+PTK_HOST_DEVICE F load(const int8_t* p) { return float(*p); }
 PTK_HOST_DEVICE void store(float* p, F v) { *p = v; }
 PTK_HOST_DEVICE U load_u(const uint32_t* p) { return *p; }
 PTK_HOST_DEVICE void store_u(uint32_t* p, U v) { *p = v; }

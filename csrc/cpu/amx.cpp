@@ -25,7 +25,7 @@ constexpr int kWide = 32;  // inputs of a tile
 constexpr int kPairs = kWide / 2;
 constexpr int kTileWords = kPairs * int(kRows);
 constexpr int kFetched = 8;  // chunks, each kInputs of a panel, from a weight's prefetch to its use
-static_assert(kWide == kGroup && kInputs == 2 * kWide);
+static_assert(kWide == kGroup && kInputs == 2 * kWide && kInt8Group == 2 * kInputs);
 
 bool has_amx() {
   unsigned a, b, c, d;
@@ -77,20 +77,46 @@ PTK_AMX inline void widen(const int8_t* weights, uint16_t* first, uint16_t* seco
 
 struct Panel {
   const int8_t* weight;
+  const uint16_t* scales;
   int64_t outputs;
 };
 using Wide = uint16_t[2][Int8::kPanel][kWide];
+using Sums = float[Int8::kPanel][kRows];  // of a tile of rows
 
-// sums [1 or, with kTwo, 2][kPanel][kRows] of a panel, for as many tiles of rows; x are the first one's tiles.
-// While a chunk is multiplied, the next is widened, of the panel `next` behind the last: wide[turn] is this one's.
-template <bool kTwo>
-PTK_AMX void panel(const Panel& own, const Panel& next, int64_t inputs, const uint32_t* x, Wide (&wide)[2], int& turn,
-                   float* sums) {
-  const int64_t chunks = inputs / kInputs;
-  const uint32_t* const second = x + chunks * 2 * kTileWords;
+// Add a group's products of kTiles tiles of rows, times its scales, to sums; the products start again at zero.
+template <int kTiles>
+PTK_AMX inline void fold(const Panel& own, int64_t group, int64_t groups, Sums* sums) {
+  alignas(64) Sums products[kTiles];
+  _tile_stored(0, products[0], 64);
+  _tile_stored(1, products[0][kRows], 64);
   _tile_zero(0);
   _tile_zero(1);
-  if constexpr (kTwo) {
+  if constexpr (kTiles > 1) {
+    _tile_stored(2, products[1], 64);
+    _tile_stored(3, products[1][kRows], 64);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < own.outputs; ++i) {
+    const __m512 scale = _mm512_set1_ps(bf16_to_float(own.scales[i * groups + group]));
+    for (int tile = 0; tile < kTiles; ++tile) {
+      float* const sum = sums[tile][i];
+      _mm512_store_ps(sum, _mm512_fmadd_ps(scale, _mm512_load_ps(products[tile][i]), _mm512_load_ps(sum)));
+    }
+  }
+}
+
+// A panel's sums for kTiles tiles of rows; x are the first one's tiles. While a chunk is multiplied, the next is
+// widened, of the panel `next` behind the last: wide[turn] is this one's.
+template <int kTiles>
+PTK_AMX void panel(const Panel& own, const Panel& next, int64_t inputs, const uint32_t* x, Wide (&wide)[2], int& turn,
+                   Sums* sums) {
+  const int64_t chunks = inputs / kInputs, groups = int8_groups(inputs);
+  const uint32_t* const second = x + chunks * 2 * kTileWords;
+  for (int tile = 0; tile < kTiles; ++tile) std::memset(sums[tile], 0, sizeof sums[tile]);
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kTiles > 1) {
     _tile_zero(2);
     _tile_zero(3);
   }
@@ -112,18 +138,13 @@ PTK_AMX void panel(const Panel& own, const Panel& next, int64_t inputs, const ui
       _tile_loadd(6, x + at, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 5, 6);
-      if constexpr (kTwo) {
+      if constexpr (kTiles > 1) {
         _tile_loadd(7, second + at, 64);
         _tile_dpbf16ps(2, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }
     }
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  if constexpr (kTwo) {
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
+    if (chunk % 2 == 1 || chunk + 1 == chunks) fold<kTiles>(own, chunk / 2, groups, sums);
   }
 }
 
@@ -186,8 +207,6 @@ PTK_AMX inline void fold(const Products& products, const uint16_t* scales, int64
   }
 }
 
-float widened(uint16_t bf16) { return std::bit_cast<float>(uint32_t(bf16) << 16); }
-
 uint16_t rounded(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t nan = bits >> 16 | 0x40;  // which rounding could make an inf
@@ -220,10 +239,11 @@ PTK_AMX void Int8::linear(const void* weight, const uint16_t* scales, int64_t ou
                           const uint32_t* x, int64_t rows, uint16_t* y, int64_t begin, int64_t end) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  alignas(64) float sums[2][kPanel][kRows];
+  alignas(64) Sums sums[2];
   alignas(64) Wide wide[2] = {};
   const auto at = [&](int64_t p) {
-    return Panel{static_cast<const int8_t*>(weight) + p * kPanel * inputs, std::min(kPanel, outputs - p * kPanel)};
+    return Panel{static_cast<const int8_t*>(weight) + p * kPanel * inputs, scales + p * kPanel * int8_groups(inputs),
+                 std::min(kPanel, outputs - p * kPanel)};
   };
   Panel own = at(begin);
   for (int64_t r = 0; r < own.outputs; ++r) widen(own.weight + r * inputs, wide[0][0][r], wide[0][1][r]);
@@ -233,17 +253,14 @@ PTK_AMX void Int8::linear(const void* weight, const uint16_t* scales, int64_t ou
     for (int64_t row = 0; row < rows; row += 2 * kRows) {
       const int64_t n = std::min(2 * kRows, rows - row);
       const Panel next = at(row + 2 * kRows < rows || p + 1 == end ? p : p + 1);
-      const auto run = n > kRows ? panel<true> : panel<false>;
-      run(own, next, inputs, x + row * inputs / 2, wide, turn, &sums[0][0][0]);
+      const auto run = n > kRows ? panel<2> : panel<1>;
+      run(own, next, inputs, x + row * inputs / 2, wide, turn, sums);
       own = next;
       for (int64_t tile = 0; tile * kRows < n; ++tile) {
         uint16_t* const out = y + (row + tile * kRows) * outputs + first;
         const int64_t live = std::min(kRows, n - tile * kRows);
         for (int64_t i = 0; i < count; ++i) {
-          uint16_t column[kRows];
-          const float scale = widened(scales[first + i]);
-          for (int64_t t = 0; t < kRows; ++t) column[t] = rounded(sums[tile][i][t] * scale);
-          for (int64_t t = 0; t < live; ++t) out[t * outputs + i] = column[t];
+          for (int64_t t = 0; t < live; ++t) out[t * outputs + i] = rounded(sums[tile][i][t]);
         }
       }
     }

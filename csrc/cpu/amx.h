@@ -2,7 +2,7 @@
 // int4, and a row's bits do not depend on the other rows.
 #pragma once
 
-#include <cstdint>
+#include "types.h"
 
 namespace ptk::amx {
 
@@ -16,15 +16,16 @@ bool available();
 
 constexpr int64_t whole_tiles(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
 
-// y[t, n] = bf16(s[n] * sum over k of q[n, k] x[t, k]), none of q -128.
+// y[t, n] = bf16(sum over groups g of s[n, g] * (sum over k in g of q[n, k] x[t, k])), none of q -128. Groups are of
+// kInt8Group, the last may be of kInputs.
 struct Int8 {
   static constexpr int64_t kPanel = 32;  // outputs that one turn computes
   // Words that pack writes: of rows in whole tiles, a word for two inputs.
   static constexpr int64_t words(int64_t rows, int64_t inputs) { return whole_tiles(rows) * inputs / 2; }
   // Rows bf16 [rows, inputs] in the order in which linear takes them; out is zero where rows fill no tile.
   static void pack(const uint16_t* x, int64_t rows, int64_t inputs, uint32_t* out);
-  // The outputs of the panels from `begin` to `end`: weight int8 [outputs, inputs], scales bf16 [outputs], y bf16
-  // [rows, outputs], all contiguous; x is packed.
+  // The outputs of the panels from `begin` to `end`: weight int8 [outputs, inputs], scales bf16 [outputs, groups], y
+  // bf16 [rows, outputs], all contiguous; x is packed.
   static void linear(const void* weight, const uint16_t* scales, int64_t outputs, int64_t inputs, const uint32_t* x,
                      int64_t rows, uint16_t* y, int64_t begin, int64_t end);
 };

@@ -13,7 +13,7 @@
 namespace ptk {
 namespace PTK_ISA {
 constexpr Kernels kernels(const char* name) {
-  return {name, combine_row, sample_row, score_row, verify_row, head_logits, &kShardKernels};
+  return {name, combine_row, sample_row, score_row, verify_row, head_logits, int8_linear, &kShardKernels};
 }
 }  // namespace PTK_ISA
 }  // namespace ptk

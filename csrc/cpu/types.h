@@ -25,6 +25,9 @@ constexpr int kBinBits = 8;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kSampled = 16;       // tokens of a tile: the widest vector
 
+constexpr int64_t kInt8Group = 128;  // int8 weights of a row that share a scale; the last group may have fewer
+constexpr int64_t int8_groups(int64_t inputs) { return (inputs + kInt8Group - 1) / kInt8Group; }
+
 // Working memory of the selection, 192 KiB whatever the vocabulary.
 struct Scratch {
   alignas(64) float x[kCandidates + kSampled];
@@ -49,6 +52,13 @@ struct Buffers {
   const proxytune_parallel* parallel;  // threads for the tiles of one row; null: one thread
 };
 
+// A linear layer with int8 weights: as a head's logits, its outputs in place of tokens, but for the dtype of the
+// weight, which has scales [outputs, int8_groups(size)].
+struct Int8LinearArgs : proxytune_head_logits_args {
+  const void* scales;
+  int32_t scale_dtype;
+};
+
 // The kernels of one instruction set: the operators of the C API, on one row.
 struct Kernels {
   const char* name;
@@ -57,6 +67,7 @@ struct Kernels {
   void (*score)(const proxytune_score_args&, int64_t row, int64_t position, Buffers&);
   void (*verify)(const proxytune_verify_args&, int64_t row, Buffers&);
   void (*head_logits)(const proxytune_head_logits_args&, int64_t begin, int64_t end);
+  void (*int8_linear)(const Int8LinearArgs&, int64_t begin, int64_t end);
   const struct ShardKernels* shard;  // shard.h
 };
 

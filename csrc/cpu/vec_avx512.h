@@ -27,6 +27,9 @@ inline F load(const Bf16* p) {
 inline F load(const F16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline F load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 inline U load_u(const uint32_t* p) { return _mm512_loadu_si512(p); }
 inline void store_u(uint32_t* p, U v) { _mm512_storeu_si512(p, v); }

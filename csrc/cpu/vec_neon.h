@@ -21,6 +21,12 @@ inline U iota() { return U{0, 1, 2, 3}; }
 inline F load(const float* p) { return vld1q_f32(p); }
 inline F load(const Bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
 inline F load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+inline F load(const int8_t* p) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
 inline void store(float* p, F v) { vst1q_f32(p, v); }
 inline U load_u(const uint32_t* p) { return vld1q_u32(p); }
 inline void store_u(uint32_t* p, U v) { vst1q_u32(p, v); }

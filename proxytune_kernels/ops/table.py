@@ -324,12 +324,12 @@ LIBRARY.define(
     "-> ()"
 )
 """The CPU's part of ``sample_hidden``: fp32 hidden [B, H] by the weights of tokens [begin, end)."""
-LIBRARY.define("tiled_linear(Tensor rows, Tensor weight, Tensor scales) -> Tensor")
+LIBRARY.define("packed_linear(Tensor rows, Tensor weight, Tensor scales) -> Tensor")
 torch.library.register_fake(
-    "proxytune::tiled_linear",
+    "proxytune::packed_linear",
     lambda rows, weight, scales: rows.new_empty(rows.shape[0], weight.shape[0]),
     lib=LIBRARY,
 )
-"""bf16 rows [T, K] by AMX, K a multiple of 64: [T, N]. Weights int8 [N, K], scales bf16 [N]; or
-int4, N a multiple of 64, as torch packs it: uint8 [N, K / 2], scales and zeros bf16
-[K / 32, N, 2]."""
+"""Rows [T, K] times weights int8 [N, K], scales [N, K / 128 rounded up]: [T, N]. fp32 rows by
+vectors; bf16 rows, with bf16 scales and K a multiple of 64, by AMX, which takes int4, too, N a
+multiple of 64, as torch packs it: uint8 [N, K / 2], scales and zeros bf16 [K / 32, N, 2]."""

@@ -1,11 +1,9 @@
-"""Layers whose weights are int8 or int4, for torch's packed products on a CPU.
+"""Layers whose weights are int8 or int4, for packed products on a CPU.
 
 A step of decoding reads every weight once, so what it takes is bytes. The packed products read
 int8 and int4 as they lie and convert in registers; sums are in fp32, rounded once.
 
-int8: w = q * s * c, q in [-127, 127], a scale s for a row of the weight. c is 1, except in layers
-some of whose columns are much larger than most: there it is a power of two for each column, and
-activations are multiplied by it, which rounds nothing.
+int8: w = q * s, q in [-127, 127], a scale s for :data:`INT8_GROUP_SIZE` weights of a row.
 int4: w = q * s + z, q in [-8, 7], a scale and a zero for :data:`GROUP_SIZE` weights of a row.
 
 Scales and zeros have the activations' dtype, and are rounded to it before q is chosen, so that a
@@ -13,24 +11,24 @@ layer multiplies by exactly the weights above. Of the exact y = w x a packed pro
 u |y| + (n + 2) 2^-24 sum |w_i x_i| for n features in, u half of the dtype's spacing at 1 (2^-9 in
 bf16); a bias is added behind it and rounded once more.
 
-Where the processor has AMX, the packed product in bf16 is ``torch.ops.proxytune.tiled_linear``
-(csrc/cpu/amx.h), which reads a weight once for 32 rows or more. Numbers below 2^-126 count as zero
-there. For int4 it sums q x and x by themselves, so w_i in the bound is |q s| + |z|, and an infinite
-x gives NaN.
+int8 is multiplied by vectors of our own (csrc/cpu/heads.h), int4 by torch's packed product. Where
+the processor has AMX, both are in bf16 by tiles (csrc/cpu/amx.h), which read a weight once for 32
+rows or more. Numbers below 2^-126 count as zero there. For int4 they sum q x and x by themselves,
+so w_i in the bound is |q s| + |z|, and an infinite x gives NaN.
 
 Up to :data:`PACKED_ROWS` rows the product is packed, and the bits of a row do not depend on the
 other rows. For more rows it may be faster to write the weights out in the activations' dtype, a
-part of them at a time, for a plain product: that rounds once more, int8 the product, int4 (and int8
-in fp16) each weight. Which is faster here is measured when a number of rows is first seen, in
-powers of two, once in a process for layers of one shape.
+part of them at a time, for a plain product: that rounds each weight once more. Which is faster here
+is measured when a number of rows is first seen, in powers of two, once in a process for layers of
+one shape. Without the CPU extension int8 is always written out.
 
-Source: aten/src/ATen/native/cpu/int8mm_kernel.cpp and int4mm_kernel.cpp.
+Source: aten/src/ATen/native/cpu/int4mm_kernel.cpp.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -41,6 +39,8 @@ from torch.nn.functional import embedding
 
 GROUP_SIZE = 32
 """Weights that share a scale in int4."""
+INT8_GROUP_SIZE = 128
+"""Weights that share a scale in int8; a row's last group may have fewer."""
 OUTPUTS = 16
 """An int4 layer's outputs are a multiple of this."""
 PACKED_ROWS = 16
@@ -63,8 +63,8 @@ class PackedLinear(Linear):
     """A linear layer over a packed weight."""
 
     scales: Parameter
-    columns: Tensor | None
-    """Factors [in] of the activations."""
+    ways: tuple[str, ...]
+    """How it can multiply here, first for few rows."""
     has_tiles = False
     """Whether AMX multiplies where activations are bf16."""
     tiled_outputs = 1
@@ -72,71 +72,62 @@ class PackedLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Result [..., out] for input [..., in]."""
-        rows = input.reshape(-1, self.in_features)
-        columns = self._buffers["columns"]
-        rows = rows.contiguous() if columns is None else rows * columns
+        rows = input.reshape(-1, self.in_features).contiguous()
         # A compiled forward is of few tokens.
-        if torch.compiler.is_compiling() or rows.shape[0] <= PACKED_ROWS:
-            result = self._packed(rows)
-        else:
-            result = _WAYS[self._way(rows)](self, rows)
+        few = torch.compiler.is_compiling() or rows.shape[0] <= PACKED_ROWS
+        result = _WAYS[self.ways[0] if few else self._way(rows)](self, rows)
         bias = self._parameters["bias"]
         if bias is not None:
             result += bias
         return result.view(*input.shape[:-1], self.out_features)
 
     def written_out(self, first: int, last: int) -> Tensor:
-        """Weights of the outputs first to last, a multiple of 64, as [in, outputs], without c."""
+        """Weights of the outputs first to last, a multiple of 64, as [in, outputs]."""
         raise NotImplementedError
 
     def _packed(self, rows: Tensor) -> Tensor:
         weight, scales = self._parameters["weight"], self._parameters["scales"]
         if self.has_tiles and rows.dtype == torch.bfloat16:
-            return torch.ops.proxytune.tiled_linear(rows, weight, scales)
-        return self._by_torch(rows, weight, scales)
+            return torch.ops.proxytune.packed_linear(rows, weight, scales)
+        return self._without_tiles(rows, weight, scales)
 
     @staticmethod
-    def _by_torch(rows: Tensor, weight: Any, scales: Any) -> Tensor:
+    def _without_tiles(rows: Tensor, weight: Any, scales: Any) -> Tensor:
         raise NotImplementedError
 
     def _written(self, rows: Tensor) -> Tensor:
         size = max(_CHUNK // self.in_features // _BLOCK, 1) * _BLOCK
         ends = range(0, self.out_features, size)
-        return torch.cat([self._part(rows, i, i + size) for i in ends], 1)
-
-    def _part(self, rows: Tensor, first: int, last: int) -> Tensor:
-        return rows @ self.written_out(first, last)
+        return torch.cat([rows @ self.written_out(i, i + size) for i in ends], 1)
 
     def _way(self, rows: Tensor) -> str:
         bucket = 1 << (rows.shape[0] - 1).bit_length()
         key = (*_kind(self), rows.dtype, bucket)
         if key not in _ways:
-            ways = _WAYS if self.is_known() else ["packed"]
-            _ways[key] = min(ways, key=lambda way: _seconds(lambda: _WAYS[way](self, rows)))
+            _ways[key] = min(self.ways, key=lambda way: _seconds(lambda: _WAYS[way](self, rows)))
         return _ways[key]
 
     @staticmethod
-    def is_known() -> bool:
-        """Whether weights lie here as our own code takes them."""
-        return True
+    def ways_here() -> tuple[str, ...]:
+        """:attr:`ways` on this machine."""
+        raise NotImplementedError
 
 
 class Int8Linear(PackedLinear):
-    """Weight int8 [out, in], scales [out]."""
+    """Weight int8 [out, in], scales [out, in / group]."""
 
     @staticmethod
-    def _by_torch(rows: Tensor, weight: Any, scales: Any) -> Tensor:
-        return torch._weight_int8pack_mm(rows, weight, scales)
+    def _without_tiles(rows: Tensor, weight: Any, scales: Any) -> Tensor:
+        return torch.ops.proxytune.packed_linear(rows.float(), weight, scales).to(rows.dtype)
 
     def written_out(self, first: int, last: int) -> Tensor:
         """Weights of the outputs first to last as [in, outputs]."""
-        scales = self.scales[first:last, None]
-        return self.weight[first:last].to(scales.dtype).mul_(scales).T
+        return _scaled(self.weight[first:last], self.scales[first:last]).T
 
-    def _part(self, rows: Tensor, first: int, last: int) -> Tensor:
-        if rows.dtype == torch.float16:  # which 127 times a sum of activations may leave
-            return super()._part(rows, first, last)
-        return (rows @ self.weight[first:last].to(rows.dtype).T).mul_(self.scales[first:last])
+    @staticmethod
+    def ways_here() -> tuple[str, ...]:
+        """Without the extension there is no packed product."""
+        return tuple(_WAYS) if _extension() else ("written out",)
 
 
 class Int4Linear(PackedLinear):
@@ -145,7 +136,7 @@ class Int4Linear(PackedLinear):
     tiled_outputs = _BLOCK
 
     @staticmethod
-    def _by_torch(rows: Tensor, weight: Any, scales: Any) -> Tensor:
+    def _without_tiles(rows: Tensor, weight: Any, scales: Any) -> Tensor:
         return torch._weight_int4pack_mm_for_cpu(rows, weight, GROUP_SIZE, scales)
 
     def written_out(self, first: int, last: int) -> Tensor:
@@ -158,22 +149,19 @@ class Int4Linear(PackedLinear):
         return steps
 
     @staticmethod
-    def is_known() -> bool:
-        """Whether int4 is packed here as :func:`_unpacked` has it: by torch's AVX-512 kernel."""
-        return _knows_packing()
+    def ways_here() -> tuple[str, ...]:
+        """Written out where it is packed as :func:`_unpacked` has it: by torch's AVX-512 kernel."""
+        return tuple(_WAYS) if _knows_packing() else ("packed",)
 
 
 class Int8Embedding(Embedding):
     """An embedding that shares the int8 weight and all scales of the output layer."""
 
     scales: Parameter
-    columns: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         """Result [..., in] for ids int64 [...]."""
-        scales = self.scales[input][..., None]
-        rows = embedding(input, self.weight).to(scales.dtype) * scales
-        return rows if self.columns is None else rows * self.columns
+        return _scaled(embedding(input, self.weight), self.scales[input])
 
 
 _WAYS: dict[str, Callable[[PackedLinear, Tensor], Tensor]] = {
@@ -196,29 +184,30 @@ def pack(layer: Linear, quantization: str, weight: Tensor) -> Parameter:
     """
     kind, quantized = _KINDS[quantization]
     rows = max(_PART // weight.shape[1] // _BLOCK, 1) * _BLOCK
-    parts = weight.detach().split(rows)
-    columns = _columns(parts) if kind is Int8Linear else None
-    evened = parts if columns is None else (part / columns for part in parts)
-    values, scales = zip(*map(quantized, evened), strict=True)
+    values, scales = zip(*map(quantized, weight.detach().split(rows)), strict=True)
     layer.__class__ = kind
     assert isinstance(layer, PackedLinear)
     _call(layer)
-    of_rows = torch.cat(scales, -2)
-    if kind is Int8Linear:
-        of_rows = of_rows.flatten()
+    layer.ways = kind.ways_here()
     whole = layer.in_features % 64 == 0 == layer.out_features % kind.tiled_outputs
-    layer.has_tiles = whole and layer.is_known() and _has_amx()
-    layer.register_parameter("scales", Parameter(of_rows, requires_grad=False))
-    layer.register_buffer("columns", columns)
+    layer.has_tiles = whole and len(layer.ways) == len(_WAYS) and _has_amx()
+    # Of int8 and int4 the last but one dimension is the outputs'.
+    layer.register_parameter("scales", Parameter(torch.cat(scales, -2), requires_grad=False))
     return Parameter(torch.cat(values), requires_grad=False)
 
 
 def _has_amx() -> bool:
+    extension = _extension()
+    return extension is not None and bool(extension.has_amx())
+
+
+@cache
+def _extension() -> Any:
     try:
         from proxytune_kernels import _cpu
-    except ImportError:  # built without extensions
-        return False
-    return bool(_cpu.has_amx())
+    except ImportError:  # not built
+        return None
+    return _cpu
 
 
 def share(table: Embedding, head: PackedLinear) -> None:
@@ -231,7 +220,6 @@ def share(table: Embedding, head: PackedLinear) -> None:
     _call(table)
     table.weight = head.weight
     table.register_parameter("scales", head.scales)
-    table.register_buffer("columns", head.columns)
 
 
 def _call(layer: Module) -> None:
@@ -270,41 +258,26 @@ def _seconds(call: Callable[[], Any]) -> float:
     return min(found)
 
 
-def _columns(parts: Sequence[Tensor]) -> Tensor | None:
-    """Powers of two [in] that leave less than half of a weight's squared error, or None.
-
-    A row's step is that of its largest value, so columns of one size have the least error. Their
-    root mean square is a size, and so is the geometric mean of that and the largest value: which
-    leaves less differs from layer to layer. The rows' largest values tell the error beforehand.
-    """
-    if parts[0].dtype == torch.float16:  # whose range activations may leave
-        return None
-    largest = torch.stack([part.abs().amax(0) for part in parts]).amax(0).float()
-    squares = torch.stack([part.float().square().sum(0) for part in parts])
-    mean = squares.sum(0) / sum(map(len, parts))
-    best, least = None, _error(parts, torch.ones_like(parts[0][0])) / 2
-    for sizes in (mean.sqrt(), (largest.square() * mean).pow(0.25)):
-        powers = (sizes / sizes.median()).log2_().round_().clamp_(-16, 16)
-        columns = torch.exp2(powers).to(parts[0].dtype)
-        # NaN, which is not less, where most columns are 0.
-        if (error := _error(parts, columns)) < least:
-            best, least = columns, error
-    return best
-
-
-def _error(parts: Sequence[Tensor], columns: Tensor) -> float:
-    """The squared error of a weight whose columns are divided, but for a factor."""
-    steps = (float((part / columns).abs().amax(1).float().square().sum()) for part in parts)
-    return sum(steps) * float(columns.float().square().mean())
-
-
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values int8 [out, in] and scales [1, out, 1]."""
-    weight = weight.contiguous()
-    scales = (weight.abs().amax(1, keepdim=True).float() / 127).to(weight.dtype)
+    """Values int8 [out, in] and scales [out, in / group]."""
+    count = weight.shape[1]
+    padded = torch.nn.functional.pad(weight.float(), (0, -count % INT8_GROUP_SIZE))
+    groups = padded.unflatten(1, (-1, INT8_GROUP_SIZE))
+    scales = (groups.abs().amax(-1) / 127).to(weight.dtype)
     scales[scales == 0] = 1
-    values = (weight.float() / scales.float()).round_().clamp_(-127, 127)
-    return values.to(torch.int8), scales[None]
+    values = (groups / scales.float()[..., None]).round_().clamp_(-127, 127)
+    return values.flatten(1)[:, :count].to(torch.int8), scales
+
+
+def _scaled(values: Tensor, scales: Tensor) -> Tensor:
+    """Weights [..., in] of int8 values [..., in] and scales [..., in / group]."""
+    weights = values.to(scales.dtype)
+    groups = weights.shape[-1] // INT8_GROUP_SIZE
+    whole = groups * INT8_GROUP_SIZE
+    of_groups = weights[..., :whole].unflatten(-1, (groups, INT8_GROUP_SIZE))
+    of_groups.mul_(scales[..., :groups, None])
+    weights[..., whole:].mul_(scales[..., groups:])
+    return weights
 
 
 def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:

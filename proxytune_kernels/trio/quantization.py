@@ -1,7 +1,7 @@
 """Weight-only quantisation of a causal LM, in place.
 
 The weights of the linear layers become int8 or int4 with scales; activations and norms stay as they
-are. On a CPU torch's packed products multiply by them; there the output layer becomes int8 with
+are. On a CPU packed products multiply by them; there the output layer becomes int8 with
 either, and so does an embedding that is tied to it, as one tensor. On CUDA torchao quantises, and
 both stay plain. What this costs and gains was measured: docs/loading.md.
 """
@@ -44,12 +44,13 @@ def quantize(model: Any, quantization: str, *, device: str | torch.device | None
 
     Args:
         model: a transformers causal LM, weights of float32, bfloat16 or float16.
-        quantization: ``"int8"``, symmetric with a scale per row of a weight; or ``"int4"``, with a
-            scale and a zero point for every 32 weights of a row. int4 takes layers whose inputs
-            are a multiple of 32 and whose outputs are a multiple of 16, on a CPU or, in bfloat16,
-            on CUDA of compute capability 8.0 and later. On a CPU the output layer becomes int8
-            with both, and an embedding that is tied to it; on other devices, where torchao
-            quantises, they stay plain. What is packed for one device does not run on another.
+        quantization: ``"int8"``, symmetric with a scale for every 128 weights of a row, on CUDA
+            for a row; or ``"int4"``, with a scale and a zero point for every 32 of them. int4 takes
+            layers whose inputs are a multiple of 32 and whose outputs are a multiple of 16, on a
+            CPU or, in bfloat16, on CUDA of compute capability 8.0 and later. On a CPU the output
+            layer becomes int8 with both, and an embedding that is tied to it; on other devices,
+            where torchao quantises, they stay plain. What is packed for one device does not run on
+            another.
         device: where the model goes, a layer at a time as it is quantised, so that the plain
             weights need not fit there; None leaves it where it is.
 
@@ -66,7 +67,7 @@ def quantize(model: Any, quantization: str, *, device: str | torch.device | None
         >>> ptk.quantize(trio.base, "int8") is trio.base
         True
 
-    Source: torch's ``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu``; torchao's
+    Source: :mod:`proxytune_kernels.trio.packed`; torch's ``_weight_int4pack_mm_for_cpu``; torchao's
     ``quantize_`` with ``Int8WeightOnlyConfig`` and ``Int4WeightOnlyConfig``.
     """
     check_quantization("quantization", quantization)
