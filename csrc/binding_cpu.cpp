@@ -207,16 +207,17 @@ Tensor by_vectors(const Tensor& rows, const Tensor& weight, const Tensor& scales
   args.scale_dtype = dtype_code(scales, "scales");
   args.logits_row_stride = outputs;
   float* const out = static_cast<float*>(y.data_ptr());
-  torch::stable::parallel_for(0, (outputs + kHeadTokens - 1) / kHeadTokens, 1, [&](int64_t first, int64_t last) {
+  constexpr int64_t kPart = 48;  // outputs that a thread takes at once, of 24 in blocks
+  torch::stable::parallel_for(0, (outputs + kPart - 1) / kPart, 1, [&](int64_t first, int64_t last) {
     ptk::Int8LinearArgs own = args;
-    own.logits = out + first * kHeadTokens;
-    kernels->int8_linear(own, first * kHeadTokens, std::min(last * kHeadTokens, outputs));
+    own.logits = out + first * kPart;
+    kernels->int8_linear(own, first * kPart, std::min(last * kPart, outputs));
   });
   return y;
 }
 
-// Rows [T, K], bf16 for AMX or fp32, times weights int8 [N, K] with scales [N, groups of K]; or of AMX's int4 uint8
-// [N, K / 2] with [K / 32, N, 2].
+// Rows [T, K], bf16 by AMX or fp32 by vectors, times weights int8 [N, K] with scales [N, groups of K]; by AMX also int4,
+// as uint8 [N, K / 2] with scales and zeros [K / 32, N, 2].
 Tensor packed_linear(Tensor rows, Tensor weight, Tensor scales) {
   using namespace ptk::amx;
   const bool tiles = rows.scalar_type() == ScalarType::BFloat16, int4 = weight.scalar_type() == ScalarType::Byte;
@@ -225,13 +226,13 @@ Tensor packed_linear(Tensor rows, Tensor weight, Tensor scales) {
                       ((tiles && int4) || weight.scalar_type() == ScalarType::Char),
                   "proxytune: rows must be float32 and weight int8; or rows and scales bfloat16, weight int8 or uint8");
   STD_TORCH_CHECK(rows.dim() == 2 && weight.dim() == 2 && scales.dim() == (int4 ? 3 : 2),
-                  "proxytune: rows, weight and scales must have 2 dimensions, of int4 scales 3");
+                  "proxytune: rows, weight and scales must have 2 dimensions (int4's scales 3)");
   const int64_t inputs = rows.size(1), outputs = weight.size(0);
   STD_TORCH_CHECK(inputs > 0 && weight.size(1) * (int4 ? 2 : 1) == inputs && scales.size(int4 ? 1 : 0) == outputs &&
                       (int4 ? scales.size(0) * kGroup == inputs && scales.size(2) == 2
                             : scales.size(1) == ptk::int8_groups(inputs)),
-                  "proxytune: rows, weight and scales must have shapes [T, K], [N, K] and [N, K / ", ptk::kInt8Group,
-                  "], for int4 [T, K], [N, K / 2] and [K / ", kGroup, ", N, 2]");
+                  "proxytune: rows, weight and scales must have shapes [T, K], K > 0, [N, K] and [N, K / ", ptk::kInt8Group,
+                  " rounded up], for int4 [T, K], [N, K / 2] and [K / ", kGroup, ", N, 2]");
   STD_TORCH_CHECK(!tiles || (inputs % kInputs == 0 && outputs % (int4 ? Int4::kPanel : 1) == 0),
                   "proxytune: K must be a multiple of ", kInputs, ", for int4 N one of ", Int4::kPanel);
   STD_TORCH_CHECK(rows.is_contiguous() && weight.is_contiguous() && scales.is_contiguous(),

@@ -39,7 +39,7 @@ struct PlainWeights {
   void move(const T* copy, int64_t) { data = copy; }
 };
 
-// Those of int8 with a scale of type S for each kInt8Group.
+// A token's int8 weights, with a scale of type S for each kInt8Group of them.
 template <typename S>
 struct ScaledWeights {
   using Args = Int8LinearArgs;
@@ -51,7 +51,7 @@ struct ScaledWeights {
             static_cast<const S*>(in.scales) + token * int8_groups(in.size)};
   }
   F numbers(int64_t k) const { return mul(load(data + k), set(number(scales[k / kInt8Group]))); }
-  // To a copy of the elements from k on.
+  // Reads a copy of the elements from k on, at 0, in their place.
   void move(const int8_t* copy, int64_t k) { data = copy, scales += k / kInt8Group; }
 };
 

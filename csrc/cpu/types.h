@@ -52,14 +52,14 @@ struct Buffers {
   const proxytune_parallel* parallel;  // threads for the tiles of one row; null: one thread
 };
 
-// A linear layer with int8 weights: as a head's logits, its outputs in place of tokens, but for the dtype of the
-// weight, which has scales [outputs, int8_groups(size)].
+// A layer with int8 weights: a head's arguments, outputs as tokens, weight.dtype unread; and its scales [outputs,
+// int8_groups(size)].
 struct Int8LinearArgs : proxytune_head_logits_args {
   const void* scales;
   int32_t scale_dtype;
 };
 
-// The kernels of one instruction set: the operators of the C API, on one row.
+// The kernels of one instruction set: the operators of the C API on one row, and int8_linear, which is not in it.
 struct Kernels {
   const char* name;
   void (*combine)(const proxytune_combine_args&, int64_t row);

@@ -331,5 +331,6 @@ torch.library.register_fake(
     lib=LIBRARY,
 )
 """Rows [T, K] times weights int8 [N, K], scales [N, K / 128 rounded up]: [T, N]. fp32 rows by
-vectors; bf16 rows, with bf16 scales and K a multiple of 64, by AMX, which takes int4, too, N a
-multiple of 64, as torch packs it: uint8 [N, K / 2], scales and zeros bf16 [K / 32, N, 2]."""
+vectors, scales of fp32, bf16 or fp16; bf16 rows and scales, K a multiple of 64, by AMX. AMX takes
+int4, too, N a multiple of 64, as torch packs it: uint8 [N, K / 2], scales and zeros bf16
+[K / 32, N, 2]."""

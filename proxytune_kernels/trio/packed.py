@@ -56,7 +56,7 @@ _PART = 1 << 18
 """Weights that are quantised at a time, so that fp32 copies stay in a cache."""
 
 _ways: dict[tuple[Any, ...], str] = {}
-"""(class, outputs, inputs, dtype, rows) -> the faster way."""
+"""(class, outputs, inputs, ways, dtype, rows) -> the faster way."""
 
 
 class PackedLinear(Linear):
@@ -64,7 +64,7 @@ class PackedLinear(Linear):
 
     scales: Parameter
     ways: tuple[str, ...]
-    """How it can multiply here, first for few rows."""
+    """Names in ``_WAYS`` that run here; few rows take the first."""
     has_tiles = False
     """Whether AMX multiplies where activations are bf16."""
     tiled_outputs = 1
@@ -101,8 +101,10 @@ class PackedLinear(Linear):
         return torch.cat([rows @ self.written_out(i, i + size) for i in ends], 1)
 
     def _way(self, rows: Tensor) -> str:
+        if len(self.ways) == 1:
+            return self.ways[0]
         bucket = 1 << (rows.shape[0] - 1).bit_length()
-        key = (*_kind(self), rows.dtype, bucket)
+        key = (*_kind(self), self.ways, rows.dtype, bucket)
         if key not in _ways:
             _ways[key] = min(self.ways, key=lambda way: _seconds(lambda: _WAYS[way](self, rows)))
         return _ways[key]
@@ -150,12 +152,12 @@ class Int4Linear(PackedLinear):
 
     @staticmethod
     def ways_here() -> tuple[str, ...]:
-        """Written out where it is packed as :func:`_unpacked` has it: by torch's AVX-512 kernel."""
+        """Written out only where torch packs as :func:`_unpacked` knows: by its AVX-512 kernel."""
         return tuple(_WAYS) if _knows_packing() else ("packed",)
 
 
 class Int8Embedding(Embedding):
-    """An embedding that shares the int8 weight and all scales of the output layer."""
+    """An embedding that shares the int8 weight and the scales of the output layer."""
 
     scales: Parameter
 
@@ -190,7 +192,8 @@ def pack(layer: Linear, quantization: str, weight: Tensor) -> Parameter:
     _call(layer)
     layer.ways = kind.ways_here()
     whole = layer.in_features % 64 == 0 == layer.out_features % kind.tiled_outputs
-    layer.has_tiles = whole and len(layer.ways) == len(_WAYS) and _has_amx()
+    # What can't be written out is not packed as our code knows it.
+    layer.has_tiles = whole and "written out" in layer.ways and _has_amx()
     # Of int8 and int4 the last but one dimension is the outputs'.
     layer.register_parameter("scales", Parameter(torch.cat(scales, -2), requires_grad=False))
     return Parameter(torch.cat(values), requires_grad=False)
@@ -205,7 +208,7 @@ def _has_amx() -> bool:
 def _extension() -> Any:
     try:
         from proxytune_kernels import _cpu
-    except ImportError:  # not built
+    except ImportError:  # not built, or does not load: ptk.backends() says which
         return None
     return _cpu
 
@@ -263,7 +266,11 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     count = weight.shape[1]
     padded = torch.nn.functional.pad(weight.float(), (0, -count % INT8_GROUP_SIZE))
     groups = padded.unflatten(1, (-1, INT8_GROUP_SIZE))
-    scales = (groups.abs().amax(-1) / 127).to(weight.dtype)
+    largest = groups.abs().amax(-1)
+    scales = (largest / 127).to(weight.dtype)
+    # A subnormal one of fp16 may be so much too small that the largest weight is out of reach.
+    larger = scales.nextafter(torch.full_like(scales, torch.inf))
+    scales = torch.where(scales.float() * 127.5 < largest, larger, scales)
     scales[scales == 0] = 1
     values = (groups / scales.float()[..., None]).round_().clamp_(-127, 127)
     return values.flatten(1)[:, :count].to(torch.int8), scales

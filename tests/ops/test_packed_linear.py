@@ -31,9 +31,11 @@ def test_products_by_vectors(inputs, outputs, dtype):
     exact, size = x.double() @ factors.T, x.double().abs() @ factors.abs().T
     torch.library.opcheck(linear, (x, weight, scales))
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    found = linear(x, weight, scales)
-    torch.set_num_threads(threads)
+    try:
+        torch.set_num_threads(2)
+        found = linear(x, weight, scales)
+    finally:
+        torch.set_num_threads(threads)
     # trio/packed.py, but for the last rounding.
     assert ((found.double() - exact).abs() <= (inputs + 2) * 2**-24 * size).all()
     try:
