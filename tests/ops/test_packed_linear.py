@@ -51,6 +51,10 @@ def test_products_by_vectors(inputs, outputs, dtype):
     spoilt = linear(x, weight, scales)
     assert spoilt[5].isnan().all()
     assert torch.equal(spoilt[6:], found[6:])
+
+
+def test_what_is_refused():
+    x, weight, scales = torch.ones(1, 160), torch.ones(3, 160, dtype=torch.int8), torch.ones(3, 2)
     with pytest.raises(RuntimeError, match="must have shapes"):
         linear(x, weight, scales[:, 1:].contiguous())
     for wrong, values in ((x.half(), weight), (x, weight.byte())):
