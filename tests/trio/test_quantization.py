@@ -326,10 +326,12 @@ def test_speculation_gives_plain_decodings_tokens():
     assert 0 < decoder.statistics()["accepted"] < decoder.statistics()["drafted"]
 
 
-def test_the_shipped_base_keeps_its_predictions():
-    trio = ptk.load_trio("shipped", dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_shipped_base_keeps_its_predictions(dtype):
+    trio = ptk.load_trio("shipped", dtype=dtype)
     problems = arithmetic.problems(150, 7, held_out=True)
     texts = [torch.tensor([trio.tokenizer.encode(p.prompt + p.answer)]) for p in problems]
+    tokens = torch.cat([ids[0, 1:] for ids in texts])
 
     @torch.no_grad()
     def logprobs(model: Any) -> Tensor:
@@ -337,11 +339,15 @@ def test_the_shipped_base_keeps_its_predictions():
         return torch.cat([model(ids).logits[0, :-1].float().log_softmax(-1) for ids in texts])
 
     plain = logprobs(trio.base)
-    # Found: 0.00012 and 0.0018 nats, where plain bf16 is 0.00004 from fp32.
-    for quantization, allowed in (("int8", 1.5e-4), ("int4", 2.2e-3)):
-        quantized = ptk.load_trio("shipped", quantize={"base": quantization}).base
-        divergence = (plain.exp() * (plain - logprobs(quantized))).sum(1).mean()
-        assert 0 < divergence <= allowed
+    # Divergences found in bf16: 0.00012 and 0.0018 nats, where plain bf16 is 0.00004 from fp32.
+    for quantization, perplexity, allowed in (("int8", 1e-3, 1.5e-4), ("int4", 1.5e-2, 2.2e-3)):
+        quantized = ptk.load_trio("shipped", dtype=dtype, quantize={"base": quantization}).base
+        found = logprobs(quantized)
+        assert 0 < (plain.exp() * (plain - found)).sum(1).mean() <= allowed
+        # In bf16 activations round, too: of these few templates that moves perplexity as far.
+        if dtype == "float32":
+            rise = float((plain - found).gather(1, tokens[:, None]).mean())
+            assert abs(math.expm1(rise)) <= perplexity
 
 
 def test_the_shipped_expert_keeps_what_it_was_tuned_for():
