@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels as a shared library, from csrc/cpu alone."""
     path = tmp_path_factory.mktemp("capi") / "libproxytune_cpu.so"
     # With sanitizers they take minutes to compile: `make asan` has done so for the extension.
-    objects = ROOT.glob("build/asan-objects/*/csrc/cpu/*.o")
+    python = sys.implementation.cache_tag
+    objects = ROOT.glob(f"build/asan-objects/temp.*-{python}/csrc/cpu/*.o")
     sources = sorted(objects if SANITIZE else (ROOT / "csrc" / "cpu").glob("*.cpp"))
     run([*LIBRARY, *(SANITIZERS if SANITIZE else []), *sources, "-o", path])
     return path
